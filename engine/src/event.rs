@@ -1,0 +1,137 @@
+//! [`RunEvent`]: the stream that everything a person or a program sees is a
+//! fold over. One JSON object a line in `events.jsonl` and with `--json`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Something that happened in a run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum RunEvent {
+    /// First event.
+    RunStarted {
+        /// Run id.
+        run: String,
+        /// Pipeline name.
+        pipeline: String,
+        /// Number of steps before fan-out.
+        steps: usize,
+        /// UTC, RFC 3339.
+        at: String,
+    },
+    /// A step's items are known.
+    StepExpanded {
+        /// Step name.
+        step: String,
+        /// Item labels in order.
+        items: Vec<String>,
+    },
+    /// An attempt began.
+    StepStarted {
+        /// Step id (`evaluate[epoch-2]`).
+        step: String,
+        /// Step kind.
+        kind: String,
+        /// Why it runs (`never ran`, `param `lr`: 0.001 → 0.002`).
+        why: String,
+    },
+    /// Work in progress.
+    Progress {
+        /// Step id.
+        step: String,
+        /// Units done.
+        done: u64,
+        /// Units in all.
+        total: u64,
+        /// `rows`, `tokens`, `steps`.
+        unit: String,
+        /// Short text (`loss 0.42`).
+        text: String,
+    },
+    /// Something the user must see.
+    Warning {
+        /// Step id, if it concerns one.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        step: Option<String>,
+        /// What.
+        text: String,
+    },
+    /// A failed attempt will be repeated.
+    StepRetry {
+        /// Step id.
+        step: String,
+        /// The attempt that failed, from 1.
+        attempt: u32,
+        /// Milliseconds until the next.
+        wait_ms: u64,
+        /// Why it failed.
+        error: String,
+    },
+    /// A step ended.
+    StepFinished {
+        /// Step id.
+        step: String,
+        /// Step kind.
+        kind: String,
+        /// How.
+        status: StepStatus,
+        /// Action key, hex; empty when none was made.
+        key: String,
+        /// Milliseconds of this run.
+        took_ms: u64,
+        /// Why it ran, was skipped or failed.
+        why: String,
+        /// Outputs by port.
+        outputs: BTreeMap<String, OutputInfo>,
+        /// Metrics.
+        metrics: BTreeMap<String, Value>,
+        /// The error's advice.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        help: Option<String>,
+    },
+    /// Last event.
+    RunFinished {
+        /// All steps ended well.
+        ok: bool,
+        /// Steps (items) that ran.
+        ran: usize,
+        /// Taken from the cache.
+        cached: usize,
+        /// Failed.
+        failed: usize,
+        /// Not run.
+        skipped: usize,
+        /// The run's folder.
+        run_dir: String,
+        /// Milliseconds in all.
+        took_ms: u64,
+    },
+}
+
+/// How a step ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StepStatus {
+    /// Ran and succeeded.
+    Ran,
+    /// Taken from the cache.
+    Cached,
+    /// Ran and failed.
+    Failed,
+    /// Not run: `when` was false, something before it failed, or the run stopped.
+    Skipped,
+}
+
+/// One output in an event.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OutputInfo {
+    /// Port type.
+    #[serde(rename = "type")]
+    pub ty: String,
+    /// Content digest, hex (of the list record for a list).
+    pub digest: String,
+    /// Path of the object in the store.
+    pub path: String,
+}

@@ -1,0 +1,145 @@
+//! [`SourceMap`]: the texts that were read, and places in them.
+//!
+//! Knows no YAML. Invariant: a [`Span`] lies within its file and on character
+//! boundaries; it is made only by the reader.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::diagnostic::{Diagnostic, Diagnostics};
+
+/// A place in one of the files, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(crate) struct Span {
+    /// Which file, in the order of reading.
+    pub(crate) file: u32,
+    /// First byte.
+    pub(crate) start: u32,
+    /// Byte after the last.
+    pub(crate) end: u32,
+}
+
+/// One file that was read.
+#[derive(Debug)]
+struct SourceFile {
+    path: PathBuf,
+    text: Arc<str>,
+    /// Byte offset of the start of each line.
+    lines: Vec<u32>,
+}
+
+/// All files of a pipeline and the mistakes found in them.
+#[derive(Debug, Default)]
+pub(crate) struct SourceMap {
+    files: Vec<SourceFile>,
+    errors: Vec<(Span, Diagnostic)>,
+}
+
+impl SourceMap {
+    /// Adds a file; returns its number.
+    pub(crate) fn add(&mut self, path: PathBuf, text: Arc<str>) -> u32 {
+        let breaks = text.bytes().enumerate().filter(|(_, b)| *b == b'\n');
+        let lines = std::iter::once(0).chain(breaks.map(|(i, _)| i as u32 + 1)).collect();
+        self.files.push(SourceFile { path, text, lines });
+        (self.files.len() - 1) as u32
+    }
+
+    /// The text of `span` as written.
+    pub(crate) fn text(&self, span: Span) -> &str {
+        self.files
+            .get(span.file as usize)
+            .and_then(|f| f.text.get(span.start as usize..span.end as usize))
+            .unwrap_or("")
+    }
+
+    /// Path, line and column (from 1, in characters) of the start of `span`.
+    pub(crate) fn position(&self, span: Span) -> (PathBuf, usize, usize) {
+        let Some(file) = self.files.get(span.file as usize) else {
+            return (PathBuf::new(), 1, 1);
+        };
+        let line = file.lines.partition_point(|start| *start <= span.start).max(1);
+        let start = file.lines.get(line - 1).copied().unwrap_or(0);
+        let before = file.text.get(start as usize..span.start as usize).unwrap_or("");
+        (file.path.clone(), line, before.chars().count() + 1)
+    }
+
+    /// Notes a mistake at `span`. Only the first line of the span is marked.
+    pub(crate) fn report(
+        &mut self,
+        span: Span,
+        code: &'static str,
+        message: impl Into<String>,
+        label: impl Into<String>,
+        help: Option<String>,
+    ) {
+        let (path, line, column) = self.position(span);
+        let text = self.text(span);
+        let len = text.find(['\n', '\r']).unwrap_or(text.len());
+        let source = self.files.get(span.file as usize).map_or(Arc::from(""), |f| f.text.clone());
+        let error = Diagnostic {
+            file: path,
+            line,
+            column,
+            len,
+            offset: span.start as usize,
+            code,
+            message: message.into(),
+            label: label.into(),
+            help,
+            source,
+        };
+        self.errors.push((span, error));
+    }
+
+    /// Notes a mistake that concerns a whole file.
+    pub(crate) fn report_file(&mut self, error: Diagnostic) {
+        let span = Span { file: self.files.len() as u32, ..Span::default() };
+        self.errors.push((span, error));
+    }
+
+    /// True once a mistake was noted.
+    pub(crate) fn has_errors(&self) -> bool {
+        !self.errors.is_empty()
+    }
+
+    /// The mistakes in file order, each once.
+    pub(crate) fn into_diagnostics(mut self) -> Diagnostics {
+        self.errors.sort_by_key(|(span, _)| (span.file, span.start));
+        let mut errors: Vec<Diagnostic> = self.errors.into_iter().map(|(_, e)| e).collect();
+        errors.dedup_by(|a, b| {
+            a.offset == b.offset && a.file == b.file && a.code == b.code && a.message == b.message
+        });
+        Diagnostics { errors }
+    }
+
+    /// The place of `snippet` (a piece of an expression) within the scalar at `span`, where
+    /// `skip` expressions come before it; the scalar itself when it is written otherwise there.
+    pub(crate) fn narrow(&self, span: Span, skip: usize, snippet: &str) -> Span {
+        let raw = self.text(span);
+        let from = match skip {
+            0 => raw.find("${{").unwrap_or(0),
+            n => match raw.match_indices("${{").nth(n) {
+                Some((at, _)) => at,
+                None => return span,
+            },
+        };
+        match raw.get(from..).and_then(|tail| find_word(tail, snippet)) {
+            Some(at) if !snippet.is_empty() => {
+                let start = span.start + (from + at) as u32;
+                Span { start, end: start + snippet.len() as u32, ..span }
+            }
+            _ => span,
+        }
+    }
+}
+
+/// Where `word` stands in `text`, not as a part of a longer word.
+fn find_word(text: &str, word: &str) -> Option<usize> {
+    let part = |c: char| c.is_alphanumeric() || c == '_' || c == '.';
+    text.match_indices(word).map(|(at, _)| at).find(|at| {
+        let before = text.get(..*at).and_then(|t| t.chars().next_back());
+        let after = text.get(at + word.len()..).and_then(|t| t.chars().next());
+        !(word.starts_with(part) && before.is_some_and(part))
+            && !(word.ends_with(part) && after.is_some_and(part))
+    })
+}

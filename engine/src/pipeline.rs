@@ -1,0 +1,149 @@
+//! [`Pipeline`]: a checked pipeline, with every name resolved. Made by
+//! checking a file, taken by planning and running. Knows no YAML.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::step::{Port, Step};
+
+/// A pipeline that passed every check.
+#[derive(Clone)]
+pub struct Pipeline {
+    /// `name:`.
+    pub name: String,
+    /// `about:`.
+    pub about: Option<String>,
+    /// The file it came from.
+    pub file: PathBuf,
+    /// Project root: `{file: …}` inputs and `publish` paths are relative to it.
+    pub root: PathBuf,
+    /// Profiles applied, in order.
+    pub profiles: Vec<String>,
+    /// Params after profiles and `--set`.
+    pub params: BTreeMap<String, Value>,
+    /// Model entries after profiles, `${{ }}` resolved.
+    pub models: BTreeMap<String, Value>,
+    /// Steps in topological order; ties keep the file's order.
+    pub steps: Vec<StepNode>,
+}
+
+/// What a step does.
+#[derive(Clone)]
+pub enum Action {
+    /// A kind of the vocabulary.
+    Uses(Arc<dyn Step>),
+    /// A shell command.
+    Run(String),
+}
+
+/// One step of a checked pipeline.
+#[derive(Clone)]
+pub struct StepNode {
+    /// Name, unique in the pipeline.
+    pub name: String,
+    /// `about:`.
+    pub about: Option<String>,
+    /// What it does.
+    pub action: Action,
+    /// `with`, resolved; defaults of the schema filled in; only `${{ … item … }}` is left as text.
+    pub params: Value,
+    /// As `params`, less what must not enter the action key.
+    pub key_params: Value,
+    /// Input port to its sources, in order.
+    pub inputs: BTreeMap<String, Vec<Source>>,
+    /// Output ports (for `run`: as declared by `out`, type `file`).
+    pub outputs: Vec<Port>,
+    /// For `run`: output port to its path under `out/`.
+    pub out_paths: BTreeMap<String, String>,
+    /// Steps that must finish first, without data.
+    pub needs: Vec<String>,
+    /// Fan-out.
+    pub foreach: Option<Foreach>,
+    /// Expression that must be true, else the step is skipped. Text inside `${{ }}`.
+    pub when: Option<String>,
+    /// Declared environment.
+    pub env: BTreeMap<String, String>,
+    /// Names of secrets (environment variables whose values never reach keys or logs).
+    pub secrets: Vec<String>,
+    /// Retry of transient errors.
+    pub retry: Retry,
+    /// Time limit of one attempt.
+    pub timeout: Option<std::time::Duration>,
+    /// Demand on the machine.
+    pub resources: Resources,
+    /// Named pool that bounds how many such steps run at once.
+    pub pool: Option<String>,
+    /// Whether results are reused.
+    pub cache: CachePolicy,
+    /// Output port to a path in the project tree.
+    pub publish: BTreeMap<String, String>,
+    /// Gates on metrics: expression texts that must be true (`accuracy >= 0.8`).
+    pub expect: Vec<String>,
+}
+
+/// Where an input comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// An output of another step. Of a `foreach` step, or of a list output: all items, in order.
+    Output {
+        /// The step.
+        step: String,
+        /// Its output port.
+        output: String,
+    },
+    /// A file or folder of the project.
+    File(PathBuf),
+    /// The current item's value of a `foreach` variable.
+    Item(String),
+}
+
+/// Fan-out: several variables are walked in step (zipped), so their lists must be of equal length.
+#[derive(Debug, Clone)]
+pub struct Foreach {
+    /// Variable to what it walks.
+    pub vars: BTreeMap<String, ForeachList>,
+    /// At most this many items at once.
+    pub max_parallel: Option<usize>,
+}
+
+/// What a `foreach` variable walks.
+#[derive(Debug, Clone)]
+pub enum ForeachList {
+    /// Artifacts: outputs (lists are flattened) in the order given.
+    Artifacts(Vec<Source>),
+    /// Plain values known before the run.
+    Values(Vec<Value>),
+}
+
+/// Retry of transient errors with exponential backoff and jitter.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Retry {
+    /// Further attempts after the first.
+    pub times: u32,
+    /// First wait; doubles each time.
+    pub backoff: std::time::Duration,
+}
+
+/// Demand on the machine. Zero means none declared.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Resources {
+    /// CPU cores.
+    pub cpu: f64,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// GPUs.
+    pub gpu: f64,
+}
+
+/// Whether results are reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CachePolicy {
+    /// A result with the same action key is taken.
+    #[default]
+    Reuse,
+    /// The step runs every time.
+    Never,
+}

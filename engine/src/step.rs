@@ -1,0 +1,319 @@
+//! [`Step`]: the implementation of one step kind, and the context it runs in.
+//!
+//! This module knows neither YAML nor the cache's layout: a step sees resolved
+//! params, input paths, and an empty folder to write its outputs into.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use flowrun_cache::{CompletionCache, Digest};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The implementation of a step kind: what a pipeline names with `uses:`.
+///
+/// `run` is synchronous and called on a blocking thread; it may use as many
+/// threads as it likes, and must poll [`StepContext::cancelled`] in long work.
+pub trait Step: Send + Sync {
+    /// The name used in `uses:`, kebab-case.
+    fn kind(&self) -> &'static str;
+    /// Raised whenever the same inputs and params may give other bytes.
+    fn version(&self) -> u32;
+    /// One sentence for `flowrun steps`.
+    fn about(&self) -> &'static str;
+    /// JSON Schema of `with`, generated from the Rust type of the params.
+    /// A property marked `"x-flowrun-ref": "models" | "programs"` takes a name
+    /// in the pipeline and reaches `run` as the entry itself.
+    fn params_schema(&self) -> Value;
+    /// Input ports.
+    fn inputs(&self) -> Vec<Port>;
+    /// Output ports.
+    fn outputs(&self) -> Vec<Port>;
+    /// Facts about the outside world that the result depends on (for example
+    /// the digest of a file that a param names, or which source of a download is
+    /// at hand). They enter the action key. Called when a step is planned.
+    ///
+    /// # Errors
+    /// When the world makes the step impossible (a file is missing).
+    fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        let _ = (params, world);
+        Ok(BTreeMap::new())
+    }
+    /// Does the work: reads inputs, writes each declared output to
+    /// [`StepContext::output`] (a file or a folder).
+    ///
+    /// # Errors
+    /// A [`StepError`] whose kind decides retry and exit code.
+    fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError>;
+}
+
+/// One input or output of a step kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Name, `[a-z][a-z0-9_]*`.
+    pub name: String,
+    /// Type, for example `examples`, `messages`, `adapter`, `program`,
+    /// `scores`, `json`, `report`, `bundle`, `file`. `any` fits every type.
+    #[serde(rename = "type")]
+    pub ty: String,
+    /// Input: may be left out.
+    pub optional: bool,
+    /// Input: takes a list of artifacts. Output: makes a list that exists only
+    /// at run time, which `foreach` may walk.
+    pub many: bool,
+    /// One sentence for the docs.
+    pub about: String,
+}
+
+impl Port {
+    /// A required, single port.
+    #[must_use]
+    pub fn new(name: &str, ty: &str, about: &str) -> Self {
+        Self { name: name.into(), ty: ty.into(), optional: false, many: false, about: about.into() }
+    }
+    /// The same port, optional.
+    #[must_use]
+    pub fn optional(mut self) -> Self {
+        self.optional = true;
+        self
+    }
+    /// The same port, for a list.
+    #[must_use]
+    pub fn many(mut self) -> Self {
+        self.many = true;
+        self
+    }
+}
+
+/// What a step may know of the machine. Made by the binary, never read from
+/// the environment here.
+#[derive(Debug, Clone, Default)]
+pub struct World {
+    /// No network may be used.
+    pub offline: bool,
+    /// Folder of files that stand in for downloads, looked up by sha256.
+    pub distdir: Option<PathBuf>,
+    /// The user's cache folder (`~/.cache/flowrun`): downloads and weights.
+    pub user_cache: PathBuf,
+    /// Project root: relative paths in a pipeline are relative to it.
+    pub root: PathBuf,
+    /// This program, to start `flowrun serve` or `flowrun step exec`.
+    pub exe: PathBuf,
+    /// The environment variables that were set when the program started.
+    pub env: BTreeMap<String, String>,
+}
+
+/// One artifact handed to a step.
+#[derive(Debug, Clone)]
+pub struct InputArtifact {
+    /// File or folder, read-only.
+    pub path: PathBuf,
+    /// Content digest.
+    pub digest: Digest,
+    /// Label within a list (`epoch-2`), else the producing output's name.
+    pub label: String,
+}
+
+/// Summary of a step that finished before this one, for reports.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StepSummary {
+    /// Step id, with its item: `evaluate[epoch-2]`.
+    pub step: String,
+    /// Step kind, `run` for shell steps.
+    pub kind: String,
+    /// `ran` or `cached`.
+    pub status: String,
+    /// Milliseconds that the work took when it was really done.
+    pub took_ms: u64,
+    /// Metrics the step reported (for example `tokens`, `cost_usd`, `accuracy`).
+    pub metrics: BTreeMap<String, Value>,
+}
+
+/// Says whether the run was asked to stop. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicU8>);
+
+impl Cancel {
+    /// Asks everything to stop.
+    pub fn cancel(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+    /// True once [`Cancel::cancel`] was called.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 0
+    }
+}
+
+/// Where a step reports what it is doing; the engine turns it into events.
+pub trait StepReporter: Send + Sync {
+    /// `done` of `total` units (`rows`, `tokens`, `steps`) with a short text such as `loss 0.42`.
+    fn progress(&self, done: u64, total: u64, unit: &str, text: &str);
+    /// Something the user must see (a stand-in data set, dropped rows).
+    fn warning(&self, text: &str);
+    /// One line for the step's log file.
+    fn log(&self, text: &str);
+}
+
+/// Everything a running step may use.
+pub struct StepContext {
+    /// Step id, with its item, for messages.
+    pub step: String,
+    /// Resolved params (`with`), model and program names replaced by their entries.
+    pub params: Value,
+    /// What the machine offers.
+    pub world: World,
+    /// Input port to artifacts, in order.
+    pub inputs: BTreeMap<String, Vec<InputArtifact>>,
+    /// Empty folder for outputs, one entry per port.
+    pub out_dir: PathBuf,
+    /// Scratch folder, deleted afterwards.
+    pub work_dir: PathBuf,
+    /// Completed language-model calls, shared by all steps and runs.
+    pub completions: Arc<CompletionCache>,
+    /// Steps that finished before this one started, in order of finishing.
+    pub finished: Arc<Vec<StepSummary>>,
+    /// Where to report.
+    pub reporter: Arc<dyn StepReporter>,
+    /// Whether to stop.
+    pub cancel: Cancel,
+}
+
+impl StepContext {
+    /// The params as the step's own type.
+    ///
+    /// # Errors
+    /// [`StepErrorKind::Invalid`] when they do not fit, with the path of the field.
+    pub fn params<T: DeserializeOwned>(&self) -> Result<T, StepError> {
+        serde_json::from_value(self.params.clone())
+            .map_err(|e| StepError::invalid(format!("params of `{}`: {e}", self.step)))
+    }
+    /// The one artifact of a required port.
+    ///
+    /// # Errors
+    /// [`StepErrorKind::Invalid`] when the port has none.
+    pub fn input(&self, port: &str) -> Result<&InputArtifact, StepError> {
+        self.input_opt(port)
+            .ok_or_else(|| StepError::invalid(format!("`{}` needs the input `{port}`", self.step)))
+    }
+    /// The one artifact of an optional port.
+    #[must_use]
+    pub fn input_opt(&self, port: &str) -> Option<&InputArtifact> {
+        self.inputs.get(port).and_then(|v| v.first())
+    }
+    /// All artifacts of a list port.
+    #[must_use]
+    pub fn input_list(&self, port: &str) -> &[InputArtifact] {
+        self.inputs.get(port).map_or(&[], Vec::as_slice)
+    }
+    /// Where to write the output `port`.
+    #[must_use]
+    pub fn output(&self, port: &str) -> PathBuf {
+        self.out_dir.join(port)
+    }
+    /// Where to write the item `label` of the list output `port`. The folder is made.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn output_item(&self, port: &str, label: &str) -> Result<PathBuf, StepError> {
+        let dir = self.out_dir.join(port);
+        std::fs::create_dir_all(&dir).map_err(|e| StepError::io(&dir, &e))?;
+        Ok(dir.join(label))
+    }
+    /// Returns an error of kind `Cancelled` once the run was asked to stop.
+    ///
+    /// # Errors
+    /// [`StepErrorKind::Cancelled`].
+    pub fn check_cancelled(&self) -> Result<(), StepError> {
+        if self.cancel.is_cancelled() { Err(StepError::cancelled()) } else { Ok(()) }
+    }
+}
+
+/// What a step gives back besides the files it wrote.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct StepOutcome {
+    /// For each list output: its labels in order.
+    pub lists: BTreeMap<String, Vec<String>>,
+    /// Numbers and short facts worth a table cell: rows, tokens, loss, accuracy.
+    pub metrics: BTreeMap<String, Value>,
+}
+
+impl StepOutcome {
+    /// Adds one metric.
+    #[must_use]
+    pub fn metric(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.metrics.insert(name.into(), value.into());
+        self
+    }
+    /// Declares the order of a list output.
+    #[must_use]
+    pub fn list(mut self, port: &str, labels: Vec<String>) -> Self {
+        self.lists.insert(port.into(), labels);
+        self
+    }
+}
+
+/// What kind of failure it was: decides retry and exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StepErrorKind {
+    /// Input or params are wrong (exit 4 at run time, 3 when found before the run).
+    Invalid,
+    /// The work failed (exit 4).
+    Failed,
+    /// It may work when tried again (network, busy server).
+    Transient,
+    /// A gate (`expect:`, smoke test) was not met (exit 5).
+    Gate,
+    /// The run was asked to stop (exit 130).
+    Cancelled,
+}
+
+/// A step's failure.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct StepError {
+    /// Decides retry and exit code.
+    pub kind: StepErrorKind,
+    /// What went wrong and where.
+    pub message: String,
+    /// What to do about it.
+    pub help: Option<String>,
+}
+
+impl StepError {
+    /// An error of the given kind.
+    #[must_use]
+    pub fn new(kind: StepErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), help: None }
+    }
+    /// Wrong input or params.
+    #[must_use]
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StepErrorKind::Invalid, message)
+    }
+    /// The work failed.
+    #[must_use]
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self::new(StepErrorKind::Failed, message)
+    }
+    /// The run was asked to stop.
+    #[must_use]
+    pub fn cancelled() -> Self {
+        Self::new(StepErrorKind::Cancelled, "stopped before it finished")
+    }
+    /// An input or output error on `path`.
+    #[must_use]
+    pub fn io(path: &Path, error: &std::io::Error) -> Self {
+        Self::failed(format!("{}: {error}", path.display()))
+    }
+    /// The same error with advice.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+}

@@ -1,0 +1,1 @@
+//! Prompting programs: signatures, adapters, programs, metrics, evaluation, optimizers, and the language-model client.

@@ -1,0 +1,1 @@
+//! The embedded model: weights, tokenizer, Llama, LoRA, training and generation.

@@ -1,0 +1,179 @@
+//! Downloads by content: a file that is known by its sha256 is looked for in
+//! the distribution folder, then in the user's cache, and only then fetched.
+//!
+//! Knows nothing of data sets or models.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use flowrun_engine::step::{StepError, StepErrorKind, World};
+use sha2::{Digest as _, Sha256};
+
+/// How long a server may take to accept a connection.
+const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long one download may take in all.
+const TOTAL_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(1800);
+
+/// sha256 of a file, lower-case hex.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn sha256_of(path: &Path) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 16];
+    loop {
+        let n = file.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(hex(&hasher.finalize()));
+        }
+        hasher.update(&buffer[..n]);
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Where a file with this sha256 lies already, if anywhere: in the user's
+/// cache, or in the distribution folder under any name.
+#[must_use]
+pub fn find_local(sha256: &str, world: &World) -> Option<PathBuf> {
+    let cached = cache_path(sha256, world);
+    if cached.is_file() {
+        return Some(cached);
+    }
+    let dist = world.distdir.as_deref()?;
+    find_in_folder(dist, sha256, 3)
+}
+
+/// The user's cache holds downloads under their sha256. A file gets there only
+/// after its digest was checked.
+#[must_use]
+pub fn cache_path(sha256: &str, world: &World) -> PathBuf {
+    world.user_cache.join("downloads").join(sha256)
+}
+
+fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> {
+    let mut entries: Vec<PathBuf> =
+        std::fs::read_dir(folder).ok()?.filter_map(|e| Some(e.ok()?.path())).collect();
+    entries.sort();
+    for path in entries {
+        if path.is_dir() {
+            if depth > 0
+                && let Some(found) = find_in_folder(&path, sha256, depth - 1)
+            {
+                return Some(found);
+            }
+        } else if sha256_of(&path).is_ok_and(|digest| digest == sha256) {
+            return Some(path);
+        }
+    }
+    None
+}
+
+/// The file with this sha256: local, else fetched from `url` into the user's cache.
+///
+/// # Errors
+/// Transient when the network fails; invalid when what arrived has another digest.
+pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepError> {
+    if let Some(path) = find_local(sha256, world) {
+        return Ok(path);
+    }
+    if world.offline {
+        return Err(StepError::new(
+            StepErrorKind::Transient,
+            format!("`{url}` is not at hand and `--offline` forbids fetching it"),
+        )
+        .help("put the file into the folder named by --distdir"));
+    }
+    let dest = cache_path(sha256, world);
+    let temp = fetch_to_temp(url, &dest)?;
+    adopt(&temp, &dest, sha256, url)?;
+    Ok(dest)
+}
+
+/// Moves a finished temporary file to `dest` if its digest is the declared one.
+///
+/// # Errors
+/// Invalid on another digest; the file is removed.
+pub fn adopt(temp: &Path, dest: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
+    let actual = sha256_of(temp).map_err(|e| StepError::io(temp, &e))?;
+    if actual != sha256 {
+        // Best effort: a leftover is harmless, its name is not a digest.
+        let _ = std::fs::remove_file(temp);
+        return Err(StepError::invalid(format!(
+            "`{origin}` has sha256 {actual}, but {sha256} is declared"
+        ))
+        .help("the file changed at its source, or the declared sha256 is wrong"));
+    }
+    std::fs::rename(temp, dest).map_err(|e| StepError::io(dest, &e))
+}
+
+fn fetch_to_temp(url: &str, dest: &Path) -> Result<PathBuf, StepError> {
+    let transient =
+        |e: &dyn std::fmt::Display| StepError::new(StepErrorKind::Transient, format!("{url}: {e}"));
+    let folder = dest.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
+    let temp = dest.with_extension(format!("part-{}", std::process::id()));
+    let client = reqwest::blocking::Client::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .timeout(TOTAL_TIMEOUT)
+        .build()
+        .map_err(|e| transient(&e))?;
+    let mut response = client
+        .get(url)
+        .send()
+        .and_then(reqwest::blocking::Response::error_for_status)
+        .map_err(|e| transient(&root_cause(&e)))?;
+    let mut file = File::create(&temp).map_err(|e| StepError::io(&temp, &e))?;
+    std::io::copy(&mut response, &mut file).map_err(|e| transient(&e))?;
+    file.flush().and_then(|()| file.sync_all()).map_err(|e| StepError::io(&temp, &e))?;
+    Ok(temp)
+}
+
+/// The innermost source of an error: "connection refused" says more than
+/// "error sending request".
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn world(dir: &Path) -> World {
+        World { user_cache: dir.join("user"), offline: true, ..World::default() }
+    }
+
+    #[test]
+    fn a_file_is_found_by_its_digest_under_any_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let dist = dir.path().join("dist/deep");
+        std::fs::create_dir_all(&dist).unwrap();
+        std::fs::write(dist.join("whatever"), "hello").unwrap();
+        let sha = sha256_of(&dist.join("whatever")).unwrap();
+        let mut world = world(dir.path());
+        assert!(find_local(&sha, &world).is_none());
+        let error = fetch("http://127.0.0.1:9/x", &sha, &world).unwrap_err();
+        assert!(error.message.contains("--offline"));
+        world.distdir = Some(dir.path().join("dist"));
+        assert_eq!(fetch("http://127.0.0.1:9/x", &sha, &world).unwrap(), dist.join("whatever"));
+    }
+
+    #[test]
+    fn a_wrong_digest_is_refused_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let temp = dir.path().join("temp");
+        std::fs::write(&temp, "hello").unwrap();
+        let error = adopt(&temp, &dir.path().join("dest"), &"0".repeat(64), "http://x").unwrap_err();
+        assert!(error.message.contains("declared"));
+        assert!(!temp.exists() && !dir.path().join("dest").exists());
+    }
+}

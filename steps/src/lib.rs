@@ -1,0 +1,1 @@
+//! The step kinds that a pipeline may use.
