@@ -1,0 +1,235 @@
+//! Chat templates: the Jinja program in a model's files that turns messages into its prompt.
+//!
+//! Knows nothing of tokens. Rendering is a pure function: a template that asks for today's date
+//! gets the date that Meta's templates use when they have no clock, so a cached prompt never
+//! depends on the day it was rendered.
+
+use minijinja::{
+    Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Kwargs,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::error::ModelError;
+
+const NAME: &str = "chat";
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl ChatMessage {
+    /// A message of `role` saying `content`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: content.into(),
+        }
+    }
+}
+
+/// A compiled chat template with the special tokens that it may print.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`. `bos` and `eos` are the texts of the begin and end tokens, empty where
+    /// the model has none. Whitespace is handled as by Hugging Face's `apply_chat_template`.
+    ///
+    /// # Errors
+    /// [`ModelError::Template`] with the line where the template does not parse.
+    pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self, ModelError> {
+        let parsed = |e: Error| ModelError::Template(format!("{e:#}"));
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build();
+        environment.set_syntax(syntax.map_err(parsed)?);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", strftime);
+        environment.add_filter("tojson", tojson);
+        environment
+            .add_template_owned(NAME, source.to_owned())
+            .map_err(parsed)?;
+        Ok(Self {
+            environment,
+            bos: bos.to_owned(),
+            eos: eos.to_owned(),
+        })
+    }
+
+    /// ChatML: the template of a model that brings none.
+    pub fn chatml() -> Result<Self, ModelError> {
+        const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' \
+            + m['content'] + '<|im_end|>\\n' }}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+        Self::new(CHATML, "<|im_start|>", "<|im_end|>")
+    }
+
+    /// Renders a conversation; `add_generation_prompt` ends it with the assistant's header, so
+    /// that the model answers.
+    ///
+    /// # Errors
+    /// [`ModelError::Template`] when the template refuses the messages (some allow no system
+    /// message, or want user and assistant to alternate).
+    pub fn render(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+    ) -> Result<String, ModelError> {
+        let template = self.environment.get_template(NAME).and_then(|template| {
+            template.render(context! {
+                messages => messages.iter().map(message).collect::<Vec<Value>>(),
+                add_generation_prompt,
+                bos_token => self.bos.as_str(),
+                eos_token => self.eos.as_str(),
+            })
+        });
+        template.map_err(|e| ModelError::Template(e.to_string()))
+    }
+}
+
+fn message(message: &ChatMessage) -> Value {
+    Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())])
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// `strftime` of 26 July 2024 at midnight, for the directives that templates use.
+fn strftime(format: String) -> String {
+    let pairs = [
+        ("%Y", "2024"),
+        ("%m", "07"),
+        ("%d", "26"),
+        ("%B", "July"),
+        ("%b", "Jul"),
+        ("%A", "Friday"),
+        ("%a", "Fri"),
+        ("%y", "24"),
+        ("%H", "00"),
+        ("%M", "00"),
+        ("%S", "00"),
+    ];
+    pairs.iter().fold(format, |text, (directive, value)| {
+        text.replace(directive, value)
+    })
+}
+
+/// Python's `json.dumps(value, ensure_ascii=False)`, which Hugging Face puts in place of Jinja's
+/// own HTML-safe filter.
+fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    let mut bytes = Vec::new();
+    match indent {
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(
+            &mut bytes, Python,
+        )),
+        Some(indent) => {
+            let indent = " ".repeat(indent.min(16));
+            let pretty = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(
+                &mut bytes, pretty,
+            ))
+        }
+    }
+    .map_err(failed)?;
+    String::from_utf8(bytes).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// Python's separators: `, ` and `: `.
+struct Python;
+
+impl serde_json::ser::Formatter for Python {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        writer.write_all(if first { b"" } else { b", " })
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        writer.write_all(if first { b"" } else { b", " })
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+    ) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, ModelError> {
+        ChatTemplate::new(source, "<s>", "</s>")
+            .unwrap()
+            .render(messages, true)
+    }
+
+    #[test]
+    fn a_missing_system_message_gets_the_models_own() {
+        let text = render(SMOLLM2, &[ChatMessage::new("user", "hi")]).unwrap();
+        assert_eq!(
+            text,
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging \
+             Face<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        );
+        let messages = [
+            ChatMessage::new("system", "s"),
+            ChatMessage::new("user", "<b> & 'c'"),
+        ];
+        assert_eq!(
+            render(SMOLLM2, &messages).unwrap(),
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n<b> & 'c'<|im_end|>\n\
+             <|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn python_methods_and_hugging_face_functions_work() {
+        let source = "{{ bos_token }}\n{% if messages[0].content.startswith('a') %}\n\
+            {{ messages[0]['content'].strip() | upper }}\n    {% endif %}\n\
+            {{ strftime_now('%d %b %Y') }} {{ messages | tojson }}{% break_me %}";
+        let source = source.replace("{% break_me %}", "");
+        let text = render(&source, &[ChatMessage::new("user", "a<é ")]).unwrap();
+        assert_eq!(
+            text,
+            "<s>\nA<É\n26 Jul 2024 [{\"role\": \"user\", \"content\": \"a<é \"}]"
+        );
+    }
+
+    #[test]
+    fn a_refusal_carries_the_templates_words() {
+        let error = render("{{ raise_exception('roles must alternate') }}", &[]).unwrap_err();
+        assert!(
+            error.to_string().contains("roles must alternate"),
+            "{error}"
+        );
+        assert!(ChatTemplate::new("{% if %}", "", "").is_err());
+    }
+}

@@ -1,0 +1,207 @@
+//! The shape of a Llama model. Knows no file format: `weights/` fills it in.
+//!
+//! Invariant: a [`LlamaConfig`] that passed [`LlamaConfig::check`] describes a model that the
+//! forward pass can run, so later code indexes without checking again.
+
+use serde::{Deserialize, Serialize};
+
+/// Sizes and constants of a Llama model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LlamaConfig {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Number of layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head; even.
+    pub head_dim: usize,
+    /// Width of the feed-forward layer.
+    pub ffn: usize,
+    /// Number of tokens in the vocabulary.
+    pub vocab: usize,
+    /// Longest sequence, in tokens, that the model was trained for.
+    pub context: usize,
+    /// Base of the rotary position frequencies.
+    pub rope_theta: f64,
+    /// Llama 3's rescaling of the rotary frequencies, where the model has it.
+    pub rope_scaling: Option<Llama3RopeScaling>,
+    /// Epsilon of the RMS norms.
+    pub norm_eps: f64,
+    /// Whether the output head is the embedding matrix.
+    pub tied_head: bool,
+}
+
+/// Parameters of Llama 3's rotary frequency rescaling (`rope_type: llama3`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Llama3RopeScaling {
+    /// Divides the lowest frequencies.
+    pub factor: f64,
+    /// Wavelengths above `original_context / low_freq_factor` are scaled in full.
+    pub low_freq_factor: f64,
+    /// Wavelengths below `original_context / high_freq_factor` are left alone.
+    pub high_freq_factor: f64,
+    /// The context length before the rescaling.
+    pub original_context: usize,
+}
+
+impl LlamaConfig {
+    /// Checks that the sizes fit each other; the error is a sentence naming what does not.
+    pub fn check(&self) -> Result<(), String> {
+        let sizes = [
+            ("hidden size", self.hidden),
+            ("layer count", self.layers),
+            ("head count", self.heads),
+            ("key/value head count", self.kv_heads),
+            ("head size", self.head_dim),
+            ("feed-forward size", self.ffn),
+            ("vocabulary size", self.vocab),
+            ("context length", self.context),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+            return Err(format!("the {name} is zero"));
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(format!(
+                "{} query heads cannot share {} key/value heads evenly",
+                self.heads, self.kv_heads
+            ));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(format!("the head size {} is odd", self.head_dim));
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
+            return Err(format!(
+                "the rope base {} is not a positive number",
+                self.rope_theta
+            ));
+        }
+        Ok(())
+    }
+
+    /// Width of all query heads together.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of all key (or value) heads together.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// The rotary inverse frequencies, `head_dim / 2` of them, in the order of the
+    /// rotate-half layout: dimension `i` turns with dimension `i + head_dim / 2`.
+    pub fn inverse_frequencies(&self) -> Vec<f64> {
+        let dim = self.head_dim as f64;
+        (0..self.head_dim / 2)
+            .map(|i| self.rope_theta.powf(-(2.0 * i as f64) / dim))
+            .map(|f| self.rope_scaling.as_ref().map_or(f, |s| s.rescale(f)))
+            .collect()
+    }
+}
+
+impl Llama3RopeScaling {
+    /// One rescaled inverse frequency, as in the reference implementation of Llama 3.1.
+    fn rescale(&self, frequency: f64) -> f64 {
+        let context = self.original_context as f64;
+        let wavelength = 2.0 * std::f64::consts::PI / frequency;
+        if wavelength < context / self.high_freq_factor {
+            return frequency;
+        }
+        if wavelength > context / self.low_freq_factor {
+            return frequency / self.factor;
+        }
+        let smooth = (context / wavelength - self.low_freq_factor)
+            / (self.high_freq_factor - self.low_freq_factor);
+        (1.0 - smooth) * frequency / self.factor + smooth * frequency
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> LlamaConfig {
+        LlamaConfig {
+            hidden: 8,
+            layers: 1,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 2,
+            ffn: 16,
+            vocab: 10,
+            context: 32,
+            rope_theta: 10_000.0,
+            rope_scaling: None,
+            norm_eps: 1e-5,
+            tied_head: true,
+        }
+    }
+
+    #[test]
+    fn a_config_that_cannot_run_is_named() {
+        assert_eq!(config().check(), Ok(()));
+        let odd = LlamaConfig {
+            kv_heads: 3,
+            ..config()
+        };
+        assert_eq!(
+            odd.check(),
+            Err("4 query heads cannot share 3 key/value heads evenly".to_owned())
+        );
+        assert!(
+            LlamaConfig {
+                head_dim: 3,
+                ..config()
+            }
+            .check()
+            .is_err()
+        );
+        assert!(
+            LlamaConfig {
+                layers: 0,
+                ..config()
+            }
+            .check()
+            .is_err()
+        );
+        assert!(
+            LlamaConfig {
+                rope_theta: f64::NAN,
+                ..config()
+            }
+            .check()
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn llama3_scaling_spares_high_frequencies_and_divides_low_ones() {
+        let scaling = Llama3RopeScaling {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 8192,
+        };
+        let plain = LlamaConfig {
+            head_dim: 64,
+            rope_theta: 500_000.0,
+            ..config()
+        };
+        let scaled = LlamaConfig {
+            rope_scaling: Some(scaling),
+            ..plain.clone()
+        };
+        let (plain, scaled) = (plain.inverse_frequencies(), scaled.inverse_frequencies());
+        assert_eq!(plain[0], scaled[0]);
+        assert!((plain[31] / scaled[31] - 8.0).abs() < 1e-9);
+        assert!(
+            plain
+                .iter()
+                .zip(&scaled)
+                .all(|(p, s)| *s <= *p && *s >= *p / 8.0 - 1e-12)
+        );
+    }
+}

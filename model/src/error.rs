@@ -1,0 +1,72 @@
+//! What can go wrong in the embedded model.
+
+use std::path::PathBuf;
+
+/// An error of this crate. Every variant names the place; most name the remedy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// A file of the model could not be read or written.
+    #[error("cannot access `{}`: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A file was read, but is not what its name says.
+    #[error("`{}` is not usable: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what was expected.
+        reason: String,
+    },
+    /// The text could not be turned into tokens, or back.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The chat template could not be parsed or refused the messages.
+    #[error("chat template: {0}")]
+    Template(String),
+    /// A request does not fit the model.
+    #[error("request {index}: {reason}")]
+    Request {
+        /// Position of the request in the call.
+        index: usize,
+        /// What is wrong, and the remedy.
+        reason: String,
+    },
+    /// An adapter does not fit the base model.
+    #[error("adapter: {0}")]
+    Adapter(String),
+    /// A setting is outside its range.
+    #[error("`{name}`: {reason}")]
+    Config {
+        /// The setting.
+        name: &'static str,
+        /// What is wrong, and what is allowed.
+        reason: String,
+    },
+    /// The caller asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+    /// The tensor library reported an error.
+    #[error("tensor: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl ModelError {
+    /// An [`ModelError::Io`] at `path`, for `map_err`.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    /// A [`ModelError::Format`] at `path`.
+    pub fn format(path: impl Into<PathBuf>, reason: impl ToString) -> Self {
+        Self::Format {
+            path: path.into(),
+            reason: reason.to_string(),
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Text to tokens and back: a thin layer over the `tokenizers` crate.
+//!
+//! Knows no weights. Invariant: encoding never adds a begin token by itself; a rendered chat
+//! carries its own.
+
+mod gguf;
+mod pre_tokenizer;
+
+use std::path::Path;
+
+pub(crate) use gguf::{from_gguf, integer, string};
+
+use crate::error::ModelError;
+
+/// Tokens that end a turn under any of the usual chat formats.
+const TURN_ENDS: [&str; 6] = [
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|eom_id|>",
+    "</s>",
+];
+
+/// The tokenizer of one model.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    /// Reads special tokens that are spelled in the text.
+    special: tokenizers::Tokenizer,
+    /// Takes every text as plain data.
+    plain: tokenizers::Tokenizer,
+    eos: Vec<u32>,
+}
+
+impl Tokenizer {
+    /// Wraps a built tokenizer. `eos` are the tokens that end a turn, the model's own first;
+    /// the usual ones are added where the vocabulary has them as special tokens.
+    pub fn new(inner: tokenizers::Tokenizer, eos: &[u32]) -> Self {
+        let mut special = inner;
+        special.set_encode_special_tokens(false);
+        let mut plain = special.clone();
+        plain.set_encode_special_tokens(true);
+        let mut ends = eos.to_vec();
+        let added = special.get_added_tokens_decoder();
+        for text in TURN_ENDS {
+            let id = special
+                .token_to_id(text)
+                .filter(|id| added.contains_key(id));
+            ends.extend(id.filter(|id| !ends.contains(id)));
+        }
+        Self {
+            special,
+            plain,
+            eos: ends,
+        }
+    }
+
+    /// Reads a `tokenizer.json`. `eos` as in [`Tokenizer::new`].
+    ///
+    /// # Errors
+    /// [`ModelError::Format`] when the file is missing or not a tokenizer.
+    pub fn from_file(path: &Path, eos: &[&str]) -> Result<Self, ModelError> {
+        let inner =
+            tokenizers::Tokenizer::from_file(path).map_err(|e| ModelError::format(path, e))?;
+        let ids: Vec<u32> = eos
+            .iter()
+            .filter_map(|text| inner.token_to_id(text))
+            .collect();
+        Ok(Self::new(inner, &ids))
+    }
+
+    /// The tokens of `text`. With `special`, special tokens spelled in the text (`<|im_end|>` in
+    /// a rendered chat) become those tokens; without, they are plain characters, which is right
+    /// for text that users or models wrote.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] when the vocabulary cannot express the text.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, ModelError> {
+        let tokenizer = if special { &self.special } else { &self.plain };
+        let encoding = tokenizer
+            .encode_fast(text, false)
+            .map_err(|e| ModelError::Tokenizer(format!("cannot encode: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `tokens`, special tokens left out. A character that is cut in the middle
+    /// becomes `U+FFFD`.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] when the decoder fails.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String, ModelError> {
+        self.special
+            .decode(tokens, true)
+            .map_err(|e| ModelError::Tokenizer(format!("cannot decode: {e}")))
+    }
+
+    /// The tokens that end a turn, the model's own first; may be empty.
+    pub fn eos(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// The id of a token, spelled as in the vocabulary.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.special.token_to_id(token)
+    }
+
+    /// Number of tokens, special ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.special.get_vocab_size(true)
+    }
+}

@@ -1,0 +1,51 @@
+//! Pre-tokenizers: how text is cut into words before BPE merges, by the name that a GGUF file
+//! gives (`tokenizer.ggml.pre`).
+//!
+//! To add one: a line in [`REGEXES`], or an arm in [`by_name`].
+
+use tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::{
+    byte_level::ByteLevel,
+    digits::Digits,
+    sequence::Sequence,
+    split::{Split, SplitPattern},
+};
+use tokenizers::tokenizer::SplitDelimiterBehavior;
+
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Names whose pre-tokenizer is one regular expression followed by byte-level mapping.
+const REGEXES: [(&str, &str); 4] = [
+    ("llama-bpe", LLAMA3),
+    ("llama3", LLAMA3),
+    ("llama-v3", LLAMA3),
+    ("qwen2", QWEN2),
+];
+
+/// The pre-tokenizer called `name`, or a sentence that lists the known names.
+pub(super) fn by_name(name: &str) -> Result<PreTokenizerWrapper, String> {
+    match name {
+        "gpt-2" | "gpt2" | "default" | "olmo" => Ok(byte_level(true).into()),
+        // Digits stand alone; the rest is GPT-2's.
+        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" => {
+            Ok(Sequence::new(vec![Digits::new(true).into(), byte_level(true).into()]).into())
+        }
+        _ => match REGEXES.iter().find(|(known, _)| *known == name) {
+            Some((_, regex)) => {
+                let pattern = SplitPattern::Regex((*regex).to_owned());
+                let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+                    .map_err(|e| e.to_string())?;
+                Ok(Sequence::new(vec![split.into(), byte_level(false).into()]).into())
+            }
+            None => Err(format!(
+                "the pre-tokenizer `{name}` is not known (known: gpt-2, smollm, starcoder, \
+                 refact, command-r, llama-bpe, qwen2)"
+            )),
+        },
+    }
+}
+
+fn byte_level(use_regex: bool) -> ByteLevel {
+    ByteLevel::new(false, true, use_regex)
+}

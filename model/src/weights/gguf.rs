@@ -1,0 +1,223 @@
+//! Llama weights, tokenizer and chat template from one GGUF file.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::{Device, Tensor};
+
+use super::{LlamaWeights, Slot, TensorSource, assemble};
+use crate::chat_template::ChatTemplate;
+use crate::config::LlamaConfig;
+use crate::error::ModelError;
+use crate::tokenizer::{self, Tokenizer};
+
+/// What a GGUF file holds.
+pub(crate) struct GgufModel {
+    pub(crate) weights: LlamaWeights,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) chat: ChatTemplate,
+}
+
+impl GgufModel {
+    /// Reads the file at `path`; every tensor is dequantised to f32.
+    pub(crate) fn load(path: &Path) -> Result<Self, ModelError> {
+        let file = File::open(path).map_err(ModelError::io(path))?;
+        let mut reader = BufReader::new(file);
+        let content = Content::read(&mut reader).map_err(|e| ModelError::format(path, e))?;
+        let bad = |reason: String| ModelError::format(path, reason);
+        let metadata = &content.metadata;
+        let config = config(&content).map_err(bad)?;
+        let tokenizer = tokenizer::from_gguf(metadata).map_err(bad)?;
+        let chat = chat(metadata)?;
+        let mut source = Source {
+            content: &content,
+            reader: &mut reader,
+        };
+        let weights = assemble(config, &mut source).map_err(bad)?;
+        if tokenizer.vocab_size() > weights.config.vocab {
+            return Err(bad(format!(
+                "the tokenizer has {} tokens, the embedding only {}",
+                tokenizer.vocab_size(),
+                weights.config.vocab
+            )));
+        }
+        Ok(Self {
+            weights,
+            tokenizer,
+            chat,
+        })
+    }
+}
+
+fn config(content: &Content) -> Result<LlamaConfig, String> {
+    let metadata = &content.metadata;
+    let architecture = tokenizer::string(metadata, "general.architecture")?;
+    if architecture != "llama" {
+        return Err(format!(
+            "the architecture `{architecture}` is not supported, only `llama`"
+        ));
+    }
+    let optional = |key: &str| match metadata.get(key) {
+        None => Ok(None),
+        Some(value) => tokenizer::integer(value)
+            .and_then(|v| usize::try_from(v).ok())
+            .map(Some)
+            .ok_or_else(|| format!("the entry `{key}` is not a size")),
+    };
+    let size = |key: &str| optional(key)?.ok_or_else(|| format!("the entry `{key}` is missing"));
+    let (hidden, heads) = (
+        size("llama.embedding_length")?,
+        size("llama.attention.head_count")?,
+    );
+    let head_dim = match optional("llama.attention.key_length")? {
+        Some(dim) => dim,
+        None => hidden.checked_div(heads).unwrap_or(0),
+    };
+    if optional("llama.rope.dimension_count")?.is_some_and(|dim| dim != head_dim) {
+        return Err("partial rotary embeddings are not supported".to_owned());
+    }
+    if metadata.contains_key("llama.rope.scaling.type")
+        || content.tensor_infos.contains_key("rope_freqs.weight")
+    {
+        return Err(
+            "scaled rotary frequencies in GGUF are not supported; use the model's safetensors \
+             folder"
+                .to_owned(),
+        );
+    }
+    let embed = content.tensor_infos.get("token_embd.weight");
+    let vocab = embed.and_then(|info| info.shape.dims().first().copied());
+    Ok(LlamaConfig {
+        hidden,
+        layers: size("llama.block_count")?,
+        heads,
+        kv_heads: optional("llama.attention.head_count_kv")?.unwrap_or(heads),
+        head_dim,
+        ffn: size("llama.feed_forward_length")?,
+        vocab: vocab.ok_or("the tensor `token_embd.weight` is missing")?,
+        context: size("llama.context_length")?,
+        rope_theta: float(metadata, "llama.rope.freq_base")?.unwrap_or(10_000.0),
+        rope_scaling: None,
+        norm_eps: float(metadata, "llama.attention.layer_norm_rms_epsilon")?
+            .ok_or("the entry `llama.attention.layer_norm_rms_epsilon` is missing")?,
+        tied_head: !content.tensor_infos.contains_key("output.weight"),
+    })
+}
+
+/// An f32 entry as the decimal that it was written as, so that 1e-5 is 1e-5 in f64 too.
+fn float(metadata: &HashMap<String, Value>, key: &str) -> Result<Option<f64>, String> {
+    match metadata.get(key) {
+        None => Ok(None),
+        Some(Value::F32(v)) => v.to_string().parse().map(Some).map_err(|e| format!("{e}")),
+        Some(Value::F64(v)) => Ok(Some(*v)),
+        Some(_) => Err(format!("the entry `{key}` is not a number")),
+    }
+}
+
+fn chat(metadata: &HashMap<String, Value>) -> Result<ChatTemplate, ModelError> {
+    let Some(Value::String(source)) = metadata.get("tokenizer.chat_template") else {
+        return ChatTemplate::chatml();
+    };
+    let token = |key: &str| {
+        let id = metadata.get(key).and_then(tokenizer::integer)?;
+        let Some(Value::Array(tokens)) = metadata.get("tokenizer.ggml.tokens") else {
+            return None;
+        };
+        match tokens.get(usize::try_from(id).ok()?) {
+            Some(Value::String(text)) => Some(text.as_str()),
+            _ => None,
+        }
+    };
+    let bos = token("tokenizer.ggml.bos_token_id").unwrap_or_default();
+    let eos = token("tokenizer.ggml.eos_token_id").unwrap_or_default();
+    ChatTemplate::new(source, bos, eos)
+}
+
+struct Source<'a> {
+    content: &'a Content,
+    reader: &'a mut BufReader<File>,
+}
+
+impl Source<'_> {
+    fn tensor(&mut self, name: &str) -> Result<Tensor, String> {
+        let read = self.content.tensor(self.reader, name, &Device::Cpu);
+        let dense = read.and_then(|quantised| quantised.dequantize(&Device::Cpu));
+        dense.map_err(|e| format!("the tensor `{name}` cannot be read: {e}"))
+    }
+}
+
+impl TensorSource for Source<'_> {
+    fn layer(&mut self, layer: usize, slot: Slot, config: &LlamaConfig) -> Result<Tensor, String> {
+        let name = match slot {
+            Slot::AttnNorm => "attn_norm",
+            Slot::Q => "attn_q",
+            Slot::K => "attn_k",
+            Slot::V => "attn_v",
+            Slot::O => "attn_output",
+            Slot::FfnNorm => "ffn_norm",
+            Slot::Gate => "ffn_gate",
+            Slot::Up => "ffn_up",
+            Slot::Down => "ffn_down",
+        };
+        let tensor = self.tensor(&format!("blk.{layer}.{name}.weight"))?;
+        match slot {
+            Slot::Q => rotate_half_rows(&tensor, config.heads),
+            Slot::K => rotate_half_rows(&tensor, config.kv_heads),
+            _ => Ok(tensor),
+        }
+    }
+
+    fn embed(&mut self) -> Result<Tensor, String> {
+        self.tensor("token_embd.weight")
+    }
+
+    fn norm(&mut self) -> Result<Tensor, String> {
+        self.tensor("output_norm.weight")
+    }
+
+    fn head(&mut self) -> Result<Tensor, String> {
+        self.tensor("output.weight")
+    }
+}
+
+/// Undoes the row order of llama.cpp's converter, which interleaves the two halves of each head
+/// for its own rotary kernel.
+fn rotate_half_rows(tensor: &Tensor, heads: usize) -> Result<Tensor, String> {
+    let restore = || {
+        let (rows, width) = tensor.dims2()?;
+        let pairs = tensor.reshape((heads, rows / heads / 2, 2, width))?;
+        pairs.transpose(1, 2)?.contiguous()?.reshape((rows, width))
+    };
+    restore().map_err(|e: candle_core::Error| e.to_string())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_rows_come_back_in_halves() {
+        let rows: Vec<f32> = vec![0., 2., 1., 3., 4., 6., 5., 7.];
+        let tensor = Tensor::from_vec(rows, (8, 1), &Device::Cpu).unwrap();
+        let restored = rotate_half_rows(&tensor, 2).unwrap();
+        let flat: Vec<f32> = restored.flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(flat, [0., 1., 2., 3., 4., 5., 6., 7.]);
+    }
+
+    #[test]
+    fn a_file_that_is_no_gguf_is_refused() {
+        let path = std::env::temp_dir().join(format!("not-a-gguf-{}", std::process::id()));
+        std::fs::write(&path, b"hello").unwrap();
+        let error = GgufModel::load(&path).err().unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(error, ModelError::Format { .. }), "{error}");
+        assert!(matches!(
+            GgufModel::load(&path).err().unwrap(),
+            ModelError::Io { .. }
+        ));
+    }
+}

@@ -1,0 +1,278 @@
+//! Llama weights, tokenizer and chat template from a Hugging Face folder: `config.json`,
+//! `*.safetensors`, `tokenizer.json`, `tokenizer_config.json`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+
+use super::{LlamaWeights, Slot, TensorSource, assemble};
+use crate::chat_template::ChatTemplate;
+use crate::config::{Llama3RopeScaling, LlamaConfig};
+use crate::error::ModelError;
+use crate::tokenizer::Tokenizer;
+
+/// What the folder holds.
+pub(crate) struct SafetensorsModel {
+    pub(crate) weights: LlamaWeights,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) chat: ChatTemplate,
+}
+
+impl SafetensorsModel {
+    /// Reads the folder at `path`.
+    pub(crate) fn load(path: &Path) -> Result<Self, ModelError> {
+        let file = path.join("config.json");
+        let config: HubConfig = json(&file)?;
+        let tensors = tensors(path)?;
+        let tied = config.tie_word_embeddings && !tensors.contains_key("lm_head.weight");
+        let config = config
+            .llama(tied)
+            .map_err(|reason| ModelError::format(&file, reason))?;
+        let weights = assemble(config, &mut Source { tensors })
+            .map_err(|reason| ModelError::format(path, reason))?;
+        let settings: TokenizerConfig = optional_json(&path.join("tokenizer_config.json"))?;
+        let eos = settings.eos_token.as_ref().map_or("", SpecialToken::text);
+        let bos = settings.bos_token.as_ref().map_or("", SpecialToken::text);
+        let tokenizer = Tokenizer::from_file(&path.join("tokenizer.json"), &[eos])?;
+        let jinja = path.join("chat_template.jinja");
+        let template = match (std::fs::read_to_string(jinja), &settings.chat_template) {
+            (Ok(source), _) => Some(source),
+            (Err(_), Some(templates)) => templates.default().map(str::to_owned),
+            (Err(_), None) => None,
+        };
+        let chat = match template {
+            Some(source) => ChatTemplate::new(&source, bos, eos)?,
+            None => ChatTemplate::chatml()?,
+        };
+        Ok(Self {
+            weights,
+            tokenizer,
+            chat,
+        })
+    }
+}
+
+/// The part of `config.json` that the forward pass depends on.
+#[derive(Debug, Deserialize)]
+struct HubConfig {
+    model_type: String,
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    intermediate_size: usize,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    #[serde(alias = "rope_parameters")]
+    rope_scaling: Option<RopeParameters>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    #[serde(default = "silu")]
+    hidden_act: String,
+}
+
+fn silu() -> String {
+    "silu".to_owned()
+}
+
+#[derive(Debug, Deserialize)]
+struct RopeParameters {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<usize>,
+}
+
+impl HubConfig {
+    fn llama(self, tied_head: bool) -> Result<LlamaConfig, String> {
+        if self.model_type != "llama" {
+            return Err(format!(
+                "`model_type: {}` is not supported, only `llama`",
+                self.model_type
+            ));
+        }
+        if self.attention_bias || self.mlp_bias || self.hidden_act != "silu" {
+            return Err("biases and activations other than `silu` are not supported".to_owned());
+        }
+        let (nested_theta, rope_scaling) = match self.rope_scaling {
+            Some(rope) => (rope.rope_theta, rope.scaling()?),
+            None => (None, None),
+        };
+        Ok(LlamaConfig {
+            hidden: self.hidden_size,
+            layers: self.num_hidden_layers,
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
+            head_dim: self
+                .head_dim
+                .or(self.hidden_size.checked_div(self.num_attention_heads))
+                .unwrap_or(0),
+            ffn: self.intermediate_size,
+            vocab: self.vocab_size,
+            context: self.max_position_embeddings,
+            rope_theta: self.rope_theta.or(nested_theta).unwrap_or(10_000.0),
+            rope_scaling,
+            norm_eps: self.rms_norm_eps,
+            tied_head,
+        })
+    }
+}
+
+impl RopeParameters {
+    fn scaling(&self) -> Result<Option<Llama3RopeScaling>, String> {
+        match self.rope_type.as_deref() {
+            None | Some("default") => return Ok(None),
+            Some("llama3") => {}
+            Some(other) => return Err(format!("the rope type `{other}` is not supported")),
+        }
+        let missing = |name: &str| format!("the llama3 rope scaling lacks `{name}`");
+        Ok(Some(Llama3RopeScaling {
+            factor: self.factor.ok_or_else(|| missing("factor"))?,
+            low_freq_factor: self
+                .low_freq_factor
+                .ok_or_else(|| missing("low_freq_factor"))?,
+            high_freq_factor: self
+                .high_freq_factor
+                .ok_or_else(|| missing("high_freq_factor"))?,
+            original_context: self
+                .original_max_position_embeddings
+                .ok_or_else(|| missing("original_max_position_embeddings"))?,
+        }))
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct TokenizerConfig {
+    bos_token: Option<SpecialToken>,
+    eos_token: Option<SpecialToken>,
+    chat_template: Option<Templates>,
+}
+
+/// Hugging Face writes a special token as its text or as an object.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum SpecialToken {
+    Text(String),
+    Object { content: String },
+}
+
+impl SpecialToken {
+    fn text(&self) -> &str {
+        match self {
+            Self::Text(content) | Self::Object { content } => content,
+        }
+    }
+}
+
+/// One template, or several by name.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Debug, Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+impl Templates {
+    fn default(&self) -> Option<&str> {
+        match self {
+            Self::One(template) => Some(template),
+            Self::Named(list) => list
+                .iter()
+                .find(|t| t.name == "default")
+                .map(|t| t.template.as_str()),
+        }
+    }
+}
+
+fn json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
+    let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
+    serde_json::from_str(&text).map_err(|e| ModelError::format(path, e))
+}
+
+fn optional_json<T: serde::de::DeserializeOwned + Default>(path: &Path) -> Result<T, ModelError> {
+    match path.exists() {
+        true => json(path),
+        false => Ok(T::default()),
+    }
+}
+
+/// Every tensor of every `*.safetensors` file in the folder.
+fn tensors(folder: &Path) -> Result<HashMap<String, Tensor>, ModelError> {
+    let listed = std::fs::read_dir(folder).map_err(ModelError::io(folder))?;
+    let paths: Result<Vec<PathBuf>, _> = listed.map(|entry| entry.map(|e| e.path())).collect();
+    let mut paths = paths.map_err(ModelError::io(folder))?;
+    paths.retain(|path| {
+        path.extension()
+            .is_some_and(|ending| ending == "safetensors")
+    });
+    paths.sort();
+    if paths.is_empty() {
+        return Err(ModelError::format(folder, "it has no `*.safetensors` file"));
+    }
+    let mut tensors = HashMap::new();
+    for path in paths {
+        let loaded = candle_core::safetensors::load(&path, &Device::Cpu);
+        tensors.extend(loaded.map_err(|e| ModelError::format(&path, e))?);
+    }
+    Ok(tensors)
+}
+
+struct Source {
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Source {
+    /// Takes the tensor out, so that its original bytes are freed once it is converted.
+    fn take(&mut self, name: &str) -> Result<Tensor, String> {
+        self.tensors
+            .remove(name)
+            .ok_or_else(|| format!("the tensor `{name}` is missing"))
+    }
+}
+
+impl TensorSource for Source {
+    fn layer(&mut self, layer: usize, slot: Slot, _: &LlamaConfig) -> Result<Tensor, String> {
+        let name = match slot {
+            Slot::AttnNorm => "input_layernorm",
+            Slot::Q => "self_attn.q_proj",
+            Slot::K => "self_attn.k_proj",
+            Slot::V => "self_attn.v_proj",
+            Slot::O => "self_attn.o_proj",
+            Slot::FfnNorm => "post_attention_layernorm",
+            Slot::Gate => "mlp.gate_proj",
+            Slot::Up => "mlp.up_proj",
+            Slot::Down => "mlp.down_proj",
+        };
+        self.take(&format!("model.layers.{layer}.{name}.weight"))
+    }
+
+    fn embed(&mut self) -> Result<Tensor, String> {
+        self.take("model.embed_tokens.weight")
+    }
+
+    fn norm(&mut self) -> Result<Tensor, String> {
+        self.take("model.norm.weight")
+    }
+
+    fn head(&mut self) -> Result<Tensor, String> {
+        self.take("lm_head.weight")
+    }
+}
