@@ -1,1 +1,27 @@
-//! Digests, a content-addressed store, an action cache and a completion cache over a rebuildable index.
+//! Digests, a content-addressed store, an action cache and a completion cache
+//! over a rebuildable index.
+//!
+//! This crate knows no workflow: an action is a key, a manifest and outputs.
+//! Its invariant: what it hands out is what was put in, or nothing. Damage is
+//! reported and set aside, never returned.
+
+pub mod action;
+pub mod artifact;
+pub mod cache;
+pub mod completion;
+pub mod digest;
+pub mod error;
+pub mod index;
+pub mod lock;
+mod record;
+pub mod store;
+
+pub use action::{ActionCache, ActionKey, ActionResult, ListItem, OutputRecord, OutputValue};
+pub use artifact::{Artifact, ArtifactKind};
+pub use cache::{Cache, CacheReader, OpenOptions, Scratch};
+pub use completion::CompletionCache;
+pub use digest::{Digest, canonical_json};
+pub use error::CacheError;
+pub use index::Index;
+pub use lock::LockWait;
+pub use store::ArtifactStore;

@@ -1,0 +1,277 @@
+//! [`ActionCache`]: what an action made, by the key of what went into it.
+//!
+//! One small file a result, `actions/ab/<key>.json`: a line with the blake3 of
+//! the body, then the body. A result is put only after its objects are in the
+//! store, so a result that can be read is whole.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::artifact::Artifact;
+use crate::digest::Digest;
+use crate::error::CacheError;
+use crate::record::write_atomic;
+
+/// Digest of everything that goes into an action.
+pub type ActionKey = Digest;
+
+/// Version of [`ActionResult`]. Another one on disk is a miss.
+pub const ACTION_VERSION: u32 = 1;
+
+/// What an action made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActionResult {
+    /// [`ACTION_VERSION`].
+    pub version: u32,
+    /// The key it is stored under.
+    pub key: ActionKey,
+    /// What was hashed into the key.
+    pub manifest: Value,
+    /// Outputs by name.
+    pub outputs: BTreeMap<String, OutputRecord>,
+    /// Numbers and short facts that the action reported.
+    pub metrics: BTreeMap<String, Value>,
+    /// Milliseconds that the work took.
+    pub took_ms: u64,
+    /// UTC, RFC 3339; sorts as text.
+    pub finished_at: String,
+    /// Who asked, for people and for [`ActionCache::recent`]; not part of the key.
+    pub label: String,
+}
+
+/// One output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OutputRecord {
+    /// The caller's type name.
+    #[serde(rename = "type")]
+    pub ty: String,
+    /// The artifact or artifacts.
+    pub value: OutputValue,
+}
+
+/// One artifact or a list of them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputValue {
+    /// One artifact.
+    One(Artifact),
+    /// Labelled artifacts in order.
+    List(Vec<ListItem>),
+}
+
+/// One artifact of a list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListItem {
+    /// Its name within the list.
+    pub label: String,
+    /// The artifact.
+    pub artifact: Artifact,
+}
+
+impl OutputValue {
+    /// Digest of the artifact, or of the list's record.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        match self {
+            Self::One(artifact) => artifact.digest,
+            Self::List(items) => Digest::of_record("list", items),
+        }
+    }
+
+    /// All artifacts in order.
+    pub fn artifacts(&self) -> impl Iterator<Item = &Artifact> {
+        let (one, list) = match self {
+            Self::One(artifact) => (Some(artifact), [].as_slice()),
+            Self::List(items) => (None, items.as_slice()),
+        };
+        one.into_iter()
+            .chain(list.iter().map(|item| &item.artifact))
+    }
+}
+
+/// Results by key. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ActionCache {
+    root: Arc<PathBuf>,
+    warnings: Arc<Mutex<Vec<String>>>,
+}
+
+impl ActionCache {
+    pub(crate) fn new(root: PathBuf, warnings: Arc<Mutex<Vec<String>>>) -> Self {
+        Self {
+            root: Arc::new(root),
+            warnings,
+        }
+    }
+
+    fn path(&self, key: &ActionKey) -> PathBuf {
+        let hex = key.to_hex();
+        self.root
+            .join(&hex[..2])
+            .join(format!("{}.json", &hex[2..]))
+    }
+
+    /// The result of `key`; `None` when there is none, or it is damaged (then a
+    /// warning is kept and the file set aside) or of another version.
+    #[must_use]
+    pub fn get(&self, key: &ActionKey) -> Option<ActionResult> {
+        let path = self.path(key);
+        let text = std::fs::read(&path).ok()?;
+        match parse(&text) {
+            Parsed::Good(result) if result.key == *key => Some(*result),
+            Parsed::OtherVersion => None,
+            Parsed::Good(_) | Parsed::Damaged => {
+                self.set_aside(&path);
+                None
+            }
+        }
+    }
+
+    /// Stores a result. It is durable when this returns.
+    ///
+    /// # Errors
+    /// When the cache cannot be written.
+    pub fn put(&self, result: &ActionResult) -> Result<(), CacheError> {
+        let body = crate::canonical_json(result);
+        let text = format!("{}\n{body}\n", Digest::of_bytes(body.as_bytes()));
+        write_atomic(&self.path(&result.key), text.as_bytes())
+    }
+
+    /// The newest results with this label.
+    #[must_use]
+    pub fn recent(&self, label: &str, limit: usize) -> Vec<ActionResult> {
+        let mut found: Vec<ActionResult> =
+            self.all().filter(|result| result.label == label).collect();
+        found.sort_by(|a, b| b.finished_at.cmp(&a.finished_at).then(a.key.cmp(&b.key)));
+        found.truncate(limit);
+        found
+    }
+
+    /// Every readable result, in no order.
+    pub fn all(&self) -> impl Iterator<Item = ActionResult> {
+        folder(&self.root)
+            .flat_map(|sub| folder(&sub))
+            .filter_map(|path| match parse(&std::fs::read(path).ok()?) {
+                Parsed::Good(result) => Some(*result),
+                Parsed::OtherVersion | Parsed::Damaged => None,
+            })
+    }
+
+    fn set_aside(&self, path: &Path) {
+        let bad = path.with_extension("bad");
+        // When it cannot be moved it is refused again next time.
+        let _ = std::fs::rename(path, &bad);
+        self.warnings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(format!(
+                "a cached result was damaged and set aside: {}",
+                bad.display()
+            ));
+    }
+}
+
+fn folder(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(path)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+}
+
+enum Parsed {
+    Good(Box<ActionResult>),
+    OtherVersion,
+    Damaged,
+}
+
+fn parse(text: &[u8]) -> Parsed {
+    let body = std::str::from_utf8(text).ok().and_then(|text| {
+        let (digest, body) = text.strip_suffix('\n')?.split_once('\n')?;
+        (Digest::parse(digest)? == Digest::of_bytes(body.as_bytes())).then_some(body)
+    });
+    let Some(value) = body.and_then(|b| serde_json::from_str::<Value>(b).ok()) else {
+        return Parsed::Damaged;
+    };
+    if value.get("version").and_then(Value::as_u64) != Some(u64::from(ACTION_VERSION)) {
+        return Parsed::OtherVersion;
+    }
+    serde_json::from_value(value).map_or(Parsed::Damaged, |r| Parsed::Good(Box::new(r)))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn result(label: &str, at: &str) -> ActionResult {
+        ActionResult {
+            version: ACTION_VERSION,
+            key: Digest::of_bytes(at.as_bytes()),
+            manifest: serde_json::json!({ "kind": "k" }),
+            outputs: BTreeMap::new(),
+            metrics: BTreeMap::new(),
+            took_ms: 1,
+            finished_at: at.into(),
+            label: label.into(),
+        }
+    }
+
+    fn cache(dir: &Path) -> ActionCache {
+        ActionCache::new(dir.to_owned(), Arc::default())
+    }
+
+    #[test]
+    fn any_truncation_or_flip_is_a_miss() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path());
+        let good = result("l", "2026");
+        cache.put(&good).unwrap();
+        let path = cache.path(&good.key);
+        let bytes = std::fs::read(&path).unwrap();
+        for at in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 0x20;
+            for bad in [&bytes[..at], &flipped] {
+                std::fs::write(&path, bad).unwrap();
+                let _ = std::fs::remove_file(path.with_extension("bad"));
+                assert_eq!(cache.get(&good.key), None, "at {at}");
+            }
+        }
+        cache.put(&good).unwrap();
+        assert_eq!(cache.get(&good.key), Some(good));
+        assert!(!cache.warnings.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn another_version_is_a_miss_and_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path());
+        let mut newer = result("l", "2026");
+        newer.version = ACTION_VERSION + 1;
+        cache.put(&newer).unwrap();
+        assert_eq!(cache.get(&newer.key), None);
+        assert!(cache.path(&newer.key).exists());
+    }
+
+    #[test]
+    fn recent_is_newest_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path());
+        for (label, at) in [("a", "1"), ("a", "3"), ("b", "4"), ("a", "2")] {
+            cache.put(&result(label, at)).unwrap();
+        }
+        let times: Vec<_> = cache
+            .recent("a", 2)
+            .into_iter()
+            .map(|r| r.finished_at)
+            .collect();
+        assert_eq!(times, ["3", "2"]);
+    }
+}

@@ -1,0 +1,249 @@
+//! [`Cache`]: one folder with objects, actions, completions, runs and the index,
+//! held by one process; and [`CacheReader`], which needs no lock and no sled.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::action::ActionCache;
+use crate::completion::CompletionCache;
+use crate::error::CacheError;
+use crate::index::Index;
+use crate::lock::{Lock, LockWait, lock};
+use crate::store::ArtifactStore;
+
+/// As the Cache Directory Tagging Specification (bford.info/cachedir) asks.
+const TAG: &str =
+    "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache made by flowrun.\n";
+
+/// Hears who holds the cache before a wait.
+pub type OnWait<'a> = &'a dyn Fn(&str);
+
+/// How to open a cache.
+pub struct OpenOptions<'a> {
+    /// What to do when another process holds it.
+    pub wait: LockWait,
+    /// This process's command line, for the other's message.
+    pub command: String,
+    /// Hears who holds the cache before a wait.
+    pub on_wait: Option<OnWait<'a>>,
+}
+
+/// A cache folder, held by this process.
+#[derive(Debug)]
+pub struct Cache {
+    dir: PathBuf,
+    store: ArtifactStore,
+    actions: ActionCache,
+    completions: Arc<CompletionCache>,
+    index: Index,
+    warnings: Arc<Mutex<Vec<String>>>,
+    _lock: Lock,
+}
+
+impl Cache {
+    /// Opens a cache folder, making it if it is not there.
+    ///
+    /// # Errors
+    /// [`CacheError::Locked`] when another process holds it and waiting is not
+    /// wanted; else when the folder cannot be read or written.
+    pub fn open(dir: &Path, options: &OpenOptions<'_>) -> Result<Self, CacheError> {
+        std::fs::create_dir_all(dir).map_err(|e| CacheError::io(dir, e))?;
+        let held = lock(
+            &dir.join("lock"),
+            options.wait,
+            &options.command,
+            options.on_wait,
+        )?;
+        let tag = dir.join("CACHEDIR.TAG");
+        if !tag.exists() {
+            std::fs::write(&tag, TAG).map_err(|e| CacheError::io(&tag, e))?;
+        }
+        remove_leftovers(&dir.join("tmp"));
+        let warnings = Arc::new(Mutex::default());
+        let completions = Arc::new(CompletionCache::open(dir.join("completions"))?);
+        let cache = Self {
+            store: ArtifactStore::new(dir.join("objects")),
+            actions: ActionCache::new(dir.join("actions"), Arc::clone(&warnings)),
+            completions,
+            index: Index::new(dir.join("index.sled")),
+            dir: dir.to_owned(),
+            warnings,
+            _lock: held,
+        };
+        match cache.completions.skipped() {
+            0 => {}
+            n => cache.warn(format!(
+                "{n} damaged lines of the completion cache were skipped"
+            )),
+        }
+        Ok(cache)
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+    /// Files and folders by digest.
+    #[must_use]
+    pub fn store(&self) -> &ArtifactStore {
+        &self.store
+    }
+    /// Results by action key.
+    #[must_use]
+    pub fn actions(&self) -> &ActionCache {
+        &self.actions
+    }
+    /// Language-model answers.
+    #[must_use]
+    pub fn completions(&self) -> Arc<CompletionCache> {
+        Arc::clone(&self.completions)
+    }
+    /// The stat cache.
+    #[must_use]
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// What went wrong and was mended since the last call.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let mut all =
+            std::mem::take(&mut *self.warnings.lock().unwrap_or_else(PoisonError::into_inner));
+        all.extend(self.index.take_warnings());
+        all
+    }
+
+    fn warn(&self, text: String) {
+        self.warnings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(text);
+    }
+
+    /// Makes the folder of a run.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new_run_dir(&self, run_id: &str) -> Result<PathBuf, CacheError> {
+        let path = self.dir.join("runs").join(run_id);
+        let logs = path.join("logs");
+        std::fs::create_dir_all(&logs).map_err(|e| CacheError::io(&logs, e))?;
+        Ok(path)
+    }
+
+    /// A scratch folder on the cache's own file system, removed when dropped;
+    /// one that a killed process left is removed when the cache is opened.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn scratch(&self) -> Result<Scratch, CacheError> {
+        let folder = self.dir.join("tmp");
+        std::fs::create_dir_all(&folder).map_err(|e| CacheError::io(&folder, e))?;
+        tempfile::tempdir_in(&folder)
+            .map(Scratch)
+            .map_err(|e| CacheError::io(&folder, e))
+    }
+}
+
+/// A folder that is removed when dropped.
+#[derive(Debug)]
+pub struct Scratch(tempfile::TempDir);
+
+impl Scratch {
+    /// Where.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+fn remove_leftovers(folder: &Path) {
+    // Only the holder of the lock gets here, so nobody uses them.
+    let _ = std::fs::remove_dir_all(folder);
+}
+
+/// A cache folder as a reader sees it: no lock, no sled, also while a run holds it.
+#[derive(Debug)]
+pub struct CacheReader {
+    dir: PathBuf,
+    store: ArtifactStore,
+    actions: ActionCache,
+}
+
+impl CacheReader {
+    /// Opens a folder, which need not exist: then it is empty.
+    #[must_use]
+    pub fn open(dir: &Path) -> Self {
+        Self {
+            store: ArtifactStore::new(dir.join("objects")),
+            actions: ActionCache::new(dir.join("actions"), Arc::default()),
+            dir: dir.to_owned(),
+        }
+    }
+    /// Files and folders by digest.
+    #[must_use]
+    pub fn store(&self) -> &ArtifactStore {
+        &self.store
+    }
+    /// Results by action key.
+    #[must_use]
+    pub fn actions(&self) -> &ActionCache {
+        &self.actions
+    }
+    /// Folders of the runs, newest first (run ids sort by time).
+    #[must_use]
+    pub fn runs(&self) -> Vec<PathBuf> {
+        let mut runs: Vec<PathBuf> = std::fs::read_dir(self.dir.join("runs"))
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .collect();
+        runs.sort_by(|a, b| b.cmp(a));
+        runs
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn options() -> OpenOptions<'static> {
+        OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".into(),
+            on_wait: None,
+        }
+    }
+
+    #[test]
+    fn one_process_holds_it_and_readers_read_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path(), &options()).unwrap();
+        assert!(matches!(
+            Cache::open(dir.path(), &options()),
+            Err(CacheError::Locked { .. })
+        ));
+        let artifact = cache.store().put_bytes(b"x").unwrap();
+        cache.new_run_dir("20260101-000000-aaaa").unwrap();
+        let reader = CacheReader::open(dir.path());
+        assert!(reader.store().contains(&artifact));
+        assert_eq!(reader.runs().len(), 1);
+        assert!(dir.path().join("CACHEDIR.TAG").exists());
+        drop(cache);
+        Cache::open(dir.path(), &options()).unwrap();
+    }
+
+    #[test]
+    fn scratch_left_by_a_killed_process_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path(), &options()).unwrap();
+        let kept = cache.scratch().unwrap();
+        assert!(kept.path().is_dir());
+        std::mem::forget(kept);
+        drop(cache);
+        Cache::open(dir.path(), &options()).unwrap();
+        assert!(!dir.path().join("tmp").exists());
+    }
+}

@@ -1,0 +1,289 @@
+//! [`CompletionCache`]: answers that were computed or paid for once.
+//!
+//! Append-only segments `completions/<n>.log`: a line per answer, with its own
+//! blake3. Each process appends to a segment of its own; a line that is torn or
+//! damaged is skipped, the rest stays.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde_json::Value;
+
+use crate::digest::Digest;
+use crate::error::CacheError;
+
+/// Where an answer lies.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    segment: usize,
+    offset: u64,
+    len: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    index: HashMap<Digest, Place>,
+    segments: Vec<File>,
+    /// The segment this process appends to, made at the first `put`.
+    writer: Option<(usize, u64)>,
+    /// Without a folder: the answers themselves.
+    memory: HashMap<Digest, Value>,
+    skipped: usize,
+}
+
+/// Answers by key. Shared by threads.
+#[derive(Debug)]
+pub struct CompletionCache {
+    folder: Option<PathBuf>,
+    state: Mutex<State>,
+}
+
+impl CompletionCache {
+    /// A cache that is forgotten when dropped.
+    #[must_use]
+    pub fn in_memory() -> Self {
+        Self {
+            folder: None,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Opens the segments of a folder, which need not exist yet.
+    ///
+    /// # Errors
+    /// When a segment cannot be read.
+    pub(crate) fn open(folder: PathBuf) -> Result<Self, CacheError> {
+        let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension().is_some_and(|e| e == "log"))
+            .collect();
+        paths.sort();
+        let mut state = State::default();
+        for path in paths {
+            let file = File::open(&path).map_err(|e| CacheError::io(&path, e))?;
+            scan(&file, state.segments.len(), &mut state).map_err(|e| CacheError::io(&path, e))?;
+            state.segments.push(file);
+        }
+        Ok(Self {
+            folder: Some(folder),
+            state: Mutex::new(state),
+        })
+    }
+
+    /// The answer stored under `key`. A line that was damaged since it was indexed is a miss.
+    #[must_use]
+    pub fn get(&self, key: &Digest) -> Option<Value> {
+        let mut state = self.lock();
+        if self.folder.is_none() {
+            return state.memory.get(key).cloned();
+        }
+        let place = *state.index.get(key)?;
+        let file = state.segments.get_mut(place.segment)?;
+        let mut line = vec![0u8; place.len];
+        file.seek(SeekFrom::Start(place.offset)).ok()?;
+        file.read_exact(&mut line).ok()?;
+        let (found, value) = parse_line(&line)?;
+        (found == *key).then_some(value)
+    }
+
+    /// Stores an answer. It is in the system's hands when this returns: a killed
+    /// process does not lose it; a power cut may, until [`CompletionCache::sync`].
+    ///
+    /// # Errors
+    /// When the segment cannot be written.
+    pub fn put(&self, key: &Digest, value: &Value) -> Result<(), CacheError> {
+        let mut state = self.lock();
+        let Some(folder) = &self.folder else {
+            state.memory.insert(*key, value.clone());
+            return Ok(());
+        };
+        let (segment, offset) = match state.writer {
+            Some(writer) => writer,
+            None => {
+                state.segments.push(new_segment(folder)?);
+                (state.segments.len() - 1, 0)
+            }
+        };
+        let line = format_line(key, value);
+        let file = &mut state.segments[segment];
+        let written = file
+            .seek(SeekFrom::Start(offset))
+            .and_then(|_| file.write_all(line.as_bytes()));
+        if let Err(error) = written {
+            // The next put overwrites the torn line.
+            state.writer = Some((segment, offset));
+            return Err(CacheError::io(folder, error));
+        }
+        state.index.insert(
+            *key,
+            Place {
+                segment,
+                offset,
+                len: line.len(),
+            },
+        );
+        state.writer = Some((segment, offset + line.len() as u64));
+        Ok(())
+    }
+
+    /// Number of answers.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        let state = self.lock();
+        state.index.len().max(state.memory.len())
+    }
+
+    /// No answers.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Damaged lines that were skipped when the cache was opened.
+    #[must_use]
+    pub fn skipped(&self) -> usize {
+        self.lock().skipped
+    }
+
+    /// Waits until this process's answers are on the disk.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync(&self) -> Result<(), CacheError> {
+        let state = self.lock();
+        if let (Some(folder), Some((segment, _))) = (&self.folder, state.writer) {
+            state.segments[segment]
+                .sync_data()
+                .map_err(|e| CacheError::io(folder, e))?;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Creates the first segment whose number is free.
+fn new_segment(folder: &Path) -> Result<File, CacheError> {
+    std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
+    let mut number = 0u64;
+    loop {
+        let path = folder.join(format!("{number:06}.log"));
+        match OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+        {
+            Ok(file) => return Ok(file),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
+            Err(e) => return Err(CacheError::io(&path, e)),
+        }
+    }
+}
+
+fn scan(file: &File, segment: usize, state: &mut State) -> std::io::Result<()> {
+    let mut reader = BufReader::new(file);
+    let mut offset = 0u64;
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let len = reader.read_until(b'\n', &mut line)?;
+        if len == 0 {
+            return Ok(());
+        }
+        match parse_line(&line) {
+            Some((key, _)) => {
+                state.index.insert(
+                    key,
+                    Place {
+                        segment,
+                        offset,
+                        len,
+                    },
+                );
+            }
+            None => state.skipped += 1,
+        }
+        offset += len as u64;
+    }
+}
+
+/// `<blake3 of the rest> <key> <JSON>\n`; JSON text never holds a raw newline.
+fn format_line(key: &Digest, value: &Value) -> String {
+    let body = format!("{key} {value}");
+    format!("{} {body}\n", Digest::of_bytes(body.as_bytes()))
+}
+
+fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
+    let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
+    let (sum, body) = text.split_once(' ')?;
+    if Digest::parse(sum)? != Digest::of_bytes(body.as_bytes()) {
+        return None;
+    }
+    let (key, json) = body.split_once(' ')?;
+    Some((Digest::parse(key)?, serde_json::from_str(json).ok()?))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn key(i: usize) -> Digest {
+        Digest::of_bytes(&i.to_le_bytes())
+    }
+
+    #[test]
+    fn a_cut_at_any_byte_loses_only_the_lines_behind_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("completions");
+        let cache = CompletionCache::open(folder.clone()).unwrap();
+        for i in 0..3 {
+            cache
+                .put(&key(i), &json!({ "text": format!("line\n{i}") }))
+                .unwrap();
+        }
+        let path = folder.join("000000.log");
+        let bytes = std::fs::read(&path).unwrap();
+        let line = bytes.len() / 3;
+        for cut in 0..=bytes.len() {
+            std::fs::write(&path, &bytes[..cut]).unwrap();
+            let cache = CompletionCache::open(folder.clone()).unwrap();
+            assert_eq!(cache.len(), cut / line, "cut at {cut}");
+            for i in 0..cut / line {
+                assert_eq!(cache.get(&key(i)).unwrap()["text"], format!("line\n{i}"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_flipped_byte_loses_one_line_and_later_runs_add_segments() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("completions");
+        let first = CompletionCache::open(folder.clone()).unwrap();
+        first.put(&key(0), &json!(0)).unwrap();
+        first.put(&key(1), &json!(1)).unwrap();
+        let path = folder.join("000000.log");
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[70] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(first.get(&key(0)), None);
+        let second = CompletionCache::open(folder.clone()).unwrap();
+        assert_eq!(
+            (second.get(&key(0)), second.get(&key(1))),
+            (None, Some(json!(1)))
+        );
+        assert_eq!(second.skipped(), 1);
+        second.put(&key(0), &json!("new")).unwrap();
+        let third = CompletionCache::open(folder).unwrap();
+        assert_eq!((third.get(&key(0)), third.len()), (Some(json!("new")), 2));
+    }
+}

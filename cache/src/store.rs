@@ -1,0 +1,452 @@
+//! [`ArtifactStore`]: files and folders by the digest of their bytes.
+//!
+//! Objects are written to a temporary name, synced and renamed, mode 0444, and
+//! verified whenever they are read. A damaged object is moved to `quarantine/`.
+
+use std::fs::{File, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use crate::artifact::{Artifact, ArtifactKind, TREE_VERSION, TreeEntry, TreeObject};
+use crate::digest::Digest;
+use crate::error::CacheError;
+
+/// Bytes moved at a time.
+const CHUNK: usize = 1 << 16;
+
+/// Files and folders by digest. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ArtifactStore {
+    root: Arc<PathBuf>,
+}
+
+impl ArtifactStore {
+    pub(crate) fn new(root: PathBuf) -> Self {
+        Self {
+            root: Arc::new(root),
+        }
+    }
+
+    /// Where an object lies, or would lie.
+    #[must_use]
+    pub fn object_path(&self, digest: &Digest) -> PathBuf {
+        let hex = digest.to_hex();
+        self.root.join(&hex[..2]).join(&hex[2..])
+    }
+
+    /// Stores bytes as a file object.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
+    pub fn put_bytes(&self, bytes: &[u8]) -> Result<Artifact, CacheError> {
+        let digest = Digest::of_bytes(bytes);
+        if !self.has_object(&digest, bytes.len() as u64) {
+            self.write_object(&digest, &mut io::Cursor::new(bytes))?;
+        }
+        Ok(Artifact {
+            digest,
+            kind: ArtifactKind::File,
+            size: bytes.len() as u64,
+        })
+    }
+
+    /// Stores a file or a folder. Symbolic links are followed; an empty folder is kept as an empty tree.
+    ///
+    /// # Errors
+    /// When something cannot be read or written.
+    pub fn put_path(&self, path: &Path) -> Result<Artifact, CacheError> {
+        let meta = std::fs::metadata(path).map_err(|e| CacheError::io(path, e))?;
+        if meta.is_dir() {
+            let mut entries = Vec::new();
+            self.put_tree(path, "", &mut entries)?;
+            entries.sort_by(|a, b| a.path.cmp(&b.path));
+            let size = entries.iter().map(|e| e.size).sum();
+            let tree = TreeObject {
+                record: "tree".into(),
+                version: TREE_VERSION,
+                entries,
+            };
+            let object = self.put_bytes(crate::canonical_json(&tree).as_bytes())?;
+            return Ok(Artifact {
+                kind: ArtifactKind::Tree,
+                size,
+                ..object
+            });
+        }
+        let digest = self.put_file(path, meta.len())?;
+        Ok(Artifact {
+            digest,
+            kind: ArtifactKind::File,
+            size: meta.len(),
+        })
+    }
+
+    fn put_file(&self, path: &Path, size: u64) -> Result<Digest, CacheError> {
+        let digest = Digest::of_file(path).map_err(|e| CacheError::io(path, e))?;
+        if !self.has_object(&digest, size) {
+            let mut file = File::open(path).map_err(|e| CacheError::io(path, e))?;
+            self.write_object(&digest, &mut file)?;
+        }
+        Ok(digest)
+    }
+
+    fn put_tree(
+        &self,
+        folder: &Path,
+        prefix: &str,
+        entries: &mut Vec<TreeEntry>,
+    ) -> Result<(), CacheError> {
+        for entry in std::fs::read_dir(folder).map_err(|e| CacheError::io(folder, e))? {
+            let path = entry.map_err(|e| CacheError::io(folder, e))?.path();
+            let name = path.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
+                CacheError::Unstorable {
+                    path: path.clone(),
+                    reason: "its name is not Unicode",
+                }
+            })?;
+            let relative = format!("{prefix}{name}");
+            let meta = std::fs::metadata(&path).map_err(|e| CacheError::io(&path, e))?;
+            if meta.is_dir() {
+                self.put_tree(&path, &format!("{relative}/"), entries)?;
+            } else {
+                let digest = self.put_file(&path, meta.len())?;
+                let executable = meta.permissions().mode() & 0o100 != 0;
+                entries.push(TreeEntry {
+                    path: relative,
+                    digest,
+                    size: meta.len(),
+                    executable,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// An object of this length is there. A file cut short does not count.
+    fn has_object(&self, digest: &Digest, size: u64) -> bool {
+        std::fs::metadata(self.object_path(digest)).is_ok_and(|m| m.len() == size)
+    }
+
+    fn write_object(&self, digest: &Digest, source: &mut dyn Read) -> Result<(), CacheError> {
+        let path = self.object_path(digest);
+        let folder = path.parent().unwrap_or(&self.root);
+        std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
+        let mut temp =
+            tempfile::NamedTempFile::new_in(folder).map_err(|e| CacheError::io(folder, e))?;
+        let fail = |e: io::Error| CacheError::io(&path, e);
+        let written = copy_hashed(source, temp.as_file_mut()).map_err(fail)?;
+        if written != *digest {
+            return Err(CacheError::Unstorable {
+                path: path.clone(),
+                reason: "the file changed while it was stored",
+            });
+        }
+        temp.as_file()
+            .set_permissions(Permissions::from_mode(0o444))
+            .map_err(fail)?;
+        temp.as_file().sync_data().map_err(fail)?;
+        temp.persist(&path)
+            .map_err(|e| CacheError::io(&path, e.error))?;
+        Ok(())
+    }
+
+    /// The object, and for a tree all its members, are there with the right
+    /// lengths. Nothing is hashed but the tree object itself.
+    #[must_use]
+    pub fn contains(&self, artifact: &Artifact) -> bool {
+        match artifact.kind {
+            ArtifactKind::File => self.has_object(&artifact.digest, artifact.size),
+            ArtifactKind::Tree => self
+                .tree(&artifact.digest)
+                .is_ok_and(|t| t.entries.iter().all(|e| self.has_object(&e.digest, e.size))),
+        }
+    }
+
+    /// The bytes of an object, verified.
+    ///
+    /// # Errors
+    /// [`CacheError::Missing`], or [`CacheError::Damaged`] once, after which it is missing.
+    pub fn read(&self, digest: &Digest) -> Result<Vec<u8>, CacheError> {
+        let path = self.object_path(digest);
+        let bytes = std::fs::read(&path).map_err(|e| self.lookup_error(digest, &path, e))?;
+        if Digest::of_bytes(&bytes) == *digest {
+            Ok(bytes)
+        } else {
+            Err(self.quarantine(digest))
+        }
+    }
+
+    /// Hashes the object, and for a tree all its members.
+    ///
+    /// # Errors
+    /// As [`ArtifactStore::read`].
+    pub fn verify(&self, artifact: &Artifact) -> Result<(), CacheError> {
+        match artifact.kind {
+            ArtifactKind::File => self.verify_object(&artifact.digest),
+            ArtifactKind::Tree => self
+                .tree(&artifact.digest)?
+                .entries
+                .iter()
+                .try_for_each(|entry| self.verify_object(&entry.digest)),
+        }
+    }
+
+    fn verify_object(&self, digest: &Digest) -> Result<(), CacheError> {
+        let path = self.object_path(digest);
+        let actual = Digest::of_file(&path).map_err(|e| self.lookup_error(digest, &path, e))?;
+        if actual == *digest {
+            Ok(())
+        } else {
+            Err(self.quarantine(digest))
+        }
+    }
+
+    /// Copies the artifact to `dest`, verified while it is copied. What was at `dest` is replaced.
+    ///
+    /// # Errors
+    /// As [`ArtifactStore::read`], or when `dest` cannot be written; `dest` is then as it was.
+    pub fn materialize(&self, artifact: &Artifact, dest: &Path) -> Result<(), CacheError> {
+        let folder = dest
+            .parent()
+            .filter(|p| !p.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
+        let staging = tempfile::Builder::new()
+            .prefix(".flowrun-")
+            .tempdir_in(folder)
+            .map_err(|e| CacheError::io(folder, e))?;
+        let staged = staging.path().join("new");
+        self.place(artifact, &staged, Placement::Copy)?;
+        // A folder cannot be renamed over a folder: the old one steps aside first.
+        if dest.is_dir() {
+            let old = staging.path().join("old");
+            std::fs::rename(dest, &old).map_err(|e| CacheError::io(dest, e))?;
+        } else if artifact.kind == ArtifactKind::Tree && dest.exists() {
+            std::fs::remove_file(dest).map_err(|e| CacheError::io(dest, e))?;
+        }
+        std::fs::rename(&staged, dest).map_err(|e| CacheError::io(dest, e))
+    }
+
+    /// Places the artifact at `dest` for reading only: hard links where the
+    /// file system allows, else copies. Verified first.
+    ///
+    /// # Errors
+    /// As [`ArtifactStore::materialize`].
+    pub fn link_read_only(&self, artifact: &Artifact, dest: &Path) -> Result<(), CacheError> {
+        self.verify(artifact)?;
+        self.place(artifact, dest, Placement::Link)
+    }
+
+    fn place(&self, artifact: &Artifact, dest: &Path, how: Placement) -> Result<(), CacheError> {
+        match artifact.kind {
+            ArtifactKind::File => self.place_file(&artifact.digest, dest, false, how),
+            ArtifactKind::Tree => {
+                std::fs::create_dir_all(dest).map_err(|e| CacheError::io(dest, e))?;
+                for entry in self.tree(&artifact.digest)?.entries {
+                    let path = dest.join(&entry.path);
+                    if let Some(folder) = path.parent() {
+                        std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
+                    }
+                    self.place_file(&entry.digest, &path, entry.executable, how)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn place_file(
+        &self,
+        digest: &Digest,
+        dest: &Path,
+        executable: bool,
+        how: Placement,
+    ) -> Result<(), CacheError> {
+        let object = self.object_path(digest);
+        // An object has one mode for all its links, so an executable is copied.
+        if matches!(how, Placement::Link)
+            && !executable
+            && std::fs::hard_link(&object, dest).is_ok()
+        {
+            return Ok(());
+        }
+        let mut source = File::open(&object).map_err(|e| self.lookup_error(digest, &object, e))?;
+        let mut file = File::create(dest).map_err(|e| CacheError::io(dest, e))?;
+        let copied = copy_hashed(&mut source, &mut file).map_err(|e| CacheError::io(dest, e))?;
+        if copied != *digest {
+            return Err(self.quarantine(digest));
+        }
+        let mode = if executable { 0o755 } else { 0o644 };
+        std::fs::set_permissions(dest, Permissions::from_mode(mode))
+            .map_err(|e| CacheError::io(dest, e))
+    }
+
+    /// A tree object. Paths that would leave the folder make it damaged.
+    fn tree(&self, digest: &Digest) -> Result<TreeObject, CacheError> {
+        let bytes = self.read(digest)?;
+        serde_json::from_slice::<TreeObject>(&bytes)
+            .ok()
+            .filter(|t| {
+                t.version == TREE_VERSION && t.entries.iter().all(|e| stays_inside(&e.path))
+            })
+            .ok_or(CacheError::Missing { digest: *digest })
+    }
+
+    fn lookup_error(&self, digest: &Digest, path: &Path, error: io::Error) -> CacheError {
+        if error.kind() == io::ErrorKind::NotFound {
+            CacheError::Missing { digest: *digest }
+        } else {
+            CacheError::io(path, error)
+        }
+    }
+
+    fn quarantine(&self, digest: &Digest) -> CacheError {
+        let from = self.object_path(digest);
+        let path = self.root.join("quarantine").join(digest.to_hex());
+        let moved = std::fs::create_dir_all(self.root.join("quarantine"))
+            .and_then(|()| std::fs::rename(&from, &path));
+        // In a cache that cannot be written the object stays, and is refused again next time.
+        let path = if moved.is_ok() { path } else { from };
+        CacheError::Damaged {
+            digest: *digest,
+            path,
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Placement {
+    Copy,
+    Link,
+}
+
+fn stays_inside(path: &str) -> bool {
+    !path.is_empty()
+        && Path::new(path)
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)))
+}
+
+fn copy_hashed(source: &mut dyn Read, dest: &mut File) -> io::Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0u8; CHUNK];
+    loop {
+        let n = source.read(&mut buffer)?;
+        if n == 0 {
+            break;
+        }
+        hasher.update(&buffer[..n]);
+        dest.write_all(&buffer[..n])?;
+    }
+    Digest::parse(&hasher.finalize().to_hex())
+        .ok_or_else(|| io::Error::other("blake3 gave no hexadecimal text"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, ArtifactStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = ArtifactStore::new(dir.path().join("objects"));
+        (dir, store)
+    }
+
+    fn damage(path: &Path, bytes: &[u8]) {
+        std::fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn a_folder_round_trips_with_its_modes() {
+        let (dir, store) = store();
+        let source = dir.path().join("source");
+        std::fs::create_dir_all(source.join("sub")).unwrap();
+        std::fs::write(source.join("a"), "1").unwrap();
+        std::fs::write(source.join("sub/run.sh"), "2").unwrap();
+        std::fs::set_permissions(source.join("sub/run.sh"), Permissions::from_mode(0o755)).unwrap();
+        let tree = store.put_path(&source).unwrap();
+        assert_eq!((tree.kind, tree.size), (ArtifactKind::Tree, 2));
+        assert!(store.contains(&tree));
+        for link in [false, true] {
+            let dest = dir.path().join(format!("dest{link}"));
+            if link {
+                store.link_read_only(&tree, &dest).unwrap();
+            } else {
+                store.materialize(&tree, &dest).unwrap();
+                std::fs::write(dest.join("stray"), "x").unwrap();
+                store.materialize(&tree, &dest).unwrap();
+                assert!(!dest.join("stray").exists());
+            }
+            assert_eq!(
+                std::fs::read_to_string(dest.join("sub/run.sh")).unwrap(),
+                "2"
+            );
+            assert_eq!(store.put_path(&dest).unwrap(), tree);
+        }
+    }
+
+    #[test]
+    fn damage_at_every_byte_is_refused_and_set_aside() {
+        let (dir, store) = store();
+        let bytes = b"some bytes";
+        for at in 0..bytes.len() {
+            let artifact = store.put_bytes(bytes).unwrap();
+            let mut bad = bytes.to_vec();
+            bad[at] ^= 1;
+            damage(&store.object_path(&artifact.digest), &bad);
+            let error = store
+                .materialize(&artifact, &dir.path().join("dest"))
+                .unwrap_err();
+            assert!(matches!(error, CacheError::Damaged { .. }));
+            assert!(!dir.path().join("dest").exists());
+            assert!(!store.contains(&artifact));
+            let again = store.read(&artifact.digest).unwrap_err();
+            assert!(matches!(again, CacheError::Missing { .. }));
+        }
+    }
+
+    #[test]
+    fn a_truncated_object_is_not_contained_and_is_written_anew() {
+        let (_dir, store) = store();
+        let artifact = store.put_bytes(b"0123456789").unwrap();
+        damage(&store.object_path(&artifact.digest), b"01234");
+        assert!(!store.contains(&artifact));
+        store.put_bytes(b"0123456789").unwrap();
+        assert_eq!(store.read(&artifact.digest).unwrap(), b"0123456789");
+    }
+
+    #[test]
+    fn a_tree_that_points_outside_is_refused() {
+        let (dir, store) = store();
+        let file = store.put_bytes(b"x").unwrap();
+        for path in ["../evil", "/etc/evil", "a/../../evil", ""] {
+            let entry = TreeEntry {
+                path: path.into(),
+                digest: file.digest,
+                size: 1,
+                executable: false,
+            };
+            let tree = TreeObject {
+                record: "tree".into(),
+                version: TREE_VERSION,
+                entries: vec![entry],
+            };
+            let object = store
+                .put_bytes(crate::canonical_json(&tree).as_bytes())
+                .unwrap();
+            let artifact = Artifact {
+                kind: ArtifactKind::Tree,
+                ..object
+            };
+            assert!(
+                store
+                    .materialize(&artifact, &dir.path().join("out"))
+                    .is_err(),
+                "{path}"
+            );
+        }
+    }
+}
