@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use flowrun_cache::{CompletionCache, Digest};
 use serde::de::DeserializeOwned;
@@ -72,7 +72,13 @@ impl Port {
     /// A required, single port.
     #[must_use]
     pub fn new(name: &str, ty: &str, about: &str) -> Self {
-        Self { name: name.into(), ty: ty.into(), optional: false, many: false, about: about.into() }
+        Self {
+            name: name.into(),
+            ty: ty.into(),
+            optional: false,
+            many: false,
+            about: about.into(),
+        }
     }
     /// The same port, optional.
     #[must_use]
@@ -134,17 +140,32 @@ pub struct StepSummary {
 
 /// Says whether the run was asked to stop. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Cancel(Arc<AtomicU8>);
+pub struct Cancel {
+    own: Arc<AtomicBool>,
+    parent: Option<Arc<AtomicBool>>,
+}
 
 impl Cancel {
     /// Asks everything to stop.
     pub fn cancel(&self) {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.own.store(true, Ordering::SeqCst);
+    }
+    /// A flag that is also set by this one, but not the other way round.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        Self {
+            own: Arc::default(),
+            parent: Some(Arc::clone(&self.own)),
+        }
     }
     /// True once [`Cancel::cancel`] was called.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::SeqCst) > 0
+        self.own.load(Ordering::SeqCst)
+            || self
+                .parent
+                .as_ref()
+                .is_some_and(|p| p.load(Ordering::SeqCst))
     }
 }
 
@@ -228,7 +249,11 @@ impl StepContext {
     /// # Errors
     /// [`StepErrorKind::Cancelled`].
     pub fn check_cancelled(&self) -> Result<(), StepError> {
-        if self.cancel.is_cancelled() { Err(StepError::cancelled()) } else { Ok(()) }
+        if self.cancel.is_cancelled() {
+            Err(StepError::cancelled())
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -288,7 +313,11 @@ impl StepError {
     /// An error of the given kind.
     #[must_use]
     pub fn new(kind: StepErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), help: None }
+        Self {
+            kind,
+            message: message.into(),
+            help: None,
+        }
     }
     /// Wrong input or params.
     #[must_use]

@@ -1,21 +1,21 @@
 //! Low-rank adapters (LoRA, Hu et al. 2021) in PEFT's terms.
+//!
+//! Knows no training and no generation. Invariant: an adapter that [`LoraAdapter::init`] or
+//! [`LoraAdapter::load`] returned fits the model whose config it was given, so later code does
+//! not check shapes again.
+
+mod config;
+mod init;
+mod module;
+mod peft;
 
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-/// How an adapter is shaped: PEFT's `LoraConfig`, the part that this crate uses.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraConfig {
-    /// Rank `r` of every pair.
-    pub rank: usize,
-    /// The delta is scaled by `alpha / rank`.
-    pub alpha: f64,
-    /// Dropout on the adapter's input while training.
-    pub dropout: f64,
-    /// Adapted modules, such as `q_proj`.
-    pub target_modules: Vec<String>,
-}
+pub use config::LoraConfig;
+pub use module::Module;
+pub(crate) use peft::replace;
 
 /// The two factors of one adapted linear layer: `y += scale · (x · aᵀ) · bᵀ`.
 #[derive(Debug, Clone)]
@@ -39,6 +39,12 @@ pub struct LoraAdapter {
 impl LoraAdapter {
     /// `alpha / rank`.
     pub fn scale(&self) -> f64 {
-        self.config.alpha / self.config.rank as f64
+        self.config.scale()
+    }
+
+    /// Number of trained values.
+    pub fn parameters(&self) -> usize {
+        let pairs = self.layers.iter().flat_map(BTreeMap::values);
+        pairs.map(|p| p.a.elem_count() + p.b.elem_count()).sum()
     }
 }

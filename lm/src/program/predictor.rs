@@ -1,0 +1,111 @@
+//! [`Predictor`]: one prompting step: a signature, the adapter that writes it, its
+//! demos, and where its inputs come from. Makes requests and reads answers;
+//! never calls a model.
+
+use crate::adapter::{Adapter, FormatError};
+use crate::example::{Demo, Example};
+use crate::lm::{Request, Sampling};
+use crate::metric::sanitize_label;
+use crate::signature::Signature;
+use crate::value::{Fields, Value};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// How an output that holds a label is treated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LabelRule {
+    /// Name of the output.
+    pub field: String,
+    /// The known labels; may be empty.
+    pub labels: Vec<String>,
+    /// Whether to ask the model to answer with one of them and nothing else.
+    pub constrain: bool,
+}
+
+/// One prompting step.
+#[derive(Debug, Clone)]
+pub struct Predictor {
+    /// Names it in traces and saved programs.
+    pub name: String,
+    /// What it takes and gives.
+    pub signature: Signature,
+    /// How it is written.
+    pub adapter: Arc<dyn Adapter>,
+    /// Input name → the row's column that it is taken from; an input not listed has the
+    /// column's name.
+    pub sources: BTreeMap<String, String>,
+    /// The output that holds a label, if any.
+    pub label: Option<LabelRule>,
+    /// Worked examples, in order.
+    pub demos: Vec<Demo>,
+}
+
+impl Predictor {
+    /// A step without demos whose inputs have the names of the row's columns.
+    pub fn new(name: impl Into<String>, signature: Signature, adapter: Arc<dyn Adapter>) -> Self {
+        Self {
+            name: name.into(),
+            signature,
+            adapter,
+            sources: BTreeMap::new(),
+            label: None,
+            demos: Vec::new(),
+        }
+    }
+
+    /// Its inputs among the values that there are; those that are missing are left out.
+    pub fn inputs(&self, available: &Fields) -> Fields {
+        let of = |name: &str| {
+            let column = self.sources.get(name).map_or(name, String::as_str);
+            available.get(column).map(|value| (name.to_owned(), value.clone()))
+        };
+        self.signature.inputs.iter().filter_map(|field| of(&field.name)).collect()
+    }
+
+    /// The demos as the adapter is to see them, without those equal to the row `but`.
+    pub fn demos_but(&self, but: Option<&Example>) -> Vec<Demo> {
+        let kept = self.demos.iter().filter(|demo| !but.is_some_and(|row| demo.is(row)));
+        if !self.adapter.maps_columns() {
+            return kept.cloned().collect();
+        }
+        kept.map(|demo| {
+            let mut demo = demo.clone();
+            for (name, value) in self.inputs(&demo.fields) {
+                demo.fields.entry(name).or_insert(value);
+            }
+            demo
+        })
+        .collect()
+    }
+
+    /// The call that answers these inputs, written by `adapter` (its own, or its fallback).
+    ///
+    /// # Errors
+    /// When an input is missing or cannot be written.
+    pub fn request(
+        &self,
+        adapter: &dyn Adapter,
+        inputs: &Fields,
+        sampling: &Sampling,
+        but: Option<&Example>,
+    ) -> Result<Request, FormatError> {
+        let messages = adapter.format(&self.signature, &self.demos_but(but), inputs)?;
+        let choices = self
+            .label
+            .as_ref()
+            .filter(|rule| rule.constrain && !rule.labels.is_empty())
+            .map(|rule| adapter.choices(&self.signature, rule.labels.clone()));
+        Ok(Request { messages, sampling: sampling.clone(), choices })
+    }
+
+    /// The outputs with the label sanitised.
+    pub fn sanitized(&self, outputs: &Fields) -> Fields {
+        let mut outputs = outputs.clone();
+        if let Some(rule) = &self.label
+            && let Some(Value::Str(label)) = outputs.get_mut(&rule.field)
+        {
+            *label = sanitize_label(label);
+        }
+        outputs
+    }
+}

@@ -1,0 +1,345 @@
+//! Programs on disk: our own [`SavedProgram`] (everything needed to rebuild one)
+//! and DSPy's JSON (demos and prompts only; the code makes the program).
+
+use super::{BuildError, Program, ProgramSpec};
+use crate::adapter::Dialect;
+use crate::example::Demo;
+use crate::signature::{Field, Signature};
+use crate::value::{Fields, Value};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The version that this code writes.
+const VERSION: u32 = 1;
+
+/// A program with its declaration, labels and demos.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedProgram {
+    /// Version of this format.
+    pub version: u32,
+    /// The declaration.
+    pub spec: ProgramSpec,
+    /// The labels that it was built for.
+    pub labels: Vec<String>,
+    /// Predictor → its demos.
+    pub demos: BTreeMap<String, Vec<Demo>>,
+}
+
+/// Why a saved program cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum SavedError {
+    /// The file cannot be read or written.
+    #[error("`{path}`: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What went wrong.
+        source: std::io::Error,
+    },
+    /// Not JSON of the expected shape.
+    #[error("not a saved program: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Written by other code.
+    #[error("saved program has version {0}; this flowrun reads version {VERSION}")]
+    Version(u64),
+    /// The declaration contradicts itself.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// A predictor that the other side does not have.
+    #[error("saved program has no predictor `{name}`; it has {there:?}")]
+    Predictor {
+        /// The one looked for.
+        name: String,
+        /// The ones there.
+        there: Vec<String>,
+    },
+    /// The saved signature has another number of fields.
+    #[error("saved predictor `{name}` has {saved} fields where the program has {expected}")]
+    Fields {
+        /// The predictor.
+        name: String,
+        /// Fields in the file.
+        saved: usize,
+        /// Fields of the program.
+        expected: usize,
+    },
+}
+
+impl SavedProgram {
+    /// What to save of a program that was built from `spec` and `labels`.
+    pub fn new(spec: ProgramSpec, labels: Vec<String>, program: &Program) -> Self {
+        Self { version: VERSION, spec, labels, demos: program.demos().into_iter().collect() }
+    }
+
+    /// The program with its demos.
+    ///
+    /// # Errors
+    /// When the declaration contradicts itself or the demos are another program's.
+    pub fn build(&self) -> Result<Program, SavedError> {
+        let mut program = self.spec.build(&self.labels)?;
+        for (name, demos) in &self.demos {
+            let there = || program.predictors.iter().map(|p| p.name.clone()).collect();
+            let missing = SavedError::Predictor { name: name.clone(), there: there() };
+            let predictor = program.predictors.iter_mut().find(|p| p.name == *name);
+            predictor.ok_or(missing)?.demos.clone_from(demos);
+        }
+        Ok(program)
+    }
+
+    /// As pretty JSON with a line end.
+    ///
+    /// # Errors
+    /// Never for programs that this crate made.
+    pub fn to_json(&self) -> Result<String, SavedError> {
+        Ok(serde_json::to_string_pretty(self)? + "\n")
+    }
+
+    /// Reads what [`Self::to_json`] wrote.
+    ///
+    /// # Errors
+    /// When the text is something else or has an unknown version.
+    pub fn from_json(text: &str) -> Result<Self, SavedError> {
+        #[derive(Deserialize)]
+        struct Head {
+            version: u64,
+        }
+        let head: Head = serde_json::from_str(text)?;
+        if head.version != u64::from(VERSION) {
+            return Err(SavedError::Version(head.version));
+        }
+        Ok(serde_json::from_str(text)?)
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// When it cannot be read or is no saved program.
+    pub fn load(path: &Path) -> Result<Self, SavedError> {
+        Self::from_json(&std::fs::read_to_string(path).map_err(|source| io_error(path, source))?)
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self, path: &Path) -> Result<(), SavedError> {
+        std::fs::write(path, self.to_json()?).map_err(|source| io_error(path, source))
+    }
+}
+
+fn io_error(path: &Path, source: std::io::Error) -> SavedError {
+    SavedError::Io { path: path.display().to_string(), source }
+}
+
+/// What DSPy's `program.save()` writes, without its `metadata`. Predictors keep their names; in
+/// DSPy 3 one that reasons is called `<name>.predict`, being inside a `ChainOfThought`.
+pub fn to_dspy_json(program: &Program) -> Value {
+    let predictors = program.predictors.iter().map(|predictor| {
+        let demos = predictor.demos.iter().map(demo_value).collect();
+        let signature = signature_value(&predictor.signature);
+        let entry = |name: &str, value| (name.to_owned(), value);
+        let empty = || Value::List(Vec::new());
+        let common = [
+            entry("traces", empty()),
+            entry("train", empty()),
+            entry("demos", Value::List(demos)),
+            entry("signature", signature.clone()),
+        ];
+        let fields: Fields = match program.dialect {
+            Dialect::Dspy3 => common.into_iter().chain([entry("lm", Value::Null)]).collect(),
+            Dialect::Dspy25 | Dialect::Dspy25Dev => [entry("lm", Value::Null)]
+                .into_iter()
+                .chain(common)
+                .chain(is_chain(&predictor.signature).then(|| entry("extended_signature", signature)))
+                .collect(),
+        };
+        (dspy_name(program.dialect, &predictor.name, &predictor.signature), Value::Dict(fields))
+    });
+    Value::Dict(predictors.collect())
+}
+
+fn is_chain(signature: &Signature) -> bool {
+    signature.outputs.first().is_some_and(|field| field.name == super::REASONING)
+}
+
+fn dspy_name(dialect: Dialect, name: &str, signature: &Signature) -> String {
+    if dialect == Dialect::Dspy3 && is_chain(signature) {
+        format!("{name}.predict")
+    } else {
+        name.to_owned()
+    }
+}
+
+fn demo_value(demo: &Demo) -> Value {
+    let mut fields = Fields::new();
+    if demo.augmented {
+        fields.insert("augmented".to_owned(), Value::Bool(true));
+    }
+    fields.extend(demo.fields.clone());
+    Value::Dict(fields)
+}
+
+fn signature_value(signature: &Signature) -> Value {
+    let field = |field: &Field| {
+        Value::Dict(Fields::from([
+            ("prefix".to_owned(), Value::Str(field.full_prefix())),
+            ("description".to_owned(), Value::Str(field.full_desc())),
+        ]))
+    };
+    Value::Dict(Fields::from([
+        ("instructions".to_owned(), Value::Str(signature.instructions.clone())),
+        ("fields".to_owned(), Value::List(signature.fields().map(field).collect())),
+    ]))
+}
+
+#[derive(Deserialize)]
+struct DspyPredictor {
+    #[serde(default)]
+    demos: Vec<Demo>,
+    signature: Option<DspySignature>,
+    extended_signature: Option<DspySignature>,
+}
+
+#[derive(Deserialize)]
+struct DspySignature {
+    instructions: String,
+    fields: Vec<DspyField>,
+}
+
+#[derive(Deserialize)]
+struct DspyField {
+    prefix: String,
+    description: String,
+}
+
+/// Loads DSPy's JSON into a program of the same shape, as DSPy's `program.load()` does: demos,
+/// and instructions, descriptions and prefixes (which `dspy-2.5-dev` leaves as they are). The
+/// only predictor of a file may have any name.
+///
+/// # Errors
+/// When the text is something else or is not of the program's shape.
+pub fn load_dspy_json(program: &mut Program, text: &str) -> Result<(), SavedError> {
+    let mut saved = read_dspy_predictors(text)?;
+    let alone = program.predictors.len() == 1 && saved.len() == 1;
+    let dialect = program.dialect;
+    for predictor in &mut program.predictors {
+        let suffixed = format!("{}.predict", predictor.name);
+        let key = saved
+            .keys()
+            .find(|key| alone || **key == predictor.name || **key == suffixed)
+            .cloned();
+        let Some(found) = key.and_then(|key| saved.shift_remove(&key)) else {
+            let there = saved.into_keys().collect();
+            return Err(SavedError::Predictor { name: predictor.name.clone(), there });
+        };
+        predictor.demos = found.demos;
+        let Some(signature) = found.extended_signature.or(found.signature) else { continue };
+        if dialect != Dialect::Dspy25Dev {
+            take_signature(&mut predictor.signature, signature, &predictor.name)?;
+        }
+    }
+    Ok(())
+}
+
+/// The predictors in a DSPy file, fields in order; `metadata` is skipped.
+fn read_dspy_predictors(
+    text: &str,
+) -> Result<indexmap::IndexMap<String, DspyPredictor>, SavedError> {
+    let Value::Dict(whole) = serde_json::from_str(text)? else {
+        return Ok(indexmap::IndexMap::new());
+    };
+    whole
+        .iter()
+        .filter(|(name, _)| *name != "metadata")
+        .map(|(name, value)| {
+            // Through text, because a `serde_json::Value` would lose the order of the fields.
+            let predictor = serde_json::from_str(&serde_json::to_string(value)?)?;
+            Ok((name.clone(), predictor))
+        })
+        .collect()
+}
+
+fn take_signature(
+    signature: &mut Signature,
+    saved: DspySignature,
+    name: &str,
+) -> Result<(), SavedError> {
+    let expected = signature.fields().count();
+    if saved.fields.len() != expected {
+        let saved = saved.fields.len();
+        return Err(SavedError::Fields { name: name.to_owned(), saved, expected });
+    }
+    signature.instructions = saved.instructions;
+    let Signature { inputs, outputs, .. } = signature;
+    for (field, saved) in inputs.iter_mut().chain(outputs).zip(saved.fields) {
+        field.desc = Some(saved.description);
+        field.prefix = Some(saved.prefix);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn saved() -> SavedProgram {
+        let spec: ProgramSpec = serde_json::from_str(
+            r#"{"chain_of_thought": {"instructions": "Sort.", "inputs": [{"name": "text"}],
+                "outputs": [{"name": "label", "type": "label"}]}}"#,
+        )
+        .unwrap();
+        let labels = vec!["a".to_owned()];
+        let mut program = spec.build(&labels).unwrap();
+        program.predictors[0].demos = vec![
+            serde_json::from_str(r#"{"augmented": true, "text": "t", "reasoning": "r", "label": "a"}"#)
+                .unwrap(),
+        ];
+        SavedProgram::new(spec, labels, &program)
+    }
+
+    #[test]
+    fn a_saved_program_is_rebuilt_with_its_demos() {
+        let saved = saved();
+        let read = SavedProgram::from_json(&saved.to_json().unwrap()).unwrap();
+        assert_eq!(read, saved);
+        assert_eq!(read.build().unwrap().predictors[0].demos.len(), 1);
+    }
+
+    #[test]
+    fn version_1_stays_readable() {
+        let text = r#"{"version": 1,
+            "spec": {"predict": {"adapter": "compact", "format": "dspy-2.5",
+                "inputs": [{"name": "intent", "from": "text"}],
+                "outputs": [{"name": "label", "type": "label"}], "constrain": true}},
+            "labels": ["a", "b"], "demos": {"predict": [{"text": "t", "label": "a"}]}}"#;
+        let program = SavedProgram::from_json(text).unwrap().build().unwrap();
+        assert!(!program.predictors[0].demos[0].augmented);
+    }
+
+    #[test]
+    fn unknown_versions_and_predictors_are_refused() {
+        let text = saved().to_json().unwrap().replace("\"version\": 1", "\"version\": 2");
+        assert!(matches!(SavedProgram::from_json(&text), Err(SavedError::Version(2))));
+        let mut saved = saved();
+        saved.demos.insert("other".into(), Vec::new());
+        assert!(matches!(saved.build(), Err(SavedError::Predictor { .. })));
+    }
+
+    #[test]
+    fn dspy_files_round_trip() {
+        for dialect in [Dialect::Dspy25, Dialect::Dspy3] {
+            let mut program = saved().build().unwrap();
+            program.dialect = dialect;
+            let text = serde_json::to_string(&to_dspy_json(&program)).unwrap();
+            let mut other = saved().spec.build(&[]).unwrap();
+            other.dialect = dialect;
+            other.predictors[0].signature.instructions.clear();
+            load_dspy_json(&mut other, &text).unwrap();
+            assert_eq!(other.predictors[0].demos, program.predictors[0].demos);
+            assert_eq!(other.predictors[0].signature.instructions, "Sort.");
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! [`ProgramSpec`]: a program as a pipeline file declares it. Checked and built
+//! into a [`Program`] once the labels are known; knows no model.
+
+use super::{LabelRule, Predictor, Program, REASONING, chain_of_thought};
+use crate::adapter::{AdapterKind, Dialect};
+use crate::field_type::FieldType;
+use crate::signature::{Field, Signature};
+use crate::value::list_repr;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+
+/// A program, by the module that it is made of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProgramSpec {
+    /// One prompt: inputs in, outputs out (DSPy's `Predict`).
+    Predict(PromptSpec),
+    /// One prompt that asks for a `reasoning` before the outputs (DSPy's `ChainOfThought`).
+    ChainOfThought(PromptSpec),
+    // A program that calls no language model is one more variant here and one more arm in `build`.
+}
+
+/// The prompt of a program.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PromptSpec {
+    /// Prompt format: `chat` has a header for every field, `compact` as few tokens as possible.
+    #[serde(default)]
+    pub adapter: AdapterKind,
+    /// Whose prompt bytes and optimizer rules to follow.
+    #[serde(default)]
+    pub format: Dialect,
+    /// The task. `{labels}` becomes the list of labels, `{n_labels}` their count. Without it the
+    /// prompt just names the fields.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instructions: Option<String>,
+    /// What is given.
+    pub inputs: Vec<InputSpec>,
+    /// What is asked for, in the order in which it is to be answered.
+    pub outputs: Vec<OutputSpec>,
+    /// Description of `reasoning` (`chain_of_thought` only); none is printed without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_desc: Option<String>,
+    /// Whether to ask the model to answer with one of the labels and nothing else.
+    #[serde(default)]
+    pub constrain: bool,
+}
+
+/// An input of a prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InputSpec {
+    /// Name in the prompt.
+    pub name: String,
+    /// Description in the prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desc: Option<String>,
+    /// Column of the row that it is taken from; the name when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+/// An output of a prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OutputSpec {
+    /// Name in the prompt.
+    pub name: String,
+    /// Description in the prompt; `{labels}` and `{n_labels}` work here too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desc: Option<String>,
+    /// Type of the answer.
+    #[serde(default, rename = "type")]
+    pub ty: OutputType,
+}
+
+/// Type of an output.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputType {
+    /// Text.
+    #[default]
+    Str,
+    /// Whole number.
+    Int,
+    /// Number.
+    Float,
+    /// True or false.
+    Bool,
+    /// One of the pipeline's labels. Prompts show it as text; answers are lower-cased, trimmed,
+    /// and their spaces become underscores.
+    Label,
+    /// One of the given texts.
+    Enum(Vec<String>),
+}
+
+/// What is wrong with a [`ProgramSpec`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BuildError {
+    /// No inputs or no outputs.
+    #[error("`{0}` must not be empty")]
+    Empty(&'static str),
+    /// A name that prompts cannot use.
+    #[error("field name `{0}` must be letters, digits and underscores, not starting with a digit")]
+    Name(String),
+    /// Two fields of one name.
+    #[error("field name `{0}` is used twice")]
+    Twice(String),
+    /// More than one label.
+    #[error("outputs `{0}` and `{1}` both have type `label`; only one can")]
+    Labels(String, String),
+    /// `enum` without values.
+    #[error("`enum` of output `{0}` must not be empty")]
+    EmptyEnum(String),
+    /// `reasoning_desc` on a program that gives no reasoning.
+    #[error("`reasoning_desc` belongs to `chain_of_thought`; remove it or change the module")]
+    ReasoningDesc,
+    /// `constrain` without a place to do it.
+    #[error("`constrain` needs the last output to have type `label`")]
+    Constrain,
+}
+
+impl ProgramSpec {
+    /// The program for these labels, without demos.
+    ///
+    /// # Errors
+    /// When the declaration contradicts itself.
+    pub fn build(&self, labels: &[String]) -> Result<Program, BuildError> {
+        match self {
+            Self::Predict(prompt) => prompt.build(labels, false),
+            Self::ChainOfThought(prompt) => prompt.build(labels, true),
+        }
+    }
+
+    /// The prompt, for programs that have one.
+    pub fn prompt(&self) -> Option<&PromptSpec> {
+        match self {
+            Self::Predict(prompt) | Self::ChainOfThought(prompt) => Some(prompt),
+        }
+    }
+
+    /// Whether answers start with a rationale.
+    pub fn reasons(&self) -> bool {
+        matches!(self, Self::ChainOfThought(_))
+    }
+}
+
+impl PromptSpec {
+    fn build(&self, labels: &[String], reasons: bool) -> Result<Program, BuildError> {
+        self.check(reasons)?;
+        let fill = |text: &String| {
+            text.replace("{labels}", &list_repr(labels))
+                .replace("{n_labels}", &labels.len().to_string())
+        };
+        let field = |name: &str, desc: Option<&String>, ty| Field {
+            name: name.to_owned(),
+            desc: desc.map(fill),
+            ty,
+            prefix: None,
+        };
+        let inputs = self
+            .inputs
+            .iter()
+            .map(|input| field(&input.name, input.desc.as_ref(), FieldType::Str))
+            .collect();
+        let outputs = self
+            .outputs
+            .iter()
+            .map(|output| field(&output.name, output.desc.as_ref(), output.ty.field_type()))
+            .collect();
+        let instructions = self.instructions.as_ref().map(fill);
+        let mut signature = Signature::new(instructions.as_deref(), inputs, outputs);
+        if reasons {
+            signature = chain_of_thought(signature, self.format, self.reasoning_desc.as_deref());
+        }
+        let adapter = self.adapter.adapter(self.format);
+        let mut predictor = Predictor::new("predict", signature, adapter);
+        predictor.sources = self
+            .inputs
+            .iter()
+            .filter_map(|input| Some((input.name.clone(), input.from.clone()?)))
+            .collect();
+        predictor.label = self.label_output().map(|output| LabelRule {
+            field: output.name.clone(),
+            labels: labels.to_vec(),
+            constrain: self.constrain,
+        });
+        Ok(Program::new(self.format, vec![predictor]))
+    }
+
+    /// The output of type `label`, if any.
+    pub fn label_output(&self) -> Option<&OutputSpec> {
+        self.outputs.iter().find(|output| output.ty == OutputType::Label)
+    }
+
+    fn check(&self, reasons: bool) -> Result<(), BuildError> {
+        if self.inputs.is_empty() {
+            return Err(BuildError::Empty("inputs"));
+        }
+        if self.outputs.is_empty() {
+            return Err(BuildError::Empty("outputs"));
+        }
+        let mut seen = BTreeSet::new();
+        if reasons {
+            seen.insert(REASONING);
+        }
+        let inputs = self.inputs.iter().map(|input| input.name.as_str());
+        for name in inputs.chain(self.outputs.iter().map(|output| output.name.as_str())) {
+            if !is_identifier(name) {
+                return Err(BuildError::Name(name.to_owned()));
+            }
+            if !seen.insert(name) {
+                return Err(BuildError::Twice(name.to_owned()));
+            }
+        }
+        let labels: Vec<&OutputSpec> =
+            self.outputs.iter().filter(|output| output.ty == OutputType::Label).collect();
+        if let [first, second, ..] = labels.as_slice() {
+            return Err(BuildError::Labels(first.name.clone(), second.name.clone()));
+        }
+        for output in &self.outputs {
+            if matches!(&output.ty, OutputType::Enum(values) if values.is_empty()) {
+                return Err(BuildError::EmptyEnum(output.name.clone()));
+            }
+        }
+        if self.reasoning_desc.is_some() && !reasons {
+            return Err(BuildError::ReasoningDesc);
+        }
+        let label_is_last =
+            self.outputs.last().is_some_and(|output| output.ty == OutputType::Label);
+        if self.constrain && !label_is_last {
+            return Err(BuildError::Constrain);
+        }
+        Ok(())
+    }
+}
+
+impl OutputType {
+    fn field_type(&self) -> FieldType {
+        match self {
+            Self::Str | Self::Label => FieldType::Str,
+            Self::Int => FieldType::Int,
+            Self::Float => FieldType::Float,
+            Self::Bool => FieldType::Bool,
+            Self::Enum(values) => FieldType::one_of(values.iter().cloned()),
+        }
+    }
+}
+
+fn is_identifier(name: &str) -> bool {
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    name.chars().all(word) && name.chars().next().is_some_and(|c| !c.is_numeric())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn spec(json: &str) -> ProgramSpec {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn labels_fill_the_instructions() {
+        let spec = spec(
+            r#"{"chain_of_thought": {"instructions": "One of {n_labels}:\n{labels}",
+                "inputs": [{"name": "intent", "from": "text"}],
+                "outputs": [{"name": "label", "desc": "of the {n_labels}", "type": "label"}],
+                "constrain": true}}"#,
+        );
+        let program = spec.build(&["a".into(), "b".into()]).unwrap();
+        let predictor = &program.predictors[0];
+        assert_eq!(predictor.signature.instructions, "One of 2:\n['a', 'b']");
+        let names: Vec<&str> =
+            predictor.signature.fields().map(|field| field.name.as_str()).collect();
+        assert_eq!(names, ["intent", "reasoning", "label"]);
+        assert_eq!(predictor.signature.outputs[1].desc.as_deref(), Some("of the 2"));
+        assert_eq!(predictor.sources["intent"], "text");
+        assert_eq!(predictor.label.as_ref().unwrap().labels, ["a", "b"]);
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let build = |json: &str| spec(json).build(&[]).unwrap_err();
+        assert_eq!(
+            build(r#"{"predict": {"inputs": [], "outputs": [{"name": "x"}]}}"#),
+            BuildError::Empty("inputs")
+        );
+        assert_eq!(
+            build(
+                r#"{"chain_of_thought": {"inputs": [{"name": "a"}], "outputs": [{"name": "reasoning"}]}}"#
+            ),
+            BuildError::Twice("reasoning".into())
+        );
+        assert_eq!(
+            build(
+                r#"{"predict": {"inputs": [{"name": "a b"}], "outputs": [{"name": "x"}]}}"#
+            ),
+            BuildError::Name("a b".into())
+        );
+        assert_eq!(
+            build(
+                r#"{"predict": {"inputs": [{"name": "a"}], "outputs": [{"name": "x"}], "constrain": true}}"#
+            ),
+            BuildError::Constrain
+        );
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let json = r#"{"predict": {"inputs": [], "outputs": [], "temperature": 1}}"#;
+        assert!(serde_json::from_str::<ProgramSpec>(json).is_err());
+        let json = r#"{"predict": {"inputs": [], "outputs": [{"name": "x", "type": {"enum": ["a"]}}]}}"#;
+        assert!(serde_json::from_str::<ProgramSpec>(json).is_ok());
+    }
+}

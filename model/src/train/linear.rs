@@ -1,0 +1,144 @@
+//! Linear layers with a frozen weight and a trained low-rank delta, forward and backward.
+//!
+//! `y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ` for every module of a group, which share `x`. Knows no other part of
+//! the model. Invariant: the frozen weight gets no gradient, which is a third of the usual cost.
+
+use rayon::prelude::*;
+
+use super::frozen::Values;
+use super::matmul::{Into, Mat, MatMut, Threads, matmul};
+use super::order::mix;
+use super::params::Group;
+
+/// One group of modules, ready to compute on `tokens` rows.
+pub(super) struct Linear<'a> {
+    pub(super) group: &'a Group,
+    /// The frozen weights of the members, `[output, input]` each.
+    pub(super) weights: &'a [Values<'a>],
+    /// All trained values.
+    pub(super) params: &'a [f32],
+    pub(super) rank: usize,
+    /// `alpha / rank`.
+    pub(super) scale: f32,
+    pub(super) dropout: Option<Dropout>,
+    pub(super) tokens: usize,
+}
+
+/// Dropout on the adapter's input. The mask is a function of `key` and the place, so the
+/// backward pass and a resumed training see the same one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Dropout {
+    pub(super) share: f64,
+    pub(super) key: u64,
+}
+
+impl Dropout {
+    /// `values`, where they are kept, scaled so that the mean stays; zero elsewhere.
+    fn masked(self, values: &[f32]) -> Vec<f32> {
+        let limit = (self.share * 2f64.powi(32)) as u64;
+        let keep = (1.0 / (1.0 - self.share)) as f32;
+        let values = values.par_iter().enumerate().with_min_len(4096);
+        let masked = values.map(|(place, value)| {
+            let drawn = mix(self.key.wrapping_add(place as u64)) >> 32;
+            if drawn < limit { 0.0 } else { value * keep }
+        });
+        masked.collect()
+    }
+}
+
+impl<'a> Linear<'a> {
+    /// The outputs of the members for the rows `x`, and in `inner` the `x·Aᵀ` of the group for
+    /// the backward pass. With [`Into::Add`] the outputs are added to `ys`.
+    pub(super) fn forward(&self, x: &[f32], inner: &mut [f32], into: Into, ys: &mut [&mut [f32]]) {
+        let (n, input, width) = (self.tokens, self.group.input, self.group.inner);
+        if width > 0 {
+            let dropped = self.dropped(x);
+            let x = Mat::new(dropped.as_deref().unwrap_or(x), n, input);
+            let target = MatMut::new(inner, n, width);
+            matmul(target, Into::Replace, 1.0, x, self.a().t(), Threads::All);
+        }
+        let x = Mat::new(x, n, input);
+        for ((member, weight), y) in self.group.members.iter().zip(self.weights).zip(ys) {
+            let output = member.output;
+            let w = Mat::new(weight, output, input);
+            matmul(MatMut::new(y, n, output), into, 1.0, x, w.t(), Threads::All);
+            if let Some((b, column)) = &member.factors {
+                let b = Mat::new(&self.params[b.clone()], output, self.rank);
+                let inner = Mat::strided(&inner[*column..], n, self.rank, width);
+                let target = MatMut::new(y, n, output);
+                matmul(target, Into::Add, self.scale, inner, b.t(), Threads::All);
+            }
+        }
+    }
+
+    /// From the gradients of the outputs: that of the input into `dx` (none skips it), those of
+    /// the `b` factors added to `grads`, and that of `inner` for [`Linear::backward_a`].
+    pub(super) fn backward(
+        &self,
+        dys: &[&[f32]],
+        inner: &[f32],
+        d_inner: &mut Vec<f32>,
+        grads: &mut [f32],
+        mut dx: Option<&mut [f32]>,
+    ) {
+        let (n, input, width) = (self.tokens, self.group.input, self.group.inner);
+        d_inner.resize(n * width, 0.0);
+        let members = self.group.members.iter().zip(self.weights).zip(dys);
+        for (index, ((member, weight), dy)) in members.enumerate() {
+            let output = member.output;
+            let dy = Mat::new(dy, n, output);
+            if let Some(dx) = dx.as_deref_mut() {
+                let into = if index == 0 { Into::Replace } else { Into::Add };
+                let w = Mat::new(weight, output, input);
+                matmul(MatMut::new(dx, n, input), into, 1.0, dy, w, Threads::All);
+            }
+            if let Some((range, column)) = &member.factors {
+                let b = Mat::new(&self.params[range.clone()], output, self.rank);
+                let target = MatMut::strided(&mut d_inner[*column..], n, self.rank, width);
+                matmul(target, Into::Replace, self.scale, dy, b, Threads::All);
+                let inner = Mat::strided(&inner[*column..], n, self.rank, width);
+                let target = MatMut::new(&mut grads[range.clone()], output, self.rank);
+                matmul(target, Into::Add, self.scale, dy.t(), inner, Threads::All);
+            }
+        }
+        if let Some(dx) = dx.filter(|_| width > 0) {
+            self.backward_delta(d_inner, dx);
+        }
+    }
+
+    /// Adds the gradients of the `a` factors to `grads`, from the group's input `x`.
+    pub(super) fn backward_a(&self, x: &[f32], d_inner: &[f32], grads: &mut [f32]) {
+        let (n, input, width) = (self.tokens, self.group.input, self.group.inner);
+        if width == 0 {
+            return;
+        }
+        let dropped = self.dropped(x);
+        let x = Mat::new(dropped.as_deref().unwrap_or(x), n, input);
+        let target = MatMut::new(&mut grads[self.group.a.clone()], width, input);
+        let d_inner = Mat::new(d_inner, n, width).t();
+        matmul(target, Into::Add, 1.0, d_inner, x, Threads::All);
+    }
+
+    /// `dx += d_inner · A`, through the dropout where there is one.
+    fn backward_delta(&self, d_inner: &[f32], dx: &mut [f32]) {
+        let (n, input) = (self.tokens, self.group.input);
+        let inner = Mat::new(d_inner, n, self.group.inner);
+        let Some(dropout) = self.dropout else {
+            let target = MatMut::new(dx, n, input);
+            return matmul(target, Into::Add, 1.0, inner, self.a(), Threads::All);
+        };
+        let mut delta = vec![0.0; n * input];
+        let target = MatMut::new(&mut delta, n, input);
+        matmul(target, Into::Replace, 1.0, inner, self.a(), Threads::All);
+        super::vector::add(dx, &dropout.masked(&delta));
+    }
+
+    fn a(&self) -> Mat<'a> {
+        let (inner, input) = (self.group.inner, self.group.input);
+        Mat::new(&self.params[self.group.a.clone()], inner, input)
+    }
+
+    fn dropped(&self, x: &[f32]) -> Option<Vec<f32>> {
+        self.dropout.map(|dropout| dropout.masked(x))
+    }
+}

@@ -1,0 +1,50 @@
+//! Supervised fine-tuning of an adapter on rows of tokens.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `row`, `config` | what the caller gives |
+//! | `trainer`, `hooks`, `state` | the loop, what it reports, what it resumes from |
+//! | `order`, `schedule`, `adamw` | which rows when, the learning rate, the update |
+//! | `pack` | rows as one matrix without padding, common prefixes once |
+//! | `network`, `tape` | forward and backward of the model, and what lies between them |
+//! | `linear`, `attention`, `head`, `norm`, `rope` | its parts |
+//! | `params`, `frozen` | trained and frozen values as plain slices |
+//! | `matmul`, `vector` | the arithmetic |
+//!
+//! Knows no text and no prompt. Computes in f32 on the CPU, in the current rayon pool. Invariant:
+//! equal inputs give an adapter of equal bytes on one kind of machine, also when the training
+//! was interrupted and resumed.
+
+mod adamw;
+mod attention;
+mod config;
+mod frozen;
+mod head;
+mod hooks;
+mod linear;
+mod matmul;
+mod network;
+mod norm;
+mod order;
+mod pack;
+mod params;
+#[cfg(test)]
+mod reference;
+mod rope;
+mod row;
+mod schedule;
+mod state;
+mod tape;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+pub(crate) mod tiny;
+mod trainer;
+mod vector;
+
+pub use config::TrainConfig;
+pub use hooks::{EpochStats, EvalStats, Hooks, StepStats};
+pub use row::TrainRow;
+pub use schedule::Schedule;
+pub use state::TrainerState;
+pub use trainer::{TrainOutcome, Trainer};

@@ -1,0 +1,245 @@
+//! The adapted model as the trainer runs it: one forward and one backward pass over a pack.
+//!
+//! Written by hand, layer by layer, since every operation has a short closed gradient: automatic
+//! differentiation would compute gradients of frozen weights and keep every temporary. Knows no
+//! optimizer. Invariant: [`Network::backward`] follows a forward pass over the same pack with
+//! the same trained values; it uses the tape up.
+
+use rayon::prelude::*;
+
+use super::attention::{Attention, OutGradient};
+use super::frozen::Frozen;
+use super::linear::{Dropout, Linear};
+use super::matmul::Into;
+use super::order::mix;
+use super::pack::Pack;
+use super::params::Layout;
+use super::rope::{Rope, Turn};
+use super::tape::{LayerTape, Room, Tape};
+use super::{norm, vector};
+
+/// First module and number of modules of each group, in the order of `Module::ALL`.
+const MODULES: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
+const QKV: usize = 0;
+const OUT: usize = 1;
+const GATE_UP: usize = 2;
+const DOWN: usize = 3;
+
+/// Everything that stays the same while training.
+pub(super) struct Network<'a> {
+    pub(super) frozen: &'a Frozen<'a>,
+    pub(super) layout: &'a Layout,
+    pub(super) rope: &'a Rope,
+    /// `alpha / rank`.
+    pub(super) scale: f32,
+    /// Share of the adapters' inputs to drop, with the seed of this pass.
+    pub(super) dropout: Option<Dropout>,
+}
+
+impl Network<'_> {
+    /// Runs `pack` and records it; the result is `tape.out`.
+    pub(super) fn forward(&self, params: &[f32], pack: &Pack, tape: &mut Tape) {
+        let width = self.frozen.config.hidden;
+        tape.fit(self.frozen.config, self.layout, pack.tokens.len());
+        let Tape {
+            layers, out, room, ..
+        } = tape;
+        if let Some(first) = layers.first_mut() {
+            let rows = first.x.par_chunks_mut(width).zip(&pack.tokens);
+            rows.with_min_len(64).for_each(|(row, token)| {
+                let at = *token as usize * width;
+                row.copy_from_slice(&self.frozen.embed[at..at + width]);
+            });
+        }
+        for layer in 0..layers.len() {
+            let (now, later) = layers.split_at_mut(layer + 1);
+            let next = later.first_mut().map_or(&mut *out, |next| &mut next.x);
+            self.attend(layer, params, pack, &mut now[layer], room);
+            self.feed_forward(layer, params, pack, &mut now[layer], room, next);
+        }
+    }
+
+    /// Adds the gradients of the trained values to `grads`, from `tape.dx`, the gradient of
+    /// `tape.out`.
+    pub(super) fn backward(&self, params: &[f32], grads: &mut [f32], pack: &Pack, tape: &mut Tape) {
+        let Tape {
+            layers, dx, room, ..
+        } = tape;
+        for (layer, tape) in layers.iter_mut().enumerate().rev() {
+            self.feed_forward_backward(layer, params, grads, pack, tape, room, dx);
+            self.attend_backward(layer, params, grads, pack, tape, room, dx);
+        }
+    }
+
+    fn linear<'b>(
+        &'b self,
+        layer: usize,
+        group: usize,
+        params: &'b [f32],
+        pack: &Pack,
+    ) -> Linear<'b> {
+        let place = (layer * MODULES.len() + group) as u64;
+        Linear {
+            group: &self.layout.layers[layer][group],
+            weights: &self.frozen.layers[layer].modules[MODULES[group].clone()],
+            params,
+            rank: self.layout.rank,
+            scale: self.scale,
+            dropout: self.dropout.map(|dropout| Dropout {
+                key: mix(dropout.key ^ mix(place)),
+                ..dropout
+            }),
+            tokens: pack.tokens.len(),
+        }
+    }
+
+    fn attention<'b>(&self, pack: &'b Pack, tape: &'b LayerTape) -> Attention<'b> {
+        Attention::new(self.frozen.config, &pack.spans, [&tape.q, &tape.k, &tape.v])
+    }
+
+    /// `middle = x + out_proj(attention(norm(x)))`.
+    fn attend(
+        &self,
+        layer: usize,
+        params: &[f32],
+        pack: &Pack,
+        tape: &mut LayerTape,
+        room: &mut Room,
+    ) {
+        let weight = &self.frozen.layers[layer].attn_norm;
+        let eps = self.frozen.config.norm_eps;
+        norm::forward(&mut room.hidden, &mut tape.x_inverse, &tape.x, weight, eps);
+        let rows = &mut [&mut room.q[..], &mut room.k[..], &mut room.v[..]];
+        let linear = self.linear(layer, QKV, params, pack);
+        linear.forward(&room.hidden, &mut tape.inner[QKV], Into::Replace, rows);
+        let at = &pack.positions;
+        self.rope.split(&mut tape.q, &room.q, at, Turn::Forward);
+        self.rope.split(&mut tape.k, &room.k, at, Turn::Forward);
+        self.rope.split(&mut tape.v, &room.v, at, Turn::None);
+        let mut log_sums = std::mem::take(&mut tape.log_sums);
+        self.attention(pack, tape)
+            .forward(&mut room.q_heads, &mut log_sums);
+        tape.log_sums = log_sums;
+        self.rope
+            .merge(&mut tape.attended, &room.q_heads, at, Turn::None);
+        tape.middle.copy_from_slice(&tape.x);
+        let linear = self.linear(layer, OUT, params, pack);
+        linear.forward(
+            &tape.attended,
+            &mut tape.inner[OUT],
+            Into::Add,
+            &mut [&mut tape.middle],
+        );
+    }
+
+    /// `next = middle + down(silu(gate(norm(middle))) · up(norm(middle)))`.
+    fn feed_forward(
+        &self,
+        layer: usize,
+        params: &[f32],
+        pack: &Pack,
+        tape: &mut LayerTape,
+        room: &mut Room,
+        next: &mut [f32],
+    ) {
+        let weight = &self.frozen.layers[layer].ffn_norm;
+        let eps = self.frozen.config.norm_eps;
+        norm::forward(
+            &mut room.hidden,
+            &mut tape.middle_inverse,
+            &tape.middle,
+            weight,
+            eps,
+        );
+        let linear = self.linear(layer, GATE_UP, params, pack);
+        let rows = &mut [&mut tape.gate[..], &mut tape.up[..]];
+        linear.forward(&room.hidden, &mut tape.inner[GATE_UP], Into::Replace, rows);
+        vector::swiglu(&mut room.ffn, &tape.gate, &tape.up);
+        next.copy_from_slice(&tape.middle);
+        let linear = self.linear(layer, DOWN, params, pack);
+        linear.forward(&room.ffn, &mut tape.inner[DOWN], Into::Add, &mut [next]);
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn feed_forward_backward(
+        &self,
+        layer: usize,
+        params: &[f32],
+        grads: &mut [f32],
+        pack: &Pack,
+        tape: &mut LayerTape,
+        room: &mut Room,
+        dx: &mut [f32],
+    ) {
+        let down = self.linear(layer, DOWN, params, pack);
+        down.backward(
+            &[dx],
+            &tape.inner[DOWN],
+            &mut room.inner,
+            grads,
+            Some(&mut room.ffn),
+        );
+        vector::swiglu_backward(&mut room.ffn, &mut tape.gate, &mut tape.up);
+        down.backward_a(&room.ffn, &room.inner, grads);
+
+        let gate_up = self.linear(layer, GATE_UP, params, pack);
+        let dys = [&tape.gate[..], &tape.up[..]];
+        let inner = &tape.inner[GATE_UP];
+        gate_up.backward(&dys, inner, &mut room.inner, grads, Some(&mut room.hidden));
+        let weight = &self.frozen.layers[layer].ffn_norm;
+        norm::again(
+            &mut room.hidden2,
+            &tape.middle_inverse,
+            &tape.middle,
+            weight,
+        );
+        gate_up.backward_a(&room.hidden2, &room.inner, grads);
+        norm::backward(dx, &room.hidden, &tape.middle_inverse, &tape.middle, weight);
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn attend_backward(
+        &self,
+        layer: usize,
+        params: &[f32],
+        grads: &mut [f32],
+        pack: &Pack,
+        tape: &mut LayerTape,
+        room: &mut Room,
+        dx: &mut [f32],
+    ) {
+        let out = self.linear(layer, OUT, params, pack);
+        out.backward(
+            &[dx],
+            &tape.inner[OUT],
+            &mut room.inner,
+            grads,
+            Some(&mut room.q),
+        );
+        out.backward_a(&tape.attended, &room.inner, grads);
+
+        let given = OutGradient {
+            out: &tape.attended,
+            d_out: &room.q,
+            log_sums: &tape.log_sums,
+        };
+        let (dq, dk, dv) = (&mut room.q_heads, &mut room.k_heads, &mut room.v_heads);
+        self.attention(pack, tape).backward(&given, dq, dk, dv);
+        let at = &pack.positions;
+        self.rope.merge(&mut room.q, dq, at, Turn::Backward);
+        self.rope.merge(&mut room.k, dk, at, Turn::Backward);
+        self.rope.merge(&mut room.v, dv, at, Turn::None);
+
+        // Below the first layer there is nothing left to train.
+        let d_hidden = (layer > 0).then_some(&mut room.hidden[..]);
+        let qkv = self.linear(layer, QKV, params, pack);
+        let dys = [&room.q[..], &room.k[..], &room.v[..]];
+        qkv.backward(&dys, &tape.inner[QKV], &mut room.inner, grads, d_hidden);
+        let weight = &self.frozen.layers[layer].attn_norm;
+        norm::again(&mut room.hidden2, &tape.x_inverse, &tape.x, weight);
+        qkv.backward_a(&room.hidden2, &room.inner, grads);
+        if layer > 0 {
+            norm::backward(dx, &room.hidden, &tape.x_inverse, &tape.x, weight);
+        }
+    }
+}

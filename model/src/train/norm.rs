@@ -1,0 +1,40 @@
+//! RMS norm of many rows, forward and backward. The norm's weight is frozen.
+
+use rayon::prelude::*;
+
+use super::vector;
+
+/// Rows per parallel task.
+const ROWS: usize = 16;
+
+/// Normalises each row of `x` into `out`; `inverse` gets `1 / rms` of each row.
+pub(super) fn forward(out: &mut [f32], inverse: &mut [f32], x: &[f32], weight: &[f32], eps: f64) {
+    let width = weight.len();
+    let rows = out.par_chunks_mut(width).zip(x.par_chunks(width));
+    rows.zip(inverse)
+        .with_min_len(ROWS)
+        .for_each(|((out, x), inverse)| {
+            *inverse = vector::rms_norm_row(out, x, weight, eps as f32)
+        });
+}
+
+/// The same result again, from `inverse`.
+pub(super) fn again(out: &mut [f32], inverse: &[f32], x: &[f32], weight: &[f32]) {
+    let width = weight.len();
+    let rows = out.par_chunks_mut(width).zip(x.par_chunks(width));
+    rows.zip(inverse)
+        .with_min_len(ROWS)
+        .for_each(|((out, x), inverse)| vector::rescale_row(out, x, weight, *inverse));
+}
+
+/// Adds the gradient of `x` to `dx`.
+pub(super) fn backward(dx: &mut [f32], dy: &[f32], inverse: &[f32], x: &[f32], weight: &[f32]) {
+    let width = weight.len();
+    let rows = dx.par_chunks_mut(width).zip(dy.par_chunks(width));
+    rows.zip(x.par_chunks(width))
+        .zip(inverse)
+        .with_min_len(ROWS)
+        .for_each(|(((dx, dy), x), inverse)| {
+            vector::rms_norm_backward_row(dx, dy, x, weight, *inverse);
+        });
+}

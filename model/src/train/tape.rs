@@ -1,0 +1,116 @@
+//! What the forward pass leaves for the backward pass, and the room that both compute in.
+//!
+//! Buffers are kept from step to step, since fresh pages cost more than many of the loops that
+//! fill them. Knows no computation.
+
+use super::params::Layout;
+use crate::config::LlamaConfig;
+
+/// One layer's values; widths are per token.
+#[derive(Default)]
+pub(super) struct LayerTape {
+    /// Input of the layer, `hidden`.
+    pub(super) x: Vec<f32>,
+    /// `1 / rms` of it.
+    pub(super) x_inverse: Vec<f32>,
+    /// Rotated queries, `[heads, tokens, head_dim]`.
+    pub(super) q: Vec<f32>,
+    /// Rotated keys, `[kv_heads, tokens, head_dim]`.
+    pub(super) k: Vec<f32>,
+    /// Values, shaped as the keys.
+    pub(super) v: Vec<f32>,
+    /// Logarithms of the softmax sums, `[heads, tokens]`.
+    pub(super) log_sums: Vec<f32>,
+    /// Result of the attention, `heads · head_dim`.
+    pub(super) attended: Vec<f32>,
+    /// The residual stream between attention and feed-forward, `hidden`.
+    pub(super) middle: Vec<f32>,
+    /// `1 / rms` of it.
+    pub(super) middle_inverse: Vec<f32>,
+    /// Output of the gate projection, `ffn`.
+    pub(super) gate: Vec<f32>,
+    /// Output of the up projection, `ffn`.
+    pub(super) up: Vec<f32>,
+    /// `x·Aᵀ` of each group.
+    pub(super) inner: [Vec<f32>; 4],
+}
+
+/// Room for values that do not outlive a layer.
+#[derive(Default)]
+pub(super) struct Room {
+    /// A normalised input or its gradient, `hidden`.
+    pub(super) hidden: Vec<f32>,
+    /// A second one.
+    pub(super) hidden2: Vec<f32>,
+    /// `heads · head_dim`, as rows.
+    pub(super) q: Vec<f32>,
+    /// The same by heads.
+    pub(super) q_heads: Vec<f32>,
+    /// `kv_heads · head_dim`, as rows.
+    pub(super) k: Vec<f32>,
+    /// The same by heads.
+    pub(super) k_heads: Vec<f32>,
+    /// As `k`.
+    pub(super) v: Vec<f32>,
+    /// As `k_heads`.
+    pub(super) v_heads: Vec<f32>,
+    /// `ffn`.
+    pub(super) ffn: Vec<f32>,
+    /// Gradient of an `inner`.
+    pub(super) inner: Vec<f32>,
+}
+
+/// The whole record.
+#[derive(Default)]
+pub(super) struct Tape {
+    pub(super) layers: Vec<LayerTape>,
+    /// Output of the last layer, `hidden`.
+    pub(super) out: Vec<f32>,
+    /// Gradient of the residual stream, `hidden`.
+    pub(super) dx: Vec<f32>,
+    pub(super) room: Room,
+}
+
+impl Tape {
+    /// Makes every buffer fit `tokens` rows.
+    pub(super) fn fit(&mut self, model: &LlamaConfig, layout: &Layout, tokens: usize) {
+        let (q, kv) = (
+            model.heads * model.head_dim,
+            model.kv_heads * model.head_dim,
+        );
+        let size = |buffer: &mut Vec<f32>, width: usize| buffer.resize(tokens * width, 0.0);
+        self.layers.resize_with(model.layers, LayerTape::default);
+        for (tape, groups) in self.layers.iter_mut().zip(&layout.layers) {
+            size(&mut tape.x, model.hidden);
+            size(&mut tape.x_inverse, 1);
+            size(&mut tape.q, q);
+            size(&mut tape.k, kv);
+            size(&mut tape.v, kv);
+            size(&mut tape.log_sums, model.heads);
+            size(&mut tape.attended, q);
+            size(&mut tape.middle, model.hidden);
+            size(&mut tape.middle_inverse, 1);
+            size(&mut tape.gate, model.ffn);
+            size(&mut tape.up, model.ffn);
+            for (inner, group) in tape.inner.iter_mut().zip(groups) {
+                size(inner, group.inner);
+            }
+        }
+        size(&mut self.out, model.hidden);
+        size(&mut self.dx, model.hidden);
+        let room = &mut self.room;
+        size(&mut room.hidden, model.hidden);
+        size(&mut room.hidden2, model.hidden);
+        size(&mut room.q, q);
+        size(&mut room.q_heads, q);
+        size(&mut room.ffn, model.ffn);
+        for buffer in [
+            &mut room.k,
+            &mut room.k_heads,
+            &mut room.v,
+            &mut room.v_heads,
+        ] {
+            size(buffer, kv);
+        }
+    }
+}

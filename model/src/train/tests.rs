@@ -1,0 +1,404 @@
+//! The training as a whole, on tiny random models.
+#![allow(clippy::unwrap_used)]
+
+use std::cell::{Cell, RefCell};
+
+use super::frozen::Frozen;
+use super::head::{self, HeadRoom};
+use super::linear::Dropout;
+use super::network::Network;
+use super::pack::Pack;
+use super::params::Layout;
+use super::rope::Rope;
+use super::tape::Tape;
+use super::tiny;
+use super::{Hooks, TrainConfig, TrainRow, Trainer, TrainerState};
+use crate::error::ModelError;
+use crate::lora::{LoraAdapter, LoraConfig, Module};
+use crate::weights::LlamaWeights;
+
+fn lora() -> LoraConfig {
+    LoraConfig {
+        rank: 3,
+        alpha: 6.0,
+        ..LoraConfig::default()
+    }
+}
+
+/// Mean loss and, where wanted, gradients of `params` over `packs`.
+struct Probe<'a> {
+    weights: &'a LlamaWeights,
+    layout: Layout,
+    scale: f32,
+    dropout: Option<Dropout>,
+    packs: Vec<Pack>,
+}
+
+impl<'a> Probe<'a> {
+    fn new(weights: &'a LlamaWeights, lora: &LoraConfig, packs: Vec<Pack>) -> Self {
+        Self {
+            weights,
+            layout: Layout::new(lora, &weights.config).unwrap(),
+            scale: lora.scale() as f32,
+            dropout: None,
+            packs,
+        }
+    }
+
+    fn run(&self, params: &[f32], mut grads: Option<&mut [f32]>) -> f64 {
+        let frozen = Frozen::new(self.weights).unwrap();
+        let rope = Rope::new(&self.weights.config, 64);
+        let network = Network {
+            frozen: &frozen,
+            layout: &self.layout,
+            rope: &rope,
+            scale: self.scale,
+            dropout: self.dropout,
+        };
+        let targets: usize = self.packs.iter().map(|pack| pack.targets.len()).sum();
+        let (mut tape, mut room, mut loss) = (Tape::default(), HeadRoom::default(), 0.0);
+        for pack in &self.packs {
+            network.forward(params, pack, &mut tape);
+            let (out, dx) = (&tape.out, &mut tape.dx);
+            let weight = 1.0 / targets as f32;
+            let dx = Some(&mut dx[..]);
+            loss += head::loss(&frozen, &mut room, out, &pack.targets, weight, dx).loss;
+            if let Some(grads) = grads.as_deref_mut() {
+                network.backward(params, grads, pack, &mut tape);
+            }
+        }
+        loss / targets as f64
+    }
+
+    fn gradient(&self, params: &[f32]) -> (f64, Vec<f32>) {
+        let mut grads = vec![0.0; params.len()];
+        let loss = self.run(params, Some(&mut grads));
+        (loss, grads)
+    }
+
+    /// Compares the gradient of every factor with finite differences along the gradient itself
+    /// and along another direction.
+    fn check_gradient(&self, params: &[f32]) {
+        let (_, grads) = self.gradient(params);
+        for (layer, a, b, module) in self.layout.pairs() {
+            for (factor, range) in [("a", a), ("b", b)] {
+                let grad = &grads[range.clone()];
+                let norm = grad.iter().map(|g| g * g).sum::<f32>().sqrt();
+                let place = format!("layer {layer} {} {factor}", module.name());
+                assert!(norm > 1e-4, "{place} has no gradient");
+                let along: Vec<f32> = grad.iter().map(|g| g / norm).collect();
+                let other: Vec<f32> = (0..grad.len())
+                    .map(|i| along[i] * if i % 3 == 0 { -0.5 } else { 1.0 })
+                    .collect();
+                for direction in [along, other] {
+                    let moved = |by: f32| {
+                        let mut params = params.to_vec();
+                        let values = params[range.clone()].iter_mut().zip(&direction);
+                        values.for_each(|(p, d)| *p += by * d);
+                        self.run(&params, None)
+                    };
+                    let slope = |by: f32| (moved(by) - moved(-by)) / f64::from(2.0 * by);
+                    // Richardson's extrapolation, since a step small enough for the curvature
+                    // drowns in f32's rounding.
+                    let want = (4.0 * slope(1e-2) - slope(2e-2)) / 3.0;
+                    let got: f32 = grad.iter().zip(&direction).map(|(g, d)| g * d).sum();
+                    let off = (f64::from(got) - want).abs();
+                    assert!(off < 1e-3 + 0.01 * want.abs(), "{place}: {got}, not {want}");
+                }
+            }
+        }
+    }
+}
+
+fn pack(rows: &[TrainRow], share_prefix: bool) -> Pack {
+    Pack::new(&rows.iter().collect::<Vec<_>>(), share_prefix)
+}
+
+fn close(a: &[f32], b: &[f32]) {
+    let size = a.iter().fold(0f32, |m, v| m.max(v.abs()));
+    for (a, b) in a.iter().zip(b) {
+        assert!((a - b).abs() < 1e-5 * (1.0 + size), "{a} is not {b}");
+    }
+}
+
+#[test]
+fn gradients_equal_finite_differences() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(4, 2));
+    for share_prefix in [false, true] {
+        let probe = Probe::new(&weights, &lora(), vec![pack(&rows, share_prefix)]);
+        let start = tiny::adapter(&lora(), &weights.config, 3);
+        probe.check_gradient(&probe.layout.flatten(&start).unwrap());
+    }
+}
+
+#[test]
+fn gradients_with_dropout_equal_finite_differences() {
+    let (weights, rows) = (tiny::weights(4), tiny::rows(3, 5));
+    let mut probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
+    let start = tiny::adapter(&lora(), &weights.config, 6);
+    let params = probe.layout.flatten(&start).unwrap();
+    let without = probe.run(&params, None);
+    probe.dropout = Some(Dropout { share: 0.3, key: 7 });
+    assert_ne!(without, probe.run(&params, None));
+    probe.check_gradient(&params);
+}
+
+#[test]
+fn every_subset_of_modules_gets_its_gradient() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(3, 2));
+    for names in [
+        &["k_proj", "down_proj"][..],
+        &["q_proj", "v_proj"],
+        &["up_proj"],
+    ] {
+        let lora = LoraConfig {
+            target_modules: names.iter().map(|n| (*n).to_owned()).collect(),
+            ..lora()
+        };
+        let probe = Probe::new(&weights, &lora, vec![pack(&rows, true)]);
+        let start = tiny::adapter(&lora, &weights.config, 3);
+        probe.check_gradient(&probe.layout.flatten(&start).unwrap());
+    }
+}
+
+#[test]
+fn a_shared_prefix_and_split_passes_change_nothing() {
+    let (weights, rows) = (tiny::weights(8), tiny::rows(6, 9));
+    let refs: Vec<&TrainRow> = rows.iter().collect();
+    let gradient = |packs| {
+        let probe = Probe::new(&weights, &lora(), packs);
+        let start = tiny::adapter(&lora(), &weights.config, 3);
+        probe.gradient(&probe.layout.flatten(&start).unwrap())
+    };
+    let (loss, grads) = gradient(vec![Pack::new(&refs, false)]);
+    for (share_prefix, max_tokens) in [(true, 1000), (false, 20), (true, 20)] {
+        let packs = Pack::split(&refs, share_prefix, max_tokens);
+        assert_eq!(packs.len() > 1, max_tokens == 20);
+        let (other, others) = gradient(packs);
+        assert!((loss - other).abs() < 1e-5, "{loss} is not {other}");
+        close(&grads, &others);
+    }
+}
+
+/// The loss again, computed with plain candle operations and no code of this module.
+#[test]
+fn the_loss_equals_a_plain_implementation() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(3, 2));
+    let adapter = tiny::adapter(&lora(), &weights.config, 3);
+    let probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
+    let got = probe.run(&probe.layout.flatten(&adapter).unwrap(), None);
+    let (mut sum, mut count) = (0.0, 0);
+    for row in &rows {
+        let loss = super::reference::losses(&weights, &adapter, row).unwrap();
+        count += loss.len();
+        sum += loss.iter().sum::<f64>();
+    }
+    assert!(
+        (got - sum / count as f64).abs() < 1e-5,
+        "{got} is not {}",
+        sum / count as f64
+    );
+}
+
+fn config() -> TrainConfig {
+    TrainConfig {
+        epochs: 6,
+        learning_rate: 2e-2,
+        seed: 11,
+        ..TrainConfig::default()
+    }
+}
+
+fn train(
+    weights: &LlamaWeights,
+    config: &TrainConfig,
+    rows: &[TrainRow],
+) -> (LoraAdapter, Vec<f32>) {
+    let mut trainer = Trainer::new(weights, lora(), config.clone(), rows).unwrap();
+    let outcome = trainer.run(Hooks::default()).unwrap();
+    (outcome.adapter, outcome.losses)
+}
+
+#[test]
+fn a_toy_task_is_learnt_and_every_factor_moves() {
+    let (weights, rows, unseen) = (tiny::weights(1), tiny::rows(60, 2), tiny::rows(20, 3));
+    let steps = RefCell::new(Vec::new());
+    let epochs = RefCell::new(Vec::new());
+    let mut trainer = Trainer::new(&weights, lora(), config(), &rows)
+        .unwrap()
+        .validate_on(&unseen)
+        .unwrap();
+    let before = trainer.evaluate(&unseen).unwrap();
+    let hooks = Hooks::default()
+        .on_step(|stats| steps.borrow_mut().push(*stats))
+        .on_epoch(|stats, _| {
+            epochs.borrow_mut().push(*stats);
+            Ok(())
+        });
+    let outcome = trainer.run(hooks).unwrap();
+    let (steps, epochs) = (steps.into_inner(), epochs.into_inner());
+    assert_eq!((steps.len(), epochs.len()), (6 * 8, 6));
+    assert_eq!(
+        (steps[47].step, steps[47].steps, steps[47].epoch),
+        (48, 48, 6)
+    );
+    assert_eq!((epochs[5].epoch, epochs[5].step), (6, 48));
+    let after = epochs[5].validation.unwrap();
+    assert!(after.loss < 0.5 * before.loss, "{before:?} {after:?}");
+    assert!(after.token_accuracy > 0.8, "{after:?}");
+    assert_eq!(trainer.evaluate(&unseen).unwrap(), after);
+
+    let start = LoraAdapter::init(&lora(), &weights.config, 11).unwrap();
+    for (from, to) in start.layers.iter().zip(&outcome.adapter.layers) {
+        for module in Module::ALL {
+            let (from, to) = (&from[module.name()], &to[module.name()]);
+            for (from, to) in [(&from.a, &to.a), (&from.b, &to.b)] {
+                let moved = (from - to).unwrap().abs().unwrap();
+                let moved = moved.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert!(moved.iter().all(|m| *m > 0.0), "{module:?} stood still");
+            }
+        }
+    }
+}
+
+#[test]
+fn equal_seeds_give_equal_bytes_with_any_number_of_threads() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(20, 2));
+    let bytes = |seed, threads| {
+        let config = TrainConfig { seed, ..config() };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        let (adapter, _) = pool.install(|| train(&weights, &config, &rows));
+        adapter.to_safetensors().unwrap()
+    };
+    let first = bytes(1, 2);
+    assert_eq!(first, bytes(1, 2));
+    assert_eq!(first, bytes(1, 1));
+    assert_ne!(first, bytes(2, 2));
+}
+
+#[test]
+fn a_killed_training_ends_with_the_same_bytes() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(20, 2));
+    let lora = LoraConfig {
+        dropout: 0.1,
+        ..lora()
+    };
+    let config = TrainConfig {
+        epochs: 3,
+        ..config()
+    };
+    let new = || Trainer::new(&weights, lora.clone(), config.clone(), &rows).unwrap();
+    let whole = new().run(Hooks::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    // Steps at a batch within an epoch, at its end, and at the first of the next.
+    for (stop, every) in [(1, 1), (2, 2), (3, 0), (4, 1), (5, 2), (8, 3)] {
+        let _ = std::fs::remove_file(&path);
+        let done = Cell::new(0);
+        let hooks = Hooks::default()
+            .on_step(|stats| done.set(stats.step))
+            .cancelled_by(|| done.get() >= stop)
+            .save_state(&path, every);
+        let stopped = new().run(hooks);
+        assert!(matches!(stopped, Err(ModelError::Cancelled)));
+        let state = TrainerState::load(&path).unwrap();
+        assert_eq!(state.step(), stop);
+        let resumed = new().resume(state).unwrap().run(Hooks::default()).unwrap();
+        assert_eq!(resumed.losses, whole.losses);
+        let bytes = |adapter: &LoraAdapter| adapter.to_safetensors().unwrap();
+        assert_eq!(bytes(&resumed.adapter), bytes(&whole.adapter));
+    }
+}
+
+#[test]
+fn a_kill_between_saves_goes_on_from_the_last_one() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(40, 2));
+    let config = TrainConfig {
+        epochs: 2,
+        ..config()
+    };
+    let new = || Trainer::new(&weights, lora(), config.clone(), &rows).unwrap();
+    let whole = new().run(Hooks::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    // What a kill leaves: the file of the last save, copied before the run goes on.
+    let kept = folder.path().join("kept.safetensors");
+    let hooks = Hooks::default()
+        .on_step(|stats| {
+            if stats.step == 4 {
+                std::fs::copy(&path, &kept).unwrap();
+            }
+        })
+        .save_state(&path, 3);
+    new().run(hooks).unwrap();
+    let state = TrainerState::load(&kept).unwrap();
+    assert_eq!(state.step(), 3);
+    let resumed = new().resume(state).unwrap().run(Hooks::default()).unwrap();
+    let bytes = |adapter: &LoraAdapter| adapter.to_safetensors().unwrap();
+    assert_eq!(bytes(&resumed.adapter), bytes(&whole.adapter));
+    // A finished state gives the adapter without a step.
+    let last = TrainerState::load(&path).unwrap();
+    let again = new().resume(last).unwrap().run(Hooks::default()).unwrap();
+    assert_eq!(bytes(&again.adapter), bytes(&whole.adapter));
+}
+
+#[test]
+fn a_state_of_another_training_is_refused() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(20, 2));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let hooks = Hooks::default().save_state(&path, 0);
+    let once = TrainConfig {
+        epochs: 1,
+        ..config()
+    };
+    let mut trainer = Trainer::new(&weights, lora(), once.clone(), &rows).unwrap();
+    trainer.run(hooks).unwrap();
+    let state = || TrainerState::load(&path).unwrap();
+    let other = TrainConfig {
+        clip: 0.5,
+        ..once.clone()
+    };
+    let others = tiny::weights(2);
+    for trainer in [
+        Trainer::new(&weights, lora(), other, &rows).unwrap(),
+        Trainer::new(&weights, lora(), once.clone(), &rows[1..]).unwrap(),
+        Trainer::new(&others, lora(), once, &rows).unwrap(),
+    ] {
+        let error = trainer.resume(state()).err().unwrap().to_string();
+        assert!(
+            error.contains("other rows, settings or base weights"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_trained_is_an_error() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(8, 2));
+    let new = |rows: &[TrainRow]| Trainer::new(&weights, lora(), config(), rows).err();
+    assert!(new(&[]).is_some());
+    let bad = |prompt: Vec<u32>, target: Vec<u32>| {
+        let mut rows = rows.clone();
+        rows[3] = TrainRow { prompt, target };
+        new(&rows).unwrap().to_string()
+    };
+    assert!(bad(vec![], vec![1]).starts_with("request 3: a training row needs"));
+    assert!(bad(vec![1], vec![31]).starts_with("request 3: token 31 is not"));
+    assert!(bad(vec![1; 70], vec![2]).starts_with("request 3: 70 tokens are more"));
+
+    let wild = TrainConfig {
+        learning_rate: 1e30,
+        clip: 0.0,
+        ..config()
+    };
+    let mut trainer = Trainer::new(&weights, lora(), wild, &rows).unwrap();
+    let error = trainer.run(Hooks::default()).unwrap_err();
+    assert!(
+        matches!(error, ModelError::Training { step, .. } if step > 1),
+        "{error}"
+    );
+}

@@ -1,0 +1,390 @@
+//! The training loop.
+//!
+//! Knows no text, no clock and no folder but the state's. Invariant: everything that decides the
+//! result is in the digest that the state carries.
+
+use super::adamw::AdamW;
+use super::config::TrainConfig;
+use super::frozen::Frozen;
+use super::head::{self, HeadRoom, LossSum};
+use super::hooks::{EpochStats, EvalStats, Hooks, StepStats};
+use super::linear::Dropout;
+use super::network::Network;
+use super::order::{mix, shuffled};
+use super::pack::Pack;
+use super::params::Layout;
+use super::rope::Rope;
+use super::row::{self, TrainRow};
+use super::schedule::learning_rate;
+use super::state::TrainerState;
+use super::tape::Tape;
+use super::vector;
+use crate::error::ModelError;
+use crate::lora::{LoraAdapter, LoraConfig};
+use crate::weights::LlamaWeights;
+
+/// A training of one adapter: rows, settings, and how far it is.
+pub struct Trainer<'a> {
+    weights: &'a LlamaWeights,
+    lora: LoraConfig,
+    config: TrainConfig,
+    rows: &'a [TrainRow],
+    validation: &'a [TrainRow],
+    layout: Layout,
+    state: TrainerState,
+}
+
+/// What a training ends with.
+#[derive(Debug, Clone)]
+pub struct TrainOutcome {
+    /// The adapter after the last step.
+    pub adapter: LoraAdapter,
+    /// Loss of every step, those before a resumption included.
+    pub losses: Vec<f32>,
+}
+
+/// What steps share, and the room that they reuse.
+struct Workspace<'f> {
+    frozen: &'f Frozen<'f>,
+    rope: Rope,
+    tape: Tape,
+    head: HeadRoom,
+    grads: Vec<f32>,
+}
+
+impl<'a> Trainer<'a> {
+    /// A training that has not begun. The adapter starts as [`LoraAdapter::init`] makes it.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for a setting out of range, [`ModelError::Request`] for a row that
+    /// does not fit the model, naming it.
+    pub fn new(
+        weights: &'a LlamaWeights,
+        lora: LoraConfig,
+        config: TrainConfig,
+        rows: &'a [TrainRow],
+    ) -> Result<Self, ModelError> {
+        config.check()?;
+        if rows.is_empty() {
+            let reason = "there is no row to train on".to_owned();
+            return Err(ModelError::Config {
+                name: "rows",
+                reason,
+            });
+        }
+        row::check(rows, &weights.config)?;
+        let layout = Layout::new(&lora, &weights.config)?;
+        let start = LoraAdapter::init(&lora, &weights.config, config.seed)?;
+        let params = layout.flatten(&start)?;
+        let state = TrainerState {
+            digest: digest(weights, &lora, &config, rows)?,
+            step: 0,
+            first: vec![0.0; params.len()],
+            second: vec![0.0; params.len()],
+            params,
+            losses: Vec::new(),
+        };
+        Ok(Self {
+            weights,
+            lora,
+            config,
+            rows,
+            validation: &[],
+            layout,
+            state,
+        })
+    }
+
+    /// Computes the loss on these rows after every epoch.
+    ///
+    /// # Errors
+    /// [`ModelError::Request`] for a row that does not fit the model.
+    pub fn validate_on(mut self, rows: &'a [TrainRow]) -> Result<Self, ModelError> {
+        row::check(rows, &self.weights.config)?;
+        self.validation = rows;
+        Ok(self)
+    }
+
+    /// Continues where `state` stopped.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] when another training wrote it: other rows, settings or weights.
+    pub fn resume(mut self, state: TrainerState) -> Result<Self, ModelError> {
+        let sizes = state.params.len() == self.layout.len;
+        if state.digest != self.state.digest || !sizes || state.step > self.steps() {
+            let reason = "was saved by a training with other rows, settings or base weights; \
+                          delete it to train from the start";
+            return Err(ModelError::Config {
+                name: "state",
+                reason: reason.to_owned(),
+            });
+        }
+        self.state = state;
+        Ok(self)
+    }
+
+    /// Steps of the whole training.
+    pub fn steps(&self) -> usize {
+        self.steps_per_epoch() * self.config.epochs
+    }
+
+    /// Steps of one epoch; the last one may have fewer rows.
+    pub fn steps_per_epoch(&self) -> usize {
+        self.rows.len().div_ceil(self.config.batch_size)
+    }
+
+    /// Steps that are done.
+    pub fn finished_steps(&self) -> usize {
+        self.state.step
+    }
+
+    /// Trains to the end.
+    ///
+    /// # Errors
+    /// [`ModelError::Cancelled`] when a hook asked to stop; [`ModelError::Training`] when the
+    /// loss or a gradient is no longer a number; an error of a hook; [`ModelError::Io`] when the
+    /// state cannot be saved.
+    pub fn run(&mut self, mut hooks: Hooks<'_>) -> Result<TrainOutcome, ModelError> {
+        let frozen = Frozen::new(self.weights)?;
+        let rows = self.rows.iter().chain(self.validation);
+        let longest = rows.map(TrainRow::len).max().unwrap_or(0);
+        let mut work = Workspace {
+            frozen: &frozen,
+            rope: Rope::new(&self.weights.config, longest),
+            tape: Tape::default(),
+            head: HeadRoom::default(),
+            grads: vec![0.0; self.layout.len],
+        };
+        let per_epoch = self.steps_per_epoch();
+        while self.state.step < self.steps() {
+            let epoch = self.state.step / per_epoch;
+            let order = shuffled(self.rows.len(), self.config.seed, epoch);
+            let batches = order.chunks(self.config.batch_size);
+            for batch in batches.skip(self.state.step % per_epoch) {
+                self.check_cancelled(&hooks)?;
+                let rows: Vec<&TrainRow> = batch.iter().map(|index| &self.rows[*index]).collect();
+                let stats = self.step(&mut work, &rows)?;
+                if let Some(call) = &mut hooks.step {
+                    call(&stats);
+                }
+                let within = !self.state.step.is_multiple_of(per_epoch);
+                if let Some((path, every)) = hooks.state.as_ref().filter(|_| within)
+                    && self.state.step.checked_rem(*every) == Some(0)
+                {
+                    self.state.save(path)?;
+                }
+            }
+            self.end_epoch(&mut work, epoch, &mut hooks)?;
+        }
+        Ok(TrainOutcome {
+            adapter: self.layout.adapter(&self.state.params, &self.lora)?,
+            losses: self.state.losses.clone(),
+        })
+    }
+
+    /// Mean loss and token accuracy of the adapter so far.
+    ///
+    /// # Errors
+    /// [`ModelError::Request`] for a row that does not fit the model; [`ModelError::Tensor`]
+    /// when the weights are not in main memory.
+    pub fn evaluate(&self, rows: &[TrainRow]) -> Result<EvalStats, ModelError> {
+        row::check(rows, &self.weights.config)?;
+        let frozen = Frozen::new(self.weights)?;
+        let longest = rows.iter().map(TrainRow::len).max().unwrap_or(0);
+        let mut work = Workspace {
+            frozen: &frozen,
+            rope: Rope::new(&self.weights.config, longest),
+            tape: Tape::default(),
+            head: HeadRoom::default(),
+            grads: Vec::new(),
+        };
+        Ok(self.measure(&mut work, rows))
+    }
+
+    fn check_cancelled(&self, hooks: &Hooks<'_>) -> Result<(), ModelError> {
+        if !hooks.cancelled.as_ref().is_some_and(|ask| ask()) {
+            return Ok(());
+        }
+        if let Some((path, _)) = &hooks.state {
+            self.state.save(path)?;
+        }
+        Err(ModelError::Cancelled)
+    }
+
+    fn end_epoch(
+        &self,
+        work: &mut Workspace<'_>,
+        epoch: usize,
+        hooks: &mut Hooks<'_>,
+    ) -> Result<(), ModelError> {
+        if let Some(call) = &mut hooks.epoch {
+            let losses = &self.state.losses[epoch * self.steps_per_epoch()..];
+            let sum: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
+            let validate = !self.validation.is_empty();
+            let stats = EpochStats {
+                epoch: epoch + 1,
+                step: self.state.step,
+                loss: sum / losses.len() as f64,
+                validation: validate.then(|| self.measure(work, self.validation)),
+            };
+            call(
+                &stats,
+                &self.layout.adapter(&self.state.params, &self.lora)?,
+            )?;
+        }
+        match &hooks.state {
+            Some((path, _)) => self.state.save(path),
+            None => Ok(()),
+        }
+    }
+
+    fn network<'b>(&'b self, work: &'b Workspace<'_>, dropout: Option<Dropout>) -> Network<'b> {
+        Network {
+            frozen: work.frozen,
+            layout: &self.layout,
+            rope: &work.rope,
+            scale: self.lora.scale() as f32,
+            dropout,
+        }
+    }
+
+    /// One update from one batch.
+    fn step(
+        &mut self,
+        work: &mut Workspace<'_>,
+        rows: &[&TrainRow],
+    ) -> Result<StepStats, ModelError> {
+        let step = self.state.step + 1;
+        let (sum, tokens) = self.gradients(work, rows);
+        let loss = sum.loss / sum.tokens as f64;
+        let norm = vector::sum_of_squares(&work.grads).sqrt();
+        if !loss.is_finite() || !norm.is_finite() {
+            let reason =
+                format!("the loss is {loss} and the gradient norm {norm}; lower the learning rate");
+            return Err(ModelError::Training { step, reason });
+        }
+        let steps = self.steps();
+        let rate = learning_rate(&self.config, step - 1, steps);
+        let clip = self.config.clip;
+        let shrink = if clip > 0.0 && norm > clip {
+            clip / norm
+        } else {
+            1.0
+        };
+        let state = &mut self.state;
+        AdamW::new(&self.config, step, rate, shrink).update(
+            &mut state.params,
+            &mut state.first,
+            &mut state.second,
+            &work.grads,
+        );
+        state.losses.push(loss as f32);
+        state.step = step;
+        Ok(StepStats {
+            step,
+            steps,
+            epoch: (step - 1) / self.steps_per_epoch() + 1,
+            loss,
+            learning_rate: rate,
+            gradient_norm: norm,
+            tokens,
+            targets: sum.tokens,
+        })
+    }
+
+    /// Leaves the gradient of the batch's mean loss in `work.grads`; also the number of tokens
+    /// computed.
+    fn gradients(&self, work: &mut Workspace<'_>, rows: &[&TrainRow]) -> (LossSum, usize) {
+        work.grads.fill(0.0);
+        let targets: usize = rows.iter().map(|row| row.target.len()).sum();
+        let weight = 1.0 / targets as f32;
+        let packs = Pack::split(rows, self.config.share_prefix, self.config.max_tokens);
+        let (mut sum, mut tokens) = (LossSum::default(), 0);
+        for (index, pack) in packs.iter().enumerate() {
+            let place = mix(self.state.step as u64) ^ mix(index as u64 + 1);
+            let dropout = (self.lora.dropout > 0.0).then_some(Dropout {
+                share: self.lora.dropout,
+                key: mix(self.config.seed ^ place),
+            });
+            // Taken out of the workspace, so that the network may borrow the rest of it.
+            let (mut tape, mut room) = (
+                std::mem::take(&mut work.tape),
+                std::mem::take(&mut work.head),
+            );
+            let mut grads = std::mem::take(&mut work.grads);
+            let network = self.network(work, dropout);
+            network.forward(&self.state.params, pack, &mut tape);
+            let (out, dx) = (&tape.out, &mut tape.dx);
+            let frozen = work.frozen;
+            sum.add(head::loss(
+                frozen,
+                &mut room,
+                out,
+                &pack.targets,
+                weight,
+                Some(dx),
+            ));
+            network.backward(&self.state.params, &mut grads, pack, &mut tape);
+            (work.tape, work.head, work.grads) = (tape, room, grads);
+            tokens += pack.tokens.len();
+        }
+        (sum, tokens)
+    }
+
+    fn measure(&self, work: &mut Workspace<'_>, rows: &[TrainRow]) -> EvalStats {
+        let mut sum = LossSum::default();
+        for batch in rows.chunks(self.config.batch_size) {
+            let batch: Vec<&TrainRow> = batch.iter().collect();
+            for pack in Pack::split(&batch, self.config.share_prefix, self.config.max_tokens) {
+                let (mut tape, mut room) = (
+                    std::mem::take(&mut work.tape),
+                    std::mem::take(&mut work.head),
+                );
+                self.network(work, None)
+                    .forward(&self.state.params, &pack, &mut tape);
+                sum.add(head::loss(
+                    work.frozen,
+                    &mut room,
+                    &tape.out,
+                    &pack.targets,
+                    0.0,
+                    None,
+                ));
+                (work.tape, work.head) = (tape, room);
+            }
+        }
+        let tokens = sum.tokens.max(1) as f64;
+        EvalStats {
+            loss: sum.loss / tokens,
+            token_accuracy: sum.right as f64 / tokens,
+        }
+    }
+}
+
+/// Digest of everything that decides the result. Of the base model the norms stand for all
+/// weights: they are small, and differ between any two trained models.
+fn digest(
+    weights: &LlamaWeights,
+    lora: &LoraConfig,
+    config: &TrainConfig,
+    rows: &[TrainRow],
+) -> Result<String, ModelError> {
+    let mut hasher = blake3::Hasher::new();
+    let settings = format!("train-state-1 {:?} {lora:?} {config:?}", weights.config);
+    hasher.update(settings.as_bytes());
+    let norms = weights.layers.iter().map(|layer| &layer.attn_norm);
+    for tensor in norms.chain([&weights.norm]) {
+        for value in tensor.flatten_all()?.to_vec1::<f32>()? {
+            hasher.update(&value.to_le_bytes());
+        }
+    }
+    for row in rows {
+        for part in [&row.prompt, &row.target] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            for token in part {
+                hasher.update(&token.to_le_bytes());
+            }
+        }
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}

@@ -1,0 +1,305 @@
+//! Everything that the report shows, as plain data: `report.json` is this, serialised.
+//!
+//! Knows no HTML and computes no score: steps fill it in, [`super::render_html`] draws it.
+//! Invariant: accuracies, precisions, recalls, f1 and interval ends are shares in 0..=1; money is
+//! US dollars; times are milliseconds.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// One finished distillation, from data to test scores and what it cost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// Format version, [`Report::VERSION`] when written by this code.
+    pub version: u32,
+    /// The headline of the page.
+    pub title: String,
+    /// One or two sentences on what the pipeline is for.
+    pub about: Option<String>,
+    /// Name of the pipeline that made the report.
+    pub pipeline: String,
+    /// When it was made, as text (RFC 3339); the clock belongs to the caller.
+    pub generated_at: String,
+    /// `banking77`, `stand-in`, or the name of the user's own data.
+    pub dataset: String,
+    /// Whether the scores were measured on stand-in data and say nothing about the real task.
+    pub stand_in: bool,
+    /// Sizes, labels and origin of the data.
+    pub data: DataSummary,
+    /// How good the oracle's labels were; `None` when no oracle labelled anything.
+    pub oracle: Option<OracleAudit>,
+    /// The loss curve of fine-tuning, in the order of training.
+    pub training: Vec<LossPoint>,
+    /// Scores on the synthetic devset: base and every checkpoint, plain and optimised.
+    pub dev: Vec<DevScore>,
+    /// Scores on the true test set.
+    pub test: Vec<TestScore>,
+    /// McNemar's test between pairs of test-set entries.
+    pub comparisons: Vec<Comparison>,
+    /// Gold against predicted labels of the best model on the test set.
+    pub confusion: Option<Confusion>,
+    /// The best model's scores label by label, on the test set.
+    pub per_label: Vec<LabelScore>,
+    /// Test queries that the best model got wrong, worst first.
+    pub errors: Vec<ErrorRow>,
+    /// Time, tokens and money of each step of the run.
+    pub steps: Vec<StepCost>,
+    /// What a query costs with each model.
+    pub cost: Vec<CostRow>,
+    /// Remarks that a reader needs in order to judge the scores.
+    pub notes: Vec<String>,
+}
+
+impl Report {
+    /// The version of the format that this code writes.
+    pub const VERSION: u32 = 1;
+
+    /// Whether every score must be marked as measured on stand-in data.
+    pub fn is_stand_in(&self) -> bool {
+        self.stand_in || self.dataset == "stand-in"
+    }
+
+    /// The model that was chosen on the devset and then tested.
+    pub fn best(&self) -> Option<&TestScore> {
+        self.test.iter().find(|score| score.role == Role::Best)
+    }
+}
+
+/// Sizes, labels and origin of the data.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSummary {
+    /// Training rows after filtering.
+    pub train_rows: u64,
+    /// Test rows after filtering.
+    pub test_rows: u64,
+    /// The labels in use.
+    pub labels: Vec<String>,
+    /// Training rows that kept their gold label.
+    pub labelled_rows: u64,
+    /// Training rows whose gold label was deleted.
+    pub unlabelled_rows: u64,
+    /// Where the rows came from.
+    pub source: String,
+}
+
+/// What the oracle labelled, what was dropped and why, and how often it was right.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OracleAudit {
+    /// The oracle's name.
+    pub model: String,
+    /// Rows that it answered.
+    pub labelled: u64,
+    /// Rows that were kept for training.
+    pub kept: u64,
+    /// Dropped rows by reason.
+    pub dropped: BTreeMap<String, u64>,
+    /// Share of all answers that equal the gold label. Used for this audit only, never in training.
+    pub audit_accuracy: Option<f64>,
+    /// The same share over the kept rows.
+    pub kept_accuracy: Option<f64>,
+}
+
+/// One reading of the training loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LossPoint {
+    /// Optimizer steps done, from 1.
+    pub step: u64,
+    /// Epoch, from 0.
+    pub epoch: u32,
+    /// Mean loss in nats per token of the assistant's text.
+    pub loss: f64,
+}
+
+/// Which prompt a model ran with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProgramKind {
+    /// The program as it was written.
+    #[default]
+    Plain,
+    /// The program after prompt optimisation.
+    Optimised,
+}
+
+impl ProgramKind {
+    /// The word that `report.json` and the page use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Optimised => "optimised",
+        }
+    }
+}
+
+/// Why a model is in the test-set table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Won on the devset.
+    #[default]
+    Best,
+    /// The student before fine-tuning.
+    Base,
+    /// The teacher.
+    Oracle,
+    /// A cheap method without a language model.
+    Baseline,
+}
+
+impl Role {
+    /// The word that `report.json` and the page use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Best => "best",
+            Self::Base => "base",
+            Self::Oracle => "oracle",
+            Self::Baseline => "baseline",
+        }
+    }
+}
+
+/// One score on the synthetic devset.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DevScore {
+    /// Model id, such as `base` or `base:epochs-4-total-trained-steps-160`.
+    pub model: String,
+    /// Which prompt it ran with.
+    pub program: ProgramKind,
+    /// Rows asked.
+    pub n: u64,
+    /// Rows answered with the expected label.
+    pub correct: u64,
+    /// `correct / n`.
+    pub accuracy: f64,
+    /// Answers in which no label was found; they count as not correct.
+    pub parse_failures: u64,
+    /// Lower end of the 95 % Wilson interval of `accuracy`.
+    pub low: f64,
+    /// Upper end of the 95 % Wilson interval of `accuracy`.
+    pub high: f64,
+}
+
+/// One score on the test set.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TestScore {
+    /// Why the model is here.
+    pub role: Role,
+    /// Model id.
+    pub model: String,
+    /// Which prompt it ran with.
+    pub program: ProgramKind,
+    /// Rows asked.
+    pub n: u64,
+    /// Rows answered with the gold label.
+    pub correct: u64,
+    /// `correct / n`.
+    pub accuracy: f64,
+    /// Answers in which no label was found; they count as not correct.
+    pub parse_failures: u64,
+    /// Lower end of the 95 % Wilson interval of `accuracy`.
+    pub low: f64,
+    /// Upper end of the 95 % Wilson interval of `accuracy`.
+    pub high: f64,
+}
+
+/// McNemar's exact test of two models on the same test rows.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Comparison {
+    /// The first model, as named in the test scores.
+    pub a: String,
+    /// The second model.
+    pub b: String,
+    /// Rows that only `b` got right.
+    pub b_only: u64,
+    /// Rows that only `a` got right.
+    pub a_only: u64,
+    /// Two-sided p-value of the difference.
+    pub p_value: f64,
+}
+
+/// Counts of gold label against predicted label.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confusion {
+    /// Row names, and column names but for the last column.
+    pub labels: Vec<String>,
+    /// `matrix[gold][predicted]`: one row per label, one column per label and a last column for
+    /// answers in which no label was found.
+    pub matrix: Vec<Vec<u64>>,
+}
+
+/// How well one label was told from the others.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LabelScore {
+    /// The label.
+    pub label: String,
+    /// Test rows with this gold label.
+    pub n: u64,
+    /// Of the rows given this label, the share that has it.
+    pub precision: f64,
+    /// Of the rows that have this label, the share that was given it.
+    pub recall: f64,
+    /// Harmonic mean of the two.
+    pub f1: f64,
+}
+
+/// One test query that the best model got wrong.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ErrorRow {
+    /// Row id in the test set.
+    pub id: String,
+    /// The customer's text.
+    pub text: String,
+    /// The right label.
+    pub gold: String,
+    /// The label that was given; empty when no label was found in the answer.
+    pub predicted: String,
+    /// The model's confidence in `predicted`, 0..=1.
+    pub confidence: Option<f64>,
+    /// The model's answer as it came, kept where it could not be read.
+    pub raw: Option<String>,
+}
+
+/// What one step of the run took.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepCost {
+    /// Step name in the pipeline.
+    pub step: String,
+    /// Step kind.
+    pub kind: String,
+    /// Wall time in milliseconds.
+    pub took_ms: u64,
+    /// Tokens read and written by language models.
+    pub tokens: u64,
+    /// Money paid to model providers, in US dollars; `None` when no price is known.
+    pub cost_usd: Option<f64>,
+    /// `ran`, `cached`, `failed` or `skipped`.
+    pub status: String,
+}
+
+/// What it takes to answer queries with one model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CostRow {
+    /// Model id, as in the test scores.
+    pub model: String,
+    /// Queries measured.
+    pub queries: u64,
+    /// Mean tokens read and written for a query.
+    pub tokens_per_query: f64,
+    /// Mean wall time of a query, in milliseconds.
+    pub ms_per_query: f64,
+    /// US dollars for 1,000 queries; `None` when no price is known.
+    pub usd_per_1000: Option<f64>,
+}
