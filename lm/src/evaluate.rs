@@ -108,7 +108,10 @@ impl Evaluate<'_> {
                     on_row(first + row);
                 }
             };
-            let options = RunOptions { on_row: Some(&on_row), ..*options };
+            let options = RunOptions {
+                on_row: Some(&on_row),
+                ..*options
+            };
             for (row, result) in batch.iter().zip(program.run(lm, sampling, batch, &options)) {
                 tally.add(row, result)?;
             }
@@ -142,7 +145,12 @@ struct Tally<'a> {
 
 impl<'a> Tally<'a> {
     fn new(evaluate: &'a Evaluate<'a>) -> Self {
-        Self { evaluate, errors: 0, tokens: Tokens::default(), rows: Vec::new() }
+        Self {
+            evaluate,
+            errors: 0,
+            tokens: Tokens::default(),
+            rows: Vec::new(),
+        }
     }
 
     fn add(&mut self, example: &Example, result: RowResult) -> Result<(), EvaluateError> {
@@ -164,7 +172,9 @@ impl<'a> Tally<'a> {
             }
         }
         let label = self.evaluate.label;
-        let pred = prediction.as_ref().and_then(|prediction| Some(prediction.text(label)?.to_owned()));
+        let pred = prediction
+            .as_ref()
+            .and_then(|prediction| Some(prediction.text(label)?.to_owned()));
         self.rows.push(EvaluatedRow {
             id: result.id,
             gold: example.text(label).map(str::to_owned),
@@ -200,8 +210,12 @@ impl<'a> Tally<'a> {
             return Err(EvaluateError::Empty);
         }
         let correct: f64 = self.rows.iter().map(|row| row.score).sum();
-        let failures =
-            |kind| self.rows.iter().filter(|row| row.error_kind == Some(kind)).count();
+        let failures = |kind| {
+            self.rows
+                .iter()
+                .filter(|row| row.error_kind == Some(kind))
+                .count()
+        };
         Ok(EvaluationResult {
             n,
             correct,
@@ -232,7 +246,12 @@ mod tests {
             }),
             trace: Vec::new(),
             raw: None,
-            tokens: Tokens { prompt: 2, completion: 1, calls: 1, cached: 0 },
+            tokens: Tokens {
+                prompt: 2,
+                completion: 1,
+                calls: 1,
+                cached: 0,
+            },
             probs: None,
             confidence: None,
         }
@@ -244,11 +263,19 @@ mod tests {
     ) -> Result<EvaluationResult, EvaluateError> {
         let metric = MetricKind::LabelEquality.metric("label");
         let rows = vec![Example::of_texts("0", [("label", "a")]); results.len()];
-        Evaluate { metric: &metric, label: "label", max_errors }.score(&rows, results)
+        Evaluate {
+            metric: &metric,
+            label: "label",
+            max_errors,
+        }
+        .score(&rows, results)
     }
 
     fn unread() -> RowResult {
-        result(Err(RowError::Parse { reason: "no label".into(), raw: "x".into() }))
+        result(Err(RowError::Parse {
+            reason: "no label".into(),
+            raw: "x".into(),
+        }))
     }
 
     #[test]
@@ -265,7 +292,10 @@ mod tests {
     fn as_many_errors_as_allowed_end_it() {
         assert!(score(3, vec![unread(), unread()]).is_ok());
         let error = score(2, vec![unread(), unread()]).unwrap_err();
-        assert!(matches!(error, EvaluateError::TooManyErrors { errors: 2, .. }));
+        assert!(matches!(
+            error,
+            EvaluateError::TooManyErrors { errors: 2, .. }
+        ));
         assert_eq!(score(1, Vec::new()), Err(EvaluateError::Empty));
         let cancelled = result(Err(RowError::Lm(LmError::Cancelled)));
         assert_eq!(score(1, vec![cancelled]), Err(EvaluateError::Cancelled));

@@ -23,8 +23,13 @@ impl Example {
         id: impl Into<String>,
         columns: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Self {
-        let fields = columns.into_iter().map(|(name, text)| (name.to_owned(), text.into()));
-        Self { id: id.into(), fields: fields.collect() }
+        let fields = columns
+            .into_iter()
+            .map(|(name, text)| (name.to_owned(), text.into()));
+        Self {
+            id: id.into(),
+            fields: fields.collect(),
+        }
     }
 
     /// The text of a column; `None` when it is missing or no text.
@@ -51,14 +56,20 @@ pub struct Demo {
 impl Demo {
     /// A labelled row as it is.
     pub fn labeled(example: &Example) -> Self {
-        Self { augmented: false, fields: example.fields.clone() }
+        Self {
+            augmented: false,
+            fields: example.fields.clone(),
+        }
     }
 
     /// What a teacher took and gave.
     pub fn augmented(inputs: &Fields, outputs: &Fields) -> Self {
         let mut fields = inputs.clone();
         fields.extend(outputs.clone());
-        Self { augmented: true, fields }
+        Self {
+            augmented: true,
+            fields,
+        }
     }
 
     /// Whether this is the row itself.
@@ -87,7 +98,11 @@ impl<'de> Deserialize<'de> for Demo {
         let augmented = match fields.shift_remove("augmented") {
             None | Some(Value::Null) => false,
             Some(Value::Bool(augmented)) => augmented,
-            Some(_) => return Err(D::Error::custom("`augmented` of a demo must be true or false")),
+            Some(_) => {
+                return Err(D::Error::custom(
+                    "`augmented` of a demo must be true or false",
+                ));
+            }
         };
         Ok(Self { augmented, fields })
     }

@@ -32,7 +32,12 @@ pub enum FieldType {
 impl FieldType {
     /// One of the given texts.
     pub fn one_of<S: Into<String>>(texts: impl IntoIterator<Item = S>) -> Self {
-        Self::Literal(texts.into_iter().map(|text| Value::Str(text.into())).collect())
+        Self::Literal(
+            texts
+                .into_iter()
+                .map(|text| Value::Str(text.into()))
+                .collect(),
+        )
     }
 
     /// Reads a Python annotation such as `Optional[int]` or `Literal['a', 'b']`; `None` for
@@ -101,7 +106,9 @@ impl FieldType {
     /// The JSON schema as pydantic writes it: keys in alphabetical order, or with `type` first.
     pub fn json_schema(&self, type_first: bool) -> Value {
         let mut schema = self.schema_fields(type_first);
-        schema.sort_by(|a, _, b, _| (type_first && a != "type", a).cmp(&(type_first && b != "type", b)));
+        schema.sort_by(|a, _, b, _| {
+            (type_first && a != "type", a).cmp(&(type_first && b != "type", b))
+        });
         Value::Dict(schema)
     }
 
@@ -149,24 +156,32 @@ impl FieldType {
     /// A text that says what was expected.
     pub fn coerce(&self, value: Value) -> Result<Value, String> {
         let refuse = |value: &Value| {
-            Err(format!("`{}` is not a valid {}", value.to_python_str(), self.annotation(true)))
+            Err(format!(
+                "`{}` is not a valid {}",
+                value.to_python_str(),
+                self.annotation(true)
+            ))
         };
         match (self, value) {
             (Self::Json, value) => Ok(value),
             (Self::Optional(_), Value::Null) => Ok(Value::Null),
             (Self::Optional(item), value) => item.coerce(value),
             (Self::Str, value @ Value::Str(_)) => Ok(value),
-            (Self::Bool, value) => {
-                to_bool(&value).map(Value::Bool).map_or_else(|| refuse(&value), Ok)
-            }
-            (Self::Int, value) => to_int(&value).map(Value::Int).map_or_else(|| refuse(&value), Ok),
-            (Self::Float, value) => {
-                to_float(&value).map(Value::Float).map_or_else(|| refuse(&value), Ok)
-            }
+            (Self::Bool, value) => to_bool(&value)
+                .map(Value::Bool)
+                .map_or_else(|| refuse(&value), Ok),
+            (Self::Int, value) => to_int(&value)
+                .map(Value::Int)
+                .map_or_else(|| refuse(&value), Ok),
+            (Self::Float, value) => to_float(&value)
+                .map(Value::Float)
+                .map_or_else(|| refuse(&value), Ok),
             (Self::Literal(values), value) if values.contains(&value) => Ok(value),
-            (Self::List(item), Value::List(items)) => {
-                items.into_iter().map(|value| item.coerce(value)).collect::<Result<_, _>>().map(Value::List)
-            }
+            (Self::List(item), Value::List(items)) => items
+                .into_iter()
+                .map(|value| item.coerce(value))
+                .collect::<Result<_, _>>()
+                .map(Value::List),
             (Self::Dict(item), Value::Dict(fields)) => fields
                 .into_iter()
                 .map(|(key, value)| Ok((key, item.coerce(value)?)))
@@ -204,11 +219,18 @@ impl FieldType {
 
 /// The value that the text means on its own.
 fn read_loosely(text: &str) -> Value {
-    parse_json(text).or_else(|| parse_python(text)).unwrap_or_else(|| Value::from(text))
+    parse_json(text)
+        .or_else(|| parse_python(text))
+        .unwrap_or_else(|| Value::from(text))
 }
 
 fn pick_literal(values: &[Value], text: &str) -> Option<Value> {
-    let matches = |text: &str| values.iter().find(|value| value.to_python_str() == text).cloned();
+    let matches = |text: &str| {
+        values
+            .iter()
+            .find(|value| value.to_python_str() == text)
+            .cloned()
+    };
     if let Some(value) = matches(text) {
         return Some(value);
     }
@@ -220,7 +242,10 @@ fn pick_literal(values: &[Value], text: &str) -> Option<Value> {
         inner = rest;
     }
     for quote in ['"', '\''] {
-        if let Some(unquoted) = inner.strip_prefix(quote).and_then(|rest| rest.strip_suffix(quote)) {
+        if let Some(unquoted) = inner
+            .strip_prefix(quote)
+            .and_then(|rest| rest.strip_suffix(quote))
+        {
             inner = unquoted;
             break;
         }
@@ -310,8 +335,14 @@ mod tests {
     #[test]
     fn schemas_are_pydantics() {
         let schema = |text: &str, first| ty(text).json_schema(first).to_json_dumps(true);
-        assert_eq!(schema("list[int]", false), r#"{"items": {"type": "integer"}, "type": "array"}"#);
-        assert_eq!(schema("list[int]", true), r#"{"type": "array", "items": {"type": "integer"}}"#);
+        assert_eq!(
+            schema("list[int]", false),
+            r#"{"items": {"type": "integer"}, "type": "array"}"#
+        );
+        assert_eq!(
+            schema("list[int]", true),
+            r#"{"type": "array", "items": {"type": "integer"}}"#
+        );
         assert_eq!(
             schema("Optional[str]", false),
             r#"{"anyOf": [{"type": "string"}, {"type": "null"}]}"#
@@ -326,8 +357,14 @@ mod tests {
         assert_eq!(ty("bool").parse_v2("yes"), Ok(Value::Bool(true)));
         assert_eq!(ty("float").parse_v2("2"), Ok(Value::Float(2.0)));
         assert_eq!(ty("Optional[str]").parse_v2("None"), Ok(Value::Null));
-        assert_eq!(ty("Optional[str]").parse_v3("None"), Ok(Value::from("None")));
-        assert_eq!(ty("Literal['a', 'b']").parse_v3("Literal['b']"), Ok(Value::from("b")));
+        assert_eq!(
+            ty("Optional[str]").parse_v3("None"),
+            Ok(Value::from("None"))
+        );
+        assert_eq!(
+            ty("Literal['a', 'b']").parse_v3("Literal['b']"),
+            Ok(Value::from("b"))
+        );
         assert!(ty("Literal['a', 'b']").parse_v2("A").is_err());
         assert_eq!(
             ty("list[int]").parse_v2("(1, 2)"),

@@ -18,7 +18,10 @@ pub fn parse_json(text: &str) -> Option<Value> {
 /// Python's `ast.literal_eval`; `None` where it raises. Tuples and sets become lists;
 /// dictionaries with keys other than texts, byte strings and complex numbers are refused.
 pub fn parse_python(text: &str) -> Option<Value> {
-    let mut reader = Reader { rest: text, depth: 0 };
+    let mut reader = Reader {
+        rest: text,
+        depth: 0,
+    };
     let first = reader.value()?;
     if reader.eat(',') {
         return reader.items_until(None, vec![first]).map(Value::List);
@@ -35,7 +38,9 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn skip_space(&mut self) {
-        self.rest = self.rest.trim_start_matches([' ', '\t', '\n', '\r', '\u{c}']);
+        self.rest = self
+            .rest
+            .trim_start_matches([' ', '\t', '\n', '\r', '\u{c}']);
     }
 
     fn at_end(&mut self) -> bool {
@@ -283,9 +288,15 @@ fn number_token(token: &str) -> Option<Value> {
             Err(_) => digits.parse().ok().map(Value::Float),
         };
     }
-    let is_float = lower.bytes().all(|b| b.is_ascii_digit() || b".e+-".contains(&b))
+    let is_float = lower
+        .bytes()
+        .all(|b| b.is_ascii_digit() || b".e+-".contains(&b))
         && lower.bytes().any(|b| b.is_ascii_digit());
-    if is_float { lower.parse().ok().map(Value::Float) } else { None }
+    if is_float {
+        lower.parse().ok().map(Value::Float)
+    } else {
+        None
+    }
 }
 
 #[cfg(test)]
@@ -318,7 +329,9 @@ mod tests {
 
     #[test]
     fn what_is_no_literal_is_refused() {
-        for text in ["abc", "a, b", "007", "1 2", "[1", "'a", "f(1)", "", "{1: 2}", "1+1j", "nan"] {
+        for text in [
+            "abc", "a, b", "007", "1 2", "[1", "'a", "f(1)", "", "{1: 2}", "1+1j", "nan",
+        ] {
             assert_eq!(parse_python(text), None, "{text}");
         }
         assert_eq!(parse_python(&"[".repeat(100_000)), None);
@@ -327,7 +340,10 @@ mod tests {
     #[test]
     fn json_is_read_as_python_reads_it() {
         assert_eq!(parse_json(" 3.0 "), Some(Value::Float(3.0)));
-        assert_eq!(parse_json("-Infinity"), Some(Value::Float(f64::NEG_INFINITY)));
+        assert_eq!(
+            parse_json("-Infinity"),
+            Some(Value::Float(f64::NEG_INFINITY))
+        );
         assert_eq!(parse_json("None"), None);
     }
 

@@ -28,7 +28,10 @@ pub struct MessageOptions {
 impl Default for MessageOptions {
     /// No demos; targets as they are, which is DSPy's way.
     fn default() -> Self {
-        Self { exclude_demos: true, normalize_targets: false }
+        Self {
+            exclude_demos: true,
+            normalize_targets: false,
+        }
     }
 }
 
@@ -74,8 +77,12 @@ pub fn trace_to_messages(
                     id: id.to_owned(),
                     predictor: step.predictor.clone(),
                 })?;
-            conversation(predictor, &step.inputs, &step.outputs, options)
-                .map_err(|source| MessageError::Row { id: id.to_owned(), source })
+            conversation(predictor, &step.inputs, &step.outputs, options).map_err(|source| {
+                MessageError::Row {
+                    id: id.to_owned(),
+                    source,
+                }
+            })
         })
         .collect()
 }
@@ -94,8 +101,16 @@ pub fn row_to_messages(
         .predictors
         .iter()
         .map(|predictor| {
-            conversation(predictor, &predictor.inputs(&row.fields), &row.fields, options)
-                .map_err(|source| MessageError::Row { id: row.id.clone(), source })
+            conversation(
+                predictor,
+                &predictor.inputs(&row.fields),
+                &row.fields,
+                options,
+            )
+            .map_err(|source| MessageError::Row {
+                id: row.id.clone(),
+                source,
+            })
         })
         .collect()
 }
@@ -106,10 +121,20 @@ fn conversation(
     outputs: &Fields,
     options: MessageOptions,
 ) -> Result<ChatRow, FormatError> {
-    let demos = if options.exclude_demos { Vec::new() } else { predictor.demos_but(None) };
+    let demos = if options.exclude_demos {
+        Vec::new()
+    } else {
+        predictor.demos_but(None)
+    };
     let (adapter, signature) = (&predictor.adapter, &predictor.signature);
-    if let Some(missing) = signature.inputs.iter().find(|field| !inputs.contains_key(&field.name)) {
-        return Err(FormatError::Missing { field: missing.name.clone() });
+    if let Some(missing) = signature
+        .inputs
+        .iter()
+        .find(|field| !inputs.contains_key(&field.name))
+    {
+        return Err(FormatError::Missing {
+            field: missing.name.clone(),
+        });
     }
     let mut messages = adapter.format(signature, &demos, inputs)?;
     let content = if options.normalize_targets {
@@ -117,7 +142,10 @@ fn conversation(
     } else {
         adapter.format_assistant(signature, outputs)?
     };
-    messages.push(Message { role: Role::Assistant, content });
+    messages.push(Message {
+        role: Role::Assistant,
+        content,
+    });
     Ok(ChatRow { messages })
 }
 
@@ -137,7 +165,10 @@ mod tests {
         .unwrap();
         let program = spec.build(&[]).unwrap();
         let row = Example::of_texts("7", [("text", "where?"), ("label", "Card Arrival")]);
-        let options = MessageOptions { normalize_targets: true, ..Default::default() };
+        let options = MessageOptions {
+            normalize_targets: true,
+            ..Default::default()
+        };
         let converted = row_to_messages(&program, &row, options).unwrap();
         assert_eq!(
             serde_json::to_string(&converted[0]).unwrap(),

@@ -60,11 +60,16 @@ pub fn answer_exact_match(gold: &str, predicted: &str) -> bool {
 /// the words a, an, the; single spaces.
 pub fn normalize_text(text: &str) -> String {
     let decomposed: String = text.nfd().collect();
-    let plain: String =
-        decomposed.to_lowercase().chars().filter(|c| !c.is_ascii_punctuation()).collect();
+    let plain: String = decomposed
+        .to_lowercase()
+        .chars()
+        .filter(|c| !c.is_ascii_punctuation())
+        .collect();
     let plain = without_articles(&plain);
-    let words: Vec<&str> =
-        plain.split(crate::python_text::is_python_space).filter(|word| !word.is_empty()).collect();
+    let words: Vec<&str> = plain
+        .split(crate::python_text::is_python_space)
+        .filter(|word| !word.is_empty())
+        .collect();
     words.join(" ")
 }
 
@@ -77,7 +82,11 @@ fn without_articles(text: &str) -> String {
     while !rest.is_empty() {
         let end = rest.find(|c| !is_word(c)).unwrap_or(rest.len());
         let (word, after) = rest.split_at(end);
-        out.push_str(if matches!(word, "a" | "an" | "the") { " " } else { word });
+        out.push_str(if matches!(word, "a" | "an" | "the") {
+            " "
+        } else {
+            word
+        });
         let end = after.find(is_word).unwrap_or(after.len());
         out.push_str(&after[..end]);
         rest = &after[end..];

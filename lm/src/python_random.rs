@@ -19,7 +19,11 @@ impl PythonRandom {
         let seed = seed.unsigned_abs();
         let low = seed as u32;
         let high = (seed >> 32) as u32;
-        if high == 0 { Self::by_array(&[low]) } else { Self::by_array(&[low, high]) }
+        if high == 0 {
+            Self::by_array(&[low])
+        } else {
+            Self::by_array(&[low, high])
+        }
     }
 
     fn by_array(key: &[u32]) -> Self {
@@ -27,7 +31,9 @@ impl PythonRandom {
         state[0] = 19_650_218;
         for i in 1..N {
             let previous = state[i - 1] ^ (state[i - 1] >> 30);
-            state[i] = 1_812_433_253u32.wrapping_mul(previous).wrapping_add(i as u32);
+            state[i] = 1_812_433_253u32
+                .wrapping_mul(previous)
+                .wrapping_add(i as u32);
         }
         let (mut i, mut j) = (1, 0);
         for _ in 0..N.max(key.len()) {
@@ -43,8 +49,7 @@ impl PythonRandom {
         }
         for _ in 0..N - 1 {
             let previous = state[i - 1] ^ (state[i - 1] >> 30);
-            state[i] =
-                (state[i] ^ previous.wrapping_mul(1_566_083_941)).wrapping_sub(i as u32);
+            state[i] = (state[i] ^ previous.wrapping_mul(1_566_083_941)).wrapping_sub(i as u32);
             i += 1;
             if i == N {
                 state[0] = state[N - 1];
@@ -181,7 +186,9 @@ fn sample_set_size(k: usize) -> usize {
 
 impl std::fmt::Debug for PythonRandom {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PythonRandom").field("next", &self.next).finish_non_exhaustive()
+        f.debug_struct("PythonRandom")
+            .field("next", &self.next)
+            .finish_non_exhaustive()
     }
 }
 
@@ -195,12 +202,16 @@ mod tests {
         let mut items: Vec<u32> = (0..10).collect();
         PythonRandom::new(0).shuffle(&mut items);
         assert_eq!(items, [7, 8, 1, 5, 3, 4, 2, 0, 9, 6]);
-        let drawn: Vec<i64> =
-            (0..16).map(|seed| PythonRandom::new(seed).randint(1, 3).unwrap()).collect();
+        let drawn: Vec<i64> = (0..16)
+            .map(|seed| PythonRandom::new(seed).randint(1, 3).unwrap())
+            .collect();
         assert_eq!(drawn, [2, 1, 1, 1, 1, 3, 3, 2, 1, 2, 3, 2, 2, 2, 1, 1]);
         assert_eq!(PythonRandom::new(0).random(), 0.844_421_851_525_048_1);
         assert_eq!(PythonRandom::new(1 << 40).getrandbits(64), PYTHON_BITS_64);
-        assert_eq!(PythonRandom::new(0).sample_indices(1000, 3).unwrap(), [864, 394, 776]);
+        assert_eq!(
+            PythonRandom::new(0).sample_indices(1000, 3).unwrap(),
+            [864, 394, 776]
+        );
     }
 
     /// `random.Random(1 << 40).getrandbits(64)` of CPython 3.11.

@@ -39,13 +39,7 @@ pub fn splitlines(text: &str) -> Vec<&str> {
 fn is_line_end(c: char) -> bool {
     matches!(
         c,
-        '\n' | '\r'
-            | '\u{b}'
-            | '\u{c}'
-            | '\u{1c}'..='\u{1e}'
-            | '\u{85}'
-            | '\u{2028}'
-            | '\u{2029}'
+        '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}'
     )
 }
 
@@ -71,7 +65,10 @@ pub fn cleandoc(text: &str) -> String {
     while lines.last().is_some_and(String::is_empty) {
         lines.pop();
     }
-    let first = lines.iter().position(|line| !line.is_empty()).unwrap_or(lines.len());
+    let first = lines
+        .iter()
+        .position(|line| !line.is_empty())
+        .unwrap_or(lines.len());
     lines[first..].join("\n")
 }
 
@@ -104,7 +101,13 @@ fn expand_tabs(text: &str) -> String {
 pub fn dedent(text: &str) -> String {
     let lines: Vec<&str> = text
         .split('\n')
-        .map(|line| if line.trim_matches([' ', '\t']).is_empty() { "" } else { line })
+        .map(|line| {
+            if line.trim_matches([' ', '\t']).is_empty() {
+                ""
+            } else {
+                line
+            }
+        })
         .collect();
     let mut margin: Option<&str> = None;
     for line in lines.iter().filter(|line| !line.is_empty()) {
@@ -112,15 +115,20 @@ pub fn dedent(text: &str) -> String {
         margin = Some(match margin {
             None => indent,
             Some(margin) => {
-                let common =
-                    margin.bytes().zip(indent.bytes()).take_while(|(a, b)| a == b).count();
+                let common = margin
+                    .bytes()
+                    .zip(indent.bytes())
+                    .take_while(|(a, b)| a == b)
+                    .count();
                 &margin[..common]
             }
         });
     }
     let margin = margin.unwrap_or_default();
-    let dedented: Vec<&str> =
-        lines.iter().map(|line| line.strip_prefix(margin).unwrap_or(line)).collect();
+    let dedented: Vec<&str> = lines
+        .iter()
+        .map(|line| line.strip_prefix(margin).unwrap_or(line))
+        .collect();
     dedented.join("\n")
 }
 
@@ -135,7 +143,10 @@ mod tests {
 
     #[test]
     fn lines_end_where_python_ends_them() {
-        assert_eq!(splitlines("a\r\nb\rc\u{85}d\u{2028}e\n"), ["a", "b", "c", "d", "e"]);
+        assert_eq!(
+            splitlines("a\r\nb\rc\u{85}d\u{2028}e\n"),
+            ["a", "b", "c", "d", "e"]
+        );
         assert_eq!(splitlines("a\n\nb"), ["a", "", "b"]);
         assert_eq!(splitlines("\n"), [""]);
         assert!(splitlines("").is_empty());
@@ -149,7 +160,10 @@ mod tests {
 
     #[test]
     fn docstrings_are_cleaned() {
-        assert_eq!(cleandoc("One.\n    Two.\n      Three.\n    "), "One.\nTwo.\n  Three.");
+        assert_eq!(
+            cleandoc("One.\n    Two.\n      Three.\n    "),
+            "One.\nTwo.\n  Three."
+        );
         assert_eq!(cleandoc("\n    All.\n    Second.\n    "), "All.\nSecond.");
         assert_eq!(cleandoc(""), "");
         assert_eq!(cleandoc("\tx\n\ty"), "x\ny");

@@ -23,7 +23,12 @@ pub struct Field {
 impl Field {
     /// A text field without a description.
     pub fn text(name: impl Into<String>) -> Self {
-        Self { name: name.into(), desc: None, ty: FieldType::Str, prefix: None }
+        Self {
+            name: name.into(),
+            desc: None,
+            ty: FieldType::Str,
+            prefix: None,
+        }
     }
 
     /// The same field with a description.
@@ -42,17 +47,23 @@ impl Field {
 
     /// The description as DSPy keeps it: `${name}` when none was given.
     pub fn full_desc(&self) -> String {
-        self.desc.clone().unwrap_or_else(|| format!("${{{}}}", self.name))
+        self.desc
+            .clone()
+            .unwrap_or_else(|| format!("${{{}}}", self.name))
     }
 
     /// The description that prompts show: none when it is `${name}`.
     pub fn shown_desc(&self) -> Option<&str> {
-        self.desc.as_deref().filter(|desc| *desc != format!("${{{}}}", self.name))
+        self.desc
+            .as_deref()
+            .filter(|desc| *desc != format!("${{{}}}", self.name))
     }
 
     /// The prefix that saved programs show.
     pub fn full_prefix(&self) -> String {
-        self.prefix.clone().unwrap_or_else(|| format!("{}:", title_of(&self.name)))
+        self.prefix
+            .clone()
+            .unwrap_or_else(|| format!("{}:", title_of(&self.name)))
     }
 }
 
@@ -75,7 +86,11 @@ impl Signature {
             Some(text) => cleandoc(text),
             None => default_instructions(&inputs, &outputs),
         };
-        Self { instructions, inputs, outputs }
+        Self {
+            instructions,
+            inputs,
+            outputs,
+        }
     }
 
     /// Inputs, then outputs.
@@ -91,10 +106,17 @@ impl Signature {
 
 fn default_instructions(inputs: &[Field], outputs: &[Field]) -> String {
     let names = |fields: &[Field]| {
-        let names: Vec<String> = fields.iter().map(|field| format!("`{}`", field.name)).collect();
+        let names: Vec<String> = fields
+            .iter()
+            .map(|field| format!("`{}`", field.name))
+            .collect();
         names.join(", ")
     };
-    format!("Given the fields {}, produce the fields {}.", names(inputs), names(outputs))
+    format!(
+        "Given the fields {}, produce the fields {}.",
+        names(inputs),
+        names(outputs)
+    )
 }
 
 /// `max_tokens2` → `Max Tokens 2`: DSPy's `infer_prefix`.
@@ -152,9 +174,15 @@ mod tests {
 
     #[test]
     fn instructions_default_to_the_fields() {
-        let signature =
-            Signature::new(None, vec![Field::text("a"), Field::text("b")], vec![Field::text("x")]);
-        assert_eq!(signature.instructions, "Given the fields `a`, `b`, produce the fields `x`.");
+        let signature = Signature::new(
+            None,
+            vec![Field::text("a"), Field::text("b")],
+            vec![Field::text("x")],
+        );
+        assert_eq!(
+            signature.instructions,
+            "Given the fields `a`, `b`, produce the fields `x`."
+        );
     }
 
     #[test]

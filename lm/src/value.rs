@@ -79,8 +79,10 @@ impl Value {
             Self::Float(float) => json_float(*float),
             Self::Str(text) => json_str(text, ensure_ascii),
             Self::List(items) => {
-                let items: Vec<String> =
-                    items.iter().map(|item| item.to_json_dumps(ensure_ascii)).collect();
+                let items: Vec<String> = items
+                    .iter()
+                    .map(|item| item.to_json_dumps(ensure_ascii))
+                    .collect();
                 format!("[{}]", items.join(", "))
             }
             Self::Dict(fields) => {
@@ -117,7 +119,11 @@ pub fn float_repr(float: f64) -> String {
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if float == 0.0 || (-4..16).contains(&exponent) {
         let plain = format!("{float}");
-        return if plain.contains('.') { plain } else { format!("{plain}.0") };
+        return if plain.contains('.') {
+            plain
+        } else {
+            format!("{plain}.0")
+        };
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{digits}e{sign}{:02}", exponent.abs())
@@ -125,7 +131,11 @@ pub fn float_repr(float: f64) -> String {
 
 /// Python's `repr` of a text.
 pub fn str_repr(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     let mut out = String::with_capacity(text.len() + 2);
     out.push(quote);
     for c in text.chars() {
@@ -325,7 +335,10 @@ mod tests {
             value.to_json_dumps(true),
             r#"{"z": 1, "\u00e9": [true, null, 0.5, "\ud834\udd1e"]}"#
         );
-        assert_eq!(value.to_json_dumps(false), r#"{"z": 1, "é": [true, null, 0.5, "𝄞"]}"#);
+        assert_eq!(
+            value.to_json_dumps(false),
+            r#"{"z": 1, "é": [true, null, 0.5, "𝄞"]}"#
+        );
     }
 
     #[test]

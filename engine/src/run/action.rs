@@ -58,6 +58,9 @@ pub(super) enum BoundInput {
     File(std::path::PathBuf),
 }
 
+/// Inputs by port: artifact, label, and whether it is one of a list.
+type StoredInputs = BTreeMap<String, Vec<(Artifact, String, bool)>>;
+
 /// How an action ended.
 pub(super) struct ActionEnd {
     pub(super) key: Option<ActionKey>,
@@ -124,7 +127,7 @@ impl Shared {
     fn store_files(
         &self,
         inputs: &BTreeMap<String, Vec<BoundInput>>,
-    ) -> Result<BTreeMap<String, Vec<(Artifact, String, bool)>>, StepError> {
+    ) -> Result<StoredInputs, StepError> {
         let mut out = BTreeMap::new();
         for (port, bound) in inputs {
             let mut list = Vec::with_capacity(bound.len());
@@ -166,7 +169,7 @@ impl Shared {
     fn manifest(
         &self,
         request: &ActionRequest,
-        inputs: &BTreeMap<String, Vec<(Artifact, String, bool)>>,
+        inputs: &StoredInputs,
     ) -> Result<ActionManifest, StepError> {
         let node = &request.node;
         let (kind, kind_version, observed, command) = match &node.action {
@@ -231,7 +234,7 @@ impl Shared {
     fn run_with_retry(
         &self,
         request: &ActionRequest,
-        inputs: &BTreeMap<String, Vec<(Artifact, String, bool)>>,
+        inputs: &StoredInputs,
         manifest: &ActionManifest,
         key: ActionKey,
     ) -> Result<ActionResult, StepError> {
@@ -268,7 +271,7 @@ impl Shared {
     fn attempt(
         &self,
         request: &ActionRequest,
-        inputs: &BTreeMap<String, Vec<(Artifact, String, bool)>>,
+        inputs: &StoredInputs,
         manifest: &ActionManifest,
         key: ActionKey,
     ) -> Result<ActionResult, StepError> {
@@ -364,7 +367,7 @@ impl Shared {
     fn link_inputs(
         &self,
         request: &ActionRequest,
-        inputs: &BTreeMap<String, Vec<(Artifact, String, bool)>>,
+        inputs: &StoredInputs,
         in_dir: &Path,
     ) -> Result<BTreeMap<String, Vec<InputArtifact>>, StepError> {
         let store = self.cache.store();

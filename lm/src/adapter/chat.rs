@@ -35,12 +35,16 @@ impl Default for ChatAdapter {
 impl ChatAdapter {
     /// As in DSPy 2.5.16.
     pub fn new() -> Self {
-        Self { dialect: Dialect::Dspy25 }
+        Self {
+            dialect: Dialect::Dspy25,
+        }
     }
 
     /// As in DSPy's fine-tuning branch of October 2024.
     pub fn dev() -> Self {
-        Self { dialect: Dialect::Dspy25Dev }
+        Self {
+            dialect: Dialect::Dspy25Dev,
+        }
     }
 
     fn system(&self, signature: &Signature) -> String {
@@ -53,7 +57,10 @@ impl ChatAdapter {
         };
         let parts = [
             format!("Your input fields are:\n{}", field_list(&signature.inputs)),
-            format!("Your output fields are:\n{}", field_list(&signature.outputs)),
+            format!(
+                "Your output fields are:\n{}",
+                field_list(&signature.outputs)
+            ),
             STRUCTURE.to_owned(),
             placeholders(&signature.inputs, false),
             placeholders(&signature.outputs, true),
@@ -73,9 +80,19 @@ impl ChatAdapter {
         if !complete {
             parts.push(INCOMPLETE.to_owned());
         }
-        parts.push(strip(&self.blocks(&signature.inputs, values, complete)?.join("\n\n")).to_owned());
-        let names: Vec<String> =
-            signature.outputs.iter().map(|field| format!("`{}`", field.name)).collect();
+        parts.push(
+            strip(
+                &self
+                    .blocks(&signature.inputs, values, complete)?
+                    .join("\n\n"),
+            )
+            .to_owned(),
+        );
+        let names: Vec<String> = signature
+            .outputs
+            .iter()
+            .map(|field| format!("`{}`", field.name))
+            .collect();
         parts.push(format!(
             "Respond with the corresponding output fields, starting with the field {}, and then \
              ending with the marker for `completed`.",
@@ -105,7 +122,9 @@ impl ChatAdapter {
             .iter()
             .map(|field| match values.get(&field.name) {
                 Some(value) => Ok(block(&field.name, &value_text(field, value, self.dialect)?)),
-                None if complete => Err(FormatError::Missing { field: field.name.clone() }),
+                None if complete => Err(FormatError::Missing {
+                    field: field.name.clone(),
+                }),
                 None => Ok(block(&field.name, NOT_SUPPLIED)),
             })
             .collect()
@@ -117,8 +136,15 @@ fn field_list(fields: &[Field]) -> String {
         .iter()
         .enumerate()
         .map(|(i, field)| {
-            let desc = field.shown_desc().map_or_else(String::new, |desc| format!(": {desc}"));
-            format!("{}. `{}` ({}){desc}", i + 1, field.name, field.ty.annotation(false))
+            let desc = field
+                .shown_desc()
+                .map_or_else(String::new, |desc| format!(": {desc}"));
+            format!(
+                "{}. `{}` ({}){desc}",
+                i + 1,
+                field.name,
+                field.ty.annotation(false)
+            )
         })
         .collect();
     strip(&items.join("\n")).to_owned()
@@ -133,7 +159,10 @@ impl Adapter for ChatAdapter {
     ) -> Result<Vec<Message>, FormatError> {
         let mut messages = vec![message(Role::System, self.system(signature))];
         for (demo, complete) in shown_demos(signature, demos, self.dialect) {
-            messages.push(message(Role::User, self.user(signature, &demo.fields, complete)?));
+            messages.push(message(
+                Role::User,
+                self.user(signature, &demo.fields, complete)?,
+            ));
             let answer = self.assistant(signature, &demo.fields, complete)?;
             messages.push(message(Role::Assistant, answer));
         }
@@ -163,13 +192,19 @@ impl Adapter for ChatAdapter {
         }
         let mut fields = Fields::new();
         for (name, lines) in sections {
-            let Some(field) = signature.output(name) else { continue };
+            let Some(field) = signature.output(name) else {
+                continue;
+            };
             if fields.contains_key(name) {
                 continue;
             }
-            let value = field.ty.parse_v2(strip(&lines.join("\n"))).map_err(|reason| {
-                ParseError::Field { field: name.to_owned(), reason }
-            })?;
+            let value = field
+                .ty
+                .parse_v2(strip(&lines.join("\n")))
+                .map_err(|reason| ParseError::Field {
+                    field: name.to_owned(),
+                    reason,
+                })?;
             fields.insert(name.to_owned(), value);
         }
         let expected = output_names(signature);
@@ -189,5 +224,9 @@ impl Adapter for ChatAdapter {
 /// The restriction of the last field under its header.
 pub(super) fn header_choices(signature: &Signature, values: Vec<String>) -> Choices {
     let after = signature.outputs.last().map(|field| block(&field.name, ""));
-    Choices { after, values, then: "\n\n[[ ## completed ## ]]".to_owned() }
+    Choices {
+        after,
+        values,
+        then: "\n\n[[ ## completed ## ]]".to_owned(),
+    }
 }

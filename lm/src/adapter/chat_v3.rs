@@ -46,7 +46,10 @@ impl ChatV3Adapter {
             .iter()
             .map(|field| output_text(field, values, missing).map(|text| block(&field.name, &text)))
             .collect::<Result<_, _>>()?;
-        Ok(format!("{}\n\n[[ ## completed ## ]]\n", strip(&blocks.join("\n\n"))))
+        Ok(format!(
+            "{}\n\n[[ ## completed ## ]]\n",
+            strip(&blocks.join("\n\n"))
+        ))
     }
 }
 
@@ -64,15 +67,22 @@ fn field_list(fields: &[Field]) -> String {
         .enumerate()
         .map(|(i, field)| {
             let desc = field.shown_desc().unwrap_or_default();
-            format!("{}. `{}` ({}): {desc}", i + 1, field.name, field.ty.annotation(true))
+            format!(
+                "{}. `{}` ({}): {desc}",
+                i + 1,
+                field.name,
+                field.ty.annotation(true)
+            )
         })
         .collect();
     strip(&items.join("\n")).to_owned()
 }
 
 pub(super) fn placeholders(fields: &[Field], is_output: bool) -> String {
-    let blocks: Vec<String> =
-        fields.iter().map(|field| placeholder(field, is_output, Dialect::Dspy3)).collect();
+    let blocks: Vec<String> = fields
+        .iter()
+        .map(|field| placeholder(field, is_output, Dialect::Dspy3))
+        .collect();
     strip(&blocks.join("\n\n")).to_owned()
 }
 
@@ -84,7 +94,9 @@ pub(super) fn output_text(
     match (values.get(&field.name), missing) {
         (Some(value), _) => value_text(field, value, Dialect::Dspy3),
         (None, Some(missing)) => Ok(missing.to_owned()),
-        (None, None) => Err(FormatError::Missing { field: field.name.clone() }),
+        (None, None) => Err(FormatError::Missing {
+            field: field.name.clone(),
+        }),
     }
 }
 
@@ -98,7 +110,10 @@ pub(super) fn user(
     let mut parts = vec![prefix.to_owned()];
     for field in &signature.inputs {
         if let Some(value) = values.get(&field.name) {
-            parts.push(block(&field.name, &value_text(field, value, Dialect::Dspy3)?));
+            parts.push(block(
+                &field.name,
+                &value_text(field, value, Dialect::Dspy3)?,
+            ));
         }
     }
     parts.extend(requirements);
@@ -108,7 +123,10 @@ pub(super) fn user(
 pub(super) fn type_info(field: &Field) -> String {
     match &field.ty {
         FieldType::Str => String::new(),
-        ty => format!(" (must be formatted as a valid Python {})", ty.annotation(true)),
+        ty => format!(
+            " (must be formatted as a valid Python {})",
+            ty.annotation(true)
+        ),
     }
 }
 
@@ -123,11 +141,17 @@ pub(super) fn turns(
     let mut messages = Vec::new();
     for (demo, complete) in shown_demos(signature, demos, Dialect::Dspy3) {
         let prefix = if complete { "" } else { INCOMPLETE };
-        messages.push(message(Role::User, user(signature, &demo.fields, prefix, None)?));
+        messages.push(message(
+            Role::User,
+            user(signature, &demo.fields, prefix, None)?,
+        ));
         let missing = (!complete).then_some(NOT_SUPPLIED);
         messages.push(message(Role::Assistant, assistant(&demo.fields, missing)?));
     }
-    messages.push(message(Role::User, user(signature, inputs, "", Some(requirements))?));
+    messages.push(message(
+        Role::User,
+        user(signature, inputs, "", Some(requirements))?,
+    ));
     Ok(messages)
 }
 
@@ -149,9 +173,13 @@ impl Adapter for ChatV3Adapter {
             names.join(", then ")
         );
         let mut messages = vec![message(Role::System, Self::system(signature))];
-        messages.extend(turns(signature, demos, inputs, requirements, |values, missing| {
-            Self::assistant(signature, values, missing)
-        })?);
+        messages.extend(turns(
+            signature,
+            demos,
+            inputs,
+            requirements,
+            |values, missing| Self::assistant(signature, values, missing),
+        )?);
         Ok(messages)
     }
 
@@ -167,13 +195,20 @@ impl Adapter for ChatV3Adapter {
         let mut sections: Vec<(String, Vec<String>)> = vec![(String::new(), Vec::new())];
         for line in splitlines(text) {
             let stripped = strip(line);
-            match HEADER.captures(stripped).and_then(|found| Some((found.get(0)?, found.get(1)?))) {
+            match HEADER
+                .captures(stripped)
+                .and_then(|found| Some((found.get(0)?, found.get(1)?)))
+            {
                 Some((header, name)) => {
                     // DSPy 3 cuts the unstripped line where the stripped one's header ends.
                     let end = stripped[..header.end()].chars().count();
                     let rest: String = line.chars().skip(end).collect();
                     let rest = strip(&rest).to_owned();
-                    let lines = if rest.is_empty() { Vec::new() } else { vec![rest] };
+                    let lines = if rest.is_empty() {
+                        Vec::new()
+                    } else {
+                        vec![rest]
+                    };
                     sections.push((name.as_str().to_owned(), lines));
                 }
                 None => {
@@ -185,14 +220,19 @@ impl Adapter for ChatV3Adapter {
         }
         let mut found = Fields::new();
         for (name, lines) in sections {
-            let Some(field) = signature.output(&name) else { continue };
+            let Some(field) = signature.output(&name) else {
+                continue;
+            };
             if found.contains_key(&name) {
                 continue;
             }
             let value = field
                 .ty
                 .parse_v3(strip(&lines.join("\n")))
-                .map_err(|reason| ParseError::Field { field: name.clone(), reason })?;
+                .map_err(|reason| ParseError::Field {
+                    field: name.clone(),
+                    reason,
+                })?;
             found.insert(name, value);
         }
         in_signature_order(signature, found)

@@ -49,7 +49,9 @@ fn lines_of(signature: &Signature) -> (Option<&Field>, &[Field]) {
 fn text_of(field: &Field, values: &Fields) -> Result<String, FormatError> {
     let value = values
         .get(&field.name)
-        .ok_or_else(|| FormatError::Missing { field: field.name.clone() })?;
+        .ok_or_else(|| FormatError::Missing {
+            field: field.name.clone(),
+        })?;
     Ok(strip(&value_text(field, value, DIALECT)?).to_owned())
 }
 
@@ -93,7 +95,11 @@ impl Adapter for CompactAdapter {
             parts.push(text_of(field, outputs)?);
         }
         for field in lines {
-            parts.push(format!("{}: {}", field.name, one_line(&text_of(field, outputs)?)));
+            parts.push(format!(
+                "{}: {}",
+                field.name,
+                one_line(&text_of(field, outputs)?)
+            ));
         }
         Ok(parts.join("\n"))
     }
@@ -106,7 +112,10 @@ impl Adapter for CompactAdapter {
             found,
         };
         let lines: Vec<&str> = strip(text).split('\n').collect();
-        let split = lines.len().checked_sub(named.len()).ok_or_else(|| missing(Vec::new()))?;
+        let split = lines
+            .len()
+            .checked_sub(named.len())
+            .ok_or_else(|| missing(Vec::new()))?;
         let (head, tail) = lines.split_at(split);
         let mut fields = Fields::new();
         if let Some(field) = free {
@@ -129,7 +138,11 @@ impl Adapter for CompactAdapter {
             (None, [only]) => Some(format!("{}: ", only.name)),
             (_, [.., last]) => Some(format!("\n{}: ", last.name)),
         };
-        Choices { after, values, then: String::new() }
+        Choices {
+            after,
+            values,
+            then: String::new(),
+        }
     }
 
     fn maps_columns(&self) -> bool {
@@ -138,10 +151,10 @@ impl Adapter for CompactAdapter {
 }
 
 fn parse_field(field: &Field, text: &str) -> Result<Value, ParseError> {
-    field
-        .ty
-        .parse_v2(text)
-        .map_err(|reason| ParseError::Field { field: field.name.clone(), reason })
+    field.ty.parse_v2(text).map_err(|reason| ParseError::Field {
+        field: field.name.clone(),
+        reason,
+    })
 }
 
 #[cfg(test)]
@@ -155,20 +168,31 @@ mod tests {
     }
 
     fn fields(pairs: &[(&str, &str)]) -> Fields {
-        pairs.iter().map(|(name, text)| ((*name).to_owned(), (*text).into())).collect()
+        pairs
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), (*text).into()))
+            .collect()
     }
 
     #[test]
     fn a_label_alone_is_its_text() {
         let signature = with_outputs(&["label"]);
-        let demo = Demo { augmented: false, fields: fields(&[("text", "a"), ("label", "x")]) };
-        let messages =
-            CompactAdapter.format(&signature, &[demo], &fields(&[("text", "b")])).unwrap();
+        let demo = Demo {
+            augmented: false,
+            fields: fields(&[("text", "a"), ("label", "x")]),
+        };
+        let messages = CompactAdapter
+            .format(&signature, &[demo], &fields(&[("text", "b")]))
+            .unwrap();
         let contents: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
         assert_eq!(contents, ["Sort the query.", "a", "x", "b"]);
         assert_eq!(
             CompactAdapter.choices(&signature, vec!["x".into()]),
-            Choices { after: None, values: vec!["x".into()], then: String::new() }
+            Choices {
+                after: None,
+                values: vec!["x".into()],
+                then: String::new()
+            }
         );
     }
 
@@ -176,7 +200,9 @@ mod tests {
     fn reasoning_comes_first_and_is_free() {
         let signature = with_outputs(&["reasoning", "label"]);
         let answer = fields(&[("reasoning", "Because.\nlabel: no"), ("label", "yes")]);
-        let text = CompactAdapter.format_assistant(&signature, &answer).unwrap();
+        let text = CompactAdapter
+            .format_assistant(&signature, &answer)
+            .unwrap();
         assert_eq!(text, "Because.\nlabel: no\nlabel: yes");
         assert_eq!(CompactAdapter.parse(&signature, &text).unwrap(), answer);
         assert_eq!(

@@ -35,14 +35,19 @@ pub(super) fn value_text(
 }
 
 fn numbered_list(field: &Field, items: &[Value]) -> Result<String, FormatError> {
-    let blobs: Vec<String> =
-        items.iter().map(|item| blob(field, item)).collect::<Result<_, _>>()?;
+    let blobs: Vec<String> = items
+        .iter()
+        .map(|item| blob(field, item))
+        .collect::<Result<_, _>>()?;
     Ok(match blobs.as_slice() {
         [] => "N/A".to_owned(),
         [only] => only.clone(),
         many => {
-            let lines: Vec<String> =
-                many.iter().enumerate().map(|(i, blob)| format!("[{}] {blob}", i + 1)).collect();
+            let lines: Vec<String> = many
+                .iter()
+                .enumerate()
+                .map(|(i, blob)| format!("[{}] {blob}", i + 1))
+                .collect();
             lines.join("\n")
         }
     })
@@ -52,7 +57,11 @@ fn blob(field: &Field, item: &Value) -> Result<String, FormatError> {
     let text = match item {
         Value::Str(text) => text,
         Value::List(_) | Value::Dict(_) => return Ok(format!("«{}»", item.to_python_repr())),
-        _ => return Err(FormatError::ListItem { field: field.name.clone() }),
+        _ => {
+            return Err(FormatError::ListItem {
+                field: field.name.clone(),
+            });
+        }
     };
     Ok(if text.contains(['\n', '«', '»']) {
         format!("«««\n    {}\n»»»", text.replace('\n', "\n    "))
@@ -74,7 +83,11 @@ pub(super) fn objective(signature: &Signature) -> String {
 
 /// `{name}` and what is said about the type of an output, in the block that shows the structure.
 pub(super) fn placeholder(field: &Field, is_output: bool, dialect: Dialect) -> String {
-    let note = if is_output { type_note(&field.ty, dialect) } else { None };
+    let note = if is_output {
+        type_note(&field.ty, dialect)
+    } else {
+        None
+    };
     let note = note.map_or_else(String::new, |note| {
         format!("        # note: the value you produce {note}")
     });
@@ -93,12 +106,18 @@ fn type_note(ty: &FieldType, dialect: Dialect) -> Option<String> {
         FieldType::Float => "must be a single float value".to_owned(),
         FieldType::Literal(values) => {
             let values: Vec<String> = values.iter().map(Value::to_python_str).collect();
-            let exactly =
-                if v3 { "must exactly match (no extra characters)" } else { "must be" };
+            let exactly = if v3 {
+                "must exactly match (no extra characters)"
+            } else {
+                "must be"
+            };
             format!("{exactly} one of: {}", values.join("; "))
         }
         other if v3 => {
-            format!("must adhere to the JSON schema: {}", other.json_schema(true).to_json_dumps(false))
+            format!(
+                "must adhere to the JSON schema: {}",
+                other.json_schema(true).to_json_dumps(false)
+            )
         }
         // The misspelling is DSPy's own.
         other => format!(
@@ -146,5 +165,7 @@ pub(super) fn shown_demos<'a>(
             .filter(move |demo| coverage(signature, demo, dialect) == wanted)
             .map(move |demo| (demo, wanted == Coverage::Complete))
     };
-    of(Coverage::Incomplete).chain(of(Coverage::Complete)).collect()
+    of(Coverage::Incomplete)
+        .chain(of(Coverage::Complete))
+        .collect()
 }

@@ -7,8 +7,8 @@ use super::chat_v3::{
 use super::field_text::{STRUCTURE, objective};
 use super::{Adapter, FormatError, ParseError, message, output_names};
 use crate::example::Demo;
-use crate::lm::{Choices, Message, Role};
 use crate::literal::{parse_json, parse_python};
+use crate::lm::{Choices, Message, Role};
 use crate::python_text::strip;
 use crate::signature::Signature;
 use crate::value::{Fields, Value};
@@ -89,9 +89,13 @@ impl Adapter for JsonV3Adapter {
             names.join(", then ")
         );
         let mut messages = vec![message(Role::System, Self::system(signature))];
-        messages.extend(turns(signature, demos, inputs, requirements, |values, missing| {
-            Self::assistant(signature, values, missing)
-        })?);
+        messages.extend(turns(
+            signature,
+            demos,
+            inputs,
+            requirements,
+            |values, missing| Self::assistant(signature, values, missing),
+        )?);
         Ok(messages)
     }
 
@@ -106,7 +110,9 @@ impl Adapter for JsonV3Adapter {
     fn parse(&self, signature: &Signature, text: &str) -> Result<Fields, ParseError> {
         let mut found = Fields::new();
         for (name, value) in object_in(text).unwrap_or_default() {
-            let Some(field) = signature.output(&name) else { continue };
+            let Some(field) = signature.output(&name) else {
+                continue;
+            };
             let parsed = match &value {
                 Value::Str(text) => field.ty.parse_v3(text),
                 _ if field.ty == crate::field_type::FieldType::Str => {
@@ -114,16 +120,24 @@ impl Adapter for JsonV3Adapter {
                 }
                 _ => field.ty.coerce(value),
             };
-            let value =
-                parsed.map_err(|reason| ParseError::Field { field: name.clone(), reason })?;
+            let value = parsed.map_err(|reason| ParseError::Field {
+                field: name.clone(),
+                reason,
+            })?;
             found.insert(name, value);
         }
         in_signature_order(signature, found)
     }
 
     fn choices(&self, signature: &Signature, values: Vec<String>) -> Choices {
-        let after = output_names(signature).pop().map(|name| format!("\"{name}\": \""));
-        Choices { after, values, then: "\"\n}".to_owned() }
+        let after = output_names(signature)
+            .pop()
+            .map(|name| format!("\"{name}\": \""));
+        Choices {
+            after,
+            values,
+            then: "\"\n}".to_owned(),
+        }
     }
 }
 
@@ -167,11 +181,17 @@ mod tests {
 
     #[test]
     fn an_object_is_found_in_prose() {
-        let signature =
-            Signature::new(None, vec![Field::text("q")], vec![Field::text("a"), Field::text("b")]);
+        let signature = Signature::new(
+            None,
+            vec![Field::text("q")],
+            vec![Field::text("a"), Field::text("b")],
+        );
         let parse = |text| JsonV3Adapter.parse(&signature, text);
         let fields = parse("Sure:\n```json\n{\"b\": \"}\", \"a\": 1}\n```").unwrap();
-        assert_eq!(Value::Dict(fields).to_json_dumps(true), r#"{"a": "1", "b": "}"}"#);
+        assert_eq!(
+            Value::Dict(fields).to_json_dumps(true),
+            r#"{"a": "1", "b": "}"}"#
+        );
         assert!(parse("not json").is_err());
     }
 }

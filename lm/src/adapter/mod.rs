@@ -147,5 +147,9 @@ fn message(role: Role, content: String) -> Message {
 }
 
 fn output_names(signature: &Signature) -> Vec<String> {
-    signature.outputs.iter().map(|field| field.name.clone()).collect()
+    signature
+        .outputs
+        .iter()
+        .map(|field| field.name.clone())
+        .collect()
 }

@@ -46,7 +46,13 @@ pub struct Sampling {
 impl Default for Sampling {
     /// DSPy 2.5's defaults: greedy, 1000 tokens.
     fn default() -> Self {
-        Self { temperature: 0.0, max_tokens: 1000, stop: Vec::new(), seed: None, rollout: None }
+        Self {
+            temperature: 0.0,
+            max_tokens: 1000,
+            stop: Vec::new(),
+            seed: None,
+            rollout: None,
+        }
     }
 }
 
@@ -130,5 +136,9 @@ pub trait Lm: Send + Sync {
     /// Identity for the completion cache: model name, or digest of weights and adapter. No URL, no key.
     fn id(&self) -> &str;
     /// Answers every request, results in request order; `on_answer` hears of each as it completes.
-    fn complete(&self, requests: &[Request], on_answer: &OnAnswer<'_>) -> Vec<Result<Completion, LmError>>;
+    fn complete(
+        &self,
+        requests: &[Request],
+        on_answer: &OnAnswer<'_>,
+    ) -> Vec<Result<Completion, LmError>>;
 }

@@ -82,9 +82,15 @@ impl<'a> Bootstrap<'a> {
         };
         // A teacher that was given with demos is compiled already.
         let compiled = session.teacher.is_some()
-            && teacher.predictors.iter().any(|predictor| !predictor.demos.is_empty());
+            && teacher
+                .predictors
+                .iter()
+                .any(|predictor| !predictor.demos.is_empty());
         if settings.max_labeled_demos > 0 && !compiled {
-            let labeled = LabeledFewShot { k: settings.max_labeled_demos, sample: true };
+            let labeled = LabeledFewShot {
+                k: settings.max_labeled_demos,
+                sample: true,
+            };
             teacher = labeled.apply(&teacher, trainset);
         }
         Self {
@@ -124,7 +130,11 @@ impl<'a> Bootstrap<'a> {
             return Ok(());
         }
         for round in 0..self.settings.max_rounds {
-            let open: Vec<usize> = rows.iter().copied().filter(|&row| !self.solved[row]).collect();
+            let open: Vec<usize> = rows
+                .iter()
+                .copied()
+                .filter(|&row| !self.solved[row])
+                .collect();
             self.try_rows(&open, round)?;
         }
         Ok(())
@@ -136,12 +146,19 @@ impl<'a> Bootstrap<'a> {
         let mut next = 0;
         while next < rows.len() && !self.is_full() {
             let batch = &rows[next..rows.len().min(next + self.session.batch.max(1))];
-            let examples: Vec<Example> =
-                batch.iter().map(|&row| self.trainset[row].clone()).collect();
-            let options =
-                RunOptions { batch: batch.len(), on_row: None, hide_own_demo: true };
+            let examples: Vec<Example> = batch
+                .iter()
+                .map(|&row| self.trainset[row].clone())
+                .collect();
+            let options = RunOptions {
+                batch: batch.len(),
+                on_row: None,
+                hide_own_demo: true,
+            };
             let sampling = self.sampling(round);
-            let results = self.teacher.run(self.teacher_lm, &sampling, &examples, &options);
+            let results = self
+                .teacher
+                .run(self.teacher_lm, &sampling, &examples, &options);
             self.tokens += results.iter().map(|result| result.tokens).sum();
             for (&row, result) in batch.iter().zip(&results) {
                 if self.is_full() {
@@ -160,7 +177,10 @@ impl<'a> Bootstrap<'a> {
 
     fn tell(&self, tried: usize) {
         if let Some(on_progress) = self.session.on_progress {
-            on_progress(Progress::Bootstrapping { tried, found: self.count() });
+            on_progress(Progress::Bootstrapping {
+                tried,
+                found: self.count(),
+            });
         }
     }
 
@@ -202,7 +222,11 @@ impl<'a> Bootstrap<'a> {
         if solved {
             self.solved[row] = true;
             for step in &result.trace {
-                let at = self.teacher.predictors.iter().position(|p| p.name == step.predictor);
+                let at = self
+                    .teacher
+                    .predictors
+                    .iter()
+                    .position(|p| p.name == step.predictor);
                 if let Some(demos) = at.and_then(|at| self.found.get_mut(at)) {
                     demos.push(Demo::augmented(&step.inputs, &step.outputs));
                 }
@@ -217,7 +241,12 @@ impl<'a> Bootstrap<'a> {
             return Ok(());
         }
         let (errors, max) = (self.errors, self.settings.max_errors);
-        Err(OptimizeError::TooManyErrors { errors, max, kind, last })
+        Err(OptimizeError::TooManyErrors {
+            errors,
+            max,
+            kind,
+            last,
+        })
     }
 
     /// DSPy hides a row's own demo from the teacher while it works on the row, and does not bring
@@ -248,7 +277,9 @@ impl<'a> Bootstrap<'a> {
         for (predictor, mut demos) in program.predictors.iter_mut().zip(self.found) {
             demos.truncate(self.settings.max_bootstrapped_demos);
             let room = self.settings.max_labeled_demos.saturating_sub(demos.len());
-            let drawn = random.sample(&pool, room.min(pool.len())).unwrap_or_default();
+            let drawn = random
+                .sample(&pool, room.min(pool.len()))
+                .unwrap_or_default();
             // DSPy 2.5 draws the next predictor's rows from those drawn for this one.
             if self.dialect != Dialect::Dspy3 {
                 pool.clone_from(&drawn);

@@ -21,9 +21,16 @@ impl LabeledFewShot {
         let k = self.k.min(trainset.len());
         let mut random = PythonRandom::new(0);
         for predictor in &mut program.predictors {
-            let drawn = if self.sample { random.sample_indices(trainset.len(), k) } else { None };
+            let drawn = if self.sample {
+                random.sample_indices(trainset.len(), k)
+            } else {
+                None
+            };
             let rows = drawn.unwrap_or_else(|| (0..k).collect());
-            predictor.demos = rows.into_iter().map(|row| Demo::labeled(&trainset[row])).collect();
+            predictor.demos = rows
+                .into_iter()
+                .map(|row| Demo::labeled(&trainset[row]))
+                .collect();
         }
         program
     }
@@ -37,6 +44,9 @@ impl Optimizer for LabeledFewShot {
         _valset: Option<&[Example]>,
         _session: &Session<'_>,
     ) -> Result<Compiled, OptimizeError> {
-        Ok(Compiled::unscored(self.apply(student, trainset), Tokens::default()))
+        Ok(Compiled::unscored(
+            self.apply(student, trainset),
+            Tokens::default(),
+        ))
     }
 }

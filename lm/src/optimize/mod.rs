@@ -116,7 +116,12 @@ pub struct Compiled {
 
 impl Compiled {
     fn unscored(program: Program, tokens: Tokens) -> Self {
-        Self { program, candidates: Vec::new(), best: None, tokens }
+        Self {
+            program,
+            candidates: Vec::new(),
+            best: None,
+            tokens,
+        }
     }
 
     /// The candidates by score, best first; of equal scores the one tried first.

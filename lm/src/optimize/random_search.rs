@@ -57,7 +57,11 @@ impl Default for RandomSearch {
 impl RandomSearch {
     fn seeds(&self) -> Vec<i64> {
         let count = i64::try_from(self.num_candidate_programs).unwrap_or(i64::MAX);
-        let wanted = |seed: &i64| self.restrict.as_ref().is_none_or(|only| only.contains(seed));
+        let wanted = |seed: &i64| {
+            self.restrict
+                .as_ref()
+                .is_none_or(|only| only.contains(seed))
+        };
         (-3..count).filter(wanted).collect()
     }
 
@@ -83,8 +87,10 @@ impl RandomSearch {
         let (bootstrap, trainset) = match seed {
             -3 => return Ok((student.without_demos(), Tokens::default())),
             -2 => {
-                let labeled =
-                    LabeledFewShot { k: self.max_labeled_demos, sample: self.labeled_sample };
+                let labeled = LabeledFewShot {
+                    k: self.max_labeled_demos,
+                    sample: self.labeled_sample,
+                };
                 return Ok((labeled.apply(student, trainset), Tokens::default()));
             }
             -1 => (self.bootstrap(self.max_bootstrapped_demos), trainset),
@@ -92,8 +98,13 @@ impl RandomSearch {
                 shuffled = trainset.to_vec();
                 PythonRandom::new(seed).shuffle(&mut shuffled);
                 let most = i64::try_from(self.max_bootstrapped_demos).unwrap_or(i64::MAX);
-                let size = PythonRandom::new(seed).randint(1, most).ok_or(OptimizeError::NoDemos)?;
-                (self.bootstrap(usize::try_from(size).unwrap_or(usize::MAX)), &shuffled[..])
+                let size = PythonRandom::new(seed)
+                    .randint(1, most)
+                    .ok_or(OptimizeError::NoDemos)?;
+                (
+                    self.bootstrap(usize::try_from(size).unwrap_or(usize::MAX)),
+                    &shuffled[..],
+                )
             }
         };
         let compiled = bootstrap.compile(student, trainset, None, session)?;
@@ -110,11 +121,17 @@ impl RandomSearch {
         let on_row = |_| {
             if let Some(on_progress) = session.on_progress {
                 let rows = done.fetch_add(1, Ordering::Relaxed) + 1;
-                on_progress(Progress::Evaluating { rows, total: valset.len() });
+                on_progress(Progress::Evaluating {
+                    rows,
+                    total: valset.len(),
+                });
             }
         };
-        let options =
-            RunOptions { batch: session.batch, on_row: Some(&on_row), hide_own_demo: false };
+        let options = RunOptions {
+            batch: session.batch,
+            on_row: Some(&on_row),
+            hide_own_demo: false,
+        };
         let evaluate = Evaluate {
             metric: session.metric,
             label: session.label,
@@ -141,12 +158,18 @@ impl Optimizer for RandomSearch {
         };
         let mut found: Option<Compiled> = None;
         for (done, &seed) in seeds.iter().enumerate() {
-            tell(Progress::Candidate { seed, done, total: seeds.len() });
+            tell(Progress::Candidate {
+                seed,
+                done,
+                total: seeds.len(),
+            });
             let (program, cost) = self.candidate(seed, student, trainset, session)?;
-            let result = self.score(&program, valset, session).map_err(|source| match source {
-                EvaluateError::Cancelled => OptimizeError::Cancelled,
-                source => OptimizeError::Evaluate { seed, source },
-            })?;
+            let result = self
+                .score(&program, valset, session)
+                .map_err(|source| match source {
+                    EvaluateError::Cancelled => OptimizeError::Cancelled,
+                    source => OptimizeError::Evaluate { seed, source },
+                })?;
             let candidate = Candidate {
                 seed,
                 score: result.score,
@@ -154,9 +177,8 @@ impl Optimizer for RandomSearch {
                 parse_failures: result.parse_failures,
                 demos: program.demos(),
             };
-            let best = found.get_or_insert_with(|| {
-                Compiled::unscored(program.clone(), Tokens::default())
-            });
+            let best =
+                found.get_or_insert_with(|| Compiled::unscored(program.clone(), Tokens::default()));
             best.tokens += cost;
             best.tokens += result.tokens;
             let record = best.best.map(|at| best.candidates[at].score);
@@ -166,8 +188,15 @@ impl Optimizer for RandomSearch {
             }
             best.candidates.push(candidate);
             let record = record.map_or(result.score, |record| record.max(result.score));
-            tell(Progress::Scored { seed, score: result.score, best: record });
-            if self.stop_at_score.is_some_and(|enough| result.score >= enough) {
+            tell(Progress::Scored {
+                seed,
+                score: result.score,
+                best: record,
+            });
+            if self
+                .stop_at_score
+                .is_some_and(|enough| result.score >= enough)
+            {
                 break;
             }
         }

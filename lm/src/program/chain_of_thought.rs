@@ -12,7 +12,11 @@ pub const EXPERIMENTAL_REASONING_DESC: &str = "${produce the output fields}. We 
 
 /// The signature with `reasoning` put first among its outputs. `desc` is its description; none
 /// is printed without it.
-pub fn chain_of_thought(mut signature: Signature, dialect: Dialect, desc: Option<&str>) -> Signature {
+pub fn chain_of_thought(
+    mut signature: Signature,
+    dialect: Dialect,
+    desc: Option<&str>,
+) -> Signature {
     let mut reasoning = Field::text(REASONING);
     reasoning.desc = desc.map(str::to_owned);
     if dialect != Dialect::Dspy3 {

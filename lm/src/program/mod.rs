@@ -34,7 +34,11 @@ pub struct RunOptions<'a> {
 
 impl Default for RunOptions<'_> {
     fn default() -> Self {
-        Self { batch: 1024, on_row: None, hide_own_demo: false }
+        Self {
+            batch: 1024,
+            on_row: None,
+            hide_own_demo: false,
+        }
     }
 }
 
@@ -94,15 +98,20 @@ impl<'a> Job<'a> {
             cached: u64::from(completion.cached),
         };
         self.result.raw = Some(completion.text.clone());
-        let outputs = adapter.parse(&predictor.signature, &completion.text).map_err(|error| {
-            RowError::Parse { reason: error.to_string(), raw: completion.text.clone() }
-        })?;
+        let outputs = adapter
+            .parse(&predictor.signature, &completion.text)
+            .map_err(|error| RowError::Parse {
+                reason: error.to_string(),
+                raw: completion.text.clone(),
+            })?;
         if let Some(probs) = &completion.choice_probs {
             self.result.confidence = probs.iter().copied().max_by(f32::total_cmp);
             self.result.probs = Some(probs.clone());
         }
         self.available.extend(outputs.clone());
-        self.result.prediction = Ok(Prediction { fields: predictor.sanitized(&outputs) });
+        self.result.prediction = Ok(Prediction {
+            fields: predictor.sanitized(&outputs),
+        });
         self.result.trace.push(TraceStep {
             predictor: predictor.name.clone(),
             inputs: self.inputs.clone(),
@@ -122,7 +131,10 @@ impl<'a> Job<'a> {
 impl Program {
     /// A program of one or more steps.
     pub fn new(dialect: Dialect, predictors: Vec<Predictor>) -> Self {
-        Self { predictors, dialect }
+        Self {
+            predictors,
+            dialect,
+        }
     }
 
     /// The same program without demos (DSPy's `reset_copy`).
@@ -163,7 +175,8 @@ impl Program {
         for chunk in rows.chunks(options.batch.max(1)) {
             let mut jobs: Vec<Job<'_>> = chunk.iter().map(Job::new).collect();
             if cancelled {
-                jobs.iter_mut().for_each(|job| job.fail(RowError::Lm(LmError::Cancelled)));
+                jobs.iter_mut()
+                    .for_each(|job| job.fail(RowError::Lm(LmError::Cancelled)));
             }
             self.run_batch(lm, sampling, &mut jobs, results.len(), options);
             cancelled |= jobs
@@ -196,9 +209,16 @@ impl Program {
                 job.inputs = predictor.inputs(&job.available);
             }
             let adapter = &*predictor.adapter;
-            let live: Vec<usize> = (0..jobs.len()).filter(|&at| jobs[at].outcome.is_none()).collect();
+            let live: Vec<usize> = (0..jobs.len())
+                .filter(|&at| jobs[at].outcome.is_none())
+                .collect();
             let settles = stage == last && adapter.fallback().is_none();
-            let call = Call { lm, sampling, predictor, hide_own_demo: options.hide_own_demo };
+            let call = Call {
+                lm,
+                sampling,
+                predictor,
+                hide_own_demo: options.hide_own_demo,
+            };
             let failed = call.ask(adapter, jobs, &live, &|at| {
                 if settles {
                     tell(at);
@@ -235,7 +255,10 @@ impl Call<'_> {
             let job = &mut jobs[at];
             job.outcome = None;
             let but = self.hide_own_demo.then_some(job.row);
-            match self.predictor.request(adapter, &job.inputs, self.sampling, but) {
+            match self
+                .predictor
+                .request(adapter, &job.inputs, self.sampling, but)
+            {
                 Ok(request) => {
                     asked.push(at);
                     requests.push(request);
@@ -255,7 +278,9 @@ impl Call<'_> {
         let mut unread = Vec::new();
         for at in asked {
             match answers.next() {
-                None => jobs[at].fail(RowError::Other("the model left a call unanswered".to_owned())),
+                None => jobs[at].fail(RowError::Other(
+                    "the model left a call unanswered".to_owned(),
+                )),
                 Some(Err(error)) => jobs[at].fail(RowError::Lm(error)),
                 Some(Ok(completion)) => {
                     if let Err(error) = jobs[at].take(self.predictor, adapter, &completion) {

@@ -57,14 +57,23 @@ impl Predictor {
     pub fn inputs(&self, available: &Fields) -> Fields {
         let of = |name: &str| {
             let column = self.sources.get(name).map_or(name, String::as_str);
-            available.get(column).map(|value| (name.to_owned(), value.clone()))
+            available
+                .get(column)
+                .map(|value| (name.to_owned(), value.clone()))
         };
-        self.signature.inputs.iter().filter_map(|field| of(&field.name)).collect()
+        self.signature
+            .inputs
+            .iter()
+            .filter_map(|field| of(&field.name))
+            .collect()
     }
 
     /// The demos as the adapter is to see them, without those equal to the row `but`.
     pub fn demos_but(&self, but: Option<&Example>) -> Vec<Demo> {
-        let kept = self.demos.iter().filter(|demo| !but.is_some_and(|row| demo.is(row)));
+        let kept = self
+            .demos
+            .iter()
+            .filter(|demo| !but.is_some_and(|row| demo.is(row)));
         if !self.adapter.maps_columns() {
             return kept.cloned().collect();
         }
@@ -95,7 +104,11 @@ impl Predictor {
             .as_ref()
             .filter(|rule| rule.constrain && !rule.labels.is_empty())
             .map(|rule| adapter.choices(&self.signature, rule.labels.clone()));
-        Ok(Request { messages, sampling: sampling.clone(), choices })
+        Ok(Request {
+            messages,
+            sampling: sampling.clone(),
+            choices,
+        })
     }
 
     /// The outputs with the label sanitised.

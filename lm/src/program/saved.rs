@@ -70,7 +70,12 @@ pub enum SavedError {
 impl SavedProgram {
     /// What to save of a program that was built from `spec` and `labels`.
     pub fn new(spec: ProgramSpec, labels: Vec<String>, program: &Program) -> Self {
-        Self { version: VERSION, spec, labels, demos: program.demos().into_iter().collect() }
+        Self {
+            version: VERSION,
+            spec,
+            labels,
+            demos: program.demos().into_iter().collect(),
+        }
     }
 
     /// The program with its demos.
@@ -81,7 +86,10 @@ impl SavedProgram {
         let mut program = self.spec.build(&self.labels)?;
         for (name, demos) in &self.demos {
             let there = || program.predictors.iter().map(|p| p.name.clone()).collect();
-            let missing = SavedError::Predictor { name: name.clone(), there: there() };
+            let missing = SavedError::Predictor {
+                name: name.clone(),
+                there: there(),
+            };
             let predictor = program.predictors.iter_mut().find(|p| p.name == *name);
             predictor.ok_or(missing)?.demos.clone_from(demos);
         }
@@ -130,7 +138,10 @@ impl SavedProgram {
 }
 
 fn io_error(path: &Path, source: std::io::Error) -> SavedError {
-    SavedError::Io { path: path.display().to_string(), source }
+    SavedError::Io {
+        path: path.display().to_string(),
+        source,
+    }
 }
 
 /// What DSPy's `program.save()` writes, without its `metadata`. Predictors keep their names; in
@@ -148,20 +159,31 @@ pub fn to_dspy_json(program: &Program) -> Value {
             entry("signature", signature.clone()),
         ];
         let fields: Fields = match program.dialect {
-            Dialect::Dspy3 => common.into_iter().chain([entry("lm", Value::Null)]).collect(),
+            Dialect::Dspy3 => common
+                .into_iter()
+                .chain([entry("lm", Value::Null)])
+                .collect(),
             Dialect::Dspy25 | Dialect::Dspy25Dev => [entry("lm", Value::Null)]
                 .into_iter()
                 .chain(common)
-                .chain(is_chain(&predictor.signature).then(|| entry("extended_signature", signature)))
+                .chain(
+                    is_chain(&predictor.signature).then(|| entry("extended_signature", signature)),
+                )
                 .collect(),
         };
-        (dspy_name(program.dialect, &predictor.name, &predictor.signature), Value::Dict(fields))
+        (
+            dspy_name(program.dialect, &predictor.name, &predictor.signature),
+            Value::Dict(fields),
+        )
     });
     Value::Dict(predictors.collect())
 }
 
 fn is_chain(signature: &Signature) -> bool {
-    signature.outputs.first().is_some_and(|field| field.name == super::REASONING)
+    signature
+        .outputs
+        .first()
+        .is_some_and(|field| field.name == super::REASONING)
 }
 
 fn dspy_name(dialect: Dialect, name: &str, signature: &Signature) -> String {
@@ -189,8 +211,14 @@ fn signature_value(signature: &Signature) -> Value {
         ]))
     };
     Value::Dict(Fields::from([
-        ("instructions".to_owned(), Value::Str(signature.instructions.clone())),
-        ("fields".to_owned(), Value::List(signature.fields().map(field).collect())),
+        (
+            "instructions".to_owned(),
+            Value::Str(signature.instructions.clone()),
+        ),
+        (
+            "fields".to_owned(),
+            Value::List(signature.fields().map(field).collect()),
+        ),
     ]))
 }
 
@@ -232,10 +260,15 @@ pub fn load_dspy_json(program: &mut Program, text: &str) -> Result<(), SavedErro
             .cloned();
         let Some(found) = key.and_then(|key| saved.shift_remove(&key)) else {
             let there = saved.into_keys().collect();
-            return Err(SavedError::Predictor { name: predictor.name.clone(), there });
+            return Err(SavedError::Predictor {
+                name: predictor.name.clone(),
+                there,
+            });
         };
         predictor.demos = found.demos;
-        let Some(signature) = found.extended_signature.or(found.signature) else { continue };
+        let Some(signature) = found.extended_signature.or(found.signature) else {
+            continue;
+        };
         if dialect != Dialect::Dspy25Dev {
             take_signature(&mut predictor.signature, signature, &predictor.name)?;
         }
@@ -269,10 +302,16 @@ fn take_signature(
     let expected = signature.fields().count();
     if saved.fields.len() != expected {
         let saved = saved.fields.len();
-        return Err(SavedError::Fields { name: name.to_owned(), saved, expected });
+        return Err(SavedError::Fields {
+            name: name.to_owned(),
+            saved,
+            expected,
+        });
     }
     signature.instructions = saved.instructions;
-    let Signature { inputs, outputs, .. } = signature;
+    let Signature {
+        inputs, outputs, ..
+    } = signature;
     for (field, saved) in inputs.iter_mut().chain(outputs).zip(saved.fields) {
         field.desc = Some(saved.description);
         field.prefix = Some(saved.prefix);
@@ -294,8 +333,10 @@ mod tests {
         let labels = vec!["a".to_owned()];
         let mut program = spec.build(&labels).unwrap();
         program.predictors[0].demos = vec![
-            serde_json::from_str(r#"{"augmented": true, "text": "t", "reasoning": "r", "label": "a"}"#)
-                .unwrap(),
+            serde_json::from_str(
+                r#"{"augmented": true, "text": "t", "reasoning": "r", "label": "a"}"#,
+            )
+            .unwrap(),
         ];
         SavedProgram::new(spec, labels, &program)
     }
@@ -321,8 +362,14 @@ mod tests {
 
     #[test]
     fn unknown_versions_and_predictors_are_refused() {
-        let text = saved().to_json().unwrap().replace("\"version\": 1", "\"version\": 2");
-        assert!(matches!(SavedProgram::from_json(&text), Err(SavedError::Version(2))));
+        let text = saved()
+            .to_json()
+            .unwrap()
+            .replace("\"version\": 1", "\"version\": 2");
+        assert!(matches!(
+            SavedProgram::from_json(&text),
+            Err(SavedError::Version(2))
+        ));
         let mut saved = saved();
         saved.demos.insert("other".into(), Vec::new());
         assert!(matches!(saved.build(), Err(SavedError::Predictor { .. })));

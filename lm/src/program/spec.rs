@@ -191,7 +191,9 @@ impl PromptSpec {
 
     /// The output of type `label`, if any.
     pub fn label_output(&self) -> Option<&OutputSpec> {
-        self.outputs.iter().find(|output| output.ty == OutputType::Label)
+        self.outputs
+            .iter()
+            .find(|output| output.ty == OutputType::Label)
     }
 
     fn check(&self, reasons: bool) -> Result<(), BuildError> {
@@ -214,8 +216,11 @@ impl PromptSpec {
                 return Err(BuildError::Twice(name.to_owned()));
             }
         }
-        let labels: Vec<&OutputSpec> =
-            self.outputs.iter().filter(|output| output.ty == OutputType::Label).collect();
+        let labels: Vec<&OutputSpec> = self
+            .outputs
+            .iter()
+            .filter(|output| output.ty == OutputType::Label)
+            .collect();
         if let [first, second, ..] = labels.as_slice() {
             return Err(BuildError::Labels(first.name.clone(), second.name.clone()));
         }
@@ -227,8 +232,10 @@ impl PromptSpec {
         if self.reasoning_desc.is_some() && !reasons {
             return Err(BuildError::ReasoningDesc);
         }
-        let label_is_last =
-            self.outputs.last().is_some_and(|output| output.ty == OutputType::Label);
+        let label_is_last = self
+            .outputs
+            .last()
+            .is_some_and(|output| output.ty == OutputType::Label);
         if self.constrain && !label_is_last {
             return Err(BuildError::Constrain);
         }
@@ -273,10 +280,16 @@ mod tests {
         let program = spec.build(&["a".into(), "b".into()]).unwrap();
         let predictor = &program.predictors[0];
         assert_eq!(predictor.signature.instructions, "One of 2:\n['a', 'b']");
-        let names: Vec<&str> =
-            predictor.signature.fields().map(|field| field.name.as_str()).collect();
+        let names: Vec<&str> = predictor
+            .signature
+            .fields()
+            .map(|field| field.name.as_str())
+            .collect();
         assert_eq!(names, ["intent", "reasoning", "label"]);
-        assert_eq!(predictor.signature.outputs[1].desc.as_deref(), Some("of the 2"));
+        assert_eq!(
+            predictor.signature.outputs[1].desc.as_deref(),
+            Some("of the 2")
+        );
         assert_eq!(predictor.sources["intent"], "text");
         assert_eq!(predictor.label.as_ref().unwrap().labels, ["a", "b"]);
     }
@@ -295,9 +308,7 @@ mod tests {
             BuildError::Twice("reasoning".into())
         );
         assert_eq!(
-            build(
-                r#"{"predict": {"inputs": [{"name": "a b"}], "outputs": [{"name": "x"}]}}"#
-            ),
+            build(r#"{"predict": {"inputs": [{"name": "a b"}], "outputs": [{"name": "x"}]}}"#),
             BuildError::Name("a b".into())
         );
         assert_eq!(
@@ -312,7 +323,8 @@ mod tests {
     fn unknown_keys_are_refused() {
         let json = r#"{"predict": {"inputs": [], "outputs": [], "temperature": 1}}"#;
         assert!(serde_json::from_str::<ProgramSpec>(json).is_err());
-        let json = r#"{"predict": {"inputs": [], "outputs": [{"name": "x", "type": {"enum": ["a"]}}]}}"#;
+        let json =
+            r#"{"predict": {"inputs": [], "outputs": [{"name": "x", "type": {"enum": ["a"]}}]}}"#;
         assert!(serde_json::from_str::<ProgramSpec>(json).is_ok());
     }
 }
