@@ -5,7 +5,7 @@
 use crate::value::{Fields, Value};
 
 /// Python's `json.loads`; `None` where it raises. NaN and the infinities are read at top level.
-pub fn parse_json(text: &str) -> Option<Value> {
+pub(crate) fn parse_json(text: &str) -> Option<Value> {
     let text = text.trim_matches([' ', '\t', '\n', '\r']);
     match text {
         "NaN" => Some(Value::Float(f64::NAN)),
@@ -17,7 +17,7 @@ pub fn parse_json(text: &str) -> Option<Value> {
 
 /// Python's `ast.literal_eval`; `None` where it raises. Tuples and sets become lists;
 /// dictionaries with keys other than texts, byte strings and complex numbers are refused.
-pub fn parse_python(text: &str) -> Option<Value> {
+pub(crate) fn parse_python(text: &str) -> Option<Value> {
     let mut reader = Reader {
         rest: text,
         depth: 0,

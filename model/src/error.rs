@@ -47,6 +47,14 @@ pub enum ModelError {
         /// What is wrong, and what is allowed.
         reason: String,
     },
+    /// Training cannot go on from this step.
+    #[error("training step {step}: {reason}")]
+    Training {
+        /// The step, counted from 1.
+        step: usize,
+        /// What happened, and the remedy.
+        reason: String,
+    },
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,

@@ -6,6 +6,8 @@ mod base_model;
 mod chat_template;
 mod config;
 mod error;
+mod kernels;
+mod llama;
 pub mod lora;
 mod tokenizer;
 mod weights;

@@ -212,7 +212,7 @@ fn check(source: &str, scope: &Scope) -> Result<bool, ExprError> {
 
 fn check_item(reference: &Reference<'_>, scope: &Scope) -> Result<(), ExprError> {
     let Some(items) = &scope.items else {
-        let message = "`item` exists only in a step with `foreach`";
+        let message = "`item` is known only in `in`, `with`, `env`, `run`, `publish` and `when` of a `foreach` step";
         return Err(ExprError::new(reference.text, "unknown-variable", message));
     };
     match reference.segments.get(1) {
@@ -352,7 +352,7 @@ thread_local! {
 }
 
 /// Checks that tera can read the expression.
-fn parse(source: &str) -> Result<(), ExprError> {
+pub(crate) fn parse(source: &str) -> Result<(), ExprError> {
     if tokens(source)?.iter().all(|t| matches!(t, Token { kind: super::token::Kind::Word, .. })) {
         return Ok(());
     }

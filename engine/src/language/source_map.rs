@@ -102,6 +102,12 @@ impl SourceMap {
         !self.errors.is_empty()
     }
 
+    /// True when a mistake within `span` was noted.
+    pub(crate) fn has_error_in(&self, span: Span) -> bool {
+        let within = |at: &Span| at.start >= span.start && at.end <= span.end;
+        self.errors.iter().any(|(at, _)| at.file == span.file && within(at))
+    }
+
     /// The mistakes in file order, each once.
     pub(crate) fn into_diagnostics(mut self) -> Diagnostics {
         self.errors.sort_by_key(|(span, _)| (span.file, span.start));

@@ -173,7 +173,8 @@ pub(crate) fn references<'a>(
         }
         let after_is = i > 0
             && (sign(i - 1, "is") || (sign(i - 1, "not") && i > 1 && sign(i - 2, "is")));
-        let named = after_is || (i > 0 && sign(i - 1, "|"));
+        // After a dot: the rest of a reference with a `[…]` in it.
+        let named = after_is || (i > 0 && (sign(i - 1, "|") || sign(i - 1, ".")));
         let keyword_argument = sign(i + 1, "=") && !sign(i + 2, "=");
         if named || keyword_argument {
             i += 1;
@@ -224,13 +225,15 @@ fn path(tokens: &[Token<'_>], start: usize) -> (usize, Vec<Segment>) {
                 i += 2;
             }
             (Some(open), Some(inner), Some(close))
-                if open.text == "[" && open.start == tokens[i - 1].end() && close.text == "]" =>
+                if open.text == "["
+                    && open.start == tokens[i - 1].end()
+                    && matches!(inner.kind, Kind::Text | Kind::Number)
+                    && close.text == "]" =>
             {
-                segments.push(match inner.kind {
-                    Kind::Text => Segment::Key(inner.text[1..inner.text.len() - 1].to_owned()),
-                    Kind::Number => Segment::Key(inner.text.to_owned()),
-                    Kind::Word | Kind::Sign => Segment::Dynamic,
-                });
+                let quoted = inner.kind == Kind::Text;
+                let cut = usize::from(quoted);
+                let name = &inner.text[cut..inner.text.len() - cut];
+                segments.push(Segment::Key(name.to_owned()));
                 i += 3;
             }
             (Some(open), Some(inner), _)

@@ -1,0 +1,114 @@
+//! Filling in the `${{ }}` of a whole tree: models, programs and steps.
+//!
+//! Knows which field may refer to what, and nothing else of steps. Invariant: what
+//! is left as an expression afterwards waits for `item`, is a condition, or has been
+//! reported.
+
+use serde_json::{Value, json};
+
+use super::expr::{ExprError, Resolved, Scope, condition, escape, has_expression, resolve};
+use super::node::{Data, Node};
+use super::source_map::{SourceMap, Span};
+
+/// The one key of `foreach` that is no variable.
+pub(crate) const MAX_PARALLEL: &str = "max_parallel";
+
+/// Fills in everything that is known before the run. Returns what expressions may refer to.
+pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> Value {
+    if let Some(params) = root.get("params") {
+        forbid(map, params);
+    }
+    let params = root.get("params").map_or_else(|| json!({}), Node::to_value);
+    let mut scope =
+        Scope { context: json!({ "params": params, "run": { "name": name } }), items: None };
+    for section in ["models", "programs"] {
+        if let Some(node) = root.as_map_mut().and_then(|m| m.get_mut(section)) {
+            fill(map, &mut node.value, &scope, false);
+        }
+    }
+    let models = root.get("models").map_or_else(|| json!({}), Node::to_value);
+    if let Some(context) = scope.context.as_object_mut() {
+        context.insert("models".into(), models);
+    }
+    let steps = root.as_map_mut().and_then(|m| m.get_mut("steps"));
+    for (_, step) in steps.and_then(|s| s.value.as_map_mut()).into_iter().flatten() {
+        resolve_step(map, &mut step.value, &mut scope);
+    }
+    scope.context
+}
+
+fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
+    let items = variables(step);
+    let Some(fields) = step.as_map_mut() else { return };
+    for (name, field) in fields {
+        let (sees_item, escapes) = match name.as_str() {
+            "with" | "env" | "run" | "publish" => (true, true),
+            "in" => (true, false),
+            "when" => {
+                scope.items.clone_from(&items);
+                if let Some(text) = field.value.as_text()
+                    && let Err(error) = condition(text, scope)
+                {
+                    report(map, field.value.span, &error);
+                }
+                continue;
+            }
+            _ => (false, false),
+        };
+        scope.items = if sees_item { items.clone() } else { None };
+        fill(map, &mut field.value, scope, escapes && items.is_some());
+    }
+    scope.items = None;
+}
+
+/// The names of the `foreach` variables of a step that has some.
+fn variables(step: &Node) -> Option<Vec<String>> {
+    let foreach = step.get("foreach")?.as_map()?;
+    Some(foreach.keys().filter(|k| *k != MAX_PARALLEL).cloned().collect())
+}
+
+/// Replaces each text that holds expressions. `escapes`: the result is read once more, per item.
+fn fill(map: &mut SourceMap, node: &mut Node, scope: &Scope, escapes: bool) {
+    match &mut node.data {
+        Data::Text(text) if text.contains("${{") => match resolve(text, scope) {
+            Ok(Resolved::Done(value)) => {
+                let value = if escapes { escaped(value) } else { value };
+                *node = Node::from_value(value, node.span);
+            }
+            Ok(Resolved::Waits(text)) => node.data = Data::Text(text),
+            Err(error) => report(map, node.span, &error),
+        },
+        Data::List(items) => items.iter_mut().for_each(|item| fill(map, item, scope, escapes)),
+        Data::Map(entries) => {
+            entries.values_mut().for_each(|e| fill(map, &mut e.value, scope, escapes));
+        }
+        _ => {}
+    }
+}
+
+fn escaped(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(escape(&text)),
+        Value::Array(items) => items.into_iter().map(escaped).collect(),
+        Value::Object(map) => map.into_iter().map(|(k, v)| (k, escaped(v))).collect(),
+        other => other,
+    }
+}
+
+/// Notes a mistake in the text at `span`.
+pub(crate) fn report(map: &mut SourceMap, span: Span, error: &ExprError) {
+    let place = map.narrow(span, error.skip, &error.snippet);
+    map.report(place, error.code, error.message.clone(), "", error.help.clone());
+}
+
+fn forbid(map: &mut SourceMap, node: &Node) {
+    match &node.data {
+        Data::Text(text) if has_expression(text) => {
+            let help = "put the expression where the param is used".to_owned();
+            map.report(node.span, "expression", "a param is a plain value", "", Some(help));
+        }
+        Data::List(items) => items.iter().for_each(|item| forbid(map, item)),
+        Data::Map(entries) => entries.values().for_each(|e| forbid(map, &e.value)),
+        _ => {}
+    }
+}

@@ -1,0 +1,225 @@
+//! The settings of a step that stand by themselves: retry, timeout, resources,
+//! runner, secrets, environment, publish, conditions. Knows no other step, but for
+//! the paths that they publish to.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::draft::{Draft, inner_path};
+use super::expr::{ExprError, has_expression};
+use super::node::Node;
+use super::resolution::report;
+use super::source_map::{SourceMap, Span};
+use super::spec::CacheSpec;
+use super::token::{references, tokens};
+use super::{scalar, suggest};
+use crate::pipeline::{CachePolicy, Resources, Retry, StepNode};
+
+/// Attempts after the first, when `retry` does not say.
+const RETRY_TIMES: u32 = 3;
+/// First wait, when `retry` does not say.
+const RETRY_BACKOFF: Duration = Duration::from_secs(1);
+
+/// Reads the settings of a step into `node`. `published` holds the paths that earlier steps
+/// publish to.
+pub(crate) fn read<'a>(
+    map: &mut SourceMap,
+    draft: &Draft<'a>,
+    environment: &BTreeMap<String, String>,
+    published: &mut HashMap<String, &'a str>,
+    node: &mut StepNode,
+) {
+    let spec = &draft.spec;
+    node.about.clone_from(&spec.about);
+    node.pool.clone_from(&spec.pool);
+    node.cache = match spec.cache {
+        Some(CacheSpec::Never) => CachePolicy::Never,
+        Some(CacheSpec::Reuse) | None => CachePolicy::Reuse,
+    };
+    node.when = spec.when.as_deref().map(|w| bare(w).to_owned());
+    node.timeout = duration(map, draft, &["timeout"], spec.timeout.as_deref());
+    if let Some(retry) = &spec.retry {
+        let backoff = duration(map, draft, &["retry", "backoff"], retry.backoff.as_deref());
+        node.retry = Retry {
+            times: retry.times.unwrap_or(RETRY_TIMES),
+            backoff: backoff.unwrap_or(RETRY_BACKOFF),
+        };
+    }
+    if let Some(resources) = &spec.resources {
+        node.resources = Resources {
+            cpu: resources.cpu.unwrap_or_default(),
+            memory: memory(map, draft, resources.memory.as_deref()),
+            gpu: resources.gpu.unwrap_or_default(),
+        };
+    }
+    runner(map, draft);
+    node.env = env(map, draft);
+    node.secrets = secrets(map, draft, environment);
+    node.publish = publish(map, draft, published);
+    node.expect = expect(map, draft);
+}
+
+/// The text of a condition without its `${{ }}`.
+fn bare(text: &str) -> &str {
+    let inner = text.trim().strip_prefix("${{").and_then(|t| t.strip_suffix("}}"));
+    inner.unwrap_or(text).trim()
+}
+
+fn duration(
+    map: &mut SourceMap,
+    draft: &Draft<'_>,
+    path: &[&str],
+    text: Option<&str>,
+) -> Option<Duration> {
+    let text = text.filter(|t| !has_expression(t))?;
+    match scalar::duration(text) {
+        Ok(duration) => Some(duration),
+        Err(message) => {
+            let help = "write for example `500ms`, `30s`, `5m` or `1h30m`".to_owned();
+            map.report(draft.place(path), "bad-duration", message, "", Some(help));
+            None
+        }
+    }
+}
+
+fn memory(map: &mut SourceMap, draft: &Draft<'_>, text: Option<&str>) -> u64 {
+    let Some(text) = text.filter(|t| !has_expression(t)) else { return 0 };
+    scalar::bytes(text).unwrap_or_else(|message| {
+        let help = "write for example `512MB`, `4GB` or `4GiB`".to_owned();
+        let at = draft.place(&["resources", "memory"]);
+        map.report(at, "bad-size", message, "", Some(help));
+        0
+    })
+}
+
+fn runner(map: &mut SourceMap, draft: &Draft<'_>) {
+    let Some(runner) = draft.spec.runner.as_deref() else { return };
+    if runner != "inline" && !has_expression(runner) {
+        let help = "the one runner is `inline`: leave the field out".to_owned();
+        let message = format!("there is no runner `{runner}`");
+        map.report(draft.place(&["runner"]), "unknown-runner", message, "", Some(help));
+    }
+}
+
+fn env(map: &mut SourceMap, draft: &Draft<'_>) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::new();
+    for (name, value) in draft.spec.env.iter().flatten() {
+        check_variable(map, name, draft.key_of(&["env", name]));
+        let text = match value {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        env.insert(name.clone(), text);
+    }
+    env
+}
+
+fn secrets(
+    map: &mut SourceMap,
+    draft: &Draft<'_>,
+    environment: &BTreeMap<String, String>,
+) -> Vec<String> {
+    let mut secrets: Vec<String> = Vec::new();
+    for item in items(draft, "secrets") {
+        let Some(name) = item.as_text().filter(|t| !has_expression(t)) else { continue };
+        if !check_variable(map, name, item.span) {
+            continue;
+        }
+        if draft.spec.env.as_ref().is_some_and(|env| env.contains_key(name)) {
+            let message = format!("`{name}` is in `env` too");
+            map.report(item.span, "bad-name", message, "", None);
+        } else if environment.get(name).is_none_or(String::is_empty) {
+            let help = format!("set it before running: `export {name}=…`");
+            let message = format!("the secret `{name}` is not set");
+            map.report(item.span, "missing-secret", message, "", Some(help));
+        }
+        if !secrets.iter().any(|s| s == name) {
+            secrets.push(name.to_owned());
+        }
+    }
+    secrets
+}
+
+/// `[A-Za-z_][A-Za-z0-9_]*`
+fn check_variable(map: &mut SourceMap, name: &str, at: Span) -> bool {
+    let good = !name.starts_with(|c: char| c.is_ascii_digit())
+        && !name.is_empty()
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    if !good {
+        let message = format!("`{name}` is not a name for an environment variable");
+        map.report(at, "bad-name", message, "", None);
+    }
+    good
+}
+
+fn publish<'a>(
+    map: &mut SourceMap,
+    draft: &Draft<'a>,
+    published: &mut HashMap<String, &'a str>,
+) -> BTreeMap<String, String> {
+    let mut publish = BTreeMap::new();
+    for (port, path) in draft.spec.publish.iter().flatten() {
+        if let Some(ports) = &draft.outputs
+            && !ports.iter().any(|p| p.name == *port)
+        {
+            let names = ports.iter().map(|p| p.name.as_str());
+            let help = suggest::help(port, "its outputs", names);
+            let message = format!("the step `{}` has no output `{port}`", draft.name);
+            map.report(draft.key_of(&["publish", port]), "unknown-output", message, "", help);
+        }
+        let at = draft.place(&["publish", port]);
+        if has_expression(path) {
+            // It depends on the item, so it is checked when the item is known.
+            publish.insert(port.clone(), path.clone());
+            continue;
+        }
+        if let Err(why) = inner_path(path) {
+            let help = "publish to a path inside the project, relative to its root".to_owned();
+            map.report(at, "bad-path", format!("`{path}` {why}"), "", Some(help));
+        }
+        if let Some(other) = published.insert(path.clone(), draft.name) {
+            let message = format!("`{path}` is already published by the step `{other}`");
+            map.report(at, "bad-path", message, "", None);
+        }
+        publish.insert(port.clone(), path.clone());
+    }
+    publish
+}
+
+fn expect(map: &mut SourceMap, draft: &Draft<'_>) -> Vec<String> {
+    let mut expect = Vec::new();
+    for item in items(draft, "expect") {
+        let Some(text) = item.as_text() else { continue };
+        if map.has_error_in(item.span) {
+            continue;
+        }
+        match check_gate(bare(text)) {
+            Ok(gate) => expect.push(gate),
+            Err(error) => report(map, item.span, &error),
+        }
+    }
+    expect
+}
+
+/// Checks the form of a gate; which metrics there are is known only when the step ran.
+fn check_gate(text: &str) -> Result<String, ExprError> {
+    let wrong = |message: String, help: &str| ExprError {
+        skip: 0,
+        snippet: text.to_owned(),
+        code: "expression",
+        message,
+        help: Some(help.to_owned()),
+    };
+    let help = "write a condition on a metric: `accuracy >= 0.8`";
+    if references(text, &tokens(text)?)?.is_empty() {
+        return Err(wrong(format!("`{text}` names no metric"), help));
+    }
+    super::expr::parse(text)?;
+    Ok(text.to_owned())
+}
+
+fn items<'a>(draft: &Draft<'a>, field: &str) -> &'a [Node] {
+    draft.node.get(field).and_then(Node::as_list).unwrap_or_default()
+}

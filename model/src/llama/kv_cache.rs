@@ -1,0 +1,49 @@
+//! Keys and values of tokens that were fed, per layer.
+
+/// Keys (rotated) and values of a stretch of tokens.
+///
+/// A sequence may be several stretches one after the other: a shared prompt start, the row's own
+/// tokens, a branch of a choice. Invariant: outside of a pass every layer holds `len` tokens.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct KvCache {
+    len: usize,
+    layers: Vec<LayerCache>,
+}
+
+/// One layer's part: both `[len, kv_width]`.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LayerCache {
+    pub(super) keys: Vec<f32>,
+    pub(super) values: Vec<f32>,
+}
+
+impl KvCache {
+    /// An empty cache with room for `capacity` tokens; it grows when more come.
+    pub(super) fn new(layers: usize, kv_width: usize, capacity: usize) -> Self {
+        let layer = || LayerCache {
+            keys: Vec::with_capacity(capacity * kv_width),
+            values: Vec::with_capacity(capacity * kv_width),
+        };
+        Self { len: 0, layers: (0..layers).map(|_| layer()).collect() }
+    }
+
+    /// Tokens held.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn layer(&self, layer: usize) -> &LayerCache {
+        &self.layers[layer]
+    }
+
+    /// Appends new tokens' keys and values to one layer; [`KvCache::grow`] follows the last.
+    pub(super) fn append(&mut self, layer: usize, keys: &[f32], values: &[f32]) {
+        self.layers[layer].keys.extend_from_slice(keys);
+        self.layers[layer].values.extend_from_slice(values);
+    }
+
+    /// Counts `tokens` that every layer has by now.
+    pub(super) fn grow(&mut self, tokens: usize) {
+        self.len += tokens;
+    }
+}
