@@ -181,6 +181,11 @@ impl CacheReader {
             dir: dir.to_owned(),
         }
     }
+    /// The folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
     /// Files and folders by digest.
     #[must_use]
     pub fn store(&self) -> &ArtifactStore {

@@ -3,7 +3,7 @@
 //! Objects are written to a temporary name, synced and renamed, mode 0444, and
 //! verified whenever they are read. A damaged object is moved to `quarantine/`.
 
-use std::fs::{File, Permissions};
+use std::fs::{File, Metadata, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
@@ -57,30 +57,23 @@ impl ArtifactStore {
     /// # Errors
     /// When something cannot be read or written.
     pub fn put_path(&self, path: &Path) -> Result<Artifact, CacheError> {
-        let meta = std::fs::metadata(path).map_err(|e| CacheError::io(path, e))?;
-        if meta.is_dir() {
-            let mut entries = Vec::new();
-            self.put_tree(path, "", &mut entries)?;
-            entries.sort_by(|a, b| a.path.cmp(&b.path));
-            let size = entries.iter().map(|e| e.size).sum();
-            let tree = TreeObject {
-                record: "tree".into(),
-                version: TREE_VERSION,
-                entries,
-            };
-            let object = self.put_bytes(crate::canonical_json(&tree).as_bytes())?;
-            return Ok(Artifact {
-                kind: ArtifactKind::Tree,
-                size,
-                ..object
-            });
-        }
-        let digest = self.put_file(path, meta.len())?;
-        Ok(Artifact {
-            digest,
-            kind: ArtifactKind::File,
-            size: meta.len(),
+        address(path, &mut |path, meta| self.put_file(path, meta.len())).and_then(|found| {
+            if let Some(tree) = &found.tree {
+                self.put_bytes(tree.as_bytes())?;
+            }
+            Ok(found.artifact)
         })
+    }
+
+    /// The address that [`ArtifactStore::put_path`] would give; nothing is stored.
+    ///
+    /// # Errors
+    /// When something cannot be read.
+    pub fn address_of(path: &Path) -> Result<Artifact, CacheError> {
+        let hash = &mut |path: &Path, _: &Metadata| {
+            Digest::of_file(path).map_err(|e| CacheError::io(path, e))
+        };
+        address(path, hash).map(|found| found.artifact)
     }
 
     fn put_file(&self, path: &Path, size: u64) -> Result<Digest, CacheError> {
@@ -90,38 +83,6 @@ impl ArtifactStore {
             self.write_object(&digest, &mut file)?;
         }
         Ok(digest)
-    }
-
-    fn put_tree(
-        &self,
-        folder: &Path,
-        prefix: &str,
-        entries: &mut Vec<TreeEntry>,
-    ) -> Result<(), CacheError> {
-        for entry in std::fs::read_dir(folder).map_err(|e| CacheError::io(folder, e))? {
-            let path = entry.map_err(|e| CacheError::io(folder, e))?.path();
-            let name = path.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
-                CacheError::Unstorable {
-                    path: path.clone(),
-                    reason: "its name is not Unicode",
-                }
-            })?;
-            let relative = format!("{prefix}{name}");
-            let meta = std::fs::metadata(&path).map_err(|e| CacheError::io(&path, e))?;
-            if meta.is_dir() {
-                self.put_tree(&path, &format!("{relative}/"), entries)?;
-            } else {
-                let digest = self.put_file(&path, meta.len())?;
-                let executable = meta.permissions().mode() & 0o100 != 0;
-                entries.push(TreeEntry {
-                    path: relative,
-                    digest,
-                    size: meta.len(),
-                    executable,
-                });
-            }
-        }
-        Ok(())
     }
 
     /// An object of this length is there. A file cut short does not count.
@@ -315,6 +276,79 @@ impl ArtifactStore {
     }
 }
 
+/// Gives a file its digest.
+type DigestFile<'a> = &'a mut dyn FnMut(&Path, &Metadata) -> Result<Digest, CacheError>;
+
+struct Address {
+    artifact: Artifact,
+    /// The tree object's text.
+    tree: Option<String>,
+}
+
+fn address(path: &Path, digest: DigestFile<'_>) -> Result<Address, CacheError> {
+    let meta = std::fs::metadata(path).map_err(|e| CacheError::io(path, e))?;
+    if !meta.is_dir() {
+        let artifact = Artifact {
+            digest: digest(path, &meta)?,
+            kind: ArtifactKind::File,
+            size: meta.len(),
+        };
+        return Ok(Address {
+            artifact,
+            tree: None,
+        });
+    }
+    let mut entries = Vec::new();
+    walk_tree(path, "", &mut entries, digest)?;
+    entries.sort_by(|a, b| a.path.cmp(&b.path));
+    let size = entries.iter().map(|e| e.size).sum();
+    let tree = crate::canonical_json(&TreeObject {
+        record: "tree".into(),
+        version: TREE_VERSION,
+        entries,
+    });
+    let artifact = Artifact {
+        digest: Digest::of_bytes(tree.as_bytes()),
+        kind: ArtifactKind::Tree,
+        size,
+    };
+    Ok(Address {
+        artifact,
+        tree: Some(tree),
+    })
+}
+
+fn walk_tree(
+    folder: &Path,
+    prefix: &str,
+    entries: &mut Vec<TreeEntry>,
+    digest: DigestFile<'_>,
+) -> Result<(), CacheError> {
+    for entry in std::fs::read_dir(folder).map_err(|e| CacheError::io(folder, e))? {
+        let path = entry.map_err(|e| CacheError::io(folder, e))?.path();
+        let name =
+            path.file_name()
+                .and_then(|n| n.to_str())
+                .ok_or_else(|| CacheError::Unstorable {
+                    path: path.clone(),
+                    reason: "its name is not Unicode",
+                })?;
+        let relative = format!("{prefix}{name}");
+        let meta = std::fs::metadata(&path).map_err(|e| CacheError::io(&path, e))?;
+        if meta.is_dir() {
+            walk_tree(&path, &format!("{relative}/"), entries, digest)?;
+        } else {
+            entries.push(TreeEntry {
+                path: relative,
+                digest: digest(&path, &meta)?,
+                size: meta.len(),
+                executable: meta.permissions().mode() & 0o100 != 0,
+            });
+        }
+    }
+    Ok(())
+}
+
 #[derive(Clone, Copy)]
 enum Placement {
     Copy,
@@ -367,7 +401,10 @@ mod tests {
         std::fs::write(source.join("a"), "1").unwrap();
         std::fs::write(source.join("sub/run.sh"), "2").unwrap();
         std::fs::set_permissions(source.join("sub/run.sh"), Permissions::from_mode(0o755)).unwrap();
+        let address = ArtifactStore::address_of(&source).unwrap();
+        assert!(!store.contains(&address));
         let tree = store.put_path(&source).unwrap();
+        assert_eq!(address, tree);
         assert_eq!((tree.kind, tree.size), (ArtifactKind::Tree, 2));
         assert!(store.contains(&tree));
         for link in [false, true] {

@@ -18,7 +18,7 @@ pub struct Dag {
 }
 
 impl Dag {
-    /// The graph of a pipeline.
+    /// The graph of a pipeline. A name that no step has makes no edge.
     #[must_use]
     pub fn of(pipeline: &Pipeline) -> Self {
         let mut graph = DiGraph::new();
@@ -35,6 +35,13 @@ impl Dag {
             }
         }
         Self { graph, nodes }
+    }
+
+    /// The petgraph graph: nodes are step names in the pipeline's order, an
+    /// edge goes from a step to one that needs it.
+    #[must_use]
+    pub fn graph(&self) -> &DiGraph<String, ()> {
+        &self.graph
     }
 
     /// The steps that must finish before `step` starts, by name.
@@ -81,11 +88,44 @@ impl Dag {
         }
         found
     }
+
+    /// Steps by depth: a step lies one layer below the deepest step it needs.
+    /// Steps of one layer could all run at once.
+    #[must_use]
+    pub fn layers(&self) -> Vec<Vec<String>> {
+        let Ok(order) = petgraph::algo::toposort(&self.graph, None) else {
+            return Vec::new();
+        };
+        let mut depth: BTreeMap<NodeIndex, usize> = BTreeMap::new();
+        for node in order {
+            let above = self
+                .graph
+                .neighbors_directed(node, Direction::Incoming)
+                .filter_map(|n| depth.get(&n))
+                .max();
+            let own = above.map_or(0, |d| d + 1);
+            depth.insert(node, own);
+        }
+        let mut layers = vec![Vec::new(); depth.values().max().map_or(0, |d| d + 1)];
+        // Node indexes are in the pipeline's order.
+        for (node, depth) in depth {
+            layers[depth].push(self.graph[node].clone());
+        }
+        layers
+    }
 }
 
 /// The steps that `step` takes data from or waits for.
 #[must_use]
 pub fn predecessors(step: &StepNode) -> BTreeSet<String> {
+    let mut all = data_predecessors(step);
+    all.extend(step.needs.iter().cloned());
+    all
+}
+
+/// The steps that `step` takes data from.
+#[must_use]
+pub fn data_predecessors(step: &StepNode) -> BTreeSet<String> {
     let foreach = step
         .foreach
         .iter()
@@ -94,14 +134,91 @@ pub fn predecessors(step: &StepNode) -> BTreeSet<String> {
             ForeachList::Artifacts(sources) => sources.as_slice(),
             ForeachList::Values(_) => &[],
         });
-    let named = step
-        .inputs
+    step.inputs
         .values()
         .flatten()
         .chain(foreach)
         .filter_map(|source| match source {
             Source::Output { step, .. } => Some(step.clone()),
             Source::File(_) | Source::Item(_) => None,
-        });
-    named.chain(step.needs.iter().cloned()).collect()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{node, pipeline};
+
+    /// Steps `s0..sn`; each needs only earlier ones.
+    fn random_pipeline(masks: &[u16]) -> Pipeline {
+        let step = |(i, mask): (usize, &u16)| {
+            let mut step = node(&format!("s{i}"));
+            for before in (0..i).filter(|b| mask >> b & 1 == 1) {
+                if before % 2 == 0 {
+                    step.needs.push(format!("s{before}"));
+                } else {
+                    let source = Source::Output {
+                        step: format!("s{before}"),
+                        output: "out".into(),
+                    };
+                    step.inputs.entry("parts".into()).or_default().push(source);
+                }
+            }
+            step
+        };
+        pipeline(masks.iter().enumerate().map(step).collect())
+    }
+
+    proptest! {
+        #[test]
+        fn layers_hold_every_step_once_and_respect_every_edge(masks in proptest::collection::vec(any::<u16>(), 1..14)) {
+            let pipeline = random_pipeline(&masks);
+            let dag = Dag::of(&pipeline);
+            let layers = dag.layers();
+            let depth: BTreeMap<&String, usize> = layers
+                .iter()
+                .enumerate()
+                .flat_map(|(d, steps)| steps.iter().map(move |s| (s, d)))
+                .collect();
+            prop_assert_eq!(depth.len(), pipeline.steps.len());
+            prop_assert_eq!(layers.iter().map(Vec::len).sum::<usize>(), pipeline.steps.len());
+            for step in &pipeline.steps {
+                let before = predecessors(step);
+                for b in &before {
+                    prop_assert!(depth[b] < depth[&step.name]);
+                }
+                let deepest = before.iter().map(|b| depth[b] + 1).max().unwrap_or(0);
+                prop_assert_eq!(depth[&step.name], deepest);
+            }
+        }
+
+        #[test]
+        fn a_step_is_in_the_cone_of_exactly_what_it_needs(masks in proptest::collection::vec(any::<u16>(), 1..14)) {
+            let pipeline = random_pipeline(&masks);
+            let dag = Dag::of(&pipeline);
+            for a in &pipeline.steps {
+                let cone = dag.cone(&a.name);
+                prop_assert!(cone.contains(&a.name));
+                for b in &pipeline.steps {
+                    let needed = dag.needed_for(&b.name).contains(&a.name);
+                    prop_assert_eq!(cone.contains(&b.name), needed);
+                }
+                for b in dag.after(&a.name) {
+                    prop_assert!(dag.before(&b).contains(&a.name) && cone.contains(&b));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_that_does_not_exist_has_no_neighbours() {
+        let dag = Dag::of(&pipeline(vec![node("a")]));
+        assert!(dag.cone("b").is_empty() && dag.before("b").is_empty());
+        assert_eq!(dag.layers(), [["a"]]);
+        assert_eq!(dag.graph().node_count(), 1);
+    }
 }

@@ -1,18 +1,25 @@
-//! A pipeline file to a checked pipeline, a graph, a run and its record.
+//! A pipeline file to a checked pipeline, a graph, a plan, a run and its record.
 //!
 //! Knows no step kind, no language model and no tensor: the vocabulary comes
 //! from outside.
 
 pub mod dag;
 pub mod event;
+mod expansion;
+mod history;
 pub mod language;
+mod lookup;
 pub mod manifest;
 pub mod pipeline;
+pub mod plan;
 pub mod record;
 pub mod run;
 mod sandbox;
 pub mod step;
+#[cfg(test)]
+mod testing;
 pub mod vocabulary;
+mod why;
 
 pub use language::{
     Diagnostic, Diagnostics, LoadOptions, eval_bool, load_pipeline, pipeline_schema, resolve_item,

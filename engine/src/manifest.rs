@@ -5,13 +5,14 @@
 //! | value | tracked in |
 //! |---|---|
 //! | kind, its version, the command text | `kind`, `kind_version`, `command` |
+//! | project files that the command text names | `files` |
 //! | resolved params, models, programs | `params` (less URLs and keys) |
-//! | inputs | `inputs`: content digests, list labels |
-//! | files and sources that params name | `observed` |
+//! | inputs | `inputs`: content digests, labels the step can see |
+//! | facts about the outside world that a kind depends on | `observed` |
 //! | declared environment | `env` |
-//! | step name, paths, times, host, retry, resources, secrets | nowhere |
+//! | step name, paths, times, host, retry, resources, runner, secrets | nowhere |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use flowrun_cache::{ActionKey, Digest};
 use serde::Serialize;
@@ -19,6 +20,10 @@ use serde_json::Value;
 
 /// Version of the manifest's shape; raising it makes every result a miss.
 pub const MANIFEST_VERSION: u32 = 1;
+/// Characters of a value in an explanation.
+const SHORT: usize = 48;
+/// Items of a list input that an explanation names.
+const NAMED_ITEMS: usize = 3;
 
 /// Everything that goes into a step's result.
 #[derive(Debug, Clone, Serialize)]
@@ -40,6 +45,9 @@ pub struct ActionManifest {
     /// Shell command.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
+    /// Project files named in the command, with their digests.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub files: BTreeMap<String, Digest>,
     /// Output port to path, for shell steps.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub out_paths: BTreeMap<String, String>,
@@ -50,7 +58,7 @@ pub struct ActionManifest {
 pub struct InputKey {
     /// Content digest.
     pub digest: Digest,
-    /// Label within a list: the step can see it, so it counts.
+    /// The artifact's label, where the step can see it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
 }
@@ -69,105 +77,267 @@ impl ActionManifest {
     }
 }
 
-/// What differs between two stored manifests, one line each, in the order of their fields.
+/// What differs between two stored manifests, one line each, in the order of
+/// their fields. Empty exactly when they are equal.
 #[must_use]
 pub fn diff(old: &Value, new: &Value) -> Vec<String> {
     let mut lines = Vec::new();
-    walk("", old, new, &mut lines);
+    walk("", Some(old), Some(new), &mut lines);
     lines
 }
 
-fn walk(path: &str, old: &Value, new: &Value, lines: &mut Vec<String>) {
+fn walk(path: &str, old: Option<&Value>, new: Option<&Value>, lines: &mut Vec<String>) {
     if old == new {
         return;
     }
-    if let (Value::Object(a), Value::Object(b)) = (old, new) {
-        let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-        for key in keys {
-            let path = if path.is_empty() {
-                key.clone()
-            } else {
-                format!("{path}.{key}")
-            };
-            let none = &Value::Null;
-            walk(
-                &path,
-                a.get(key).unwrap_or(none),
-                b.get(key).unwrap_or(none),
-                lines,
-            );
-        }
+    if let Some(port) = path.strip_prefix("inputs.") {
+        lines.push(input_line(port, old, new));
         return;
     }
-    lines.push(match path.split_once('.') {
-        Some(("params", name)) => format!("param `{name}`: {} → {}", short(old), short(new)),
-        Some(("inputs", port)) => format!("input `{port}` changed"),
-        Some(("env", name)) => format!("env `{name}` changed"),
-        Some(("observed", name)) => format!("{name}: {} → {}", short(old), short(new)),
-        _ if path == "command" => "the command changed".to_owned(),
-        _ if path == "kind_version" => {
-            format!("step kind version {} → {}", short(old), short(new))
-        }
-        _ => format!("{path}: {} → {}", short(old), short(new)),
-    });
+    let (Some(Value::Object(a)), Some(Value::Object(b))) = (old, new) else {
+        lines.push(line(path, old, new));
+        return;
+    };
+    let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    for key in keys {
+        let path = if path.is_empty() {
+            key.clone()
+        } else {
+            format!("{path}.{key}")
+        };
+        walk(&path, a.get(key), b.get(key), lines);
+    }
 }
 
-fn short(value: &Value) -> String {
-    let text = match value {
-        Value::Null => "unset".to_owned(),
-        other => other.to_string(),
+fn line(path: &str, old: Option<&Value>, new: Option<&Value>) -> String {
+    let change = || format!("{} → {}", short(old), short(new));
+    match path.split_once('.') {
+        Some(("params", name)) => format!("param `{name}`: {}", change()),
+        Some(("env", name)) => format!("env `{name}` changed"),
+        Some(("files", name)) => format!("file `{name}` changed"),
+        Some(("observed", name)) => format!("{name}: {}", change()),
+        Some(("out_paths", port)) => format!("path of output `{port}`: {}", change()),
+        _ => match path {
+            "command" => "the command changed".to_owned(),
+            "kind" => format!("step kind {}", change()),
+            "kind_version" => format!("step kind version {}", change()),
+            "version" => format!("version of action keys {}", change()),
+            _ => format!("{path}: {}", change()),
+        },
+    }
+}
+
+/// A list input names the items that differ, by label.
+fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
+    let (Some(old), Some(new)) = (old.and_then(Value::as_array), new.and_then(Value::as_array))
+    else {
+        let word = if old.is_none() { "added" } else { "removed" };
+        return format!("input `{port}` was {word}");
     };
-    if text.chars().count() <= 48 {
+    if let ([a], [b]) = (old.as_slice(), new.as_slice()) {
+        if a.get("digest") == b.get("digest") {
+            return format!("input `{port}`: {} → {}", label(a), label(b));
+        }
+        return format!("input `{port}` changed ({} → {})", digest(a), digest(b));
+    }
+    let by_label = |list: &[Value]| -> BTreeMap<String, String> {
+        list.iter().map(|v| (label(v), digest(v))).collect()
+    };
+    let (a, b) = (by_label(old), by_label(new));
+    let labels: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    let changes: Vec<String> = labels
+        .into_iter()
+        .filter_map(|name| match (a.get(name), b.get(name)) {
+            (Some(x), Some(y)) => (x != y).then(|| format!("`{name}` changed")),
+            (None, _) => Some(format!("`{name}` is new")),
+            (_, None) => Some(format!("`{name}` is gone")),
+        })
+        .collect();
+    if changes.is_empty() {
+        return format!("input `{port}` is in another order");
+    }
+    let more = match changes.len().saturating_sub(NAMED_ITEMS) {
+        0 => String::new(),
+        n => format!(", and {n} more"),
+    };
+    let named = &changes[..changes.len().min(NAMED_ITEMS)];
+    format!("input `{port}`: {}{more}", named.join(", "))
+}
+
+fn label(input: &Value) -> String {
+    let text = input.get("label").and_then(Value::as_str);
+    text.unwrap_or_default().to_owned()
+}
+
+fn digest(input: &Value) -> String {
+    let hex = input.get("digest").and_then(Value::as_str);
+    let mut text: String = hex.unwrap_or_default().chars().take(4).collect();
+    text.push('…');
+    text
+}
+
+fn short(value: Option<&Value>) -> String {
+    let text = value.map_or_else(|| "unset".to_owned(), Value::to_string);
+    if text.chars().count() <= SHORT {
         return text;
     }
-    text.chars().take(47).chain(['…']).collect()
+    text.chars().take(SHORT - 1).chain(['…']).collect()
+}
+
+/// The words of a shell command that may name a project file: relative, no
+/// variables, nothing that leaves the folder.
+pub(crate) fn file_words(command: &str) -> BTreeSet<&str> {
+    command
+        .split(|c: char| c.is_whitespace() || "\"'`;|&<>()=".contains(c))
+        .filter(|word| !word.is_empty() && !word.contains(['$', '*', '?', '\\']))
+        .filter(|word| !word.starts_with(['/', '-']) && !word.split('/').any(|p| p == ".."))
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use proptest::prelude::*;
     use serde_json::json;
 
-    fn manifest(lr: f64, digest: &str) -> ActionManifest {
-        let input = InputKey {
-            digest: Digest::of_bytes(digest.as_bytes()),
-            label: None,
-        };
+    use super::*;
+
+    fn input(bytes: &str, label: Option<&str>) -> InputKey {
+        InputKey {
+            digest: Digest::of_bytes(bytes.as_bytes()),
+            label: label.map(str::to_owned),
+        }
+    }
+
+    fn manifest() -> ActionManifest {
         ActionManifest {
             version: MANIFEST_VERSION,
             kind: "finetune".into(),
             kind_version: 1,
-            params: json!({ "lr": lr, "lora": { "rank": 16 } }),
-            inputs: BTreeMap::from([("messages".to_owned(), vec![input])]),
+            params: json!({ "lr": 0.001, "lora": { "rank": 16 } }),
+            inputs: BTreeMap::from([
+                ("messages".to_owned(), vec![input("a", None)]),
+                (
+                    "scores".to_owned(),
+                    vec![input("x", Some("epoch-1")), input("y", Some("epoch-2"))],
+                ),
+            ]),
             observed: BTreeMap::new(),
-            env: BTreeMap::new(),
+            env: BTreeMap::from([("THREADS".into(), "4".into())]),
             command: None,
+            files: BTreeMap::new(),
             out_paths: BTreeMap::new(),
         }
     }
 
-    #[test]
-    fn a_key_changes_exactly_when_the_diff_is_not_empty() {
-        let base = manifest(0.001, "a");
-        for other in [
-            manifest(0.001, "a"),
-            manifest(0.002, "a"),
-            manifest(0.001, "b"),
-        ] {
-            let lines = diff(&base.to_value(), &other.to_value());
-            assert_eq!(base.key() == other.key(), lines.is_empty(), "{lines:?}");
-        }
+    fn changed(change: impl FnOnce(&mut ActionManifest)) -> Vec<String> {
+        let (old, mut new) = (manifest(), manifest());
+        change(&mut new);
+        assert_eq!(
+            old.key() == new.key(),
+            old.to_value() == new.to_value(),
+            "the key and the record must agree"
+        );
+        diff(&old.to_value(), &new.to_value())
     }
 
     #[test]
-    fn a_diff_names_the_param_and_both_values() {
-        let lines = diff(
-            &manifest(0.001, "a").to_value(),
-            &manifest(0.002, "b").to_value(),
+    fn every_part_has_its_own_line() {
+        assert!(changed(|_| {}).is_empty());
+        let lr = json!({ "lr": 0.002, "lora": { "rank": 16 } });
+        assert_eq!(changed(|m| m.params = lr), ["param `lr`: 0.001 → 0.002"]);
+        let rank = json!({ "lr": 0.001, "lora": {} });
+        assert_eq!(
+            changed(|m| m.params = rank),
+            ["param `lora.rank`: 16 → unset"]
+        );
+        assert_eq!(changed(|m| m.kind_version = 2), ["step kind version 1 → 2"]);
+        assert_eq!(
+            changed(|m| drop(m.env.insert("THREADS".into(), "8".into()))),
+            ["env `THREADS` changed"]
         );
         assert_eq!(
-            lines,
-            ["input `messages` changed", "param `lr`: 0.001 → 0.002"]
+            changed(|m| drop(m.inputs.insert("messages".into(), vec![input("b", None)]))),
+            ["input `messages` changed (1776… → 10e5…)"]
         );
+        assert_eq!(
+            changed(|m| drop(m.inputs.remove("messages"))),
+            ["input `messages` was removed"]
+        );
+        assert_eq!(
+            changed(|m| m.command = Some("true".into())),
+            ["the command changed"]
+        );
+    }
+
+    #[test]
+    fn a_list_input_names_what_differs() {
+        let scores =
+            |list: Vec<InputKey>| changed(|m| drop(m.inputs.insert("scores".into(), list)));
+        let (one, two) = (input("x", Some("epoch-1")), input("y", Some("epoch-2")));
+        assert_eq!(
+            scores(vec![two.clone(), one.clone()]),
+            ["input `scores` is in another order"]
+        );
+        assert_eq!(
+            scores(vec![
+                one,
+                input("z", Some("epoch-2")),
+                input("z", Some("epoch-3"))
+            ]),
+            ["input `scores`: `epoch-2` changed, `epoch-3` is new"]
+        );
+        let many = (3..9)
+            .map(|i| input("z", Some(&format!("epoch-{i}"))))
+            .collect();
+        assert_eq!(
+            scores(many),
+            ["input `scores`: `epoch-1` is gone, `epoch-2` is gone, `epoch-3` is new, and 5 more"]
+        );
+    }
+
+    #[test]
+    fn words_of_a_command_that_may_be_files() {
+        let words =
+            file_words("sh \"$script\" lib/a.sh <data.csv >$out; python -c 'x' ../b /etc/c");
+        assert_eq!(
+            Vec::from_iter(words),
+            ["data.csv", "lib/a.sh", "python", "sh", "x"]
+        );
+    }
+
+    fn json_value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            (0..4i64).prop_map(Value::from),
+            "[ab]{0,2}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 24, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+                proptest::collection::btree_map("[abc.]{1,2}", inner, 0..4)
+                    .prop_map(|m| Value::Object(m.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_explanation_is_empty_exactly_when_the_keys_are_equal(
+            a in json_value(), b in json_value(), port in proptest::bool::ANY,
+        ) {
+            let of = |params: &Value| {
+                let mut m = manifest();
+                m.params = params.clone();
+                if port {
+                    let inputs = vec![input(&params.to_string(), None)];
+                    m.inputs.insert("messages".into(), inputs);
+                }
+                m
+            };
+            let (a, b) = (of(&a), of(&b));
+            let lines = diff(&a.to_value(), &b.to_value());
+            prop_assert_eq!(a.key() == b.key(), lines.is_empty());
+        }
     }
 }

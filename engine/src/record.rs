@@ -1,16 +1,59 @@
 //! The record of a run: its folder, its events, and the reader that folds them.
+//!
+//! `plan.json` says what was asked, `events.jsonl` what happened: one event a
+//! line, appended as it happens, so a run that is killed leaves all but the
+//! last line whole. A reader skips what it does not understand.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use flowrun_cache::Digest;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::event::{OutputInfo, RunEvent, StepStatus};
 
-/// Appends every event to `events.jsonl` as it happens.
+/// Version of [`RunPlan`].
+pub const PLAN_VERSION: u32 = 1;
+/// Bytes of a log file's name before its ending.
+const LOG_NAME: usize = 100;
+
+/// What a run was asked to do: `plan.json`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunPlan {
+    /// [`PLAN_VERSION`].
+    pub version: u32,
+    /// Run id.
+    pub run: String,
+    /// Pipeline name.
+    pub pipeline: String,
+    /// The pipeline's file.
+    pub file: PathBuf,
+    /// Profiles applied.
+    pub profiles: Vec<String>,
+    /// Params after profiles and `--set`.
+    pub params: BTreeMap<String, Value>,
+    /// Steps that took part, in topological order.
+    pub steps: Vec<PlanStep>,
+}
+
+/// One step in [`RunPlan`].
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlanStep {
+    /// Name.
+    pub step: String,
+    /// Kind.
+    pub kind: String,
+    /// Steps before it.
+    pub after: Vec<String>,
+    /// It was to run even if fresh.
+    pub forced: bool,
+}
+
+/// Writes a run's folder.
 #[derive(Debug)]
 pub struct RunRecorder {
     file: File,
@@ -20,24 +63,30 @@ impl RunRecorder {
     /// Starts the record in a run's folder.
     ///
     /// # Errors
-    /// When the file cannot be made.
-    pub fn create(run_dir: &Path) -> std::io::Result<Self> {
+    /// When the files cannot be made.
+    pub fn create(run_dir: &Path, plan: &RunPlan) -> std::io::Result<Self> {
+        let mut text = serde_json::to_vec_pretty(plan)?;
+        text.push(b'\n');
+        std::fs::write(run_dir.join("plan.json"), text)?;
         File::create(run_dir.join("events.jsonl")).map(|file| Self { file })
     }
 
-    /// Appends one event.
+    /// Appends events, in one write.
     ///
     /// # Errors
-    /// When it cannot be written.
-    pub fn append(&mut self, event: &RunEvent) -> std::io::Result<()> {
-        let mut line = serde_json::to_vec(event)?;
-        line.push(b'\n');
-        self.file.write_all(&line)
+    /// When they cannot be written.
+    pub fn append(&mut self, events: &[RunEvent]) -> std::io::Result<()> {
+        let mut lines = Vec::new();
+        for event in events {
+            serde_json::to_writer(&mut lines, event)?;
+            lines.push(b'\n');
+        }
+        self.file.write_all(&lines)
     }
 }
 
 /// A run as its events tell it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct RunRecord {
     /// Run id: the folder's name.
     pub run: String,
@@ -47,12 +96,19 @@ pub struct RunRecord {
     pub started_at: String,
     /// `None` when the run did not end: it goes on, or was killed.
     pub ok: Option<bool>,
-    /// Steps in the order in which they ended.
+    /// Milliseconds in all, once it ended.
+    pub took_ms: Option<u64>,
+    /// Steps in the order in which they ended. A step that was made again in
+    /// the same run stands once, as it ended last.
     pub steps: Vec<StepRecord>,
+    /// Steps that began and did not end, with their kind.
+    pub running: BTreeMap<String, String>,
+    /// Warnings, with the step if one is concerned.
+    pub warnings: Vec<(Option<String>, String)>,
 }
 
 /// A step of a run.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct StepRecord {
     /// Step id.
     pub step: String,
@@ -70,36 +126,60 @@ pub struct StepRecord {
     pub outputs: BTreeMap<String, OutputInfo>,
     /// Metrics.
     pub metrics: BTreeMap<String, Value>,
+    /// The error's advice.
+    pub help: Option<String>,
 }
 
 impl RunRecord {
-    /// Reads a run's folder. A last line that was cut off is left out.
+    /// Reads a run's folder. Lines that are damaged or cut off are left out.
     ///
     /// # Errors
     /// When there is no `events.jsonl` to read.
     pub fn load(run_dir: &Path) -> std::io::Result<Self> {
-        let file = File::open(run_dir.join("events.jsonl"))?;
-        let name = run_dir
-            .file_name()
-            .map(|n| n.to_string_lossy().into_owned());
+        let bytes = std::fs::read(run_dir.join("events.jsonl"))?;
+        let name = run_dir.file_name().unwrap_or_default();
         let mut record = Self {
-            run: name.unwrap_or_default(),
+            run: name.to_string_lossy().into_owned(),
             ..Self::default()
         };
-        for line in BufReader::new(file).lines() {
-            if let Ok(event) = serde_json::from_str(&line?) {
-                record.fold(event);
+        let mut places = BTreeMap::new();
+        for line in bytes.split(|b| *b == b'\n') {
+            if let Ok(event) = serde_json::from_slice(line) {
+                record.fold(event, &mut places);
             }
         }
         Ok(record)
     }
 
-    fn fold(&mut self, event: RunEvent) {
+    /// What the run was asked to do.
+    ///
+    /// # Errors
+    /// When `plan.json` cannot be read, or is of a version that is not known.
+    pub fn load_plan(run_dir: &Path) -> std::io::Result<RunPlan> {
+        let plan: RunPlan = serde_json::from_slice(&std::fs::read(run_dir.join("plan.json"))?)?;
+        if plan.version == PLAN_VERSION {
+            return Ok(plan);
+        }
+        let text = format!("version {} of `plan.json` is not known", plan.version);
+        Err(std::io::Error::other(text))
+    }
+
+    /// A step by its id.
+    #[must_use]
+    pub fn step(&self, id: &str) -> Option<&StepRecord> {
+        self.steps.iter().find(|s| s.step == id)
+    }
+
+    fn fold(&mut self, event: RunEvent, places: &mut BTreeMap<String, usize>) {
         match event {
             RunEvent::RunStarted { pipeline, at, .. } => {
                 self.pipeline = pipeline;
                 self.started_at = at;
             }
+            RunEvent::StepStarted { step, kind, .. } => {
+                self.running.insert(step, kind);
+            }
+            RunEvent::Warning { step, text } => self.warnings.push((step, text)),
             RunEvent::StepFinished {
                 step,
                 kind,
@@ -109,34 +189,50 @@ impl RunRecord {
                 why,
                 outputs,
                 metrics,
-                ..
-            } => self.steps.push(StepRecord {
-                step,
-                kind,
-                status,
-                key,
-                took_ms,
-                why,
-                outputs,
-                metrics,
-            }),
-            RunEvent::RunFinished { ok, .. } => self.ok = Some(ok),
-            _ => {}
+                help,
+            } => {
+                self.running.remove(&step);
+                let record = StepRecord {
+                    step,
+                    kind,
+                    status,
+                    key,
+                    took_ms,
+                    why,
+                    outputs,
+                    metrics,
+                    help,
+                };
+                match places.get(&record.step) {
+                    Some(&place) => self.steps[place] = record,
+                    None => {
+                        places.insert(record.step.clone(), self.steps.len());
+                        self.steps.push(record);
+                    }
+                }
+            }
+            RunEvent::RunFinished { ok, took_ms, .. } => {
+                self.ok = Some(ok);
+                self.took_ms = Some(took_ms);
+            }
+            RunEvent::StepExpanded { .. }
+            | RunEvent::Progress { .. }
+            | RunEvent::StepRetry { .. } => {}
         }
     }
 }
 
-/// A run id that sorts by time: `20261124-101500-3fa2`.
+/// A run id that sorts by time: `20261124-101500-3fa2`. The last part counts
+/// the 65,536 parts of the second; one cache has one run at a time.
 #[must_use]
 pub fn new_run_id(now: SystemTime) -> String {
     let text = humantime::format_rfc3339_seconds(now).to_string();
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
     let nanos = now
         .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |d| d.as_nanos());
-    let seed = format!("{nanos}-{}", std::process::id());
-    let tail = flowrun_cache::Digest::of_bytes(seed.as_bytes()).to_hex();
-    format!("{}-{}-{}", &digits[..8], &digits[8..14], &tail[..4])
+        .map_or(0, |d| d.subsec_nanos());
+    let part = (u64::from(nanos) << 16) / 1_000_000_000;
+    format!("{}-{}-{part:04x}", &digits[..8], &digits[8..14])
 }
 
 /// The time as text, UTC, RFC 3339 with milliseconds.
@@ -148,15 +244,135 @@ pub fn timestamp(now: SystemTime) -> String {
 /// The log file of a step.
 #[must_use]
 pub fn log_path(run_dir: &Path, step: &str) -> PathBuf {
-    let name: String = step
-        .chars()
-        .map(|c| {
-            if c.is_alphanumeric() || "-_.[]".contains(c) {
-                c
-            } else {
-                '_'
-            }
-        })
-        .collect();
+    let name = file_name(step, LOG_NAME);
     run_dir.join("logs").join(format!("{name}.log"))
+}
+
+/// A text as a file name of at most `max` bytes. Texts that need a change get
+/// the start of their digest, so that two of them never meet.
+pub(crate) fn file_name(text: &str, max: usize) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_.[]#".contains(c);
+    let mut name = String::new();
+    for c in text.chars().map(|c| if plain(c) { c } else { '_' }) {
+        if name.len() + c.len_utf8() > max {
+            break;
+        }
+        name.push(c);
+    }
+    if name == text && !name.starts_with('.') {
+        return name;
+    }
+    format!("{name}-{}", Digest::of_bytes(text.as_bytes()).short())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn finished(step: &str, status: StepStatus) -> RunEvent {
+        RunEvent::StepFinished {
+            step: step.into(),
+            kind: "k".into(),
+            status,
+            key: String::new(),
+            took_ms: 1,
+            why: String::new(),
+            outputs: BTreeMap::new(),
+            metrics: BTreeMap::new(),
+            help: None,
+        }
+    }
+
+    fn events() -> Vec<RunEvent> {
+        let started = |step: &str| RunEvent::StepStarted {
+            step: step.into(),
+            kind: "k".into(),
+            why: "never ran".into(),
+        };
+        vec![
+            RunEvent::RunStarted {
+                run: "r".into(),
+                pipeline: "p".into(),
+                steps: 2,
+                at: "2026".into(),
+            },
+            finished("a", StepStatus::Cached),
+            started("b"),
+            finished("a", StepStatus::Ran),
+            started("c"),
+            finished("b", StepStatus::Failed),
+            RunEvent::RunFinished {
+                ok: false,
+                ran: 1,
+                cached: 0,
+                failed: 1,
+                skipped: 0,
+                run_dir: "d".into(),
+                took_ms: 7,
+            },
+        ]
+    }
+
+    #[test]
+    fn a_record_folds_its_events_and_survives_any_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let plan = RunPlan {
+            version: PLAN_VERSION,
+            run: "r".into(),
+            ..RunPlan::default()
+        };
+        let mut recorder = RunRecorder::create(dir.path(), &plan).unwrap();
+        recorder.append(&events()).unwrap();
+        assert_eq!(RunRecord::load_plan(dir.path()).unwrap(), plan);
+        let record = RunRecord::load(dir.path()).unwrap();
+        let ended: Vec<_> = record.steps.iter().map(|s| (&*s.step, s.status)).collect();
+        assert_eq!(ended, [("a", StepStatus::Ran), ("b", StepStatus::Failed)]);
+        assert_eq!(record.running.keys().collect::<Vec<_>>(), ["c"]);
+        assert_eq!((record.ok, record.took_ms), (Some(false), Some(7)));
+        let path = dir.path().join("events.jsonl");
+        let bytes = std::fs::read(&path).unwrap();
+        for at in 0..bytes.len() - 1 {
+            std::fs::write(&path, &bytes[..at]).unwrap();
+            assert_eq!(RunRecord::load(dir.path()).unwrap().ok, None, "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn another_version_of_the_plan_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        RunRecorder::create(dir.path(), &RunPlan::default()).unwrap();
+        let error = RunRecord::load_plan(dir.path()).unwrap_err();
+        assert_eq!(error.to_string(), "version 0 of `plan.json` is not known");
+    }
+
+    #[test]
+    fn run_ids_sort_by_time() {
+        let at = |ms| new_run_id(SystemTime::UNIX_EPOCH + Duration::from_millis(ms));
+        assert_eq!(at(1_795_515_300_500), "20261124-101500-8000");
+        assert!(at(1_795_515_300_998) < at(1_795_515_300_999));
+        assert!(at(1_795_515_300_999) < at(1_795_515_301_000));
+    }
+
+    #[test]
+    fn log_names_are_safe_short_and_distinct() {
+        let dir = Path::new("/r");
+        let name = |step: &str| log_path(dir, step);
+        assert_eq!(name("a[b-1]"), Path::new("/r/logs/a[b-1].log"));
+        let odd = [
+            "a[../x]".to_owned(),
+            "a[.._x]".to_owned(),
+            "é".repeat(200),
+            "é".repeat(201),
+            "..".to_owned(),
+        ];
+        let names: std::collections::BTreeSet<PathBuf> = odd.iter().map(|s| name(s)).collect();
+        assert_eq!(names.len(), odd.len());
+        for path in names {
+            assert_eq!(path.parent(), Some(Path::new("/r/logs")));
+            assert!(path.file_name().unwrap().len() < 130);
+        }
+    }
 }

@@ -86,6 +86,7 @@ fn options() -> RunOptions {
         force: false,
         jobs: 2,
         keep_going: false,
+        capacity: flowrun_engine::run::Capacity::default(),
         expressions: Expressions {
             resolve_item: |value, _| Ok(value.clone()),
             eval_bool: |_, _| Ok(true),
@@ -110,9 +111,16 @@ async fn go(
         ..World::default()
     };
     let (events, mut heard) = tokio::sync::mpsc::unbounded_channel();
-    let summary = run(pipeline, cache, world, options, Cancel::default(), events)
-        .await
-        .unwrap();
+    let summary = run(
+        Arc::new(pipeline.clone()),
+        cache,
+        world,
+        options,
+        Cancel::default(),
+        events,
+    )
+    .await
+    .unwrap();
     let mut statuses = BTreeMap::new();
     while let Some(event) = heard.recv().await {
         if let RunEvent::StepFinished { step, status, .. } = event {

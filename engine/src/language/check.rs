@@ -38,14 +38,20 @@ pub(crate) struct Setting<'a> {
 }
 
 /// Checks the merged tree `tree`. None when a mistake was noted.
-pub(crate) fn check(map: &mut SourceMap, mut tree: Node, setting: &Setting<'_>) -> Option<Pipeline> {
+pub(crate) fn check(
+    map: &mut SourceMap,
+    mut tree: Node,
+    setting: &Setting<'_>,
+) -> Option<Pipeline> {
     let name = pipeline_name(map, &tree, setting.file);
     let context = resolve_all(map, &mut tree, &name);
     prune(map, &mut tree);
     check_entries(map, &tree, "models", &setting.vocabulary.model_schema);
     check_entries(map, &tree, "programs", &setting.vocabulary.program_schema);
     let table = |name: &str| -> BTreeMap<String, Value> {
-        tree.entries(name).map(|(k, e)| (k.clone(), e.value.to_value())).collect()
+        tree.entries(name)
+            .map(|(k, e)| (k.clone(), e.value.to_value()))
+            .collect()
     };
     let models = table("models");
     let programs = table("programs");
@@ -87,8 +93,12 @@ fn pipeline_name(map: &mut SourceMap, tree: &Node, file: &Path) -> String {
         }
         return name.to_owned();
     }
-    let stem = file.file_stem().map_or("pipeline".into(), |s| s.to_string_lossy());
-    stem.chars().map(|c| if allowed(c) { c } else { '-' }).collect()
+    let stem = file
+        .file_stem()
+        .map_or("pipeline".into(), |s| s.to_string_lossy());
+    stem.chars()
+        .map(|c| if allowed(c) { c } else { '-' })
+        .collect()
 }
 
 /// Checks the tree against the shape of a pipeline file, and takes out what does not fit.
@@ -109,7 +119,13 @@ fn prune(map: &mut SourceMap, tree: &mut Node) {
 /// Notes a mismatch of `node`; `outer` is the place of `node` itself.
 fn report(map: &mut SourceMap, node: &Node, outer: Span, mismatch: &Mismatch) {
     let at = node.place(&mismatch.path, mismatch.on_key, outer);
-    let Mismatch { code, message, label, help, .. } = mismatch;
+    let Mismatch {
+        code,
+        message,
+        label,
+        help,
+        ..
+    } = mismatch;
     map.report(at, code, message.clone(), label.clone(), help.clone());
 }
 
@@ -146,7 +162,11 @@ fn drafts<'a>(map: &mut SourceMap, tree: &'a Node, setting: &'a Setting<'_>) -> 
         map.report(at, "no-steps", "the pipeline has no steps", "", None);
     }
     let by_name = list.iter().enumerate().map(|(i, d)| (d.name, i)).collect();
-    Drafts { list, by_name, root: &setting.root }
+    Drafts {
+        list,
+        by_name,
+        root: &setting.root,
+    }
 }
 
 /// Checks each step by itself and with those it reads from; returns them in order.
@@ -194,7 +214,11 @@ fn step_node(
     params: Value,
     key_params: Value,
 ) -> StepNode {
-    let out_paths = if draft.is_run() { draft.spec.out.clone().unwrap_or_default() } else { BTreeMap::new() };
+    let out_paths = if draft.is_run() {
+        draft.spec.out.clone().unwrap_or_default()
+    } else {
+        BTreeMap::new()
+    };
     StepNode {
         name: draft.name.to_owned(),
         about: None,
@@ -227,7 +251,9 @@ fn with<'a>(
     shapes: &mut HashMap<&'static str, Shape>,
 ) -> (Value, Value) {
     let nothing = || (json!({}), json!({}));
-    let Some(kind) = draft.kind() else { return nothing() };
+    let Some(kind) = draft.kind() else {
+        return nothing();
+    };
     let shape = match shapes.entry(kind.kind()) {
         std::collections::hash_map::Entry::Occupied(slot) => slot.into_mut(),
         std::collections::hash_map::Entry::Vacant(slot) => match Shape::new(kind.params_schema()) {
@@ -256,9 +282,20 @@ fn with<'a>(
 fn report_with(map: &mut SourceMap, draft: &Draft<'_>, mut mismatch: Mismatch) {
     if mismatch.code == "missing-field" && mismatch.path.is_empty() {
         let kind = draft.spec.uses.as_deref().unwrap_or_default();
-        mismatch.message = format!("`{kind}` in the step `{}`: {}", draft.name, mismatch.message);
+        mismatch.message = format!(
+            "`{kind}` in the step `{}`: {}",
+            draft.name, mismatch.message
+        );
         if draft.node.get("with").is_none() {
-            return report(map, draft.node, draft.key, &Mismatch { path: vec!["uses".into()], ..mismatch });
+            return report(
+                map,
+                draft.node,
+                draft.key,
+                &Mismatch {
+                    path: vec!["uses".into()],
+                    ..mismatch
+                },
+            );
         }
     }
     mismatch.path.insert(0, "with".into());
@@ -269,7 +306,11 @@ fn report_name(map: &mut SourceMap, draft: &Draft<'_>, tables: &Tables<'_>, bad:
     let mut path = vec!["with".to_owned()];
     path.extend(bad.path.iter().cloned());
     let written = draft.node.get("with").is_some();
-    let outer = if written { draft.key_of(&["with"]) } else { draft.place(&["uses"]) };
+    let outer = if written {
+        draft.key_of(&["with"])
+    } else {
+        draft.place(&["uses"])
+    };
     let at = draft.node.place(&path, false, outer);
     if map.has_error_in(at) {
         return;
@@ -286,6 +327,10 @@ fn report_name(map: &mut SourceMap, draft: &Draft<'_>, tables: &Tables<'_>, bad:
     let known: BTreeSet<&str> = table.keys().map(String::as_str).collect();
     let help = suggest::help(name, &format!("{what}s of this pipeline"), known)
         .or_else(|| Some(format!("the file has no `{what}s:`")));
-    let code = if what == "model" { "unknown-model" } else { "unknown-program" };
+    let code = if what == "model" {
+        "unknown-model"
+    } else {
+        "unknown-program"
+    };
     map.report(at, code, format!("there is no {what} `{name}`"), "", help);
 }

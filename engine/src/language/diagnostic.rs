@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// One mistake.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Diagnostic {
     /// The file it is in.
     pub file: PathBuf,
@@ -32,6 +32,13 @@ pub struct Diagnostic {
     pub source: Arc<str>,
 }
 
+impl std::fmt::Debug for Diagnostic {
+    /// As the user sees it: the whole source would drown the mistake.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.render_plain())
+    }
+}
+
 impl Diagnostic {
     /// The mistake as plain text: `file:line:column: error: …`, the line, a caret, the help.
     #[must_use]
@@ -47,8 +54,15 @@ impl Diagnostic {
         let number = self.line.to_string();
         let margin = " ".repeat(number.len());
         if !line.is_empty() {
-            let before = line.get(..self.offset - start).unwrap_or("").chars().count();
-            let marked = self.source.get(self.offset..self.offset + self.len).unwrap_or("");
+            let before = line
+                .get(..self.offset - start)
+                .unwrap_or("")
+                .chars()
+                .count();
+            let marked = self
+                .source
+                .get(self.offset..self.offset + self.len)
+                .unwrap_or("");
             let (text, before) = window(line, before);
             let room = text.chars().count().saturating_sub(before).max(1);
             let carets = "^".repeat(marked.chars().count().clamp(1, room));
@@ -59,7 +73,10 @@ impl Diagnostic {
         }
         if let Some(help) = &self.help {
             let indent = format!("\n{margin}         ");
-            out.push_str(&format!("{margin} = help: {}\n", printable(help).replace('\n', &indent)));
+            out.push_str(&format!(
+                "{margin} = help: {}\n",
+                printable(help).replace('\n', &indent)
+            ));
         }
         out
     }
@@ -94,7 +111,9 @@ impl std::error::Error for Diagnostics {}
 
 impl From<Diagnostic> for Diagnostics {
     fn from(error: Diagnostic) -> Self {
-        Self { errors: vec![error] }
+        Self {
+            errors: vec![error],
+        }
     }
 }
 

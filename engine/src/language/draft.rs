@@ -41,8 +41,14 @@ impl<'a> Draft<'a> {
     ) -> Self {
         let usable = spec.is_some();
         let spec = spec.unwrap_or_default();
-        let mut draft =
-            Self { name, key: entry.key, node: &entry.value, spec, action: None, outputs: None };
+        let mut draft = Self {
+            name,
+            key: entry.key,
+            node: &entry.value,
+            spec,
+            action: None,
+            outputs: None,
+        };
         draft.check_name(map);
         if usable {
             draft.action = draft.action(map, vocabulary);
@@ -95,7 +101,13 @@ impl<'a> Draft<'a> {
             (Some(_), Some(_)) => {
                 let message = format!("`{}` has both `uses` and `run`", self.name);
                 let help = "a step is one of a kind (`uses`) or a command (`run`)".to_owned();
-                map.report(self.key_of(&["run"]), "uses-and-run", message, "", Some(help));
+                map.report(
+                    self.key_of(&["run"]),
+                    "uses-and-run",
+                    message,
+                    "",
+                    Some(help),
+                );
                 None
             }
             (None, None) => {
@@ -108,7 +120,13 @@ impl<'a> Draft<'a> {
                 None
             }
             (None, Some(command)) if command.trim().is_empty() => {
-                map.report(self.place(&["run"]), "uses-or-run", "an empty command", "", None);
+                map.report(
+                    self.place(&["run"]),
+                    "uses-or-run",
+                    "an empty command",
+                    "",
+                    None,
+                );
                 None
             }
             (None, Some(command)) => Some(Action::Run(command.clone())),
@@ -136,8 +154,18 @@ impl<'a> Draft<'a> {
             map.report(at, "not-supported", message, "", Some(help));
             return None;
         }
-        let help = suggest::help(kind, "step kinds", vocabulary.steps.keys().map(String::as_str));
-        map.report(at, "unknown-kind", format!("there is no step kind `{kind}`"), "", help);
+        let help = suggest::help(
+            kind,
+            "step kinds",
+            vocabulary.steps.keys().map(String::as_str),
+        );
+        map.report(
+            at,
+            "unknown-kind",
+            format!("there is no step kind `{kind}`"),
+            "",
+            help,
+        );
         None
     }
 
@@ -146,7 +174,10 @@ impl<'a> Draft<'a> {
             Action::Uses(step) => Some(step.outputs()),
             Action::Run(_) => {
                 let out = self.spec.out.iter().flatten();
-                Some(out.map(|(name, path)| Port::new(name, "file", path)).collect())
+                Some(
+                    out.map(|(name, path)| Port::new(name, "file", path))
+                        .collect(),
+                )
             }
         }
     }
@@ -163,7 +194,13 @@ impl<'a> Draft<'a> {
         if self.node.get("with").is_some() {
             let help = "use `${{ }}` in the command, or `env:`".to_owned();
             let message = "`with` belongs to `uses`; a command takes no params";
-            map.report(self.key_of(&["with"]), "misplaced-field", message, "", Some(help));
+            map.report(
+                self.key_of(&["with"]),
+                "misplaced-field",
+                message,
+                "",
+                Some(help),
+            );
         }
         let mut paths: HashMap<&str, &str> = HashMap::new();
         for (port, path) in self.spec.out.iter().flatten() {
@@ -180,7 +217,12 @@ impl<'a> Draft<'a> {
         }
         for (port, entry) in self.node.entries("in") {
             check_port_name(map, port, entry.key);
-            if self.spec.out.as_ref().is_some_and(|out| out.contains_key(port)) {
+            if self
+                .spec
+                .out
+                .as_ref()
+                .is_some_and(|out| out.contains_key(port))
+            {
                 let help = "both would be the environment variable of that name".to_owned();
                 let message = format!("`{port}` is both an input and an output");
                 map.report(entry.key, "bad-name", message, "", Some(help));
@@ -191,8 +233,18 @@ impl<'a> Draft<'a> {
 
     /// A port and a variable of one name would hide each other.
     fn check_variables(&self, map: &mut SourceMap) {
-        let inputs = self.spec.inputs.iter().flatten().map(|(name, _)| name.as_str());
-        let outputs = self.spec.out.iter().flatten().map(|(name, _)| name.as_str());
+        let inputs = self
+            .spec
+            .inputs
+            .iter()
+            .flatten()
+            .map(|(name, _)| name.as_str());
+        let outputs = self
+            .spec
+            .out
+            .iter()
+            .flatten()
+            .map(|(name, _)| name.as_str());
         let ports: BTreeMap<&str, ()> = inputs.chain(outputs).map(|name| (name, ())).collect();
         for (name, entry) in self.node.entries("env") {
             if ports.contains_key(name.as_str()) {
@@ -206,13 +258,17 @@ impl<'a> Draft<'a> {
 /// `[a-z][a-z0-9-]*`
 fn is_step_name(name: &str) -> bool {
     name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
 }
 
 /// `[a-z][a-z0-9_]*`
 pub(crate) fn is_port_name(name: &str) -> bool {
     name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
 
 fn check_port_name(map: &mut SourceMap, name: &str, at: Span) {
@@ -237,5 +293,9 @@ pub(crate) fn inner_path(path: &str) -> Result<(), &'static str> {
             Component::RootDir | Component::Prefix(_) => return Err("is not a relative path"),
         }
     }
-    if names == 0 || path.ends_with('/') { Err("names no file") } else { Ok(()) }
+    if names == 0 || path.ends_with('/') {
+        Err("names no file")
+    } else {
+        Ok(())
+    }
 }

@@ -39,7 +39,13 @@ pub(crate) struct ExprError {
 impl ExprError {
     fn new(snippet: &str, code: &'static str, message: impl Into<String>) -> Self {
         let snippet = snippet.to_owned();
-        Self { skip: 0, snippet, code, message: message.into(), help: None }
+        Self {
+            skip: 0,
+            snippet,
+            code,
+            message: message.into(),
+            help: None,
+        }
     }
 
     fn help(mut self, help: impl Into<String>) -> Self {
@@ -61,7 +67,8 @@ enum Part<'a> {
 
 /// True when the text holds an expression (or the start of one).
 pub(crate) fn has_expression(text: &str) -> bool {
-    text.match_indices(OPEN).any(|(at, _)| !text[..at].ends_with('$'))
+    text.match_indices(OPEN)
+        .any(|(at, _)| !text[..at].ends_with('$'))
 }
 
 /// Splits a text into what stands for itself and expressions.
@@ -81,7 +88,10 @@ fn split(text: &str) -> Result<Vec<Part<'_>>, ExprError> {
         let Some(end) = end_of(body) else {
             let error = ExprError::new(OPEN, "expression", "`${{` without `}}`")
                 .help("close it with `}}`, or write `$${{` for the characters themselves");
-            return Err(ExprError { skip: count, ..error });
+            return Err(ExprError {
+                skip: count,
+                ..error
+            });
         };
         parts.push(Part::Expr(body[..end].trim()));
         count += 1;
@@ -165,7 +175,11 @@ pub(crate) fn resolve(text: &str, scope: &Scope) -> Result<Resolved, ExprError> 
             }
         }
     }
-    Ok(if waits { Resolved::Waits(out) } else { Resolved::Done(Value::String(out)) })
+    Ok(if waits {
+        Resolved::Waits(out)
+    } else {
+        Resolved::Done(Value::String(out))
+    })
 }
 
 /// The text with every literal `${{` escaped.
@@ -219,7 +233,10 @@ fn check_item(reference: &Reference<'_>, scope: &Scope) -> Result<(), ExprError>
         Some(Segment::Key(name)) if !items.iter().any(|i| i == name) => {
             let message = format!("`foreach` has no variable `{name}`");
             let help = suggest::help(name, "variables", items.iter().map(String::as_str));
-            Err(ExprError { help, ..ExprError::new(reference.text, "unknown-variable", message) })
+            Err(ExprError {
+                help,
+                ..ExprError::new(reference.text, "unknown-variable", message)
+            })
         }
         Some(_) => Ok(()),
         None => {
@@ -234,7 +251,9 @@ fn check_item(reference: &Reference<'_>, scope: &Scope) -> Result<(), ExprError>
 fn check_reference(reference: &Reference<'_>, context: &Value) -> Result<(), ExprError> {
     let mut value = context;
     for (depth, segment) in reference.segments.iter().enumerate() {
-        let Segment::Key(name) = segment else { return Ok(()) };
+        let Segment::Key(name) = segment else {
+            return Ok(());
+        };
         let next = match value {
             Value::Object(map) => map.get(name),
             Value::Array(list) => name.parse::<usize>().ok().and_then(|i| list.get(i)),
@@ -257,15 +276,24 @@ fn unknown(reference: &Reference<'_>, depth: usize, name: &str, around: &Value) 
         (1, "models") => format!("unknown model `{name}`"),
         _ => format!("`{place}` has no `{name}`"),
     };
-    let keys = around.as_object().map(|m| m.keys().map(String::as_str).collect::<Vec<_>>());
+    let keys = around
+        .as_object()
+        .map(|m| m.keys().map(String::as_str).collect::<Vec<_>>());
     let keys = keys.unwrap_or_default();
     let help = if depth == 0 && reference.segments.len() == 1 && params_hold(around, name) {
         Some(format!("did you mean `params.{name}`?"))
     } else {
         suggest::help(name, "known here", keys)
     };
-    let code = if place == "params" { "unknown-param" } else { "unknown-variable" };
-    ExprError { help, ..ExprError::new(reference.text, code, message) }
+    let code = if place == "params" {
+        "unknown-param"
+    } else {
+        "unknown-variable"
+    };
+    ExprError {
+        help,
+        ..ExprError::new(reference.text, code, message)
+    }
 }
 
 fn params_hold(context: &Value, name: &str) -> bool {
@@ -274,7 +302,9 @@ fn params_hold(context: &Value, name: &str) -> bool {
 
 fn refers_to_item(source: &str) -> bool {
     let found = tokens(source).and_then(|tokens| {
-        Ok(references(source, &tokens)?.iter().any(|reference| reference.root() == "item"))
+        Ok(references(source, &tokens)?
+            .iter()
+            .any(|reference| reference.root() == "item"))
     });
     found.unwrap_or(false)
 }
@@ -294,7 +324,8 @@ fn fill(source: &str, context: &Value) -> Result<String, ExprError> {
         };
         let value = lookup(&reference, context)
             .ok_or_else(|| mixed("its place depends on the item; use a fixed name"))?;
-        let literal = literal(value).ok_or_else(|| mixed("use a number, text, or a list of them"))?;
+        let literal =
+            literal(value).ok_or_else(|| mixed("use a number, text, or a list of them"))?;
         out.push_str(&source[from..reference.start]);
         out.push_str(&literal);
         from = reference.start + reference.text.len();
@@ -305,11 +336,14 @@ fn fill(source: &str, context: &Value) -> Result<String, ExprError> {
 
 /// The value of a reference that has only fixed names.
 fn lookup<'a>(reference: &Reference<'_>, context: &'a Value) -> Option<&'a Value> {
-    reference.segments.iter().try_fold(context, |value, segment| match (segment, value) {
-        (Segment::Key(name), Value::Object(map)) => map.get(name),
-        (Segment::Key(name), Value::Array(list)) => list.get(name.parse::<usize>().ok()?),
-        _ => None,
-    })
+    reference
+        .segments
+        .iter()
+        .try_fold(context, |value, segment| match (segment, value) {
+            (Segment::Key(name), Value::Object(map)) => map.get(name),
+            (Segment::Key(name), Value::Array(list)) => list.get(name.parse::<usize>().ok()?),
+            _ => None,
+        })
 }
 
 /// The value as an expression.
@@ -319,7 +353,10 @@ fn literal(value: &Value) -> Option<String> {
         Value::Number(n) => match n.as_i64() {
             Some(n) => Some(n.to_string()),
             // Never with an exponent, which expressions cannot hold.
-            None => n.as_f64().map(|f| format!("{f:?}")).filter(|t| !t.contains('e')),
+            None => n
+                .as_f64()
+                .map(|f| format!("{f:?}"))
+                .filter(|t| !t.contains('e')),
         },
         Value::String(text) => {
             let quote = ['"', '\'', '`'].into_iter().find(|q| !text.contains(*q))?;
@@ -353,14 +390,26 @@ thread_local! {
 
 /// Checks that tera can read the expression.
 pub(crate) fn parse(source: &str) -> Result<(), ExprError> {
-    if tokens(source)?.iter().all(|t| matches!(t, Token { kind: super::token::Kind::Word, .. })) {
+    if tokens(source)?.iter().all(|t| {
+        matches!(
+            t,
+            Token {
+                kind: super::token::Kind::Word,
+                ..
+            }
+        )
+    }) {
         return Ok(());
     }
     let template = template(source);
     let parsed = tera::Template::new("expression", None, &template);
     parsed.map(|_| ()).map_err(|_| {
-        ExprError::new(source, "expression", format!("`{source}` is not a valid expression"))
-            .help("expressions are tera's: `params.n * 2`, `params.a ~ \"-b\"`, `params.list | length`")
+        ExprError::new(
+            source,
+            "expression",
+            format!("`{source}` is not a valid expression"),
+        )
+        .help("expressions are tera's: `params.n * 2`, `params.a ~ \"-b\"`, `params.list | length`")
     })
 }
 
@@ -378,8 +427,7 @@ fn evaluate(source: &str, context: &Value) -> Result<Value, ExprError> {
         let value = lookup(reference, context).cloned();
         return value.ok_or_else(|| wrong(format!("`{source}` has no value")));
     }
-    let context =
-        tera::Context::from_value(context.clone()).map_err(|e| wrong(e.to_string()))?;
+    let context = tera::Context::from_value(context.clone()).map_err(|e| wrong(e.to_string()))?;
     let rendered = ENGINE.with_borrow_mut(|tera| tera.render_str(&template(source), &context));
     let text = rendered.map_err(|e| wrong(format!("`{source}` fails: {}", root_cause(&e))))?;
     serde_json::from_str(&text).map_err(|_| wrong(format!("`{source}` has no value")))
@@ -403,7 +451,10 @@ pub fn resolve_item(value: &Value, item: &BTreeMap<String, Value>) -> Result<Val
     if item.is_empty() {
         return Ok(value.clone());
     }
-    let scope = Scope { context: json!({ "item": item }), items: None };
+    let scope = Scope {
+        context: json!({ "item": item }),
+        items: None,
+    };
     fill_items(value, &scope.context)
 }
 
@@ -411,9 +462,10 @@ fn fill_items(value: &Value, context: &Value) -> Result<Value, String> {
     match value {
         Value::String(text) if text.contains(OPEN) => fill_text(text, context),
         Value::Array(items) => items.iter().map(|v| fill_items(v, context)).collect(),
-        Value::Object(map) => {
-            map.iter().map(|(k, v)| Ok((k.clone(), fill_items(v, context)?))).collect()
-        }
+        Value::Object(map) => map
+            .iter()
+            .map(|(k, v)| Ok((k.clone(), fill_items(v, context)?)))
+            .collect(),
         other => Ok(other.clone()),
     }
 }
@@ -461,9 +513,10 @@ pub fn eval_bool(expr: &str, context: &Value) -> Result<bool, String> {
     }
     match evaluate(source, context).map_err(told)? {
         Value::Bool(holds) => Ok(holds),
-        other => {
-            Err(format!("`{source}` is {}, not true or false", super::node::describe(&other)))
-        }
+        other => Err(format!(
+            "`{source}` is {}, not true or false",
+            super::node::describe(&other)
+        )),
     }
 }
 
@@ -490,7 +543,7 @@ pub fn run_context(pipeline: &Pipeline, item: Option<&BTreeMap<String, Value>>) 
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use proptest::prelude::*;
 
@@ -531,7 +584,10 @@ mod tests {
         assert_eq!(done("${{ not params.on }}"), json!(false));
         assert_eq!(done("${{ run.name ~ \"-\" ~ params.n }}"), json!("p-25"));
         assert_eq!(done("${{ params.list | length }}"), json!(3));
-        assert_eq!(done("${{ params.list | join(sep=\"}}\") }}"), json!("1}}2}}3"));
+        assert_eq!(
+            done("${{ params.list | join(sep=\"}}\") }}"),
+            json!("1}}2}}3")
+        );
         assert_eq!(done("${{ models.oracle.model | upper }}"), json!("M"));
         assert_eq!(done("${{ params.missing | default(value=4) }}"), json!(4));
         assert_eq!(done("${{ params.missing is defined }}"), json!(false));
@@ -544,10 +600,16 @@ mod tests {
 
     #[test]
     fn text_around_makes_text() {
-        assert_eq!(done("n=${{ params.n }}, ${{ params.on }}"), json!("n=25, true"));
+        assert_eq!(
+            done("n=${{ params.n }}, ${{ params.on }}"),
+            json!("n=25, true")
+        );
         assert_eq!(done("plain"), json!("plain"));
         assert_eq!(done("$${{ params.n }}"), json!("${{ params.n }}"));
-        assert_eq!(done("cost $${{ x }} and ${{ params.n }}"), json!("cost ${{ x }} and 25"));
+        assert_eq!(
+            done("cost $${{ x }} and ${{ params.n }}"),
+            json!("cost ${{ x }} and 25")
+        );
         assert!(resolve("a ${{ params.list }}", &scope()).is_err());
     }
 
@@ -555,22 +617,46 @@ mod tests {
     fn mistakes_are_told() {
         let error = |text: &str| resolve(text, &scope()).unwrap_err();
         let e = error("${{ params.m }}");
-        assert_eq!((e.message.as_str(), e.snippet.as_str()), ("unknown param `m`", "params.m"));
-        assert_eq!(error("${{ parms.n }}").help.as_deref(), Some("did you mean `params`?"));
-        assert_eq!(error("${{ n }}").help.as_deref(), Some("did you mean `params.n`?"));
-        assert!(error("${{ params.n + }}").message.contains("not a valid expression"));
+        assert_eq!(
+            (e.message.as_str(), e.snippet.as_str()),
+            ("unknown param `m`", "params.m")
+        );
+        assert_eq!(
+            error("${{ parms.n }}").help.as_deref(),
+            Some("did you mean `params`?")
+        );
+        assert_eq!(
+            error("${{ n }}").help.as_deref(),
+            Some("did you mean `params.n`?")
+        );
+        assert!(
+            error("${{ params.n + }}")
+                .message
+                .contains("not a valid expression")
+        );
         assert!(error("${{ params.n").message.contains("without"));
         assert!(error("${{ }}").message.contains("empty"));
         assert!(error("${{ item.x }}").message.contains("foreach"));
-        assert!(error("${{ get_env(name=\"HOME\") }}").message.contains("get_env"));
-        assert!(error("${{ 1 %}{% for x in y }}").message.contains("expression"));
+        assert!(
+            error("${{ get_env(name=\"HOME\") }}")
+                .message
+                .contains("get_env")
+        );
+        assert!(
+            error("${{ 1 %}{% for x in y }}")
+                .message
+                .contains("expression")
+        );
         assert_eq!(error("${{ params.n }} ${{ params.q }}").skip, 1);
         assert!(error("${{ params.n | nope }}").message.contains("nope"));
     }
 
     #[test]
     fn item_waits_and_the_rest_is_filled_in() {
-        let scope = Scope { items: Some(vec!["x".into()]), ..scope() };
+        let scope = Scope {
+            items: Some(vec!["x".into()]),
+            ..scope()
+        };
         let waits = |text: &str| match resolve(text, &scope).unwrap() {
             Resolved::Waits(text) => text,
             Resolved::Done(value) => panic!("{value}"),
@@ -581,7 +667,10 @@ mod tests {
         assert_eq!(full("${{ item.x + params.n }}"), json!(27));
         assert_eq!(full("${{ item.x - params.neg }}"), json!(5));
         assert_eq!(full("${{ item.x }}"), json!(2));
-        assert_eq!(full("$${{ ${{ item.x }} ${{ params.name }}"), json!("${{ 2 a\"b"));
+        assert_eq!(
+            full("$${{ ${{ item.x }} ${{ params.name }}"),
+            json!("${{ 2 a\"b")
+        );
         assert_eq!(full("${{ params.name ~ item.x }}"), json!("a\"b2"));
         assert_eq!(full("${{ item.x in params.list }}"), json!(true));
         assert!(resolve("${{ item.y }}", &scope).unwrap_err().help.is_some());
@@ -600,9 +689,20 @@ mod tests {
         let metrics = json!({"accuracy": 0.81, "rows": 10});
         assert_eq!(eval_bool("accuracy >= 0.8", &metrics), Ok(true));
         assert_eq!(eval_bool("${{ accuracy >= 0.9 }}", &metrics), Ok(false));
-        assert_eq!(eval_bool("accuracy >= 0.8 and rows > 10", &metrics), Ok(false));
-        assert!(eval_bool("acuracy >= 0.8", &metrics).unwrap_err().contains("`accuracy`"));
-        assert!(eval_bool("rows", &metrics).unwrap_err().contains("not true or false"));
+        assert_eq!(
+            eval_bool("accuracy >= 0.8 and rows > 10", &metrics),
+            Ok(false)
+        );
+        assert!(
+            eval_bool("acuracy >= 0.8", &metrics)
+                .unwrap_err()
+                .contains("`accuracy`")
+        );
+        assert!(
+            eval_bool("rows", &metrics)
+                .unwrap_err()
+                .contains("not true or false")
+        );
     }
 
     #[test]

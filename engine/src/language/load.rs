@@ -25,7 +25,12 @@ pub(crate) fn load(map: &mut SourceMap, file: &Path, variants: &Variants<'_>) ->
             return None;
         }
     };
-    let mut loader = Loader { map, variants, open: Vec::new(), files: 0 };
+    let mut loader = Loader {
+        map,
+        variants,
+        open: Vec::new(),
+        files: 0,
+    };
     loader.file(file, text)
 }
 
@@ -65,7 +70,9 @@ impl Loader<'_> {
             .collect();
         let mut under: Option<Node> = None;
         for (name, span) in wanted {
-            let Some(mut tree) = self.include(&folder.join(&name), &name, span) else { continue };
+            let Some(mut tree) = self.include(&folder.join(&name), &name, span) else {
+                continue;
+            };
             tree.remove(&["include".to_owned()]);
             match &mut under {
                 Some(under) => merge(under, tree, self.variants),
@@ -116,13 +123,20 @@ enum Unreadable {
     /// It is larger than allowed.
     TooLarge,
     /// Something in it is not text.
-    NotText { message: &'static str, before: String },
+    NotText {
+        message: &'static str,
+        before: String,
+    },
 }
 
 impl Unreadable {
     fn report(self, map: &mut SourceMap, path: &Path) {
         let (code, message, help) = match self {
-            Self::File(reason) => ("unreadable", format!("cannot read the file: {reason}"), None),
+            Self::File(reason) => (
+                "unreadable",
+                format!("cannot read the file: {reason}"),
+                None,
+            ),
             Self::TooLarge => {
                 let message = format!("the file is larger than {} MiB", MAX_BYTES >> 20);
                 ("yaml-limit", message, None)
@@ -132,7 +146,11 @@ impl Unreadable {
                 let at = before.len() as u32;
                 let file = map.add(path.to_path_buf(), Arc::from(before));
                 let help = Some("save the file as UTF-8 text".to_owned());
-                let span = Span { file, start: at, end: at };
+                let span = Span {
+                    file,
+                    start: at,
+                    end: at,
+                };
                 return map.report(span, "not-text", message, "", help);
             }
         };
@@ -148,7 +166,9 @@ fn text_of(path: &Path) -> Result<Arc<str>, Unreadable> {
         return Err(Unreadable::File("it is a folder".into()));
     }
     let mut bytes = Vec::new();
-    file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(system)?;
+    file.take(MAX_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(system)?;
     decode(&bytes)
 }
 
@@ -159,11 +179,17 @@ fn decode(bytes: &[u8]) -> Result<Arc<str>, Unreadable> {
     let text = std::str::from_utf8(bytes).map_err(|e| {
         let before = bytes.get(..e.valid_up_to()).unwrap_or_default();
         let before = String::from_utf8_lossy(before).into_owned();
-        Unreadable::NotText { message: "the file is not UTF-8", before }
+        Unreadable::NotText {
+            message: "the file is not UTF-8",
+            before,
+        }
     })?;
     if let Some(at) = text.find('\0') {
         let before = text[..at].to_owned();
-        return Err(Unreadable::NotText { message: "the file holds a NUL byte", before });
+        return Err(Unreadable::NotText {
+            message: "the file holds a NUL byte",
+            before,
+        });
     }
     Ok(Arc::from(text.strip_prefix('\u{feff}').unwrap_or(text)))
 }
@@ -175,7 +201,9 @@ fn identity(path: &Path) -> PathBuf {
 
 /// The path without `.` parts, as people write it.
 fn tidy(path: &Path) -> PathBuf {
-    path.components().filter(|c| !matches!(c, Component::CurDir)).collect()
+    path.components()
+        .filter(|c| !matches!(c, Component::CurDir))
+        .collect()
 }
 
 /// The one tree of a text, for values given on the command line.

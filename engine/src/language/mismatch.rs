@@ -43,7 +43,11 @@ impl Shape {
     /// # Errors
     /// When it is not a valid JSON Schema.
     pub(crate) fn new(schema: Value) -> Result<Self, String> {
-        let schema = if schema.is_null() { Value::Bool(true) } else { schema };
+        let schema = if schema.is_null() {
+            Value::Bool(true)
+        } else {
+            schema
+        };
         let validator = jsonschema::validator_for(&schema).map_err(|e| e.to_string())?;
         Ok(Self { schema, validator })
     }
@@ -67,7 +71,9 @@ impl Shape {
 
     fn explain(&self, error: &ValidationError<'_>, whole: &Value, out: &mut Vec<Mismatch>) {
         let path: Vec<String> = decode(error.instance_path().as_str());
-        let at = whole.pointer(error.instance_path().as_str()).unwrap_or(&Value::Null);
+        let at = whole
+            .pointer(error.instance_path().as_str())
+            .unwrap_or(&Value::Null);
         if at.as_str().is_some_and(has_expression) {
             return;
         }
@@ -102,7 +108,9 @@ impl Shape {
     fn around(&self, error: &ValidationError<'_>) -> Option<&Value> {
         let path = error.schema_path().as_str();
         let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
-        self.schema.pointer(parent).map(|s| variant::deref(&self.schema, s))
+        self.schema
+            .pointer(parent)
+            .map(|s| variant::deref(&self.schema, s))
     }
 
     /// A value that fits none of several forms: the message is about the form that was meant.
@@ -115,7 +123,9 @@ impl Shape {
         context: &[Vec<ValidationError<'_>>],
         out: &mut Vec<Mismatch>,
     ) {
-        let branches = schema.map(|s| variant::branches(&self.schema, s)).unwrap_or_default();
+        let branches = schema
+            .map(|s| variant::branches(&self.schema, s))
+            .unwrap_or_default();
         let tags: Vec<Option<Tag>> = branches.iter().map(|b| variant::tag_of(b)).collect();
         let meant = meant(&branches, &tags, at, &path, context);
         if let Some(errors) = meant.and_then(|i| context.get(i)) {
@@ -153,7 +163,11 @@ impl Shape {
             _ => {
                 let mut forms: Vec<String> = branches.iter().filter_map(|b| form(b)).collect();
                 forms.dedup();
-                let forms = if forms.is_empty() { "another form".into() } else { forms.join(" or ") };
+                let forms = if forms.is_empty() {
+                    "another form".into()
+                } else {
+                    forms.join(" or ")
+                };
                 let message = format!("expected {forms}, found {}", describe(at));
                 out.push(mismatch(path, "wrong-type", message, "", None));
             }
@@ -171,7 +185,11 @@ fn meant(
 ) -> Option<usize> {
     if let Value::Object(map) = at {
         let named: Vec<usize> = (0..tags.len())
-            .filter(|i| tags[*i].as_ref().is_some_and(|tag| variant::names(map, tag)))
+            .filter(|i| {
+                tags[*i]
+                    .as_ref()
+                    .is_some_and(|tag| variant::names(map, tag))
+            })
             .collect();
         match named.as_slice() {
             [one] => return Some(*one),
@@ -206,7 +224,13 @@ fn unknown_field(path: &[String], name: &str, known: &[&str]) -> Mismatch {
         .or_else(|| Some("it takes no fields".to_owned()));
     Mismatch {
         on_key: true,
-        ..mismatch(path, "unknown-field", format!("unknown field `{name}`"), "", help)
+        ..mismatch(
+            path,
+            "unknown-field",
+            format!("unknown field `{name}`"),
+            "",
+            help,
+        )
     }
 }
 
@@ -218,7 +242,12 @@ fn not_one_of(path: Vec<String>, text: &str, texts: &[&str], names: &[&str]) -> 
     mismatch(path, "not-allowed", message, "", help)
 }
 
-fn wrong_tag(mut path: Vec<String>, found: Option<&Value>, field: &str, names: &[&str]) -> Mismatch {
+fn wrong_tag(
+    mut path: Vec<String>,
+    found: Option<&Value>,
+    field: &str,
+    names: &[&str],
+) -> Mismatch {
     match found {
         Some(Value::String(text)) => {
             path.push(field.to_owned());
@@ -226,8 +255,11 @@ fn wrong_tag(mut path: Vec<String>, found: Option<&Value>, field: &str, names: &
         }
         Some(other) => {
             path.push(field.to_owned());
-            let message =
-                format!("expected one of {}, found {}", suggest::list(names), describe(other));
+            let message = format!(
+                "expected one of {}, found {}",
+                suggest::list(names),
+                describe(other)
+            );
             mismatch(path, "wrong-type", message, "", None)
         }
         None => {
@@ -245,7 +277,14 @@ fn mismatch(
     label: &str,
     help: Option<String>,
 ) -> Mismatch {
-    Mismatch { path, on_key: false, code, message, label: label.to_owned(), help }
+    Mismatch {
+        path,
+        on_key: false,
+        code,
+        message,
+        label: label.to_owned(),
+        help,
+    }
 }
 
 /// Code, message, label and help of an error that needs no look around.
@@ -271,7 +310,9 @@ fn simple(kind: &Kind, at: &Value) -> (&'static str, String, String, Option<Stri
                 .map(|o| o.iter().filter(|v| !v.is_null()).map(show).collect())
                 .unwrap_or_default();
             let shown: Vec<&str> = shown.iter().map(String::as_str).collect();
-            let help = at.as_str().and_then(|t| suggest::nearest(t, shown.iter().copied()));
+            let help = at
+                .as_str()
+                .and_then(|t| suggest::nearest(t, shown.iter().copied()));
             let help = help.map(|best| format!("did you mean `{best}`?"));
             let message = format!("{value} is not one of {}", suggest::list(&shown));
             ("not-allowed", message, String::new(), help)
@@ -289,21 +330,39 @@ fn simple(kind: &Kind, at: &Value) -> (&'static str, String, String, Option<Stri
         }
         Kind::MinItems { limit } => range(format!("a list of at least {limit} is needed")),
         Kind::MaxItems { limit } => range(format!("a list of at most {limit} is allowed")),
-        Kind::MinLength { limit } => range(format!("text of at least {limit} characters is needed")),
-        Kind::MaxLength { limit } => range(format!("text of at most {limit} characters is allowed")),
+        Kind::MinLength { limit } => {
+            range(format!("text of at least {limit} characters is needed"))
+        }
+        Kind::MaxLength { limit } => {
+            range(format!("text of at most {limit} characters is allowed"))
+        }
         Kind::MinProperties { limit } => range(format!("at least {limit} entries are needed")),
         Kind::MaxProperties { limit } => range(format!("at most {limit} entries are allowed")),
         Kind::UniqueItems => range("a value stands in the list twice".into()),
-        Kind::Pattern { pattern } => {
-            ("not-allowed", format!("{value} does not match `{pattern}`"), String::new(), None)
-        }
-        Kind::Format { format } => {
-            ("not-allowed", format!("{value} is not a {format}"), String::new(), None)
-        }
-        Kind::FalseSchema => ("unknown-field", "nothing may stand here".into(), String::new(), None),
-        Kind::OneOfMultipleValid { .. } => {
-            ("wrong-type", format!("{value} fits several forms at once"), String::new(), None)
-        }
+        Kind::Pattern { pattern } => (
+            "not-allowed",
+            format!("{value} does not match `{pattern}`"),
+            String::new(),
+            None,
+        ),
+        Kind::Format { format } => (
+            "not-allowed",
+            format!("{value} is not a {format}"),
+            String::new(),
+            None,
+        ),
+        Kind::FalseSchema => (
+            "unknown-field",
+            "nothing may stand here".into(),
+            String::new(),
+            None,
+        ),
+        Kind::OneOfMultipleValid { .. } => (
+            "wrong-type",
+            format!("{value} fits several forms at once"),
+            String::new(),
+            None,
+        ),
         other => {
             let message = format!("{value} breaks the rule `{}`", other.keyword());
             ("not-allowed", message, String::new(), None)
@@ -312,7 +371,9 @@ fn simple(kind: &Kind, at: &Value) -> (&'static str, String, String, Option<Stri
 }
 
 fn show(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn types(kind: &TypeKind) -> String {
@@ -350,7 +411,11 @@ fn form(branch: &Value) -> Option<String> {
         _ => "true or false",
     };
     let required = branch.get("required").and_then(Value::as_array);
-    let fields: Vec<&str> = required.into_iter().flatten().filter_map(Value::as_str).collect();
+    let fields: Vec<&str> = required
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
     Some(match fields.as_slice() {
         [] => name.to_owned(),
         fields => format!("{name} with {}", suggest::list(fields)),
@@ -369,8 +434,12 @@ fn allowed_texts<'a>(branches: &[&'a Value]) -> Vec<&'a str> {
 }
 
 fn known_fields(schema: Option<&Value>) -> Vec<&str> {
-    let properties = schema.and_then(|s| s.get("properties")).and_then(Value::as_object);
-    properties.map(|p| p.keys().map(String::as_str).collect()).unwrap_or_default()
+    let properties = schema
+        .and_then(|s| s.get("properties"))
+        .and_then(Value::as_object);
+    properties
+        .map(|p| p.keys().map(String::as_str).collect())
+        .unwrap_or_default()
 }
 
 /// True when some text in the value still holds an expression.
@@ -389,7 +458,11 @@ fn first_sentence(text: &str) -> String {
 }
 
 fn decode(pointer: &str) -> Vec<String> {
-    pointer.split('/').skip(1).map(|s| s.replace("~1", "/").replace("~0", "~")).collect()
+    pointer
+        .split('/')
+        .skip(1)
+        .map(|s| s.replace("~1", "/").replace("~0", "~"))
+        .collect()
 }
 
 fn escape(name: &str) -> String {
@@ -408,7 +481,10 @@ mod tests {
             let help = m.help.map(|h| format!(" ({h})")).unwrap_or_default();
             format!("{}: {}{help}", m.path.join("."), m.message)
         };
-        shape.check(&value).into_iter().map(told).collect()
+        // The validator's order is its own; a file's mistakes are told by place.
+        let mut found: Vec<String> = shape.check(&value).into_iter().map(told).collect();
+        found.sort();
+        found
     }
 
     fn program() -> Value {
@@ -449,8 +525,10 @@ mod tests {
         );
         assert_eq!(
             found(program(), json!("predict")),
-            [": expected a map with `predict` or a map with `chain_of_thought`, \
-              found the text `predict`"]
+            [
+                ": expected a map with `predict` or a map with `chain_of_thought`, \
+              found the text `predict`"
+            ]
         );
     }
 
@@ -465,7 +543,10 @@ mod tests {
               "additionalProperties": false},
         ]});
         assert_eq!(
-            found(schema.clone(), json!({"provider": "embedded", "threads": 0})),
+            found(
+                schema.clone(),
+                json!({"provider": "embedded", "threads": 0})
+            ),
             ["threads: the number `0` is less than 1"]
         );
         assert_eq!(
@@ -476,12 +557,16 @@ mod tests {
             found(schema.clone(), json!({"model": "x"})),
             [": the field `provider` is missing (one of `openai`, `embedded`)"]
         );
-        assert_eq!(found(schema, json!({"provider": "openai"})), [": the field `model` is missing"]);
+        assert_eq!(
+            found(schema, json!({"provider": "openai"})),
+            [": the field `model` is missing"]
+        );
     }
 
     #[test]
     fn a_text_with_an_expression_fits_everywhere() {
-        let value = json!({"chain_of_thought": {"inputs": "${{ item.x }}", "kind": "${{ item.k }}"}});
+        let value =
+            json!({"chain_of_thought": {"inputs": "${{ item.x }}", "kind": "${{ item.k }}"}});
         assert_eq!(found(program(), value), Vec::<String>::new());
     }
 }

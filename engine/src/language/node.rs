@@ -113,12 +113,23 @@ impl Node {
             Value::Bool(b) => Data::Bool(b),
             Value::Number(n) => Data::Number(n),
             Value::String(t) => Data::Text(t),
-            Value::Array(items) => {
-                Data::List(items.into_iter().map(|v| Self::from_value(v, span)).collect())
-            }
+            Value::Array(items) => Data::List(
+                items
+                    .into_iter()
+                    .map(|v| Self::from_value(v, span))
+                    .collect(),
+            ),
             Value::Object(map) => Data::Map(
                 map.into_iter()
-                    .map(|(k, v)| (k, Entry { key: span, value: Self::from_value(v, span) }))
+                    .map(|(k, v)| {
+                        (
+                            k,
+                            Entry {
+                                key: span,
+                                value: Self::from_value(v, span),
+                            },
+                        )
+                    })
                     .collect(),
             ),
         };
@@ -134,14 +145,18 @@ impl Node {
             let last = i + 1 == path.len();
             match &node.data {
                 Data::Map(map) => {
-                    let Some(entry) = map.get(segment) else { return place };
+                    let Some(entry) = map.get(segment) else {
+                        return place;
+                    };
                     let shown = (on_key && last) || entry.value.is_container();
                     place = if shown { entry.key } else { entry.value.span };
                     node = &entry.value;
                 }
                 Data::List(items) => {
                     let index = segment.parse::<usize>().ok();
-                    let Some(item) = index.and_then(|i| items.get(i)) else { return place };
+                    let Some(item) = index.and_then(|i| items.get(i)) else {
+                        return place;
+                    };
                     place = item.span;
                     node = item;
                 }
@@ -153,7 +168,9 @@ impl Node {
 
     /// Takes out what `path` leads to, if it is there.
     pub(crate) fn remove(&mut self, path: &[String]) {
-        let Some((first, rest)) = path.split_first() else { return };
+        let Some((first, rest)) = path.split_first() else {
+            return;
+        };
         match &mut self.data {
             Data::Map(map) if rest.is_empty() => {
                 map.shift_remove(first);
@@ -193,7 +210,9 @@ pub(crate) fn describe(value: &Value) -> String {
         Value::Null => "nothing".into(),
         Value::Bool(b) => format!("`{b}`"),
         Value::Number(n) => format!("the number `{n}`"),
-        Value::String(t) if t.chars().count() <= 40 && !t.contains('\n') => format!("the text `{t}`"),
+        Value::String(t) if t.chars().count() <= 40 && !t.contains('\n') => {
+            format!("the text `{t}`")
+        }
         Value::String(_) => "text".into(),
         Value::Array(_) => "a list".into(),
         Value::Object(_) => "a map".into(),

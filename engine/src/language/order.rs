@@ -53,7 +53,11 @@ pub(crate) fn order(graph: &Dependencies) -> Result<Vec<usize>, Vec<Circle>> {
             }
         }
     }
-    if order.len() == graph.node_count() { Ok(order) } else { Err(circles(graph)) }
+    if order.len() == graph.node_count() {
+        Ok(order)
+    } else {
+        Err(circles(graph))
+    }
 }
 
 fn circles(graph: &Dependencies) -> Vec<Circle> {
@@ -84,7 +88,10 @@ fn circle(graph: &Dependencies, start: NodeIndex, group: &[NodeIndex]) -> Option
                     at = *before;
                 }
                 steps.reverse();
-                return Some(Circle { steps, span: *edge.weight() });
+                return Some(Circle {
+                    steps,
+                    span: *edge.weight(),
+                });
             }
             if members.contains(&next) && !came_from.contains_key(&next) {
                 came_from.insert(next, node);

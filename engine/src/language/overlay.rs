@@ -20,8 +20,12 @@ pub(crate) struct Variants<'a> {
 
 /// Lays `over` on `under`; both are whole files or profiles.
 pub(crate) fn merge(under: &mut Node, over: Node, variants: &Variants<'_>) {
-    let Data::Map(sections) = over.data else { return };
-    let Some(target) = under.as_map_mut() else { return };
+    let Data::Map(sections) = over.data else {
+        return;
+    };
+    let Some(target) = under.as_map_mut() else {
+        return;
+    };
     for (name, section) in sections {
         let Some(slot) = target.get_mut(&name) else {
             target.insert(name, section);
@@ -135,11 +139,21 @@ fn check_param(
         let help = suggest::nearest(name, known)
             .map(|best| format!("did you mean `{best}`?"))
             .unwrap_or_else(|| "give it a default under the file's own `params:`".to_owned());
-        map.report(key, "unknown-param", format!("unknown param `{name}`"), "", Some(help));
+        map.report(
+            key,
+            "unknown-param",
+            format!("unknown param `{name}`"),
+            "",
+            Some(help),
+        );
         return;
     };
     if let Err(message) = fits(name, &default.data, &value.data) {
-        let span = if value.is_container() { key } else { value.span };
+        let span = if value.is_container() {
+            key
+        } else {
+            value.span
+        };
         map.report(span, "param-type", message, "", None);
     }
 }
@@ -181,7 +195,9 @@ fn find<'a>(params: &'a mut Node, name: &str) -> Result<&'a mut Node, Vec<String
     let mut node = params;
     for segment in path {
         if node.get(&segment).is_none() {
-            let keys = node.as_map().map(|m| m.keys().map(|k| format!("{prefix}{k}")).collect());
+            let keys = node
+                .as_map()
+                .map(|m| m.keys().map(|k| format!("{prefix}{k}")).collect());
             return Err(keys.unwrap_or_default());
         }
         prefix.push_str(&segment);
@@ -218,7 +234,15 @@ fn fits(name: &str, default: &Data, value: &Data) -> Result<(), String> {
         return Ok(());
     }
     let span = Span::default();
-    let shown = |data: &Data| describe(&Node { span, data: data.clone() }.to_value());
+    let shown = |data: &Data| {
+        describe(
+            &Node {
+                span,
+                data: data.clone(),
+            }
+            .to_value(),
+        )
+    };
     let wanted = match default {
         Data::Number(n) if !n.is_f64() => "a whole number".to_owned(),
         Data::Number(_) => "a number".to_owned(),
@@ -226,18 +250,32 @@ fn fits(name: &str, default: &Data, value: &Data) -> Result<(), String> {
         Data::Text(_) => "text".to_owned(),
         other => shown(other),
     };
-    Err(format!("the param `{name}` is {wanted}, not {}", shown(value)))
+    Err(format!(
+        "the param `{name}` is {wanted}, not {}",
+        shown(value)
+    ))
 }
 
 /// The value with every place in it set to `span`.
 fn at_span(data: Data, span: Span) -> Node {
     let data = match data {
-        Data::List(items) => {
-            Data::List(items.into_iter().map(|item| at_span(item.data, span)).collect())
-        }
+        Data::List(items) => Data::List(
+            items
+                .into_iter()
+                .map(|item| at_span(item.data, span))
+                .collect(),
+        ),
         Data::Map(map) => Data::Map(
             map.into_iter()
-                .map(|(k, e)| (k, Entry { key: span, value: at_span(e.value.data, span) }))
+                .map(|(k, e)| {
+                    (
+                        k,
+                        Entry {
+                            key: span,
+                            value: at_span(e.value.data, span),
+                        },
+                    )
+                })
                 .collect(),
         ),
         other => other,

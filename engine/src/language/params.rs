@@ -47,11 +47,20 @@ pub(crate) struct Completed {
 
 /// Completes the params `with` by their schema.
 pub(crate) fn complete(schema: &Value, with: Value, tables: &Tables<'_>) -> Completed {
-    let mut walk = Walk { root: schema, tables, path: Vec::new(), bad: Vec::new() };
+    let mut walk = Walk {
+        root: schema,
+        tables,
+        path: Vec::new(),
+        bad: Vec::new(),
+    };
     let mut params = with.clone();
     let mut key_params = with;
     walk.value(schema, &mut params, &mut key_params, true);
-    Completed { params, key_params, bad: walk.bad }
+    Completed {
+        params,
+        key_params,
+        bad: walk.bad,
+    }
 }
 
 struct Walk<'a> {
@@ -83,7 +92,12 @@ impl Walk<'_> {
                 self.within(&i.to_string(), |walk| walk.value(items, params, key, fill));
             }
         }
-        for all in schema.get("allOf").and_then(Value::as_array).into_iter().flatten() {
+        for all in schema
+            .get("allOf")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+        {
             self.value(all, params, key, fill);
         }
         if let Some(branch) = branch_of(self.root, schema, params) {
@@ -99,11 +113,16 @@ impl Walk<'_> {
         fill: bool,
     ) {
         let none = Map::new();
-        let properties = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
+        let properties = schema
+            .get("properties")
+            .and_then(Value::as_object)
+            .unwrap_or(&none);
         for (name, schema) in properties {
             let mut fill_within = fill;
             if !params.contains_key(name) {
-                let Some(default) = schema.get("default").filter(|_| fill) else { continue };
+                let Some(default) = schema.get("default").filter(|_| fill) else {
+                    continue;
+                };
                 params.insert(name.clone(), default.clone());
                 key.insert(name.clone(), default.clone());
                 // A default is whole; filling it could go on for ever.
@@ -112,8 +131,11 @@ impl Walk<'_> {
             self.member(name, schema, params, key, fill_within);
         }
         if let Some(others) = schema.get("additionalProperties").filter(|s| s.is_object()) {
-            let names: Vec<String> =
-                params.keys().filter(|k| !properties.contains_key(*k)).cloned().collect();
+            let names: Vec<String> = params
+                .keys()
+                .filter(|k| !properties.contains_key(*k))
+                .cloned()
+                .collect();
             for name in names {
                 self.member(&name, others, params, key, fill);
             }
@@ -149,8 +171,11 @@ impl Walk<'_> {
             }
             (Value::String(name), _) => {
                 let name = name.clone();
-                let entries =
-                    if table == "models" { self.tables.models } else { self.tables.programs };
+                let entries = if table == "models" {
+                    self.tables.models
+                } else {
+                    self.tables.programs
+                };
                 match entries.get(&name) {
                     Some(entry) => {
                         *params = entry.clone();
@@ -178,7 +203,10 @@ impl Walk<'_> {
 
 /// The branch of `oneOf` or `anyOf` that the value takes.
 fn branch_of<'a>(root: &'a Value, schema: &'a Value, value: &Value) -> Option<&'a Value> {
-    let list = schema.get("oneOf").or_else(|| schema.get("anyOf")).and_then(Value::as_array)?;
+    let list = schema
+        .get("oneOf")
+        .or_else(|| schema.get("anyOf"))
+        .and_then(Value::as_array)?;
     let tag = variant::named(root, schema, value);
     list.iter().find(|branch| {
         let whole = variant::deref(root, branch);
@@ -219,7 +247,11 @@ mod tests {
         programs: &'a BTreeMap<String, Value>,
         unkeyed: &'a [String],
     ) -> Tables<'a> {
-        Tables { models, programs, unkeyed }
+        Tables {
+            models,
+            programs,
+            unkeyed,
+        }
     }
 
     #[test]
@@ -275,7 +307,11 @@ mod tests {
              "properties": {"kind": {"const": "b"}, "y": {"default": 2}}},
         ]}}});
         let none = BTreeMap::new();
-        let done = complete(&schema, json!({"how": {"kind": "b"}}), &tables(&none, &none, &[]));
+        let done = complete(
+            &schema,
+            json!({"how": {"kind": "b"}}),
+            &tables(&none, &none, &[]),
+        );
         assert_eq!(done.params, json!({"how": {"kind": "b", "y": 2}}));
     }
 

@@ -40,11 +40,13 @@ pub(crate) fn read(map: &mut SourceMap, file: u32, text: &Arc<str>) -> Option<No
     };
     let finished = reader.run();
     let root = reader.root.take();
-    if finished.is_none() {
-        return None;
-    }
+    finished?;
     if root.is_none() {
-        let at = Span { file, start: 0, end: 0 };
+        let at = Span {
+            file,
+            start: 0,
+            end: 0,
+        };
         let help = "a pipeline needs at least `steps:`".to_owned();
         map.report(at, "empty-file", "the file is empty", "", Some(help));
     }
@@ -105,7 +107,12 @@ impl Reader<'_> {
                     documents += 1;
                     if documents > 1 {
                         let help = "put the second document into a file of its own".to_owned();
-                        return self.stop(span, "yaml-documents", "more than one document", Some(help));
+                        return self.stop(
+                            span,
+                            "yaml-documents",
+                            "more than one document",
+                            Some(help),
+                        );
                     }
                 }
                 Event::Alias(id) => self.alias(id, span)?,
@@ -116,8 +123,11 @@ impl Reader<'_> {
                     self.open(Content::List(Vec::new()), anchor, tag.as_deref(), span)?;
                 }
                 Event::MappingStart(anchor, tag) => {
-                    let content =
-                        Content::Map { entries: IndexMap::new(), key: None, merges: Vec::new() };
+                    let content = Content::Map {
+                        entries: IndexMap::new(),
+                        key: None,
+                        merges: Vec::new(),
+                    };
                     self.open(content, anchor, tag.as_deref(), span)?;
                 }
                 Event::SequenceEnd | Event::MappingEnd => self.close(span)?,
@@ -127,7 +137,13 @@ impl Reader<'_> {
         Some(())
     }
 
-    fn stop(&mut self, span: Span, code: &'static str, message: &str, help: Option<String>) -> Step {
+    fn stop(
+        &mut self,
+        span: Span,
+        code: &'static str,
+        message: &str,
+        help: Option<String>,
+    ) -> Step {
         self.map.report(span, code, message, "", help);
         None
     }
@@ -135,7 +151,11 @@ impl Reader<'_> {
     fn span(&self, start: Marker, end: Marker) -> Span {
         let start = self.offsets.byte(start.index(), self.text.len());
         let end = self.offsets.byte(end.index(), self.text.len()).max(start);
-        Span { file: self.file, start: start as u32, end: end as u32 }
+        Span {
+            file: self.file,
+            start: start as u32,
+            end: end as u32,
+        }
     }
 
     fn syntax_error(&mut self, error: &saphyr_parser::ScanError) -> Step {
@@ -150,8 +170,14 @@ impl Reader<'_> {
         }
         let rest = self.text.get(span.start as usize..).unwrap_or("");
         span.end = span.start + rest.chars().next().map_or(0, char::len_utf8) as u32;
-        let line_start = self.text.get(..span.start as usize).and_then(|t| t.rfind('\n'));
-        let line = self.text.get(line_start.map_or(0, |i| i + 1)..).unwrap_or("");
+        let line_start = self
+            .text
+            .get(..span.start as usize)
+            .and_then(|t| t.rfind('\n'));
+        let line = self
+            .text
+            .get(line_start.map_or(0, |i| i + 1)..)
+            .unwrap_or("");
         let line = line.lines().next().unwrap_or("");
         let help = if line.contains("${{") {
             Some("inside `{ }` and `[ ]`, put an expression in quotes: `\"${{ … }}\"`".to_owned())
@@ -160,12 +186,26 @@ impl Reader<'_> {
         } else {
             None
         };
-        self.stop(span, "yaml-syntax", &format!("not valid YAML: {}", error.info()), help)
+        self.stop(
+            span,
+            "yaml-syntax",
+            &format!("not valid YAML: {}", error.info()),
+            help,
+        )
     }
 
     fn open(&mut self, content: Content, anchor: usize, tag: Option<&Tag>, span: Span) -> Step {
-        if let Some(Frame { content: Content::Map { key: None, .. }, .. }) = self.stack.last() {
-            return self.stop(span, "yaml-key", "a key must be plain text, not a map or list", None);
+        if let Some(Frame {
+            content: Content::Map { key: None, .. },
+            ..
+        }) = self.stack.last()
+        {
+            return self.stop(
+                span,
+                "yaml-key",
+                "a key must be plain text, not a map or list",
+                None,
+            );
         }
         if self.stack.len() >= MAX_DEPTH {
             let message = format!("nested more than {MAX_DEPTH} deep");
@@ -174,13 +214,22 @@ impl Reader<'_> {
         if tag.is_some_and(|t| !t.is_yaml_core_schema()) {
             self.unknown_tag(span);
         }
-        self.stack.push(Frame { span, anchor, content });
+        self.stack.push(Frame {
+            span,
+            anchor,
+            content,
+        });
         Some(())
     }
 
     fn close(&mut self, end: Span) -> Step {
-        let Some(frame) = self.stack.pop() else { return Some(()) };
-        let flow = self.map.text(Span { end: frame.span.start + 1, ..frame.span });
+        let Some(frame) = self.stack.pop() else {
+            return Some(());
+        };
+        let flow = self.map.text(Span {
+            end: frame.span.start + 1,
+            ..frame.span
+        });
         let mut span = frame.span;
         let data = match frame.content {
             Content::List(items) => {
@@ -191,7 +240,11 @@ impl Reader<'_> {
                 }
                 Data::List(items)
             }
-            Content::Map { mut entries, merges, .. } => {
+            Content::Map {
+                mut entries,
+                merges,
+                ..
+            } => {
                 if flow == "{" {
                     span.end = end.end.max(span.end);
                 } else if let Some((_, first)) = entries.first() {
@@ -219,7 +272,13 @@ impl Reader<'_> {
                     self.merge(entries, item);
                 }
             }
-            _ => self.map.report(from.span, "yaml-key", "`<<` takes a map or a list of maps", "", None),
+            _ => self.map.report(
+                from.span,
+                "yaml-key",
+                "`<<` takes a map or a list of maps",
+                "",
+                None,
+            ),
         }
     }
 
@@ -239,7 +298,10 @@ impl Reader<'_> {
         if self.takes_key() {
             let merge = style == ScalarStyle::Plain && text == "<<";
             if anchor > 0 {
-                let node = Node { span, data: Data::Text(text.to_string()) };
+                let node = Node {
+                    span,
+                    data: Data::Text(text.to_string()),
+                };
                 self.anchors.insert(anchor, node);
             }
             return self.key(text.into_owned(), span, merge);
@@ -264,18 +326,34 @@ impl Reader<'_> {
 
     fn unknown_tag(&mut self, span: Span) {
         let help = "leave the tag out; `!!str` is allowed".to_owned();
-        self.map.report(span, "yaml-tag", "YAML tags have no meaning here", "", Some(help));
+        self.map.report(
+            span,
+            "yaml-tag",
+            "YAML tags have no meaning here",
+            "",
+            Some(help),
+        );
     }
 
     fn takes_key(&self) -> bool {
-        matches!(self.stack.last(), Some(Frame { content: Content::Map { key: None, .. }, .. }))
+        matches!(
+            self.stack.last(),
+            Some(Frame {
+                content: Content::Map { key: None, .. },
+                ..
+            })
+        )
     }
 
     fn key(&mut self, text: String, span: Span, merge: bool) -> Step {
         if text.is_empty() {
             self.map.report(span, "yaml-key", "an empty key", "", None);
         }
-        if let Some(Frame { content: Content::Map { key, .. }, .. }) = self.stack.last_mut() {
+        if let Some(Frame {
+            content: Content::Map { key, .. },
+            ..
+        }) = self.stack.last_mut()
+        {
             *key = Some(Key { text, span, merge });
         }
         Some(())
@@ -283,7 +361,12 @@ impl Reader<'_> {
 
     fn alias(&mut self, id: usize, span: Span) -> Step {
         let Some(node) = self.anchors.get(&id) else {
-            return self.stop(span, "yaml-alias", "the alias stands inside its own anchor", None);
+            return self.stop(
+                span,
+                "yaml-alias",
+                "the alias stands inside its own anchor",
+                None,
+            );
         };
         let mut size = Size::default();
         size.add(node, 1);
@@ -318,16 +401,25 @@ impl Reader<'_> {
         };
         match &mut frame.content {
             Content::List(items) => items.push(node),
-            Content::Map { entries, key, merges } => {
+            Content::Map {
+                entries,
+                key,
+                merges,
+            } => {
                 // The parser gives keys and values in turn.
-                let Some(key) = key.take() else { return Some(()) };
+                let Some(key) = key.take() else {
+                    return Some(());
+                };
                 if key.merge {
                     merges.push(node);
                     return Some(());
                 }
                 match entries.entry(key.text) {
                     Slot::Vacant(slot) => {
-                        slot.insert(Entry { key: key.span, value: node });
+                        slot.insert(Entry {
+                            key: key.span,
+                            value: node,
+                        });
                     }
                     Slot::Occupied(slot) => {
                         let name = slot.key().clone();
@@ -347,7 +439,10 @@ impl Reader<'_> {
             "duplicate-key",
             format!("the key `{name}` stands here a second time"),
             "second",
-            Some(format!("the first is at {}:{line}:{column}; keep one", path.display())),
+            Some(format!(
+                "the first is at {}:{line}:{column}; keep one",
+                path.display()
+            )),
         );
     }
 }
@@ -390,7 +485,9 @@ struct Offsets {
 impl Offsets {
     fn new(text: &str) -> Self {
         let table = || text.char_indices().map(|(i, _)| i as u32).collect();
-        Self { table: (!text.is_ascii()).then(table) }
+        Self {
+            table: (!text.is_ascii()).then(table),
+        }
     }
 
     fn byte(&self, index: usize, len: usize) -> usize {

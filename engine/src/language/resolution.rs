@@ -19,8 +19,10 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> V
         forbid(map, params);
     }
     let params = root.get("params").map_or_else(|| json!({}), Node::to_value);
-    let mut scope =
-        Scope { context: json!({ "params": params, "run": { "name": name } }), items: None };
+    let mut scope = Scope {
+        context: json!({ "params": params, "run": { "name": name } }),
+        items: None,
+    };
     for section in ["models", "programs"] {
         if let Some(node) = root.as_map_mut().and_then(|m| m.get_mut(section)) {
             fill(map, &mut node.value, &scope, false);
@@ -31,7 +33,11 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> V
         context.insert("models".into(), models);
     }
     let steps = root.as_map_mut().and_then(|m| m.get_mut("steps"));
-    for (_, step) in steps.and_then(|s| s.value.as_map_mut()).into_iter().flatten() {
+    for (_, step) in steps
+        .and_then(|s| s.value.as_map_mut())
+        .into_iter()
+        .flatten()
+    {
         resolve_step(map, &mut step.value, &mut scope);
     }
     scope.context
@@ -39,7 +45,9 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> V
 
 fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
     let items = variables(step);
-    let Some(fields) = step.as_map_mut() else { return };
+    let Some(fields) = step.as_map_mut() else {
+        return;
+    };
     for (name, field) in fields {
         let (sees_item, escapes) = match name.as_str() {
             "with" | "env" | "run" | "publish" => (true, true),
@@ -64,7 +72,13 @@ fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
 /// The names of the `foreach` variables of a step that has some.
 fn variables(step: &Node) -> Option<Vec<String>> {
     let foreach = step.get("foreach")?.as_map()?;
-    Some(foreach.keys().filter(|k| *k != MAX_PARALLEL).cloned().collect())
+    Some(
+        foreach
+            .keys()
+            .filter(|k| *k != MAX_PARALLEL)
+            .cloned()
+            .collect(),
+    )
 }
 
 /// Replaces each text that holds expressions. `escapes`: the result is read once more, per item.
@@ -78,9 +92,13 @@ fn fill(map: &mut SourceMap, node: &mut Node, scope: &Scope, escapes: bool) {
             Ok(Resolved::Waits(text)) => node.data = Data::Text(text),
             Err(error) => report(map, node.span, &error),
         },
-        Data::List(items) => items.iter_mut().for_each(|item| fill(map, item, scope, escapes)),
+        Data::List(items) => items
+            .iter_mut()
+            .for_each(|item| fill(map, item, scope, escapes)),
         Data::Map(entries) => {
-            entries.values_mut().for_each(|e| fill(map, &mut e.value, scope, escapes));
+            entries
+                .values_mut()
+                .for_each(|e| fill(map, &mut e.value, scope, escapes));
         }
         _ => {}
     }
@@ -98,14 +116,26 @@ fn escaped(value: Value) -> Value {
 /// Notes a mistake in the text at `span`.
 pub(crate) fn report(map: &mut SourceMap, span: Span, error: &ExprError) {
     let place = map.narrow(span, error.skip, &error.snippet);
-    map.report(place, error.code, error.message.clone(), "", error.help.clone());
+    map.report(
+        place,
+        error.code,
+        error.message.clone(),
+        "",
+        error.help.clone(),
+    );
 }
 
 fn forbid(map: &mut SourceMap, node: &Node) {
     match &node.data {
         Data::Text(text) if has_expression(text) => {
             let help = "put the expression where the param is used".to_owned();
-            map.report(node.span, "expression", "a param is a plain value", "", Some(help));
+            map.report(
+                node.span,
+                "expression",
+                "a param is a plain value",
+                "",
+                Some(help),
+            );
         }
         Data::List(items) => items.iter().for_each(|item| forbid(map, item)),
         Data::Map(entries) => entries.values().for_each(|e| forbid(map, &e.value)),

@@ -34,7 +34,9 @@ pub(crate) fn plain(text: &str) -> Result<Data, String> {
         return Ok(Data::Text(text.into()));
     }
     let number = text.parse::<f64>().ok().and_then(Number::from_f64);
-    number.map(Data::Number).ok_or_else(|| format!("`{text}` is not a finite number"))
+    number
+        .map(Data::Number)
+        .ok_or_else(|| format!("`{text}` is not a finite number"))
 }
 
 /// None: not a whole number. Some(None): one that does not fit into 64 bits.
@@ -52,7 +54,9 @@ fn integer(text: &str, unsigned: &str) -> Option<Option<Number>> {
     if radix == 10 && digits.len() > 1 && digits.starts_with('0') {
         return None;
     }
-    let Ok(size) = u64::from_str_radix(digits, radix) else { return Some(None) };
+    let Ok(size) = u64::from_str_radix(digits, radix) else {
+        return Some(None);
+    };
     Some(if negative {
         0_i64.checked_sub_unsigned(size).map(Number::from)
     } else {
@@ -85,9 +89,13 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let mut rest = text;
     let mut total = Duration::ZERO;
     while !rest.is_empty() {
-        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
+        let end = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .ok_or_else(wrong)?;
         let (number, tail) = rest.split_at(end);
-        let unit_end = tail.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(tail.len());
+        let unit_end = tail
+            .find(|c: char| !c.is_ascii_alphabetic())
+            .unwrap_or(tail.len());
         let (unit, tail) = tail.split_at(unit_end);
         let seconds = match unit {
             "ms" => 0.001,
@@ -102,7 +110,11 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         total = total.checked_add(part).ok_or_else(wrong)?;
         rest = tail;
     }
-    if total.is_zero() { Err(wrong()) } else { Ok(total) }
+    if total.is_zero() {
+        Err(wrong())
+    } else {
+        Ok(total)
+    }
 }
 
 /// A size in bytes: `512MB`, `4GB` (powers of 1000), `4GiB` (powers of 1024).
@@ -111,7 +123,9 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 /// Text in another form.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is not a size");
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
+    let end = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .ok_or_else(wrong)?;
     let (number, unit) = text.split_at(end);
     let unit: u64 = match unit.trim_start() {
         "B" => 1,
@@ -127,7 +141,11 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     };
     let number: f64 = number.parse().map_err(|_| wrong())?;
     let size = number * unit as f64;
-    if size < 1.0 || size >= 2_f64.powi(63) { Err(wrong()) } else { Ok(size as u64) }
+    if size < 1.0 || size >= 2_f64.powi(63) {
+        Err(wrong())
+    } else {
+        Ok(size as u64)
+    }
 }
 
 #[cfg(test)]
@@ -141,7 +159,17 @@ mod tests {
         assert_eq!(duration("1h30m").unwrap(), Duration::from_secs(5400));
         assert_eq!(duration("500ms").unwrap(), Duration::from_millis(500));
         assert_eq!(duration("1.5m").unwrap(), Duration::from_secs(90));
-        for wrong in ["", "2", "s", "2x", "-2s", "2 s", "0s", "1e99d", "99999999999999999999d"] {
+        for wrong in [
+            "",
+            "2",
+            "s",
+            "2x",
+            "-2s",
+            "2 s",
+            "0s",
+            "1e99d",
+            "99999999999999999999d",
+        ] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
         assert_eq!(bytes("4GB").unwrap(), 4_000_000_000);
@@ -154,10 +182,23 @@ mod tests {
 
     #[test]
     fn numbers_that_cannot_be_held() {
-        for wrong in ["99999999999999999999", "-9223372036854775809", ".inf", "-.inf", ".nan", "1e999"] {
+        for wrong in [
+            "99999999999999999999",
+            "-9223372036854775809",
+            ".inf",
+            "-.inf",
+            ".nan",
+            "1e999",
+        ] {
             assert!(plain(wrong).is_err(), "{wrong}");
         }
-        assert_eq!(plain("-9223372036854775808"), Ok(Data::Number(i64::MIN.into())));
-        assert_eq!(plain("18446744073709551615"), Ok(Data::Number(u64::MAX.into())));
+        assert_eq!(
+            plain("-9223372036854775808"),
+            Ok(Data::Number(i64::MIN.into()))
+        );
+        assert_eq!(
+            plain("18446744073709551615"),
+            Ok(Data::Number(u64::MAX.into()))
+        );
     }
 }

@@ -58,10 +58,15 @@ pub fn pipeline_schema(vocabulary: &Vocabulary) -> Value {
     );
     let table = |of: &str| json!({ "type": "object", "additionalProperties": { "$ref": of } });
     if let Some(properties) = root.get_mut("properties").and_then(Value::as_object_mut) {
-        for (name, of) in
-            [("models", "#/$defs/model"), ("programs", "#/$defs/program"), ("steps", "#/$defs/step")]
-        {
-            let about = properties.get(name).and_then(|p| p.get("description")).cloned();
+        for (name, of) in [
+            ("models", "#/$defs/model"),
+            ("programs", "#/$defs/program"),
+            ("steps", "#/$defs/step"),
+        ] {
+            let about = properties
+                .get(name)
+                .and_then(|p| p.get("description"))
+                .cloned();
             let mut schema = table(of);
             if let (Some(about), Some(schema)) = (about, schema.as_object_mut()) {
                 schema.insert("description".into(), about);
@@ -93,7 +98,12 @@ pub fn step_schema(step: &dyn Step) -> Value {
 }
 
 fn kinds(vocabulary: &Vocabulary) -> Vec<Value> {
-    vocabulary.steps.keys().map(|k| json!(k)).chain([Value::Null]).collect()
+    vocabulary
+        .steps
+        .keys()
+        .map(|k| json!(k))
+        .chain([Value::Null])
+        .collect()
 }
 
 fn ports(step: &dyn Step) -> Map<String, Value> {
@@ -101,7 +111,10 @@ fn ports(step: &dyn Step) -> Map<String, Value> {
         let list = if port.many { "list of " } else { "" };
         json!({ "description": format!("{} ({list}`{}`)", port.about, port.ty) })
     };
-    step.inputs().iter().map(|p| (p.name.clone(), port(p))).collect()
+    step.inputs()
+        .iter()
+        .map(|p| (p.name.clone(), port(p)))
+        .collect()
 }
 
 /// Puts a schema among the definitions, its own definitions beside it under longer names.
@@ -145,7 +158,9 @@ fn rename(schema: &mut Value, name: &str) {
 
 /// Lets an expression stand wherever a value of another type than text is asked for.
 fn allow_expressions(schema: &mut Value) {
-    let Some(map) = schema.as_object_mut() else { return };
+    let Some(map) = schema.as_object_mut() else {
+        return;
+    };
     for key in ["properties", "additionalProperties", "items"] {
         match map.get_mut(key) {
             Some(Value::Object(inner)) if key == "properties" => {
@@ -176,8 +191,19 @@ fn allow_here(schema: &mut Value) {
 }
 
 fn takes_any_text(schema: &Value) -> bool {
-    let Some(map) = schema.as_object() else { return true };
-    let limits = ["enum", "pattern", "format", "minLength", "maxLength", "$ref", "oneOf", "anyOf"];
+    let Some(map) = schema.as_object() else {
+        return true;
+    };
+    let limits = [
+        "enum",
+        "pattern",
+        "format",
+        "minLength",
+        "maxLength",
+        "$ref",
+        "oneOf",
+        "anyOf",
+    ];
     if limits.iter().any(|key| map.contains_key(*key)) {
         return false;
     }

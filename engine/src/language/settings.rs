@@ -63,7 +63,10 @@ pub(crate) fn read<'a>(
 
 /// The text of a condition without its `${{ }}`.
 fn bare(text: &str) -> &str {
-    let inner = text.trim().strip_prefix("${{").and_then(|t| t.strip_suffix("}}"));
+    let inner = text
+        .trim()
+        .strip_prefix("${{")
+        .and_then(|t| t.strip_suffix("}}"));
     inner.unwrap_or(text).trim()
 }
 
@@ -85,7 +88,9 @@ fn duration(
 }
 
 fn memory(map: &mut SourceMap, draft: &Draft<'_>, text: Option<&str>) -> u64 {
-    let Some(text) = text.filter(|t| !has_expression(t)) else { return 0 };
+    let Some(text) = text.filter(|t| !has_expression(t)) else {
+        return 0;
+    };
     scalar::bytes(text).unwrap_or_else(|message| {
         let help = "write for example `512MB`, `4GB` or `4GiB`".to_owned();
         let at = draft.place(&["resources", "memory"]);
@@ -95,11 +100,19 @@ fn memory(map: &mut SourceMap, draft: &Draft<'_>, text: Option<&str>) -> u64 {
 }
 
 fn runner(map: &mut SourceMap, draft: &Draft<'_>) {
-    let Some(runner) = draft.spec.runner.as_deref() else { return };
+    let Some(runner) = draft.spec.runner.as_deref() else {
+        return;
+    };
     if runner != "inline" && !has_expression(runner) {
         let help = "the one runner is `inline`: leave the field out".to_owned();
         let message = format!("there is no runner `{runner}`");
-        map.report(draft.place(&["runner"]), "unknown-runner", message, "", Some(help));
+        map.report(
+            draft.place(&["runner"]),
+            "unknown-runner",
+            message,
+            "",
+            Some(help),
+        );
     }
 }
 
@@ -123,11 +136,18 @@ fn secrets(
 ) -> Vec<String> {
     let mut secrets: Vec<String> = Vec::new();
     for item in items(draft, "secrets") {
-        let Some(name) = item.as_text().filter(|t| !has_expression(t)) else { continue };
+        let Some(name) = item.as_text().filter(|t| !has_expression(t)) else {
+            continue;
+        };
         if !check_variable(map, name, item.span) {
             continue;
         }
-        if draft.spec.env.as_ref().is_some_and(|env| env.contains_key(name)) {
+        if draft
+            .spec
+            .env
+            .as_ref()
+            .is_some_and(|env| env.contains_key(name))
+        {
             let message = format!("`{name}` is in `env` too");
             map.report(item.span, "bad-name", message, "", None);
         } else if environment.get(name).is_none_or(String::is_empty) {
@@ -167,7 +187,13 @@ fn publish<'a>(
             let names = ports.iter().map(|p| p.name.as_str());
             let help = suggest::help(port, "its outputs", names);
             let message = format!("the step `{}` has no output `{port}`", draft.name);
-            map.report(draft.key_of(&["publish", port]), "unknown-output", message, "", help);
+            map.report(
+                draft.key_of(&["publish", port]),
+                "unknown-output",
+                message,
+                "",
+                help,
+            );
         }
         let at = draft.place(&["publish", port]);
         if has_expression(path) {
@@ -221,5 +247,9 @@ fn check_gate(text: &str) -> Result<String, ExprError> {
 }
 
 fn items<'a>(draft: &Draft<'a>, field: &str) -> &'a [Node] {
-    draft.node.get(field).and_then(Node::as_list).unwrap_or_default()
+    draft
+        .node
+        .get(field)
+        .and_then(Node::as_list)
+        .unwrap_or_default()
 }

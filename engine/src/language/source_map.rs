@@ -39,7 +39,9 @@ impl SourceMap {
     /// Adds a file; returns its number.
     pub(crate) fn add(&mut self, path: PathBuf, text: Arc<str>) -> u32 {
         let breaks = text.bytes().enumerate().filter(|(_, b)| *b == b'\n');
-        let lines = std::iter::once(0).chain(breaks.map(|(i, _)| i as u32 + 1)).collect();
+        let lines = std::iter::once(0)
+            .chain(breaks.map(|(i, _)| i as u32 + 1))
+            .collect();
         self.files.push(SourceFile { path, text, lines });
         (self.files.len() - 1) as u32
     }
@@ -57,9 +59,15 @@ impl SourceMap {
         let Some(file) = self.files.get(span.file as usize) else {
             return (PathBuf::new(), 1, 1);
         };
-        let line = file.lines.partition_point(|start| *start <= span.start).max(1);
+        let line = file
+            .lines
+            .partition_point(|start| *start <= span.start)
+            .max(1);
         let start = file.lines.get(line - 1).copied().unwrap_or(0);
-        let before = file.text.get(start as usize..span.start as usize).unwrap_or("");
+        let before = file
+            .text
+            .get(start as usize..span.start as usize)
+            .unwrap_or("");
         (file.path.clone(), line, before.chars().count() + 1)
     }
 
@@ -75,7 +83,10 @@ impl SourceMap {
         let (path, line, column) = self.position(span);
         let text = self.text(span);
         let len = text.find(['\n', '\r']).unwrap_or(text.len());
-        let source = self.files.get(span.file as usize).map_or(Arc::from(""), |f| f.text.clone());
+        let source = self
+            .files
+            .get(span.file as usize)
+            .map_or(Arc::from(""), |f| f.text.clone());
         let error = Diagnostic {
             file: path,
             line,
@@ -93,7 +104,10 @@ impl SourceMap {
 
     /// Notes a mistake that concerns a whole file.
     pub(crate) fn report_file(&mut self, error: Diagnostic) {
-        let span = Span { file: self.files.len() as u32, ..Span::default() };
+        let span = Span {
+            file: self.files.len() as u32,
+            ..Span::default()
+        };
         self.errors.push((span, error));
     }
 
@@ -105,7 +119,9 @@ impl SourceMap {
     /// True when a mistake within `span` was noted.
     pub(crate) fn has_error_in(&self, span: Span) -> bool {
         let within = |at: &Span| at.start >= span.start && at.end <= span.end;
-        self.errors.iter().any(|(at, _)| at.file == span.file && within(at))
+        self.errors
+            .iter()
+            .any(|(at, _)| at.file == span.file && within(at))
     }
 
     /// The mistakes in file order, each once.
@@ -132,7 +148,11 @@ impl SourceMap {
         match raw.get(from..).and_then(|tail| find_word(tail, snippet)) {
             Some(at) if !snippet.is_empty() => {
                 let start = span.start + (from + at) as u32;
-                Span { start, end: start + snippet.len() as u32, ..span }
+                Span {
+                    start,
+                    end: start + snippet.len() as u32,
+                    ..span
+                }
             }
             _ => span,
         }
@@ -145,7 +165,8 @@ fn find_word(text: &str, word: &str) -> Option<usize> {
     text.match_indices(word).map(|(at, _)| at).find(|at| {
         let before = text.get(..*at).and_then(|t| t.chars().next_back());
         let after = text.get(at + word.len()..).and_then(|t| t.chars().next());
-        !(word.starts_with(part) && before.is_some_and(part))
-            && !(word.ends_with(part) && after.is_some_and(part))
+        let continues_before = word.starts_with(part) && before.is_some_and(part);
+        let continues_after = word.ends_with(part) && after.is_some_and(part);
+        !continues_before && !continues_after
     })
 }

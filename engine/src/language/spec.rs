@@ -68,6 +68,7 @@ pub struct StepSpec {
     pub run: Option<String>,
     /// Input port to where it comes from: `step.output`, a list of them, or `{ file: path }`.
     #[serde(rename = "in")]
+    #[serde(default)]
     #[schemars(schema_with = "inputs_schema")]
     pub inputs: Option<BTreeMap<String, Value>>,
     /// Params of the step kind.
@@ -79,11 +80,13 @@ pub struct StepSpec {
     pub needs: Option<Vec<String>>,
     /// Fan-out: variable to the list it walks; several are walked in step.
     /// `max_parallel` bounds how many items run at once.
+    #[serde(default)]
     #[schemars(schema_with = "foreach_schema")]
     pub foreach: Option<BTreeMap<String, Value>>,
     /// Expression that must be true, else the step is skipped.
     pub when: Option<String>,
     /// Environment variables of the step; they are part of its key.
+    #[serde(default)]
     #[schemars(schema_with = "env_schema")]
     pub env: Option<BTreeMap<String, Value>>,
     /// Environment variables whose values never reach keys or logs.

@@ -16,7 +16,8 @@ pub(crate) fn nearest<'a>(
             let other = candidate.to_lowercase().replace('_', "-");
             let distance = strsim::damerau_levenshtein(&lower, &other);
             let longest = lower.chars().count().max(other.chars().count());
-            let extends = lower.len() >= 3 && (other.starts_with(&lower) || other.ends_with(&lower));
+            let extends =
+                lower.len() >= 3 && (other.starts_with(&lower) || other.ends_with(&lower));
             (distance <= (longest / 3).max(1) || extends).then_some((distance, candidate))
         })
         .min_by_key(|(distance, _)| *distance)
@@ -40,8 +41,12 @@ pub(crate) fn help<'a>(
 /// `a`, `b`, `c` and how many more.
 pub(crate) fn list(words: &[&str]) -> String {
     const SHOWN: usize = 12;
-    let mut text =
-        words.iter().take(SHOWN).map(|w| format!("`{w}`")).collect::<Vec<_>>().join(", ");
+    let mut text = words
+        .iter()
+        .take(SHOWN)
+        .map(|w| format!("`{w}`"))
+        .collect::<Vec<_>>()
+        .join(", ");
     if words.len() > SHOWN {
         text.push_str(&format!(" and {} more", words.len() - SHOWN));
     }
@@ -65,7 +70,10 @@ mod tests {
 
     #[test]
     fn lists_what_is_known() {
-        assert_eq!(help("zzz", "kinds", ["a", "b"]).as_deref(), Some("kinds: `a`, `b`"));
+        assert_eq!(
+            help("zzz", "kinds", ["a", "b"]).as_deref(),
+            Some("kinds: `a`, `b`")
+        );
         assert_eq!(help("zzz", "kinds", []), None);
     }
 }

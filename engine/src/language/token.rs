@@ -13,7 +13,9 @@ const MAX_LEN: usize = 1_000;
 const MAX_NESTING: usize = 6;
 /// The only functions that give the same at any time.
 const FUNCTIONS: [&str; 1] = ["range"];
-const KEYWORDS: [&str; 9] = ["true", "false", "True", "False", "and", "or", "not", "in", "is"];
+const KEYWORDS: [&str; 9] = [
+    "true", "false", "True", "False", "and", "or", "not", "in", "is",
+];
 
 /// What a token is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +98,10 @@ pub(crate) fn tokens(source: &str) -> Result<Vec<Token<'_>>, ExprError> {
         help: None,
     };
     if source.len() > MAX_LEN {
-        return Err(wrong("", &format!("an expression of more than {MAX_LEN} characters")));
+        return Err(wrong(
+            "",
+            &format!("an expression of more than {MAX_LEN} characters"),
+        ));
     }
     let mut tokens: Vec<Token<'_>> = Vec::new();
     let mut at = 0;
@@ -113,12 +118,15 @@ pub(crate) fn tokens(source: &str) -> Result<Vec<Token<'_>>, ExprError> {
                 Some(end) => (Kind::Text, end + 2),
                 None => return Err(wrong(rest, "a quote without its end")),
             },
-            'a'..='z' | 'A'..='Z' | '_' => {
-                (Kind::Word, while_(|c| c.is_ascii_alphanumeric() || c == '_'))
-            }
+            'a'..='z' | 'A'..='Z' | '_' => (
+                Kind::Word,
+                while_(|c| c.is_ascii_alphanumeric() || c == '_'),
+            ),
             '0'..='9' => {
                 // After a dot it is an index (`list.0.1`), else it may be a fraction.
-                let dotted = tokens.last().is_some_and(|t| t.text == "." && t.end() == at);
+                let dotted = tokens
+                    .last()
+                    .is_some_and(|t| t.text == "." && t.end() == at);
                 let len = if dotted {
                     while_(|c| c.is_ascii_alphanumeric() || c == '_')
                 } else {
@@ -134,7 +142,9 @@ pub(crate) fn tokens(source: &str) -> Result<Vec<Token<'_>>, ExprError> {
                 nesting = nesting.saturating_sub(1);
                 (Kind::Sign, 1)
             }
-            '+' | '-' | '*' | '/' | '<' | '>' | '=' | '!' | '~' | '|' | ',' | '.' => (Kind::Sign, 1),
+            '+' | '-' | '*' | '/' | '<' | '>' | '=' | '!' | '~' | '|' | ',' | '.' => {
+                (Kind::Sign, 1)
+            }
             // `%}` would end the tag.
             '%' if !rest.starts_with("%}") => (Kind::Sign, 1),
             other => {
@@ -145,12 +155,19 @@ pub(crate) fn tokens(source: &str) -> Result<Vec<Token<'_>>, ExprError> {
         if nesting > MAX_NESTING {
             return Err(wrong("", &format!("brackets more than {MAX_NESTING} deep")));
         }
-        tokens.push(Token { kind, text: &rest[..len], start: at });
+        tokens.push(Token {
+            kind,
+            text: &rest[..len],
+            start: at,
+        });
         at += len;
     }
     // A `-` at the end would join the end of the tag.
     if tokens.last().is_some_and(|t| t.text == "-") {
-        return Err(wrong(source, &format!("`{source}` is not a valid expression")));
+        return Err(wrong(
+            source,
+            &format!("`{source}` is not a valid expression"),
+        ));
     }
     Ok(tokens)
 }
@@ -171,8 +188,8 @@ pub(crate) fn references<'a>(
             i += 1;
             continue;
         }
-        let after_is = i > 0
-            && (sign(i - 1, "is") || (sign(i - 1, "not") && i > 1 && sign(i - 2, "is")));
+        let after_is =
+            i > 0 && (sign(i - 1, "is") || (sign(i - 1, "not") && i > 1 && sign(i - 2, "is")));
         // After a dot: the rest of a reference with a `[…]` in it.
         let named = after_is || (i > 0 && (sign(i - 1, "|") || sign(i - 1, ".")));
         let keyword_argument = sign(i + 1, "=") && !sign(i + 2, "=");

@@ -9,8 +9,12 @@ pub(crate) fn deref<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
     let mut schema = schema;
     // A bound instead of a visited set: a schema that refers to itself is useless.
     for _ in 0..16 {
-        let Some(reference) = schema.get("$ref").and_then(Value::as_str) else { break };
-        let Some(target) = reference.strip_prefix('#').and_then(|p| root.pointer(p)) else { break };
+        let Some(reference) = schema.get("$ref").and_then(Value::as_str) else {
+            break;
+        };
+        let Some(target) = reference.strip_prefix('#').and_then(|p| root.pointer(p)) else {
+            break;
+        };
         schema = target;
     }
     schema
@@ -18,8 +22,14 @@ pub(crate) fn deref<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
 
 /// The branches of `oneOf` or `anyOf`.
 pub(crate) fn branches<'a>(root: &'a Value, schema: &'a Value) -> Vec<&'a Value> {
-    let list = schema.get("oneOf").or_else(|| schema.get("anyOf")).and_then(Value::as_array);
-    list.into_iter().flatten().map(|branch| deref(root, branch)).collect()
+    let list = schema
+        .get("oneOf")
+        .or_else(|| schema.get("anyOf"))
+        .and_then(Value::as_array);
+    list.into_iter()
+        .flatten()
+        .map(|branch| deref(root, branch))
+        .collect()
 }
 
 /// How a branch is named.
@@ -50,7 +60,9 @@ pub(crate) fn tag_of(branch: &Value) -> Option<Tag> {
         .unwrap_or_default();
     let fixed = properties.iter().find_map(|(field, schema)| {
         let text = schema.get("const").and_then(Value::as_str)?;
-        required.contains(&field.as_str()).then(|| Tag::Field(field.clone(), text.to_owned()))
+        required
+            .contains(&field.as_str())
+            .then(|| Tag::Field(field.clone(), text.to_owned()))
     });
     let key = || match required.as_slice() {
         [only] if properties.len() == 1 => Some(Tag::Key((*only).to_owned())),
@@ -70,7 +82,9 @@ pub(crate) fn names(map: &Map<String, Value>, tag: &Tag) -> bool {
 /// The variant of `schema` that `value` names.
 pub(crate) fn named(root: &Value, schema: &Value, value: &Value) -> Option<Tag> {
     let map = value.as_object()?;
-    let tags = branches(root, deref(root, schema)).into_iter().filter_map(tag_of);
+    let tags = branches(root, deref(root, schema))
+        .into_iter()
+        .filter_map(tag_of);
     let mut found: Vec<Tag> = tags.filter(|tag| names(map, tag)).collect();
     if found.len() == 1 { found.pop() } else { None }
 }

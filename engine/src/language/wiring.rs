@@ -60,7 +60,13 @@ enum Item {
 
 /// Wires one step.
 pub(crate) fn wire(map: &mut SourceMap, drafts: &Drafts<'_>, step: &Draft<'_>) -> Wiring {
-    let mut wirer = Wirer { map, drafts, step, wiring: Wiring::default(), items: HashMap::new() };
+    let mut wirer = Wirer {
+        map,
+        drafts,
+        step,
+        wiring: Wiring::default(),
+        items: HashMap::new(),
+    };
     wirer.foreach();
     wirer.inputs();
     wirer.needs();
@@ -104,7 +110,13 @@ impl Wirer<'_, '_> {
             self.wiring.inputs.insert(name.clone(), sources);
         }
         for port in ports.iter().flatten().filter(|p| !p.optional) {
-            if self.step.node.get("in").and_then(|n| n.get(&port.name)).is_none() {
+            if self
+                .step
+                .node
+                .get("in")
+                .and_then(|n| n.get(&port.name))
+                .is_none()
+            {
                 self.missing(port);
             }
         }
@@ -114,12 +126,22 @@ impl Wirer<'_, '_> {
         let kind = self.step.spec.uses.as_deref().unwrap_or_default();
         let names = ports.iter().map(|p| p.name.as_str());
         let help = suggest::help(name, "inputs", names).or_else(|| Some("it takes none".into()));
-        self.report(at, "unknown-port", format!("`{kind}` has no input `{name}`"), help);
+        self.report(
+            at,
+            "unknown-port",
+            format!("`{kind}` has no input `{name}`"),
+            help,
+        );
     }
 
     fn missing(&mut self, port: &Port) {
         // `in` itself has a wrong shape: that was told already.
-        if self.step.node.get("in").is_some_and(|n| n.as_map().is_none() && n.data != Data::Null) {
+        if self
+            .step
+            .node
+            .get("in")
+            .is_some_and(|n| n.as_map().is_none() && n.data != Data::Null)
+        {
             return;
         }
         let kind = self.step.spec.uses.as_deref().unwrap_or_default();
@@ -142,8 +164,10 @@ impl Wirer<'_, '_> {
             return;
         }
         for supply in supplies.iter().filter(|s| s.many) {
-            let message =
-                format!("`{}` is a list, but `{}` takes one artifact", supply.shown, port.name);
+            let message = format!(
+                "`{}` is a list, but `{}` takes one artifact",
+                supply.shown, port.name
+            );
             let help = format!(
                 "run the step once for each: `foreach: {{ item: {} }}` and `{}: ${{{{ item.item }}}}`",
                 supply.shown, port.name
@@ -160,10 +184,14 @@ impl Wirer<'_, '_> {
             },
             _ => std::slice::from_ref(supply),
         };
-        let Some(wrong) = each.iter().find(|s| !fits(s.ty.as_deref(), port)) else { return };
+        let Some(wrong) = each.iter().find(|s| !fits(s.ty.as_deref(), port)) else {
+            return;
+        };
         let ty = wrong.ty.as_deref().unwrap_or_default();
-        let message =
-            format!("`{}` is `{ty}`, but the input `{}` takes `{}`", wrong.shown, port.name, port.ty);
+        let message = format!(
+            "`{}` is `{ty}`, but the input `{}` takes `{}`",
+            wrong.shown, port.name, port.ty
+        );
         let help = self.outputs_of_type(&port.ty);
         self.report(supply.span, "port-type", message, help);
     }
@@ -207,8 +235,13 @@ impl Wirer<'_, '_> {
         if self.map.has_error_in(span) {
             return None;
         }
-        let inner = text.trim().strip_prefix("${{").and_then(|t| t.strip_suffix("}}"));
-        let name = inner.and_then(|t| t.trim().strip_prefix("item.")).filter(|n| is_port_name(n));
+        let inner = text
+            .trim()
+            .strip_prefix("${{")
+            .and_then(|t| t.strip_suffix("}}"));
+        let name = inner
+            .and_then(|t| t.trim().strip_prefix("item."))
+            .filter(|n| is_port_name(n));
         let Some(name) = name else {
             let help = "write `${{ item.x }}` alone, or `step.output`".to_owned();
             let message = "an input takes a whole item, not a text made from it".to_owned();
@@ -222,7 +255,13 @@ impl Wirer<'_, '_> {
             return None;
         }
         let source = Source::Item(name.to_owned());
-        Some(Supply { source, span, shown: format!("item.{name}"), ty: None, many: false })
+        Some(Supply {
+            source,
+            span,
+            shown: format!("item.{name}"),
+            ty: None,
+            many: false,
+        })
     }
 
     /// `step.output`
@@ -238,13 +277,18 @@ impl Wirer<'_, '_> {
         self.wiring.waits_for.push((index, span));
         let draft = &self.drafts.list[index];
         let mut supply = Supply {
-            source: Source::Output { step: step.to_owned(), output: output.to_owned() },
+            source: Source::Output {
+                step: step.to_owned(),
+                output: output.to_owned(),
+            },
             span,
             shown: text.to_owned(),
             ty: None,
             many: draft.fans_out(),
         };
-        let Some(ports) = &draft.outputs else { return Some(supply) };
+        let Some(ports) = &draft.outputs else {
+            return Some(supply);
+        };
         let Some(port) = ports.iter().find(|p| p.name == output) else {
             let names: Vec<&str> = ports.iter().map(|p| p.name.as_str()).collect();
             let help = suggest::nearest(output, names.iter().copied())
@@ -263,15 +307,25 @@ impl Wirer<'_, '_> {
 
     fn unknown_step(&mut self, text: &str, step: &str, span: Span) {
         let steps: Vec<&str> = self.drafts.list.iter().map(|d| d.name).collect();
-        let output = text.split_once('.').map(|(_, output)| output).unwrap_or_default();
+        let output = text
+            .split_once('.')
+            .map(|(_, output)| output)
+            .unwrap_or_default();
         let help = if self.drafts.root.join(text).exists() || text.contains('/') {
-            Some(format!("for a file of the project write `{{ file: {text} }}`"))
+            Some(format!(
+                "for a file of the project write `{{ file: {text} }}`"
+            ))
         } else {
             suggest::nearest(step, steps.iter().copied())
                 .map(|best| format!("did you mean `{best}.{output}`?"))
                 .or_else(|| suggest::help(step, "steps", steps))
         };
-        self.report(span, "unknown-step", format!("there is no step `{step}`"), help);
+        self.report(
+            span,
+            "unknown-step",
+            format!("there is no step `{step}`"),
+            help,
+        );
     }
 
     /// A text without a dot.
@@ -305,7 +359,12 @@ impl Wirer<'_, '_> {
         }
         if path.is_empty() || !self.drafts.root.join(path).exists() {
             let help = format!("paths are relative to {}", shown_root(self.drafts.root));
-            self.report(file.span, "missing-file", format!("there is no file `{path}`"), Some(help));
+            self.report(
+                file.span,
+                "missing-file",
+                format!("there is no file `{path}`"),
+                Some(help),
+            );
             return None;
         }
         Some(Supply {
@@ -320,9 +379,14 @@ impl Wirer<'_, '_> {
     // ---- foreach
 
     fn foreach(&mut self) {
-        let Some(node) = self.step.node.get("foreach") else { return };
+        let Some(node) = self.step.node.get("foreach") else {
+            return;
+        };
         let Some(entries) = node.as_map() else { return };
-        let mut foreach = Foreach { vars: BTreeMap::new(), max_parallel: None };
+        let mut foreach = Foreach {
+            vars: BTreeMap::new(),
+            max_parallel: None,
+        };
         let mut lengths: Vec<(String, usize, Span)> = Vec::new();
         for (name, entry) in entries {
             if name == MAX_PARALLEL {
@@ -335,7 +399,9 @@ impl Wirer<'_, '_> {
                 let message = format!("`{name}` is not a name for a variable");
                 self.report(entry.key, "bad-name", message, Some(help));
             }
-            let Some(list) = self.foreach_list(name, &entry.value) else { continue };
+            let Some(list) = self.foreach_list(name, &entry.value) else {
+                continue;
+            };
             if let ForeachList::Values(values) = &list {
                 lengths.push((name.clone(), values.len(), entry.key));
             }
@@ -346,12 +412,18 @@ impl Wirer<'_, '_> {
         {
             let message = format!("`{name}` has {other} values, but `{first}` has {length}");
             let help = "several variables are walked in step, so their lists are equally long";
-            self.map.report(*at, "foreach-length", message, "", Some(help.to_owned()));
+            self.map
+                .report(*at, "foreach-length", message, "", Some(help.to_owned()));
         }
         if entries.keys().all(|k| k == MAX_PARALLEL) {
             let at = self.step.key_of(&["foreach"]);
             let help = "for example `foreach: { checkpoint: finetune.checkpoints }`".to_owned();
-            self.report(at, "foreach-empty", "`foreach` has no variable".into(), Some(help));
+            self.report(
+                at,
+                "foreach-empty",
+                "`foreach` has no variable".into(),
+                Some(help),
+            );
         }
         self.wiring.foreach = Some(foreach);
     }
@@ -412,7 +484,9 @@ impl Wirer<'_, '_> {
             match &item.data {
                 Data::Map(map) if map.len() == 1 && map.contains_key("file") => certain = true,
                 Data::Text(text) => {
-                    let Some((step, output)) = text.split_once('.') else { return false };
+                    let Some((step, output)) = text.split_once('.') else {
+                        return false;
+                    };
                     if !is_port_name(output) {
                         return false;
                     }
@@ -428,9 +502,16 @@ impl Wirer<'_, '_> {
     // ---- needs
 
     fn needs(&mut self) {
-        let list = self.step.node.get("needs").and_then(Node::as_list).unwrap_or_default();
+        let list = self
+            .step
+            .node
+            .get("needs")
+            .and_then(Node::as_list)
+            .unwrap_or_default();
         for item in list {
-            let Some(name) = item.as_text().filter(|t| !has_expression(t)) else { continue };
+            let Some(name) = item.as_text().filter(|t| !has_expression(t)) else {
+                continue;
+            };
             match self.drafts.by_name.get(name) {
                 Some(index) => {
                     self.wiring.waits_for.push((*index, item.span));
@@ -461,5 +542,9 @@ fn fits(ty: Option<&str>, port: &Port) -> bool {
 
 fn shown_root(root: &Path) -> String {
     let text = root.display().to_string();
-    if text.is_empty() { "the folder you are in".into() } else { format!("`{text}`") }
+    if text.is_empty() {
+        "the folder you are in".into()
+    } else {
+        format!("`{text}`")
+    }
 }

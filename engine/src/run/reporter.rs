@@ -1,7 +1,9 @@
 //! [`EventReporter`]: turns what a step reports into events and log lines.
 
+use std::fs::File;
 use std::io::Write;
-use std::sync::{Mutex, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -12,26 +14,44 @@ use crate::step::StepReporter;
 /// At most ten progress events a second for each step.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
+/// Hides the values of secrets.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Mask(Arc<Vec<String>>);
+
+impl Mask {
+    pub(super) fn new(values: impl IntoIterator<Item = String>) -> Self {
+        let mut values: Vec<String> = values.into_iter().filter(|v| !v.is_empty()).collect();
+        // A secret that holds another is hidden whole.
+        values.sort_by_key(|v| std::cmp::Reverse(v.len()));
+        values.dedup();
+        Self(Arc::new(values))
+    }
+
+    /// The text with every secret's value replaced.
+    pub(super) fn apply(&self, text: &str) -> String {
+        let mut text = text.to_owned();
+        for secret in self.0.iter() {
+            if text.contains(secret) {
+                text = text.replace(secret, "***");
+            }
+        }
+        text
+    }
+}
+
 /// One attempt's reporter.
 pub(super) struct EventReporter {
     pub(super) step: String,
     pub(super) events: UnboundedSender<RunEvent>,
-    pub(super) log: Mutex<Option<std::fs::File>>,
-    pub(super) last: Mutex<Option<Instant>>,
-    /// Values that must not be shown.
-    pub(super) secrets: Vec<String>,
+    pub(super) path: PathBuf,
+    /// The file at `path`, once there is something to say.
+    pub(super) log: Mutex<Option<File>>,
+    /// When progress was last told, and how far it was.
+    pub(super) last: Mutex<Option<(Instant, u64)>>,
+    pub(super) mask: Mask,
 }
 
 impl EventReporter {
-    /// The text with every secret's value replaced.
-    pub(super) fn mask(&self, text: &str) -> String {
-        let mut text = text.to_owned();
-        for secret in self.secrets.iter().filter(|s| !s.is_empty()) {
-            text = text.replace(secret, "***");
-        }
-        text
-    }
-
     fn send(&self, event: RunEvent) {
         // Nobody listens any more once the run is over.
         let _ = self.events.send(event);
@@ -41,36 +61,52 @@ impl EventReporter {
 impl StepReporter for EventReporter {
     fn progress(&self, done: u64, total: u64, unit: &str, text: &str) {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if done < total && last.is_some_and(|at| at.elapsed() < PROGRESS_EVERY) {
+        let soon = last.is_some_and(|(at, _)| at.elapsed() < PROGRESS_EVERY);
+        // The end of a phase is always told, once.
+        let ends = total > 0 && done == total && last.is_none_or(|(_, told)| told != done);
+        if soon && !ends {
             return;
         }
-        *last = Some(Instant::now());
+        *last = Some((Instant::now(), done));
+        drop(last);
         self.send(RunEvent::Progress {
             step: self.step.clone(),
             done,
             total,
             unit: unit.to_owned(),
-            text: self.mask(text),
+            text: self.mask.apply(text),
         });
     }
 
     fn warning(&self, text: &str) {
-        self.log(text);
+        self.log(&format!("warning: {text}"));
         self.send(RunEvent::Warning {
             step: Some(self.step.clone()),
-            text: self.mask(text),
+            text: self.mask.apply(text),
         });
     }
 
     fn log(&self, text: &str) {
-        if let Some(file) = self
-            .log
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_mut()
-        {
-            // A full disk shows itself when the step's outputs are stored.
-            let _ = writeln!(file, "{}", self.mask(text));
+        let line = format!("{}\n", self.mask.apply(text));
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if log.is_none() {
+            let options = File::options().create(true).append(true).open(&self.path);
+            *log = options.ok();
         }
+        if let Some(file) = log.as_mut() {
+            // A full disk shows itself when the step's outputs are stored.
+            let _ = file.write_all(line.as_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_longer_secret_is_hidden_whole() {
+        let mask = Mask::new(["key".to_owned(), "key-2".to_owned(), String::new()]);
+        assert_eq!(mask.apply("key-2, key, none"), "***, ***, none");
     }
 }

@@ -1,0 +1,416 @@
+//! [`expand`]: turns a step into its actions, once the outputs before it are
+//! known. A step without `foreach` has one action, without a label.
+//!
+//! Knows no cache: what it makes is a list of [`ActionRequest`]s.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use flowrun_cache::{Artifact, ListItem, OutputRecord, OutputValue};
+use serde_json::{Value, json};
+
+use crate::pipeline::{Action, Foreach, ForeachList, Pipeline, Source, StepNode};
+use crate::step::StepError;
+
+/// Characters of an item's value in its label.
+const LABEL: usize = 40;
+
+/// How expressions that need run-time values are evaluated. The engine's
+/// language half gives both.
+#[derive(Clone, Copy)]
+pub struct Expressions {
+    /// Fills `${{ … item … }}` in a value.
+    pub resolve_item: fn(&Value, &BTreeMap<String, Value>) -> Result<Value, String>,
+    /// Evaluates a condition over a context object.
+    pub eval_bool: fn(&str, &Value) -> Result<bool, String>,
+}
+
+impl std::fmt::Debug for Expressions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Expressions")
+    }
+}
+
+/// One action of a step, with everything resolved.
+#[derive(Clone)]
+pub(crate) struct ActionRequest {
+    /// `step`, or `step[label]`.
+    pub(crate) id: String,
+    /// Label within the fan-out.
+    pub(crate) label: Option<String>,
+    pub(crate) node: Arc<StepNode>,
+    pub(crate) params: Value,
+    pub(crate) key_params: Value,
+    pub(crate) env: BTreeMap<String, String>,
+    /// The shell command of a `run` step.
+    pub(crate) command: Option<String>,
+    /// Output port to a path in the project.
+    pub(crate) publish: BTreeMap<String, String>,
+    pub(crate) inputs: BTreeMap<String, PortInputs>,
+}
+
+/// The artifacts of one input port.
+#[derive(Clone, PartialEq)]
+pub(crate) struct PortInputs {
+    /// Several artifacts may come: they lie in a folder, however many there are.
+    pub(crate) list: bool,
+    pub(crate) entries: Vec<Entry>,
+}
+
+/// One artifact for an input port.
+#[derive(Clone, PartialEq)]
+pub(crate) enum Entry {
+    Artifact { artifact: Artifact, label: String },
+    File(PathBuf),
+}
+
+impl ActionRequest {
+    /// Would do the same work.
+    pub(crate) fn same_work(&self, other: &Self) -> bool {
+        self.id == other.id
+            && self.params == other.params
+            && self.key_params == other.key_params
+            && self.env == other.env
+            && self.command == other.command
+            && self.inputs == other.inputs
+    }
+}
+
+/// The kind of a step as users read it.
+pub(crate) fn kind_of(node: &StepNode) -> &str {
+    match &node.action {
+        Action::Uses(step) => step.kind(),
+        Action::Run(_) => "run",
+    }
+}
+
+/// The actions of a step, or `None` when its `when` is false. `output` gives
+/// the outputs of the steps before it.
+///
+/// # Errors
+/// Lists of different lengths, an expression that cannot be evaluated, two
+/// items that would publish to one path.
+pub(crate) fn expand(
+    pipeline: &Pipeline,
+    node: &Arc<StepNode>,
+    expressions: &Expressions,
+    output: impl Fn(&str, &str) -> Option<OutputRecord>,
+) -> Result<Option<Vec<ActionRequest>>, StepError> {
+    let expansion = Expansion {
+        pipeline,
+        node,
+        expressions,
+        output,
+    };
+    if !expansion.by_item() && !expansion.wanted(None)? {
+        return Ok(None);
+    }
+    let mut requests = Vec::new();
+    let mut ids = BTreeSet::new();
+    for binding in expansion.bindings()? {
+        if expansion.by_item() && !expansion.wanted(Some(&binding))? {
+            continue;
+        }
+        requests.push(expansion.request(&binding, &mut ids)?);
+    }
+    check_publish(node, &requests)?;
+    Ok(Some(requests))
+}
+
+/// The outputs of a fan-out: a list for each port, in the order of the items.
+/// An item's own list is put in its place, labels joined by `/`.
+pub(crate) fn gather(
+    node: &StepNode,
+    ends: &[(Option<&str>, &BTreeMap<String, OutputRecord>)],
+) -> BTreeMap<String, OutputRecord> {
+    let port = |name: &str, ty: &str| {
+        let mut list = Vec::new();
+        for (label, outputs) in ends {
+            let label = label.unwrap_or_default();
+            match outputs.get(name).map(|o| &o.value) {
+                Some(OutputValue::One(artifact)) => list.push(ListItem {
+                    label: label.to_owned(),
+                    artifact: artifact.clone(),
+                }),
+                Some(OutputValue::List(inner)) => list.extend(inner.iter().map(|i| ListItem {
+                    label: format!("{label}/{}", i.label),
+                    artifact: i.artifact.clone(),
+                })),
+                None => {}
+            }
+        }
+        OutputRecord {
+            ty: ty.to_owned(),
+            value: OutputValue::List(list),
+        }
+    };
+    let ports = node.outputs.iter();
+    ports
+        .map(|p| (p.name.clone(), port(&p.name, &p.ty)))
+        .collect()
+}
+
+/// What the `foreach` variables are in one item.
+type Binding = BTreeMap<String, Bound>;
+
+#[derive(Clone)]
+enum Bound {
+    Artifact { artifact: Artifact, label: String },
+    Value(Value),
+}
+
+struct Expansion<'a, F> {
+    pipeline: &'a Pipeline,
+    node: &'a Arc<StepNode>,
+    expressions: &'a Expressions,
+    output: F,
+}
+
+impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
+    /// `when` is asked for each item, not once.
+    fn by_item(&self) -> bool {
+        let names_item = |when: &String| {
+            when.split(|c: char| !c.is_alphanumeric() && c != '_')
+                .any(|word| word == "item")
+        };
+        self.node.foreach.is_some() && self.node.when.as_ref().is_some_and(names_item)
+    }
+
+    fn wanted(&self, binding: Option<&Binding>) -> Result<bool, StepError> {
+        let Some(when) = &self.node.when else {
+            return Ok(true);
+        };
+        let mut context = json!({
+            "params": self.pipeline.params,
+            "models": self.pipeline.models,
+            "run": { "pipeline": self.pipeline.name },
+        });
+        if let Some(binding) = binding {
+            context["item"] = json!(names(binding));
+        }
+        (self.expressions.eval_bool)(when, &context)
+            .map_err(|e| StepError::invalid(format!("`when` of `{}`: {e}", self.node.name)))
+    }
+
+    fn bindings(&self) -> Result<Vec<Binding>, StepError> {
+        match &self.node.foreach {
+            None => Ok(vec![Binding::new()]),
+            Some(foreach) => self.zip(foreach),
+        }
+    }
+
+    fn zip(&self, foreach: &Foreach) -> Result<Vec<Binding>, StepError> {
+        let mut lists: Vec<(&String, Vec<Bound>)> = Vec::new();
+        for (var, list) in &foreach.vars {
+            let values = match list {
+                ForeachList::Values(values) => values.iter().cloned().map(Bound::Value).collect(),
+                ForeachList::Artifacts(sources) => self
+                    .elements(sources)?
+                    .into_iter()
+                    .map(|(artifact, label)| Bound::Artifact { artifact, label })
+                    .collect(),
+            };
+            lists.push((var, values));
+        }
+        let lengths: BTreeSet<usize> = lists.iter().map(|(_, l)| l.len()).collect();
+        if lengths.len() > 1 {
+            let sizes: Vec<String> = lists
+                .iter()
+                .map(|(var, l)| format!("`{var}` has {}", l.len()))
+                .collect();
+            return Err(StepError::invalid(format!(
+                "`{}` walks lists of different lengths: {}",
+                self.node.name,
+                sizes.join(", ")
+            ))
+            .help("the variables of one `foreach` are walked in step, so their lists must be of equal length"));
+        }
+        let len = lengths.first().copied().unwrap_or(0);
+        let binding = |i: usize| {
+            lists
+                .iter()
+                .map(|(var, l)| ((*var).clone(), l[i].clone()))
+                .collect()
+        };
+        Ok((0..len).map(binding).collect())
+    }
+
+    fn elements(&self, sources: &[Source]) -> Result<Vec<(Artifact, String)>, StepError> {
+        let mut all = Vec::new();
+        for source in sources {
+            let Source::Output { step, output } = source else {
+                let text = format!("`{}` can walk outputs of steps only", self.node.name);
+                return Err(StepError::invalid(text));
+            };
+            match self.record(step, output)?.value {
+                OutputValue::One(artifact) => all.push((artifact, output.clone())),
+                OutputValue::List(items) => {
+                    all.extend(items.into_iter().map(|i| (i.artifact, i.label)));
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    fn record(&self, step: &str, port: &str) -> Result<OutputRecord, StepError> {
+        (self.output)(step, port).ok_or_else(|| {
+            let text = format!(
+                "`{}` needs `{step}.{port}`, which was not made",
+                self.node.name
+            );
+            StepError::invalid(text)
+        })
+    }
+
+    fn request(
+        &self,
+        binding: &Binding,
+        ids: &mut BTreeSet<String>,
+    ) -> Result<ActionRequest, StepError> {
+        let node = self.node;
+        let names = names(binding);
+        let resolve = |value: &Value| {
+            if binding.is_empty() {
+                return Ok(value.clone());
+            }
+            (self.expressions.resolve_item)(value, &names)
+                .map_err(|e| StepError::invalid(format!("`{}`: {e}", node.name)))
+        };
+        let resolve_text = |text: &String| {
+            resolve(&Value::String(text.clone())).map(|value| match value {
+                Value::String(text) => text,
+                other => other.to_string(),
+            })
+        };
+        let resolve_map = |map: &BTreeMap<String, String>| {
+            map.iter()
+                .map(|(name, text)| Ok((name.clone(), resolve_text(text)?)))
+                .collect::<Result<BTreeMap<_, _>, StepError>>()
+        };
+        let inputs = node
+            .inputs
+            .iter()
+            .map(|(port, sources)| Ok((port.clone(), self.port(port, sources, binding)?)))
+            .collect::<Result<_, StepError>>()?;
+        let label = self.label(binding, ids);
+        Ok(ActionRequest {
+            id: match &label {
+                Some(label) => format!("{}[{label}]", node.name),
+                None => node.name.clone(),
+            },
+            label,
+            node: Arc::clone(node),
+            params: resolve(&node.params)?,
+            key_params: resolve(&node.key_params)?,
+            env: resolve_map(&node.env)?,
+            command: match &node.action {
+                Action::Run(command) => Some(resolve_text(command)?),
+                Action::Uses(_) => None,
+            },
+            publish: resolve_map(&node.publish)?,
+            inputs,
+        })
+    }
+
+    fn port(
+        &self,
+        port: &str,
+        sources: &[Source],
+        binding: &Binding,
+    ) -> Result<PortInputs, StepError> {
+        let mut list = sources.len() > 1;
+        if let Action::Uses(step) = &self.node.action {
+            list = step.inputs().iter().any(|p| p.name == port && p.many);
+        }
+        let mut entries = Vec::new();
+        for source in sources {
+            match source {
+                Source::File(path) => entries.push(Entry::File(path.clone())),
+                Source::Item(var) => match binding.get(var).cloned() {
+                    Some(Bound::Artifact { artifact, label }) => {
+                        entries.push(Entry::Artifact { artifact, label });
+                    }
+                    _ => {
+                        return Err(StepError::invalid(format!(
+                            "input `{port}` of `{}` needs an artifact, but `item.{var}` is a value",
+                            self.node.name
+                        )));
+                    }
+                },
+                Source::Output { step, output } => {
+                    if matches!(self.record(step, output)?.value, OutputValue::List(_)) {
+                        list = true;
+                    }
+                    let elements = self.elements(std::slice::from_ref(source))?;
+                    entries.extend(
+                        elements
+                            .into_iter()
+                            .map(|(artifact, label)| Entry::Artifact { artifact, label }),
+                    );
+                }
+            }
+        }
+        Ok(PortInputs { list, entries })
+    }
+
+    /// The label of an item: of its first artifact, else its first value;
+    /// numbered when an item before it has the same.
+    fn label(&self, binding: &Binding, taken: &mut BTreeSet<String>) -> Option<String> {
+        self.node.foreach.as_ref()?;
+        let artifact = binding.values().find_map(|b| match b {
+            Bound::Artifact { label, .. } => Some(label.clone()),
+            Bound::Value(_) => None,
+        });
+        let text = artifact
+            .or_else(|| binding.values().next().map(|b| text(&b.value())))
+            .unwrap_or_default();
+        let text: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut label: String = text.chars().take(LABEL).collect();
+        if label.len() < text.len() {
+            label.push('…');
+        }
+        let base = label.clone();
+        let mut n = 1;
+        while !taken.insert(label.clone()) {
+            n += 1;
+            label = format!("{base}#{n}");
+        }
+        Some(label)
+    }
+}
+
+impl Bound {
+    fn value(&self) -> Value {
+        match self {
+            Self::Artifact { label, .. } => Value::String(label.clone()),
+            Self::Value(value) => value.clone(),
+        }
+    }
+}
+
+/// What expressions see as `item`: values as they are, artifacts by label.
+fn names(binding: &Binding) -> BTreeMap<String, Value> {
+    binding
+        .iter()
+        .map(|(var, bound)| (var.clone(), bound.value()))
+        .collect()
+}
+
+fn text(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn check_publish(node: &StepNode, requests: &[ActionRequest]) -> Result<(), StepError> {
+    let mut paths = BTreeSet::new();
+    for path in requests.iter().flat_map(|r| r.publish.values()) {
+        if !paths.insert(path) {
+            let text = format!("`{}` would publish twice to `{path}`", node.name);
+            return Err(StepError::invalid(text)
+                .help("name the item in the path, for example `results/${{ item.x }}.json`"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! [`Lookup`]: gives an action its key and finds its result. Planning and
+//! running share it, so that what a plan says is what a run does.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::expansion::{ActionRequest, Entry, kind_of};
+use crate::manifest::{ActionManifest, InputKey, MANIFEST_VERSION, file_words};
+use crate::pipeline::Action;
+use crate::step::{StepError, World};
+use flowrun_cache::{
+    ActionCache, ActionKey, ActionResult, Artifact, ArtifactKind, ArtifactStore, Cache, CacheError,
+    CacheReader, Digest,
+};
+
+/// Version of how `run` steps are run. Raised when the same command may give other bytes.
+const RUN_VERSION: u32 = 1;
+
+/// Where keys and results come from.
+pub(crate) struct Lookup {
+    pub(crate) root: PathBuf,
+    pub(crate) world: World,
+    store: ArtifactStore,
+    actions: ActionCache,
+    /// The cache, when it is held: project files are then stored while they are hashed.
+    held: Option<Arc<Cache>>,
+}
+
+/// An action with its inputs' digests and its key.
+pub(crate) struct Keyed {
+    pub(crate) inputs: BTreeMap<String, Inputs>,
+    pub(crate) manifest: ActionManifest,
+    pub(crate) key: ActionKey,
+}
+
+/// The artifacts of one port, with their labels.
+pub(crate) struct Inputs {
+    pub(crate) list: bool,
+    pub(crate) entries: Vec<(Artifact, String)>,
+}
+
+/// What the cache has under a key.
+pub(crate) enum Found {
+    /// A result with all its objects.
+    Whole(Box<ActionResult>),
+    /// A result, but objects of it are missing or cut short.
+    Broken,
+    /// Nothing.
+    Nothing,
+}
+
+impl Lookup {
+    /// For a run.
+    pub(crate) fn holding(root: &Path, world: World, cache: &Arc<Cache>) -> Self {
+        Self {
+            root: root.to_owned(),
+            world,
+            store: cache.store().clone(),
+            actions: cache.actions().clone(),
+            held: Some(Arc::clone(cache)),
+        }
+    }
+
+    /// For a plan: nothing is written.
+    pub(crate) fn reading(root: &Path, world: World, cache: &CacheReader) -> Self {
+        Self {
+            root: root.to_owned(),
+            world,
+            store: cache.store().clone(),
+            actions: cache.actions().clone(),
+            held: None,
+        }
+    }
+
+    /// The key of an action.
+    ///
+    /// # Errors
+    /// When an input file cannot be read, or the world makes the step impossible.
+    pub(crate) fn key(&self, request: &ActionRequest) -> Result<Keyed, StepError> {
+        let node = &request.node;
+        let inputs = self.inputs(request)?;
+        let (kind_version, observed, sees_labels) = match &node.action {
+            Action::Uses(step) => (
+                step.version(),
+                step.observe(&request.params, &self.world)?,
+                true,
+            ),
+            Action::Run(_) => (RUN_VERSION, BTreeMap::new(), false),
+        };
+        let key_of = |inputs: &Inputs| {
+            let seen = sees_labels || inputs.list;
+            let entries = inputs.entries.iter();
+            entries
+                .map(|(artifact, label)| InputKey {
+                    digest: artifact.digest,
+                    label: seen.then(|| label.clone()),
+                })
+                .collect()
+        };
+        let manifest = ActionManifest {
+            version: MANIFEST_VERSION,
+            kind: kind_of(node).to_owned(),
+            kind_version,
+            params: request.key_params.clone(),
+            inputs: inputs
+                .iter()
+                .map(|(port, inputs)| (port.clone(), key_of(inputs)))
+                .collect(),
+            observed,
+            env: request.env.clone(),
+            command: request.command.clone(),
+            files: self.named_files(request.command.as_deref())?,
+            out_paths: node.out_paths.clone(),
+        };
+        Ok(Keyed {
+            inputs,
+            key: manifest.key(),
+            manifest,
+        })
+    }
+
+    /// What the cache has for the action. Nothing is hashed but tree objects.
+    pub(crate) fn find(&self, request: &ActionRequest, key: &ActionKey) -> Found {
+        let Some(result) = self.actions.get(key) else {
+            return Found::Nothing;
+        };
+        let ports = &request.node.outputs;
+        let complete = ports
+            .iter()
+            .all(|port| port.optional || result.outputs.contains_key(&port.name));
+        let mut artifacts = result.outputs.values().flat_map(|o| o.value.artifacts());
+        let whole = complete && artifacts.all(|artifact| self.store.contains(artifact));
+        drop(artifacts);
+        if whole {
+            Found::Whole(Box::new(result))
+        } else {
+            Found::Broken
+        }
+    }
+
+    fn inputs(&self, request: &ActionRequest) -> Result<BTreeMap<String, Inputs>, StepError> {
+        let mut all = BTreeMap::new();
+        for (port, given) in &request.inputs {
+            let mut entries = Vec::with_capacity(given.entries.len());
+            for entry in &given.entries {
+                entries.push(match entry {
+                    Entry::Artifact { artifact, label } => (artifact.clone(), label.clone()),
+                    Entry::File(path) => {
+                        let artifact = self.file(path).map_err(|e| {
+                            let id = &request.id;
+                            StepError::invalid(format!("input `{port}` of `{id}`: {e}"))
+                        })?;
+                        (artifact, port.clone())
+                    }
+                });
+            }
+            let list = given.list;
+            all.insert(port.clone(), Inputs { list, entries });
+        }
+        Ok(all)
+    }
+
+    /// The address of a project file or folder, stored when the cache is held.
+    fn file(&self, path: &Path) -> Result<Artifact, CacheError> {
+        let path = self.root.join(path);
+        let Some(cache) = &self.held else {
+            return ArtifactStore::address_of(&path);
+        };
+        let meta = std::fs::metadata(&path).map_err(|e| CacheError::io(&path, e))?;
+        if meta.is_file() {
+            let digest = cache.index().file_digest(&path);
+            let known = Artifact {
+                digest: digest.map_err(|e| CacheError::io(&path, e))?,
+                kind: ArtifactKind::File,
+                size: meta.len(),
+            };
+            if self.store.contains(&known) {
+                return Ok(known);
+            }
+        }
+        self.store.put_path(&path)
+    }
+
+    fn named_files(&self, command: Option<&str>) -> Result<BTreeMap<String, Digest>, StepError> {
+        let mut files = BTreeMap::new();
+        for word in file_words(command.unwrap_or_default()) {
+            let path = self.root.join(word);
+            if path.is_file() {
+                let digest = self.digest(&path).map_err(|e| StepError::io(&path, &e))?;
+                files.insert(word.to_owned(), digest);
+            }
+        }
+        Ok(files)
+    }
+
+    fn digest(&self, path: &Path) -> std::io::Result<Digest> {
+        match &self.held {
+            Some(cache) => cache.index().file_digest(path),
+            None => Digest::of_file(path),
+        }
+    }
+
+    /// What lies at `path` is this artifact, byte for byte.
+    pub(crate) fn is_at(&self, artifact: &Artifact, path: &Path) -> bool {
+        match artifact.kind {
+            ArtifactKind::File => {
+                std::fs::symlink_metadata(path)
+                    .is_ok_and(|m| m.is_file() && m.len() == artifact.size)
+                    && self.digest(path).is_ok_and(|d| d == artifact.digest)
+            }
+            ArtifactKind::Tree => {
+                path.is_dir() && ArtifactStore::address_of(path).is_ok_and(|a| a == *artifact)
+            }
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! [`plan`]: what a run would do, and why. Reads the cache without its lock,
+//! runs nothing and writes nothing.
+//!
+//! A step is known only when everything before it is fresh: behind a stale
+//! step it is pending, because that step may make the same bytes again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use flowrun_cache::{CacheReader, OutputRecord};
+use serde::Serialize;
+
+use crate::dag::{data_predecessors, predecessors};
+use crate::expansion::{ActionRequest, expand, gather, kind_of};
+use crate::history::History;
+use crate::lookup::{Found, Lookup};
+use crate::pipeline::{CachePolicy, Pipeline, StepNode};
+use crate::run::{RunError, RunOptions, Selection};
+use crate::step::World;
+use crate::why::{Cause, why};
+
+/// What a run would do, in topological order.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// The steps that take part.
+    pub steps: Vec<PlannedStep>,
+}
+
+/// One step of a plan.
+#[derive(Debug, Clone, Serialize)]
+pub struct PlannedStep {
+    /// Step name.
+    pub step: String,
+    /// Step kind; `run` for shell steps.
+    pub kind: String,
+    /// Its items by id, where they are known. A step without `foreach` has one.
+    pub items: Vec<PlannedItem>,
+    /// Fresh when all items are; stale when one is.
+    pub status: PlanStatus,
+}
+
+/// One action of a planned step.
+#[derive(Debug, Clone, Serialize)]
+pub struct PlannedItem {
+    /// Step id: `evaluate[epoch-2]`.
+    pub id: String,
+    /// Action key, hex; empty when it cannot be known.
+    pub key: String,
+    /// Whether it would run.
+    pub status: PlanStatus,
+}
+
+/// Whether something would run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "status", rename_all = "kebab-case")]
+pub enum PlanStatus {
+    /// Its result is in the cache.
+    Fresh,
+    /// It would run.
+    Stale {
+        /// Why.
+        why: String,
+    },
+    /// Not known until the steps before it ran.
+    Pending {
+        /// Which they are.
+        why: String,
+    },
+    /// It would not run: its `when` is false, or it needs a step that would not run.
+    Skipped {
+        /// Why.
+        why: String,
+    },
+}
+
+impl Plan {
+    /// A step by its name, or by the id of one of its items.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&PlannedStep> {
+        let by_name = self.steps.iter().find(|s| s.step == name);
+        by_name.or_else(|| {
+            let has_item = |s: &&PlannedStep| s.items.iter().any(|i| i.id == name);
+            self.steps.iter().find(has_item)
+        })
+    }
+
+    /// Nothing would run.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.steps
+            .iter()
+            .all(|s| matches!(s.status, PlanStatus::Fresh | PlanStatus::Skipped { .. }))
+    }
+}
+
+/// Plans a run.
+///
+/// # Errors
+/// [`RunError::NoStep`] when the options name a step that does not exist.
+pub fn plan(
+    pipeline: &Pipeline,
+    cache: &CacheReader,
+    world: &World,
+    options: &RunOptions,
+) -> Result<Plan, RunError> {
+    let selection = Selection::of(pipeline, options)?;
+    let planner = Planner {
+        pipeline,
+        options,
+        lookup: Lookup::reading(&pipeline.root, world.clone(), cache),
+        history: History::new(&pipeline.name, cache.dir(), None),
+        selection,
+    };
+    let mut known: BTreeMap<String, Known> = BTreeMap::new();
+    let mut steps = Vec::new();
+    for node in &pipeline.steps {
+        if !planner.selection.steps.contains(&node.name) {
+            continue;
+        }
+        let (planned, step) = planner.step(node, &known);
+        steps.push(planned);
+        known.insert(node.name.clone(), step);
+    }
+    Ok(Plan { steps })
+}
+
+/// What is known of a step that was planned.
+enum Known {
+    Outputs(BTreeMap<String, OutputRecord>),
+    Later,
+    Skipped,
+}
+
+struct Planner<'a> {
+    pipeline: &'a Pipeline,
+    options: &'a RunOptions,
+    lookup: Lookup,
+    history: History,
+    selection: Selection,
+}
+
+impl Planner<'_> {
+    fn step(&self, node: &StepNode, known: &BTreeMap<String, Known>) -> (PlannedStep, Known) {
+        let planned = |items, status| PlannedStep {
+            step: node.name.clone(),
+            kind: kind_of(node).to_owned(),
+            items,
+            status,
+        };
+        let is = |name: &String, wanted: fn(&Known) -> bool| known.get(name).is_some_and(wanted);
+        let skipped = data_predecessors(node)
+            .into_iter()
+            .find(|b| is(b, |k| matches!(k, Known::Skipped)));
+        if let Some(before) = skipped {
+            let why = format!("needs `{before}`, which is skipped");
+            return (planned(vec![], PlanStatus::Skipped { why }), Known::Skipped);
+        }
+        let later: Vec<String> = predecessors(node)
+            .into_iter()
+            .filter(|b| is(b, |k| matches!(k, Known::Later)))
+            .map(|b| format!("`{b}`"))
+            .collect();
+        if !later.is_empty() {
+            let why = format!("after {}", later.join(", "));
+            return (planned(vec![], PlanStatus::Pending { why }), Known::Later);
+        }
+        let output = |step: &str, port: &str| match known.get(step)? {
+            Known::Outputs(outputs) => outputs.get(port).cloned(),
+            Known::Later | Known::Skipped => None,
+        };
+        let shared = Arc::new(node.clone());
+        match expand(self.pipeline, &shared, &self.options.expressions, output) {
+            Ok(None) => {
+                let why = "its `when` is false".to_owned();
+                (planned(vec![], PlanStatus::Skipped { why }), Known::Skipped)
+            }
+            Err(error) => {
+                let why = error.message;
+                (planned(vec![], PlanStatus::Stale { why }), Known::Later)
+            }
+            Ok(Some(requests)) => {
+                let (items, outputs) = self.items(node, &requests);
+                let status = of_items(&items);
+                (
+                    planned(items, status),
+                    outputs.map_or(Known::Later, Known::Outputs),
+                )
+            }
+        }
+    }
+
+    /// The items, and the step's outputs when all are fresh.
+    fn items(
+        &self,
+        node: &StepNode,
+        requests: &[ActionRequest],
+    ) -> (Vec<PlannedItem>, Option<BTreeMap<String, OutputRecord>>) {
+        let mut items = Vec::with_capacity(requests.len());
+        let mut ends = Vec::with_capacity(requests.len());
+        for request in requests {
+            let (item, outputs) = self.item(request);
+            ends.extend(outputs.map(|outputs| (request.label.as_deref(), outputs)));
+            items.push(item);
+        }
+        if ends.len() < requests.len() {
+            return (items, None);
+        }
+        let outputs = if node.foreach.is_some() {
+            let ends: Vec<_> = ends.iter().map(|(label, o)| (*label, o)).collect();
+            gather(node, &ends)
+        } else {
+            ends.into_iter().next().map(|(_, o)| o).unwrap_or_default()
+        };
+        (items, Some(outputs))
+    }
+
+    fn item(
+        &self,
+        request: &ActionRequest,
+    ) -> (PlannedItem, Option<BTreeMap<String, OutputRecord>>) {
+        let planned = |key: String, status| PlannedItem {
+            id: request.id.clone(),
+            key,
+            status,
+        };
+        let keyed = match self.lookup.key(request) {
+            Ok(keyed) => keyed,
+            Err(error) => {
+                let why = error.message;
+                return (planned(String::new(), PlanStatus::Stale { why }), None);
+            }
+        };
+        let forced = self.selection.forced.contains(&request.node.name);
+        let cause = if forced {
+            Cause::Forced
+        } else if request.node.cache == CachePolicy::Never {
+            Cause::NoResult
+        } else {
+            match self.lookup.find(request, &keyed.key) {
+                Found::Whole(result) => {
+                    let fresh = planned(keyed.key.to_hex(), PlanStatus::Fresh);
+                    return (fresh, Some(result.outputs));
+                }
+                Found::Broken => Cause::Broken,
+                Found::Nothing => Cause::NoResult,
+            }
+        };
+        let why = why(&self.history, request, &keyed, cause);
+        (planned(keyed.key.to_hex(), PlanStatus::Stale { why }), None)
+    }
+}
+
+/// The status of a step from those of its items.
+fn of_items(items: &[PlannedItem]) -> PlanStatus {
+    let stale: Vec<&String> = items
+        .iter()
+        .filter_map(|i| match &i.status {
+            PlanStatus::Stale { why } => Some(why),
+            _ => None,
+        })
+        .collect();
+    match stale.first() {
+        None => PlanStatus::Fresh,
+        Some(why) if items.len() == 1 => PlanStatus::Stale {
+            why: (*why).clone(),
+        },
+        Some(why) => PlanStatus::Stale {
+            why: format!("{} of {} items: {why}", stale.len(), items.len()),
+        },
+    }
+}

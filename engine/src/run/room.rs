@@ -1,0 +1,158 @@
+//! [`Room`]: whether one more action may run now.
+
+use std::collections::BTreeMap;
+
+use crate::pipeline::{Resources, StepNode};
+
+/// What the machine has, for steps that declare `resources` or a `pool`. An
+/// action that asks for more than there is runs when nothing else that asks does.
+#[derive(Debug, Clone, Default)]
+pub struct Capacity {
+    /// Cores; zero means as many as jobs.
+    pub cpu: f64,
+    /// Bytes of memory; zero means that it is not known, and bounds nothing.
+    pub memory: u64,
+    /// GPUs; zero means one.
+    pub gpu: f64,
+    /// Places in a named pool; one that is not named here has one.
+    pub pools: BTreeMap<String, usize>,
+}
+
+/// What is in use.
+pub(super) struct Room {
+    jobs: usize,
+    capacity: Capacity,
+    running: usize,
+    used: Resources,
+    pools: BTreeMap<String, usize>,
+}
+
+impl Room {
+    pub(super) fn new(jobs: usize, mut capacity: Capacity) -> Self {
+        let jobs = jobs.max(1);
+        if capacity.cpu <= 0.0 {
+            capacity.cpu = jobs as f64;
+        }
+        if capacity.memory == 0 {
+            capacity.memory = u64::MAX;
+        }
+        if capacity.gpu <= 0.0 {
+            capacity.gpu = 1.0;
+        }
+        Self {
+            jobs,
+            capacity,
+            running: 0,
+            used: Resources::default(),
+            pools: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.running >= self.jobs
+    }
+
+    /// One more action of this step fits; `running` of the step's own run now.
+    pub(super) fn fits(&self, node: &StepNode, running: usize) -> bool {
+        let max_parallel = node.foreach.as_ref().and_then(|f| f.max_parallel);
+        let pool_is_free = node.pool.as_ref().is_none_or(|pool| {
+            let places = self.capacity.pools.get(pool).copied().unwrap_or(1).max(1);
+            self.pools.get(pool).copied().unwrap_or(0) < places
+        });
+        let share = |demand: f64, used: f64, all: f64| {
+            // Sums of fractions may be off by a little.
+            demand <= 0.0 || used <= 0.0 || used + demand <= all + 1e-9
+        };
+        let (want, used) = (&node.resources, &self.used);
+        let memory = want.memory == 0
+            || used.memory == 0
+            || used.memory.saturating_add(want.memory) <= self.capacity.memory;
+        !self.is_full()
+            && max_parallel.is_none_or(|max| running < max.max(1))
+            && pool_is_free
+            && share(want.cpu, used.cpu, self.capacity.cpu)
+            && share(want.gpu, used.gpu, self.capacity.gpu)
+            && memory
+    }
+
+    pub(super) fn take(&mut self, node: &StepNode) {
+        self.running += 1;
+        self.used.cpu += node.resources.cpu;
+        self.used.gpu += node.resources.gpu;
+        self.used.memory = self.used.memory.saturating_add(node.resources.memory);
+        if let Some(pool) = &node.pool {
+            *self.pools.entry(pool.clone()).or_default() += 1;
+        }
+    }
+
+    pub(super) fn give_back(&mut self, node: &StepNode) {
+        self.running -= 1;
+        if self.running == 0 {
+            // Also drops what rounding left.
+            self.used = Resources::default();
+        } else {
+            self.used.cpu -= node.resources.cpu;
+            self.used.gpu -= node.resources.gpu;
+            self.used.memory = self.used.memory.saturating_sub(node.resources.memory);
+        }
+        if let Some(used) = node.pool.as_ref().and_then(|p| self.pools.get_mut(p)) {
+            *used -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::node;
+
+    fn wanting(cpu: f64, memory: u64, gpu: f64) -> StepNode {
+        let mut step = node("s");
+        step.resources = Resources { cpu, memory, gpu };
+        step
+    }
+
+    #[test]
+    fn each_resource_bounds_those_who_ask_for_it() {
+        let capacity = Capacity {
+            memory: 100,
+            ..Capacity::default()
+        };
+        let mut room = Room::new(4, capacity);
+        let (free, big) = (wanting(0.0, 0, 0.0), wanting(3.0, 60, 0.5));
+        assert!(room.fits(&big, 0));
+        room.take(&big);
+        assert!(room.fits(&free, 0));
+        assert!(!room.fits(&wanting(1.5, 0, 0.0), 0) && room.fits(&wanting(1.0, 0, 0.0), 0));
+        assert!(!room.fits(&wanting(0.0, 41, 0.0), 0) && room.fits(&wanting(0.0, 40, 0.0), 0));
+        assert!(!room.fits(&wanting(0.0, 0, 0.6), 0) && room.fits(&wanting(0.0, 0, 0.5), 0));
+        room.give_back(&big);
+        assert!(
+            room.fits(&wanting(99.0, 999, 99.0), 0),
+            "too big runs alone"
+        );
+    }
+
+    #[test]
+    fn pools_and_jobs_have_places() {
+        let capacity = Capacity {
+            pools: BTreeMap::from([("two".to_owned(), 2)]),
+            ..Capacity::default()
+        };
+        let mut room = Room::new(3, capacity);
+        let pooled = |pool: &str| {
+            let mut step = node("s");
+            step.pool = Some(pool.to_owned());
+            step
+        };
+        let (one, two) = (pooled("one"), pooled("two"));
+        room.take(&one);
+        assert!(!room.fits(&one, 0));
+        room.take(&two);
+        assert!(room.fits(&two, 0));
+        room.take(&two);
+        assert!(room.is_full() && !room.fits(&node("s"), 0));
+        room.give_back(&one);
+        assert!(room.fits(&one, 0) && !room.fits(&two, 0));
+    }
+}

@@ -1,0 +1,295 @@
+//! What is reused and what is not.
+
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::diamond;
+use crate::pipeline::{CachePolicy, StepNode};
+use crate::plan::PlanStatus;
+use crate::testing::{Bench, Toy, node, uses};
+
+fn stale(why: &str) -> PlanStatus {
+    PlanStatus::Stale { why: why.into() }
+}
+
+#[test]
+fn a_second_run_does_nothing() {
+    let bench = Bench::new().unwrap();
+    assert!(!bench.plan(&diamond("a")).is_fresh());
+    bench.run(&diamond("a"));
+    assert!(bench.plan(&diamond("a")).is_fresh());
+    let again = bench.run(&diamond("a"));
+    assert_eq!(
+        again.ends(),
+        ["a cached", "b cached", "c cached", "d cached"]
+    );
+    assert!(again.summary.ok && again.summary.cached == 4);
+    assert_eq!(again.why("d"), "nothing changed");
+}
+
+#[test]
+fn names_do_not_count_but_versions_params_and_env_do() {
+    let bench = Bench::new().unwrap();
+    let step = |name: &str| node(name).with(json!({ "text": "t", "lr": 0.1 }));
+    bench.run(&[step("new-name")]);
+    assert_eq!(bench.run(&[step("old-name")]).ends(), ["old-name cached"]);
+    let change = |changed: StepNode, why: &str| {
+        assert_eq!(
+            bench.plan(std::slice::from_ref(&changed)).steps[0].status,
+            stale(why)
+        );
+        let ran = bench.run(&[changed]);
+        assert_eq!((ran.ran(), ran.why("old-name")), (vec!["old-name"], why));
+        assert_eq!(bench.run(&[step("old-name")]).summary.ran, 0);
+    };
+    change(
+        node("old-name").with(json!({ "text": "t", "lr": 0.2 })),
+        "param `lr`: 0.1 → 0.2",
+    );
+    change(
+        step("old-name").change(|s| s.env = [("X".into(), "1".into())].into()),
+        "env `X` changed",
+    );
+    let mut newer = Toy::join();
+    newer.version = 2;
+    change(
+        uses("old-name", Arc::new(newer)).with(json!({ "text": "t", "lr": 0.1 })),
+        "step kind version 1 → 2",
+    );
+}
+
+#[test]
+fn a_change_reruns_exactly_its_cone() {
+    let bench = Bench::new().unwrap();
+    bench.run(&diamond("a"));
+    let mut changed = diamond("a");
+    changed[2] = node("c").text("C").input("x", "a.out");
+    let plan = bench.plan(&changed);
+    let statuses: Vec<&PlanStatus> = plan.steps.iter().map(|s| &s.status).collect();
+    let pending = PlanStatus::Pending {
+        why: "after `c`".into(),
+    };
+    let why_c = stale("param `text`: \"c\" → \"C\"");
+    assert_eq!(
+        statuses,
+        [&PlanStatus::Fresh, &PlanStatus::Fresh, &why_c, &pending]
+    );
+    let ran = bench.run(&changed);
+    assert_eq!(ran.ran(), ["c", "d"]);
+    assert!(
+        ran.why("d").starts_with("input `y` changed ("),
+        "{}",
+        ran.why("d")
+    );
+    assert_eq!(
+        bench.run(&diamond("a")).ran(),
+        [""; 0],
+        "the old results are still there"
+    );
+}
+
+#[test]
+fn equal_bytes_stop_the_wave() {
+    let bench = Bench::new().unwrap();
+    let upper = || {
+        Arc::new(Toy::new("upper", |ctx| {
+            let text = ctx.params["text"].as_str().unwrap_or_default();
+            crate::testing::write(ctx, "out", &text.to_uppercase())?;
+            Ok(crate::step::StepOutcome::default())
+        }))
+    };
+    let steps = |text: &str| {
+        let first = uses("a", upper()).text(text);
+        [
+            first,
+            node("b").input("x", "a.out"),
+            node("c").input("x", "b.out"),
+        ]
+    };
+    bench.run(&steps("word"));
+    assert_eq!(
+        bench.run(&steps("Word")).ends(),
+        ["a ran", "b cached", "c cached"]
+    );
+}
+
+#[test]
+fn a_changed_file_or_observed_fact_is_noticed() {
+    let bench = Bench::new().unwrap();
+    let file = bench.root().join("data.txt");
+    let tree = bench.root().join("folder");
+    std::fs::create_dir(&tree).unwrap();
+    std::fs::write(tree.join("a"), "1").unwrap();
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    write("one");
+    let listing = Arc::new(Toy::new("listing", |ctx| {
+        let names =
+            std::fs::read_dir(&ctx.input("x")?.path).map_err(|e| crate::testing::io(ctx, &e))?;
+        crate::testing::write(ctx, "out", &names.count().to_string())?;
+        Ok(crate::step::StepOutcome::default())
+    }));
+    let steps = [
+        node("reads").input("x", "file:data.txt"),
+        node("watches").with(json!({ "watch": "data.txt" })),
+        uses("tree", listing).input("x", "file:folder"),
+    ];
+    bench.run(&steps);
+    write("one");
+    assert!(bench.plan(&steps).is_fresh(), "touched, not changed");
+    assert_eq!(bench.run(&steps).summary.cached, 3);
+    write("two");
+    std::fs::write(tree.join("b"), "2").unwrap();
+    let ran = bench.run(&steps);
+    assert_eq!(ran.ran(), ["reads", "tree", "watches"]);
+    assert!(ran.why("reads").starts_with("input `x` changed ("));
+    assert!(
+        ran.why("watches").starts_with("data.txt: "),
+        "{}",
+        ran.why("watches")
+    );
+    std::fs::remove_file(&file).unwrap();
+    let ran = bench.run(&steps[..1]);
+    let (id, error) = ran.summary.first_error.unwrap();
+    assert!(
+        id == "reads" && error.message.contains("data.txt"),
+        "{}",
+        error.message
+    );
+    assert!(
+        matches!(&bench.plan(&steps[..1]).steps[0].status, PlanStatus::Stale { why } if why.contains("data.txt"))
+    );
+}
+
+#[test]
+fn never_cached_runs_each_time_and_equal_results_stop_there() {
+    let bench = Bench::new().unwrap();
+    let steps = [
+        node("a").text("t").change(|s| s.cache = CachePolicy::Never),
+        node("b").input("x", "a.out"),
+    ];
+    bench.run(&steps);
+    let ran = bench.run(&steps);
+    assert_eq!(ran.ends(), ["a ran", "b cached"]);
+    assert_eq!(ran.why("a"), "`cache: never`");
+    assert_eq!(bench.plan(&steps).steps[0].status, stale("`cache: never`"));
+}
+
+#[test]
+fn from_until_only_and_force_choose_what_runs() {
+    let mut bench = Bench::new().unwrap();
+    let steps = diamond("a");
+    bench.options.from = Some("b".into());
+    assert_eq!(
+        bench.run(&steps).ran(),
+        ["a", "b", "c", "d"],
+        "what is missing runs"
+    );
+    let ran = bench.run(&steps);
+    assert_eq!(ran.ends(), ["a cached", "b ran", "c cached", "d ran"]);
+    assert_eq!(ran.why("b"), "asked to run again");
+    assert_eq!(
+        bench.plan(&steps).steps[1].status,
+        stale("asked to run again")
+    );
+    bench.options.until = Some("b".into());
+    assert_eq!(bench.run(&steps).ends(), ["a cached", "b ran"]);
+    bench.options.from = None;
+    assert_eq!(bench.run(&steps).ends(), ["a cached", "b cached"]);
+    bench.options.until = None;
+    bench.options.only = Some("c".into());
+    assert_eq!(bench.run(&steps).ends(), ["a cached", "c ran"]);
+    bench.options.only = None;
+    bench.options.force = true;
+    assert_eq!(bench.run(&steps).summary.ran, 4);
+}
+
+#[test]
+fn published_files_are_put_back_when_missing_or_changed_even_with_the_same_times() {
+    let bench = Bench::new().unwrap();
+    let steps = [
+        node("a")
+            .text("right")
+            .change(|s| s.publish = [("out".into(), "results/a.txt".into())].into()),
+        uses("w", Arc::new(Toy::words()))
+            .text("one two")
+            .change(|s| s.publish = [("out".into(), "results/words".into())].into()),
+    ];
+    bench.run(&steps);
+    let path = bench.root().join("results/a.txt");
+    let read = || std::fs::read_to_string(&path).unwrap();
+    assert_eq!(read(), "right");
+    assert_eq!(
+        std::fs::read_to_string(bench.root().join("results/words/two")).unwrap(),
+        "two"
+    );
+    let times = std::fs::metadata(&path).unwrap().modified().unwrap();
+    std::fs::write(&path, "wrong").unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_modified(times).unwrap();
+    assert_eq!(bench.run(&steps).summary.cached, 2);
+    assert_eq!(read(), "right");
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    bench.run(&steps);
+    assert_eq!(read(), "right");
+    let before = std::fs::metadata(&path).unwrap().modified().unwrap();
+    bench.run(&steps);
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().modified().unwrap(),
+        before,
+        "left alone"
+    );
+    let bad = node("a").change(|s| s.publish = [("out".into(), "../a".into())].into());
+    assert!(!bench.run(&[bad]).summary.ok);
+}
+
+#[test]
+fn the_history_survives_without_run_records_and_knows_restored_results() {
+    let bench = Bench::new().unwrap();
+    let step = |n: i32| [node("a").with(json!({ "n": n }))];
+    bench.run(&step(1));
+    bench.run(&step(2));
+    bench.run(&step(1));
+    assert_eq!(
+        bench.plan(&step(3)).steps[0].status,
+        stale("param `n`: 1 → 3")
+    );
+    std::fs::remove_dir_all(bench.cache_dir().join("runs")).unwrap();
+    assert_eq!(
+        bench.plan(&step(3)).steps[0].status,
+        stale("param `n`: 2 → 3")
+    );
+}
+
+#[test]
+fn equal_actions_at_once_run_once() {
+    let bench = Bench::new().unwrap();
+    let join = Arc::new(Toy::join());
+    let steps: Vec<StepNode> = ["a", "b", "c", "d"]
+        .map(|name| uses(name, join.clone()).text("same"))
+        .into();
+    let ran = bench.run(&steps);
+    assert_eq!((ran.summary.ran, ran.summary.cached), (1, 3));
+    assert_eq!(join.runs.load(std::sync::atomic::Ordering::SeqCst), 1);
+}
+
+#[test]
+fn when_skips_a_step_and_those_that_need_its_outputs() {
+    let bench = Bench::new().unwrap();
+    let steps = [
+        node("a").change(|s| s.when = Some("false".into())),
+        node("b").input("x", "a.out"),
+        node("c")
+            .text("c")
+            .change(|s| s.needs = vec!["a".into(), "b".into()]),
+        node("d").change(|s| s.when = Some("true".into())),
+    ];
+    let plan = bench.plan(&steps);
+    assert!(matches!(plan.steps[1].status, PlanStatus::Skipped { .. }));
+    let ran = bench.run(&steps);
+    assert_eq!(ran.ends(), ["a skipped", "b skipped", "c ran", "d ran"]);
+    assert!(ran.summary.ok && ran.summary.skipped == 2);
+    assert_eq!(ran.why("a"), "its `when` is false");
+    assert_eq!(ran.why("b"), "needs `a`, which was skipped");
+}

@@ -1,0 +1,671 @@
+//! [`Worker`]: one action: look it up, else run it in a scratch folder and
+//! store what it made. Blocking; knows nothing of other actions.
+//!
+//! Invariant: a result is put into the action cache only after all its outputs
+//! are in the store, and nothing that a step does, a panic included, gets out
+//! of [`Worker::attempt`] but as an error.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Component, Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use flowrun_cache::action::ACTION_VERSION;
+use flowrun_cache::{
+    ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, ListItem, OutputRecord,
+    OutputValue, Scratch,
+};
+use serde_json::Value;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::Outputs;
+use super::reporter::{EventReporter, Mask};
+use crate::event::{OutputInfo, RunEvent};
+use crate::expansion::{ActionRequest, Expressions, kind_of};
+use crate::history::History;
+use crate::lookup::{Found, Keyed, Lookup};
+use crate::pipeline::{Action, CachePolicy, Pipeline};
+use crate::record::{file_name, log_path, timestamp};
+use crate::sandbox::{Sandbox, inherited, timed_out};
+use crate::step::{
+    Cancel, InputArtifact, Port, Step, StepContext, StepError, StepErrorKind, StepOutcome,
+    StepReporter, StepSummary, World,
+};
+use crate::why::{Cause, why};
+
+/// Longest wait between two attempts.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+/// Bytes of a label in the name of a list entry.
+const ENTRY_NAME: usize = 60;
+/// Longest wait between two looks at the cancel flag.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// What all actions of a run share.
+pub(super) struct Worker {
+    pipeline: String,
+    cache: Arc<Cache>,
+    lookup: Lookup,
+    history: History,
+    run_dir: PathBuf,
+    events: UnboundedSender<RunEvent>,
+    pub(super) cancel: Cancel,
+    expressions: Expressions,
+    mask: Mask,
+}
+
+/// What a lookup gave.
+pub(super) enum Looked {
+    /// The action need not run, or cannot.
+    End(End),
+    /// It must run.
+    Miss { keyed: Keyed, why: String },
+}
+
+/// How an action ended.
+pub(super) struct End {
+    pub(super) key: Option<ActionKey>,
+    pub(super) why: String,
+    pub(super) cached: bool,
+    pub(super) took_ms: u64,
+    pub(super) result: Result<ActionResult, Trouble>,
+}
+
+/// Why an action did not end well.
+pub(super) struct Trouble {
+    pub(super) error: StepError,
+    /// An input artifact that is missing or damaged.
+    pub(super) broken: Option<Digest>,
+    /// What it made nevertheless, when only a gate or publishing failed.
+    pub(super) made: Option<Box<ActionResult>>,
+}
+
+impl From<StepError> for Trouble {
+    fn from(error: StepError) -> Self {
+        Self {
+            error,
+            broken: None,
+            made: None,
+        }
+    }
+}
+
+impl Worker {
+    pub(super) fn new(
+        pipeline: &Pipeline,
+        cache: &Arc<Cache>,
+        world: World,
+        run_dir: PathBuf,
+        events: UnboundedSender<RunEvent>,
+        cancel: Cancel,
+        expressions: Expressions,
+    ) -> Self {
+        let names = pipeline.steps.iter().flat_map(|s| &s.secrets);
+        let mask = Mask::new(names.filter_map(|name| world.env.get(name).cloned()));
+        Self {
+            pipeline: pipeline.name.clone(),
+            cache: Arc::clone(cache),
+            lookup: Lookup::holding(&pipeline.root, world, cache),
+            history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
+            run_dir,
+            events,
+            cancel,
+            expressions,
+            mask,
+        }
+    }
+
+    pub(super) fn send(&self, event: RunEvent) {
+        // The recorder listens until the run is over.
+        let _ = self.events.send(event);
+    }
+
+    /// An artifact is in the store.
+    pub(super) fn has(&self, artifact: &Artifact) -> bool {
+        self.cache.store().contains(artifact)
+    }
+
+    /// Looks an action up. Never panics, whatever the step's `observe` does.
+    pub(super) fn look(&self, request: &ActionRequest, forced: bool) -> Looked {
+        let started = Instant::now();
+        let looked = catch_unwind(AssertUnwindSafe(|| self.look_up(request, forced)))
+            .unwrap_or_else(|panic| Err(panicked(&*panic)));
+        let mut looked = looked.unwrap_or_else(|error| {
+            Looked::End(End {
+                key: None,
+                why: String::new(),
+                cached: false,
+                took_ms: 0,
+                result: Err(self.masked(error).into()),
+            })
+        });
+        if let Looked::End(end) = &mut looked {
+            end.took_ms = millis(started);
+        }
+        looked
+    }
+
+    fn look_up(&self, request: &ActionRequest, forced: bool) -> Result<Looked, StepError> {
+        let keyed = self.lookup.key(request)?;
+        let cause = if forced {
+            Cause::Forced
+        } else if request.node.cache == CachePolicy::Never {
+            Cause::NoResult
+        } else {
+            match self.lookup.find(request, &keyed.key) {
+                Found::Nothing => Cause::NoResult,
+                Found::Broken => Cause::Broken,
+                Found::Whole(result) => {
+                    let result = self.settle(request, *result);
+                    if result.as_ref().is_err_and(|t| t.broken.is_some()) {
+                        Cause::Broken
+                    } else {
+                        return Ok(Looked::End(End {
+                            key: Some(keyed.key),
+                            why: "nothing changed".to_owned(),
+                            cached: true,
+                            took_ms: 0,
+                            result,
+                        }));
+                    }
+                }
+            }
+        };
+        if cause == Cause::Broken {
+            self.send(RunEvent::Warning {
+                step: Some(request.id.clone()),
+                text: "an output was missing from the cache or damaged; it is made again"
+                    .to_owned(),
+            });
+        }
+        let why = why(&self.history, request, &keyed, cause);
+        Ok(Looked::Miss { keyed, why })
+    }
+
+    /// Runs an action, with its retries. Never panics, whatever the step does.
+    pub(super) fn attempt(
+        &self,
+        request: &ActionRequest,
+        keyed: &Keyed,
+        why: String,
+        finished: &Arc<Vec<StepSummary>>,
+    ) -> End {
+        let started = Instant::now();
+        self.send(RunEvent::StepStarted {
+            step: request.id.clone(),
+            kind: kind_of(&request.node).to_owned(),
+            why: why.clone(),
+        });
+        let work = || {
+            let result = self.with_retries(request, keyed, finished)?;
+            self.settle(request, result)
+        };
+        let result = catch_unwind(AssertUnwindSafe(work))
+            .unwrap_or_else(|panic| Err(panicked(&*panic).into()));
+        End {
+            key: Some(keyed.key),
+            why,
+            cached: false,
+            took_ms: millis(started),
+            result: result.map_err(|trouble| Trouble {
+                error: self.masked(trouble.error),
+                ..trouble
+            }),
+        }
+    }
+
+    fn masked(&self, mut error: StepError) -> StepError {
+        error.message = self.mask.apply(&error.message);
+        error.help = error.help.map(|help| self.mask.apply(&help));
+        error
+    }
+
+    fn with_retries(
+        &self,
+        request: &ActionRequest,
+        keyed: &Keyed,
+        finished: &Arc<Vec<StepSummary>>,
+    ) -> Result<ActionResult, Trouble> {
+        let retry = request.node.retry;
+        let mut attempt = 1;
+        loop {
+            let trouble = match self.once(request, keyed, finished) {
+                Ok(result) => return Ok(result),
+                Err(trouble) => trouble,
+            };
+            let again = trouble.error.kind == StepErrorKind::Transient && attempt <= retry.times;
+            if !again || self.cancel.is_cancelled() {
+                return Err(trouble);
+            }
+            let wait = backoff(retry.backoff, attempt, keyed.key);
+            self.send(RunEvent::StepRetry {
+                step: request.id.clone(),
+                attempt,
+                wait_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+                error: self.mask.apply(&trouble.error.message),
+            });
+            self.pause(wait);
+            if self.cancel.is_cancelled() {
+                return Err(StepError::cancelled().into());
+            }
+            attempt += 1;
+        }
+    }
+
+    fn pause(&self, wait: Duration) {
+        let started = Instant::now();
+        while !self.cancel.is_cancelled() {
+            match wait.checked_sub(started.elapsed()) {
+                None | Some(Duration::ZERO) => return,
+                Some(left) => std::thread::sleep(left.min(LOOK_EVERY)),
+            }
+        }
+    }
+
+    /// One attempt: scratch folder, inputs, the work, outputs, result.
+    fn once(
+        &self,
+        request: &ActionRequest,
+        keyed: &Keyed,
+        finished: &Arc<Vec<StepSummary>>,
+    ) -> Result<ActionResult, Trouble> {
+        let started = Instant::now();
+        let scratch = self.cache.scratch().map_err(cache_error)?;
+        let reporter: Arc<dyn StepReporter> = Arc::new(self.reporter(&request.id));
+        let out_dir = folder(scratch.path(), "out")?;
+        let inputs = self.link_inputs(keyed, &folder(scratch.path(), "in")?)?;
+        let cancel = self.cancel.child();
+        let outcome = match &request.node.action {
+            Action::Run(_) => {
+                self.run_command(request, inputs, &scratch, &cancel, &reporter)?;
+                StepOutcome::default()
+            }
+            Action::Uses(step) => {
+                let ctx = StepContext {
+                    step: request.id.clone(),
+                    params: request.params.clone(),
+                    world: self.lookup.world.clone(),
+                    inputs,
+                    out_dir: out_dir.clone(),
+                    work_dir: folder(scratch.path(), "work")?,
+                    completions: self.cache.completions(),
+                    finished: Arc::clone(finished),
+                    reporter,
+                    cancel,
+                };
+                self.run_step(step.as_ref(), &ctx, request.node.timeout)?
+            }
+        };
+        let outputs = self.store_outputs(request, &out_dir, &outcome)?;
+        let result = ActionResult {
+            version: ACTION_VERSION,
+            key: keyed.key,
+            manifest: keyed.manifest.to_value(),
+            outputs,
+            metrics: outcome.metrics,
+            took_ms: millis(started),
+            finished_at: timestamp(SystemTime::now()),
+            label: History::label(&self.pipeline, &request.id),
+        };
+        self.cache.actions().put(&result).map_err(cache_error)?;
+        Ok(result)
+    }
+
+    fn run_step(
+        &self,
+        step: &dyn Step,
+        ctx: &StepContext,
+        timeout: Option<Duration>,
+    ) -> Result<StepOutcome, StepError> {
+        let watch = timeout.map(|limit| Watchdog::start(limit, ctx.cancel.clone()));
+        let outcome = catch_unwind(AssertUnwindSafe(|| step.run(ctx)))
+            .unwrap_or_else(|panic| Err(panicked(&*panic)));
+        let late = watch.and_then(Watchdog::stop);
+        match outcome {
+            Ok(outcome) => Ok(outcome),
+            Err(_) if late.is_some() && !self.cancel.is_cancelled() => {
+                Err(timed_out(late.unwrap_or_default()))
+            }
+            Err(error) if error.kind == StepErrorKind::Cancelled && !self.cancel.is_cancelled() => {
+                Err(StepError::failed(error.message)
+                    .help("the step stopped although nobody asked it to"))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn run_command(
+        &self,
+        request: &ActionRequest,
+        inputs: BTreeMap<String, Vec<InputArtifact>>,
+        scratch: &Scratch,
+        cancel: &Cancel,
+        reporter: &Arc<dyn StepReporter>,
+    ) -> Result<(), StepError> {
+        let world = &self.lookup.world;
+        let mut env = inherited(&world.env);
+        env.extend(request.env.clone());
+        let secrets = request.node.secrets.iter();
+        env.extend(secrets.filter_map(|n| Some((n.clone(), world.env.get(n)?.clone()))));
+        env.extend(inputs.into_keys().map(|port| {
+            let path = format!("in/{port}");
+            (port, path)
+        }));
+        for (port, path) in &request.node.out_paths {
+            env.insert(port.clone(), format!("out/{path}"));
+            let place = inside(&scratch.path().join("out"), path)?;
+            if let Some(parent) = place.parent() {
+                std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
+            }
+        }
+        Sandbox {
+            command: request.command.as_deref().unwrap_or_default(),
+            folder: scratch.path(),
+            env,
+            timeout: request.node.timeout,
+        }
+        .run(cancel, reporter)
+    }
+
+    fn reporter(&self, id: &str) -> EventReporter {
+        EventReporter {
+            step: id.to_owned(),
+            events: self.events.clone(),
+            path: log_path(&self.run_dir, id),
+            log: Mutex::default(),
+            last: Mutex::default(),
+            mask: self.mask.clone(),
+        }
+    }
+
+    /// Places inputs under `in/<port>`: a list becomes a folder of numbered entries.
+    fn link_inputs(
+        &self,
+        keyed: &Keyed,
+        in_dir: &Path,
+    ) -> Result<BTreeMap<String, Vec<InputArtifact>>, Trouble> {
+        let mut all = BTreeMap::new();
+        for (port, inputs) in &keyed.inputs {
+            let place = in_dir.join(port);
+            if inputs.list {
+                std::fs::create_dir_all(&place).map_err(|e| StepError::io(&place, &e))?;
+            }
+            let mut linked = Vec::with_capacity(inputs.entries.len());
+            for (i, (artifact, label)) in inputs.entries.iter().enumerate() {
+                let path = if inputs.list {
+                    place.join(format!("{i:04}-{}", file_name(label, ENTRY_NAME)))
+                } else {
+                    place.clone()
+                };
+                self.cache
+                    .store()
+                    .link_read_only(artifact, &path)
+                    .map_err(|e| broken_or_failed(e, artifact))?;
+                linked.push(InputArtifact {
+                    path,
+                    digest: artifact.digest,
+                    label: label.clone(),
+                });
+            }
+            all.insert(port.clone(), linked);
+        }
+        Ok(all)
+    }
+
+    fn store_outputs(
+        &self,
+        request: &ActionRequest,
+        out_dir: &Path,
+        outcome: &StepOutcome,
+    ) -> Result<Outputs, StepError> {
+        let mut outputs = BTreeMap::new();
+        for port in &request.node.outputs {
+            let path = request.node.out_paths.get(&port.name).unwrap_or(&port.name);
+            let place = inside(out_dir, path)?;
+            let value = if port.many {
+                self.store_list(&request.id, port, &place, outcome)?
+            } else if place.exists() {
+                OutputValue::One(self.store(&place)?)
+            } else if port.optional {
+                continue;
+            } else {
+                return Err(missing(&request.id, &port.name, path));
+            };
+            let ty = port.ty.clone();
+            outputs.insert(port.name.clone(), OutputRecord { ty, value });
+        }
+        Ok(outputs)
+    }
+
+    fn store_list(
+        &self,
+        id: &str,
+        port: &Port,
+        place: &Path,
+        outcome: &StepOutcome,
+    ) -> Result<OutputValue, StepError> {
+        let Some(labels) = outcome.lists.get(&port.name) else {
+            let text = format!(
+                "`{id}` did not say what its list output `{}` holds",
+                port.name
+            );
+            return Err(StepError::failed(text));
+        };
+        let mut items = Vec::with_capacity(labels.len());
+        for label in labels {
+            let path = inside(place, label)?;
+            if !path.exists() {
+                return Err(missing(id, &port.name, &format!("{}/{label}", port.name)));
+            }
+            let artifact = self.store(&path)?;
+            let label = label.clone();
+            items.push(ListItem { label, artifact });
+        }
+        Ok(OutputValue::List(items))
+    }
+
+    fn store(&self, path: &Path) -> Result<Artifact, StepError> {
+        self.cache.store().put_path(path).map_err(cache_error)
+    }
+
+    /// What follows a result, ran or cached: gates, then the project tree and the run's report.
+    fn settle(
+        &self,
+        request: &ActionRequest,
+        result: ActionResult,
+    ) -> Result<ActionResult, Trouble> {
+        let settled = self
+            .check_gates(request, &result)
+            .map_err(Trouble::from)
+            .and_then(|()| self.publish(request, &result));
+        match settled {
+            Ok(()) => Ok(result),
+            Err(trouble) => Err(Trouble {
+                made: Some(Box::new(result)),
+                ..trouble
+            }),
+        }
+    }
+
+    fn check_gates(&self, request: &ActionRequest, result: &ActionResult) -> Result<(), StepError> {
+        let context = Value::Object(result.metrics.clone().into_iter().collect());
+        for gate in &request.node.expect {
+            let met = (self.expressions.eval_bool)(gate, &context)
+                .map_err(|e| StepError::invalid(format!("`expect: {gate}`: {e}")))?;
+            if !met {
+                let text = format!("the gate `{gate}` was not met: the metrics are {context}");
+                return Err(StepError::new(StepErrorKind::Gate, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts outputs into the project tree where they are missing or different.
+    fn publish(&self, request: &ActionRequest, result: &ActionResult) -> Result<(), Trouble> {
+        for (port, path) in &request.publish {
+            let dest = inside(&self.lookup.root, path)?;
+            match result.outputs.get(port).map(|o| &o.value) {
+                Some(OutputValue::One(artifact)) => self.place(artifact, &dest)?,
+                Some(OutputValue::List(items)) => {
+                    for item in items {
+                        self.place(&item.artifact, &inside(&dest, &item.label)?)?;
+                    }
+                }
+                None => {}
+            }
+        }
+        let report = result.outputs.values().find(|o| o.ty == "report");
+        if let Some(OutputValue::One(artifact)) = report.map(|o| &o.value) {
+            self.place(artifact, &self.run_dir.join("report.html"))?;
+        }
+        Ok(())
+    }
+
+    fn place(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
+        // What is there is looked at each time: no record of an earlier run is trusted.
+        if self.lookup.is_at(artifact, dest) {
+            return Ok(());
+        }
+        let placed = self.cache.store().materialize(artifact, dest);
+        placed.map_err(|e| broken_or_failed(e, artifact))
+    }
+
+    /// Outputs as events show them.
+    pub(super) fn infos(&self, outputs: &Outputs) -> BTreeMap<String, OutputInfo> {
+        let info = |output: &OutputRecord| OutputInfo {
+            ty: output.ty.clone(),
+            digest: output.value.digest().to_hex(),
+            path: match &output.value {
+                OutputValue::One(artifact) => {
+                    let path = self.cache.store().object_path(&artifact.digest);
+                    path.display().to_string()
+                }
+                OutputValue::List(_) => String::new(),
+            },
+        };
+        let outputs = outputs.iter();
+        outputs.map(|(port, o)| (port.clone(), info(o))).collect()
+    }
+}
+
+/// Sets a cancel flag when time is up.
+struct Watchdog {
+    limit: Duration,
+    tell: Sender<()>,
+    thread: std::thread::JoinHandle<bool>,
+}
+
+impl Watchdog {
+    fn start(limit: Duration, cancel: Cancel) -> Self {
+        let (tell, told) = channel();
+        let thread = std::thread::spawn(move || {
+            let late = told.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            if late {
+                cancel.cancel();
+            }
+            late
+        });
+        Self {
+            limit,
+            tell,
+            thread,
+        }
+    }
+
+    /// The limit, if it was passed.
+    fn stop(self) -> Option<Duration> {
+        // It may have ended already.
+        let _ = self.tell.send(());
+        self.thread.join().unwrap_or(false).then_some(self.limit)
+    }
+}
+
+fn folder(parent: &Path, name: &str) -> Result<PathBuf, StepError> {
+    let path = parent.join(name);
+    std::fs::create_dir_all(&path).map_err(|e| StepError::io(&path, &e))?;
+    Ok(path)
+}
+
+/// `path` below `folder`; an error if it would leave it.
+fn inside(folder: &Path, path: &str) -> Result<PathBuf, StepError> {
+    let mut parts = Path::new(path).components().peekable();
+    let stays = parts.peek().is_some() && parts.all(|c| matches!(c, Component::Normal(_)));
+    if stays {
+        return Ok(folder.join(path));
+    }
+    let text = format!("`{path}` must be a relative path without `..`");
+    Err(StepError::invalid(text))
+}
+
+fn missing(id: &str, port: &str, path: &str) -> StepError {
+    StepError::failed(format!("`{id}` did not write its output `{port}` ({path})"))
+}
+
+fn panicked(panic: &(dyn std::any::Any + Send)) -> StepError {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    StepError::failed(format!("the step panicked: {text}"))
+        .help("this is a fault of the step, not of the pipeline")
+}
+
+fn cache_error(error: CacheError) -> StepError {
+    StepError::failed(error.to_string())
+}
+
+fn broken_or_failed(error: CacheError, artifact: &Artifact) -> Trouble {
+    let broken = matches!(
+        error,
+        CacheError::Missing { .. } | CacheError::Damaged { .. }
+    );
+    Trouble {
+        broken: broken.then_some(artifact.digest),
+        ..cache_error(error).into()
+    }
+}
+
+/// Doubles each time; the upper half is jitter, taken from the key and the
+/// attempt so that steps that failed together do not come back together.
+fn backoff(first: Duration, attempt: u32, key: ActionKey) -> Duration {
+    let full = first
+        .saturating_mul(1 << (attempt - 1).min(16))
+        .min(LONGEST_WAIT);
+    let hex = Digest::of_bytes(format!("{key} {attempt}").as_bytes()).to_hex();
+    let byte = u8::from_str_radix(&hex[..2], 16).unwrap_or(0);
+    full / 2 + full.mul_f64(f64::from(byte) / 510.0)
+}
+
+fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_doubles_and_stays_between_half_and_whole() {
+        let first = Duration::from_millis(100);
+        for attempt in 1..6 {
+            let full = first * (1 << (attempt - 1));
+            for name in 0..50 {
+                let key = Digest::of_bytes(&[name]);
+                let wait = backoff(first, attempt, key);
+                assert!(wait >= full / 2 && wait <= full, "{wait:?} of {full:?}");
+            }
+        }
+        assert!(backoff(Duration::MAX, 40, Digest::of_bytes(b"k")) <= LONGEST_WAIT);
+    }
+
+    #[test]
+    fn a_path_never_leaves_its_folder() {
+        let root = Path::new("/p");
+        for bad in ["", ".", "..", "/etc/x", "a/../../b", "a/.."] {
+            assert!(inside(root, bad).is_err(), "{bad}");
+        }
+        assert_eq!(inside(root, "a/b").ok(), Some(PathBuf::from("/p/a/b")));
+    }
+}
