@@ -56,8 +56,10 @@ pub fn cache_path(sha256: &str, world: &World) -> PathBuf {
 }
 
 fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> {
-    let mut entries: Vec<PathBuf> =
-        std::fs::read_dir(folder).ok()?.filter_map(|e| Some(e.ok()?.path())).collect();
+    let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
+        .ok()?
+        .filter_map(|e| Some(e.ok()?.path()))
+        .collect();
     entries.sort();
     for path in entries {
         if path.is_dir() {
@@ -129,7 +131,9 @@ fn fetch_to_temp(url: &str, dest: &Path) -> Result<PathBuf, StepError> {
         .map_err(|e| transient(&root_cause(&e)))?;
     let mut file = File::create(&temp).map_err(|e| StepError::io(&temp, &e))?;
     std::io::copy(&mut response, &mut file).map_err(|e| transient(&e))?;
-    file.flush().and_then(|()| file.sync_all()).map_err(|e| StepError::io(&temp, &e))?;
+    file.flush()
+        .and_then(|()| file.sync_all())
+        .map_err(|e| StepError::io(&temp, &e))?;
     Ok(temp)
 }
 
@@ -149,7 +153,11 @@ mod tests {
     use super::*;
 
     fn world(dir: &Path) -> World {
-        World { user_cache: dir.join("user"), offline: true, ..World::default() }
+        World {
+            user_cache: dir.join("user"),
+            offline: true,
+            ..World::default()
+        }
     }
 
     #[test]
@@ -164,7 +172,10 @@ mod tests {
         let error = fetch("http://127.0.0.1:9/x", &sha, &world).unwrap_err();
         assert!(error.message.contains("--offline"));
         world.distdir = Some(dir.path().join("dist"));
-        assert_eq!(fetch("http://127.0.0.1:9/x", &sha, &world).unwrap(), dist.join("whatever"));
+        assert_eq!(
+            fetch("http://127.0.0.1:9/x", &sha, &world).unwrap(),
+            dist.join("whatever")
+        );
     }
 
     #[test]
@@ -172,7 +183,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let temp = dir.path().join("temp");
         std::fs::write(&temp, "hello").unwrap();
-        let error = adopt(&temp, &dir.path().join("dest"), &"0".repeat(64), "http://x").unwrap_err();
+        let error =
+            adopt(&temp, &dir.path().join("dest"), &"0".repeat(64), "http://x").unwrap_err();
         assert!(error.message.contains("declared"));
         assert!(!temp.exists() && !dir.path().join("dest").exists());
     }

@@ -55,8 +55,16 @@ impl Step for FilterTopN {
     }
     fn outputs(&self) -> Vec<Port> {
         vec![
-            Port::new("train", "examples", "Training rows of the kept labels, in order."),
-            Port::new("test", "examples", "Test rows of the kept labels, in order."),
+            Port::new(
+                "train",
+                "examples",
+                "Training rows of the kept labels, in order.",
+            ),
+            Port::new(
+                "test",
+                "examples",
+                "Test rows of the kept labels, in order.",
+            ),
             Port::new("labels", "labels", "The kept labels, most frequent first."),
         ]
     }
@@ -80,7 +88,9 @@ impl Step for FilterTopN {
         if let Some(max) = params.max_test_per_label {
             let mut seen: BTreeMap<String, usize> = BTreeMap::new();
             test.retain(|row| {
-                let n = seen.entry(row.label.clone().unwrap_or_default()).or_default();
+                let n = seen
+                    .entry(row.label.clone().unwrap_or_default())
+                    .or_default();
                 *n += 1;
                 *n <= max
             });
@@ -114,7 +124,11 @@ fn top_labels(rows: &[Row], n: usize) -> Result<Vec<String>, StepError> {
     }
     let mut order: Vec<(&str, usize)> = counts.into_iter().collect();
     order.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
-    Ok(order.into_iter().take(n).map(|(label, _)| label.to_owned()).collect())
+    Ok(order
+        .into_iter()
+        .take(n)
+        .map(|(label, _)| label.to_owned())
+        .collect())
 }
 
 #[cfg(test)]
@@ -128,10 +142,18 @@ mod tests {
 
     #[test]
     fn ties_go_by_name() {
-        let rows: Vec<Row> =
-            ["b", "a", "c", "c"].iter().enumerate().map(|(i, l)| row(i, l)).collect();
+        let rows: Vec<Row> = ["b", "a", "c", "c"]
+            .iter()
+            .enumerate()
+            .map(|(i, l)| row(i, l))
+            .collect();
         assert_eq!(top_labels(&rows, 2).unwrap(), ["c", "a"]);
-        assert!(top_labels(&rows, 4).unwrap_err().message.contains("3 labels"));
+        assert!(
+            top_labels(&rows, 4)
+                .unwrap_err()
+                .message
+                .contains("3 labels")
+        );
     }
 
     #[test]

@@ -50,13 +50,25 @@ impl Step for Holdout {
         schema_of::<Params>()
     }
     fn inputs(&self) -> Vec<Port> {
-        vec![Port::new("rows", "examples", "Rows labelled by the teacher.")]
+        vec![Port::new(
+            "rows",
+            "examples",
+            "Rows labelled by the teacher.",
+        )]
     }
     fn outputs(&self) -> Vec<Port> {
         vec![
             Port::new("dev", "examples", "The devset: scores every checkpoint."),
-            Port::new("val", "examples", "The optimizer's valset: scores candidate programs."),
-            Port::new("train", "examples", "The optimizer's trainset: where demos come from."),
+            Port::new(
+                "val",
+                "examples",
+                "The optimizer's valset: scores candidate programs.",
+            ),
+            Port::new(
+                "train",
+                "examples",
+                "The optimizer's trainset: where demos come from.",
+            ),
             Port::new("finetune", "examples", "The rows to fine-tune on."),
         ]
     }
@@ -91,7 +103,9 @@ impl Step for Holdout {
 /// in turn. Input order is kept in the result.
 fn training_rows(pool: &[Row], min_confidence: f64, max: Option<usize>) -> Vec<&Row> {
     let sure = |r: &Row| r.confidence.unwrap_or(1.0);
-    let mut kept: Vec<usize> = (0..pool.len()).filter(|&i| sure(&pool[i]) >= min_confidence).collect();
+    let mut kept: Vec<usize> = (0..pool.len())
+        .filter(|&i| sure(&pool[i]) >= min_confidence)
+        .collect();
     if let Some(max) = max.filter(|&m| m < kept.len()) {
         kept.sort_by(|&a, &b| sure(&pool[b]).total_cmp(&sure(&pool[a])).then(a.cmp(&b)));
         let mut rank = std::collections::BTreeMap::<Option<&str>, usize>::new();
@@ -122,9 +136,21 @@ mod tests {
 
     #[test]
     fn the_surest_rows_of_each_label_are_kept_in_order() {
-        let rows = [row(0, "a", 0.5), row(1, "a", 0.9), row(2, "a", 0.8), row(3, "b", 0.6), row(4, "b", 0.1)];
+        let rows = [
+            row(0, "a", 0.5),
+            row(1, "a", 0.9),
+            row(2, "a", 0.8),
+            row(3, "b", 0.6),
+            row(4, "b", 0.1),
+        ];
         let ids = |v: Vec<&Row>| v.iter().map(|r| r.id.clone()).collect::<Vec<_>>();
-        assert_eq!(ids(training_rows(&rows, 0.0, Some(3))), ["d:train:1", "d:train:2", "d:train:3"]);
-        assert_eq!(ids(training_rows(&rows, 0.6, None)), ["d:train:1", "d:train:2", "d:train:3"]);
+        assert_eq!(
+            ids(training_rows(&rows, 0.0, Some(3))),
+            ["d:train:1", "d:train:2", "d:train:3"]
+        );
+        assert_eq!(
+            ids(training_rows(&rows, 0.6, None)),
+            ["d:train:1", "d:train:2", "d:train:3"]
+        );
     }
 }

@@ -99,9 +99,8 @@ pub fn read_jsonl<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>,
         if line.trim().is_empty() {
             continue;
         }
-        let record = serde_json::from_str(&line).map_err(|e| {
-            StepError::invalid(format!("{}:{}: {e}", path.display(), number + 1))
-        })?;
+        let record = serde_json::from_str(&line)
+            .map_err(|e| StepError::invalid(format!("{}:{}: {e}", path.display(), number + 1)))?;
         out.push(record);
     }
     Ok(out)

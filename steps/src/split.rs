@@ -19,7 +19,7 @@ struct Params {
     labelled: usize,
     /// Seed of the shuffle; the order is that of Python's `random.Random(seed).shuffle`.
     #[serde(default)]
-    seed: u64,
+    seed: i64,
 }
 
 /// A gold label kept aside: only an audit may read it.
@@ -50,8 +50,16 @@ impl Step for Split {
     fn outputs(&self) -> Vec<Port> {
         vec![
             Port::new("labelled", "examples", "Rows with their gold label."),
-            Port::new("unlabelled", "examples", "Rows without a label, in shuffled order."),
-            Port::new("gold", "gold", "The deleted labels, to audit the teacher with."),
+            Port::new(
+                "unlabelled",
+                "examples",
+                "Rows without a label, in shuffled order.",
+            ),
+            Port::new(
+                "gold",
+                "gold",
+                "The deleted labels, to audit the teacher with.",
+            ),
         ]
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
@@ -77,5 +85,8 @@ impl Step for Split {
 }
 
 fn hide_label(row: &mut Row) -> Option<Gold> {
-    row.label.take().map(|label| Gold { id: row.id.clone(), label })
+    row.label.take().map(|label| Gold {
+        id: row.id.clone(),
+        label,
+    })
 }

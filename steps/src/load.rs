@@ -1,0 +1,297 @@
+//! `load`: reads labelled texts from a file, a URL or the Hugging Face hub, or,
+//! where none can be had, from the stand-in that comes with the program.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::download;
+use crate::rows::{Row, write_json, write_rows};
+use crate::schema_of;
+use crate::stand_in;
+use crate::table::{Format, Record, read_table, text_of};
+
+/// The step kind.
+pub struct Load;
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    /// Name of the data set: the first part of every row id.
+    name: String,
+    /// Where the training rows are.
+    train: SourceSpec,
+    /// Where the test rows are.
+    test: SourceSpec,
+    /// Column of the text.
+    #[serde(default = "text")]
+    text: String,
+    /// Column of the label.
+    #[serde(default = "label")]
+    label: String,
+    /// When the data cannot be had, use the stand-in that comes with the program, and say so.
+    #[serde(default)]
+    stand_in: bool,
+}
+
+fn text() -> String {
+    "text".to_owned()
+}
+
+fn label() -> String {
+    "label".to_owned()
+}
+
+/// Where one file is: exactly one of `file`, `url` and `hf`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct SourceSpec {
+    /// A file of the project.
+    #[serde(default)]
+    file: Option<PathBuf>,
+    /// A URL. It is looked up by `sha256` in `--distdir` and in the user's cache first.
+    #[serde(default)]
+    url: Option<String>,
+    /// sha256 of the file, lower-case hex. Needed with `url`.
+    #[serde(default)]
+    sha256: Option<String>,
+    /// A data set on the Hugging Face hub.
+    #[serde(default)]
+    hf: Option<HubFile>,
+    /// Format; by the ending of the name when left out.
+    #[serde(default)]
+    format: Option<Format>,
+}
+
+/// A file of a data set on the Hugging Face hub.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct HubFile {
+    /// `owner/name`.
+    repo: String,
+    /// Path in the repository.
+    file: String,
+    /// Branch, tag or commit.
+    #[serde(default = "main_branch")]
+    revision: String,
+}
+
+fn main_branch() -> String {
+    "main".to_owned()
+}
+
+/// What was loaded; the artifact `about`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DataSetInfo {
+    /// Name of the data set, or `stand-in`.
+    pub dataset: String,
+    /// True when the stand-in was used.
+    pub stand_in: bool,
+    /// Where the rows came from, for people.
+    pub source: String,
+    /// Training rows.
+    pub train_rows: usize,
+    /// Test rows.
+    pub test_rows: usize,
+}
+
+impl Step for Load {
+    fn kind(&self) -> &'static str {
+        "load"
+    }
+    fn version(&self) -> u32 {
+        1
+    }
+    fn about(&self) -> &'static str {
+        "Reads labelled texts from CSV, JSONL or Parquet: a file, a URL with its sha256, or the Hugging Face hub."
+    }
+    fn params_schema(&self) -> Value {
+        schema_of::<Params>()
+    }
+    fn inputs(&self) -> Vec<Port> {
+        Vec::new()
+    }
+    fn outputs(&self) -> Vec<Port> {
+        vec![
+            Port::new("train", "examples", "Training rows in the file's order."),
+            Port::new("test", "examples", "Test rows in the file's order."),
+            Port::new("about", "dataset", "Name, source and size of the data set."),
+        ]
+    }
+
+    /// Which source is at hand enters the key: a result on the stand-in is never
+    /// taken for one on the real data, nor the other way round.
+    fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        let params: Params = serde_json::from_value(params.clone())
+            .map_err(|e| StepError::invalid(format!("params of `load`: {e}")))?;
+        let found = params.locate(world);
+        if let Err(error) = &found
+            && !(params.stand_in && error.kind == StepErrorKind::Transient)
+        {
+            return Err(error.clone());
+        }
+        let data = match found {
+            Ok([train, test]) => json!({ "train": train.digest()?, "test": test.digest()? }),
+            Err(_) => json!({ "stand_in": stand_in::digest() }),
+        };
+        Ok(BTreeMap::from([("data".to_owned(), data)]))
+    }
+
+    fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        let params: Params = ctx.params()?;
+        let (info, train, test) = match params.locate(&ctx.world) {
+            Ok([train, test]) => params.read(&train, &test)?,
+            Err(error) if params.stand_in && error.kind == StepErrorKind::Transient => {
+                ctx.reporter.warning(&format!(
+                    "`{}` cannot be had ({}); using the stand-in data set instead. \
+                     No score of this run is a {} result.",
+                    params.name, error.message, params.name
+                ));
+                stand_in::rows()?
+            }
+            Err(error) => return Err(error),
+        };
+        write_rows(&ctx.output("train"), &train)?;
+        write_rows(&ctx.output("test"), &test)?;
+        write_json(&ctx.output("about"), &info)?;
+        Ok(StepOutcome::default()
+            .metric("dataset", info.dataset)
+            .metric("train_rows", train.len())
+            .metric("test_rows", test.len()))
+    }
+}
+
+/// A file that is at hand.
+struct Located {
+    path: PathBuf,
+    format: Format,
+    sha256: Option<String>,
+    origin: String,
+}
+
+impl Located {
+    fn digest(&self) -> Result<String, StepError> {
+        match &self.sha256 {
+            Some(sha256) => Ok(sha256.clone()),
+            None => download::sha256_of(&self.path).map_err(|e| StepError::io(&self.path, &e)),
+        }
+    }
+}
+
+impl Params {
+    fn locate(&self, world: &World) -> Result<[Located; 2], StepError> {
+        Ok([
+            self.train.locate("train", world)?,
+            self.test.locate("test", world)?,
+        ])
+    }
+
+    fn read(
+        &self,
+        train: &Located,
+        test: &Located,
+    ) -> Result<(DataSetInfo, Vec<Row>, Vec<Row>), StepError> {
+        let rows = |from: &Located, split: &str| {
+            let table = read_table(&from.path, from.format)?;
+            to_rows(
+                &table,
+                &self.name,
+                split,
+                &self.text,
+                &self.label,
+                &from.origin,
+            )
+        };
+        let (train_rows, test_rows) = (rows(train, "train")?, rows(test, "test")?);
+        let info = DataSetInfo {
+            dataset: self.name.clone(),
+            stand_in: false,
+            source: train.origin.clone(),
+            train_rows: train_rows.len(),
+            test_rows: test_rows.len(),
+        };
+        Ok((info, train_rows, test_rows))
+    }
+}
+
+impl SourceSpec {
+    fn locate(&self, name: &str, world: &World) -> Result<Located, StepError> {
+        let (path, sha256, origin) = match (&self.file, &self.url, &self.hf) {
+            (Some(file), None, None) => {
+                let path = world.root.join(file);
+                if !path.is_file() {
+                    return Err(StepError::invalid(format!(
+                        "`{name}`: there is no file {}",
+                        path.display()
+                    )));
+                }
+                (path, None, file.display().to_string())
+            }
+            (None, Some(url), None) => {
+                let Some(sha256) = &self.sha256 else {
+                    return Err(
+                        StepError::invalid(format!("`{name}`: `url` needs `sha256`"))
+                            .help("the digest makes sure that every run sees the same bytes"),
+                    );
+                };
+                (
+                    download::fetch(url, sha256, world)?,
+                    Some(sha256.clone()),
+                    url.clone(),
+                )
+            }
+            (None, None, Some(hub)) => {
+                let origin = format!("{}@{}/{}", hub.repo, hub.revision, hub.file);
+                (
+                    crate::hub::dataset_file(&hub.repo, &hub.revision, &hub.file, world)?,
+                    None,
+                    origin,
+                )
+            }
+            _ => {
+                return Err(StepError::invalid(format!(
+                    "`{name}` needs exactly one of `file`, `url` and `hf`"
+                )));
+            }
+        };
+        let format = self.format.unwrap_or_else(|| Format::of_name(&origin));
+        Ok(Located {
+            path,
+            format,
+            sha256,
+            origin,
+        })
+    }
+}
+
+/// Rows with ids `<dataset>:<split>:<index>`.
+pub(crate) fn to_rows(
+    table: &[Record],
+    dataset: &str,
+    split: &str,
+    text: &str,
+    label: &str,
+    origin: &str,
+) -> Result<Vec<Row>, StepError> {
+    let mut rows = Vec::with_capacity(table.len());
+    for (index, record) in table.iter().enumerate() {
+        let at = format!("{}: row {}", Path::new(origin).display(), index + 1);
+        let mut row = Row::new(
+            format!("{dataset}:{split}:{index}"),
+            text_of(record, text, &at)?,
+            Some(text_of(record, label, &at)?),
+        );
+        let further = record
+            .iter()
+            .filter(|(column, _)| *column != text && *column != label);
+        row.extra = further
+            .map(|(column, value)| (column.clone(), value.clone()))
+            .collect();
+        rows.push(row);
+    }
+    Ok(rows)
+}
