@@ -1,1 +1,51 @@
-fn main() {}
+//! The command line. The only package that prints, reads the environment and exits.
+
+mod args;
+mod commands;
+mod exit;
+mod graph;
+mod reporter;
+mod surroundings;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+use crate::exit::{Exit, Failure};
+
+fn main() -> std::process::ExitCode {
+    let args = Args::parse();
+    let level = if args.global.verbose {
+        "flowrun=debug"
+    } else {
+        "warn"
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FLOWRUN_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let exit = match dispatch(args) {
+        Ok(exit) => exit,
+        Err(failure) => failure.show(),
+    };
+    exit.into()
+}
+
+fn dispatch(args: Args) -> Result<Exit, Failure> {
+    let global = &args.global;
+    match &args.command {
+        None => commands::run::run(&args.run, global),
+        Some(Command::Check(select)) => commands::check::check(select, global),
+        Some(Command::Plan(select)) => commands::plan::plan(select, global),
+        Some(Command::Why { step, select }) => commands::plan::why(step, select, global),
+        Some(Command::Graph(graph)) => commands::graph::graph(graph, global),
+        Some(Command::Runs) => commands::runs::runs(global),
+        Some(Command::Show { run, step }) => {
+            commands::runs::show(run.as_deref(), step.as_deref(), global)
+        }
+        Some(Command::Steps { kind }) => commands::steps::steps(kind.as_deref()),
+        Some(Command::Schema { kind }) => commands::steps::schema(kind.as_deref()),
+        Some(Command::Completions { shell }) => commands::completions::completions(*shell),
+    }
+}

@@ -101,7 +101,10 @@ impl ChatTemplate {
 }
 
 fn message(message: &ChatMessage) -> Value {
-    Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())])
+    Value::from_pairs([
+        ("role", message.role.as_str()),
+        ("content", message.content.as_str()),
+    ])
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {

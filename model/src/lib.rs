@@ -9,7 +9,10 @@ mod error;
 mod kernels;
 mod llama;
 pub mod lora;
+#[cfg(test)]
+mod tiny;
 mod tokenizer;
+pub mod train;
 mod weights;
 
 pub use base_model::BaseModel;

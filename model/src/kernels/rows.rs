@@ -25,7 +25,14 @@ pub(crate) fn linear(
         return;
     }
     let (x, w) = (Mat::new(x, rows, inputs), Mat::new(w, outputs, inputs));
-    matmul(MatMut::new(out, rows, outputs), into, 1.0, x, w.t(), threads);
+    matmul(
+        MatMut::new(out, rows, outputs),
+        into,
+        1.0,
+        x,
+        w.t(),
+        threads,
+    );
 }
 
 /// `gate = gate · sigmoid(gate) · up`.
@@ -112,7 +119,9 @@ mod tests {
     }
 
     fn values(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 31 + seed * 17) % 23) as f32 * 0.1 - 1.1).collect()
+        (0..n)
+            .map(|i| ((i * 31 + seed * 17) % 23) as f32 * 0.1 - 1.1)
+            .collect()
     }
 
     #[test]
@@ -127,7 +136,10 @@ mod tests {
                     let x = &x[i / outputs * inputs..];
                     let w = &w[i % outputs * inputs..];
                     let wanted = (0..inputs).map(|j| x[j] * w[j]).sum::<f32>();
-                    assert!((value - 2.0 * wanted).abs() < 1e-3, "{value} is not 2 · {wanted}");
+                    assert!(
+                        (value - 2.0 * wanted).abs() < 1e-3,
+                        "{value} is not 2 · {wanted}"
+                    );
                 }
             }
         }
@@ -153,7 +165,10 @@ mod tests {
         layer_norm(&mut x, &[2.0; 13], &[0.5; 13], 0.0);
         let row = &x[13..];
         close(row.iter().sum::<f32>() / 13.0, 0.5);
-        close(row.iter().map(|v| (v - 0.5) * (v - 0.5)).sum::<f32>() / 13.0, 4.0);
+        close(
+            row.iter().map(|v| (v - 0.5) * (v - 0.5)).sum::<f32>() / 13.0,
+            4.0,
+        );
     }
 
     #[test]

@@ -1,13 +1,12 @@
 //! A candle tensor as a slice.
 
 use std::ops::Deref;
-use std::sync::RwLockReadGuard;
 
-use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, Result, Storage, StorageRef, Tensor, bail};
 
 /// A contiguous f32 CPU tensor, borrowed.
 pub(crate) struct View<'a> {
-    storage: RwLockReadGuard<'a, Storage>,
+    storage: StorageRef<'a>,
     start: usize,
     end: usize,
 }
@@ -17,9 +16,11 @@ impl<'a> View<'a> {
     pub(crate) fn new(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         match (&*storage, layout.contiguous_offsets()) {
-            (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => {
-                Ok(Self { storage, start, end })
-            }
+            (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => Ok(Self {
+                storage,
+                start,
+                end,
+            }),
             _ => bail!("expected a contiguous f32 tensor on the CPU"),
         }
     }
@@ -45,8 +46,14 @@ mod tests {
 
     #[test]
     fn only_contiguous_f32_tensors_are_viewed() {
-        let tensor = Tensor::arange(0f32, 6.0, &Device::Cpu).unwrap().reshape((3, 2)).unwrap();
-        assert_eq!(View::new(&tensor.narrow(0, 1, 2).unwrap()).unwrap()[..], [2., 3., 4., 5.]);
+        let tensor = Tensor::arange(0f32, 6.0, &Device::Cpu)
+            .unwrap()
+            .reshape((3, 2))
+            .unwrap();
+        assert_eq!(
+            View::new(&tensor.narrow(0, 1, 2).unwrap()).unwrap()[..],
+            [2., 3., 4., 5.]
+        );
         assert!(View::new(&tensor.t().unwrap()).is_err());
         assert!(View::new(&tensor.to_dtype(DType::F64).unwrap()).is_err());
     }

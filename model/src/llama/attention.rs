@@ -45,7 +45,11 @@ pub(super) fn attend(
             column += len;
         }
         for (row, scores) in scores.chunks_exact_mut(context).enumerate() {
-            let visible = if tokens == 1 { context } else { context - tokens + row + 1 };
+            let visible = if tokens == 1 {
+                context
+            } else {
+                context - tokens + row + 1
+            };
             softmax_row(&mut scores[..visible], 1.0);
             scores[visible..].fill(0.0);
         }
@@ -57,7 +61,11 @@ pub(super) fn attend(
             }
             let values = Mat::strided(&stretch.values[kv..], len, dim, kv_width);
             let weights = Mat::strided(&scores[column..], rows, len, context);
-            let into = if column == 0 { Into::Replace } else { Into::Add };
+            let into = if column == 0 {
+                Into::Replace
+            } else {
+                Into::Add
+            };
             let target = MatMut::strided(&mut out[start..], rows, dim, stride);
             matmul(target, into, 1.0, weights, values, threads);
             column += len;

@@ -95,7 +95,11 @@ impl Group {
             let view = |tensor| View::new(tensor).map_err(|e| format!("`{name}`: {e}"));
             group.a.extend_from_slice(&view(&pair.a)?);
             let b = view(&pair.b)?.iter().map(|value| value * scale).collect();
-            group.members.push(Some(Member { column: group.width, rank, b }));
+            group.members.push(Some(Member {
+                column: group.width,
+                rank,
+                b,
+            }));
             group.width += rank;
         }
         Ok(group)
@@ -117,11 +121,20 @@ impl Group {
         inner.resize(rows * self.width, 0.0);
         linear(x, &self.a, self.inputs, inner, Into::Replace, threads);
         for (member, out) in self.members.iter().zip(outs) {
-            let Some(Member { column, rank, b }) = member else { continue };
+            let Some(Member { column, rank, b }) = member else {
+                continue;
+            };
             let outputs = b.len() / rank;
             let part = Mat::strided(&inner[*column..], rows, *rank, self.width);
             let target = MatMut::new(out, rows, outputs);
-            matmul(target, Into::Add, 1.0, part, Mat::new(b, outputs, *rank).t(), threads);
+            matmul(
+                target,
+                Into::Add,
+                1.0,
+                part,
+                Mat::new(b, outputs, *rank).t(),
+                threads,
+            );
         }
     }
 }

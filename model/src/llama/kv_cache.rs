@@ -24,7 +24,10 @@ impl KvCache {
             keys: Vec::with_capacity(capacity * kv_width),
             values: Vec::with_capacity(capacity * kv_width),
         };
-        Self { len: 0, layers: (0..layers).map(|_| layer()).collect() }
+        Self {
+            len: 0,
+            layers: (0..layers).map(|_| layer()).collect(),
+        }
     }
 
     /// Tokens held.

@@ -61,7 +61,11 @@ impl Llama {
             None => Vec::new(),
         };
         let frequencies = config.inverse_frequencies();
-        Ok(Self { base, deltas, frequencies })
+        Ok(Self {
+            base,
+            deltas,
+            frequencies,
+        })
     }
 
     pub(crate) fn base(&self) -> &BaseModel {
@@ -86,7 +90,9 @@ impl Llama {
             return Ok(parts.collect::<Result<Vec<_>, _>>()?.concat());
         }
         let chunks = plan(runs, threads * total.div_ceil(CHUNK * threads));
-        let parts = chunks.into_par_iter().map(|runs| self.pass(runs, Threads::One));
+        let parts = chunks
+            .into_par_iter()
+            .map(|runs| self.pass(runs, Threads::One));
         Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
     }
 
@@ -96,7 +102,14 @@ impl Llama {
         let (width, vocab) = (weights.config.hidden, weights.config.vocab);
         let head = View::new(&weights.head)?;
         let mut logits = vec![0.0; hidden.len() / width * vocab];
-        linear(hidden, &head, width, &mut logits, Into::Replace, Threads::All);
+        linear(
+            hidden,
+            &head,
+            width,
+            &mut logits,
+            Into::Replace,
+            Threads::All,
+        );
         Ok(logits)
     }
 
@@ -123,4 +136,117 @@ fn plan(runs: Vec<Run<'_>>, chunks: usize) -> Vec<Vec<Run<'_>>> {
     }
     parts.retain(|part| !part.is_empty());
     parts
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::config::LlamaConfig;
+    use crate::tiny;
+
+    fn last_logits(llama: &Llama, past: Vec<&KvCache>, tokens: &[u32]) -> (Vec<f32>, KvCache) {
+        let mut own = llama.cache(0);
+        let run = Run {
+            tokens,
+            past,
+            own: &mut own,
+        };
+        let hidden = llama.forward(vec![run]).unwrap();
+        (llama.logits(&hidden).unwrap(), own)
+    }
+
+    fn assert_close(got: &[f32], wanted: &[f64]) {
+        assert_eq!(got.len(), wanted.len());
+        let worst = got
+            .iter()
+            .zip(wanted)
+            .map(|(g, w)| (f64::from(*g) - w).abs());
+        assert!(worst.fold(0.0, f64::max) < 2e-4);
+    }
+
+    #[test]
+    fn logits_equal_the_slow_pass_with_and_without_an_adapter() {
+        let base = tiny::base(1);
+        let adapter = tiny::adapter(&base.weights.config, 2);
+        let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % 200).collect();
+        for adapter in [None, Some(&adapter)] {
+            let llama = Llama::new(base.clone(), adapter).unwrap();
+            let (got, _) = last_logits(&llama, vec![], &tokens);
+            assert_close(&got, &tiny::logits(&base, adapter, &tokens));
+        }
+    }
+
+    #[test]
+    fn a_sequence_may_be_fed_in_stretches() {
+        let base = tiny::base(3);
+        let llama = Llama::new(base.clone(), None).unwrap();
+        let tokens: Vec<u32> = (0..12).map(|i| i * 11 + 1).collect();
+        let wanted = tiny::logits(&base, None, &tokens);
+        let (_, first) = last_logits(&llama, vec![], &tokens[..4]);
+        let empty = llama.cache(0);
+        let (_, mut second) = last_logits(&llama, vec![&first, &empty], &tokens[4..7]);
+        let (got, _) = last_logits(&llama, vec![&first, &second], &tokens[7..]);
+        assert_close(&got, &wanted);
+        // Token by token into the same stretch.
+        for token in tokens[7..].chunks(1) {
+            let run = Run {
+                tokens: token,
+                past: vec![&first],
+                own: &mut second,
+            };
+            let hidden = llama.forward(vec![run]).unwrap();
+            if second.len() == 8 {
+                assert_close(&llama.logits(&hidden).unwrap(), &wanted);
+                let few = llama.logits_of(&hidden, &[7, 3]).unwrap();
+                assert_close(&few, &[wanted[7], wanted[3]]);
+            }
+        }
+    }
+
+    #[test]
+    fn runs_of_one_call_do_not_see_each_other() {
+        let base = tiny::base(4);
+        let llama = Llama::new(base.clone(), None).unwrap();
+        let length = |i: u32| 1 + (i * 7) % 5;
+        let rows: Vec<Vec<u32>> = (0..30)
+            .map(|i| (0..length(i)).map(|j| (i * 13 + j * 29) % 250).collect())
+            .collect();
+        let mut caches: Vec<KvCache> = rows.iter().map(|_| llama.cache(4)).collect();
+        let runs = rows.iter().zip(&mut caches);
+        let runs = runs
+            .map(|(row, own)| Run {
+                tokens: row,
+                past: vec![],
+                own,
+            })
+            .collect();
+        let hidden = llama.forward(runs).unwrap();
+        let logits = llama.logits(&hidden).unwrap();
+        for (row, got) in rows.iter().zip(logits.chunks(base.weights.config.vocab)) {
+            assert_close(got, &tiny::logits(&base, None, row));
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_another_model_is_refused() {
+        let base = tiny::base(5);
+        let mut adapter = tiny::adapter(&base.weights.config, 6);
+        adapter.layers.pop();
+        let error = Llama::new(base.clone(), Some(&adapter)).err().unwrap();
+        assert_eq!(
+            error.to_string(),
+            "adapter: it has 1 layers, the base model 2"
+        );
+        let other = LlamaConfig {
+            hidden: 18,
+            ..base.weights.config.clone()
+        };
+        let adapter = tiny::adapter(&other, 6);
+        let error = Llama::new(base, Some(&adapter)).err().unwrap().to_string();
+        assert!(
+            error.starts_with("adapter: layer 0: `q_proj` has factors [3, 18]"),
+            "{error}"
+        );
+    }
 }

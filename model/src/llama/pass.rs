@@ -113,16 +113,50 @@ fn project(
     state: &mut Activations,
     threads: Threads,
 ) -> Result<(), ModelError> {
-    let Activations { x, h, q, k, v, inner, .. } = state;
+    let Activations {
+        x,
+        h,
+        q,
+        k,
+        v,
+        inner,
+        ..
+    } = state;
     norm(x, &View::new(&layer.attn_norm)?, c.norm_eps, h);
-    linear(h, &View::new(&layer.q)?, c.hidden, q, Into::Replace, threads);
-    linear(h, &View::new(&layer.k)?, c.hidden, k, Into::Replace, threads);
-    linear(h, &View::new(&layer.v)?, c.hidden, v, Into::Replace, threads);
+    linear(
+        h,
+        &View::new(&layer.q)?,
+        c.hidden,
+        q,
+        Into::Replace,
+        threads,
+    );
+    linear(
+        h,
+        &View::new(&layer.k)?,
+        c.hidden,
+        k,
+        Into::Replace,
+        threads,
+    );
+    linear(
+        h,
+        &View::new(&layer.v)?,
+        c.hidden,
+        v,
+        Into::Replace,
+        threads,
+    );
     delta.qkv.add(h, [&mut *q, &mut *k, v], inner, threads);
     let scale = 1.0 / (c.head_dim as f32).sqrt();
     let half = c.head_dim / 2;
-    let turns = state.cos.chunks_exact(half).zip(state.sin.chunks_exact(half));
-    let tokens = q.chunks_exact_mut(c.q_width()).zip(k.chunks_exact_mut(c.kv_width()));
+    let turns = state
+        .cos
+        .chunks_exact(half)
+        .zip(state.sin.chunks_exact(half));
+    let tokens = q
+        .chunks_exact_mut(c.q_width())
+        .zip(k.chunks_exact_mut(c.kv_width()));
     for ((q, k), (cos, sin)) in tokens.zip(turns) {
         rotate(q, cos, sin, scale);
         rotate(k, cos, sin, 1.0);
@@ -160,12 +194,41 @@ fn finish(
     state: &mut Activations,
     threads: Threads,
 ) -> Result<(), ModelError> {
-    let Activations { x, h, mixed, gate, up, inner, .. } = state;
-    linear(mixed, &View::new(&layer.o)?, c.q_width(), x, Into::Add, threads);
+    let Activations {
+        x,
+        h,
+        mixed,
+        gate,
+        up,
+        inner,
+        ..
+    } = state;
+    linear(
+        mixed,
+        &View::new(&layer.o)?,
+        c.q_width(),
+        x,
+        Into::Add,
+        threads,
+    );
     delta.o.add(mixed, [&mut *x], inner, threads);
     norm(x, &View::new(&layer.ffn_norm)?, c.norm_eps, h);
-    linear(h, &View::new(&layer.gate)?, c.hidden, gate, Into::Replace, threads);
-    linear(h, &View::new(&layer.up)?, c.hidden, up, Into::Replace, threads);
+    linear(
+        h,
+        &View::new(&layer.gate)?,
+        c.hidden,
+        gate,
+        Into::Replace,
+        threads,
+    );
+    linear(
+        h,
+        &View::new(&layer.up)?,
+        c.hidden,
+        up,
+        Into::Replace,
+        threads,
+    );
     delta.gate_up.add(h, [&mut *gate, &mut *up], inner, threads);
     silu_mul(gate, up);
     linear(gate, &View::new(&layer.down)?, c.ffn, x, Into::Add, threads);

@@ -12,6 +12,9 @@ pub(crate) use gguf::{from_gguf, integer, string};
 
 use crate::error::ModelError;
 
+#[cfg(test)]
+pub(crate) use gguf::tests::tiny_tokenizer;
+
 /// Tokens that end a turn under any of the usual chat formats.
 const TURN_ENDS: [&str; 6] = [
     "<|im_end|>",

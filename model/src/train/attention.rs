@@ -7,9 +7,9 @@
 
 use rayon::prelude::*;
 
-use super::matmul::{Into, Mat, MatMut, Threads, matmul};
-use super::vector;
 use crate::config::LlamaConfig;
+use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
+use crate::kernels::vector;
 
 /// Consecutive rows that form one sequence: each sees the rows before it in the span, itself,
 /// and the first `prefix` rows of the matrix.

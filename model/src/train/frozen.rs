@@ -2,71 +2,27 @@
 //!
 //! Knows no computation. Invariant: every slice has exactly the size that the config says.
 
-use std::ops::{Deref, Range};
-
-use candle_core::{DType, Storage, StorageRef, Tensor};
+use candle_core::{Error, Tensor};
 
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
+use crate::kernels::View;
 use crate::weights::LlamaWeights;
-
-/// A tensor's values; holds its read lock.
-pub(super) struct Values<'a> {
-    storage: StorageRef<'a>,
-    range: Range<usize>,
-}
-
-impl<'a> Values<'a> {
-    fn new(tensor: &'a Tensor, expected: usize, what: &str) -> Result<Self, ModelError> {
-        let refuse =
-            |why: &str| ModelError::Tensor(candle_core::Error::msg(format!("{what}: {why}")));
-        let (storage, layout) = tensor.storage_and_layout();
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            return Err(refuse("is not contiguous"));
-        };
-        if end - start != expected {
-            return Err(refuse("has not the size that the model's config says"));
-        }
-        match &*storage {
-            Storage::Cpu(_) if tensor.dtype() == DType::F32 => {}
-            Storage::Cpu(_) => return Err(refuse("is not f32")),
-            _ => return Err(refuse("is not in main memory, where training computes")),
-        }
-        Ok(Self {
-            storage,
-            range: start..end,
-        })
-    }
-}
-
-impl Deref for Values<'_> {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        match &*self.storage {
-            Storage::Cpu(values) => match values.as_slice::<f32>() {
-                Ok(values) => &values[self.range.clone()],
-                Err(_) => &[],
-            },
-            _ => &[],
-        }
-    }
-}
 
 /// One layer. Matrices are `[out, in]`, in the order of `Module::ALL`.
 pub(super) struct FrozenLayer<'a> {
-    pub(super) attn_norm: Values<'a>,
-    pub(super) ffn_norm: Values<'a>,
-    pub(super) modules: [Values<'a>; 7],
+    pub(super) attn_norm: View<'a>,
+    pub(super) ffn_norm: View<'a>,
+    pub(super) modules: [View<'a>; 7],
 }
 
 /// The whole model.
 pub(super) struct Frozen<'a> {
     pub(super) config: &'a LlamaConfig,
-    pub(super) embed: Values<'a>,
+    pub(super) embed: View<'a>,
     pub(super) layers: Vec<FrozenLayer<'a>>,
-    pub(super) norm: Values<'a>,
-    pub(super) head: Values<'a>,
+    pub(super) norm: View<'a>,
+    pub(super) head: View<'a>,
 }
 
 impl<'a> Frozen<'a> {
@@ -79,7 +35,7 @@ impl<'a> Frozen<'a> {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let layers = weights.layers.iter().enumerate().map(|(index, w)| {
             let get = |tensor: &'a Tensor, size, name: &str| {
-                Values::new(tensor, size, &format!("layer {index} {name}"))
+                view(tensor, size, &format!("layer {index} {name}"))
             };
             Ok(FrozenLayer {
                 attn_norm: get(&w.attn_norm, c.hidden, "attn_norm")?,
@@ -97,10 +53,22 @@ impl<'a> Frozen<'a> {
         });
         Ok(Self {
             config: c,
-            embed: Values::new(&weights.embed, c.vocab * c.hidden, "embed")?,
+            embed: view(&weights.embed, c.vocab * c.hidden, "embed")?,
             layers: layers.collect::<Result<_, ModelError>>()?,
-            norm: Values::new(&weights.norm, c.hidden, "norm")?,
-            head: Values::new(&weights.head, c.vocab * c.hidden, "head")?,
+            norm: view(&weights.norm, c.hidden, "norm")?,
+            head: view(&weights.head, c.vocab * c.hidden, "head")?,
         })
     }
+}
+
+fn view<'a>(tensor: &'a Tensor, size: usize, what: &str) -> Result<View<'a>, ModelError> {
+    let refuse = |why: String| ModelError::Tensor(Error::msg(format!("{what}: {why}")));
+    let view = View::new(tensor).map_err(|e| refuse(e.to_string()))?;
+    if view.len() != size {
+        let len = view.len();
+        return Err(refuse(format!(
+            "has {len} values, the model's config says {size}"
+        )));
+    }
+    Ok(view)
 }

@@ -6,8 +6,9 @@
 use rayon::prelude::*;
 
 use super::frozen::Frozen;
-use super::matmul::{Into, Mat, MatMut, Threads, matmul};
-use super::{norm, vector};
+use super::norm;
+use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
+use crate::kernels::vector;
 
 /// Rows of logits at a time.
 const BLOCK: usize = 128;

@@ -49,12 +49,13 @@ pub struct EpochStats {
     pub validation: Option<EvalStats>,
 }
 
+type OnStep<'a> = dyn FnMut(&StepStats) + 'a;
 type OnEpoch<'a> = dyn FnMut(&EpochStats, &LoraAdapter) -> Result<(), ModelError> + 'a;
 
 /// Callbacks of a training; all optional.
 #[derive(Default)]
 pub struct Hooks<'a> {
-    pub(super) step: Option<Box<dyn FnMut(&StepStats) + 'a>>,
+    pub(super) step: Option<Box<OnStep<'a>>>,
     pub(super) epoch: Option<Box<OnEpoch<'a>>>,
     pub(super) cancelled: Option<Box<dyn Fn() -> bool + 'a>>,
     pub(super) state: Option<(PathBuf, usize)>,

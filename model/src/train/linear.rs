@@ -5,16 +5,17 @@
 
 use rayon::prelude::*;
 
-use super::frozen::Values;
-use super::matmul::{Into, Mat, MatMut, Threads, matmul};
 use super::order::mix;
 use super::params::Group;
+use crate::kernels::View;
+use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
+use crate::kernels::vector;
 
 /// One group of modules, ready to compute on `tokens` rows.
 pub(super) struct Linear<'a> {
     pub(super) group: &'a Group,
     /// The frozen weights of the members, `[output, input]` each.
-    pub(super) weights: &'a [Values<'a>],
+    pub(super) weights: &'a [View<'a>],
     /// All trained values.
     pub(super) params: &'a [f32],
     pub(super) rank: usize,
@@ -50,25 +51,38 @@ impl<'a> Linear<'a> {
     /// The outputs of the members for the rows `x`, and in `inner` the `x·Aᵀ` of the group for
     /// the backward pass. With [`Into::Add`] the outputs are added to `ys`.
     pub(super) fn forward(&self, x: &[f32], inner: &mut [f32], into: Into, ys: &mut [&mut [f32]]) {
-        let (n, input, width) = (self.tokens, self.group.input, self.group.inner);
-        if width > 0 {
-            let dropped = self.dropped(x);
-            let x = Mat::new(dropped.as_deref().unwrap_or(x), n, input);
-            let target = MatMut::new(inner, n, width);
-            matmul(target, Into::Replace, 1.0, x, self.a().t(), Threads::All);
-        }
-        let x = Mat::new(x, n, input);
-        for ((member, weight), y) in self.group.members.iter().zip(self.weights).zip(ys) {
-            let output = member.output;
-            let w = Mat::new(weight, output, input);
-            matmul(MatMut::new(y, n, output), into, 1.0, x, w.t(), Threads::All);
+        // Independent products side by side, so that no thread waits for the small ones.
+        rayon::join(
+            || self.frozen(x, into, ys),
+            || {
+                if self.group.inner > 0 {
+                    let dropped = self.dropped(x);
+                    let x = self.rows(dropped.as_deref().unwrap_or(x), self.group.input);
+                    let target = MatMut::new(inner, self.tokens, self.group.inner);
+                    matmul(target, Into::Replace, 1.0, x, self.a().t(), Threads::All);
+                }
+            },
+        );
+        let members = self.group.members.par_iter().zip(ys);
+        members.for_each(|(member, y)| {
             if let Some((b, column)) = &member.factors {
-                let b = Mat::new(&self.params[b.clone()], output, self.rank);
-                let inner = Mat::strided(&inner[*column..], n, self.rank, width);
-                let target = MatMut::new(y, n, output);
+                let b = Mat::new(&self.params[b.clone()], member.output, self.rank);
+                let inner = self.columns(inner, *column);
+                let target = MatMut::new(y, self.tokens, member.output);
                 matmul(target, Into::Add, self.scale, inner, b.t(), Threads::All);
             }
-        }
+        });
+    }
+
+    /// The products with the frozen weights.
+    fn frozen(&self, x: &[f32], into: Into, ys: &mut [&mut [f32]]) {
+        let input = self.group.input;
+        let members = self.group.members.par_iter().zip(self.weights).zip(ys);
+        members.for_each(|((member, weight), y)| {
+            let w = Mat::new(weight, member.output, input);
+            let target = MatMut::new(y, self.tokens, member.output);
+            matmul(target, into, 1.0, self.rows(x, input), w.t(), Threads::All);
+        });
     }
 
     /// From the gradients of the outputs: that of the input into `dx` (none skips it), those of
@@ -81,28 +95,54 @@ impl<'a> Linear<'a> {
         grads: &mut [f32],
         mut dx: Option<&mut [f32]>,
     ) {
-        let (n, input, width) = (self.tokens, self.group.input, self.group.inner);
-        d_inner.resize(n * width, 0.0);
+        d_inner.resize(self.tokens * self.group.inner, 0.0);
+        rayon::join(
+            || {
+                if let Some(dx) = dx.as_deref_mut() {
+                    self.backward_frozen(dys, dx);
+                }
+            },
+            || self.backward_b(dys, inner, d_inner, grads),
+        );
+        if let Some(dx) = dx.filter(|_| self.group.inner > 0) {
+            self.backward_delta(d_inner, dx);
+        }
+    }
+
+    /// `dx = Σ dy · W`.
+    fn backward_frozen(&self, dys: &[&[f32]], dx: &mut [f32]) {
+        let input = self.group.input;
         let members = self.group.members.iter().zip(self.weights).zip(dys);
         for (index, ((member, weight), dy)) in members.enumerate() {
-            let output = member.output;
-            let dy = Mat::new(dy, n, output);
-            if let Some(dx) = dx.as_deref_mut() {
-                let into = if index == 0 { Into::Replace } else { Into::Add };
-                let w = Mat::new(weight, output, input);
-                matmul(MatMut::new(dx, n, input), into, 1.0, dy, w, Threads::All);
-            }
-            if let Some((range, column)) = &member.factors {
-                let b = Mat::new(&self.params[range.clone()], output, self.rank);
-                let target = MatMut::strided(&mut d_inner[*column..], n, self.rank, width);
-                matmul(target, Into::Replace, self.scale, dy, b, Threads::All);
-                let inner = Mat::strided(&inner[*column..], n, self.rank, width);
-                let target = MatMut::new(&mut grads[range.clone()], output, self.rank);
-                matmul(target, Into::Add, self.scale, dy.t(), inner, Threads::All);
-            }
+            let into = if index == 0 { Into::Replace } else { Into::Add };
+            let w = Mat::new(weight, member.output, input);
+            let target = MatMut::new(dx, self.tokens, input);
+            matmul(
+                target,
+                into,
+                1.0,
+                self.rows(dy, member.output),
+                w,
+                Threads::All,
+            );
         }
-        if let Some(dx) = dx.filter(|_| width > 0) {
-            self.backward_delta(d_inner, dx);
+    }
+
+    /// `d_inner = s · dy · B` and `dB += s · dyᵀ · inner`.
+    fn backward_b(&self, dys: &[&[f32]], inner: &[f32], d_inner: &mut [f32], grads: &mut [f32]) {
+        let width = self.group.inner;
+        for (member, dy) in self.group.members.iter().zip(dys) {
+            let Some((range, column)) = &member.factors else {
+                continue;
+            };
+            let dy = self.rows(dy, member.output);
+            let b = Mat::new(&self.params[range.clone()], member.output, self.rank);
+            let target = &mut d_inner[*column..];
+            let target = MatMut::strided(target, self.tokens, self.rank, width);
+            matmul(target, Into::Replace, self.scale, dy, b, Threads::All);
+            let inner = self.columns(inner, *column);
+            let target = MatMut::new(&mut grads[range.clone()], member.output, self.rank);
+            matmul(target, Into::Add, self.scale, dy.t(), inner, Threads::All);
         }
     }
 
@@ -130,7 +170,16 @@ impl<'a> Linear<'a> {
         let mut delta = vec![0.0; n * input];
         let target = MatMut::new(&mut delta, n, input);
         matmul(target, Into::Replace, 1.0, inner, self.a(), Threads::All);
-        super::vector::add(dx, &dropout.masked(&delta));
+        vector::add(dx, &dropout.masked(&delta));
+    }
+
+    fn rows<'b>(&self, values: &'b [f32], width: usize) -> Mat<'b> {
+        Mat::new(values, self.tokens, width)
+    }
+
+    /// The part of the inner values that belongs to the module at `column`.
+    fn columns<'b>(&self, inner: &'b [f32], column: usize) -> Mat<'b> {
+        Mat::strided(&inner[column..], self.tokens, self.rank, self.group.inner)
     }
 
     fn a(&self) -> Mat<'a> {

@@ -9,9 +9,8 @@
 //! | `network`, `tape` | forward and backward of the model, and what lies between them |
 //! | `linear`, `attention`, `head`, `norm`, `rope` | its parts |
 //! | `params`, `frozen` | trained and frozen values as plain slices |
-//! | `matmul`, `vector` | the arithmetic |
 //!
-//! Knows no text and no prompt. Computes in f32 on the CPU, in the current rayon pool. Invariant:
+//! The arithmetic is in `kernels/`. Knows no text and no prompt. Computes in f32 on the CPU, in the current rayon pool. Invariant:
 //! equal inputs give an adapter of equal bytes on one kind of machine, also when the training
 //! was interrupted and resumed.
 
@@ -22,7 +21,6 @@ mod frozen;
 mod head;
 mod hooks;
 mod linear;
-mod matmul;
 mod network;
 mod norm;
 mod order;
@@ -40,7 +38,6 @@ mod tests;
 #[cfg(test)]
 pub(crate) mod tiny;
 mod trainer;
-mod vector;
 
 pub use config::TrainConfig;
 pub use hooks::{EpochStats, EvalStats, Hooks, StepStats};

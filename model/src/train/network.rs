@@ -10,13 +10,14 @@ use rayon::prelude::*;
 use super::attention::{Attention, OutGradient};
 use super::frozen::Frozen;
 use super::linear::{Dropout, Linear};
-use super::matmul::Into;
+use super::norm;
 use super::order::mix;
 use super::pack::Pack;
 use super::params::Layout;
 use super::rope::{Rope, Turn};
 use super::tape::{LayerTape, Room, Tape};
-use super::{norm, vector};
+use crate::kernels::matmul::Into;
+use crate::kernels::vector;
 
 /// First module and number of modules of each group, in the order of `Module::ALL`.
 const MODULES: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::vector;
+use crate::kernels::vector;
 
 /// Rows per parallel task.
 const ROWS: usize = 16;

@@ -18,8 +18,8 @@ use super::row::{self, TrainRow};
 use super::schedule::learning_rate;
 use super::state::TrainerState;
 use super::tape::Tape;
-use super::vector;
 use crate::error::ModelError;
+use crate::kernels::vector;
 use crate::lora::{LoraAdapter, LoraConfig};
 use crate::weights::LlamaWeights;
 
@@ -198,7 +198,7 @@ impl<'a> Trainer<'a> {
             head: HeadRoom::default(),
             grads: Vec::new(),
         };
-        Ok(self.measure(&mut work, rows))
+        Ok(in_pool(|| self.measure(&mut work, rows)))
     }
 
     fn check_cancelled(&self, hooks: &Hooks<'_>) -> Result<(), ModelError> {
@@ -225,7 +225,7 @@ impl<'a> Trainer<'a> {
                 epoch: epoch + 1,
                 step: self.state.step,
                 loss: sum / losses.len() as f64,
-                validation: validate.then(|| self.measure(work, self.validation)),
+                validation: validate.then(|| in_pool(|| self.measure(work, self.validation))),
             };
             call(
                 &stats,
@@ -255,7 +255,7 @@ impl<'a> Trainer<'a> {
         rows: &[&TrainRow],
     ) -> Result<StepStats, ModelError> {
         let step = self.state.step + 1;
-        let (sum, tokens) = self.gradients(work, rows);
+        let (sum, tokens) = in_pool(|| self.gradients(work, rows));
         let loss = sum.loss / sum.tokens as f64;
         let norm = vector::sum_of_squares(&work.grads).sqrt();
         if !loss.is_finite() || !norm.is_finite() {
@@ -359,6 +359,12 @@ impl<'a> Trainer<'a> {
             token_accuracy: sum.right as f64 / tokens,
         }
     }
+}
+
+/// Runs `compute` on a thread of the current pool. From outside, each of the thousands of small
+/// parallel loops of a step would put the caller to sleep and wake it.
+fn in_pool<R: Send>(compute: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| compute())
 }
 
 /// Digest of everything that decides the result. Of the base model the norms stand for all

@@ -1,0 +1,108 @@
+//! `flowrun [PIPELINE]`.
+
+use std::sync::Arc;
+
+use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_engine::run::{RunError, RunOptions, RunSummary, run as run_pipeline};
+use flowrun_engine::step::{Cancel, StepErrorKind};
+
+use crate::args::{GlobalArgs, RunArgs};
+use crate::commands::plan;
+use crate::exit::{Exit, Failure};
+use crate::reporter::Reporter;
+use crate::surroundings::{self, Surroundings};
+
+/// Runs a pipeline.
+pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
+    let loaded = surroundings::load(&args.select, global)?;
+    let options = RunOptions {
+        from: args.from.clone(),
+        until: args.until.clone(),
+        only: args.only.clone(),
+        force: args.force,
+        keep_going: args.keep_going,
+        ..surroundings::run_options(args.jobs)
+    };
+    if args.dry_run {
+        return plan::show(&loaded, &options, global);
+    }
+    let cache = Arc::new(open_cache(args, global)?);
+    surroundings::remember(&loaded.pipeline, cache.dir());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(options.jobs + 8)
+        .enable_all()
+        .build()?;
+    let summary = runtime.block_on(drive(loaded, cache, options, global))?;
+    Ok(exit_of(&summary))
+}
+
+#[allow(clippy::print_stderr)]
+fn open_cache(args: &RunArgs, global: &GlobalArgs) -> Result<Cache, Failure> {
+    let tell = |holder: &str| eprintln!("waiting for {holder}, which uses the same cache");
+    let command: Vec<String> = std::env::args().collect();
+    let options = OpenOptions {
+        wait: if args.no_wait {
+            LockWait::NoWait
+        } else {
+            LockWait::Wait
+        },
+        command: command.join(" "),
+        on_wait: Some(&tell),
+    };
+    Ok(Cache::open(&global.cache_dir, &options)?)
+}
+
+async fn drive(
+    loaded: Surroundings,
+    cache: Arc<Cache>,
+    options: RunOptions,
+    global: &GlobalArgs,
+) -> Result<RunSummary, RunError> {
+    let (events, heard) = tokio::sync::mpsc::unbounded_channel();
+    let mut reporter = Reporter::new(global, &loaded.pipeline);
+    let cancel = Cancel::default();
+    tokio::spawn(stop_on_signal(cancel.clone()));
+    let pipeline = Arc::new(loaded.pipeline);
+    let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
+    let summary = run_pipeline(pipeline, cache, loaded.world, options, cancel, events).await;
+    // The reporter ends when the run's last sender is gone; its panic would be a bug of ours alone.
+    let _ = reporting.await;
+    summary
+}
+
+/// The first signal asks the steps to stop, the second ends the program.
+#[allow(clippy::print_stderr, clippy::exit)]
+async fn stop_on_signal(cancel: Cancel) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    ) else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        if cancel.is_cancelled() {
+            std::process::exit(Exit::Interrupted as i32);
+        }
+        eprintln!("stopping; what finished is kept. Once more to stop at once");
+        cancel.cancel();
+    }
+}
+
+fn exit_of(summary: &RunSummary) -> Exit {
+    if summary.ok {
+        return Exit::Ok;
+    }
+    if summary.interrupted {
+        return Exit::Interrupted;
+    }
+    match &summary.first_error {
+        Some((_, error)) if error.kind == StepErrorKind::Gate => Exit::Gate,
+        _ => Exit::StepFailed,
+    }
+}

@@ -1,0 +1,100 @@
+//! Exit codes, and failures with the code they lead to.
+
+use flowrun_cache::CacheError;
+use flowrun_engine::Diagnostics;
+use flowrun_engine::run::RunError;
+
+/// How the program ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// All is well.
+    Ok = 0,
+    /// A fault of flowrun, or of the machine.
+    Internal = 1,
+    /// The command line is wrong (clap uses the same code).
+    Usage = 2,
+    /// The pipeline or its input is wrong.
+    Invalid = 3,
+    /// A step failed.
+    StepFailed = 4,
+    /// A gate was not met.
+    Gate = 5,
+    /// The cache cannot be used.
+    Cache = 6,
+    /// Stopped by the user.
+    Interrupted = 130,
+}
+
+impl From<Exit> for std::process::ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why a command could not do its work.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    exit: Exit,
+    text: String,
+}
+
+impl Failure {
+    pub(crate) fn new(exit: Exit, text: impl Into<String>) -> Self {
+        Self {
+            exit,
+            text: text.into(),
+        }
+    }
+
+    pub(crate) fn usage(text: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, text)
+    }
+
+    /// Prints the failure on stderr and gives its exit code.
+    #[allow(clippy::print_stderr, reason = "this is where errors are shown")]
+    pub(crate) fn show(&self) -> Exit {
+        let title = console::style("error").for_stderr().red().bold();
+        match self.exit {
+            Exit::Invalid => eprint!("{}", self.text),
+            _ => eprintln!("{title}: {}", self.text),
+        }
+        self.exit
+    }
+}
+
+impl From<CacheError> for Failure {
+    fn from(error: CacheError) -> Self {
+        Self::new(Exit::Cache, error.to_string())
+    }
+}
+
+impl From<RunError> for Failure {
+    fn from(error: RunError) -> Self {
+        let exit = match &error {
+            RunError::Cache(_) | RunError::Record { .. } => Exit::Cache,
+            RunError::NoStep { .. } => Exit::Usage,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<Diagnostics> for Failure {
+    fn from(found: Diagnostics) -> Self {
+        let n = found.errors.len();
+        let count = if n == 1 {
+            "1 error".to_owned()
+        } else {
+            format!("{n} errors")
+        };
+        Self::new(
+            Exit::Invalid,
+            format!("{found}\n{count}; nothing was run\n"),
+        )
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::new(Exit::Internal, error.to_string())
+    }
+}

@@ -1,0 +1,148 @@
+//! What the machine offers a run, read from the environment in this one place;
+//! and which pipeline is meant.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use flowrun_cache::CacheReader;
+use flowrun_engine::language::project_root;
+use flowrun_engine::pipeline::Pipeline;
+use flowrun_engine::record::RunRecord;
+use flowrun_engine::run::{Capacity, Expressions, RunOptions};
+use flowrun_engine::step::World;
+use flowrun_engine::{LoadOptions, eval_bool, load_pipeline, resolve_item};
+
+use crate::args::{GlobalArgs, Select};
+use crate::exit::{Exit, Failure};
+
+/// File in the cache folder that names the pipeline that was run last.
+const LAST: &str = "last-pipeline";
+
+/// A pipeline with what it needs to run.
+pub(crate) struct Surroundings {
+    pub(crate) pipeline: Pipeline,
+    pub(crate) world: World,
+}
+
+/// Loads and checks the pipeline that is meant.
+pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings, Failure> {
+    let file = match &select.pipeline {
+        Some(file) => file.clone(),
+        None => find_pipeline(global)?,
+    };
+    let vocabulary = flowrun_steps::registry();
+    let env: BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let options = LoadOptions {
+        sets: select.set.clone(),
+        profiles: select.profile.clone(),
+        env: env.clone(),
+        root: None,
+    };
+    let pipeline = load_pipeline(&file, &vocabulary, &options)?;
+    let world = World {
+        offline: global.offline,
+        distdir: global.distdir.clone(),
+        user_cache: user_cache(&env),
+        root: absolute(&project_root(&file))?,
+        exe: std::env::current_exe()?,
+        env,
+    };
+    Ok(Surroundings { pipeline, world })
+}
+
+/// Options of a run that does everything stale.
+pub(crate) fn run_options(jobs: Option<usize>) -> RunOptions {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let mut options = RunOptions::new(Expressions {
+        resolve_item,
+        eval_bool,
+    });
+    options.jobs = jobs.unwrap_or(cores);
+    options.capacity = Capacity {
+        cpu: cores as f64,
+        ..Capacity::default()
+    };
+    options
+}
+
+fn user_cache(env: &BTreeMap<String, String>) -> PathBuf {
+    let named = env
+        .get("XDG_CACHE_HOME")
+        .filter(|p| !p.is_empty())
+        .map(PathBuf::from);
+    let home = || env.get("HOME").map(|home| Path::new(home).join(".cache"));
+    named
+        .or_else(home)
+        .unwrap_or_else(std::env::temp_dir)
+        .join("flowrun")
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    let path = if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
+    };
+    Ok(std::path::absolute(path)?)
+}
+
+/// Remembers the pipeline for the next call without one.
+pub(crate) fn remember(pipeline: &Pipeline, cache_dir: &Path) {
+    if let Ok(path) = std::path::absolute(&pipeline.file) {
+        // Without the note the next call asks for the file's name.
+        let _ = std::fs::write(cache_dir.join(LAST), path.display().to_string());
+    }
+}
+
+fn find_pipeline(global: &GlobalArgs) -> Result<PathBuf, Failure> {
+    if let Ok(last) = std::fs::read_to_string(global.cache_dir.join(LAST))
+        && Path::new(&last).is_file()
+    {
+        return Ok(PathBuf::from(last));
+    }
+    let mut found: Vec<PathBuf> = std::fs::read_dir("pipelines")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|p| p.extension().is_some_and(|e| e == "yaml" || e == "yml"))
+        .collect();
+    found.sort();
+    let main = Path::new("pipelines/banking77.yaml");
+    match found.as_slice() {
+        [only] => Ok(only.clone()),
+        [] => Err(Failure::usage(
+            "there is no pipeline here; name one: `flowrun FILE.yaml`",
+        )),
+        many if many.iter().any(|p| p == main) => Ok(main.to_owned()),
+        many => {
+            let names: Vec<String> = many.iter().map(|p| p.display().to_string()).collect();
+            Err(Failure::usage(format!(
+                "which pipeline? There are {}",
+                names.join(", ")
+            )))
+        }
+    }
+}
+
+/// The newest run in the cache, or the one with this id.
+pub(crate) fn find_run(
+    id: Option<&str>,
+    global: &GlobalArgs,
+) -> Result<(PathBuf, RunRecord), Failure> {
+    let runs = CacheReader::open(&global.cache_dir).runs();
+    let chosen = match id {
+        None => runs.into_iter().next(),
+        Some(id) => runs
+            .into_iter()
+            .find(|dir| dir.file_name().is_some_and(|n| n == id)),
+    };
+    let dir = chosen.ok_or_else(|| {
+        let what = id.map_or("any run".to_owned(), |id| format!("the run `{id}`"));
+        let text = format!("{} does not hold {what}", global.cache_dir.display());
+        Failure::new(Exit::Usage, text)
+    })?;
+    let record = RunRecord::load(&dir)?;
+    Ok((dir, record))
+}

@@ -1,0 +1,8 @@
+//! End to end, through the real binary on real files.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod data;
+mod docs;
+mod killed;
+mod project;
+mod shell;

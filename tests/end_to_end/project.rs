@@ -1,0 +1,105 @@
+//! A project in a temporary folder, and the binary run in it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+pub(crate) struct Project {
+    dir: tempfile::TempDir,
+}
+
+impl Project {
+    /// An empty project.
+    pub(crate) fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// The shell example.
+    pub(crate) fn shell() -> Self {
+        let project = Self::new();
+        let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/shell");
+        for name in ["pipeline.yaml", "words.txt"] {
+            std::fs::copy(example.join(name), project.path(name)).unwrap();
+        }
+        project
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(crate) fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    pub(crate) fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    /// Replaces text that must be there.
+    pub(crate) fn edit(&self, name: &str, from: &str, to: &str) {
+        let text = self.read(name);
+        assert!(text.contains(from), "{from}");
+        self.write(name, &text.replace(from, to));
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_flowrun"));
+        command
+            .args(args)
+            .current_dir(self.dir.path())
+            .env_remove("FLOWRUN_DISTDIR")
+            .env_remove("FLOWRUN_CACHE_DIR")
+            .env("XDG_CACHE_HOME", self.path("user-cache"));
+        command
+    }
+
+    pub(crate) fn run(&self, args: &[&str]) -> Run {
+        Run::of(self.command(args).output().unwrap())
+    }
+}
+
+/// A finished run of the binary.
+pub(crate) struct Run {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Run {
+    pub(crate) fn of(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// Exit code 0, or the test fails with what was printed.
+    pub(crate) fn ok(self) -> Self {
+        assert_eq!(self.code, Some(0), "{}\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// The events of a `--json` run.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        self.stdout
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    /// The steps that ended in this way, in order.
+    pub(crate) fn steps(&self, status: &str) -> Vec<String> {
+        self.events()
+            .iter()
+            .filter(|e| e["event"] == "step_finished" && e["status"] == status)
+            .map(|e| e["step"].as_str().unwrap().to_owned())
+            .collect()
+    }
+}
