@@ -1,5 +1,5 @@
 //! End to end, through the real binary on real files.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
 mod data;
 mod docs;
