@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::action::ActionCache;
+use crate::action::{ActionCache, ActionKey};
 use crate::completion::CompletionCache;
 use crate::error::CacheError;
 use crate::index::Index;
@@ -130,6 +130,12 @@ impl Cache {
         let logs = path.join("logs");
         std::fs::create_dir_all(&logs).map_err(|e| CacheError::io(&logs, e))?;
         Ok(path)
+    }
+
+    /// Where an action may keep what its next attempt can go on from. Nothing is made here.
+    #[must_use]
+    pub fn partial_path(&self, key: &ActionKey) -> PathBuf {
+        self.dir.join("partial").join(key.to_hex())
     }
 
     /// A scratch folder on the cache's own file system, removed when dropped;

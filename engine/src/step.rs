@@ -193,6 +193,8 @@ pub struct StepContext {
     pub out_dir: PathBuf,
     /// Scratch folder, deleted afterwards.
     pub work_dir: PathBuf,
+    /// See [`StepContext::resume_dir`].
+    pub resume_path: PathBuf,
     /// Completed language-model calls, shared by all steps and runs.
     pub completions: Arc<CompletionCache>,
     /// Steps that finished before this one started, in order of finishing.
@@ -243,6 +245,17 @@ impl StepContext {
         let dir = self.out_dir.join(port);
         std::fs::create_dir_all(&dir).map_err(|e| StepError::io(&dir, &e))?;
         Ok(dir.join(label))
+    }
+    /// A folder that outlives a killed or failed attempt: the next attempt of the same action
+    /// (equal params and inputs) finds what this one left there. Removed when the step succeeds.
+    /// A kill may come at any moment, so replace files whole.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn resume_dir(&self) -> Result<&Path, StepError> {
+        std::fs::create_dir_all(&self.resume_path)
+            .map_err(|e| StepError::io(&self.resume_path, &e))?;
+        Ok(&self.resume_path)
     }
     /// Returns an error of kind `Cancelled` once the run was asked to stop.
     ///

@@ -336,7 +336,8 @@ impl Bench {
     #[allow(clippy::unwrap_used)]
     pub(crate) fn run(&self, steps: &[StepNode]) -> Ran {
         let open = OpenOptions {
-            wait: LockWait::NoWait,
+            // A child that another test is just starting holds this process's lock until it execs.
+            wait: LockWait::Wait,
             command: "test".into(),
             on_wait: None,
         };

@@ -2,6 +2,7 @@
 //! language-model client.
 
 pub mod adapter;
+pub mod classifier;
 pub mod evaluate;
 pub mod example;
 pub mod field_type;

@@ -8,6 +8,7 @@ pub mod filter_top_n;
 pub mod holdout;
 pub mod hub;
 pub mod load;
+pub mod models;
 pub mod report;
 pub mod rows;
 pub mod split;

