@@ -103,11 +103,11 @@ fn strings<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Result<Vec<&'
     let Some(Value::Array(values)) = metadata.get(key) else {
         return Err(wrong());
     };
-    let text = |value| match value {
-        &Value::String(ref text) => Ok(text.as_str()),
+    let texts = values.iter().map(|value| match value {
+        Value::String(text) => Ok(text.as_str()),
         _ => Err(wrong()),
-    };
-    values.iter().map(text).collect()
+    });
+    texts.collect()
 }
 
 /// Any integer value, whatever its width.

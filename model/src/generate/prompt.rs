@@ -1,0 +1,79 @@
+//! Chats as tokens. Training and answering share this, so that a model is asked as it was taught.
+//!
+//! Knows no generation. Invariant: what a message says never becomes a special token: a user who
+//! writes `<|im_end|>` does not end the turn.
+
+use crate::base_model::BaseModel;
+use crate::chat_template::ChatMessage;
+use crate::error::ModelError;
+
+/// Private-use characters around a message's number, where its text must not be read as special.
+const OPEN: char = '\u{E000}';
+const CLOSE: char = '\u{E001}';
+
+impl BaseModel {
+    /// The tokens of a conversation up to where the assistant answers.
+    ///
+    /// # Errors
+    /// [`ModelError::Template`] when the chat template refuses the messages;
+    /// [`ModelError::Tokenizer`] when the vocabulary cannot express them.
+    pub fn prompt_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+        for message in messages {
+            let text = &message.content;
+            if self.tokenizer.encode(text, true)? != self.tokenizer.encode(text, false)? {
+                return self.guarded_tokens(messages);
+            }
+        }
+        self.tokenizer
+            .encode(&self.chat.render(messages, true)?, true)
+    }
+
+    /// The tokens of an assistant's whole answer, with the one that ends the turn.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] when the vocabulary cannot express it.
+    pub fn answer_tokens(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        let mut tokens = self.tokenizer.encode(text, false)?;
+        tokens.extend(self.tokenizer.eos().first());
+        Ok(tokens)
+    }
+
+    /// Renders placeholders, and puts each message's text in their place as plain characters.
+    fn guarded_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+        if messages.iter().any(|m| m.content.contains([OPEN, CLOSE])) {
+            return Err(ModelError::Tokenizer(
+                "a message spells a special token and has the characters U+E000 or U+E001; \
+                 remove one of them"
+                    .to_owned(),
+            ));
+        }
+        let marked: Vec<ChatMessage> = messages
+            .iter()
+            .enumerate()
+            .map(|(i, m)| ChatMessage::new(m.role.clone(), format!("{OPEN}{i}{CLOSE}")))
+            .collect();
+        let rendered = self.chat.render(&marked, true)?;
+        let mut tokens = Vec::new();
+        let mut rest = rendered.as_str();
+        while let Some((before, marker)) = rest.split_once(OPEN) {
+            tokens.extend(self.tokenizer.encode(before, true)?);
+            let (number, after) = marker.split_once(CLOSE).unwrap_or((marker, ""));
+            let message = number.parse().ok().and_then(|i: usize| messages.get(i));
+            let text = message.map_or("", |m| &m.content);
+            tokens.extend(self.tokenizer.encode(text, false)?);
+            rest = after;
+        }
+        tokens.extend(self.tokenizer.encode(rest, true)?);
+        Ok(tokens)
+    }
+}
+
+/// How many tokens all rows begin with; at least one token of each row is left over.
+pub(super) fn common_start<'a>(mut rows: impl Iterator<Item = &'a [u32]>) -> usize {
+    let Some(first) = rows.next() else { return 0 };
+    let all = first.len().saturating_sub(1);
+    rows.fold(all, |common, row| {
+        let most = common.min(row.len().saturating_sub(1));
+        (0..most).find(|i| row[*i] != first[*i]).unwrap_or(most)
+    })
+}
