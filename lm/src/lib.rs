@@ -3,6 +3,7 @@
 
 pub mod adapter;
 pub mod classifier;
+pub mod client;
 pub mod evaluate;
 pub mod example;
 pub mod field_type;

@@ -1,6 +1,10 @@
 //! [`Lm`]: a language model as prompting programs see it: chat messages and
 //! sampling in; text, token counts and finish reason out. Knows no provider.
 
+mod cached;
+
+pub use cached::Cached;
+
 use serde::{Deserialize, Serialize};
 
 /// Who speaks.

@@ -1,0 +1,256 @@
+//! The client against a real server on loopback.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::lm::{FinishReason, Message, Role, Sampling};
+
+/// What the server says next: status, headers, body.
+type Reply = (u16, &'static str, String);
+
+/// A server that answers from a script, then echoes the last message.
+struct Server {
+    url: String,
+    seen: Arc<Mutex<Vec<(String, Value)>>>,
+    most_at_once: Arc<AtomicUsize>,
+}
+
+fn serve(script: Vec<Reply>) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let server = Server {
+        url: format!("http://{}/v1", listener.local_addr().unwrap()),
+        seen: Arc::default(),
+        most_at_once: Arc::default(),
+    };
+    let script = Arc::new(Mutex::new(VecDeque::from(script)));
+    let (seen, most) = (Arc::clone(&server.seen), Arc::clone(&server.most_at_once));
+    let now = Arc::new(AtomicUsize::new(0));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
+            let (most, now) = (Arc::clone(&most), Arc::clone(&now));
+            std::thread::spawn(move || {
+                while let Some((head, body)) = read_request(&stream) {
+                    most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    seen.lock().unwrap().push((head, body.clone()));
+                    let scripted = script.lock().unwrap().pop_front();
+                    if scripted.is_none() {
+                        // Long enough for others to come in.
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    let reply = scripted.unwrap_or_else(|| echo(&body));
+                    now.fetch_sub(1, Ordering::SeqCst);
+                    write_reply(&stream, &reply);
+                }
+            });
+        }
+    });
+    server
+}
+
+fn read_request(stream: &TcpStream) -> Option<(String, Value)> {
+    let mut reader = BufReader::new(stream);
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        if reader.read_line(&mut head).ok()? == 0 {
+            return None;
+        }
+    }
+    let lower = head.to_lowercase();
+    let length = lower
+        .lines()
+        .find_map(|l| l.strip_prefix("content-length: "))?;
+    let mut body = vec![0; length.trim().parse().ok()?];
+    reader.read_exact(&mut body).ok()?;
+    Some((head, serde_json::from_slice(&body).ok()?))
+}
+
+fn write_reply(mut stream: &TcpStream, (status, headers, body): &Reply) {
+    let length = body.len();
+    let text = format!("HTTP/1.1 {status} X\r\n{headers}content-length: {length}\r\n\r\n{body}");
+    // The client may have given up.
+    let _ = stream.write_all(text.as_bytes());
+}
+
+fn echo(body: &Value) -> Reply {
+    let text = &body["messages"][0]["content"];
+    let answer = json!({
+        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 2},
+    });
+    (200, "", answer.to_string())
+}
+
+fn spec(url: &str) -> OpenAiSpec {
+    serde_json::from_value(json!({"base_url": url, "model": "m", "max_retries": 2})).unwrap()
+}
+
+fn client(spec: &OpenAiSpec, key: Option<&str>) -> OpenAi {
+    let pace = Pace {
+        first: Duration::from_millis(1),
+        longest: Duration::from_millis(2),
+    };
+    OpenAi::with_pace(spec, key.map(str::to_owned), Arc::new(|| false), pace).unwrap()
+}
+
+fn request(text: &str) -> Request {
+    Request {
+        messages: vec![Message {
+            role: Role::User,
+            content: text.into(),
+        }],
+        sampling: Sampling {
+            seed: Some(3),
+            stop: vec!["x".into()],
+            ..Sampling::default()
+        },
+        choices: None,
+    }
+}
+
+fn ask(client: &OpenAi, texts: &[&str]) -> Vec<Result<Completion, LmError>> {
+    let requests: Vec<Request> = texts.iter().map(|text| request(text)).collect();
+    let told = Mutex::new(vec![0; texts.len()]);
+    let answers = client.complete(&requests, &|i, _| told.lock().unwrap()[i] += 1);
+    assert_eq!(*told.lock().unwrap(), vec![1; texts.len()]);
+    answers
+}
+
+fn error(answers: &[Result<Completion, LmError>]) -> String {
+    answers[0].as_ref().unwrap_err().to_string()
+}
+
+#[test]
+fn answers_come_in_order_and_no_more_are_in_flight_than_allowed() {
+    let server = serve(vec![]);
+    let mut spec = spec(&server.url);
+    spec.concurrency = 3;
+    let texts: Vec<String> = (0..12).map(|i| format!("q{i}")).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let answers = ask(&client(&spec, Some("secret")), &texts);
+    for (text, answer) in texts.iter().zip(answers) {
+        let answer = answer.unwrap();
+        assert_eq!(
+            (answer.text.as_str(), answer.finish),
+            (*text, FinishReason::Stop)
+        );
+        assert_eq!((answer.prompt_tokens, answer.completion_tokens), (5, 2));
+    }
+    let most = server.most_at_once.load(Ordering::SeqCst);
+    assert!((1..=3).contains(&most), "{most}");
+    let (head, body) = server.seen.lock().unwrap()[0].clone();
+    assert!(head.starts_with("POST /v1/chat/completions "), "{head}");
+    assert!(head.to_lowercase().contains("authorization: bearer secret"));
+    assert_eq!(body["model"], "m");
+    assert_eq!((&body["seed"], &body["stop"]), (&json!(3), &json!(["x"])));
+}
+
+#[test]
+fn busy_and_broken_servers_are_asked_again() {
+    let script = vec![
+        (429, "retry-after: 0\r\n", "{}".to_owned()),
+        (503, "", "down".to_owned()),
+    ];
+    let server = serve(script);
+    let answers = ask(&client(&spec(&server.url), None), &["a"]);
+    assert_eq!(answers[0].as_ref().unwrap().text, "a");
+    assert_eq!(server.seen.lock().unwrap().len(), 3);
+}
+
+#[test]
+fn a_server_that_keeps_failing_is_given_up() {
+    let server = serve((0..3).map(|_| (500, "", "oops".to_owned())).collect());
+    let text = error(&ask(&client(&spec(&server.url), None), &["a"]));
+    assert!(text.contains("status 500: oops (3 attempts)"), "{text}");
+    assert!(text.contains(&server.url), "{text}");
+}
+
+#[test]
+fn a_wrong_request_is_not_repeated_and_says_why() {
+    let body = json!({"error": {"message": "bad key"}}).to_string();
+    let script = vec![
+        (401, "", body),
+        (404, "", "{}".into()),
+        (400, "", "{\"detail\": \"too long\"}".into()),
+    ];
+    let server = serve(script);
+    let mut spec = spec(&server.url);
+    spec.api_key_env = Some("MY_KEY".into());
+    let client = client(&spec, Some("secret"));
+    let text = error(&ask(&client, &["a"]));
+    assert!(
+        text.contains("bad key; check the key in `MY_KEY`"),
+        "{text}"
+    );
+    assert!(!text.contains("secret") && !format!("{client:?}").contains("secret"));
+    let text = error(&ask(&client, &["a"]));
+    assert!(text.contains("model id `m`"), "{text}");
+    let text = error(&ask(&client, &["a"]));
+    assert!(text.ends_with("status 400: too long"), "{text}");
+    assert_eq!(server.seen.lock().unwrap().len(), 3);
+}
+
+#[test]
+fn a_dead_server_fails_all_requests_without_waiting_for_each() {
+    let free = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let mut spec = spec(&format!("http://{free}/v1"));
+    spec.concurrency = 1;
+    let texts = vec!["a"; 200];
+    let answers = ask(&client(&spec, None), &texts);
+    assert!(
+        answers
+            .iter()
+            .all(|a| matches!(a, Err(LmError::Unavailable(_))))
+    );
+    assert!(
+        error(&answers).contains("cannot be reached"),
+        "{}",
+        error(&answers)
+    );
+}
+
+#[test]
+fn an_answer_that_is_no_json_is_shown() {
+    let server = serve((0..3).map(|_| (200, "", "<html>".to_owned())).collect());
+    let text = error(&ask(&client(&spec(&server.url), None), &["a"]));
+    assert!(
+        text.contains("cannot be read") && text.contains("<html>"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_refusal_is_not_an_empty_answer() {
+    let body = json!({"choices": [{"message": {"content": null, "refusal": "no"}}]});
+    let server = serve(vec![(200, "", body.to_string())]);
+    let answer = ask(&client(&spec(&server.url), None), &["a"])
+        .remove(0)
+        .unwrap();
+    assert_eq!(answer.finish, FinishReason::ContentFilter);
+}
+
+#[test]
+fn a_stopped_run_does_not_wait_for_the_server() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let spec = spec(&format!("http://{}/v1", listener.local_addr().unwrap()));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let cancelled = Arc::new(move || count.fetch_add(1, Ordering::SeqCst) > 2);
+    let client = OpenAi::new(&spec, None, cancelled).unwrap();
+    assert_eq!(ask(&client, &["a", "b"]), vec![Err(LmError::Cancelled); 2]);
+}
+
+#[test]
+fn a_bad_url_is_refused() {
+    let error = OpenAi::new(&spec("nonsense"), None, Arc::new(|| false)).unwrap_err();
+    assert!(error.to_string().contains("`nonsense`"), "{error}");
+}
