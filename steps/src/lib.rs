@@ -3,14 +3,25 @@
 //! One file a kind, and [`registry`], the visible list of them. Joins the
 //! program layer and the embedded model; knows no command line.
 
+pub mod answer;
+pub mod bootstrap;
+pub mod checkpoint;
+pub mod convert_to_messages;
 pub mod download;
+pub mod evaluate;
 pub mod filter_top_n;
+pub mod finetune;
+pub mod fit_classifier;
 pub mod holdout;
 pub mod hub;
 pub mod load;
 pub mod models;
+pub mod optimize;
+pub mod program_file;
 pub mod report;
 pub mod rows;
+pub mod scores;
+pub mod select;
 pub mod split;
 pub mod stand_in;
 pub mod table;
@@ -20,7 +31,7 @@ use std::sync::Arc;
 use flowrun_engine::step::Step;
 use flowrun_engine::vocabulary::Vocabulary;
 use schemars::JsonSchema;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// Every step kind, and the shape of `models:` and `programs:`.
 #[must_use]
@@ -29,16 +40,23 @@ pub fn registry() -> Vocabulary {
         Arc::new(load::Load),
         Arc::new(filter_top_n::FilterTopN),
         Arc::new(split::Split),
+        Arc::new(bootstrap::Bootstrap),
+        Arc::new(fit_classifier::FitClassifier),
         Arc::new(holdout::Holdout),
+        Arc::new(convert_to_messages::ConvertToMessages),
+        Arc::new(finetune::Finetune),
+        Arc::new(optimize::Optimize),
+        Arc::new(evaluate::Evaluate),
+        Arc::new(select::Select),
     ];
     Vocabulary {
         steps: steps
             .into_iter()
             .map(|step| (step.kind().to_owned(), step))
             .collect(),
-        model_schema: json!({ "type": "object" }),
+        model_schema: schema_of::<models::ModelSpec>(),
         program_schema: schema_of::<flowrun_lm::program::ProgramSpec>(),
-        unkeyed_model_fields: vec![],
+        unkeyed_model_fields: models::UNKEYED.map(str::to_owned).to_vec(),
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::{LabelRule, Predictor, Program, REASONING, chain_of_thought};
 use crate::adapter::{AdapterKind, Dialect};
+use crate::classifier::ClassifierSpec;
 use crate::field_type::FieldType;
 use crate::signature::{Field, Signature};
 use crate::value::list_repr;
@@ -18,7 +19,8 @@ pub enum ProgramSpec {
     Predict(PromptSpec),
     /// One prompt that asks for a `reasoning` before the outputs (DSPy's `ChainOfThought`).
     ChainOfThought(PromptSpec),
-    // A program that calls no language model is one more variant here and one more arm in `build`.
+    /// Sentence vectors and a classifier fitted on labelled rows. Calls no language model.
+    EmbeddingClassifier(ClassifierSpec),
 }
 
 /// The prompt of a program.
@@ -116,6 +118,9 @@ pub enum BuildError {
     /// `reasoning_desc` on a program that gives no reasoning.
     #[error("`reasoning_desc` belongs to `chain_of_thought`; remove it or change the module")]
     ReasoningDesc,
+    /// A program without a prompt where one is needed.
+    #[error("an `embedding_classifier` has no prompt: it is fitted on labelled rows")]
+    NotPrompted,
     /// `constrain` without a place to do it.
     #[error("`constrain` needs the last output to have type `label`")]
     Constrain,
@@ -130,6 +135,7 @@ impl ProgramSpec {
         match self {
             Self::Predict(prompt) => prompt.build(labels, false),
             Self::ChainOfThought(prompt) => prompt.build(labels, true),
+            Self::EmbeddingClassifier(_) => Err(BuildError::NotPrompted),
         }
     }
 
@@ -137,6 +143,7 @@ impl ProgramSpec {
     pub fn prompt(&self) -> Option<&PromptSpec> {
         match self {
             Self::Predict(prompt) | Self::ChainOfThought(prompt) => Some(prompt),
+            Self::EmbeddingClassifier(_) => None,
         }
     }
 

@@ -1,3 +1,179 @@
-//! `models:` of a pipeline: what an entry may say, and how its files are had.
+//! `models:` of a pipeline: what an entry may say, and how it becomes something that answers.
+//!
+//! | file | what |
+//! |---|---|
+//! | `weights` | where a file of weights is and how it is had |
+//! | `embedded` | models that run in this process |
+//!
+//! Everything that depends on whether the embedded model was compiled in is in `embedded` and its
+//! stand-in `absent`.
 
+#[cfg(not(feature = "model"))]
+pub(crate) mod absent;
+#[cfg(feature = "model")]
+pub(crate) mod embedded;
 pub mod weights;
+
+#[cfg(not(feature = "model"))]
+pub(crate) use absent as local;
+#[cfg(feature = "model")]
+pub(crate) use embedded as local;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use flowrun_cache::CompletionCache;
+use flowrun_engine::step::{Cancel, StepContext, StepError, World};
+use flowrun_lm::client::{OpenAi, OpenAiSpec};
+use flowrun_lm::lm::{Cached, Lm};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use weights::WeightsRef;
+
+/// One entry of `models:`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "provider", rename_all = "kebab-case")]
+pub enum ModelSpec {
+    /// A server that speaks OpenAI's chat completions: vLLM, RayLLM, llama.cpp, OpenAI, …
+    #[serde(rename = "openai")]
+    OpenAi(OpenAiSpec),
+    /// A Llama model that runs in this process.
+    Embedded(EmbeddedSpec),
+    /// A sentence encoder that runs in this process; for `embedding_classifier` programs.
+    SentenceEncoder(EncoderSpec),
+}
+
+/// A Llama model that runs in this process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EmbeddedSpec {
+    /// A GGUF file, or a folder with `config.json`, `*.safetensors` and the tokenizer's files.
+    pub weights: WeightsRef,
+    /// Rows that are decoded together.
+    #[serde(default = "default_batch")]
+    #[schemars(range(min = 1))]
+    pub batch: usize,
+}
+
+fn default_batch() -> usize {
+    32
+}
+
+/// A BERT-like sentence encoder: mean pooling over tokens, then length 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EncoderSpec {
+    /// Its `model.safetensors`.
+    pub weights: WeightsRef,
+    /// Its `tokenizer.json`.
+    pub tokenizer: WeightsRef,
+}
+
+impl ModelSpec {
+    /// A short name for people and reports.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self {
+            Self::OpenAi(spec) => spec.model.clone(),
+            Self::Embedded(spec) => spec.weights.name(),
+            Self::SentenceEncoder(spec) => spec.weights.name(),
+        }
+    }
+
+    /// What a result depends on beyond the entry itself: the digests of the project's own files.
+    ///
+    /// # Errors
+    /// When such a file cannot be read.
+    pub fn observe(&self, world: &World) -> Result<Value, StepError> {
+        let digests = match self {
+            Self::OpenAi(_) => vec![],
+            Self::Embedded(spec) => vec![spec.weights.observe(world)?],
+            Self::SentenceEncoder(spec) => {
+                vec![spec.weights.observe(world)?, spec.tokenizer.observe(world)?]
+            }
+        };
+        Ok(digests.into_iter().flatten().collect())
+    }
+}
+
+/// Top-level fields of a model entry that do not change what it answers.
+pub const UNKEYED: [&str; 6] = [
+    "base_url",
+    "api_key_env",
+    "concurrency",
+    "timeout_s",
+    "max_retries",
+    "batch",
+];
+
+/// What opening a model needs of its surroundings.
+#[derive(Clone)]
+pub struct Host<'a> {
+    /// The machine.
+    pub world: &'a World,
+    /// Whether to stop.
+    pub cancel: &'a Cancel,
+    /// Answers that were computed or paid for before; none are kept without it.
+    pub completions: Option<Arc<CompletionCache>>,
+}
+
+impl<'a> From<&'a StepContext> for Host<'a> {
+    fn from(ctx: &'a StepContext) -> Self {
+        Self {
+            world: &ctx.world,
+            cancel: &ctx.cancel,
+            completions: Some(Arc::clone(&ctx.completions)),
+        }
+    }
+}
+
+/// Opens a model that answers chats, with the adapter of a checkpoint on top.
+///
+/// # Errors
+/// When the entry is no chat model, its weights cannot be had, or the adapter does not fit.
+pub fn open_lm(
+    spec: &ModelSpec,
+    checkpoint: Option<(&Path, &Checkpoint)>,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Lm>, StepError> {
+    let lm: Arc<dyn Lm> = match spec {
+        ModelSpec::OpenAi(spec) => open_remote(spec, checkpoint.map(|(_, c)| c), host)?,
+        ModelSpec::Embedded(spec) => local::open_lm(spec, checkpoint, host)?,
+        ModelSpec::SentenceEncoder(_) => {
+            return Err(
+                StepError::invalid("a `sentence-encoder` answers no chats".to_owned())
+                    .help("name a model with `provider: openai` or `provider: embedded`"),
+            );
+        }
+    };
+    Ok(match &host.completions {
+        Some(store) => Arc::new(Cached::new(lm, Arc::clone(store))),
+        None => lm,
+    })
+}
+
+/// A server's model. A checkpoint that was trained elsewhere names its own model id.
+fn open_remote(
+    spec: &OpenAiSpec,
+    checkpoint: Option<&Checkpoint>,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Lm>, StepError> {
+    let mut spec = spec.clone();
+    if let Some(model) = checkpoint.and_then(|c| c.served_as.clone()) {
+        spec.model = model;
+    }
+    let key = match &spec.api_key_env {
+        None => None,
+        Some(name) => Some(host.world.env.get(name).cloned().ok_or_else(|| {
+            StepError::invalid(format!("the environment variable `{name}` is not set"))
+                .help("it holds the key of the model's server; set it, or remove `api_key_env`")
+        })?),
+    };
+    let cancel = host.cancel.clone();
+    let client = OpenAi::new(&spec, key, Arc::new(move || cancel.is_cancelled()))
+        .map_err(|e| StepError::failed(e.to_string()))?;
+    Ok(Arc::new(client))
+}

@@ -1,0 +1,237 @@
+//! [`Answerer`]: a program with what it asks, ready for rows: a prompt with its model, or a
+//! classifier with its sentence encoder. Steps and the server do not see the difference.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use flowrun_engine::step::{StepContext, StepError};
+use flowrun_lm::classifier::{Classifier, Embedder};
+use flowrun_lm::example::{Example, Prediction};
+use flowrun_lm::lm::{Lm, Sampling};
+use flowrun_lm::program::{Program, RowError, RowResult, RunOptions, Tokens};
+use flowrun_lm::value::Fields;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Checkpoint;
+use crate::models::{Host, ModelSpec, local, open_lm};
+use crate::program_file::{FittedProgram, ProgramFile};
+use crate::rows::Row;
+
+/// Column of the text that classifiers read.
+const TEXT: &str = "text";
+
+/// How a model draws tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingSpec {
+    /// 0 takes the most likely token each time.
+    pub temperature: f64,
+    /// Tokens of an answer at most.
+    pub max_tokens: u32,
+    /// Seed of the draws, where the model takes one.
+    pub seed: Option<u64>,
+}
+
+impl Default for SamplingSpec {
+    fn default() -> Self {
+        let Sampling {
+            temperature,
+            max_tokens,
+            seed,
+            ..
+        } = Sampling::default();
+        Self {
+            temperature,
+            max_tokens,
+            seed,
+        }
+    }
+}
+
+impl From<SamplingSpec> for Sampling {
+    fn from(spec: SamplingSpec) -> Self {
+        Self {
+            temperature: spec.temperature,
+            max_tokens: spec.max_tokens,
+            seed: spec.seed,
+            ..Self::default()
+        }
+    }
+}
+
+/// A program that can be run.
+pub enum Answerer {
+    /// A prompt with its model.
+    Prompt {
+        /// The program.
+        program: Box<Program>,
+        /// Its model.
+        lm: Arc<dyn Lm>,
+        /// How the model draws.
+        sampling: Sampling,
+    },
+    /// A classifier with its sentence encoder.
+    Classifier {
+        /// The classifier.
+        classifier: Box<Classifier>,
+        /// Its encoder.
+        encoder: Arc<dyn Embedder + Send + Sync>,
+    },
+}
+
+impl Answerer {
+    /// Opens what the program needs. `model` and `checkpoint` are for prompts.
+    ///
+    /// # Errors
+    /// When a prompt has no model, or something cannot be loaded.
+    pub fn open(
+        file: &ProgramFile,
+        model: Option<&ModelSpec>,
+        checkpoint: Option<(&Path, &Checkpoint)>,
+        sampling: SamplingSpec,
+        host: &Host<'_>,
+    ) -> Result<Self, StepError> {
+        match file {
+            ProgramFile::Prompt(_) => {
+                let model = model.ok_or_else(|| {
+                    StepError::invalid("the program asks a language model, but none is named")
+                        .help("set `model` to a name of `models:`")
+                })?;
+                let (_, program) = file.prompt()?;
+                Ok(Self::Prompt {
+                    program: Box::new(program),
+                    lm: open_lm(model, checkpoint, host)?,
+                    sampling: sampling.into(),
+                })
+            }
+            ProgramFile::Classifier(FittedProgram { spec, classifier }) => Ok(Self::Classifier {
+                classifier: Box::new(classifier.clone()),
+                encoder: encoder(&spec.embedder, host)?,
+            }),
+        }
+    }
+
+    /// One result per row, in order. `on_row` hears how many are done.
+    ///
+    /// # Errors
+    /// When the sentence encoder fails; what a language model says is in the results.
+    pub fn run(
+        &self,
+        rows: &[Example],
+        label_field: &str,
+        on_row: &(dyn Fn(usize) + Sync),
+    ) -> Result<Vec<RowResult>, StepError> {
+        let done = std::sync::atomic::AtomicUsize::new(0);
+        let count = |_: usize| {
+            on_row(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        };
+        match self {
+            Self::Prompt {
+                program,
+                lm,
+                sampling,
+            } => {
+                let options = RunOptions {
+                    on_row: Some(&count),
+                    ..RunOptions::default()
+                };
+                Ok(program.run(lm.as_ref(), sampling, rows, &options))
+            }
+            Self::Classifier {
+                classifier,
+                encoder,
+            } => {
+                let texts: Vec<&str> = rows
+                    .iter()
+                    .map(|row| row.text(TEXT).unwrap_or_default())
+                    .collect();
+                let predictions = classifier
+                    .predict(encoder.as_ref(), &texts)
+                    .map_err(|e| StepError::failed(e.to_string()))?;
+                on_row(rows.len());
+                let result = |(row, predicted): (&Example, _)| {
+                    let flowrun_lm::classifier::ClassPrediction {
+                        label,
+                        confidence,
+                        probs,
+                    } = predicted;
+                    let fields = Fields::from([(label_field.to_owned(), label.into())]);
+                    RowResult {
+                        id: row.id.clone(),
+                        prediction: Ok(Prediction { fields }),
+                        trace: Vec::new(),
+                        raw: None,
+                        tokens: Tokens::default(),
+                        probs: Some(probs),
+                        confidence: Some(confidence),
+                    }
+                };
+                Ok(rows.iter().zip(predictions).map(result).collect())
+            }
+        }
+    }
+}
+
+/// The sentence encoder that a classifier names.
+///
+/// # Errors
+/// Invalid when it is no `sentence-encoder` entry; else when it cannot be loaded.
+pub fn encoder(
+    entry: &serde_json::Value,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Embedder + Send + Sync>, StepError> {
+    let help = "write `embedder: ${{ models.NAME }}`, with NAME an entry that has \
+                `provider: sentence-encoder`";
+    match serde_json::from_value(entry.clone()) {
+        Ok(ModelSpec::SentenceEncoder(spec)) => local::open_encoder(&spec, host),
+        Ok(other) => Err(StepError::invalid(format!(
+            "`embedder` is `{}`, which is no sentence encoder",
+            other.name()
+        ))
+        .help(help)),
+        Err(e) => Err(StepError::invalid(format!("`embedder`: {e}")).help(help)),
+    }
+}
+
+/// Rows as programs see them, the label under the name that the program gives it.
+#[must_use]
+pub fn examples(rows: &[Row], label_field: &str) -> Vec<Example> {
+    let example = |row: &Row| {
+        let columns = [
+            (TEXT, Some(&row.text)),
+            ("reasoning", row.reasoning.as_ref()),
+            (label_field, row.label.as_ref()),
+        ];
+        let given = columns
+            .into_iter()
+            .filter_map(|(name, text)| Some((name, text?.as_str())));
+        Example::of_texts(row.id.clone(), given)
+    };
+    rows.iter().map(example).collect()
+}
+
+/// Stops a step whose model did not answer some rows: an outage is no score.
+///
+/// # Errors
+/// Cancelled, or transient with the first reason.
+pub fn check_answered(ctx: &StepContext, results: &[RowResult]) -> Result<(), StepError> {
+    ctx.check_cancelled()?;
+    let lost: Vec<&RowError> = results
+        .iter()
+        .filter_map(|result| result.prediction.as_ref().err())
+        .filter(|error| matches!(error, RowError::Lm(_)))
+        .collect();
+    let Some(first) = lost.first() else {
+        return Ok(());
+    };
+    Err(StepError::new(
+        flowrun_engine::step::StepErrorKind::Transient,
+        format!(
+            "{} of {} rows got no answer: {first}",
+            lost.len(),
+            results.len()
+        ),
+    )
+    .help("the answers that came are kept; run again to ask for the rest"))
+}

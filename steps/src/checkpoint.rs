@@ -1,0 +1,70 @@
+//! [`Checkpoint`]: the `adapter` artifact: a folder that says which state of the student it is,
+//! with the PEFT files of its adapter if it has one.
+
+use std::path::Path;
+
+use flowrun_engine::step::StepError;
+use serde::{Deserialize, Serialize};
+
+use crate::rows::{read_json, write_json};
+
+/// The file in the folder.
+const FILE: &str = "checkpoint.json";
+
+/// One state of the student.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Checkpoint {
+    /// `base`, or `epochs-E-total-trained-steps-S`.
+    pub name: String,
+    /// Epochs trained.
+    pub epoch: usize,
+    /// Steps trained.
+    pub step: usize,
+    /// Digest of the adapter beside this file; the base model itself has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
+    /// The model's id at its server, when it was trained and is served elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub served_as: Option<String>,
+}
+
+impl Checkpoint {
+    /// The student before any training.
+    #[must_use]
+    pub fn base() -> Self {
+        Self {
+            name: "base".to_owned(),
+            epoch: 0,
+            step: 0,
+            adapter: None,
+            served_as: None,
+        }
+    }
+
+    /// The model id in scores and at the server: `base`, or `base:<name>`.
+    #[must_use]
+    pub fn model_id(&self) -> String {
+        match self.step {
+            0 => self.name.clone(),
+            _ => format!("base:{}", self.name),
+        }
+    }
+
+    /// Reads the folder's file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn load(folder: &Path) -> Result<Self, StepError> {
+        read_json(&folder.join(FILE))
+    }
+
+    /// Writes the folder's file; makes the folder.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<(), StepError> {
+        std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
+        write_json(&folder.join(FILE), self)
+    }
+}

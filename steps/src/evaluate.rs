@@ -1,0 +1,239 @@
+//! `evaluate`: a model's accuracy on labelled rows, plain and with the optimised program.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_lm::evaluate::{Evaluate as Evaluation, EvaluateError, EvaluationResult};
+use flowrun_lm::metric::MetricKind;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::answer::{Answerer, SamplingSpec, check_answered, examples};
+use crate::bootstrap::observe_models;
+use crate::checkpoint::Checkpoint;
+use crate::models::{Host, ModelSpec};
+use crate::program_file::ProgramFile;
+use crate::report::{ProgramKind, Role};
+use crate::rows::{Row, read_json, read_rows, write_json};
+use crate::schema_of;
+use crate::scores::{ProgramScore, ScoredRow, Scores};
+
+/// The step kind.
+pub struct Evaluate;
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    /// The model that prompts ask.
+    #[serde(default)]
+    #[schemars(with = "Option<String>", extend("x-flowrun-ref" = "models"))]
+    model: Option<ModelSpec>,
+    /// Name in scores; the checkpoint's or the model's own when left out.
+    #[serde(default)]
+    name: Option<String>,
+    /// Why it is tested, for the report.
+    #[serde(default)]
+    #[schemars(with = "Option<RoleSpec>")]
+    role: Option<Role>,
+    /// What counts as correct.
+    #[serde(default)]
+    metric: MetricKind,
+    /// How the model draws tokens.
+    #[serde(default)]
+    sampling: SamplingSpec,
+    /// Only this many rows: the first ones.
+    #[serde(default)]
+    max_rows: Option<usize>,
+}
+
+/// The words of [`Role`], for the schema.
+#[derive(JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[allow(dead_code)]
+enum RoleSpec {
+    Best,
+    Base,
+    Oracle,
+    Baseline,
+}
+
+impl Step for Evaluate {
+    fn kind(&self) -> &'static str {
+        "evaluate"
+    }
+    fn version(&self) -> u32 {
+        1
+    }
+    fn about(&self) -> &'static str {
+        "Measures a model's accuracy on labelled rows, plain and with the optimised program."
+    }
+    fn params_schema(&self) -> Value {
+        schema_of::<Params>()
+    }
+    fn inputs(&self) -> Vec<Port> {
+        vec![
+            Port::new("rows", "examples", "Rows with the expected label."),
+            Port::new("program", "program", "The program."),
+            Port::new(
+                "optimised",
+                "program",
+                "The same with demos; scored beside it.",
+            )
+            .optional(),
+            Port::new("adapter", "adapter", "The checkpoint that answers.").optional(),
+            Port::new(
+                "choice",
+                "choice",
+                "What `select` chose: says which program this is.",
+            )
+            .optional(),
+        ]
+    }
+    fn outputs(&self) -> Vec<Port> {
+        vec![Port::new(
+            "scores",
+            "scores",
+            "Accuracy, and every row's answer.",
+        )]
+    }
+    fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        observe_models(params, &["model"], world)
+    }
+    fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        let params: Params = ctx.params()?;
+        let mut rows = read_rows(&ctx.input("rows")?.path)?;
+        rows.truncate(params.max_rows.unwrap_or(usize::MAX));
+        let adapter = ctx.input_opt("adapter").map(|input| input.path.as_path());
+        let checkpoint = adapter.map(Checkpoint::load).transpose()?;
+        let given = adapter.zip(checkpoint.as_ref());
+        let first = match ctx.input_opt("choice") {
+            Some(input) => read_json::<crate::select::Choice>(&input.path)?.program,
+            None => ProgramKind::Plain,
+        };
+        let mut programs = vec![(first, ProgramFile::load(&ctx.input("program")?.path)?)];
+        if let Some(input) = ctx.input_opt("optimised") {
+            programs.push((ProgramKind::Optimised, ProgramFile::load(&input.path)?));
+        }
+        let started = Instant::now();
+        let mut all = Vec::new();
+        let host = Host::from(ctx);
+        for (index, (kind, file)) in programs.iter().enumerate() {
+            let answerer =
+                Answerer::open(file, params.model.as_ref(), given, params.sampling, &host)?;
+            let total = (rows.len() * programs.len()) as u64;
+            let before = index * rows.len();
+            let progress = |done: usize| {
+                let done = (before + done) as u64;
+                ctx.reporter.progress(done, total, "rows", kind.as_str());
+            };
+            let result = score(ctx, &answerer, file, &params, &rows, &progress)?;
+            all.push(program_score(*kind, &params, &rows, result));
+        }
+        let asked = (rows.len() * programs.len()).max(1);
+        let ms = started.elapsed().as_secs_f64() * 1e3 / asked as f64;
+        let name = params.name.clone();
+        let scores = Scores {
+            dataset: rows.first().map_or("", Row::dataset).to_owned(),
+            model: name
+                .or_else(|| checkpoint.as_ref().map(Checkpoint::model_id))
+                .or_else(|| params.model.as_ref().map(ModelSpec::name))
+                .unwrap_or_else(|| ctx.step.clone()),
+            programs: all,
+        };
+        write_json(&ctx.output("scores"), &scores)?;
+        Ok(outcome(&scores).metric("ms_per_row", (ms * 1e3).round() / 1e3))
+    }
+}
+
+fn outcome(scores: &Scores) -> StepOutcome {
+    let tokens: u64 = scores
+        .programs
+        .iter()
+        .map(|p| p.prompt_tokens + p.completion_tokens)
+        .sum();
+    let mut outcome = StepOutcome::default()
+        .metric("model", scores.model.as_str())
+        .metric("dataset", scores.dataset.as_str())
+        .metric("tokens", tokens);
+    for program in &scores.programs {
+        let name = match (program.program, scores.programs.len()) {
+            (ProgramKind::Optimised, 2..) => "accuracy_optimised",
+            _ => "accuracy",
+        };
+        outcome = outcome.metric(name, program.accuracy);
+    }
+    if let Some(first) = scores.programs.first() {
+        outcome = outcome.metric("n", first.n);
+    }
+    let costs = scores.programs.iter().filter_map(|p| p.cost_usd);
+    match costs.reduce(|a, b| a + b) {
+        Some(cost) => outcome.metric("cost_usd", cost),
+        None => outcome,
+    }
+}
+
+fn score(
+    ctx: &StepContext,
+    answerer: &Answerer,
+    file: &ProgramFile,
+    params: &Params,
+    rows: &[Row],
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<EvaluationResult, StepError> {
+    let field = file.label_field();
+    let examples = examples(rows, field);
+    let results = answerer.run(&examples, field, progress)?;
+    check_answered(ctx, &results)?;
+    let metric = params.metric.metric(field);
+    let evaluation = Evaluation {
+        metric: &metric,
+        label: field,
+        // An answer that cannot be read is a wrong one; outages were found above.
+        max_errors: usize::MAX,
+    };
+    evaluation
+        .score(&examples, results)
+        .map_err(|error| match error {
+            EvaluateError::Cancelled => StepError::cancelled(),
+            other => StepError::invalid(other.to_string()),
+        })
+}
+
+fn program_score(
+    kind: ProgramKind,
+    params: &Params,
+    rows: &[Row],
+    result: EvaluationResult,
+) -> ProgramScore {
+    let prices = match &params.model {
+        Some(ModelSpec::OpenAi(spec)) => spec.prices,
+        _ => None,
+    };
+    let tokens = result.tokens;
+    ProgramScore {
+        program: kind,
+        role: params.role,
+        n: result.n,
+        correct: result.rows.iter().filter(|row| row.correct).count(),
+        accuracy: result.accuracy,
+        parse_failures: result.parse_failures,
+        prompt_tokens: tokens.prompt,
+        completion_tokens: tokens.completion,
+        cost_usd: prices.map(|prices| prices.cost(tokens.prompt, tokens.completion)),
+        rows: rows
+            .iter()
+            .zip(result.rows)
+            .map(|(row, scored)| ScoredRow {
+                id: scored.id,
+                text: row.text.clone(),
+                gold: scored.gold.unwrap_or_default(),
+                raw: scored.pred.is_none().then_some(scored.raw).flatten(),
+                predicted: scored.pred,
+                correct: scored.correct,
+                confidence: scored.confidence,
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,181 @@
+//! Training in this process. Goes on where a killed attempt stopped: the trainer's state and the
+//! checkpoints so far lie in the step's resume folder.
+
+use std::path::Path;
+
+use flowrun_cache::Digest;
+use flowrun_engine::step::{StepContext, StepError, StepOutcome};
+use flowrun_lm::lm::Role;
+use flowrun_lm::messages::ChatRow;
+use flowrun_model::train::{
+    EpochStats, Hooks, Schedule, StepStats, TrainConfig, TrainRow, Trainer, TrainerState,
+};
+use flowrun_model::{BaseModel, ChatMessage, LoraAdapter, LoraConfig, ModelError};
+
+use super::{Params, ScheduleSpec};
+use crate::checkpoint::Checkpoint;
+use crate::models::local::{failed, open_base};
+use crate::models::{EmbeddedSpec, Host};
+use crate::report::LossPoint;
+use crate::rows::{read_jsonl, write_json};
+use crate::select::copy_folder;
+
+/// Steps between two saved states: a few seconds' work, at a cost of some 60 MB written.
+const SAVE_EVERY: usize = 20;
+/// The file that PEFT keeps an adapter's values in.
+const VALUES: &str = "adapter_model.safetensors";
+
+pub(super) fn train(
+    ctx: &StepContext,
+    params: &Params,
+    spec: &EmbeddedSpec,
+) -> Result<StepOutcome, StepError> {
+    let base = open_base(spec, &Host::from(ctx))?;
+    let chats: Vec<ChatRow> = read_jsonl(&ctx.input("messages")?.path)?;
+    let rows = chats
+        .iter()
+        .map(|chat| tokens(&base, chat))
+        .collect::<Result<Vec<_>, _>>()?;
+    let (lora, config) = settings(params);
+    let mut trainer = Trainer::new(&base.weights, lora, config, &rows).map_err(failed)?;
+    let resume = ctx.resume_dir()?.to_path_buf();
+    let state = resume.join("state.safetensors");
+    if state.exists() {
+        // A state that cannot be used is one of another program version: train from the start.
+        match TrainerState::load(&state) {
+            Ok(saved) => {
+                trainer = trainer.resume(saved).map_err(failed)?;
+                let (done, all) = (trainer.finished_steps(), trainer.steps());
+                ctx.reporter
+                    .log(&format!("going on after step {done} of {all}"));
+            }
+            Err(error) => ctx
+                .reporter
+                .warning(&format!("training starts from the beginning: {error}")),
+        }
+    }
+    let (steps, per_epoch) = (trainer.steps(), trainer.steps_per_epoch());
+    let name = spec.weights.name();
+    let mut trained_tokens = 0;
+    let on_step = |stats: &StepStats| {
+        trained_tokens += stats.tokens as u64;
+        let text = format!("epoch {}, loss {:.4}", stats.epoch, stats.loss);
+        ctx.reporter
+            .progress(stats.step as u64, steps as u64, "steps", &text);
+    };
+    let on_epoch = |stats: &EpochStats, adapter: &LoraAdapter| {
+        let folder = resume.join(epoch_name(stats.epoch, stats.step));
+        save(&folder, stats, adapter, &name)
+    };
+    let hooks = Hooks::default()
+        .on_step(on_step)
+        .on_epoch(on_epoch)
+        .cancelled_by(|| ctx.cancel.is_cancelled())
+        .save_state(&state, SAVE_EVERY);
+    let outcome = trainer.run(hooks).map_err(failed)?;
+
+    Checkpoint::base().save(&ctx.output("base"))?;
+    let mut labels = Vec::new();
+    for epoch in 1..=params.epochs {
+        let label = epoch_name(epoch, epoch * per_epoch);
+        let to = ctx.output_item("checkpoints", &label)?;
+        copy_folder(&resume.join(&label), &to)?;
+        labels.push(label);
+    }
+    let losses: Vec<LossPoint> = outcome
+        .losses
+        .iter()
+        .enumerate()
+        .map(|(i, loss)| LossPoint {
+            step: i as u64 + 1,
+            epoch: u32::try_from(i / per_epoch).unwrap_or(u32::MAX),
+            loss: f64::from(*loss),
+        })
+        .collect();
+    write_json(&ctx.output("loss"), &losses)?;
+    let last = losses.last().map_or(f64::NAN, |point| point.loss);
+    Ok(StepOutcome::default()
+        .list("checkpoints", labels)
+        .metric("rows", rows.len())
+        .metric("steps", steps)
+        .metric("loss", last)
+        .metric("tokens", trained_tokens))
+}
+
+fn epoch_name(epoch: usize, step: usize) -> String {
+    format!("epochs-{epoch}-total-trained-steps-{step}")
+}
+
+fn tokens(base: &BaseModel, chat: &ChatRow) -> Result<TrainRow, StepError> {
+    let Some((answer, prompt)) = chat.messages.split_last() else {
+        return Err(StepError::invalid("a chat has no messages"));
+    };
+    let role = |role| match role {
+        Role::System => "system",
+        Role::User => "user",
+        Role::Assistant => "assistant",
+    };
+    let prompt: Vec<ChatMessage> = prompt
+        .iter()
+        .map(|m| ChatMessage::new(role(m.role), m.content.clone()))
+        .collect();
+    Ok(TrainRow {
+        prompt: base.prompt_tokens(&prompt).map_err(failed)?,
+        target: base.answer_tokens(&answer.content).map_err(failed)?,
+    })
+}
+
+fn settings(params: &Params) -> (LoraConfig, TrainConfig) {
+    let mut lora = LoraConfig {
+        rank: params.lora.rank,
+        alpha: params.lora.alpha,
+        dropout: params.lora.dropout,
+        ..LoraConfig::default()
+    };
+    if let Some(modules) = &params.lora.target_modules {
+        lora.target_modules.clone_from(modules);
+    }
+    let config = TrainConfig {
+        epochs: params.epochs,
+        batch_size: params.batch_size,
+        learning_rate: params.learning_rate,
+        warmup: params.warmup,
+        schedule: match params.schedule {
+            ScheduleSpec::Linear => Schedule::Linear,
+            ScheduleSpec::Cosine => Schedule::Cosine,
+            ScheduleSpec::Constant => Schedule::Constant,
+        },
+        weight_decay: params.weight_decay,
+        seed: params.seed,
+        ..TrainConfig::default()
+    };
+    (lora, config)
+}
+
+/// Writes a checkpoint; a reader sees all of it or nothing.
+fn save(
+    folder: &Path,
+    stats: &EpochStats,
+    adapter: &LoraAdapter,
+    base: &str,
+) -> Result<(), ModelError> {
+    let part = folder.with_extension("part");
+    // What a killed attempt left.
+    let _ = std::fs::remove_dir_all(&part);
+    let _ = std::fs::remove_dir_all(folder);
+    std::fs::create_dir_all(&part).map_err(ModelError::io(&part))?;
+    adapter.save(&part, base)?;
+    let values = part.join(VALUES);
+    let digest = Digest::of_file(&values).map_err(ModelError::io(&values))?;
+    let checkpoint = Checkpoint {
+        name: epoch_name(stats.epoch, stats.step),
+        epoch: stats.epoch,
+        step: stats.step,
+        adapter: Some(digest.to_hex()),
+        served_as: None,
+    };
+    checkpoint
+        .save(&part)
+        .map_err(|e| ModelError::format(&part, e.message))?;
+    std::fs::rename(&part, folder).map_err(ModelError::io(folder))
+}

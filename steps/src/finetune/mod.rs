@@ -1,0 +1,158 @@
+//! `finetune`: trains a LoRA adapter on chats, with a checkpoint after every epoch.
+//!
+//! | file | what |
+//! |---|---|
+//! | `mod` | the step and its params |
+//! | `embedded` | training in this process |
+
+#[cfg(feature = "model")]
+mod embedded;
+
+use std::collections::BTreeMap;
+
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::bootstrap::observe_models;
+use crate::models::ModelSpec;
+use crate::schema_of;
+
+/// The step kind.
+pub struct Finetune;
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    /// The student.
+    #[schemars(with = "String", extend("x-flowrun-ref" = "models"))]
+    model: ModelSpec,
+    /// Shape of the adapter.
+    #[serde(default)]
+    lora: LoraSpec,
+    /// Passes over all rows; each one leaves a checkpoint.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1))]
+    epochs: usize,
+    /// Rows per optimizer step.
+    #[serde(default = "batch_size")]
+    #[schemars(range(min = 1))]
+    batch_size: usize,
+    /// Peak learning rate.
+    #[serde(default = "learning_rate")]
+    learning_rate: f64,
+    /// Share of all steps over which the learning rate rises to its peak.
+    #[serde(default = "warmup")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    warmup: f64,
+    /// How the learning rate falls afterwards.
+    #[serde(default)]
+    schedule: ScheduleSpec,
+    /// AdamW's decoupled weight decay.
+    #[serde(default)]
+    weight_decay: f64,
+    /// Seed of the first adapter, the order of the rows, and dropout.
+    #[serde(default)]
+    seed: u64,
+}
+
+/// Shape of an adapter, in PEFT's terms.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+struct LoraSpec {
+    /// Rank of every pair of factors.
+    #[schemars(range(min = 1))]
+    rank: usize,
+    /// The delta is scaled by `alpha / rank`.
+    alpha: f64,
+    /// Dropout on the adapter's input while training.
+    #[schemars(range(min = 0.0, max = 0.99))]
+    dropout: f64,
+    /// Adapted modules; every linear layer when left out.
+    target_modules: Option<Vec<String>>,
+}
+
+impl Default for LoraSpec {
+    fn default() -> Self {
+        Self {
+            rank: 16,
+            alpha: 32.0,
+            dropout: 0.0,
+            target_modules: None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum ScheduleSpec {
+    /// In a straight line, to 0 just after the last step.
+    #[default]
+    Linear,
+    /// Along half a cosine.
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn batch_size() -> usize {
+    8
+}
+
+fn learning_rate() -> f64 {
+    2e-3
+}
+
+fn warmup() -> f64 {
+    0.1
+}
+
+impl Step for Finetune {
+    fn kind(&self) -> &'static str {
+        "finetune"
+    }
+    fn version(&self) -> u32 {
+        1
+    }
+    fn about(&self) -> &'static str {
+        "Fine-tunes the student with LoRA on chats; a checkpoint (PEFT files) after every epoch."
+    }
+    fn params_schema(&self) -> Value {
+        schema_of::<Params>()
+    }
+    fn inputs(&self) -> Vec<Port> {
+        vec![Port::new(
+            "messages",
+            "messages",
+            "Chats; the loss is on the last message of each.",
+        )]
+    }
+    fn outputs(&self) -> Vec<Port> {
+        vec![
+            Port::new("base", "adapter", "The student before training."),
+            Port::new("checkpoints", "adapter", "The student after each epoch.").many(),
+            Port::new("loss", "loss", "Training loss, step by step."),
+        ]
+    }
+    fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        observe_models(params, &["model"], world)
+    }
+    fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        let params: Params = ctx.params()?;
+        match &params.model {
+            #[cfg(feature = "model")]
+            ModelSpec::Embedded(spec) => embedded::train(ctx, &params, spec),
+            #[cfg(not(feature = "model"))]
+            ModelSpec::Embedded(_) => Err(crate::models::local::left_out()),
+            other => Err(StepError::invalid(format!(
+                "`{}` cannot be fine-tuned here: only `provider: embedded` models can",
+                other.name()
+            ))),
+        }
+    }
+}

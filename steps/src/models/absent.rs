@@ -1,0 +1,35 @@
+//! Stands where the embedded model was left out of the build: every use says so.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use flowrun_engine::step::StepError;
+use flowrun_lm::classifier::Embedder;
+use flowrun_lm::lm::Lm;
+
+use super::{EmbeddedSpec, EncoderSpec, Host};
+use crate::checkpoint::Checkpoint;
+
+pub(crate) fn left_out() -> StepError {
+    StepError::invalid("this flowrun was built without the embedded model")
+        .help("build it with the feature `model`, or name a model with `provider: openai`")
+}
+
+/// Always an error.
+///
+/// # Errors
+/// That the embedded model was left out.
+pub(crate) fn open_encoder(
+    _: &EncoderSpec,
+    _: &Host<'_>,
+) -> Result<Arc<dyn Embedder + Send + Sync>, StepError> {
+    Err(left_out())
+}
+
+pub(super) fn open_lm(
+    _: &EmbeddedSpec,
+    _: Option<(&Path, &Checkpoint)>,
+    _: &Host<'_>,
+) -> Result<Arc<dyn Lm>, StepError> {
+    Err(left_out())
+}

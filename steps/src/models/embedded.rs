@@ -1,0 +1,185 @@
+//! Models that run in this process. A loaded model is shared by all steps that name it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use flowrun_engine::step::{Cancel, StepError};
+use flowrun_lm::classifier::Embedder;
+use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request, Role};
+use flowrun_model::{
+    BaseModel, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated,
+    Generator, LoraAdapter, ModelError, SentenceEncoder,
+};
+
+use super::{EmbeddedSpec, EncoderSpec, Host};
+use crate::checkpoint::Checkpoint;
+
+type Shared<T> = LazyLock<Mutex<BTreeMap<String, Arc<T>>>>;
+
+/// Loaded models by the digest of their files. They stay: a run asks for the same ones again and
+/// again.
+static BASES: Shared<BaseModel> = LazyLock::new(Mutex::default);
+static ENCODERS: Shared<SentenceEncoder> = LazyLock::new(Mutex::default);
+
+fn shared<T>(
+    all: &Mutex<BTreeMap<String, Arc<T>>>,
+    digest: &str,
+    load: impl FnOnce() -> Result<T, ModelError>,
+) -> Result<Arc<T>, StepError> {
+    // Held while loading: whoever else wants this model waits for it.
+    let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(model) = all.get(digest) {
+        return Ok(Arc::clone(model));
+    }
+    let model = Arc::new(load().map_err(failed)?);
+    all.insert(digest.to_owned(), Arc::clone(&model));
+    Ok(model)
+}
+
+/// As a step says it.
+pub(crate) fn failed(error: ModelError) -> StepError {
+    match error {
+        ModelError::Cancelled => StepError::cancelled(),
+        ModelError::Config { .. } | ModelError::Request { .. } => {
+            StepError::invalid(error.to_string())
+        }
+        other => StepError::failed(other.to_string()),
+    }
+}
+
+/// The base model of an entry.
+///
+/// # Errors
+/// When its weights cannot be had or are not a model.
+pub(crate) fn open_base(spec: &EmbeddedSpec, host: &Host<'_>) -> Result<Arc<BaseModel>, StepError> {
+    let found = spec.weights.locate(host.world, host.cancel)?;
+    shared(&BASES, &found.digest, || {
+        BaseModel::load(&found.path, &found.digest)
+    })
+}
+
+/// The sentence encoder of an entry.
+///
+/// # Errors
+/// When its files cannot be had or are not an encoder.
+pub(crate) fn open_encoder(
+    spec: &EncoderSpec,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Embedder + Send + Sync>, StepError> {
+    let weights = spec.weights.locate(host.world, host.cancel)?;
+    let tokenizer = spec.tokenizer.locate(host.world, host.cancel)?;
+    let digest = format!("{}+{}", weights.digest, tokenizer.digest);
+    let encoder = shared(&ENCODERS, &digest, || {
+        SentenceEncoder::load(&weights.path, &tokenizer.path, None)
+    })?;
+    Ok(Arc::new(Encoder(encoder)))
+}
+
+struct Encoder(Arc<SentenceEncoder>);
+
+impl Embedder for Encoder {
+    fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, String> {
+        self.0.embed(texts).map_err(|e| e.to_string())
+    }
+}
+
+pub(super) fn open_lm(
+    spec: &EmbeddedSpec,
+    checkpoint: Option<(&Path, &Checkpoint)>,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Lm>, StepError> {
+    let base = open_base(spec, host)?;
+    let mut id = base.id.clone();
+    let adapter = match checkpoint {
+        Some((folder, checkpoint)) if checkpoint.adapter.is_some() => {
+            id = format!("{id}+{}", checkpoint.adapter.clone().unwrap_or_default());
+            Some(LoraAdapter::load(folder, &base.weights.config).map_err(failed)?)
+        }
+        _ => None,
+    };
+    let options = GenerateOptions { batch: spec.batch };
+    let generator = Generator::new(base, adapter.as_ref(), options).map_err(failed)?;
+    Ok(Arc::new(LocalLm {
+        id,
+        generator,
+        cancel: host.cancel.clone(),
+    }))
+}
+
+/// The generator as the program layer sees a model.
+struct LocalLm {
+    id: String,
+    generator: Generator,
+    cancel: Cancel,
+}
+
+impl Lm for LocalLm {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn complete(
+        &self,
+        requests: &[Request],
+        on_answer: &OnAnswer<'_>,
+    ) -> Vec<Result<Completion, LmError>> {
+        let requests: Vec<GenerateRequest> = requests.iter().map(request).collect();
+        let tell = |index: usize, answer: &Result<Generated, ModelError>| {
+            on_answer(index, &completion(answer));
+        };
+        let answers = self
+            .generator
+            .generate(&requests, &tell, &|| self.cancel.is_cancelled());
+        answers.iter().map(completion).collect()
+    }
+}
+
+fn request(request: &Request) -> GenerateRequest {
+    let sampling = &request.sampling;
+    let role = |role| match role {
+        Role::System => "system",
+        Role::User => "user",
+        Role::Assistant => "assistant",
+    };
+    GenerateRequest {
+        messages: request
+            .messages
+            .iter()
+            .map(|m| ChatMessage::new(role(m.role), m.content.clone()))
+            .collect(),
+        max_tokens: sampling.max_tokens as usize,
+        temperature: sampling.temperature,
+        // Another rollout is another draw of the same prompt.
+        seed: Some(
+            sampling
+                .seed
+                .unwrap_or(0)
+                .wrapping_add(sampling.rollout.unwrap_or(0)),
+        ),
+        stop: sampling.stop.clone(),
+        choices: request.choices.as_ref().map(|choices| ChoiceSet {
+            after: choices.after.clone(),
+            values: choices.values.clone(),
+            then: choices.then.clone(),
+        }),
+    }
+}
+
+fn completion(answer: &Result<Generated, ModelError>) -> Result<Completion, LmError> {
+    match answer {
+        Ok(generated) => Ok(Completion {
+            text: generated.text.clone(),
+            finish: match generated.finish {
+                Finish::Stop => FinishReason::Stop,
+                Finish::Length => FinishReason::Length,
+            },
+            prompt_tokens: generated.prompt_tokens as u64,
+            completion_tokens: generated.completion_tokens as u64,
+            choice_probs: generated.choice_probs.clone(),
+            cached: false,
+        }),
+        Err(ModelError::Cancelled) => Err(LmError::Cancelled),
+        Err(error) => Err(LmError::Rejected(error.to_string())),
+    }
+}

@@ -1,0 +1,140 @@
+//! `optimize`: few-shot demos for a checkpoint, by random search.
+
+use std::collections::BTreeMap;
+
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_lm::metric::MetricKind;
+use flowrun_lm::optimize::{Optimizer, Progress, RandomSearch, Session};
+use flowrun_lm::program::SavedProgram;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::answer::{SamplingSpec, examples};
+use crate::bootstrap::observe_models;
+use crate::checkpoint::Checkpoint;
+use crate::models::{Host, ModelSpec, open_lm};
+use crate::program_file::ProgramFile;
+use crate::rows::{read_rows, write_json};
+use crate::schema_of;
+
+/// The step kind.
+pub struct Optimize;
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    /// The student.
+    #[schemars(with = "String", extend("x-flowrun-ref" = "models"))]
+    model: ModelSpec,
+    /// How the search goes.
+    #[serde(default)]
+    search: RandomSearch,
+    /// What a candidate is scored by.
+    #[serde(default)]
+    metric: MetricKind,
+    /// How the model draws tokens.
+    #[serde(default)]
+    sampling: SamplingSpec,
+    /// Rows per call of the model.
+    #[serde(default = "batch")]
+    #[schemars(range(min = 1))]
+    batch: usize,
+}
+
+fn batch() -> usize {
+    256
+}
+
+impl Step for Optimize {
+    fn kind(&self) -> &'static str {
+        "optimize"
+    }
+    fn version(&self) -> u32 {
+        1
+    }
+    fn about(&self) -> &'static str {
+        "Finds few-shot demos for a checkpoint (DSPy's BootstrapFewShotWithRandomSearch)."
+    }
+    fn params_schema(&self) -> Value {
+        schema_of::<Params>()
+    }
+    fn inputs(&self) -> Vec<Port> {
+        vec![
+            Port::new("program", "program", "The program to improve."),
+            Port::new("adapter", "adapter", "The checkpoint that answers."),
+            Port::new(
+                "trainset",
+                "examples",
+                "Labelled rows that demos come from.",
+            ),
+            Port::new("valset", "examples", "Labelled rows that score candidates."),
+        ]
+    }
+    fn outputs(&self) -> Vec<Port> {
+        vec![
+            Port::new("program", "program", "The program with the best demos."),
+            Port::new("candidates", "json", "All candidates with their scores."),
+        ]
+    }
+    fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        observe_models(params, &["model"], world)
+    }
+    fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        let params: Params = ctx.params()?;
+        let file = ProgramFile::load(&ctx.input("program")?.path)?;
+        let (saved, student) = file.prompt()?;
+        let field = file.label_field();
+        let folder = &ctx.input("adapter")?.path;
+        let checkpoint = Checkpoint::load(folder)?;
+        let host = Host::from(ctx);
+        let lm = open_lm(&params.model, Some((folder, &checkpoint)), &host)?;
+        let trainset = examples(&read_rows(&ctx.input("trainset")?.path)?, field);
+        let valset = examples(&read_rows(&ctx.input("valset")?.path)?, field);
+        let metric = params.metric.metric(field);
+        let on_progress = |progress: Progress| tell(ctx, progress);
+        let session = Session {
+            lm: lm.as_ref(),
+            sampling: &params.sampling.into(),
+            metric: &metric,
+            label: field,
+            teacher: None,
+            batch: params.batch,
+            on_progress: Some(&on_progress),
+        };
+        let compiled = params
+            .search
+            .compile(&student, &trainset, Some(&valset), &session);
+        ctx.check_cancelled()?;
+        let compiled = compiled.map_err(|e| StepError::failed(e.to_string()))?;
+        let best = compiled.best.and_then(|at| compiled.candidates.get(at));
+        let optimised =
+            SavedProgram::new(saved.spec.clone(), saved.labels.clone(), &compiled.program);
+        let demos: usize = optimised.demos.values().map(Vec::len).sum();
+        ProgramFile::Prompt(optimised).save(&ctx.output("program"))?;
+        write_json(&ctx.output("candidates"), &compiled.candidates)?;
+        Ok(StepOutcome::default()
+            .metric("score", best.map_or(Value::Null, |best| best.score.into()))
+            .metric("candidates", compiled.candidates.len())
+            .metric("demos", demos)
+            .metric(
+                "tokens",
+                compiled.tokens.prompt + compiled.tokens.completion,
+            ))
+    }
+}
+
+fn tell(ctx: &StepContext, progress: Progress) {
+    match progress {
+        Progress::Candidate { seed, done, total } => {
+            let text = format!("candidate {seed}");
+            ctx.reporter
+                .progress(done as u64, total as u64, "candidates", &text);
+        }
+        Progress::Scored { seed, score, best } => {
+            ctx.reporter
+                .log(&format!("candidate {seed}: {score} % (best {best} %)"));
+        }
+        Progress::Bootstrapping { .. } | Progress::Evaluating { .. } => {}
+    }
+}

@@ -1,0 +1,102 @@
+//! [`ProgramFile`]: the `program` artifact: a prompt with its demos, or a fitted classifier.
+
+use std::path::Path;
+
+use flowrun_engine::step::StepError;
+use flowrun_lm::classifier::{Classifier, ClassifierSpec};
+use flowrun_lm::program::{Program, ProgramSpec, SavedProgram};
+use serde::{Deserialize, Serialize};
+
+use crate::rows::{read_json, write_json};
+
+/// Column and field of the label of programs that have no fields of their own.
+const LABEL: &str = "label";
+
+/// A program that is ready to run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProgramFile {
+    /// Asks a language model.
+    Prompt(SavedProgram),
+    /// Calls none.
+    Classifier(FittedProgram),
+}
+
+/// A fitted classifier with the settings that it was fitted by.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FittedProgram {
+    /// Its settings, with its sentence encoder.
+    pub spec: ClassifierSpec,
+    /// The classifier.
+    pub classifier: Classifier,
+}
+
+impl ProgramFile {
+    /// A prompt without demos for these labels.
+    ///
+    /// # Errors
+    /// Invalid when the declaration contradicts itself.
+    pub fn plain(spec: &ProgramSpec, labels: &[String]) -> Result<Self, StepError> {
+        let program = spec
+            .build(labels)
+            .map_err(|e| StepError::invalid(format!("the program: {e}")))?;
+        let saved = SavedProgram::new(spec.clone(), labels.to_vec(), &program);
+        Ok(Self::Prompt(saved))
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn load(path: &Path) -> Result<Self, StepError> {
+        read_json(path)
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self, path: &Path) -> Result<(), StepError> {
+        write_json(path, self)
+    }
+
+    /// The prompt, ready to run.
+    ///
+    /// # Errors
+    /// Invalid for a classifier, or when the saved form does not fit.
+    pub fn prompt(&self) -> Result<(&SavedProgram, Program), StepError> {
+        match self {
+            Self::Prompt(saved) => {
+                let program = saved
+                    .build()
+                    .map_err(|e| StepError::invalid(e.to_string()))?;
+                Ok((saved, program))
+            }
+            Self::Classifier(_) => Err(StepError::invalid(
+                "an `embedding_classifier` has no prompt",
+            )),
+        }
+    }
+
+    /// The labels it chooses from.
+    #[must_use]
+    pub fn labels(&self) -> &[String] {
+        match self {
+            Self::Prompt(saved) => &saved.labels,
+            Self::Classifier(fitted) => fitted.classifier.labels(),
+        }
+    }
+
+    /// The field that its label is in.
+    #[must_use]
+    pub fn label_field(&self) -> &str {
+        let prompt = match self {
+            Self::Prompt(saved) => saved.spec.prompt(),
+            Self::Classifier(_) => None,
+        };
+        prompt
+            .and_then(|prompt| prompt.label_output())
+            .map_or(LABEL, |output| &output.name)
+    }
+}
