@@ -16,4 +16,5 @@ pub mod program;
 pub mod python_random;
 pub mod python_text;
 pub mod signature;
+pub mod stats;
 pub mod value;

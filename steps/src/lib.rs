@@ -48,6 +48,7 @@ pub fn registry() -> Vocabulary {
         Arc::new(optimize::Optimize),
         Arc::new(evaluate::Evaluate),
         Arc::new(select::Select),
+        Arc::new(report::ReportStep),
     ];
     Vocabulary {
         steps: steps

@@ -3,13 +3,19 @@
 //! A value's probability is the product, over the places where the values part, of the model's
 //! probability of its next token among the tokens that some value has there: what constrained
 //! decoding would draw. They sum to 1, no other token is looked at, and where only one value is
-//! left nothing needs computing. Invariant: no value's tokens begin with another's, as every
+//! left nothing needs computing. A fork that is reached with a probability below [`UNLIKELY`] is
+//! not followed: its values share that evenly. Invariant: no value's tokens begin with another's, as every
 //! value carries its end.
 
 use super::ChoiceSet;
 use crate::error::ModelError;
 use crate::llama::{KvCache, Llama, Run};
 use crate::tokenizer::Tokenizer;
+
+/// Below this, a fork is not worth its tokens: a trained model follows few forks, and the values
+/// left out hold next to no probability. The likeliest of n values has at least 1/n, so half of
+/// that is the bound where it is smaller.
+const UNLIKELY: f32 = 1e-3;
 
 /// Values that share a start, parted by their next tokens.
 pub(super) struct Trie {
@@ -21,6 +27,17 @@ pub(super) struct Trie {
 struct Fork {
     /// The tokens that may come next, and where each leads.
     next: Vec<(u32, Branch)>,
+}
+
+impl Fork {
+    /// All values below.
+    fn values(&self) -> Vec<usize> {
+        let below = self.next.iter().flat_map(|(_, branch)| match branch {
+            Branch::Value(value) => vec![*value],
+            Branch::Fork(_, fork) => fork.values(),
+        });
+        below.collect()
+    }
 }
 
 enum Branch {
@@ -174,6 +191,11 @@ fn part<'t>(
         let probability = at.probability * share;
         match branch {
             Branch::Value(value) => probs[*value] = probability,
+            Branch::Fork(_, fork) if probability < UNLIKELY.min(0.5 / probs.len() as f32) => {
+                let values = fork.values();
+                let share = probability / values.len() as f32;
+                values.into_iter().for_each(|value| probs[value] = share);
+            }
             Branch::Fork(tokens, fork) => open.push(Open {
                 row: at.row,
                 fork,

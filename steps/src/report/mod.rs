@@ -1,12 +1,13 @@
 //! The report of a finished distillation: one page for people, one file for programs.
 //!
-//! Knows no step and no store: it turns a [`Report`] into text. Invariants: the page needs no
+//! All but `step` knows no step and no store: it turns a [`Report`] into text. Invariants: the page needs no
 //! network and runs no script but its own; every text from outside is escaped; every figure on it
 //! is in `report.json` or follows from what is; on stand-in data every score says so.
 
 mod chart;
 mod data;
 mod heat_map;
+mod step;
 mod svg;
 mod view;
 mod words;
@@ -18,6 +19,8 @@ pub use data::{
     Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LabelScore, LossPoint,
     OracleAudit, ProgramKind, Report, Role, StepCost, TestScore,
 };
+
+pub use step::ReportStep;
 
 /// The page, with all its style inline. Its one script sorts tables; the page's policy names the
 /// script by its hash, so text that slipped through unescaped still could not run.

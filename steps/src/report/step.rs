@@ -1,0 +1,327 @@
+//! The step kind `report`: gathers what the run found out and draws it.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, StepSummary};
+use flowrun_lm::stats::{self, mcnemar, wilson95};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LabelScore, OracleAudit,
+    Report, Role, StepCost, TestScore, render_html,
+};
+use crate::load::DataSetInfo;
+use crate::rows::{Row, read_json, read_jsonl, read_rows, write_json};
+use crate::schema_of;
+use crate::scores::{ProgramScore, Scores};
+use crate::split::Gold;
+
+/// The step kind.
+pub struct ReportStep;
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    /// Headline of the page.
+    title: String,
+    /// What the pipeline is for.
+    #[serde(default)]
+    about: Option<String>,
+    /// Name of the oracle.
+    #[serde(default = "oracle")]
+    oracle: String,
+    /// Wrong answers shown at most.
+    #[serde(default = "errors")]
+    errors: usize,
+    /// Remarks that a reader needs in order to judge the scores.
+    #[serde(default)]
+    notes: Vec<String>,
+}
+
+fn oracle() -> String {
+    "oracle".to_owned()
+}
+
+fn errors() -> usize {
+    40
+}
+
+impl Step for ReportStep {
+    fn kind(&self) -> &'static str {
+        "report"
+    }
+    fn version(&self) -> u32 {
+        1
+    }
+    fn about(&self) -> &'static str {
+        "Draws the scores, errors, times and costs of a distillation as one HTML page, and as JSON."
+    }
+    fn params_schema(&self) -> Value {
+        schema_of::<Params>()
+    }
+    fn inputs(&self) -> Vec<Port> {
+        vec![
+            Port::new("about", "dataset", "The data set."),
+            Port::new("labels", "labels", "The labels in use."),
+            Port::new("train", "examples", "Training rows after filtering."),
+            Port::new("labelled", "examples", "Rows that kept their gold label."),
+            Port::new("gold", "gold", "The deleted labels; they audit the oracle.").optional(),
+            Port::new("kept", "examples", "Rows that the oracle labelled.").optional(),
+            Port::new("dropped", "examples", "Rows whose answer was dropped.").optional(),
+            Port::new("loss", "loss", "Training loss.").optional(),
+            Port::new("dev", "scores", "Devset scores.").many(),
+            Port::new("test", "scores", "Test-set scores.").many(),
+        ]
+    }
+    fn outputs(&self) -> Vec<Port> {
+        vec![
+            Port::new("report", "report", "The page."),
+            Port::new("json", "json", "The same figures."),
+        ]
+    }
+    fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        let params: Params = ctx.params()?;
+        let about: DataSetInfo = read_json(&ctx.input("about")?.path)?;
+        let labels: Vec<String> = read_json(&ctx.input("labels")?.path)?;
+        let dev = scores(ctx, "dev")?;
+        let test = scores(ctx, "test")?;
+        let best = tested(&test).find(|(_, score)| score.role == Some(Role::Best));
+        let confusion = best.map(|(_, score)| confusion(&labels, score));
+        let report = Report {
+            version: Report::VERSION,
+            title: params.title.clone(),
+            about: params.about.clone(),
+            pipeline: params.title.clone(),
+            generated_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+            dataset: about.dataset.clone(),
+            stand_in: about.stand_in,
+            data: data(ctx, &about, &labels, &test)?,
+            oracle: audit(ctx, &params.oracle)?,
+            training: match ctx.input_opt("loss") {
+                Some(input) => read_json(&input.path)?,
+                None => Vec::new(),
+            },
+            dev: tested(&dev).map(|(s, p)| dev_score(s, p)).collect(),
+            test: tested(&test).map(|(s, p)| test_score(s, p)).collect(),
+            comparisons: best.map_or_else(Vec::new, |best| comparisons(best, &test)),
+            per_label: confusion.as_ref().map_or_else(Vec::new, per_label),
+            confusion: confusion.map(|found| Confusion {
+                labels: found.labels,
+                matrix: found.counts,
+            }),
+            errors: best.map_or_else(Vec::new, |(_, score)| worst(score, params.errors)),
+            steps: ctx.finished.iter().map(step_cost).collect(),
+            cost: tested(&test).map(|(s, p)| cost(ctx, s, p)).collect(),
+            notes: params.notes,
+        };
+        let page = render_html(&report).map_err(|e| StepError::failed(e.to_string()))?;
+        let path = ctx.output("report");
+        std::fs::write(&path, page).map_err(|e| StepError::io(&path, &e))?;
+        write_json(&ctx.output("json"), &report)?;
+        let mut outcome = StepOutcome::default().metric("dataset", report.dataset.as_str());
+        if let Some(best) = report.best() {
+            outcome = outcome
+                .metric("best", best.model.as_str())
+                .metric("accuracy", best.accuracy);
+        }
+        Ok(outcome)
+    }
+}
+
+fn scores(ctx: &StepContext, port: &str) -> Result<Vec<Scores>, StepError> {
+    let inputs = ctx.input_list(port).iter();
+    inputs.map(|input| read_json(&input.path)).collect()
+}
+
+/// Every model with every program.
+fn tested(scores: &[Scores]) -> impl Iterator<Item = (&Scores, &ProgramScore)> {
+    scores
+        .iter()
+        .flat_map(|scores| std::iter::repeat(scores).zip(&scores.programs))
+}
+
+fn dev_score(scores: &Scores, score: &ProgramScore) -> DevScore {
+    let (low, high) = wilson95(score.correct, score.n);
+    DevScore {
+        model: scores.model.clone(),
+        program: score.program,
+        n: score.n as u64,
+        correct: score.correct as u64,
+        accuracy: score.accuracy,
+        parse_failures: score.parse_failures as u64,
+        low,
+        high,
+    }
+}
+
+fn test_score(scores: &Scores, score: &ProgramScore) -> TestScore {
+    let (low, high) = wilson95(score.correct, score.n);
+    TestScore {
+        role: score.role.unwrap_or(Role::Baseline),
+        model: scores.model.clone(),
+        program: score.program,
+        n: score.n as u64,
+        correct: score.correct as u64,
+        accuracy: score.accuracy,
+        parse_failures: score.parse_failures as u64,
+        low,
+        high,
+    }
+}
+
+fn data(
+    ctx: &StepContext,
+    about: &DataSetInfo,
+    labels: &[String],
+    test: &[Scores],
+) -> Result<DataSummary, StepError> {
+    let train = read_rows(&ctx.input("train")?.path)?.len() as u64;
+    let labelled = read_rows(&ctx.input("labelled")?.path)?.len() as u64;
+    Ok(DataSummary {
+        train_rows: train,
+        test_rows: tested(test)
+            .map(|(_, score)| score.n as u64)
+            .max()
+            .unwrap_or(0),
+        labels: labels.to_vec(),
+        labelled_rows: labelled,
+        unlabelled_rows: train - labelled.min(train),
+        source: about.source.clone(),
+    })
+}
+
+/// How often the oracle was right: the only place where the deleted labels are read.
+fn audit(ctx: &StepContext, name: &str) -> Result<Option<OracleAudit>, StepError> {
+    let rows = |port: &str| match ctx.input_opt(port) {
+        Some(input) => read_rows(&input.path),
+        None => Ok(Vec::new()),
+    };
+    let (kept, dropped): (Vec<Row>, Vec<Row>) = (rows("kept")?, rows("dropped")?);
+    if kept.is_empty() && dropped.is_empty() {
+        return Ok(None);
+    }
+    let gold: Vec<Gold> = match ctx.input_opt("gold") {
+        Some(input) => read_jsonl(&input.path)?,
+        None => Vec::new(),
+    };
+    let gold: BTreeMap<&str, &str> = gold
+        .iter()
+        .map(|gold| (gold.id.as_str(), gold.label.as_str()))
+        .collect();
+    let right = kept
+        .iter()
+        .filter(|row| row.label.as_deref() == gold.get(row.id.as_str()).copied())
+        .count();
+    let share = |whole: usize| (!gold.is_empty() && whole > 0).then(|| right as f64 / whole as f64);
+    let mut reasons: BTreeMap<String, u64> = BTreeMap::new();
+    for row in &dropped {
+        *reasons
+            .entry(row.dropped.clone().unwrap_or_default())
+            .or_default() += 1;
+    }
+    Ok(Some(OracleAudit {
+        model: name.to_owned(),
+        labelled: (kept.len() + dropped.len()) as u64,
+        kept: kept.len() as u64,
+        dropped: reasons,
+        audit_accuracy: share(kept.len() + dropped.len()),
+        kept_accuracy: share(kept.len()),
+    }))
+}
+
+fn confusion(labels: &[String], score: &ProgramScore) -> stats::Confusion {
+    let rows = score.rows.iter();
+    let pairs = rows.map(|row| (row.gold.as_str(), row.predicted.as_deref()));
+    stats::Confusion::new(labels, pairs)
+}
+
+fn per_label(confusion: &stats::Confusion) -> Vec<LabelScore> {
+    let score = |score: stats::LabelScore| LabelScore {
+        label: score.label,
+        n: score.n,
+        precision: score.precision,
+        recall: score.recall,
+        f1: score.f1,
+    };
+    confusion.per_label().into_iter().map(score).collect()
+}
+
+/// The best model against every other one on the rows that both answered.
+fn comparisons(best: (&Scores, &ProgramScore), test: &[Scores]) -> Vec<Comparison> {
+    let right: BTreeMap<&str, bool> = best
+        .1
+        .rows
+        .iter()
+        .map(|row| (row.id.as_str(), row.correct))
+        .collect();
+    tested(test)
+        .filter(|(_, score)| score.role != Some(Role::Best))
+        .map(|(scores, score)| {
+            let pairs = score
+                .rows
+                .iter()
+                .filter_map(|row| Some((*right.get(row.id.as_str())?, row.correct)));
+            let found = mcnemar(pairs);
+            Comparison {
+                a: best.0.model.clone(),
+                b: scores.model.clone(),
+                a_only: found.only_a as u64,
+                b_only: found.only_b as u64,
+                p_value: found.p,
+            }
+        })
+        .collect()
+}
+
+/// Wrong answers, the surest first.
+fn worst(score: &ProgramScore, most: usize) -> Vec<ErrorRow> {
+    let mut wrong: Vec<_> = score.rows.iter().filter(|row| !row.correct).collect();
+    wrong.sort_by(|a, b| {
+        let sure = |row: &crate::scores::ScoredRow| row.confidence.unwrap_or(0.0);
+        sure(b).total_cmp(&sure(a)).then(a.id.cmp(&b.id))
+    });
+    let error = |row: &crate::scores::ScoredRow| ErrorRow {
+        id: row.id.clone(),
+        text: row.text.clone(),
+        gold: row.gold.clone(),
+        predicted: row.predicted.clone().unwrap_or_default(),
+        confidence: row.confidence.map(f64::from),
+        raw: row.raw.clone(),
+    };
+    wrong.into_iter().take(most).map(error).collect()
+}
+
+fn step_cost(step: &StepSummary) -> StepCost {
+    StepCost {
+        step: step.step.clone(),
+        kind: step.kind.clone(),
+        took_ms: step.took_ms,
+        tokens: step
+            .metrics
+            .get("tokens")
+            .and_then(Value::as_u64)
+            .unwrap_or(0),
+        cost_usd: step.metrics.get("cost_usd").and_then(Value::as_f64),
+        status: step.status.clone(),
+    }
+}
+
+fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
+    let n = score.n.max(1) as f64;
+    // The step that measured it says how long a row took.
+    let measured = ctx.finished.iter().rev().find(|step| {
+        let is = |name: &str, value: Value| step.metrics.get(name) == Some(&value);
+        is("model", scores.model.as_str().into()) && is("n", score.n.into())
+    });
+    let ms = measured.and_then(|step| step.metrics.get("ms_per_row")?.as_f64());
+    CostRow {
+        model: scores.model.clone(),
+        queries: score.n as u64,
+        tokens_per_query: (score.prompt_tokens + score.completion_tokens) as f64 / n,
+        ms_per_query: ms.unwrap_or(0.0),
+        usd_per_1000: score.cost_usd.map(|cost| cost / n * 1000.0),
+    }
+}
