@@ -3,11 +3,15 @@
 //! | file | what |
 //! |---|---|
 //! | `spec` | the settings, as a pipeline says them |
+//! | `endpoint` | the URL |
 //! | `wire` | the JSON of requests and answers |
+//! | `limits` | requests and tokens per minute |
 //! | `retry` | what is tried again, and when |
 //!
 //! Invariant: no error, log line or `Debug` text shows the key.
 
+mod endpoint;
+mod limits;
 mod retry;
 mod spec;
 #[cfg(test)]
@@ -15,39 +19,65 @@ mod tests;
 mod wire;
 
 use std::sync::Arc;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
 
-use crate::lm::{Completion, Lm, LmError, OnAnswer, Request};
+use crate::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
+use endpoint::Endpoint;
+use limits::Limits;
 use retry::{Failure, Pace};
-pub use spec::{OpenAiSpec, Prices};
+pub use spec::{Guided, OpenAiSpec};
+
+pub use crate::lm::Prices;
 
 /// Longest answer that is read.
 const LARGEST_BODY: usize = 16 << 20;
 /// How often a wait looks whether the run was asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Longest wait for a connection; a server that is there takes one at once.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
 /// Says whether to stop.
 pub type Cancelled = Arc<dyn Fn() -> bool + Send + Sync>;
 
+type Answer = Result<Completion, LmError>;
+
 /// A model behind a server.
 pub struct OpenAi {
     spec: OpenAiSpec,
-    url: String,
+    endpoint: Endpoint,
     client: reqwest::Client,
     key: Option<String>,
     cancelled: Cancelled,
     pace: Pace,
+    limits: Limits,
+    /// One for each request that may be in flight, over all calls of `complete`.
+    slots: Semaphore,
+    /// The last that was seen of the server is that there is none.
+    unreachable: AtomicBool,
+    /// Kept over calls, so that connections are; gone only while this is dropped.
+    runtime: Option<Runtime>,
 }
 
 impl std::fmt::Debug for OpenAi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("OpenAi")
-            .field("url", &self.url)
+            .field("url", &self.endpoint.shown)
             .field("model", &self.spec.model)
             .finish_non_exhaustive()
+    }
+}
+
+impl Drop for OpenAi {
+    /// A runtime must not be waited for where the last owner may be an async task.
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -55,7 +85,7 @@ impl OpenAi {
     /// A client; nothing is sent yet. `key` goes into the `Authorization` header.
     ///
     /// # Errors
-    /// [`LmError::Rejected`] when `base_url` is no URL.
+    /// [`LmError::Rejected`] when `base_url` is no URL of a server or the key cannot be sent.
     pub fn new(
         spec: &OpenAiSpec,
         key: Option<String>,
@@ -70,18 +100,38 @@ impl OpenAi {
         cancelled: Cancelled,
         pace: Pace,
     ) -> Result<Self, LmError> {
-        let url = format!("{}/chat/completions", spec.base_url.trim_end_matches('/'));
-        let rejected = |why: String| LmError::Rejected(format!("`{}`: {why}", spec.base_url));
-        let parsed = reqwest::Url::parse(&url).map_err(|e| rejected(e.to_string()))?;
-        let mut builder =
-            reqwest::Client::builder().timeout(Duration::from_secs(spec.timeout_s.max(1)));
-        if matches!(parsed.host_str(), Some("localhost" | "127.0.0.1" | "[::1]")) {
+        let endpoint = Endpoint::new(&spec.base_url).map_err(LmError::Rejected)?;
+        let key = key
+            .map(|key| key.trim().to_owned())
+            .filter(|key| !key.is_empty());
+        if key.as_deref().is_some_and(|key| !sendable(key)) {
+            let name = spec.api_key_env.as_deref().unwrap_or("api_key_env");
+            return Err(LmError::Rejected(format!(
+                "the key in `{name}` holds characters that no header can carry; copy it again"
+            )));
+        }
+        let mut builder = reqwest::Client::builder()
+            .timeout(Duration::from_secs(spec.timeout_s.max(1)))
+            .connect_timeout(CONNECT_WITHIN);
+        if endpoint.loopback {
             builder = builder.no_proxy();
         }
-        let client = builder.build().map_err(|e| rejected(e.to_string()))?;
+        let client = builder
+            .build()
+            .map_err(|e| LmError::Unavailable(format!("no HTTP client: {e}")))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("openai")
+            .enable_all()
+            .build()
+            .map_err(|e| LmError::Unavailable(format!("no async runtime: {e}")))?;
         Ok(Self {
+            limits: Limits::new(spec),
+            slots: Semaphore::new(spec.concurrency.clamp(1, Semaphore::MAX_PERMITS)),
+            unreachable: AtomicBool::new(false),
+            runtime: Some(runtime),
             spec: spec.clone(),
-            url,
+            endpoint,
             client,
             key,
             cancelled,
@@ -89,76 +139,87 @@ impl OpenAi {
         })
     }
 
-    async fn ask(&self, request: &Request, down: &Mutex<Option<LmError>>) -> Answer {
-        let body = wire::body(&self.spec.model, request);
-        let mut attempt = 0;
+    /// One request until it is answered, refused, or out of tries. `down` is set once the server
+    /// of this call is known not to be there: the others would only wait for the same.
+    async fn ask(&self, request: &Request, down: &std::cell::OnceCell<LmError>) -> Answer {
+        let _slot = self.unless_stopped(self.slots.acquire()).await?;
+        let body = wire::body(&self.spec, request);
+        let estimate = limits::estimate(request);
+        let mut attempts = 0;
         loop {
-            if let Some(error) = down.lock().ok().and_then(|down| down.clone()) {
-                return Err(error);
+            if let Some(error) = down.get() {
+                return Err(error.clone());
             }
-            if (self.cancelled)() {
-                return Err(LmError::Cancelled);
-            }
-            let failure = tokio::select! {
-                answer = self.send(&body) => match answer {
-                    Ok(completion) => return Ok(completion),
-                    Err(failure) => failure,
-                },
-                () = self.stopped() => return Err(LmError::Cancelled),
+            let wait = self.limits.reserve(estimate);
+            self.unless_stopped(tokio::time::sleep(wait)).await?;
+            let sent = self.unless_stopped(self.send(request, &body)).await?;
+            attempts += 1;
+            let failure = match sent {
+                Ok(completion) => {
+                    self.unreachable.store(false, Ordering::Relaxed);
+                    self.limits.settle(estimate, &completion);
+                    return Ok(completion);
+                }
+                Err(failure) => failure,
             };
-            attempt += 1;
-            match failure {
-                Failure::Final(error) => return Err(error),
-                Failure::Again { why, .. } if attempt > self.spec.max_retries => {
-                    let error =
-                        LmError::Unavailable(format!("{}: {why} ({attempt} attempts)", self.url));
-                    return Err(error);
-                }
-                Failure::Unreachable { why } if attempt > self.spec.max_retries => {
-                    let error = LmError::Unavailable(format!(
-                        "{} cannot be reached: {why} ({attempt} attempts); is the server running?",
-                        self.url
-                    ));
-                    // The others would only wait for the same.
-                    if let Ok(mut down) = down.lock() {
-                        *down = Some(error.clone());
-                    }
-                    return Err(error);
-                }
-                Failure::Again { after, why } => {
-                    tracing::debug!(url = self.url, attempt, why, "trying again");
-                    self.wait(after.unwrap_or_else(|| self.pace.backoff(attempt)))
-                        .await?;
-                }
-                Failure::Unreachable { why } => {
-                    tracing::debug!(url = self.url, attempt, why, "trying again");
-                    self.wait(self.pace.backoff(attempt)).await?;
-                }
+            let nobody = matches!(failure, Failure::Unreachable { .. });
+            // What an earlier call waited for in vain is not waited for again.
+            let known = self.unreachable.load(Ordering::Relaxed) && nobody;
+            if known || attempts > failure.retries(self.spec.max_retries) {
+                self.unreachable.store(nobody, Ordering::Relaxed);
+                let error = failure.into_error(&self.endpoint.shown, attempts);
+                return Err(if nobody {
+                    down.get_or_init(|| error).clone()
+                } else {
+                    error
+                });
             }
+            let wait = failure.after().unwrap_or(self.pace.backoff(attempts));
+            tracing::debug!(url = self.endpoint.shown, attempts, ?wait, "trying again");
+            self.unless_stopped(tokio::time::sleep(wait)).await?;
         }
     }
 
-    async fn stopped(&self) {
-        while !(self.cancelled)() {
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-    }
-
-    async fn wait(&self, time: Duration) -> Result<(), LmError> {
+    /// `work`, dropped as soon as the run is asked to stop.
+    async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Result<T, LmError> {
+        let stopped = async {
+            while !(self.cancelled)() {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
         tokio::select! {
-            () = tokio::time::sleep(time) => Ok(()),
-            () = self.stopped() => Err(LmError::Cancelled),
+            biased;
+            () = stopped => Err(LmError::Cancelled),
+            done = work => Ok(done),
         }
     }
 
-    async fn send(&self, body: &serde_json::Value) -> Result<Completion, Failure> {
-        let mut request = self.client.post(&self.url).json(body);
+    async fn send(
+        &self,
+        request: &Request,
+        body: &serde_json::Value,
+    ) -> Result<Completion, Failure> {
+        let mut call = self.client.post(self.endpoint.url.clone()).json(body);
         if let Some(key) = &self.key {
-            request = request.bearer_auth(key);
+            call = call.bearer_auth(key);
         }
-        let response = request.send().await.map_err(|e| retry::of_error(&e))?;
+        let response = call.send().await.map_err(|e| retry::of_error(&e))?;
         let status = response.status();
         let after = retry::after(response.headers());
+        let bytes = self.read(response).await?;
+        if !status.is_success() {
+            let why = self.without_key(&wire::error_text(&bytes));
+            let url = &self.endpoint.shown;
+            return Err(retry::of_status(status, &why, after, url, &self.spec));
+        }
+        let completion = wire::completion(&bytes).map_err(|why| Failure::Unreadable {
+            why: self.without_key(&why),
+        })?;
+        self.check(request, &completion)?;
+        Ok(completion)
+    }
+
+    async fn read(&self, response: reqwest::Response) -> Result<Vec<u8>, Failure> {
         let mut bytes = Vec::new();
         let mut stream = response.bytes_stream();
         while let Some(chunk) = stream.next().await {
@@ -166,40 +227,56 @@ impl OpenAi {
             if bytes.len() > LARGEST_BODY {
                 return Err(Failure::Final(LmError::Rejected(format!(
                     "{}: the answer is larger than {LARGEST_BODY} bytes",
-                    self.url
+                    self.endpoint.shown
                 ))));
             }
         }
-        if !status.is_success() {
-            let why = wire::error_text(&bytes);
-            return Err(retry::of_status(status, &why, after, &self.url, &self.spec));
+        Ok(bytes)
+    }
+
+    /// Servers that do not know a way to restrict answers ignore it without a word.
+    fn check(&self, request: &Request, completion: &Completion) -> Result<(), Failure> {
+        let allowed = wire::allowed(&self.spec, request).unwrap_or_default();
+        let fits = allowed.is_empty()
+            || completion.finish != FinishReason::Stop
+            || allowed.contains(&completion.text);
+        if fits {
+            return Ok(());
         }
-        wire::completion(&bytes).map_err(|why| Failure::Again { why, after: None })
+        Err(Failure::Final(LmError::Rejected(format!(
+            "{}: the answer `{}` is none of the allowed ones, so the server ignored `guided`; \
+             remove it, or name the server's own way",
+            self.endpoint.shown,
+            wire::shown(completion.text.as_bytes())
+        ))))
+    }
+
+    /// Some servers repeat the key that they do not know.
+    fn without_key(&self, text: &str) -> String {
+        match &self.key {
+            Some(key) => text.replace(key.as_str(), "[key]"),
+            None => text.to_owned(),
+        }
     }
 }
 
-type Answer = Result<Completion, LmError>;
+fn sendable(key: &str) -> bool {
+    key.bytes().all(|byte| (b'!'..=b'~').contains(&byte))
+}
 
 impl Lm for OpenAi {
     fn id(&self) -> &str {
         &self.spec.model
     }
 
-    /// Blocks; must not be called from within an async task.
+    /// Blocks its thread until all is answered: call it from plain threads, such as those of
+    /// `spawn_blocking`; from within an async task it panics. `on_answer` is called on this thread.
     fn complete(&self, requests: &[Request], on_answer: &OnAnswer<'_>) -> Vec<Answer> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        let runtime = match runtime {
-            Ok(runtime) => runtime,
-            Err(e) => {
-                let failed: Answer = Err(LmError::Unavailable(format!("no async runtime: {e}")));
-                (0..requests.len()).for_each(|index| on_answer(index, &failed));
-                return requests.iter().map(|_| failed.clone()).collect();
-            }
-        };
-        let down = Mutex::new(None);
         let mut answers: Vec<Answer> = requests.iter().map(|_| Err(LmError::Cancelled)).collect();
+        let Some(runtime) = &self.runtime else {
+            return answers;
+        };
+        let down = std::cell::OnceCell::new();
         runtime.block_on(async {
             let calls = requests.iter().enumerate().map(|(index, request)| {
                 let answer = self.ask(request, &down);

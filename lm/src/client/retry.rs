@@ -1,5 +1,6 @@
 //! What is tried again, and when: connection errors, 408, 409, 425, 429 and 5xx, with a wait that
-//! doubles (full jitter in its upper half), or the one that the server asks for.
+//! doubles (jitter in its upper half), or the one that the server asks for. An answer that
+//! cannot be read is tried again too, but not often: it is more often a wrong URL.
 
 use std::time::{Duration, SystemTime};
 
@@ -12,6 +13,9 @@ use crate::lm::LmError;
 /// Longest wait that a server may ask for.
 const LONGEST: Duration = Duration::from_secs(300);
 
+const TOO_LONG: &str = "; the prompt and `max_tokens` are more than the model's context: use fewer \
+                        demos, a smaller `max_tokens`, or a model with a longer context";
+
 /// How one attempt failed.
 pub(super) enum Failure {
     /// For good.
@@ -23,6 +27,46 @@ pub(super) enum Failure {
     },
     /// There was no connection.
     Unreachable { why: String },
+    /// The answer cannot be read.
+    Unreadable { why: String },
+}
+
+/// Tries after the first one for an answer that cannot be read.
+const REREADS: u32 = 2;
+
+impl Failure {
+    /// Tries after the first one, out of as many as are allowed for errors that pass.
+    pub(super) fn retries(&self, allowed: u32) -> u32 {
+        match self {
+            Self::Final(_) => 0,
+            Self::Again { .. } | Self::Unreachable { .. } => allowed,
+            Self::Unreadable { .. } => allowed.min(REREADS),
+        }
+    }
+
+    /// The wait that the server asked for.
+    pub(super) fn after(&self) -> Option<Duration> {
+        match self {
+            Self::Again { after, .. } => *after,
+            _ => None,
+        }
+    }
+
+    /// The error once no try is left.
+    pub(super) fn into_error(self, url: &str, attempts: u32) -> LmError {
+        match self {
+            Self::Final(error) => error,
+            Self::Again { why, .. } => {
+                LmError::Unavailable(format!("{url}: {why} ({attempts} attempts)"))
+            }
+            Self::Unreachable { why } => LmError::Unavailable(format!(
+                "{url} cannot be reached: {why} ({attempts} attempts); is the server running?"
+            )),
+            Self::Unreadable { why } => LmError::Unavailable(format!(
+                "{url}: {why} ({attempts} attempts); is `base_url` right?"
+            )),
+        }
+    }
 }
 
 /// Waits between attempts.
@@ -50,14 +94,16 @@ impl Pace {
     }
 }
 
-/// An error of the connection.
+/// An error of the connection. The request's URL is left out: its query may hold a key.
 pub(super) fn of_error(error: &reqwest::Error) -> Failure {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {
         cause = source;
     }
     let why = cause.to_string();
-    if error.is_connect() {
+    if error.is_builder() {
+        Failure::Final(LmError::Rejected(why))
+    } else if error.is_connect() {
         Failure::Unreachable { why }
     } else if error.is_timeout() {
         Failure::Again {
@@ -85,6 +131,8 @@ pub(super) fn of_status(
         (401 | 403, Some(name)) => format!("; check the key in `{name}`"),
         (401 | 403, None) => "; the server wants a key: set `api_key_env`".to_owned(),
         (404, _) => format!("; check `base_url` and the model id `{}`", spec.model),
+        (413, _) => TOO_LONG.to_owned(),
+        (400, _) if why.to_lowercase().contains("context") => TOO_LONG.to_owned(),
         _ => String::new(),
     };
     Failure::Final(LmError::Rejected(format!(
@@ -111,4 +159,43 @@ pub(super) fn after(headers: &HeaderMap) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds)
         .ok()
         .map(|wait| wait.min(LONGEST))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use reqwest::header::{HeaderName, HeaderValue};
+
+    fn after_of(name: &'static str, value: &str) -> Option<Duration> {
+        let mut headers = HeaderMap::new();
+        let value = HeaderValue::from_str(value).unwrap();
+        headers.insert(HeaderName::from_static(name), value);
+        after(&headers)
+    }
+
+    #[test]
+    fn waits_are_read_in_every_form() {
+        assert_eq!(after_of("retry-after", "2"), Some(Duration::from_secs(2)));
+        assert_eq!(after_of("retry-after", "0"), Some(Duration::ZERO));
+        let ms = after_of("retry-after-ms", "1500");
+        assert_eq!(ms, Some(Duration::from_millis(1500)));
+        let past = "Sun, 06 Nov 1994 08:49:37 GMT";
+        assert_eq!(after_of("retry-after", past), Some(Duration::ZERO));
+        let soon = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(9999));
+        assert_eq!(after_of("retry-after", &soon), Some(LONGEST));
+        for nonsense in ["", "soon", "-1", "NaN"] {
+            assert_eq!(after_of("retry-after", nonsense), None, "{nonsense}");
+        }
+        assert_eq!(after(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn waits_double_up_to_the_longest() {
+        let pace = Pace::default();
+        for (attempt, full) in [(1, 0.5), (2, 1.0), (6, 16.0), (7, 30.0), (u32::MAX, 30.0)] {
+            let wait = pace.backoff(attempt).as_secs_f64();
+            assert!((full / 2.0..=full).contains(&wait), "{attempt}: {wait}");
+        }
+    }
 }

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::lm::Prices;
+
 /// A model behind an OpenAI-compatible server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -27,23 +29,29 @@ pub struct OpenAiSpec {
     /// What tokens cost, for the report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prices: Option<Prices>,
+    /// How to have the server answer with one of the labels and nothing else, for prompts whose
+    /// whole answer is a label. Without it the model may answer anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guided: Option<Guided>,
+    /// Requests to send in a minute at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub requests_per_minute: Option<u64>,
+    /// Tokens to use in a minute at most, prompts and answers together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub tokens_per_minute: Option<u64>,
 }
 
-/// US dollars for a million tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Prices {
-    /// Of prompts.
-    pub input: f64,
-    /// Of answers.
-    pub output: f64,
-}
-
-impl Prices {
-    /// What so many tokens cost, in US dollars.
-    pub fn cost(&self, prompt: u64, completion: u64) -> f64 {
-        (self.input * prompt as f64 + self.output * completion as f64) / 1e6
-    }
+/// How a server is told to answer with one of given texts. Servers that do not know a way ignore
+/// it without a word, hence it must be said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Guided {
+    /// vLLM's `structured_outputs` (0.11 and later).
+    Vllm,
+    /// llama.cpp's `grammar`.
+    LlamaCpp,
 }
 
 fn concurrency() -> usize {

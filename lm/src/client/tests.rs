@@ -4,7 +4,8 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 
@@ -19,22 +20,30 @@ struct Server {
     url: String,
     seen: Arc<Mutex<Vec<(String, Value)>>>,
     most_at_once: Arc<AtomicUsize>,
+    /// `slow` is answered from here on.
+    go: Arc<AtomicBool>,
 }
 
 fn serve(script: Vec<Reply>) -> Server {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    serve_on(TcpListener::bind("127.0.0.1:0").unwrap(), script)
+}
+
+fn serve_on(listener: TcpListener, script: Vec<Reply>) -> Server {
     let server = Server {
         url: format!("http://{}/v1", listener.local_addr().unwrap()),
         seen: Arc::default(),
         most_at_once: Arc::default(),
+        go: Arc::default(),
     };
     let script = Arc::new(Mutex::new(VecDeque::from(script)));
     let (seen, most) = (Arc::clone(&server.seen), Arc::clone(&server.most_at_once));
     let now = Arc::new(AtomicUsize::new(0));
+    let go = Arc::clone(&server.go);
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
             let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
             let (most, now) = (Arc::clone(&most), Arc::clone(&now));
+            let go = Arc::clone(&go);
             std::thread::spawn(move || {
                 while let Some((head, body)) = read_request(&stream) {
                     most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
@@ -43,6 +52,10 @@ fn serve(script: Vec<Reply>) -> Server {
                     if scripted.is_none() {
                         // Long enough for others to come in.
                         std::thread::sleep(Duration::from_millis(20));
+                        let slow = body["messages"][0]["content"] == "slow";
+                        while slow && !go.load(Ordering::SeqCst) {
+                            std::thread::sleep(Duration::from_millis(20));
+                        }
                     }
                     let reply = scripted.unwrap_or_else(|| echo(&body));
                     now.fetch_sub(1, Ordering::SeqCst);
@@ -173,11 +186,15 @@ fn a_server_that_keeps_failing_is_given_up() {
 
 #[test]
 fn a_wrong_request_is_not_repeated_and_says_why() {
-    let body = json!({"error": {"message": "bad key"}}).to_string();
+    let body = json!({"error": {"message": "bad key secret"}}).to_string();
     let script = vec![
         (401, "", body),
         (404, "", "{}".into()),
-        (400, "", "{\"detail\": \"too long\"}".into()),
+        (
+            400,
+            "",
+            "{\"detail\": \"Maximum context length is 8\"}".into(),
+        ),
     ];
     let server = serve(script);
     let mut spec = spec(&server.url);
@@ -185,14 +202,17 @@ fn a_wrong_request_is_not_repeated_and_says_why() {
     let client = client(&spec, Some("secret"));
     let text = error(&ask(&client, &["a"]));
     assert!(
-        text.contains("bad key; check the key in `MY_KEY`"),
+        text.contains("bad key [key]; check the key in `MY_KEY`"),
         "{text}"
     );
     assert!(!text.contains("secret") && !format!("{client:?}").contains("secret"));
     let text = error(&ask(&client, &["a"]));
     assert!(text.contains("model id `m`"), "{text}");
     let text = error(&ask(&client, &["a"]));
-    assert!(text.ends_with("status 400: too long"), "{text}");
+    assert!(
+        text.contains("length is 8; the prompt and `max_tokens` are"),
+        "{text}"
+    );
     assert_eq!(server.seen.lock().unwrap().len(), 3);
 }
 
@@ -205,7 +225,8 @@ fn a_dead_server_fails_all_requests_without_waiting_for_each() {
     let mut spec = spec(&format!("http://{free}/v1"));
     spec.concurrency = 1;
     let texts = vec!["a"; 200];
-    let answers = ask(&client(&spec, None), &texts);
+    let client = client(&spec, None);
+    let answers = ask(&client, &texts);
     assert!(
         answers
             .iter()
@@ -215,6 +236,105 @@ fn a_dead_server_fails_all_requests_without_waiting_for_each() {
         error(&answers).contains("cannot be reached"),
         "{}",
         error(&answers)
+    );
+    assert!(error(&answers).contains("(3 attempts)"));
+    // The next call finds out with one try.
+    assert!(error(&ask(&client, &["a"])).contains("(1 attempts)"));
+    // The server is there again.
+    let listener = TcpListener::bind(free).unwrap();
+    let server = serve_on(listener, vec![(503, "", "starting".to_owned())]);
+    assert!(ask(&client, &["a"])[0].is_ok());
+    assert_eq!(server.seen.lock().unwrap().len(), 2);
+}
+
+#[test]
+fn answers_may_overtake_each_other() {
+    let server = serve(vec![]);
+    let told = Mutex::new(Vec::new());
+    let requests = ["slow", "quick"].map(request);
+    let answers = client(&spec(&server.url), None).complete(&requests, &|index, _| {
+        told.lock().unwrap().push(index);
+        server.go.store(true, Ordering::SeqCst);
+    });
+    let texts: Vec<_> = answers.into_iter().map(|a| a.unwrap().text).collect();
+    assert_eq!(texts, ["slow", "quick"]);
+    assert_eq!(*told.lock().unwrap(), [1, 0]);
+}
+
+#[test]
+fn calls_of_several_threads_share_the_limit() {
+    let server = serve(vec![]);
+    let mut spec = spec(&server.url);
+    spec.concurrency = 2;
+    let client = client(&spec, None);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let answers = ask(&client, &["a", "b", "c"]);
+                assert!(answers.iter().all(Result::is_ok));
+            });
+        }
+    });
+    let most = server.most_at_once.load(Ordering::SeqCst);
+    assert!((1..=2).contains(&most), "{most}");
+    assert_eq!(server.seen.lock().unwrap().len(), 12);
+}
+
+#[test]
+fn an_ignored_restriction_is_noticed() {
+    let server = serve(vec![]);
+    let mut spec = spec(&server.url);
+    spec.guided = Some(Guided::Vllm);
+    let client = client(&spec, None);
+    let ask_for = |values: [&str; 2]| {
+        let request = Request {
+            choices: Some(crate::lm::Choices {
+                after: None,
+                values: values.map(str::to_owned).into(),
+                then: String::new(),
+            }),
+            ..request("a")
+        };
+        client.complete(&[request], &|_, _| {})
+    };
+    assert_eq!(ask_for(["b", "a"])[0].as_ref().unwrap().text, "a");
+    let text = error(&ask_for(["b", "c"]));
+    assert!(text.contains("`a` is none of the allowed ones"), "{text}");
+}
+
+#[test]
+fn the_pace_of_requests_is_kept() {
+    let server = serve(vec![]);
+    let mut spec = spec(&server.url);
+    // The first passes; the second would come a minute later.
+    spec.requests_per_minute = Some(1);
+    let seen = Arc::clone(&server.seen);
+    let cancelled = Arc::new(move || !seen.lock().unwrap().is_empty());
+    let pace = Pace::default();
+    let client = OpenAi::with_pace(&spec, None, cancelled, pace).unwrap();
+    ask(&client, &["a", "b"]);
+    assert_eq!(server.seen.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn an_async_task_may_be_the_last_owner() {
+    let client = client(&spec("http://localhost:1/v1"), None);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    runtime.block_on(async move { drop(client) });
+}
+
+#[test]
+fn a_key_that_no_header_can_carry_is_refused_unseen() {
+    let mut spec = spec("http://localhost:1/v1");
+    spec.api_key_env = Some("MY_KEY".into());
+    let key = Some("sec\nret".to_owned());
+    let error = OpenAi::new(&spec, key, Arc::new(|| false)).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("`MY_KEY`") && !text.contains("sec\n"),
+        "{text}"
     );
 }
 

@@ -3,17 +3,20 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::{Guided, OpenAiSpec};
 use crate::lm::{Completion, FinishReason, Request};
 
 /// Characters of a server's text that an error shows.
-const SHOWN: usize = 300;
+const SHOWN: usize = 200;
+/// Characters of a server's message that an error shows.
+const LONGEST_MESSAGE: usize = 1000;
 
-/// The body of a request. `choices` have no place in OpenAI's API and are left out; the answer
-/// is parsed as any other.
-pub(super) fn body(model: &str, request: &Request) -> Value {
+/// The body of a request. `choices` have no place in OpenAI's API: they are sent only to servers
+/// known to take them, where they are the whole answer (`allowed`, see there).
+pub(super) fn body(spec: &OpenAiSpec, request: &Request) -> Value {
     let sampling = &request.sampling;
     let mut body = json!({
-        "model": model,
+        "model": spec.model,
         "messages": request.messages,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
@@ -25,8 +28,39 @@ pub(super) fn body(model: &str, request: &Request) -> Value {
         if let Some(seed) = sampling.seed {
             fields.insert("seed".into(), json!(seed));
         }
+        match (spec.guided, allowed(spec, request)) {
+            (Some(Guided::Vllm), Some(texts)) => {
+                fields.insert("structured_outputs".into(), json!({ "choice": texts }));
+            }
+            (Some(Guided::LlamaCpp), Some(texts)) => {
+                let texts: Vec<String> = texts.iter().map(|text| quoted(text)).collect();
+                let grammar = format!("root ::= {}", texts.join(" | "));
+                fields.insert("grammar".into(), json!(grammar));
+            }
+            _ => {}
+        }
     }
     body
+}
+
+/// The only answers that the server may give; anything else when `None`.
+pub(super) fn allowed(spec: &OpenAiSpec, request: &Request) -> Option<Vec<String>> {
+    let choices = request.choices.as_ref().filter(|_| spec.guided.is_some())?;
+    let whole = choices.after.is_none() && !choices.values.is_empty();
+    let text = |value: &String| format!("{value}{}", choices.then);
+    whole.then(|| choices.values.iter().map(text).collect())
+}
+
+/// A text in llama.cpp's grammar language.
+fn quoted(text: &str) -> String {
+    let escaped = |c: char| match c {
+        '"' | '\\' => format!("\\{c}"),
+        '\n' => "\\n".to_owned(),
+        '\r' => "\\r".to_owned(),
+        '\t' => "\\t".to_owned(),
+        c => c.to_string(),
+    };
+    format!("\"{}\"", text.chars().map(escaped).collect::<String>())
 }
 
 #[derive(Deserialize)]
@@ -51,12 +85,10 @@ struct Message {
     refusal: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Usage {
-    #[serde(default)]
-    prompt_tokens: u64,
-    #[serde(default)]
-    completion_tokens: u64,
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
 }
 
 /// Reads an answer.
@@ -74,15 +106,12 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
         Some("content_filter") => FinishReason::ContentFilter,
         _ => FinishReason::Stop,
     };
-    let usage = body.usage.unwrap_or(Usage {
-        prompt_tokens: 0,
-        completion_tokens: 0,
-    });
+    let usage = body.usage.unwrap_or_default();
     Ok(Completion {
         text: choice.message.content.unwrap_or_default(),
         finish,
-        prompt_tokens: usage.prompt_tokens,
-        completion_tokens: usage.completion_tokens,
+        prompt_tokens: usage.prompt_tokens.unwrap_or(0),
+        completion_tokens: usage.completion_tokens.unwrap_or(0),
         choice_probs: None,
         cached: false,
     })
@@ -93,10 +122,84 @@ pub(super) fn error_text(bytes: &[u8]) -> String {
     let body: Value = serde_json::from_slice(bytes).unwrap_or_default();
     let places = ["/error/message", "/message", "/detail", "/error"];
     let text = places.iter().find_map(|at| body.pointer(at)?.as_str());
-    text.map_or_else(|| shown(bytes), str::to_owned)
+    text.map_or_else(
+        || shown(bytes),
+        |text| text.chars().take(LONGEST_MESSAGE).collect(),
+    )
 }
 
-fn shown(bytes: &[u8]) -> String {
+/// The beginning of a server's text, for people.
+pub(super) fn shown(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     text.trim().chars().take(SHOWN).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::lm::{Choices, Sampling};
+
+    fn spec(guided: Value) -> OpenAiSpec {
+        let spec = json!({"base_url": "http://h/v1", "model": "m", "guided": guided});
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn request(after: Option<&str>) -> Request {
+        Request {
+            messages: Vec::new(),
+            sampling: Sampling::default(),
+            choices: Some(Choices {
+                after: after.map(str::to_owned),
+                values: vec!["a".into(), "b \"c\"\n".into()],
+                then: ".".into(),
+            }),
+        }
+    }
+
+    #[test]
+    fn choices_are_sent_only_where_they_are_the_whole_answer_and_the_server_knows_them() {
+        let plain = json!({"model": "m", "messages": [], "temperature": 0.0, "max_tokens": 1000});
+        assert_eq!(body(&spec(Value::Null), &request(None)), plain);
+        assert_eq!(body(&spec(json!("vllm")), &request(Some("x"))), plain);
+        let sent = body(&spec(json!("vllm")), &request(None));
+        let choice = json!({"choice": ["a.", "b \"c\"\n."]});
+        assert_eq!(sent["structured_outputs"], choice);
+        let sent = body(&spec(json!("llama_cpp")), &request(None));
+        assert_eq!(sent["grammar"], r#"root ::= "a." | "b \"c\"\n.""#);
+    }
+
+    #[test]
+    fn answers_of_many_servers_are_read() {
+        let read = |body: Value| completion(body.to_string().as_bytes()).unwrap();
+        let answer = read(
+            json!({"choices": [{"message": {"content": "x", "reasoning": null},
+            "finish_reason": "length", "stop_reason": null}], "usage": null, "timings": {}}),
+        );
+        assert_eq!(
+            (answer.text.as_str(), answer.finish),
+            ("x", FinishReason::Length)
+        );
+        assert_eq!((answer.prompt_tokens, answer.completion_tokens), (0, 0));
+        let answer = read(json!({"choices": [{"message": {}}], "usage": {"prompt_tokens": 3}}));
+        assert_eq!(
+            (answer.text.as_str(), answer.finish),
+            ("", FinishReason::Stop)
+        );
+        assert_eq!(answer.prompt_tokens, 3);
+    }
+
+    #[test]
+    fn errors_of_many_servers_are_read() {
+        for (body, text) in [
+            (r#"{"error": {"message": "no", "code": 404}}"#, "no"),
+            (r#"{"error": "Unauthorized"}"#, "Unauthorized"),
+            (r#"{"detail": "Not Found"}"#, "Not Found"),
+            (" plain text ", "plain text"),
+        ] {
+            assert_eq!(error_text(body.as_bytes()), text);
+        }
+        let long = format!(r#"{{"error": {{"message": "{}"}}}}"#, "x".repeat(5000));
+        assert_eq!(error_text(long.as_bytes()).len(), LONGEST_MESSAGE);
+    }
 }

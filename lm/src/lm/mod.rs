@@ -2,8 +2,10 @@
 //! sampling in; text, token counts and finish reason out. Knows no provider.
 
 mod cached;
+mod metered;
 
 pub use cached::Cached;
+pub use metered::{Metered, Prices, Usage};
 
 use serde::{Deserialize, Serialize};
 

@@ -100,12 +100,14 @@ impl ModelSpec {
 }
 
 /// Top-level fields of a model entry that do not change what it answers.
-pub const UNKEYED: [&str; 6] = [
+pub const UNKEYED: [&str; 8] = [
     "base_url",
     "api_key_env",
     "concurrency",
     "timeout_s",
     "max_retries",
+    "requests_per_minute",
+    "tokens_per_minute",
     "batch",
 ];
 

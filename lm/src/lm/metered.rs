@@ -1,0 +1,174 @@
+//! [`Metered`]: a model whose calls, tokens and costs are counted. Changes no answer.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Completion, Lm, LmError, OnAnswer, Request};
+
+/// US dollars for a million tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Prices {
+    /// Of prompts.
+    pub input: f64,
+    /// Of answers.
+    pub output: f64,
+}
+
+impl Prices {
+    /// What so many tokens cost, in US dollars.
+    pub fn cost(&self, prompt: u64, completion: u64) -> f64 {
+        (self.input * prompt as f64 + self.output * completion as f64) / 1e6
+    }
+}
+
+/// What was used.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Usage {
+    /// Requests that came to an end, cached and failed ones included.
+    pub calls: u64,
+    /// Of them, taken from the completion cache.
+    pub cached: u64,
+    /// Of them, failed.
+    pub failed: u64,
+    /// Tokens of prompts that were computed, not cached.
+    pub prompt_tokens: u64,
+    /// Tokens generated, not cached.
+    pub completion_tokens: u64,
+    /// US dollars for these tokens, where prices are known.
+    pub cost: Option<f64>,
+}
+
+/// A model with a meter; on top of [`super::Cached`] it tells kept answers from paid ones.
+pub struct Metered {
+    lm: Arc<dyn Lm>,
+    prices: Option<Prices>,
+    counted: Mutex<Usage>,
+}
+
+impl Metered {
+    /// `lm` with a meter at zero.
+    pub fn new(lm: Arc<dyn Lm>, prices: Option<Prices>) -> Self {
+        Self {
+            lm,
+            prices,
+            counted: Mutex::default(),
+        }
+    }
+
+    /// What was used so far, by all threads together.
+    pub fn totals(&self) -> Usage {
+        let counted = *self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let cost = |prices: &Prices| prices.cost(counted.prompt_tokens, counted.completion_tokens);
+        Usage {
+            cost: self.prices.as_ref().map(cost),
+            ..counted
+        }
+    }
+
+    fn count(&self, answer: &Result<Completion, LmError>) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        counted.calls += 1;
+        match answer {
+            Err(_) => counted.failed += 1,
+            Ok(completion) if completion.cached => counted.cached += 1,
+            Ok(completion) => {
+                counted.prompt_tokens += completion.prompt_tokens;
+                counted.completion_tokens += completion.completion_tokens;
+            }
+        }
+    }
+}
+
+impl Lm for Metered {
+    fn id(&self) -> &str {
+        self.lm.id()
+    }
+
+    fn complete(
+        &self,
+        requests: &[Request],
+        on_answer: &OnAnswer<'_>,
+    ) -> Vec<Result<Completion, LmError>> {
+        self.lm.complete(requests, &|index, answer| {
+            self.count(answer);
+            on_answer(index, answer);
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lm::{FinishReason, Message, Role, Sampling};
+
+    /// Says `cached` or `bad` of itself.
+    struct Script;
+
+    impl Lm for Script {
+        fn id(&self) -> &str {
+            "script"
+        }
+
+        fn complete(
+            &self,
+            requests: &[Request],
+            on_answer: &OnAnswer<'_>,
+        ) -> Vec<Result<Completion, LmError>> {
+            let answer = |(index, request): (usize, &Request)| {
+                let answer = match request.messages[0].content.as_str() {
+                    "bad" => Err(LmError::Rejected("no".into())),
+                    text => Ok(Completion {
+                        text: text.to_owned(),
+                        finish: FinishReason::Stop,
+                        prompt_tokens: 1000,
+                        completion_tokens: 10,
+                        choice_probs: None,
+                        cached: text == "cached",
+                    }),
+                };
+                on_answer(index, &answer);
+                answer
+            };
+            requests.iter().enumerate().map(answer).collect()
+        }
+    }
+
+    #[test]
+    fn only_what_was_computed_costs() {
+        let prices = Prices {
+            input: 2.0,
+            output: 10.0,
+        };
+        let metered = Metered::new(Arc::new(Script), Some(prices));
+        let requests: Vec<Request> = ["a", "cached", "bad", "b"]
+            .map(|text| Request {
+                messages: vec![Message {
+                    role: Role::User,
+                    content: text.into(),
+                }],
+                sampling: Sampling::default(),
+                choices: None,
+            })
+            .into();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| metered.complete(&requests, &|_, _| {}));
+            }
+        });
+        let expected = Usage {
+            calls: 16,
+            cached: 4,
+            failed: 4,
+            prompt_tokens: 8000,
+            completion_tokens: 80,
+            cost: Some(0.0168),
+        };
+        assert_eq!(metered.totals(), expected);
+        let unpriced = Metered::new(Arc::new(Script), None);
+        assert_eq!(unpriced.totals(), Usage::default());
+    }
+}
