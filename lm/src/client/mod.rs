@@ -48,6 +48,8 @@ type Answer = Result<Completion, LmError>;
 
 /// A model behind a server.
 pub struct OpenAi {
+    /// The model with the way its answers are guided: what kept answers are kept by.
+    id: String,
     spec: OpenAiSpec,
     endpoint: Endpoint,
     client: reqwest::Client,
@@ -125,7 +127,13 @@ impl OpenAi {
             .enable_all()
             .build()
             .map_err(|e| LmError::Unavailable(format!("no async runtime: {e}")))?;
+        let id = match spec.guided {
+            None => spec.model.clone(),
+            Some(Guided::Vllm) => format!("{} guided by vllm", spec.model),
+            Some(Guided::LlamaCpp) => format!("{} guided by llama_cpp", spec.model),
+        };
         Ok(Self {
+            id,
             limits: Limits::new(spec),
             slots: Semaphore::new(spec.concurrency.clamp(1, Semaphore::MAX_PERMITS)),
             unreachable: AtomicBool::new(false),
@@ -266,7 +274,7 @@ fn sendable(key: &str) -> bool {
 
 impl Lm for OpenAi {
     fn id(&self) -> &str {
-        &self.spec.model
+        &self.id
     }
 
     /// Blocks its thread until all is answered: call it from plain threads, such as those of

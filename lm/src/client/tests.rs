@@ -374,3 +374,13 @@ fn a_bad_url_is_refused() {
     let error = OpenAi::new(&spec("nonsense"), None, Arc::new(|| false)).unwrap_err();
     assert!(error.to_string().contains("`nonsense`"), "{error}");
 }
+
+#[test]
+fn guided_answers_are_not_kept_with_free_ones() {
+    let mut spec = spec("http://127.0.0.1:9/v1");
+    let free = client(&spec, None);
+    spec.guided = Some(Guided::Vllm);
+    let guided = client(&spec, None);
+    assert_eq!(free.id(), "m");
+    assert_ne!(free.id(), guided.id());
+}
