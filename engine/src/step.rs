@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
 
 use flowrun_cache::{CompletionCache, Digest};
 use serde::de::DeserializeOwned;
@@ -195,6 +196,8 @@ pub struct StepContext {
     pub work_dir: PathBuf,
     /// See [`StepContext::resume_dir`].
     pub resume_path: PathBuf,
+    /// When this attempt began. Steps read no clock of their own for what they write.
+    pub started_at: SystemTime,
     /// Completed language-model calls, shared by all steps and runs.
     pub completions: Arc<CompletionCache>,
     /// Steps that finished before this one started, in order of finishing.

@@ -291,6 +291,7 @@ impl Worker {
                     out_dir: out_dir.clone(),
                     work_dir: folder(scratch.path(), "work")?,
                     resume_path: resume_path.clone(),
+                    started_at: SystemTime::now(),
                     completions: self.cache.completions(),
                     finished: Arc::clone(finished),
                     reporter,

@@ -298,8 +298,8 @@ pub struct CostRow {
     pub queries: u64,
     /// Mean tokens read and written for a query.
     pub tokens_per_query: f64,
-    /// Mean wall time of a query, in milliseconds.
-    pub ms_per_query: f64,
+    /// Mean wall time of a query, in milliseconds; `None` when no answer was computed in this run.
+    pub ms_per_query: Option<f64>,
     /// US dollars for 1,000 queries; `None` when no price is known.
     pub usd_per_1000: Option<f64>,
 }

@@ -1,7 +1,6 @@
 //! The step kind `report`: gathers what the run found out and draws it.
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, StepSummary};
 use flowrun_lm::stats::{self, mcnemar, wilson95};
@@ -27,6 +26,8 @@ pub struct ReportStep;
 struct Params {
     /// Headline of the page.
     title: String,
+    /// Name of the pipeline: `${{ run.name }}`.
+    pipeline: String,
     /// What the pipeline is for.
     #[serde(default)]
     about: Option<String>,
@@ -94,8 +95,8 @@ impl Step for ReportStep {
             version: Report::VERSION,
             title: params.title.clone(),
             about: params.about.clone(),
-            pipeline: params.title.clone(),
-            generated_at: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+            pipeline: params.pipeline.clone(),
+            generated_at: humantime::format_rfc3339_seconds(ctx.started_at).to_string(),
             dataset: about.dataset.clone(),
             stand_in: about.stand_in,
             data: data(ctx, &about, &labels, &test)?,
@@ -105,7 +106,9 @@ impl Step for ReportStep {
                 None => Vec::new(),
             },
             dev: tested(&dev).map(|(s, p)| dev_score(s, p)).collect(),
-            test: tested(&test).map(|(s, p)| test_score(s, p)).collect(),
+            test: tested(&test)
+                .map(|(s, p)| test_score(s, p))
+                .collect::<Result<_, _>>()?,
             comparisons: best.map_or_else(Vec::new, |best| comparisons(best, &test)),
             per_label: confusion.as_ref().map_or_else(Vec::new, per_label),
             confusion: confusion.map(|found| Confusion {
@@ -157,10 +160,14 @@ fn dev_score(scores: &Scores, score: &ProgramScore) -> DevScore {
     }
 }
 
-fn test_score(scores: &Scores, score: &ProgramScore) -> TestScore {
+fn test_score(scores: &Scores, score: &ProgramScore) -> Result<TestScore, StepError> {
+    let role = score.role.ok_or_else(|| {
+        StepError::invalid(format!("the test score of `{}` has no role", scores.model))
+            .help("set `role` on the `evaluate` step that made it")
+    })?;
     let (low, high) = wilson95(score.correct, score.n);
-    TestScore {
-        role: score.role.unwrap_or(Role::Baseline),
+    Ok(TestScore {
+        role,
         model: scores.model.clone(),
         program: score.program,
         n: score.n as u64,
@@ -169,7 +176,7 @@ fn test_score(scores: &Scores, score: &ProgramScore) -> TestScore {
         parse_failures: score.parse_failures as u64,
         low,
         high,
-    }
+    })
 }
 
 fn data(
@@ -321,7 +328,7 @@ fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
         model: scores.model.clone(),
         queries: score.n as u64,
         tokens_per_query: (score.prompt_tokens + score.completion_tokens) as f64 / n,
-        ms_per_query: ms.unwrap_or(0.0),
+        ms_per_query: ms,
         usd_per_1000: score.cost_usd.map(|cost| cost / n * 1000.0),
     }
 }

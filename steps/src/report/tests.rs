@@ -101,7 +101,7 @@ pub(super) fn sample(stand_in: bool) -> Report {
         model: model.into(),
         queries: 1000,
         tokens_per_query: tokens,
-        ms_per_query: ms,
+        ms_per_query: Some(ms),
         usd_per_1000: usd,
     };
     let losses = (1..=192u32).map(|step| LossPoint {

@@ -212,10 +212,9 @@ fn price(report: &Report, best: &TestScore) -> String {
     let Some(row) = of(&best.model) else {
         return "What a query costs was not measured.".to_owned();
     };
-    let effort = format!(
-        "a query takes {:.0} tokens and {:.0} ms",
-        row.tokens_per_query, row.ms_per_query
-    );
+    let time = row.ms_per_query;
+    let time = time.map_or(String::new(), |ms| format!(" and {ms:.0} ms"));
+    let effort = format!("a query takes {:.0} tokens{time}", row.tokens_per_query);
     let Some(usd) = row.usd_per_1000 else {
         return format!("No price is known for this model; {effort}.");
     };
@@ -406,7 +405,8 @@ fn cost_rows(report: &Report) -> Vec<[String; 5]> {
             row.model.clone(),
             thousands(row.queries),
             format!("{:.0}", row.tokens_per_query),
-            format!("{:.0}", row.ms_per_query),
+            row.ms_per_query
+                .map_or("not measured".to_owned(), |ms| format!("{ms:.0}")),
             row.usd_per_1000
                 .map_or("no price known".to_owned(), dollars),
         ]
