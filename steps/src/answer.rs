@@ -4,17 +4,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use flowrun_engine::step::{StepContext, StepError};
+use flowrun_engine::step::{StepContext, StepError, StepErrorKind, StepOutcome};
 use flowrun_lm::classifier::{Classifier, Embedder};
 use flowrun_lm::example::{Example, Prediction};
-use flowrun_lm::lm::{Lm, Sampling};
+use flowrun_lm::lm::{LmError, Metered, Sampling, Usage};
 use flowrun_lm::program::{Program, RowError, RowResult, RunOptions, Tokens};
 use flowrun_lm::value::Fields;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
-use crate::models::{Host, ModelSpec, local, open_lm};
+use crate::models::{Host, ModelSpec, encoder_spec, open_encoder, open_lm};
 use crate::program_file::{FittedProgram, ProgramFile};
 use crate::rows::Row;
 
@@ -67,7 +67,7 @@ pub enum Answerer {
         /// The program.
         program: Box<Program>,
         /// Its model.
-        lm: Arc<dyn Lm>,
+        lm: Metered,
         /// How the model draws.
         sampling: Sampling,
     },
@@ -107,8 +107,16 @@ impl Answerer {
             }
             ProgramFile::Classifier(FittedProgram { spec, classifier }) => Ok(Self::Classifier {
                 classifier: Box::new(classifier.clone()),
-                encoder: encoder(&spec.embedder, host)?,
+                encoder: open_encoder(&encoder_spec(&spec.embedder)?, host)?,
             }),
+        }
+    }
+
+    /// Tokens and money spent so far; kept answers cost nothing.
+    pub fn usage(&self) -> Usage {
+        match self {
+            Self::Prompt { lm, .. } => lm.totals(),
+            Self::Classifier { .. } => Usage::default(),
         }
     }
 
@@ -136,7 +144,7 @@ impl Answerer {
                     on_row: Some(&count),
                     ..RunOptions::default()
                 };
-                Ok(program.run(lm.as_ref(), sampling, rows, &options))
+                Ok(program.run(lm, sampling, rows, &options))
             }
             Self::Classifier {
                 classifier,
@@ -173,27 +181,6 @@ impl Answerer {
     }
 }
 
-/// The sentence encoder that a classifier names.
-///
-/// # Errors
-/// Invalid when it is no `sentence-encoder` entry; else when it cannot be loaded.
-pub fn encoder(
-    entry: &serde_json::Value,
-    host: &Host<'_>,
-) -> Result<Arc<dyn Embedder + Send + Sync>, StepError> {
-    let help = "write `embedder: ${{ models.NAME }}`, with NAME an entry that has \
-                `provider: sentence-encoder`";
-    match serde_json::from_value(entry.clone()) {
-        Ok(ModelSpec::SentenceEncoder(spec)) => local::open_encoder(&spec, host),
-        Ok(other) => Err(StepError::invalid(format!(
-            "`embedder` is `{}`, which is no sentence encoder",
-            other.name()
-        ))
-        .help(help)),
-        Err(e) => Err(StepError::invalid(format!("`embedder`: {e}")).help(help)),
-    }
-}
-
 /// Rows as programs see them, the label under the name that the program gives it.
 #[must_use]
 pub fn examples(rows: &[Row], label_field: &str) -> Vec<Example> {
@@ -211,27 +198,43 @@ pub fn examples(rows: &[Row], label_field: &str) -> Vec<Example> {
     rows.iter().map(example).collect()
 }
 
+/// Adds what a step spent to what it reports: `tokens`, and `cost_usd` where prices are known.
+#[must_use]
+pub fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
+    let tokens = usage.prompt_tokens + usage.completion_tokens;
+    let outcome = outcome.metric("tokens", tokens);
+    match usage.cost {
+        Some(cost) => outcome.metric("cost_usd", cost),
+        None => outcome,
+    }
+}
+
 /// Stops a step whose model did not answer some rows: an outage is no score.
 ///
 /// # Errors
-/// Cancelled, or transient with the first reason.
+/// Cancelled; transient while the model cannot be reached, failed when it refused; with the first
+/// reason.
 pub fn check_answered(ctx: &StepContext, results: &[RowResult]) -> Result<(), StepError> {
     ctx.check_cancelled()?;
-    let lost: Vec<&RowError> = results
+    let lost: Vec<&LmError> = results
         .iter()
-        .filter_map(|result| result.prediction.as_ref().err())
-        .filter(|error| matches!(error, RowError::Lm(_)))
+        .filter_map(|result| match &result.prediction {
+            Err(RowError::Lm(error)) => Some(error),
+            _ => None,
+        })
         .collect();
     let Some(first) = lost.first() else {
         return Ok(());
     };
-    Err(StepError::new(
-        flowrun_engine::step::StepErrorKind::Transient,
-        format!(
-            "{} of {} rows got no answer: {first}",
-            lost.len(),
-            results.len()
-        ),
-    )
-    .help("the answers that came are kept; run again to ask for the rest"))
+    // What a server refuses once it refuses again.
+    let passes = lost.iter().all(|e| matches!(e, LmError::Unavailable(_)));
+    let kind = if passes {
+        StepErrorKind::Transient
+    } else {
+        StepErrorKind::Failed
+    };
+    let (lost, all) = (lost.len(), results.len());
+    let text = format!("{lost} of {all} rows got no answer: {first}");
+    Err(StepError::new(kind, text)
+        .help("the answers that came are kept; a later run asks only for the rest"))
 }

@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
-use flowrun_lm::classifier::{ClassifierError, ClassifierSpec, fit};
-use flowrun_lm::program::{ProgramSpec, RowResult, Tokens};
+use flowrun_lm::program::{ProgramSpec, RowResult};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, encoder, examples};
-use crate::models::{Host, ModelSpec};
-use crate::program_file::{FittedProgram, ProgramFile};
+use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::models::{Host, ModelSpec, observe};
+use crate::program_file::ProgramFile;
 use crate::rows::{Row, read_json, read_rows, write_rows};
 use crate::schema_of;
 
@@ -70,7 +69,7 @@ impl Step for Bootstrap {
         ]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
-        observe_models(params, &["model"], world)
+        observe(params, world)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
@@ -85,7 +84,7 @@ impl Step for Bootstrap {
                 };
                 ctx.reporter
                     .progress(0, rows.len() as u64, "rows", "fitting the teacher");
-                fit_program(spec, &labels, &labelled, &rows, &host)?
+                ProgramFile::fit(spec, &labels, &labelled, &rows, &host)?
             }
             prompt => ProgramFile::plain(prompt, &labels)?,
         };
@@ -104,7 +103,6 @@ impl Step for Bootstrap {
         };
         let results = answerer.run(&examples(&rows, &field), &field, &progress)?;
         check_answered(ctx, &results)?;
-        let tokens: Tokens = results.iter().map(|result| result.tokens).sum();
         let (mut kept, mut dropped) = (Vec::new(), Vec::new());
         for (row, result) in rows.into_iter().zip(results) {
             let row = labelled(row, result, &field, &labels);
@@ -125,10 +123,10 @@ impl Step for Bootstrap {
         write_rows(&ctx.output("rows"), &kept)?;
         write_rows(&ctx.output("dropped"), &dropped)?;
         teacher.save(&ctx.output("teacher"))?;
-        Ok(StepOutcome::default()
+        let outcome = StepOutcome::default()
             .metric("labelled", kept.len())
-            .metric("dropped", dropped.len())
-            .metric("tokens", tokens.prompt + tokens.completion))
+            .metric("dropped", dropped.len());
+        Ok(with_usage(outcome, &answerer.usage()))
     }
 }
 
@@ -154,50 +152,4 @@ fn labelled(mut row: Row, result: RowResult, field: &str, labels: &[String]) -> 
         }
     }
     row
-}
-
-/// Fits a classifier on labelled rows and, where its method uses them, unlabelled ones.
-pub(crate) fn fit_program(
-    spec: &ClassifierSpec,
-    labels: &[String],
-    labelled: &[Row],
-    unlabelled: &[Row],
-    host: &Host<'_>,
-) -> Result<ProgramFile, StepError> {
-    let encoder = encoder(&spec.embedder, host)?;
-    let gold: Vec<(&str, &str)> = labelled
-        .iter()
-        .filter_map(|row| Some((row.text.as_str(), row.label.as_deref()?)))
-        .collect();
-    let texts: Vec<&str> = unlabelled.iter().map(|row| row.text.as_str()).collect();
-    let classifier =
-        fit(spec, encoder.as_ref(), labels, &gold, &texts).map_err(|error| match error {
-            ClassifierError::Embed(_) => StepError::failed(error.to_string()),
-            _ => StepError::invalid(error.to_string()),
-        })?;
-    Ok(ProgramFile::Classifier(FittedProgram {
-        spec: spec.clone(),
-        classifier,
-    }))
-}
-
-/// The digests of the project's own weights among the named model params.
-pub(crate) fn observe_models(
-    params: &Value,
-    names: &[&str],
-    world: &World,
-) -> Result<BTreeMap<String, Value>, StepError> {
-    let mut seen = BTreeMap::new();
-    for name in names {
-        let Some(entry) = params.get(name).filter(|entry| entry.is_object()) else {
-            continue;
-        };
-        let model: ModelSpec = serde_json::from_value(entry.clone())
-            .map_err(|e| StepError::invalid(format!("`{name}`: {e}")))?;
-        let digests = model.observe(world)?;
-        if digests != Value::Array(Vec::new()) {
-            seen.insert((*name).to_owned(), digests);
-        }
-    }
-    Ok(seen)
 }

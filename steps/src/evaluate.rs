@@ -5,15 +5,15 @@ use std::time::Instant;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_lm::evaluate::{Evaluate as Evaluation, EvaluateError, EvaluationResult};
+use flowrun_lm::lm::Usage;
 use flowrun_lm::metric::MetricKind;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, examples};
-use crate::bootstrap::observe_models;
+use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
 use crate::checkpoint::Checkpoint;
-use crate::models::{Host, ModelSpec};
+use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
 use crate::report::{ProgramKind, Role};
 use crate::rows::{Row, read_json, read_rows, write_json};
@@ -64,7 +64,7 @@ impl Step for Evaluate {
         "evaluate"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Measures a model's accuracy on labelled rows, plain and with the optimised program."
@@ -99,7 +99,7 @@ impl Step for Evaluate {
         )]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
-        observe_models(params, &["model"], world)
+        observe(params, world)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
@@ -118,7 +118,7 @@ impl Step for Evaluate {
         }
         let started = Instant::now();
         let mut all = Vec::new();
-        let mut kept = 0;
+        let mut usage = Usage::default();
         let host = Host::from(ctx);
         for (index, (kind, file)) in programs.iter().enumerate() {
             let answerer =
@@ -130,10 +130,11 @@ impl Step for Evaluate {
                 ctx.reporter.progress(done, total, "rows", kind.as_str());
             };
             let result = score(ctx, &answerer, file, &params, &rows, &progress)?;
-            kept += usize::try_from(result.tokens.cached).unwrap_or(usize::MAX);
+            usage += answerer.usage();
             all.push(program_score(*kind, &params, &rows, result));
         }
         // Rows whose answer was kept from before took no time worth measuring.
+        let kept = usize::try_from(usage.cached).unwrap_or(usize::MAX);
         let computed = (rows.len() * programs.len()).saturating_sub(kept);
         let ms = started.elapsed().as_secs_f64() * 1e3 / computed as f64;
         let name = params.name.clone();
@@ -142,11 +143,12 @@ impl Step for Evaluate {
             model: name
                 .or_else(|| checkpoint.as_ref().map(Checkpoint::model_id))
                 .or_else(|| params.model.as_ref().map(ModelSpec::name))
-                .unwrap_or_else(|| ctx.step.clone()),
+                // Not the step's name: that is no part of what the scores depend on.
+                .unwrap_or_else(|| "embedding classifier".to_owned()),
             programs: all,
         };
         write_json(&ctx.output("scores"), &scores)?;
-        let outcome = outcome(&scores);
+        let outcome = with_usage(outcome(&scores), &usage);
         Ok(match computed {
             0 => outcome,
             _ => outcome.metric("ms_per_row", (ms * 1e3).round() / 1e3),
@@ -155,15 +157,9 @@ impl Step for Evaluate {
 }
 
 fn outcome(scores: &Scores) -> StepOutcome {
-    let tokens: u64 = scores
-        .programs
-        .iter()
-        .map(|p| p.prompt_tokens + p.completion_tokens)
-        .sum();
     let mut outcome = StepOutcome::default()
         .metric("model", scores.model.as_str())
-        .metric("dataset", scores.dataset.as_str())
-        .metric("tokens", tokens);
+        .metric("dataset", scores.dataset.as_str());
     for program in &scores.programs {
         let name = match (program.program, scores.programs.len()) {
             (ProgramKind::Optimised, 2..) => "accuracy_optimised",
@@ -174,11 +170,7 @@ fn outcome(scores: &Scores) -> StepOutcome {
     if let Some(first) = scores.programs.first() {
         outcome = outcome.metric("n", first.n);
     }
-    let costs = scores.programs.iter().filter_map(|p| p.cost_usd);
-    match costs.reduce(|a, b| a + b) {
-        Some(cost) => outcome.metric("cost_usd", cost),
-        None => outcome,
-    }
+    outcome
 }
 
 fn score(
@@ -214,10 +206,7 @@ fn program_score(
     rows: &[Row],
     result: EvaluationResult,
 ) -> ProgramScore {
-    let prices = match &params.model {
-        Some(ModelSpec::OpenAi(spec)) => spec.prices,
-        _ => None,
-    };
+    let prices = params.model.as_ref().and_then(ModelSpec::prices);
     let tokens = result.tokens;
     ProgramScore {
         program: kind,

@@ -1,13 +1,15 @@
 //! `fit-classifier`: a cheap baseline: sentence vectors and a few labelled rows, no language model.
 
-use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
+use std::collections::BTreeMap;
+
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_lm::program::ProgramSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::bootstrap::fit_program;
-use crate::models::Host;
+use crate::models::{Host, observe};
+use crate::program_file::ProgramFile;
 use crate::rows::{read_json, read_rows};
 use crate::schema_of;
 
@@ -45,6 +47,9 @@ impl Step for FitClassifier {
     fn outputs(&self) -> Vec<Port> {
         vec![Port::new("program", "program", "The fitted classifier.")]
     }
+    fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        observe(params, world)
+    }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let Params { program } = ctx.params()?;
         let ProgramSpec::EmbeddingClassifier(spec) = program else {
@@ -58,7 +63,8 @@ impl Step for FitClassifier {
             Some(input) => read_rows(&input.path)?,
             None => Vec::new(),
         };
-        let fitted = fit_program(&spec, &labels, &labelled, &unlabelled, &Host::from(ctx))?;
+        let host = Host::from(ctx);
+        let fitted = ProgramFile::fit(&spec, &labels, &labelled, &unlabelled, &host)?;
         fitted.save(&ctx.output("program"))?;
         Ok(StepOutcome::default().metric("labelled", labelled.len()))
     }

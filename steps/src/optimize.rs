@@ -10,10 +10,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{SamplingSpec, examples};
-use crate::bootstrap::observe_models;
+use crate::answer::{SamplingSpec, examples, with_usage};
 use crate::checkpoint::Checkpoint;
-use crate::models::{Host, ModelSpec, open_lm};
+use crate::models::{Host, ModelSpec, observe, open_lm};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_rows, write_json};
 use crate::schema_of;
@@ -78,7 +77,7 @@ impl Step for Optimize {
         ]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
-        observe_models(params, &["model"], world)
+        observe(params, world)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
@@ -94,7 +93,7 @@ impl Step for Optimize {
         let metric = params.metric.metric(field);
         let on_progress = |progress: Progress| tell(ctx, progress);
         let session = Session {
-            lm: lm.as_ref(),
+            lm: &lm,
             sampling: &params.sampling.into(),
             metric: &metric,
             label: field,
@@ -113,14 +112,11 @@ impl Step for Optimize {
         let demos: usize = optimised.demos.values().map(Vec::len).sum();
         ProgramFile::Prompt(optimised).save(&ctx.output("program"))?;
         write_json(&ctx.output("candidates"), &compiled.candidates)?;
-        Ok(StepOutcome::default()
+        let outcome = StepOutcome::default()
             .metric("score", best.map_or(Value::Null, |best| best.score.into()))
             .metric("candidates", compiled.candidates.len())
-            .metric("demos", demos)
-            .metric(
-                "tokens",
-                compiled.tokens.prompt + compiled.tokens.completion,
-            ))
+            .metric("demos", demos);
+        Ok(with_usage(outcome, &lm.totals()))
     }
 }
 

@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use flowrun_engine::step::StepError;
-use flowrun_lm::classifier::{Classifier, ClassifierSpec};
+use flowrun_lm::classifier::{Classifier, ClassifierError, ClassifierSpec, fit};
 use flowrun_lm::program::{Program, ProgramSpec, SavedProgram};
 use serde::{Deserialize, Serialize};
 
-use crate::rows::{read_json, write_json};
+use crate::models::{EncoderSpec, Host, ModelSpec, encoder_spec, open_encoder};
+use crate::rows::{Row, read_json, write_json};
 
 /// Column and field of the label of programs that have no fields of their own.
 const LABEL: &str = "label";
@@ -43,6 +44,45 @@ impl ProgramFile {
             .map_err(|e| StepError::invalid(format!("the program: {e}")))?;
         let saved = SavedProgram::new(spec.clone(), labels.to_vec(), &program);
         Ok(Self::Prompt(saved))
+    }
+
+    /// A classifier fitted on labelled rows and, where its method uses them, unlabelled ones.
+    ///
+    /// # Errors
+    /// Invalid when a setting or a label cannot be used; failed when the encoder fails.
+    pub fn fit(
+        spec: &ClassifierSpec,
+        labels: &[String],
+        labelled: &[Row],
+        unlabelled: &[Row],
+        host: &Host<'_>,
+    ) -> Result<Self, StepError> {
+        let named = encoder_spec(&spec.embedder)?;
+        // What was fitted on one encoder's vectors means nothing on another's.
+        let pinned = EncoderSpec {
+            weights: named.weights.pinned(host.world)?,
+            tokenizer: named.tokenizer.pinned(host.world)?,
+        };
+        let encoder = open_encoder(&pinned, host)?;
+        let gold: Vec<(&str, &str)> = labelled
+            .iter()
+            .filter_map(|row| Some((row.text.as_str(), row.label.as_deref()?)))
+            .collect();
+        let texts: Vec<&str> = unlabelled.iter().map(|row| row.text.as_str()).collect();
+        let classifier =
+            fit(spec, encoder.as_ref(), labels, &gold, &texts).map_err(|error| match error {
+                ClassifierError::Embed(_) => StepError::failed(error.to_string()),
+                _ => StepError::invalid(error.to_string()),
+            })?;
+        let embedder = serde_json::to_value(ModelSpec::SentenceEncoder(pinned))
+            .map_err(|e| StepError::failed(e.to_string()))?;
+        Ok(Self::Classifier(FittedProgram {
+            spec: ClassifierSpec {
+                embedder,
+                ..spec.clone()
+            },
+            classifier,
+        }))
     }
 
     /// Reads a file.

@@ -109,25 +109,11 @@ impl Step for Select {
             ProgramKind::Optimised => &optimised[index].path,
         };
         ProgramFile::load(program)?.save(&ctx.output("program"))?;
-        copy_folder(&adapters[index].path, &ctx.output("adapter"))?;
+        Checkpoint::copy(&adapters[index].path, &ctx.output("adapter"))?;
         write_json(&ctx.output("choice"), &choice)?;
         Ok(StepOutcome::default()
             .metric("model", choice.model)
             .metric("program", choice.program.as_str())
             .metric("accuracy", choice.accuracy))
     }
-}
-
-/// Copies the files of a folder.
-pub(crate) fn copy_folder(from: &std::path::Path, to: &std::path::Path) -> Result<(), StepError> {
-    std::fs::create_dir_all(to).map_err(|e| StepError::io(to, &e))?;
-    let entries = std::fs::read_dir(from).map_err(|e| StepError::io(from, &e))?;
-    for entry in entries {
-        let path = entry.map_err(|e| StepError::io(from, &e))?.path();
-        let Some(name) = path.file_name() else {
-            continue;
-        };
-        std::fs::copy(&path, to.join(name)).map_err(|e| StepError::io(&path, &e))?;
-    }
-    Ok(())
 }

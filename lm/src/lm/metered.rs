@@ -42,6 +42,20 @@ pub struct Usage {
     pub cost: Option<f64>,
 }
 
+impl std::ops::AddAssign for Usage {
+    fn add_assign(&mut self, other: Self) {
+        self.calls += other.calls;
+        self.cached += other.cached;
+        self.failed += other.failed;
+        self.prompt_tokens += other.prompt_tokens;
+        self.completion_tokens += other.completion_tokens;
+        self.cost = match (self.cost, other.cost) {
+            (Some(a), Some(b)) => Some(a + b),
+            (a, b) => a.or(b),
+        };
+    }
+}
+
 /// A model with a meter; on top of [`super::Cached`] it tells kept answers from paid ones.
 pub struct Metered {
     lm: Arc<dyn Lm>,

@@ -21,6 +21,17 @@ pub enum Role {
     Assistant,
 }
 
+impl Role {
+    /// The word that chat formats use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
+}
+
 /// One chat message, as in OpenAI's chat format.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -5,7 +5,6 @@ use std::path::Path;
 
 use flowrun_cache::Digest;
 use flowrun_engine::step::{StepContext, StepError, StepOutcome};
-use flowrun_lm::lm::Role;
 use flowrun_lm::messages::ChatRow;
 use flowrun_model::train::{
     EpochStats, Hooks, Schedule, StepStats, TrainConfig, TrainRow, Trainer, TrainerState,
@@ -18,7 +17,6 @@ use crate::models::local::{failed, open_base};
 use crate::models::{EmbeddedSpec, Host};
 use crate::report::LossPoint;
 use crate::rows::{read_jsonl, write_json};
-use crate::select::copy_folder;
 
 /// Steps between two saved states: a few seconds' work, at a cost of some 60 MB written.
 const SAVE_EVERY: usize = 20;
@@ -37,18 +35,19 @@ pub(super) fn train(
         .map(|chat| tokens(&base, chat))
         .collect::<Result<Vec<_>, _>>()?;
     let (lora, config) = settings(params);
-    let mut trainer = Trainer::new(&base.weights, lora, config, &rows).map_err(failed)?;
+    let fresh = || Trainer::new(&base.weights, lora.clone(), config.clone(), &rows);
     let resume = ctx.resume_dir()?.to_path_buf();
     let state = resume.join("state.safetensors");
+    let mut trainer = fresh().map_err(failed)?;
     if state.exists() {
-        // A state that cannot be used is one of another program version: train from the start.
-        match TrainerState::load(&state) {
-            Ok(saved) => {
-                trainer = trainer.resume(saved).map_err(failed)?;
+        match TrainerState::load(&state).and_then(|saved| fresh()?.resume(saved)) {
+            Ok(resumed) => {
+                trainer = resumed;
                 let (done, all) = (trainer.finished_steps(), trainer.steps());
                 ctx.reporter
                     .log(&format!("going on after step {done} of {all}"));
             }
+            // Damaged, or left by another version of the program.
             Err(error) => ctx
                 .reporter
                 .warning(&format!("training starts from the beginning: {error}")),
@@ -56,9 +55,7 @@ pub(super) fn train(
     }
     let (steps, per_epoch) = (trainer.steps(), trainer.steps_per_epoch());
     let name = spec.weights.name();
-    let mut trained_tokens = 0;
     let on_step = |stats: &StepStats| {
-        trained_tokens += stats.tokens as u64;
         let text = format!("epoch {}, loss {:.4}", stats.epoch, stats.loss);
         ctx.reporter
             .progress(stats.step as u64, steps as u64, "steps", &text);
@@ -79,7 +76,7 @@ pub(super) fn train(
     for epoch in 1..=params.epochs {
         let label = epoch_name(epoch, epoch * per_epoch);
         let to = ctx.output_item("checkpoints", &label)?;
-        copy_folder(&resume.join(&label), &to)?;
+        Checkpoint::copy(&resume.join(&label), &to)?;
         labels.push(label);
     }
     let losses: Vec<LossPoint> = outcome
@@ -93,13 +90,15 @@ pub(super) fn train(
         })
         .collect();
     write_json(&ctx.output("loss"), &losses)?;
+    // Counted from the rows, so that a resumed training counts all of it.
+    let tokens: usize = rows.iter().map(|r| r.prompt.len() + r.target.len()).sum();
     let last = losses.last().map_or(f64::NAN, |point| point.loss);
     Ok(StepOutcome::default()
         .list("checkpoints", labels)
         .metric("rows", rows.len())
         .metric("steps", steps)
         .metric("loss", last)
-        .metric("tokens", trained_tokens))
+        .metric("tokens", tokens * params.epochs))
 }
 
 fn epoch_name(epoch: usize, step: usize) -> String {
@@ -110,14 +109,9 @@ fn tokens(base: &BaseModel, chat: &ChatRow) -> Result<TrainRow, StepError> {
     let Some((answer, prompt)) = chat.messages.split_last() else {
         return Err(StepError::invalid("a chat has no messages"));
     };
-    let role = |role| match role {
-        Role::System => "system",
-        Role::User => "user",
-        Role::Assistant => "assistant",
-    };
     let prompt: Vec<ChatMessage> = prompt
         .iter()
-        .map(|m| ChatMessage::new(role(m.role), m.content.clone()))
+        .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
         .collect();
     Ok(TrainRow {
         prompt: base.prompt_tokens(&prompt).map_err(failed)?,

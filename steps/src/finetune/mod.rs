@@ -15,8 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::bootstrap::observe_models;
-use crate::models::ModelSpec;
+use crate::models::{ModelSpec, observe};
 use crate::schema_of;
 
 /// The step kind.
@@ -140,7 +139,7 @@ impl Step for Finetune {
         ]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
-        observe_models(params, &["model"], world)
+        observe(params, world)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;

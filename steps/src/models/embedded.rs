@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use flowrun_engine::step::{Cancel, StepError};
 use flowrun_lm::classifier::Embedder;
-use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request, Role};
+use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
 use flowrun_model::{
     BaseModel, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated,
     Generator, LoraAdapter, ModelError, SentenceEncoder,
@@ -16,6 +16,9 @@ use super::{EmbeddedSpec, EncoderSpec, Host};
 use crate::checkpoint::Checkpoint;
 
 type Shared<T> = LazyLock<Mutex<BTreeMap<String, Arc<T>>>>;
+
+/// Raised whenever the generator may answer the same request otherwise; kept answers are its own.
+const GENERATION: u32 = 2;
 
 /// Loaded models by the digest of their files. They stay: a run asks for the same ones again and
 /// again.
@@ -90,7 +93,7 @@ pub(super) fn open_lm(
     host: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
     let base = open_base(spec, host)?;
-    let mut id = base.id.clone();
+    let mut id = format!("embedded-{GENERATION}:{}", base.id);
     let adapter = match checkpoint {
         Some((folder, checkpoint)) if checkpoint.adapter.is_some() => {
             id = format!("{id}+{}", checkpoint.adapter.clone().unwrap_or_default());
@@ -137,16 +140,11 @@ impl Lm for LocalLm {
 
 fn request(request: &Request) -> GenerateRequest {
     let sampling = &request.sampling;
-    let role = |role| match role {
-        Role::System => "system",
-        Role::User => "user",
-        Role::Assistant => "assistant",
-    };
     GenerateRequest {
         messages: request
             .messages
             .iter()
-            .map(|m| ChatMessage::new(role(m.role), m.content.clone()))
+            .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
             .collect(),
         max_tokens: sampling.max_tokens as usize,
         temperature: sampling.temperature,

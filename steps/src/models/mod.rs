@@ -19,13 +19,16 @@ pub(crate) use absent as local;
 #[cfg(feature = "model")]
 pub(crate) use embedded as local;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use flowrun_cache::CompletionCache;
 use flowrun_engine::step::{Cancel, StepContext, StepError, World};
+use flowrun_lm::classifier::Embedder;
+use flowrun_lm::client::Prices;
 use flowrun_lm::client::{OpenAi, OpenAiSpec};
-use flowrun_lm::lm::{Cached, Lm};
+use flowrun_lm::lm::{Cached, Lm, Metered};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -83,6 +86,15 @@ impl ModelSpec {
         }
     }
 
+    /// What its tokens cost, where that is known.
+    #[must_use]
+    pub fn prices(&self) -> Option<Prices> {
+        match self {
+            Self::OpenAi(spec) => spec.prices,
+            Self::Embedded(_) | Self::SentenceEncoder(_) => None,
+        }
+    }
+
     /// What a result depends on beyond the entry itself: the digests of the project's own files.
     ///
     /// # Errors
@@ -97,6 +109,59 @@ impl ModelSpec {
         };
         Ok(digests.into_iter().flatten().collect())
     }
+}
+
+/// The digests of the project's own weights that a step's `model` and `program` name: they enter
+/// its key, so that another file at the same path is another result.
+///
+/// # Errors
+/// When an entry is no model or a file cannot be read.
+pub fn observe(params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+    let mut seen = BTreeMap::new();
+    for (name, place) in [
+        ("model", "/model"),
+        ("embedder", "/program/embedding_classifier/embedder"),
+    ] {
+        let Some(entry) = params.pointer(place).filter(|entry| entry.is_object()) else {
+            continue;
+        };
+        let model: ModelSpec = serde_json::from_value(entry.clone())
+            .map_err(|e| StepError::invalid(format!("`{name}`: {e}")))?;
+        let digests = model.observe(world)?;
+        if digests != Value::Array(Vec::new()) {
+            seen.insert(name.to_owned(), digests);
+        }
+    }
+    Ok(seen)
+}
+
+/// The sentence encoder that a classifier names with `embedder`.
+///
+/// # Errors
+/// Invalid when it is no `sentence-encoder` entry.
+pub fn encoder_spec(entry: &Value) -> Result<EncoderSpec, StepError> {
+    let help = "write `embedder: ${{ models.NAME }}`, with NAME an entry that has \
+                `provider: sentence-encoder`";
+    match serde_json::from_value(entry.clone()) {
+        Ok(ModelSpec::SentenceEncoder(spec)) => Ok(spec),
+        Ok(other) => Err(StepError::invalid(format!(
+            "`embedder` is `{}`, which is no sentence encoder",
+            other.name()
+        ))
+        .help(help)),
+        Err(e) => Err(StepError::invalid(format!("`embedder`: {e}")).help(help)),
+    }
+}
+
+/// Opens a sentence encoder.
+///
+/// # Errors
+/// When its files cannot be had or are not an encoder.
+pub fn open_encoder(
+    spec: &EncoderSpec,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Embedder + Send + Sync>, StepError> {
+    local::open_encoder(spec, host)
 }
 
 /// Top-level fields of a model entry that do not change what it answers.
@@ -140,7 +205,7 @@ pub fn open_lm(
     spec: &ModelSpec,
     checkpoint: Option<(&Path, &Checkpoint)>,
     host: &Host<'_>,
-) -> Result<Arc<dyn Lm>, StepError> {
+) -> Result<Metered, StepError> {
     let lm: Arc<dyn Lm> = match spec {
         ModelSpec::OpenAi(spec) => open_remote(spec, checkpoint.map(|(_, c)| c), host)?,
         ModelSpec::Embedded(spec) => local::open_lm(spec, checkpoint, host)?,
@@ -151,10 +216,11 @@ pub fn open_lm(
             );
         }
     };
-    Ok(match &host.completions {
+    let lm = match &host.completions {
         Some(store) => Arc::new(Cached::new(lm, Arc::clone(store))),
         None => lm,
-    })
+    };
+    Ok(Metered::new(lm, spec.prices()))
 }
 
 /// A server's model. A checkpoint that was trained elsewhere names its own model id.

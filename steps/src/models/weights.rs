@@ -78,6 +78,19 @@ impl WeightsRef {
         }
     }
 
+    /// The same with the sha256 of a file of the project written into it: what is made with this
+    /// file is never used with another one.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn pinned(&self, world: &World) -> Result<Self, StepError> {
+        let digest = self.observe(world)?;
+        Ok(Self {
+            sha256: digest.or_else(|| self.sha256.clone()),
+            ..self.clone()
+        })
+    }
+
     /// Gets the file, from this machine if it is there.
     ///
     /// # Errors
@@ -320,6 +333,11 @@ mod tests {
         let world = world(dir.path());
         let found = weights.locate(&world, &Cancel::default()).unwrap();
         assert_eq!(weights.observe(&world).unwrap(), Some(found.digest));
+        let pinned = weights.pinned(&world).unwrap();
+        std::fs::write(dir.path().join("w.gguf"), "other").unwrap();
+        assert!(weights.locate(&world, &Cancel::default()).is_ok());
+        let error = pinned.locate(&world, &Cancel::default()).unwrap_err();
+        assert!(error.message.contains("declared"), "{}", error.message);
         let wrong = WeightsRef {
             sha256: Some("0".repeat(64)),
             ..weights
