@@ -212,10 +212,21 @@ pub fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
 /// Stops a step whose model did not answer some rows: an outage is no score.
 ///
 /// # Errors
-/// Cancelled; transient while the model cannot be reached, failed when it refused; with the first
+/// Cancelled; invalid when the program does not fit the rows; transient while the model cannot be reached, failed when it refused; with the first
 /// reason.
 pub fn check_answered(ctx: &StepContext, results: &[RowResult]) -> Result<(), StepError> {
     ctx.check_cancelled()?;
+    // The program cannot ask about this row at all: no model is to blame, and it is no score.
+    if let Some((id, why)) = results.iter().find_map(|result| match &result.prediction {
+        Err(RowError::Other(why)) => Some((&result.id, why)),
+        _ => None,
+    }) {
+        return Err(
+            StepError::invalid(format!("row `{id}` cannot be asked: {why}")).help(
+                "check the program's `inputs`: `from` names the column of the row, such as `text`",
+            ),
+        );
+    }
     let lost: Vec<&LmError> = results
         .iter()
         .filter_map(|result| match &result.prediction {

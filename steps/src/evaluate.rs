@@ -1,12 +1,13 @@
 //! `evaluate`: a model's accuracy on labelled rows, plain and with the optimised program.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
-use flowrun_lm::evaluate::{Evaluate as Evaluation, EvaluateError, EvaluationResult};
+use flowrun_lm::evaluate::{Evaluate as Evaluation, EvaluateError, EvaluatedRow, EvaluationResult};
 use flowrun_lm::lm::Usage;
 use flowrun_lm::metric::MetricKind;
+use flowrun_lm::program::{RowErrorKind, RowResult};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -15,10 +16,9 @@ use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage
 use crate::checkpoint::Checkpoint;
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
-use crate::report::{ProgramKind, Role};
 use crate::rows::{Row, read_json, read_rows, write_json};
 use crate::schema_of;
-use crate::scores::{ProgramScore, ScoredRow, Scores};
+use crate::scores::{ProgramKind, ProgramScore, Role, ScoredRow, Scores};
 
 /// The step kind.
 pub struct Evaluate;
@@ -35,7 +35,6 @@ struct Params {
     name: Option<String>,
     /// Why it is tested, for the report.
     #[serde(default)]
-    #[schemars(with = "Option<RoleSpec>")]
     role: Option<Role>,
     /// What counts as correct.
     #[serde(default)]
@@ -48,23 +47,12 @@ struct Params {
     max_rows: Option<usize>,
 }
 
-/// The words of [`Role`], for the schema.
-#[derive(JsonSchema)]
-#[serde(rename_all = "lowercase")]
-#[allow(dead_code)]
-enum RoleSpec {
-    Best,
-    Base,
-    Oracle,
-    Baseline,
-}
-
 impl Step for Evaluate {
     fn kind(&self) -> &'static str {
         "evaluate"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Measures a model's accuracy on labelled rows, plain and with the optimised program."
@@ -116,7 +104,7 @@ impl Step for Evaluate {
         if let Some(input) = ctx.input_opt("optimised") {
             programs.push((ProgramKind::Optimised, ProgramFile::load(&input.path)?));
         }
-        let started = Instant::now();
+        let mut time = RowTime::default();
         let mut all = Vec::new();
         let mut usage = Usage::default();
         let host = Host::from(ctx);
@@ -129,14 +117,10 @@ impl Step for Evaluate {
                 let done = (before + done) as u64;
                 ctx.reporter.progress(done, total, "rows", kind.as_str());
             };
-            let result = score(ctx, &answerer, file, &params, &rows, &progress)?;
+            let result = score(ctx, &answerer, file, &params, &rows, &progress, &mut time)?;
             usage += answerer.usage();
             all.push(program_score(*kind, &params, &rows, result));
         }
-        // Rows whose answer was kept from before took no time worth measuring.
-        let kept = usize::try_from(usage.cached).unwrap_or(usize::MAX);
-        let computed = (rows.len() * programs.len()).saturating_sub(kept);
-        let ms = started.elapsed().as_secs_f64() * 1e3 / computed as f64;
         let name = params.name.clone();
         let scores = Scores {
             dataset: rows.first().map_or("", Row::dataset).to_owned(),
@@ -149,10 +133,32 @@ impl Step for Evaluate {
         };
         write_json(&ctx.output("scores"), &scores)?;
         let outcome = with_usage(outcome(&scores), &usage);
-        Ok(match computed {
-            0 => outcome,
-            _ => outcome.metric("ms_per_row", (ms * 1e3).round() / 1e3),
+        Ok(match time.ms_per_row() {
+            Some(ms) => outcome.metric("ms_per_row", ms),
+            None => outcome,
         })
+    }
+}
+
+/// How long rows took: only those that were computed, and nothing but them.
+#[derive(Default)]
+struct RowTime {
+    spent: Duration,
+    rows: usize,
+}
+
+impl RowTime {
+    fn add(&mut self, spent: Duration, results: &[RowResult]) {
+        // A kept answer took no time worth measuring; a classifier makes no calls and keeps none.
+        let kept = |r: &&RowResult| r.tokens.calls > 0 && r.tokens.cached == r.tokens.calls;
+        self.rows += results.len() - results.iter().filter(kept).count();
+        self.spent += spent;
+    }
+
+    /// Milliseconds; `None` when nothing was computed.
+    fn ms_per_row(&self) -> Option<f64> {
+        let ms = self.spent.as_secs_f64() * 1e3 / self.rows as f64;
+        (self.rows > 0).then_some((ms * 1e3).round() / 1e3)
     }
 }
 
@@ -168,7 +174,12 @@ fn outcome(scores: &Scores) -> StepOutcome {
         outcome = outcome.metric(name, program.accuracy);
     }
     if let Some(first) = scores.programs.first() {
-        outcome = outcome.metric("n", first.n);
+        outcome = outcome
+            .metric("n", first.n)
+            .metric("program", first.program.as_str());
+        if let Some(role) = first.role {
+            outcome = outcome.metric("role", role.as_str());
+        }
     }
     outcome
 }
@@ -180,10 +191,13 @@ fn score(
     params: &Params,
     rows: &[Row],
     progress: &(dyn Fn(usize) + Sync),
+    time: &mut RowTime,
 ) -> Result<EvaluationResult, StepError> {
     let field = file.label_field();
     let examples = examples(rows, field);
+    let started = Instant::now();
     let results = answerer.run(&examples, field, progress)?;
+    time.add(started.elapsed(), &results);
     check_answered(ctx, &results)?;
     let metric = params.metric.metric(field);
     let evaluation = Evaluation {
@@ -192,12 +206,22 @@ fn score(
         // An answer that cannot be read is a wrong one; outages were found above.
         max_errors: usize::MAX,
     };
-    evaluation
+    let result = evaluation
         .score(&examples, results)
         .map_err(|error| match error {
             EvaluateError::Cancelled => StepError::cancelled(),
             other => StepError::invalid(other.to_string()),
-        })
+        })?;
+    let unscored = |row: &&EvaluatedRow| row.error_kind == Some(RowErrorKind::Other);
+    if let Some(row) = result.rows.iter().find(unscored) {
+        let why = row.error.as_deref().unwrap_or_default();
+        return Err(
+            StepError::invalid(format!("row `{}` cannot be scored: {why}", row.id)).help(
+                "the rows need their expected label, and the program an output of type `label`",
+            ),
+        );
+    }
+    Ok(result)
 }
 
 fn program_score(

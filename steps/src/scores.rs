@@ -1,8 +1,7 @@
 //! [`Scores`]: the `scores` artifact: how a model did on a set of rows, row by row.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-use crate::report::{ProgramKind, Role};
 
 /// How one model did, with one or two programs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,4 +63,56 @@ pub struct ScoredRow {
     /// The answer as it came, where it could not be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw: Option<String>,
+}
+
+/// Which prompt a model ran with.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum ProgramKind {
+    /// The program as it was written.
+    #[default]
+    Plain,
+    /// The program after prompt optimisation.
+    Optimised,
+}
+
+impl ProgramKind {
+    /// The word that `report.json` and the page use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Optimised => "optimised",
+        }
+    }
+}
+
+/// Why a model is in the test-set table.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Won on the devset.
+    #[default]
+    Best,
+    /// The student before fine-tuning.
+    Base,
+    /// The teacher.
+    Oracle,
+    /// A cheap method without a language model.
+    Baseline,
+}
+
+impl Role {
+    /// The word that `report.json` and the page use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Best => "best",
+            Self::Base => "base",
+            Self::Oracle => "oracle",
+            Self::Baseline => "baseline",
+        }
+    }
 }

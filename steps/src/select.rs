@@ -7,10 +7,9 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::program_file::ProgramFile;
-use crate::report::ProgramKind;
 use crate::rows::{read_json, write_json};
 use crate::schema_of;
-use crate::scores::Scores;
+use crate::scores::{ProgramKind, Scores};
 
 /// The step kind.
 pub struct Select;

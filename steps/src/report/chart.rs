@@ -6,9 +6,10 @@
 
 use std::fmt::Write as _;
 
-use super::data::{DevScore, LossPoint, ProgramKind, TestScore};
+use super::data::{DevScore, LossPoint, TestScore};
 use super::svg::{clip, line, open, ratio, rect, share, text};
 use super::words::{percent, plural, short_name, thousands};
+use crate::scores::ProgramKind;
 
 const WIDTH: f64 = 520.0;
 /// More points than this cannot be told apart at the width of the chart.

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::scores::{ProgramKind, Role};
+
 /// One finished distillation, from data to test scores and what it cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,7 +44,7 @@ pub struct Report {
     pub confusion: Option<Confusion>,
     /// The best model's scores label by label, on the test set.
     pub per_label: Vec<LabelScore>,
-    /// Test queries that the best model got wrong, worst first.
+    /// All test queries that the best model got wrong, worst first.
     pub errors: Vec<ErrorRow>,
     /// Time, tokens and money of each step of the run.
     pub steps: Vec<StepCost>,
@@ -115,54 +117,6 @@ pub struct LossPoint {
     pub loss: f64,
 }
 
-/// Which prompt a model ran with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ProgramKind {
-    /// The program as it was written.
-    #[default]
-    Plain,
-    /// The program after prompt optimisation.
-    Optimised,
-}
-
-impl ProgramKind {
-    /// The word that `report.json` and the page use.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Plain => "plain",
-            Self::Optimised => "optimised",
-        }
-    }
-}
-
-/// Why a model is in the test-set table.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Won on the devset.
-    #[default]
-    Best,
-    /// The student before fine-tuning.
-    Base,
-    /// The teacher.
-    Oracle,
-    /// A cheap method without a language model.
-    Baseline,
-}
-
-impl Role {
-    /// The word that `report.json` and the page use.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Best => "best",
-            Self::Base => "base",
-            Self::Oracle => "oracle",
-            Self::Baseline => "baseline",
-        }
-    }
-}
-
 /// One score on the synthetic devset.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -215,8 +169,12 @@ pub struct TestScore {
 pub struct Comparison {
     /// The first model, as named in the test scores.
     pub a: String,
+    /// Its program.
+    pub a_program: ProgramKind,
     /// The second model.
     pub b: String,
+    /// Its program.
+    pub b_program: ProgramKind,
     /// Rows that only `b` got right.
     pub b_only: u64,
     /// Rows that only `a` got right.
@@ -280,9 +238,10 @@ pub struct StepCost {
     pub kind: String,
     /// Wall time in milliseconds.
     pub took_ms: u64,
-    /// Tokens read and written by language models.
+    /// Tokens read and written by language models in the attempt that finished; answers that were
+    /// kept from an earlier one are not in it.
     pub tokens: u64,
-    /// Money paid to model providers, in US dollars; `None` when no price is known.
+    /// What these tokens cost, in US dollars; `None` when no price is known.
     pub cost_usd: Option<f64>,
     /// `ran`, `cached`, `failed` or `skipped`.
     pub status: String,
@@ -294,6 +253,8 @@ pub struct StepCost {
 pub struct CostRow {
     /// Model id, as in the test scores.
     pub model: String,
+    /// Which prompt it ran with.
+    pub program: ProgramKind,
     /// Queries measured.
     pub queries: u64,
     /// Mean tokens read and written for a query.

@@ -17,7 +17,7 @@ mod tests;
 
 pub use data::{
     Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LabelScore, LossPoint,
-    OracleAudit, ProgramKind, Report, Role, StepCost, TestScore,
+    OracleAudit, Report, StepCost, TestScore,
 };
 
 pub use step::ReportStep;

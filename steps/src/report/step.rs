@@ -10,12 +10,12 @@ use serde_json::Value;
 
 use super::{
     Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LabelScore, OracleAudit,
-    Report, Role, StepCost, TestScore, render_html,
+    Report, StepCost, TestScore, render_html,
 };
 use crate::load::DataSetInfo;
 use crate::rows::{Row, read_json, read_jsonl, read_rows, write_json};
 use crate::schema_of;
-use crate::scores::{ProgramScore, Scores};
+use crate::scores::{ProgramScore, Role, Scores};
 use crate::split::Gold;
 
 /// The step kind.
@@ -34,9 +34,6 @@ struct Params {
     /// Name of the oracle.
     #[serde(default = "oracle")]
     oracle: String,
-    /// Wrong answers shown at most.
-    #[serde(default = "errors")]
-    errors: usize,
     /// Remarks that a reader needs in order to judge the scores.
     #[serde(default)]
     notes: Vec<String>,
@@ -46,16 +43,12 @@ fn oracle() -> String {
     "oracle".to_owned()
 }
 
-fn errors() -> usize {
-    40
-}
-
 impl Step for ReportStep {
     fn kind(&self) -> &'static str {
         "report"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Draws the scores, errors, times and costs of a distillation as one HTML page, and as JSON."
@@ -115,7 +108,7 @@ impl Step for ReportStep {
                 labels: found.labels,
                 matrix: found.counts,
             }),
-            errors: best.map_or_else(Vec::new, |(_, score)| worst(score, params.errors)),
+            errors: best.map_or_else(Vec::new, |(_, score)| wrong(score)),
             steps: ctx.finished.iter().map(step_cost).collect(),
             cost: tested(&test).map(|(s, p)| cost(ctx, s, p)).collect(),
             notes: params.notes,
@@ -265,7 +258,7 @@ fn comparisons(best: (&Scores, &ProgramScore), test: &[Scores]) -> Vec<Compariso
         .map(|row| (row.id.as_str(), row.correct))
         .collect();
     tested(test)
-        .filter(|(_, score)| score.role != Some(Role::Best))
+        .filter(|(scores, score)| (&scores.model, score.program) != (&best.0.model, best.1.program))
         .map(|(scores, score)| {
             let pairs = score
                 .rows
@@ -274,7 +267,9 @@ fn comparisons(best: (&Scores, &ProgramScore), test: &[Scores]) -> Vec<Compariso
             let found = mcnemar(pairs);
             Comparison {
                 a: best.0.model.clone(),
+                a_program: best.1.program,
                 b: scores.model.clone(),
+                b_program: score.program,
                 a_only: found.only_a as u64,
                 b_only: found.only_b as u64,
                 p_value: found.p,
@@ -284,7 +279,7 @@ fn comparisons(best: (&Scores, &ProgramScore), test: &[Scores]) -> Vec<Compariso
 }
 
 /// Wrong answers, the surest first.
-fn worst(score: &ProgramScore, most: usize) -> Vec<ErrorRow> {
+fn wrong(score: &ProgramScore) -> Vec<ErrorRow> {
     let mut wrong: Vec<_> = score.rows.iter().filter(|row| !row.correct).collect();
     wrong.sort_by(|a, b| {
         let sure = |row: &crate::scores::ScoredRow| row.confidence.unwrap_or(0.0);
@@ -298,7 +293,7 @@ fn worst(score: &ProgramScore, most: usize) -> Vec<ErrorRow> {
         confidence: row.confidence.map(f64::from),
         raw: row.raw.clone(),
     };
-    wrong.into_iter().take(most).map(error).collect()
+    wrong.into_iter().map(error).collect()
 }
 
 fn step_cost(step: &StepSummary) -> StepCost {
@@ -321,11 +316,15 @@ fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
     // The step that measured it says how long a row took.
     let measured = ctx.finished.iter().rev().find(|step| {
         let is = |name: &str, value: Value| step.metrics.get(name) == Some(&value);
-        is("model", scores.model.as_str().into()) && is("n", score.n.into())
+        let role = score.role.map_or("", Role::as_str);
+        is("model", scores.model.as_str().into())
+            && is("program", score.program.as_str().into())
+            && is("role", role.into())
     });
     let ms = measured.and_then(|step| step.metrics.get("ms_per_row")?.as_f64());
     CostRow {
         model: scores.model.clone(),
+        program: score.program,
         queries: score.n as u64,
         tokens_per_query: (score.prompt_tokens + score.completion_tokens) as f64 / n,
         ms_per_query: ms,

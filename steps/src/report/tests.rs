@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use sha2::Digest as _;
 
 use super::*;
+use crate::scores::{ProgramKind, Role};
 
 const HOSTILE: &str = "<script>alert('x')</script> & \"quoted\" </svg> {{ 7 * 7 }}";
 
@@ -99,6 +100,11 @@ pub(super) fn sample(stand_in: bool) -> Report {
     };
     let cost = |model: &str, tokens, ms, usd| CostRow {
         model: model.into(),
+        program: if model.contains("epochs-") {
+            ProgramKind::Optimised
+        } else {
+            ProgramKind::Plain
+        },
         queries: 1000,
         tokens_per_query: tokens,
         ms_per_query: Some(ms),
@@ -144,14 +150,18 @@ pub(super) fn sample(stand_in: bool) -> Report {
         comparisons: vec![
             Comparison {
                 a: base.into(),
+                a_program: ProgramKind::Plain,
                 b: models[6].clone(),
+                b_program: ProgramKind::Optimised,
                 b_only: 690,
                 a_only: 26,
                 p_value: 1e-90,
             },
             Comparison {
                 a: "made-up/Big-0B".into(),
+                a_program: ProgramKind::Plain,
                 b: models[6].clone(),
+                b_program: ProgramKind::Optimised,
                 b_only: 50,
                 a_only: 81,
                 p_value: 0.0912,
@@ -469,7 +479,7 @@ fn the_shape_of_report_json_is_kept() {
         "dev": score(false),
         "test": score(true),
         "comparisons": [{
-            "a": "text", "b": "text", "b_only": "count", "a_only": "count", "p_value": "share",
+            "a": "text", "a_program": "text", "b": "text", "b_program": "text", "b_only": "count", "a_only": "count", "p_value": "share",
         }],
         "confusion": { "labels": ["text"], "matrix": [["count"]] },
         "per_label": [{
@@ -484,7 +494,7 @@ fn the_shape_of_report_json_is_kept() {
             "cost_usd": "none", "status": "text",
         }],
         "cost": [{
-            "model": "text", "queries": "count", "tokens_per_query": "share",
+            "model": "text", "program": "text", "queries": "count", "tokens_per_query": "share",
             "ms_per_query": "share", "usd_per_1000": "share",
         }],
         "notes": ["text"],

@@ -7,11 +7,12 @@ use std::cmp::Ordering;
 
 use serde::Serialize;
 
-use super::data::{ErrorRow, Report, Role, TestScore};
+use super::data::{CostRow, ErrorRow, Report, TestScore};
 use super::words::{
     dollars, duration, p_value, percent, plural, points_from, short_name, thousands,
 };
 use super::{chart, heat_map};
+use crate::scores::Role;
 
 /// Rows shown of each table of errors; all of them are in `report.json`.
 const SHOWN_ERRORS: usize = 40;
@@ -208,8 +209,7 @@ fn verdict(report: &Report, names: &[&str], mark: &str) -> Vec<String> {
 }
 
 fn price(report: &Report, best: &TestScore) -> String {
-    let of = |model: &str| report.cost.iter().find(|row| row.model == model);
-    let Some(row) = of(&best.model) else {
+    let Some(row) = cost_of(report, best) else {
         return "What a query costs was not measured.".to_owned();
     };
     let time = row.ms_per_query;
@@ -219,9 +219,15 @@ fn price(report: &Report, best: &TestScore) -> String {
         return format!("No price is known for this model; {effort}.");
     };
     let oracle = report.test.iter().find(|score| score.role == Role::Oracle);
-    let oracle = oracle.and_then(|score| of(&score.model)?.usd_per_1000);
+    let oracle = oracle.and_then(|score| cost_of(report, score)?.usd_per_1000);
     let instead = oracle.map_or(String::new(), |o| format!(" instead of {}", dollars(o)));
     format!("1,000 queries cost {}{instead}; {effort}.", dollars(usd))
+}
+
+/// What a tested model costs, with the program that it was tested with.
+fn cost_of<'a>(report: &'a Report, score: &TestScore) -> Option<&'a CostRow> {
+    let is = |row: &&CostRow| row.model == score.model && row.program == score.program;
+    report.cost.iter().find(is)
 }
 
 fn card(report: &Report, score: &TestScore, names: &[&str]) -> Card {
@@ -229,7 +235,7 @@ fn card(report: &Report, score: &TestScore, names: &[&str]) -> Card {
     let against = base
         .filter(|_| score.role != Role::Base)
         .map(|base| format!("{} the base", points_from(score.accuracy, base.accuracy)));
-    let cost = report.cost.iter().find(|row| row.model == score.model);
+    let cost = cost_of(report, score);
     let cost = match cost.map(|row| (row.usd_per_1000, row.tokens_per_query)) {
         Some((Some(usd), _)) => format!("{} per 1,000 queries", dollars(usd)),
         Some((None, tokens)) => format!("{tokens:.0} tokens a query, no price known"),
@@ -315,7 +321,11 @@ fn test_rows(report: &Report) -> Vec<ScoreRow> {
 
 fn comparison_rows(report: &Report, names: &[&str], mark: &str) -> Vec<ComparisonRow> {
     let row = |c: &super::data::Comparison| {
-        let (a, b) = (short_name(&c.a, names), short_name(&c.b, names));
+        let (mut a, mut b) = (short_name(&c.a, names), short_name(&c.b, names));
+        if a == b {
+            a = format!("{a}, {}", c.a_program.as_str());
+            b = format!("{b}, {}", c.b_program.as_str());
+        }
         let verdict = match c.a_only.cmp(&c.b_only) {
             Ordering::Greater if c.p_value < 0.05 => format!("{a} is better{mark}"),
             Ordering::Less if c.p_value < 0.05 => format!("{b} is better{mark}"),
@@ -400,7 +410,7 @@ fn oracle_facts(report: &Report, mark: &str) -> Vec<(String, String)> {
 }
 
 fn cost_rows(report: &Report) -> Vec<[String; 5]> {
-    let row = |row: &super::data::CostRow| {
+    let row = |row: &CostRow| {
         [
             row.model.clone(),
             thousands(row.queries),
