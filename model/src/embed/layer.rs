@@ -112,7 +112,7 @@ impl Layer {
         s.mixed.resize(x.len(), 0.0);
         let width = self.query.inputs;
         let mut start = 0;
-        for length in lengths {
+        for length in lengths.iter().filter(|length| **length > 0) {
             let rows = start * width..(start + length) * width;
             start += length;
             let (query, key) = (&s.query[rows.clone()], &s.key[rows.clone()]);

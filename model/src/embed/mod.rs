@@ -26,7 +26,8 @@ const EPS: f32 = 1e-12;
 const LONGEST: usize = 128;
 /// Texts that a thread takes at once.
 const CHUNK: usize = 32;
-/// Width of a head in the MiniLM family, for models that do not say.
+/// Width of MiniLM's vectors and of its heads: what a model that does not say is taken to be.
+const MINILM: usize = 384;
 const HEAD: usize = 32;
 
 /// A loaded sentence encoder.
@@ -55,8 +56,8 @@ impl Norm {
 
 impl SentenceEncoder {
     /// Loads `weights` (safetensors, in the layout of `transformers`' BERT) and `tokenizer`
-    /// (`tokenizer.json`). The number of heads is taken from `config` (`config.json`); without it,
-    /// heads are 32 wide, as in MiniLM.
+    /// (`tokenizer.json`). The number of heads is taken from `config` (`config.json`); only
+    /// vectors of MiniLM's width do without it.
     ///
     /// # Errors
     /// [`ModelError::Io`] or [`ModelError::Format`] naming the file and what it lacks.
@@ -82,7 +83,8 @@ impl SentenceEncoder {
         for row in words.chunks_exact_mut(width) {
             row.iter_mut().zip(first).for_each(|(v, t)| *v += t);
         }
-        if words.len() / width < reader.get_vocab_size(true) {
+        let last = reader.get_vocab(true).into_values().max();
+        if last.is_some_and(|last| last as usize >= words.len() / width) {
             let reason = "the tokenizer has more tokens than the weights; it is another model's";
             return Err(ModelError::format(tokenizer, reason));
         }
@@ -95,7 +97,14 @@ impl SentenceEncoder {
         }
         let heads = match config {
             Some(config) => heads(config)?,
-            None => width / HEAD,
+            None if width == MINILM => width / HEAD,
+            None => {
+                let reason = format!(
+                    "its vectors are {width} long and nothing says how many heads that makes; \
+                     give its `config.json`"
+                );
+                return Err(ModelError::format(weights, reason));
+            }
         };
         if heads == 0 || !width.is_multiple_of(heads) {
             let reason = format!("{heads} heads do not divide a width of {width}");
@@ -107,6 +116,9 @@ impl SentenceEncoder {
             layers.len()
         )) {
             layers.push(Layer::load(&file, layers.len(), width, heads)?);
+        }
+        if layers.is_empty() {
+            return Err(file.lacks("encoder.layer.0.output.dense.weight"));
         }
         Ok(Self {
             tokenizer: reader,

@@ -213,7 +213,7 @@ fn vectors_equal_the_slow_pass_in_any_company() {
                 "{text}: {got} {wanted}"
             );
         }
-        let alone = load(dir.path(), None).unwrap().embed(&[text]).unwrap();
+        let alone = encoder.embed(&[text]).unwrap();
         for (alone, got) in alone[0].iter().zip(got) {
             assert!((alone - got).abs() < 1e-6);
         }
@@ -223,7 +223,7 @@ fn vectors_equal_the_slow_pass_in_any_company() {
 #[test]
 fn a_long_text_is_cut() {
     let dir = written(&tensors());
-    let encoder = load(dir.path(), None).unwrap();
+    let encoder = load(dir.path(), Some(&dir.path().join("config.json"))).unwrap();
     let text = "card ".repeat(300);
     let vectors = encoder
         .embed(&[&text, &"card ".repeat(LONGEST - 2)])
@@ -236,7 +236,8 @@ fn a_missing_tensor_is_named() {
     let mut tensors = tensors();
     tensors.remove("encoder.layer.1.attention.self.key.bias");
     let dir = written(&tensors);
-    let error = load(dir.path(), None).err().unwrap().to_string();
+    let config = dir.path().join("config.json");
+    let error = load(dir.path(), Some(&config)).err().unwrap().to_string();
     assert!(
         error.contains("`encoder.layer.1.attention.self.key.bias`"),
         "{error}"
@@ -246,4 +247,11 @@ fn a_missing_tensor_is_named() {
         .unwrap()
         .to_string();
     assert!(error.contains("nowhere"), "{error}");
+}
+
+#[test]
+fn heads_are_not_guessed() {
+    let dir = written(&tensors());
+    let error = load(dir.path(), None).err().unwrap().to_string();
+    assert!(error.contains("give its `config.json`"), "{error}");
 }

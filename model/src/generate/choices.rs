@@ -76,7 +76,8 @@ impl Trie {
         let refuse = |reason: String| ModelError::Request { index, reason };
         let mut values = Vec::with_capacity(set.values.len());
         for value in &set.values {
-            let mut tokens = tokenizer.encode(&format!("{value}{}", set.then), false)?;
+            let mut tokens =
+                tokenizer.encode(&format!("{}{value}{}", set.spaces(), set.then), false)?;
             if set.then.is_empty() {
                 tokens.extend(tokenizer.eos().first());
             }

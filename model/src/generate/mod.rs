@@ -61,6 +61,14 @@ pub struct ChoiceSet {
     pub then: String,
 }
 
+impl ChoiceSet {
+    /// The spaces that `after` ends with: they are generated with the value.
+    fn spaces(&self) -> &str {
+        let after = self.after.as_deref().unwrap_or_default();
+        &after[after.trim_end_matches(' ').len()..]
+    }
+}
+
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {

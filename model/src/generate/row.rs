@@ -50,7 +50,7 @@ impl Row {
             own: KvCache::default(),
             choosing: matches!(&request.choices, Some(set) if set.after.is_none()),
             choices: request.choices.clone(),
-            sampler: Sampler::new(request.temperature, request.seed),
+            sampler: Sampler::new(request.temperature, request.seed, &pending),
             prompt_tokens: pending.len(),
             generated: Vec::new(),
             most: request.max_tokens.min(context - pending.len()),
@@ -77,7 +77,8 @@ impl Row {
             if let Some(start) = starts.filter_map(|stop| text.find(stop)).min() {
                 return Ok(Some(self.answer(text[..start].to_owned(), Finish::Stop)));
             }
-            self.choosing = after.is_some_and(|after| text.ends_with(after));
+            // A space there comes with the value's first token in most vocabularies.
+            self.choosing = after.is_some_and(|after| text.ends_with(after.trim_end_matches(' ')));
         }
         if self.generated.len() >= self.most && !self.choosing {
             let text = base.tokenizer.decode(&self.generated)?;
@@ -97,6 +98,7 @@ impl Row {
     ) -> Result<Generated, ModelError> {
         let mut text = base.tokenizer.decode(&self.generated)?;
         if let Some(set) = &self.choices {
+            text.push_str(set.spaces());
             text.push_str(&set.values[value]);
             text.push_str(&set.then);
         }

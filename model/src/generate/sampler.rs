@@ -10,10 +10,16 @@ pub(super) struct Sampler {
 }
 
 impl Sampler {
-    pub(super) fn new(temperature: f64, seed: Option<u64>) -> Self {
+    /// `prompt` takes part in the seed: rows of one call must not share their luck.
+    pub(super) fn new(temperature: f64, seed: Option<u64>, prompt: &[u32]) -> Self {
+        let mut hash = blake3::Hasher::new();
+        hash.update(&seed.unwrap_or(0).to_le_bytes());
+        for token in prompt {
+            hash.update(&token.to_le_bytes());
+        }
         Self {
             temperature,
-            rng: ChaCha8Rng::seed_from_u64(seed.unwrap_or(0)),
+            rng: ChaCha8Rng::from_seed(*hash.finalize().as_bytes()),
         }
     }
 
@@ -33,8 +39,10 @@ impl Sampler {
         if self.temperature <= 0.0 {
             return largest(probs);
         }
-        let power = 1.0 / self.temperature;
-        let weights: Vec<f64> = probs.iter().map(|p| f64::from(*p).powf(power)).collect();
+        // Beside the largest, so that a low temperature leaves more than zeros.
+        let most = f64::from(probs[largest(probs)]);
+        let weight = |p: &f32| (f64::from(*p) / most).powf(1.0 / self.temperature);
+        let weights: Vec<f64> = probs.iter().map(weight).collect();
         self.draw(&weights)
     }
 
@@ -58,4 +66,27 @@ fn largest(values: &[f32]) -> usize {
         }
     }
     best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_low_temperature_takes_the_likeliest_choice() {
+        let mut sampler = Sampler::new(0.001, None, &[1]);
+        assert_eq!(sampler.choose(&[0.2, 0.3, 0.1, 0.25]), 1);
+    }
+
+    #[test]
+    fn rows_draw_apart_and_each_draws_the_same_again() {
+        let draws = |prompt: &[u32]| {
+            let mut sampler = Sampler::new(1.0, Some(7), prompt);
+            (0..20)
+                .map(|_| sampler.choose(&[0.25; 4]))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(draws(&[1, 2]), draws(&[1, 2]));
+        assert_ne!(draws(&[1, 2]), draws(&[1, 3]));
+    }
 }

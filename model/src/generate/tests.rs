@@ -190,6 +190,28 @@ fn a_choice_may_come_after_generated_text() {
 }
 
 #[test]
+fn a_space_before_the_choice_is_part_of_it() {
+    let generator = generator(6, 2);
+    let free = all(&generator, &[request("hello", 8)]).remove(0).text;
+    // A header that ends in a space which the model would not write by itself.
+    let header: String = free.chars().take(2).collect();
+    let header = header.trim_end().to_owned();
+    let mut request = request("hello", 8);
+    request.choices = Some(ChoiceSet {
+        after: Some(format!("{header} ")),
+        values: vec!["x".into(), "yz".into()],
+        then: String::new(),
+    });
+    let answer = all(&generator, &[request]).remove(0);
+    assert!(answer.choice_probs.is_some(), "{}", answer.text);
+    assert!(
+        answer.text == format!("{header} x") || answer.text == format!("{header} yz"),
+        "{}",
+        answer.text
+    );
+}
+
+#[test]
 fn what_a_user_writes_is_never_a_special_token() {
     let base = tiny::base(7);
     let plain = base
