@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flowrun_engine::step::{StepError, StepErrorKind, World};
 use sha2::{Digest as _, Sha256};
@@ -90,10 +91,36 @@ pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepErro
         )
         .help("put the file into the folder named by --distdir"));
     }
+    let _one = one_at_a_time();
+    if let Some(path) = find_local(sha256, world) {
+        return Ok(path);
+    }
     let dest = cache_path(sha256, world);
     let temp = fetch_to_temp(url, &dest)?;
     adopt(&temp, &dest, sha256, url)?;
     Ok(dest)
+}
+
+/// Held while something is fetched: steps that want the same file fetch it once, and their
+/// temporary files do not meet.
+pub(crate) fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static FETCHING: Mutex<()> = Mutex::new(());
+    FETCHING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Checks a file against its declared sha256.
+///
+/// # Errors
+/// Invalid on another digest.
+pub fn check_content(path: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
+    let actual = sha256_of(path).map_err(|e| StepError::io(path, &e))?;
+    if actual == sha256 {
+        return Ok(());
+    }
+    Err(StepError::invalid(format!(
+        "`{origin}` has sha256 {actual}, but {sha256} is declared"
+    ))
+    .help("the file changed at its source, or the declared sha256 is wrong"))
 }
 
 /// Moves a finished temporary file to `dest` if its digest is the declared one.
@@ -101,14 +128,10 @@ pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepErro
 /// # Errors
 /// Invalid on another digest; the file is removed.
 pub fn adopt(temp: &Path, dest: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
-    let actual = sha256_of(temp).map_err(|e| StepError::io(temp, &e))?;
-    if actual != sha256 {
+    if let Err(error) = check_content(temp, sha256, origin) {
         // Best effort: a leftover is harmless, its name is not a digest.
         let _ = std::fs::remove_file(temp);
-        return Err(StepError::invalid(format!(
-            "`{origin}` has sha256 {actual}, but {sha256} is declared"
-        ))
-        .help("the file changed at its source, or the declared sha256 is wrong"));
+        return Err(error);
     }
     std::fs::rename(temp, dest).map_err(|e| StepError::io(dest, &e))
 }
@@ -127,13 +150,29 @@ fn fetch_to_temp(url: &str, dest: &Path) -> Result<PathBuf, StepError> {
     let mut response = client
         .get(url)
         .send()
-        .and_then(reqwest::blocking::Response::error_for_status)
         .map_err(|e| transient(&root_cause(&e)))?;
+    let status = response.status();
+    if status.is_client_error() && ![408, 429].contains(&status.as_u16()) {
+        return Err(
+            StepError::invalid(format!("{url}: the server says {status}"))
+                .help("check the URL; it may have moved"),
+        );
+    }
+    if !status.is_success() {
+        return Err(transient(&format!("the server says {status}")));
+    }
     let mut file = File::create(&temp).map_err(|e| StepError::io(&temp, &e))?;
-    std::io::copy(&mut response, &mut file).map_err(|e| transient(&e))?;
-    file.flush()
-        .and_then(|()| file.sync_all())
-        .map_err(|e| StepError::io(&temp, &e))?;
+    let mut buffer = vec![0u8; 1 << 16];
+    loop {
+        // Reading may pass, a full disk will not.
+        let n = response.read(&mut buffer).map_err(|e| transient(&e))?;
+        if n == 0 {
+            break;
+        }
+        file.write_all(&buffer[..n])
+            .map_err(|e| StepError::io(&temp, &e))?;
+    }
+    file.sync_all().map_err(|e| StepError::io(&temp, &e))?;
     Ok(temp)
 }
 

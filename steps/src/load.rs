@@ -58,6 +58,7 @@ struct SourceSpec {
     url: Option<String>,
     /// sha256 of the file, lower-case hex. Needed with `url`.
     #[serde(default)]
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
     sha256: Option<String>,
     /// A data set on the Hugging Face hub.
     #[serde(default)]
@@ -143,13 +144,19 @@ impl Step for Load {
 
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
-        let (info, train, test) = match params.locate(&ctx.world) {
+        // What could be had was had when the key was made; a network that came back since must
+        // not put other rows under that key.
+        let at_hand = World {
+            offline: true,
+            ..ctx.world.clone()
+        };
+        let (info, train, test) = match params.locate(&at_hand) {
             Ok([train, test]) => params.read(&train, &test)?,
             Err(error) if params.stand_in && error.kind == StepErrorKind::Transient => {
                 ctx.reporter.warning(&format!(
-                    "`{}` cannot be had ({}); using the stand-in data set instead. \
-                     No score of this run is a {} result.",
-                    params.name, error.message, params.name
+                    "`{}` is neither on this machine nor could it be fetched; using the stand-in \
+                     data set instead. No score of this run is a {} result.",
+                    params.name, params.name
                 ));
                 stand_in::rows()?
             }
@@ -258,6 +265,9 @@ impl SourceSpec {
                 )));
             }
         };
+        if let (Some(declared), None) = (&self.sha256, &sha256) {
+            download::check_content(&path, declared, &origin)?;
+        }
         let format = self.format.unwrap_or_else(|| Format::of_name(&origin));
         Ok(Located {
             path,

@@ -36,7 +36,7 @@ impl Step for Split {
         "split"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Shuffles rows; the last `labelled` keep their gold label, from the rest it is deleted."
@@ -84,7 +84,9 @@ impl Step for Split {
     }
 }
 
+/// Takes the label, and further columns with it: some data sets spell the label there once more.
 fn hide_label(row: &mut Row) -> Option<Gold> {
+    row.extra.clear();
     row.label.take().map(|label| Gold {
         id: row.id.clone(),
         label,

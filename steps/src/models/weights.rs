@@ -12,7 +12,7 @@ use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::download::{adopt, cache_path, find_local, sha256_of};
+use crate::download::{adopt, cache_path, find_local, one_at_a_time, sha256_of};
 use crate::hub;
 
 /// Where a file is: `pip` or `hf` with `file` in it, or `file` of the project alone.
@@ -33,8 +33,9 @@ pub struct WeightsRef {
     /// out for the whole model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
-    /// sha256 of the file, lower-case hex. Needed with `pip`.
+    /// sha256 of the file, lower-case hex. Needed with `pip`; with `hf` it or a commit is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
     pub sha256: Option<String>,
 }
 
@@ -64,6 +65,13 @@ impl WeightsRef {
     /// # Errors
     /// When it cannot be read.
     pub fn observe(&self, world: &World) -> Result<Option<String>, StepError> {
+        if self.hf.is_some() && self.sha256.is_none() && !self.is_commit() {
+            return Err(StepError::invalid(format!(
+                "the weights `{}` may change at their source",
+                self.name()
+            ))
+            .help("give the `sha256` of the file, or a whole commit id as `revision`"));
+        }
         match (self, &self.file) {
             (
                 Self {
@@ -76,6 +84,12 @@ impl WeightsRef {
             ) => local_digest(&world.root.join(file)).map(Some),
             _ => Ok(None),
         }
+    }
+
+    /// Whether `revision` is a commit, which never changes.
+    fn is_commit(&self) -> bool {
+        let hex = |text: &String| text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        self.revision.as_ref().is_some_and(hex)
     }
 
     /// The same with the sha256 of a file of the project written into it: what is made with this
@@ -108,17 +122,21 @@ impl WeightsRef {
             (None, None, Some(file)) => {
                 let path = world.root.join(file);
                 let digest = local_digest(&path)?;
-                match &self.sha256 {
-                    Some(declared) if *declared != digest => Err(StepError::invalid(format!(
-                        "`{}` has sha256 {digest}, but {declared} is declared",
-                        path.display()
-                    ))),
-                    _ => Ok(Found { path, digest }),
-                }
+                self.check(&digest, &path.display().to_string())?;
+                Ok(Found { path, digest })
             }
             _ => Err(StepError::invalid(
                 "weights need `file` alone, `pip` with `file`, or `hf`".to_owned(),
             )),
+        }
+    }
+
+    fn check(&self, digest: &str, origin: &str) -> Result<(), StepError> {
+        match &self.sha256 {
+            Some(declared) if declared != digest => Err(StepError::invalid(format!(
+                "`{origin}` has sha256 {digest}, but {declared} is declared"
+            ))),
+            _ => Ok(()),
         }
     }
 
@@ -141,6 +159,10 @@ impl WeightsRef {
                 format!("`{}` of the package `{package}` is not at hand and `--offline` forbids fetching it", file.display()),
             )
             .help("put the file into the folder named by --distdir"));
+        }
+        let _one = one_at_a_time();
+        if let Some(path) = find_local(sha256, world) {
+            return Ok(found(path, sha256));
         }
         let dest = cache_path(sha256, world);
         let folder = dest.parent().unwrap_or(Path::new("."));
@@ -170,13 +192,8 @@ impl WeightsRef {
         };
         let path = hub::model_file(repo, revision, &file.to_string_lossy(), world)?;
         let digest = local_digest(&path)?;
-        match &self.sha256 {
-            Some(declared) if *declared != digest => Err(StepError::invalid(format!(
-                "`{repo}/{}` has sha256 {digest}, but {declared} is declared",
-                file.display()
-            ))),
-            _ => Ok(Found { path, digest }),
-        }
+        self.check(&digest, &format!("{repo}/{}", file.display()))?;
+        Ok(Found { path, digest })
     }
 }
 
@@ -361,6 +378,20 @@ mod tests {
         assert!(error(&weights).message.contains("sha256"));
         weights.sha256 = Some("0".repeat(64));
         assert!(error(&weights).message.contains("--offline"));
+    }
+
+    #[test]
+    fn hub_weights_need_something_that_never_changes() {
+        let mut weights = WeightsRef {
+            hf: Some("a/b".into()),
+            ..WeightsRef::default()
+        };
+        let world = World::default();
+        assert!(weights.observe(&world).is_err());
+        weights.revision = Some("main".into());
+        assert!(weights.observe(&world).is_err());
+        weights.revision = Some("0123456789abcdef0123456789abcdef01234567".into());
+        assert_eq!(weights.observe(&world).unwrap(), None);
     }
 
     #[test]
