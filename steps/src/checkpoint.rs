@@ -21,12 +21,19 @@ pub struct Checkpoint {
     pub epoch: usize,
     /// Steps trained.
     pub step: usize,
-    /// Digest of the adapter beside this file; the base model itself has none.
+    /// What was trained; the base model itself has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub adapter: Option<String>,
-    /// The model's id at its server, when it was trained and is served elsewhere.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub served_as: Option<String>,
+    pub adapter: Option<Adapter>,
+}
+
+/// The adapter beside the file, and what it belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adapter {
+    /// Digest of its values.
+    pub digest: String,
+    /// Digest of the base model that it was trained on: on another one it means nothing.
+    pub base: String,
 }
 
 impl Checkpoint {
@@ -38,7 +45,6 @@ impl Checkpoint {
             epoch: 0,
             step: 0,
             adapter: None,
-            served_as: None,
         }
     }
 

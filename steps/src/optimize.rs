@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
 use flowrun_lm::metric::MetricKind;
 use flowrun_lm::optimize::{Optimizer, Progress, RandomSearch, Session};
 use flowrun_lm::program::SavedProgram;
@@ -16,6 +16,10 @@ use crate::models::{Host, ModelSpec, observe, open_lm};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_rows, write_json};
 use crate::schema_of;
+
+/// Rows per call of the model; changes no result. A bootstrap wants a handful of demos: rows that
+/// are asked beyond the last one are wasted.
+const BATCH: usize = 16;
 
 /// The step kind.
 pub struct Optimize;
@@ -35,14 +39,6 @@ struct Params {
     /// How the model draws tokens.
     #[serde(default)]
     sampling: SamplingSpec,
-    /// Rows per call of the model.
-    #[serde(default = "batch")]
-    #[schemars(range(min = 1))]
-    batch: usize,
-}
-
-fn batch() -> usize {
-    256
 }
 
 impl Step for Optimize {
@@ -98,13 +94,20 @@ impl Step for Optimize {
             metric: &metric,
             label: field,
             teacher: None,
-            batch: params.batch,
+            batch: BATCH,
             on_progress: Some(&on_progress),
         };
         let compiled = params
             .search
             .compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
+        let unavailable = lm.totals().unavailable;
+        if unavailable > 0 {
+            let text =
+                format!("the model could not be reached for {unavailable} calls of the search");
+            return Err(StepError::new(StepErrorKind::Transient, text)
+                .help("the answers that came are kept; a later run asks only for the rest"));
+        }
         let compiled = compiled.map_err(|e| StepError::failed(e.to_string()))?;
         let best = compiled.best.and_then(|at| compiled.candidates.get(at));
         let optimised =

@@ -62,6 +62,10 @@ impl ProgramFile {
         let pinned = EncoderSpec {
             weights: named.weights.pinned(host.world)?,
             tokenizer: named.tokenizer.pinned(host.world)?,
+            config: match &named.config {
+                Some(config) => Some(config.pinned(host.world)?),
+                None => None,
+            },
         };
         let encoder = open_encoder(&pinned, host)?;
         let gold: Vec<(&str, &str)> = labelled
@@ -74,7 +78,7 @@ impl ProgramFile {
                 ClassifierError::Embed(_) => StepError::failed(error.to_string()),
                 _ => StepError::invalid(error.to_string()),
             })?;
-        let embedder = serde_json::to_value(ModelSpec::SentenceEncoder(pinned))
+        let embedder = serde_json::to_value(ModelSpec::SentenceEncoder(Box::new(pinned)))
             .map_err(|e| StepError::failed(e.to_string()))?;
         Ok(Self::Classifier(FittedProgram {
             spec: ClassifierSpec {
@@ -116,15 +120,6 @@ impl ProgramFile {
             Self::Classifier(_) => Err(StepError::invalid(
                 "an `embedding_classifier` has no prompt",
             )),
-        }
-    }
-
-    /// The labels it chooses from.
-    #[must_use]
-    pub fn labels(&self) -> &[String] {
-        match self {
-            Self::Prompt(saved) => &saved.labels,
-            Self::Classifier(fitted) => fitted.classifier.labels(),
         }
     }
 

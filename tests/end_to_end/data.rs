@@ -35,7 +35,7 @@ steps:
 ";
 
 /// The folder with the real files, where there is one.
-fn distdir() -> Option<PathBuf> {
+pub(crate) fn distdir() -> Option<PathBuf> {
     let named = std::env::var_os("FLOWRUN_DISTDIR").map(PathBuf::from);
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/dist");
     named

@@ -34,6 +34,8 @@ pub struct Usage {
     pub cached: u64,
     /// Of them, failed.
     pub failed: u64,
+    /// Of the failed ones, those that the model could not be reached for.
+    pub unavailable: u64,
     /// Tokens of prompts that were computed, not cached.
     pub prompt_tokens: u64,
     /// Tokens generated, not cached.
@@ -47,6 +49,7 @@ impl std::ops::AddAssign for Usage {
         self.calls += other.calls;
         self.cached += other.cached;
         self.failed += other.failed;
+        self.unavailable += other.unavailable;
         self.prompt_tokens += other.prompt_tokens;
         self.completion_tokens += other.completion_tokens;
         self.cost = match (self.cost, other.cost) {
@@ -87,7 +90,10 @@ impl Metered {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         counted.calls += 1;
         match answer {
-            Err(_) => counted.failed += 1,
+            Err(error) => {
+                counted.failed += 1;
+                counted.unavailable += u64::from(matches!(error, LmError::Unavailable(_)));
+            }
             Ok(completion) if completion.cached => counted.cached += 1,
             Ok(completion) => {
                 counted.prompt_tokens += completion.prompt_tokens;
@@ -177,6 +183,7 @@ mod tests {
             calls: 16,
             cached: 4,
             failed: 4,
+            unavailable: 0,
             prompt_tokens: 8000,
             completion_tokens: 80,
             cost: Some(0.0168),

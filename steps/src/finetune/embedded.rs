@@ -12,7 +12,7 @@ use flowrun_model::train::{
 use flowrun_model::{BaseModel, ChatMessage, LoraAdapter, LoraConfig, ModelError};
 
 use super::{Params, ScheduleSpec};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Adapter, Checkpoint};
 use crate::models::local::{failed, open_base};
 use crate::models::{EmbeddedSpec, Host};
 use crate::report::LossPoint;
@@ -41,6 +41,9 @@ pub(super) fn train(
     let mut trainer = fresh().map_err(failed)?;
     if state.exists() {
         match TrainerState::load(&state).and_then(|saved| fresh()?.resume(saved)) {
+            Ok(resumed) if !has_epochs(&resume, &resumed) => ctx
+                .reporter
+                .warning("training starts from the beginning: a checkpoint is missing"),
             Ok(resumed) => {
                 trainer = resumed;
                 let (done, all) = (trainer.finished_steps(), trainer.steps());
@@ -62,7 +65,7 @@ pub(super) fn train(
     };
     let on_epoch = |stats: &EpochStats, adapter: &LoraAdapter| {
         let folder = resume.join(epoch_name(stats.epoch, stats.step));
-        save(&folder, stats, adapter, &name)
+        save(&folder, stats, adapter, &base, &name)
     };
     let hooks = Hooks::default()
         .on_step(on_step)
@@ -99,6 +102,13 @@ pub(super) fn train(
         .metric("steps", steps)
         .metric("loss", last)
         .metric("tokens", tokens * params.epochs))
+}
+
+/// Whether the checkpoint of every finished epoch is there.
+fn has_epochs(folder: &Path, trainer: &Trainer<'_>) -> bool {
+    let per_epoch = trainer.steps_per_epoch();
+    (1..=trainer.finished_steps() / per_epoch)
+        .all(|epoch| Checkpoint::load(&folder.join(epoch_name(epoch, epoch * per_epoch))).is_ok())
 }
 
 fn epoch_name(epoch: usize, step: usize) -> String {
@@ -151,22 +161,25 @@ fn save(
     folder: &Path,
     stats: &EpochStats,
     adapter: &LoraAdapter,
-    base: &str,
+    base: &BaseModel,
+    name: &str,
 ) -> Result<(), ModelError> {
     let part = folder.with_extension("part");
     // What a killed attempt left.
     let _ = std::fs::remove_dir_all(&part);
     let _ = std::fs::remove_dir_all(folder);
     std::fs::create_dir_all(&part).map_err(ModelError::io(&part))?;
-    adapter.save(&part, base)?;
+    adapter.save(&part, name)?;
     let values = part.join(VALUES);
     let digest = Digest::of_file(&values).map_err(ModelError::io(&values))?;
     let checkpoint = Checkpoint {
         name: epoch_name(stats.epoch, stats.step),
         epoch: stats.epoch,
         step: stats.step,
-        adapter: Some(digest.to_hex()),
-        served_as: None,
+        adapter: Some(Adapter {
+            digest: digest.to_hex(),
+            base: base.id.clone(),
+        }),
     };
     checkpoint
         .save(&part)

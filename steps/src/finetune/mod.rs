@@ -116,7 +116,7 @@ impl Step for Finetune {
         "finetune"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Fine-tunes the student with LoRA on chats; a checkpoint (PEFT files) after every epoch."

@@ -18,7 +18,7 @@ use crate::checkpoint::Checkpoint;
 type Shared<T> = LazyLock<Mutex<BTreeMap<String, Arc<T>>>>;
 
 /// Raised whenever the generator may answer the same request otherwise; kept answers are its own.
-const GENERATION: u32 = 2;
+const GENERATION: u32 = 3;
 
 /// Loaded models by the digest of their files. They stay: a run asks for the same ones again and
 /// again.
@@ -72,9 +72,15 @@ pub(crate) fn open_encoder(
 ) -> Result<Arc<dyn Embedder + Send + Sync>, StepError> {
     let weights = spec.weights.locate(host.world, host.cancel)?;
     let tokenizer = spec.tokenizer.locate(host.world, host.cancel)?;
-    let digest = format!("{}+{}", weights.digest, tokenizer.digest);
+    let config = match &spec.config {
+        Some(config) => Some(config.locate(host.world, host.cancel)?),
+        None => None,
+    };
+    let of_config = config.as_ref().map_or("", |found| &found.digest);
+    let digest = format!("{}+{}+{of_config}", weights.digest, tokenizer.digest);
     let encoder = shared(&ENCODERS, &digest, || {
-        SentenceEncoder::load(&weights.path, &tokenizer.path, None)
+        let config = config.as_ref().map(|found| found.path.as_path());
+        SentenceEncoder::load(&weights.path, &tokenizer.path, config)
     })?;
     Ok(Arc::new(Encoder(encoder)))
 }
@@ -95,8 +101,21 @@ pub(super) fn open_lm(
     let base = open_base(spec, host)?;
     let mut id = format!("embedded-{GENERATION}:{}", base.id);
     let adapter = match checkpoint {
-        Some((folder, checkpoint)) if checkpoint.adapter.is_some() => {
-            id = format!("{id}+{}", checkpoint.adapter.clone().unwrap_or_default());
+        Some((
+            folder,
+            Checkpoint {
+                adapter: Some(adapter),
+                ..
+            },
+        )) => {
+            if adapter.base != base.id {
+                return Err(StepError::invalid(format!(
+                    "the checkpoint was trained on another model than `{}`",
+                    spec.weights.name()
+                ))
+                .help("name the model that it was trained on, or train again"));
+            }
+            id = format!("{id}+{}", adapter.digest);
             Some(LoraAdapter::load(folder, &base.weights.config).map_err(failed)?)
         }
         _ => None,

@@ -46,7 +46,7 @@ pub enum ModelSpec {
     /// A Llama model that runs in this process.
     Embedded(EmbeddedSpec),
     /// A sentence encoder that runs in this process; for `embedding_classifier` programs.
-    SentenceEncoder(EncoderSpec),
+    SentenceEncoder(Box<EncoderSpec>),
 }
 
 /// A Llama model that runs in this process.
@@ -73,6 +73,9 @@ pub struct EncoderSpec {
     pub weights: WeightsRef,
     /// Its `tokenizer.json`.
     pub tokenizer: WeightsRef,
+    /// Its `config.json`: needed unless its vectors are as long as MiniLM's, 384.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<WeightsRef>,
 }
 
 impl ModelSpec {
@@ -104,7 +107,12 @@ impl ModelSpec {
             Self::OpenAi(_) => vec![],
             Self::Embedded(spec) => vec![spec.weights.observe(world)?],
             Self::SentenceEncoder(spec) => {
-                vec![spec.weights.observe(world)?, spec.tokenizer.observe(world)?]
+                let config = spec.config.as_ref().map(|config| config.observe(world));
+                vec![
+                    spec.weights.observe(world)?,
+                    spec.tokenizer.observe(world)?,
+                    config.transpose()?.flatten(),
+                ]
             }
         };
         Ok(digests.into_iter().flatten().collect())
@@ -143,7 +151,7 @@ pub fn encoder_spec(entry: &Value) -> Result<EncoderSpec, StepError> {
     let help = "write `embedder: ${{ models.NAME }}`, with NAME an entry that has \
                 `provider: sentence-encoder`";
     match serde_json::from_value(entry.clone()) {
-        Ok(ModelSpec::SentenceEncoder(spec)) => Ok(spec),
+        Ok(ModelSpec::SentenceEncoder(spec)) => Ok(*spec),
         Ok(other) => Err(StepError::invalid(format!(
             "`embedder` is `{}`, which is no sentence encoder",
             other.name()
@@ -183,8 +191,8 @@ pub struct Host<'a> {
     pub world: &'a World,
     /// Whether to stop.
     pub cancel: &'a Cancel,
-    /// Answers that were computed or paid for before; none are kept without it.
-    pub completions: Option<Arc<CompletionCache>>,
+    /// Answers that were computed or paid for before.
+    pub completions: Arc<CompletionCache>,
 }
 
 impl<'a> From<&'a StepContext> for Host<'a> {
@@ -192,7 +200,7 @@ impl<'a> From<&'a StepContext> for Host<'a> {
         Self {
             world: &ctx.world,
             cancel: &ctx.cancel,
-            completions: Some(Arc::clone(&ctx.completions)),
+            completions: Arc::clone(&ctx.completions),
         }
     }
 }
@@ -216,11 +224,8 @@ pub fn open_lm(
             );
         }
     };
-    let lm = match &host.completions {
-        Some(store) => Arc::new(Cached::new(lm, Arc::clone(store))),
-        None => lm,
-    };
-    Ok(Metered::new(lm, spec.prices()))
+    let cached = Cached::new(lm, Arc::clone(&host.completions));
+    Ok(Metered::new(Arc::new(cached), spec.prices()))
 }
 
 /// A server's model. A checkpoint that was trained elsewhere names its own model id.
@@ -229,9 +234,17 @@ fn open_remote(
     checkpoint: Option<&Checkpoint>,
     host: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
-    let mut spec = spec.clone();
-    if let Some(model) = checkpoint.and_then(|c| c.served_as.clone()) {
-        spec.model = model;
+    if let Some(Checkpoint {
+        adapter: Some(_),
+        name,
+        ..
+    }) = checkpoint
+    {
+        return Err(StepError::invalid(format!(
+            "`{}` does not serve the checkpoint `{name}`, which was trained in this process",
+            spec.model
+        ))
+        .help("evaluate it with the `provider: embedded` model that it was trained on"));
     }
     let key = match &spec.api_key_env {
         None => None,
@@ -241,7 +254,7 @@ fn open_remote(
         })?),
     };
     let cancel = host.cancel.clone();
-    let client = OpenAi::new(&spec, key, Arc::new(move || cancel.is_cancelled()))
+    let client = OpenAi::new(spec, key, Arc::new(move || cancel.is_cancelled()))
         .map_err(|e| StepError::failed(e.to_string()))?;
     Ok(Arc::new(client))
 }
