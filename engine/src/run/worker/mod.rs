@@ -5,24 +5,25 @@
 //! are in the store, and nothing that a step does, a panic included, gets out
 //! of [`Worker::attempt`] but as an error.
 
+mod outputs;
+mod watchdog;
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Component, Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
-use flowrun_cache::{
-    ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, ListItem, OutputRecord,
-    OutputValue, Scratch,
-};
+use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Scratch};
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::Outputs;
+use outputs::inside;
+use watchdog::Watchdog;
+
 use super::reporter::{EventReporter, Mask};
-use crate::event::{OutputInfo, RunEvent};
+use crate::event::RunEvent;
 use crate::expansion::{ActionRequest, Expressions, kind_of};
 use crate::history::History;
 use crate::lookup::{Found, Keyed, Lookup};
@@ -30,8 +31,8 @@ use crate::pipeline::{Action, CachePolicy, Pipeline};
 use crate::record::{file_name, log_path, timestamp};
 use crate::sandbox::{Sandbox, inherited, timed_out};
 use crate::step::{
-    Cancel, InputArtifact, Port, Step, StepContext, StepError, StepErrorKind, StepOutcome,
-    StepReporter, StepSummary, World,
+    Cancel, InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
+    StepSummary, World,
 };
 use crate::why::{Cause, why};
 
@@ -418,62 +419,6 @@ impl Worker {
         Ok(all)
     }
 
-    fn store_outputs(
-        &self,
-        request: &ActionRequest,
-        out_dir: &Path,
-        outcome: &StepOutcome,
-    ) -> Result<Outputs, StepError> {
-        let mut outputs = BTreeMap::new();
-        for port in &request.node.outputs {
-            let path = request.node.out_paths.get(&port.name).unwrap_or(&port.name);
-            let place = inside(out_dir, path)?;
-            let value = if port.many {
-                self.store_list(&request.id, port, &place, outcome)?
-            } else if place.exists() {
-                OutputValue::One(self.store(&place)?)
-            } else if port.optional {
-                continue;
-            } else {
-                return Err(missing(&request.id, &port.name, path));
-            };
-            let ty = port.ty.clone();
-            outputs.insert(port.name.clone(), OutputRecord { ty, value });
-        }
-        Ok(outputs)
-    }
-
-    fn store_list(
-        &self,
-        id: &str,
-        port: &Port,
-        place: &Path,
-        outcome: &StepOutcome,
-    ) -> Result<OutputValue, StepError> {
-        let Some(labels) = outcome.lists.get(&port.name) else {
-            let text = format!(
-                "`{id}` did not say what its list output `{}` holds",
-                port.name
-            );
-            return Err(StepError::failed(text));
-        };
-        let mut items = Vec::with_capacity(labels.len());
-        for label in labels {
-            let path = inside(place, label)?;
-            if !path.exists() {
-                return Err(missing(id, &port.name, &format!("{}/{label}", port.name)));
-            }
-            let artifact = self.store(&path)?;
-            let label = label.clone();
-            items.push(ListItem { label, artifact });
-        }
-        Ok(OutputValue::List(items))
-    }
-
-    fn store(&self, path: &Path) -> Result<Artifact, StepError> {
-        self.cache.store().put_path(path).map_err(cache_error)
-    }
-
     /// What follows a result, ran or cached: gates, then the project tree and the run's report.
     fn settle(
         &self,
@@ -505,106 +450,12 @@ impl Worker {
         }
         Ok(())
     }
-
-    /// Puts outputs into the project tree where they are missing or different.
-    fn publish(&self, request: &ActionRequest, result: &ActionResult) -> Result<(), Trouble> {
-        for (port, path) in &request.publish {
-            let dest = inside(&self.lookup.root, path)?;
-            match result.outputs.get(port).map(|o| &o.value) {
-                Some(OutputValue::One(artifact)) => self.place(artifact, &dest)?,
-                Some(OutputValue::List(items)) => {
-                    for item in items {
-                        self.place(&item.artifact, &inside(&dest, &item.label)?)?;
-                    }
-                }
-                None => {}
-            }
-        }
-        let report = result.outputs.values().find(|o| o.ty == "report");
-        if let Some(OutputValue::One(artifact)) = report.map(|o| &o.value) {
-            self.place(artifact, &self.run_dir.join("report.html"))?;
-        }
-        Ok(())
-    }
-
-    fn place(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
-        // What is there is looked at each time: no record of an earlier run is trusted.
-        if self.lookup.is_at(artifact, dest) {
-            return Ok(());
-        }
-        let placed = self.cache.store().materialize(artifact, dest);
-        placed.map_err(|e| broken_or_failed(e, artifact))
-    }
-
-    /// Outputs as events show them.
-    pub(super) fn infos(&self, outputs: &Outputs) -> BTreeMap<String, OutputInfo> {
-        let info = |output: &OutputRecord| OutputInfo {
-            ty: output.ty.clone(),
-            digest: output.value.digest().to_hex(),
-            path: match &output.value {
-                OutputValue::One(artifact) => {
-                    let path = self.cache.store().object_path(&artifact.digest);
-                    path.display().to_string()
-                }
-                OutputValue::List(_) => String::new(),
-            },
-        };
-        let outputs = outputs.iter();
-        outputs.map(|(port, o)| (port.clone(), info(o))).collect()
-    }
-}
-
-/// Sets a cancel flag when time is up.
-struct Watchdog {
-    limit: Duration,
-    tell: Sender<()>,
-    thread: std::thread::JoinHandle<bool>,
-}
-
-impl Watchdog {
-    fn start(limit: Duration, cancel: Cancel) -> Self {
-        let (tell, told) = channel();
-        let thread = std::thread::spawn(move || {
-            let late = told.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
-            if late {
-                cancel.cancel();
-            }
-            late
-        });
-        Self {
-            limit,
-            tell,
-            thread,
-        }
-    }
-
-    /// The limit, if it was passed.
-    fn stop(self) -> Option<Duration> {
-        // It may have ended already.
-        let _ = self.tell.send(());
-        self.thread.join().unwrap_or(false).then_some(self.limit)
-    }
 }
 
 fn folder(parent: &Path, name: &str) -> Result<PathBuf, StepError> {
     let path = parent.join(name);
     std::fs::create_dir_all(&path).map_err(|e| StepError::io(&path, &e))?;
     Ok(path)
-}
-
-/// `path` below `folder`; an error if it would leave it.
-fn inside(folder: &Path, path: &str) -> Result<PathBuf, StepError> {
-    let mut parts = Path::new(path).components().peekable();
-    let stays = parts.peek().is_some() && parts.all(|c| matches!(c, Component::Normal(_)));
-    if stays {
-        return Ok(folder.join(path));
-    }
-    let text = format!("`{path}` must be a relative path without `..`");
-    Err(StepError::invalid(text))
-}
-
-fn missing(id: &str, port: &str, path: &str) -> StepError {
-    StepError::failed(format!("`{id}` did not write its output `{port}` ({path})"))
 }
 
 fn panicked(panic: &(dyn std::any::Any + Send)) -> StepError {
@@ -663,14 +514,5 @@ mod tests {
             }
         }
         assert!(backoff(Duration::MAX, 40, Digest::of_bytes(b"k")) <= LONGEST_WAIT);
-    }
-
-    #[test]
-    fn a_path_never_leaves_its_folder() {
-        let root = Path::new("/p");
-        for bad in ["", ".", "..", "/etc/x", "a/../../b", "a/.."] {
-            assert!(inside(root, bad).is_err(), "{bad}");
-        }
-        assert_eq!(inside(root, "a/b").ok(), Some(PathBuf::from("/p/a/b")));
     }
 }

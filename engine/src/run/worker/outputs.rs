@@ -1,0 +1,152 @@
+//! What a step made: into the store, and from there into the project tree.
+//!
+//! Invariant: no path that a step or a pipeline names leaves the folder it is relative to.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+
+use flowrun_cache::{ActionResult, Artifact, ListItem, OutputRecord, OutputValue};
+
+use super::{Trouble, Worker, broken_or_failed, cache_error};
+use crate::event::OutputInfo;
+use crate::expansion::ActionRequest;
+use crate::run::Outputs;
+use crate::step::{Port, StepError, StepOutcome};
+
+impl Worker {
+    pub(super) fn store_outputs(
+        &self,
+        request: &ActionRequest,
+        out_dir: &Path,
+        outcome: &StepOutcome,
+    ) -> Result<Outputs, StepError> {
+        let mut outputs = BTreeMap::new();
+        for port in &request.node.outputs {
+            let path = request.node.out_paths.get(&port.name).unwrap_or(&port.name);
+            let place = inside(out_dir, path)?;
+            let value = if port.many {
+                self.store_list(&request.id, port, &place, outcome)?
+            } else if place.exists() {
+                OutputValue::One(self.store(&place)?)
+            } else if port.optional {
+                continue;
+            } else {
+                return Err(missing(&request.id, &port.name, path));
+            };
+            let ty = port.ty.clone();
+            outputs.insert(port.name.clone(), OutputRecord { ty, value });
+        }
+        Ok(outputs)
+    }
+
+    fn store_list(
+        &self,
+        id: &str,
+        port: &Port,
+        place: &Path,
+        outcome: &StepOutcome,
+    ) -> Result<OutputValue, StepError> {
+        let Some(labels) = outcome.lists.get(&port.name) else {
+            let text = format!(
+                "`{id}` did not say what its list output `{}` holds",
+                port.name
+            );
+            return Err(StepError::failed(text));
+        };
+        let mut items = Vec::with_capacity(labels.len());
+        for label in labels {
+            let path = inside(place, label)?;
+            if !path.exists() {
+                return Err(missing(id, &port.name, &format!("{}/{label}", port.name)));
+            }
+            let artifact = self.store(&path)?;
+            let label = label.clone();
+            items.push(ListItem { label, artifact });
+        }
+        Ok(OutputValue::List(items))
+    }
+
+    fn store(&self, path: &Path) -> Result<Artifact, StepError> {
+        self.cache.store().put_path(path).map_err(cache_error)
+    }
+
+    /// Puts outputs into the project tree where they are missing or different.
+    pub(super) fn publish(
+        &self,
+        request: &ActionRequest,
+        result: &ActionResult,
+    ) -> Result<(), Trouble> {
+        for (port, path) in &request.publish {
+            let dest = inside(&self.lookup.root, path)?;
+            match result.outputs.get(port).map(|o| &o.value) {
+                Some(OutputValue::One(artifact)) => self.place(artifact, &dest)?,
+                Some(OutputValue::List(items)) => {
+                    for item in items {
+                        self.place(&item.artifact, &inside(&dest, &item.label)?)?;
+                    }
+                }
+                None => {}
+            }
+        }
+        let report = result.outputs.values().find(|o| o.ty == "report");
+        if let Some(OutputValue::One(artifact)) = report.map(|o| &o.value) {
+            self.place(artifact, &self.run_dir.join("report.html"))?;
+        }
+        Ok(())
+    }
+
+    fn place(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
+        // What is there is looked at each time: no record of an earlier run is trusted.
+        if self.lookup.is_at(artifact, dest) {
+            return Ok(());
+        }
+        let placed = self.cache.store().materialize(artifact, dest);
+        placed.map_err(|e| broken_or_failed(e, artifact))
+    }
+
+    /// Outputs as events show them.
+    pub(in crate::run) fn infos(&self, outputs: &Outputs) -> BTreeMap<String, OutputInfo> {
+        let info = |output: &OutputRecord| OutputInfo {
+            ty: output.ty.clone(),
+            digest: output.value.digest().to_hex(),
+            path: match &output.value {
+                OutputValue::One(artifact) => {
+                    let path = self.cache.store().object_path(&artifact.digest);
+                    path.display().to_string()
+                }
+                OutputValue::List(_) => String::new(),
+            },
+        };
+        let outputs = outputs.iter();
+        outputs.map(|(port, o)| (port.clone(), info(o))).collect()
+    }
+}
+
+/// `path` below `folder`; an error if it would leave it.
+pub(super) fn inside(folder: &Path, path: &str) -> Result<PathBuf, StepError> {
+    let mut parts = Path::new(path).components().peekable();
+    let stays = parts.peek().is_some() && parts.all(|c| matches!(c, Component::Normal(_)));
+    if stays {
+        return Ok(folder.join(path));
+    }
+    let text = format!("`{path}` must be a relative path without `..`");
+    Err(StepError::invalid(text))
+}
+
+fn missing(id: &str, port: &str, path: &str) -> StepError {
+    StepError::failed(format!("`{id}` did not write its output `{port}` ({path})"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_never_leaves_its_folder() {
+        let root = Path::new("/p");
+        for bad in ["", ".", "..", "/etc/x", "a/../../b", "a/.."] {
+            assert!(inside(root, bad).is_err(), "{bad}");
+        }
+        assert_eq!(inside(root, "a/b").ok(), Some(PathBuf::from("/p/a/b")));
+    }
+}
