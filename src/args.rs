@@ -1,5 +1,6 @@
 //! The command line's words. Their doc comments are the help.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
@@ -55,6 +56,8 @@ pub(crate) enum Command {
         /// Step kind.
         kind: Option<String>,
     },
+    /// Serve a bundle over HTTP: `POST /predict`, and OpenAI's `/v1/chat/completions`.
+    Serve(ServeArgs),
     /// Print a shell's completion script.
     Completions {
         /// The shell.
@@ -145,6 +148,21 @@ pub(crate) struct GraphArgs {
     /// Mark each step with how it ended in the last run.
     #[arg(long)]
     pub(crate) status: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ServeArgs {
+    /// The bundle's folder, made by a `deploy` step.
+    pub(crate) bundle: PathBuf,
+    /// Address to listen on; any but a loopback one needs FLOWRUN_API_KEY, the callers' key.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// Stop when stdin ends: with the process that holds its other end.
+    #[arg(long, hide = true)]
+    pub(crate) until_stdin_closes: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -5,6 +5,7 @@ mod commands;
 mod exit;
 mod graph;
 mod reporter;
+mod serve;
 mod surroundings;
 
 use clap::Parser;
@@ -46,6 +47,7 @@ fn dispatch(args: Args) -> Result<Exit, Failure> {
         }
         Some(Command::Steps { kind }) => commands::steps::steps(kind.as_deref()),
         Some(Command::Schema { kind }) => commands::steps::schema(kind.as_deref()),
+        Some(Command::Serve(args)) => serve::serve(args, global),
         Some(Command::Completions { shell }) => commands::completions::completions(*shell),
     }
 }

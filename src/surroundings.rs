@@ -31,25 +31,30 @@ pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings,
         None => find_pipeline(global)?,
     };
     let vocabulary = flowrun_steps::registry();
-    let env: BTreeMap<String, String> = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect();
+    let world = world(&project_root(&file), global)?;
     let options = LoadOptions {
         sets: select.set.clone(),
         profiles: select.profile.clone(),
-        env: env.clone(),
+        env: world.env.clone(),
         root: None,
     };
     let pipeline = load_pipeline(&file, &vocabulary, &options)?;
-    let world = World {
+    Ok(Surroundings { pipeline, world })
+}
+
+/// What the machine offers to what lies in `root`.
+pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> {
+    let env: BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    Ok(World {
         offline: global.offline,
         distdir: global.distdir.clone(),
         user_cache: user_cache(&env),
-        root: absolute(&project_root(&file))?,
+        root: absolute(root)?,
         exe: std::env::current_exe()?,
         env,
-    };
-    Ok(Surroundings { pipeline, world })
+    })
 }
 
 /// Options of a run that does everything stale.

@@ -5,8 +5,10 @@
 
 pub mod answer;
 pub mod bootstrap;
+pub mod bundle;
 pub mod checkpoint;
 pub mod convert_to_messages;
+pub mod deploy;
 pub mod download;
 pub mod evaluate;
 pub mod filter_top_n;
@@ -49,6 +51,7 @@ pub fn registry() -> Vocabulary {
         Arc::new(evaluate::Evaluate),
         Arc::new(select::Select),
         Arc::new(report::ReportStep),
+        Arc::new(deploy::Deploy),
     ];
     Vocabulary {
         steps: steps

@@ -191,8 +191,8 @@ pub struct Host<'a> {
     pub world: &'a World,
     /// Whether to stop.
     pub cancel: &'a Cancel,
-    /// Answers that were computed or paid for before.
-    pub completions: Arc<CompletionCache>,
+    /// Answers that were computed or paid for before; a server keeps none.
+    pub completions: Option<Arc<CompletionCache>>,
 }
 
 impl<'a> From<&'a StepContext> for Host<'a> {
@@ -200,7 +200,7 @@ impl<'a> From<&'a StepContext> for Host<'a> {
         Self {
             world: &ctx.world,
             cancel: &ctx.cancel,
-            completions: Arc::clone(&ctx.completions),
+            completions: Some(Arc::clone(&ctx.completions)),
         }
     }
 }
@@ -224,8 +224,11 @@ pub fn open_lm(
             );
         }
     };
-    let cached = Cached::new(lm, Arc::clone(&host.completions));
-    Ok(Metered::new(Arc::new(cached), spec.prices()))
+    let lm = match &host.completions {
+        Some(kept) => Arc::new(Cached::new(lm, Arc::clone(kept))),
+        None => lm,
+    };
+    Ok(Metered::new(lm, spec.prices()))
 }
 
 /// A server's model. A checkpoint that was trained elsewhere names its own model id.

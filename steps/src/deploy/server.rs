@@ -1,0 +1,230 @@
+//! [`Server`]: a `flowrun serve` process of this machine: started, asked, stopped.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// How long a server may take to load its model.
+const STARTUP: Duration = Duration::from_secs(300);
+/// How long it may take to finish what it is doing once it was asked to stop.
+const DRAIN: Duration = Duration::from_secs(15);
+/// How long one answer may take.
+const ANSWER: Duration = Duration::from_secs(120);
+/// How long a server that is up may take to say so.
+const HEALTH: Duration = Duration::from_secs(2);
+const POLL: Duration = Duration::from_millis(20);
+
+/// The environment variable with the key that a server asks for.
+pub(super) const API_KEY: &str = "FLOWRUN_API_KEY";
+
+/// How long a server lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Life {
+    /// No longer than this process, however that ends.
+    OfThisStep,
+    /// Until it is stopped.
+    OnItsOwn,
+}
+
+/// A server that is up.
+pub(super) struct Server {
+    child: Child,
+    life: Life,
+    log: PathBuf,
+    key: Option<String>,
+    /// Its address, `http://127.0.0.1:8000`.
+    pub(super) url: String,
+}
+
+/// What a server prints once it answers.
+#[derive(Deserialize)]
+struct Serving {
+    url: String,
+}
+
+impl Server {
+    /// Starts a server for the bundle in `folder` and waits until it answers. Its output goes to
+    /// files in `logs`.
+    ///
+    /// # Errors
+    /// Gate when it ends or does not answer in time; cancelled.
+    pub(super) fn start(
+        folder: &Path,
+        port: u16,
+        logs: &Path,
+        life: Life,
+        world: &World,
+        cancel: &Cancel,
+    ) -> Result<Self, StepError> {
+        let log = logs.join("serve.log");
+        let said = logs.join("serve.out");
+        let file = |path: &Path| File::create(path).map_err(|e| StepError::io(path, &e));
+        let mut command = Command::new(&world.exe);
+        command
+            .arg("serve")
+            .arg(folder)
+            .args(["--json", "--port", &port.to_string()])
+            .current_dir(&world.root)
+            .env_clear()
+            .envs(&world.env)
+            .stdout(file(&said)?)
+            .stderr(file(&log)?);
+        if world.offline {
+            command.arg("--offline");
+        }
+        if let Some(distdir) = &world.distdir {
+            let distdir = std::path::absolute(distdir).map_err(|e| StepError::io(distdir, &e))?;
+            command.arg("--distdir").arg(distdir);
+        }
+        match life {
+            // It ends when its stdin does, so a killed run leaves no server behind.
+            Life::OfThisStep => command.arg("--until-stdin-closes").stdin(Stdio::piped()),
+            // Ctrl-C in the terminal of the run is not meant for it.
+            Life::OnItsOwn => command.process_group(0).stdin(Stdio::null()),
+        };
+        let child = command.spawn().map_err(|e| {
+            StepError::failed(format!("`{}` cannot be started: {e}", world.exe.display()))
+        })?;
+        let mut server = Self {
+            child,
+            life,
+            log,
+            key: world.env.get(API_KEY).cloned(),
+            url: String::new(),
+        };
+        match server.wait_until_up(&said, cancel) {
+            Ok(url) => {
+                server.url = url;
+                Ok(server)
+            }
+            Err(error) => {
+                server.end();
+                Err(error)
+            }
+        }
+    }
+
+    fn wait_until_up(&mut self, said: &Path, cancel: &Cancel) -> Result<String, StepError> {
+        let failed = |why: String| StepError::new(StepErrorKind::Gate, why);
+        let deadline = Instant::now() + STARTUP;
+        loop {
+            let text = std::fs::read_to_string(said).map_err(|e| StepError::io(said, &e))?;
+            if let Some((line, _)) = text.split_once('\n') {
+                let serving: Serving = serde_json::from_str(line)
+                    .map_err(|e| failed(format!("the server said `{line}`: {e}")))?;
+                return Ok(serving.url);
+            }
+            let ended = self.child.try_wait();
+            if let Some(status) = ended.map_err(|e| failed(format!("the server: {e}")))? {
+                let words = self.last_words();
+                return Err(failed(format!("the server ended ({status}): {words}")));
+            }
+            if cancel.is_cancelled() {
+                return Err(StepError::cancelled());
+            }
+            if Instant::now() > deadline {
+                let words = self.last_words();
+                let text = format!("the server was not up after {} s", STARTUP.as_secs());
+                return Err(failed(format!("{text}: {words}")));
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Its process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The label that it gives a text.
+    ///
+    /// # Errors
+    /// The reason, when it does not answer.
+    pub(super) fn predict(&self, text: &str) -> Result<String, String> {
+        let mut request = client(ANSWER)?
+            .post(format!("{}/predict", self.url))
+            .json(&json!({ "text": text }));
+        if let Some(key) = &self.key {
+            request = request.bearer_auth(key);
+        }
+        let answer = request.send().map_err(|e| e.without_url().to_string())?;
+        let status = answer.status();
+        let body = answer.text().map_err(|e| e.without_url().to_string())?;
+        if !status.is_success() {
+            return Err(format!("{status} {body}"));
+        }
+        let body: Value = serde_json::from_str(&body).map_err(|e| format!("{e}: {body}"))?;
+        let label = body["label"].as_str();
+        label.map_or_else(
+            || Err(format!("no `label` in {body}")),
+            |l| Ok(l.to_owned()),
+        )
+    }
+
+    /// The last line that it logged.
+    pub(super) fn last_words(&self) -> String {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let last = log.lines().rfind(|line| !line.trim().is_empty());
+        last.unwrap_or_default().trim().to_owned()
+    }
+
+    /// Asks it to finish, and waits until it did.
+    pub(super) fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            // It may have ended by itself, but it was not waited for, so the id is still its own.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let deadline = Instant::now() + DRAIN;
+        while Instant::now() < deadline {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(POLL);
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.life == Life::OfThisStep {
+            self.end();
+        }
+    }
+}
+
+/// What a server says of its health.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Health {
+    /// Digest of the bundle that it serves.
+    pub(super) bundle: String,
+    /// Its process id.
+    pub(super) pid: u32,
+}
+
+/// Asks the server at `url`, if there is one.
+pub(super) fn health(url: &str) -> Option<Health> {
+    let answer = client(HEALTH).ok()?.get(format!("{url}/health")).send();
+    answer.ok()?.error_for_status().ok()?.json().ok()
+}
+
+fn client(timeout: Duration) -> Result<reqwest::blocking::Client, String> {
+    reqwest::blocking::Client::builder()
+        .no_proxy()
+        .timeout(timeout)
+        .build()
+        .map_err(|e| e.to_string())
+}
