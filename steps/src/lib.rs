@@ -11,6 +11,7 @@ pub mod convert_to_messages;
 pub mod deploy;
 pub mod download;
 pub mod evaluate;
+pub mod explain;
 pub mod filter_top_n;
 pub mod finetune;
 pub mod fit_classifier;
@@ -45,6 +46,7 @@ pub fn registry() -> Vocabulary {
         Arc::new(bootstrap::Bootstrap),
         Arc::new(fit_classifier::FitClassifier),
         Arc::new(holdout::Holdout),
+        Arc::new(explain::Explain),
         Arc::new(convert_to_messages::ConvertToMessages),
         Arc::new(finetune::Finetune),
         Arc::new(optimize::Optimize),

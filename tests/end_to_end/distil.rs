@@ -7,6 +7,7 @@ use std::process::Stdio;
 use serde_json::Value;
 
 use crate::data::distdir;
+use crate::deployed::{Current, StopAtEnd, a_bundle_is_served};
 use crate::project::{Project, Run};
 
 /// Three intents, thirty labels, two short epochs.
@@ -28,7 +29,10 @@ const SMALL: [&str; 14] = [
 ];
 
 fn command(project: &Project, more: &[&str]) -> std::process::Command {
-    let mut command = project.command(&[&SMALL, more].concat());
+    surrounded(project.command(&[&SMALL, more].concat()))
+}
+
+fn surrounded(mut command: std::process::Command) -> std::process::Command {
     // The weights are large: they are fetched once for all runs of the tests.
     command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     if let Some(dist) = distdir() {
@@ -105,5 +109,43 @@ fn a_student_is_distilled_and_a_kill_in_training_costs_little() {
     assert_eq!(again.steps("ran"), Vec::<String>::new());
 
     let from = run(&project, &["--from", "select"]);
-    assert_eq!(from.steps("ran"), ["select", "test-best", "report"]);
+    let after = ["select", "test-best", "report", "deploy"];
+    assert_eq!(from.steps("ran"), after);
+
+    a_bundle_is_served(&project, surrounded(project.command(&[])));
+    deploying_here(&project);
+}
+
+/// The target `local`: served until stopped, served again when gone, and never replaced by
+/// something that does not answer as evaluated.
+fn deploying_here(project: &Project) {
+    let local = ["--set", "target=local"];
+    assert_eq!(run(project, &local).steps("ran"), ["deploy"]);
+    let _end = StopAtEnd(project);
+    let first = Current::read(project);
+    assert!(first.is_up());
+    run(project, &local);
+    assert_eq!(Current::read(project).pid, first.pid, "it was left alone");
+    assert_eq!(run(project, &local).steps("ran"), Vec::<String>::new());
+    first.stop();
+    assert_eq!(run(project, &local).steps("ran"), ["deploy"]);
+    let second = Current::read(project);
+    assert!(second.is_up() && second.pid != first.pid);
+
+    // The base model's scores are not the chosen one's.
+    let pipeline = "pipelines/banking77.yaml";
+    project.edit(
+        pipeline,
+        "scores: test-best.scores",
+        "scores: test-base.scores",
+    );
+    let refused = Run::of(command(project, &local).output().unwrap());
+    assert_eq!(refused.code, Some(5), "{}", refused.stderr);
+    assert!(
+        refused
+            .stdout
+            .contains("smoke rows are answered as evaluated")
+    );
+    assert_eq!(Current::read(project).pid, second.pid);
+    assert!(second.is_up());
 }

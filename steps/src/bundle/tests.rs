@@ -1,1 +1,154 @@
+use std::path::Path;
 
+use flowrun_cache::ArtifactStore;
+use serde_json::json;
+
+use super::*;
+use crate::scores::ScoredRow;
+
+fn program() -> ProgramFile {
+    let spec = json!({"predict": {
+        "inputs": [{"name": "text"}], "outputs": [{"name": "label", "type": "label"}],
+    }});
+    let labels = ["a".to_owned(), "b".to_owned()];
+    ProgramFile::plain(&serde_json::from_value(spec).unwrap(), &labels).unwrap()
+}
+
+fn model(entry: serde_json::Value) -> ModelSpec {
+    serde_json::from_value(entry).unwrap()
+}
+
+/// Ten rows, the last of which could not be read; nine are right.
+fn scores(dataset: &str) -> Scores {
+    let row = |at: usize| ScoredRow {
+        id: format!("d:test:{at}"),
+        text: format!("text {at}"),
+        gold: "a".to_owned(),
+        predicted: (at < 9).then(|| "a".to_owned()),
+        correct: at < 9,
+        confidence: None,
+        raw: None,
+    };
+    let score = ProgramScore {
+        program: ProgramKind::Plain,
+        role: None,
+        n: 10,
+        correct: 9,
+        accuracy: 0.9,
+        parse_failures: 1,
+        prompt_tokens: 0,
+        completion_tokens: 0,
+        cost_usd: None,
+        rows: (0..10).map(row).collect(),
+    };
+    Scores {
+        dataset: dataset.to_owned(),
+        model: "m".to_owned(),
+        programs: vec![score],
+    }
+}
+
+fn write(
+    folder: &Path,
+    model: &ModelSpec,
+    scores: &Scores,
+    root: &Path,
+) -> Result<Bundle, StepError> {
+    let parts = Parts {
+        name: "intents",
+        program: &program(),
+        model: Some(model),
+        adapter: None,
+        sampling: SamplingSpec::default(),
+        scores,
+        smoke_rows: 4,
+    };
+    let world = World {
+        root: root.to_owned(),
+        ..World::default()
+    };
+    Bundle::write(folder, &parts, &world)
+}
+
+#[test]
+fn a_bundle_is_read_as_it_was_written_and_equal_parts_give_equal_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let remote = model(json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"}));
+    let [one, two] = ["one", "two"].map(|name| dir.path().join(name));
+    let written = write(&one, &remote, &scores("d"), dir.path()).unwrap();
+    write(&two, &remote, &scores("d"), dir.path()).unwrap();
+    let digest = |folder: &Path| ArtifactStore::address_of(folder).unwrap().digest;
+    assert_eq!(digest(&one), digest(&two));
+
+    let read = Bundle::open(&one).unwrap();
+    assert_eq!(read.manifest, written.manifest);
+    assert_eq!(read.program, program());
+    let rows = read.smoke_rows().unwrap();
+    let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
+    assert_eq!(ids, ["d:test:0", "d:test:2", "d:test:5", "d:test:7"]);
+    let card = std::fs::read_to_string(one.join(CARD)).unwrap();
+    assert!(
+        card.contains("| 10 | 9 | 90.0 % | 59.6 to 98.2 % | 1 |"),
+        "{card}"
+    );
+    assert!(!card.contains("stand-in"), "{card}");
+}
+
+#[test]
+fn a_model_that_was_measured_on_the_stand_in_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let remote = model(json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"}));
+    write(
+        &dir.path().join("b"),
+        &remote,
+        &scores("stand-in"),
+        dir.path(),
+    )
+    .unwrap();
+    let card = std::fs::read_to_string(dir.path().join("b").join(CARD)).unwrap();
+    assert!(
+        card.contains("stand-in data, not on real queries"),
+        "{card}"
+    );
+}
+
+#[test]
+fn a_file_of_the_project_comes_along_and_is_pinned() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("models")).unwrap();
+    std::fs::write(dir.path().join("models/w.gguf"), "weights").unwrap();
+    let own = model(json!({"provider": "embedded", "weights": {"file": "models/w.gguf"}}));
+    let folder = dir.path().join("bundle");
+    let bundle = write(&folder, &own, &scores("d"), dir.path()).unwrap();
+    let Some(ModelSpec::Embedded(spec)) = &bundle.manifest.model else {
+        unreachable!("it was an embedded model");
+    };
+    // Found in the bundle alone, with the project gone.
+    let world = World {
+        root: folder.clone(),
+        ..World::default()
+    };
+    std::fs::remove_dir_all(dir.path().join("models")).unwrap();
+    let cancel = flowrun_engine::step::Cancel::default();
+    let found = spec.weights.locate(&world, &cancel).unwrap();
+    assert_eq!(std::fs::read_to_string(found.path).unwrap(), "weights");
+    std::fs::write(folder.join("weights/w.gguf"), "others").unwrap();
+    assert!(spec.weights.locate(&world, &cancel).is_err());
+}
+
+#[test]
+fn what_is_no_bundle_is_refused_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let message = || Bundle::open(dir.path()).map(|_| ()).unwrap_err().message;
+    assert!(message().contains("is no bundle"), "{}", message());
+    std::fs::write(dir.path().join(MANIFEST), "{\"version\": 99}").unwrap();
+    assert!(message().contains("format 99"), "{}", message());
+    std::fs::write(dir.path().join(MANIFEST), "{\"version\": 1, \"nam\": 2}").unwrap();
+    assert!(message().contains("`nam`"), "{}", message());
+
+    let remote = model(json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"}));
+    let mut both = scores("d");
+    both.programs.push(both.programs[0].clone());
+    let error = write(&dir.path().join("b"), &remote, &both, dir.path()).map(|_| ());
+    assert!(error.unwrap_err().message.contains("2 programs"));
+}

@@ -10,6 +10,7 @@ use flowrun_engine::step::{StepContext, StepError, World};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::Params;
 use super::server::{Health, Life, Server, health};
@@ -47,11 +48,23 @@ impl Place {
         }
     }
 
-    /// What is served now, by the word of the server itself.
-    pub(super) fn serving(&self) -> Option<Current> {
-        let current: Current = read_json(&self.folder.join(CURRENT)).ok()?;
-        let Health { bundle, pid } = health(&current.url)?;
-        (bundle == current.bundle && pid == current.pid).then_some(current)
+    /// What was deployed last, and whether it is still served. No state comes twice: a server
+    /// that is gone is a state of its own, so deploying again is never taken from the cache.
+    pub(super) fn observe(&self) -> Value {
+        self.current().map_or(Value::Null, |current| {
+            json!({
+                "bundle": current.bundle, "pid": current.pid, "up": is_up(&current),
+            })
+        })
+    }
+
+    fn current(&self) -> Option<Current> {
+        read_json(&self.folder.join(CURRENT)).ok()
+    }
+
+    /// What is served now.
+    fn serving(&self) -> Option<Current> {
+        self.current().filter(is_up)
     }
 
     /// Serves the tested bundle in `from` instead of what was served before. A bundle that is
@@ -124,6 +137,12 @@ impl Place {
             }
         }
     }
+}
+
+/// By the word of the server itself: another process may have its port or its id by now.
+fn is_up(current: &Current) -> bool {
+    let said = health(&current.url);
+    said.is_some_and(|Health { bundle, pid }| bundle == current.bundle && pid == current.pid)
 }
 
 /// Copies a bundle; a half-made copy never has the name of a whole one.

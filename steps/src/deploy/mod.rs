@@ -129,9 +129,10 @@ impl Step for Deploy {
         let params: Params = serde_json::from_value(params.clone())
             .map_err(|e| StepError::invalid(format!("params of `deploy`: {e}")))?;
         if params.target == Target::Local {
-            let place = local::Place::of(&params, world);
-            let serving = place.serving().map(|current| current.bundle);
-            seen.insert("serving".to_owned(), serving.into());
+            seen.insert(
+                "serving".to_owned(),
+                local::Place::of(&params, world).observe(),
+            );
         }
         Ok(seen)
     }

@@ -1,0 +1,112 @@
+//! `explain`: a model writes the reason for each row's label, for a student that is to reason.
+
+use std::collections::BTreeMap;
+
+use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_lm::program::{OutputSpec, ProgramSpec, REASONING, RowError};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::models::{Host, ModelSpec, observe};
+use crate::program_file::ProgramFile;
+use crate::rows::{read_rows, write_rows};
+use crate::schema_of;
+
+/// The step kind.
+pub struct Explain;
+
+/// Column of the label, which the program may take as an input.
+const LABEL: &str = "label";
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    /// A prompt with the output `reasoning`; its inputs may come from the columns `text` and `label`.
+    #[schemars(with = "String", extend("x-flowrun-ref" = "programs"))]
+    program: ProgramSpec,
+    /// The model that writes.
+    #[schemars(with = "String", extend("x-flowrun-ref" = "models"))]
+    model: ModelSpec,
+    /// How the model draws tokens.
+    #[serde(default)]
+    sampling: SamplingSpec,
+}
+
+impl Step for Explain {
+    fn kind(&self) -> &'static str {
+        "explain"
+    }
+    fn version(&self) -> u32 {
+        1
+    }
+    fn about(&self) -> &'static str {
+        "A model writes the reason for each row's label; a row whose reason cannot be read is dropped."
+    }
+    fn params_schema(&self) -> Value {
+        schema_of::<Params>()
+    }
+    fn inputs(&self) -> Vec<Port> {
+        vec![Port::new("rows", "examples", "Rows with their label.")]
+    }
+    fn outputs(&self) -> Vec<Port> {
+        vec![Port::new(
+            "rows",
+            "examples",
+            "The same rows with their reason.",
+        )]
+    }
+    fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        observe(params, world)
+    }
+    fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        let params: Params = ctx.params()?;
+        let names_it = |spec: &ProgramSpec| {
+            let outputs = spec.prompt().map(|prompt| prompt.outputs.as_slice());
+            let named = |output: &OutputSpec| output.name == REASONING;
+            spec.reasons() || outputs.unwrap_or_default().iter().any(named)
+        };
+        if !names_it(&params.program) {
+            return Err(StepError::invalid(format!(
+                "the program has no output `{REASONING}`"
+            )));
+        }
+        let rows = read_rows(&ctx.input("rows")?.path)?;
+        let file = ProgramFile::plain(&params.program, &[])?;
+        let host = Host::from(ctx);
+        let answerer = Answerer::open(&file, Some(&params.model), None, params.sampling, &host)?;
+        let total = rows.len() as u64;
+        let progress = |done: usize| {
+            ctx.reporter
+                .progress(done as u64, total, "rows", "explained");
+        };
+        let results = answerer.run(&examples(&rows, LABEL), LABEL, &progress)?;
+        check_answered(ctx, &results)?;
+        let mut explained = Vec::with_capacity(rows.len());
+        for (mut row, result) in rows.into_iter().zip(results) {
+            match &result.prediction {
+                Ok(prediction) => {
+                    row.reasoning = prediction.text(REASONING).map(str::to_owned);
+                    explained.push(row);
+                }
+                Err(RowError::Parse { reason, .. }) => {
+                    ctx.reporter.log(&format!("row `{}`: {reason}", row.id));
+                }
+                // Found above.
+                Err(_) => {}
+            }
+        }
+        let dropped = total - explained.len() as u64;
+        if dropped > 0 {
+            ctx.reporter.warning(&format!(
+                "{dropped} of {total} rows were dropped: their reason could not be read"
+            ));
+        }
+        write_rows(&ctx.output("rows"), &explained)?;
+        let outcome = StepOutcome::default()
+            .metric("explained", explained.len())
+            .metric("dropped", dropped);
+        Ok(with_usage(outcome, &answerer.usage()))
+    }
+}

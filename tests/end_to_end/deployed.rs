@@ -1,0 +1,180 @@
+//! A deployed bundle, asked over HTTP: called by the test of the main job, which makes one.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use reqwest::blocking::{Client, Response};
+use serde_json::{Value, json};
+
+use crate::project::Project;
+
+/// A `flowrun serve` process; stopped when dropped.
+struct Served {
+    child: Child,
+    url: String,
+    model: String,
+}
+
+impl Served {
+    fn start(mut command: Command) -> Self {
+        let mut child = command
+            .args(["serve", "results/bundle", "--port", "0", "--json"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let said: Value = serde_json::from_str(&line).unwrap();
+        let text = |name: &str| said[name].as_str().unwrap().to_owned();
+        Self {
+            child,
+            url: text("url"),
+            model: text("model"),
+        }
+    }
+
+    fn ask(&self, path: &str, body: &Value) -> Response {
+        let url = format!("{}{path}", self.url);
+        client().post(url).json(body).send().unwrap()
+    }
+
+    /// Asks it to finish as an operator would; gives its exit code.
+    fn stop(mut self) -> Option<i32> {
+        terminate(self.child.id());
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn client() -> Client {
+    Client::builder().no_proxy().build().unwrap()
+}
+
+fn terminate(pid: u32) {
+    let status = Command::new("kill").arg(pid.to_string()).status().unwrap();
+    assert!(status.success());
+}
+
+fn json_lines(text: &str) -> Vec<Value> {
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+/// The server answers the program's questions as evaluated, and chats in OpenAI's shapes.
+pub(crate) fn a_bundle_is_served(project: &Project, command: Command) {
+    let served = Served::start(command);
+    for row in json_lines(&project.read("results/bundle/smoke.jsonl"))
+        .iter()
+        .take(5)
+    {
+        let answer = served.ask("/predict", &json!({"text": row["text"]}));
+        assert_eq!(answer.status(), 200);
+        let answer: Value = answer.json().unwrap();
+        assert_eq!(answer["label"], row["label"]);
+        let confidence = answer["confidence"].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&confidence), "{confidence}");
+    }
+    let bad = served.ask("/predict", &json!({"text": " "}));
+    assert_eq!(bad.status(), 400);
+
+    let chat = json!({
+        "model": served.model, "temperature": 0, "max_tokens": 5,
+        "messages": [{"role": "user", "content": "Where is my card?"}],
+    });
+    let whole: Value = served.ask("/v1/chat/completions", &chat).json().unwrap();
+    assert_eq!(whole["object"], "chat.completion");
+    let text = whole["choices"][0]["message"]["content"].as_str().unwrap();
+    let spent = whole["usage"]["completion_tokens"].as_u64().unwrap();
+    assert!((1..=5).contains(&spent), "{whole}");
+
+    let mut streamed = chat.clone();
+    streamed["stream"] = true.into();
+    let events = served
+        .ask("/v1/chat/completions", &streamed)
+        .text()
+        .unwrap();
+    let data: Vec<&str> = events
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .collect();
+    let (last, chunks) = data.split_last().unwrap();
+    assert_eq!(*last, "[DONE]");
+    let pieces: String = json_lines(&chunks.join("\n"))
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(pieces, text);
+
+    let mut restricted = chat.clone();
+    restricted["structured_outputs"] = json!({"choice": ["north", "south"]});
+    let answer: Value = served
+        .ask("/v1/chat/completions", &restricted)
+        .json()
+        .unwrap();
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+    assert!(["north", "south"].contains(&text), "{answer}");
+
+    let mut other = chat;
+    other["model"] = "another".into();
+    let answer = served.ask("/v1/chat/completions", &other);
+    assert_eq!(answer.status(), 404);
+    let answer: Value = answer.json().unwrap();
+    assert_eq!(answer["error"]["code"], "model_not_found");
+    assert_eq!(served.stop(), Some(0));
+}
+
+/// What `deployed/banking77/current.json` says.
+pub(crate) struct Current {
+    url: String,
+    pub(crate) pid: u32,
+}
+
+impl Current {
+    pub(crate) fn read(project: &Project) -> Self {
+        let current: Value =
+            serde_json::from_str(&project.read("deployed/banking77/current.json")).unwrap();
+        Self {
+            url: current["url"].as_str().unwrap().to_owned(),
+            pid: current["pid"].as_u64().unwrap().try_into().unwrap(),
+        }
+    }
+
+    /// Whether the server that was deployed answers.
+    pub(crate) fn is_up(&self) -> bool {
+        let health = client().get(format!("{}/health", self.url)).send();
+        health.is_ok_and(|answer| {
+            answer
+                .json::<Value>()
+                .is_ok_and(|health| health["pid"] == self.pid)
+        })
+    }
+
+    /// Stops the server as the run told the user to.
+    pub(crate) fn stop(&self) {
+        terminate(self.pid);
+        while self.is_up() {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+}
+
+/// Stops a deployed server however the test ends.
+pub(crate) struct StopAtEnd<'a>(pub(crate) &'a Project);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        let current = Current::read(self.0);
+        if current.is_up() {
+            current.stop();
+        }
+    }
+}
