@@ -4,6 +4,7 @@
 //! | module | does | does not know |
 //! |---|---|---|
 //! | `scheduler` | which action is next; owns all state of a run | files, processes |
+//! | `state` | how far each step and item is | who changes it |
 //! | `room` | whether there is room for one more | what it is for |
 //! | `worker` | one action: look it up, or run it and store what it made | other actions |
 //! | `reporter` | what a step says, as events and log lines | the scheduler |
@@ -11,6 +12,7 @@
 mod reporter;
 mod room;
 mod scheduler;
+mod state;
 mod worker;
 
 #[cfg(test)]

@@ -24,12 +24,12 @@ use flowrun_cache::{ActionKey, ActionResult, Digest};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::room::Room;
+use super::state::{ItemState, Phase, State, StepState};
 use super::worker::{End, Looked, Trouble, Worker};
 use super::{Outputs, RunOptions, RunSummary, Selection};
 use crate::dag::{data_predecessors, predecessors};
 use crate::event::{RunEvent, StepStatus};
 use crate::expansion::{ActionRequest, expand, gather, kind_of};
-use crate::lookup::Keyed;
 use crate::pipeline::{Action, Pipeline, StepNode};
 use crate::step::{StepError, StepErrorKind, StepSummary};
 
@@ -44,72 +44,6 @@ const TELL_EVERY: Duration = Duration::from_millis(2);
 
 /// A step and one of its items.
 type Place = (usize, usize);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// Something before it is missing.
-    Waiting,
-    /// Its items are looked up or run.
-    Open,
-    /// Its outputs are there.
-    Done,
-    /// It was not wanted: `when`, its own or one before it.
-    Unwanted,
-    /// It failed, or something before it did, or the run stopped.
-    Failed,
-}
-
-/// How far an item is.
-enum Phase {
-    /// To be looked up.
-    Look,
-    /// A lookup or an attempt is under way.
-    Busy,
-    /// To be run, once there is room.
-    Ready(Arc<Keyed>, String),
-    /// The same action runs elsewhere: this one is looked up again after it.
-    Parked,
-    /// Its inputs must be made again first.
-    Stalled,
-    /// It ended well.
-    Ended(Outputs),
-    /// It did not.
-    Failed,
-}
-
-impl Phase {
-    fn is_over(&self) -> bool {
-        matches!(self, Self::Ended(_) | Self::Failed)
-    }
-}
-
-struct ItemState {
-    request: Arc<ActionRequest>,
-    phase: Phase,
-    /// What it was counted as.
-    counted: Option<StepStatus>,
-    stalls: u32,
-}
-
-struct StepState {
-    node: Arc<StepNode>,
-    state: State,
-    /// Steps before it that are not done.
-    missing: BTreeSet<usize>,
-    /// Steps before it that give it data.
-    data: BTreeSet<usize>,
-    after: Vec<usize>,
-    items: Vec<ItemState>,
-    /// Items that are not over.
-    left: usize,
-    /// Lookups and attempts under way.
-    busy: usize,
-    /// Attempts under way.
-    running: usize,
-    /// Waits for inputs that are made again.
-    stalled: bool,
-    outputs: Outputs,
-}
 
 enum Message {
     Looked(Vec<(Place, Looked)>),
