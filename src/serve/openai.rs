@@ -25,8 +25,7 @@ const MAX_TOKENS: u32 = 1024;
 /// OpenAI's default.
 const TEMPERATURE: f64 = 1.0;
 
-/// A chat. Fields that are not listed are about accounting (`user`, `metadata`, `store`) or are
-/// refused by [`Chat::refused`].
+/// A chat. What is not listed is looked at by [`Chat::refused`].
 #[derive(Deserialize)]
 pub(super) struct Chat {
     model: String,
@@ -85,19 +84,23 @@ struct StructuredOutputs {
 }
 
 impl Chat {
-    /// Fields that would change the answer but are not understood.
+    /// Fields that may change the answer and are not understood: all but those about accounting
+    /// and those that ask for what is done anyway.
     fn refused(&self) -> Result<(), Problem> {
         let harmless = |name: &str, value: &Value| match name {
+            "user"
+            | "metadata"
+            | "store"
+            | "service_tier"
+            | "safety_identifier"
+            | "prompt_cache_key"
+            | "parallel_tool_calls" => true,
             "n" => value == 1,
             "top_p" => value.as_f64() == Some(1.0),
             "frequency_penalty" | "presence_penalty" => value.as_f64() == Some(0.0),
             "logprobs" => value == false,
             "response_format" => value["type"] == "text",
-            "tools" | "functions" | "tool_choice" | "function_call" | "logit_bias"
-            | "top_logprobs" | "modalities" | "audio" | "prediction" | "reasoning_effort"
-            | "guided_choice" | "guided_json" | "guided_regex" | "guided_grammar" | "top_k"
-            | "min_p" | "repetition_penalty" => false,
-            _ => true,
+            _ => false,
         };
         let found = self
             .further
