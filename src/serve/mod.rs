@@ -23,6 +23,7 @@ use std::sync::Arc;
 use flowrun_cache::ArtifactStore;
 use flowrun_engine::step::{Cancel, StepError, World};
 use flowrun_steps::bundle::{Bundle, Manifest};
+use flowrun_steps::deploy::API_KEY;
 use flowrun_steps::models::Host;
 use tokio::net::TcpListener;
 
@@ -31,9 +32,6 @@ use crate::exit::{Exit, Failure};
 use crate::surroundings;
 use guard::Guard;
 use queue::Queue;
-
-/// The environment variable with the key that callers must give.
-const API_KEY: &str = "FLOWRUN_API_KEY";
 
 /// What every handler knows.
 pub(crate) struct Service {

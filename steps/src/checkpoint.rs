@@ -73,21 +73,4 @@ impl Checkpoint {
         std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
         write_json(&folder.join(FILE), self)
     }
-
-    /// Copies a checkpoint's folder with the files of its adapter.
-    ///
-    /// # Errors
-    /// When a file cannot be read or written.
-    pub fn copy(from: &Path, to: &Path) -> Result<(), StepError> {
-        std::fs::create_dir_all(to).map_err(|e| StepError::io(to, &e))?;
-        let entries = std::fs::read_dir(from).map_err(|e| StepError::io(from, &e))?;
-        for entry in entries {
-            let path = entry.map_err(|e| StepError::io(from, &e))?.path();
-            let Some(name) = path.file_name() else {
-                continue;
-            };
-            std::fs::copy(&path, to.join(name)).map_err(|e| StepError::io(&path, &e))?;
-        }
-        Ok(())
-    }
 }

@@ -15,6 +15,7 @@ pub mod explain;
 pub mod filter_top_n;
 pub mod finetune;
 pub mod fit_classifier;
+mod folder;
 pub mod holdout;
 pub mod hub;
 pub mod load;

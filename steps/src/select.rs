@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
+use crate::folder;
 use crate::program_file::ProgramFile;
 use crate::rows::{read_json, write_json};
 use crate::schema_of;
@@ -108,7 +109,7 @@ impl Step for Select {
             ProgramKind::Optimised => &optimised[index].path,
         };
         ProgramFile::load(program)?.save(&ctx.output("program"))?;
-        Checkpoint::copy(&adapters[index].path, &ctx.output("adapter"))?;
+        folder::copy(&adapters[index].path, &ctx.output("adapter"))?;
         write_json(&ctx.output("choice"), &choice)?;
         Ok(StepOutcome::default()
             .metric("model", choice.model)

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::answer::{Answerer, SamplingSpec};
 use crate::checkpoint::Checkpoint;
+use crate::folder;
 use crate::models::weights::WeightsRef;
 use crate::models::{EncoderSpec, Host, ModelSpec, encoder_spec};
 use crate::program_file::{FittedProgram, ProgramFile};
@@ -137,7 +138,7 @@ impl Bundle {
                 })?;
                 let checkpoint = parts.adapter.map(Checkpoint::load).transpose()?;
                 if let Some(from) = parts.adapter {
-                    Checkpoint::copy(from, &folder.join(ADAPTER))?;
+                    folder::copy(from, &folder.join(ADAPTER))?;
                 }
                 let id = match checkpoint {
                     Some(checkpoint) if checkpoint.adapter.is_some() => {
@@ -294,23 +295,12 @@ impl Vendor<'_> {
             StepError::invalid(format!("the weights `{}` are no file", from.display()))
         })?;
         let inside = Path::new(WEIGHTS).join(name);
-        copy(&from, &self.folder.join(&inside))?;
+        folder::copy(&from, &self.folder.join(&inside))?;
         Ok(WeightsRef {
             file: Some(inside),
             ..pinned
         })
     }
-}
-
-/// Copies a file, or a folder of files.
-fn copy(from: &Path, to: &Path) -> Result<(), StepError> {
-    let folder = to.parent().unwrap_or(to);
-    std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
-    if from.is_dir() {
-        return Checkpoint::copy(from, to);
-    }
-    std::fs::copy(from, to).map_err(|e| StepError::io(from, &e))?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::Params;
 use super::server::{Health, Life, Server, health};
+use crate::folder;
 use crate::rows::{read_json, write_json};
 
 const CURRENT: &str = "current.json";
@@ -151,23 +152,8 @@ fn place(from: &Path, to: &Path) -> Result<(), StepError> {
     std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
     let scratch = tempfile::tempdir_in(folder).map_err(|e| StepError::io(folder, &e))?;
     let whole = scratch.path().join("bundle");
-    copy_tree(from, &whole)?;
+    folder::copy(from, &whole)?;
     std::fs::rename(&whole, to).map_err(|e| StepError::io(to, &e))
-}
-
-fn copy_tree(from: &Path, to: &Path) -> Result<(), StepError> {
-    std::fs::create_dir_all(to).map_err(|e| StepError::io(to, &e))?;
-    let entries = std::fs::read_dir(from).map_err(|e| StepError::io(from, &e))?;
-    for entry in entries {
-        let entry = entry.map_err(|e| StepError::io(from, &e))?;
-        let (source, target) = (entry.path(), to.join(entry.file_name()));
-        if source.is_dir() {
-            copy_tree(&source, &target)?;
-        } else {
-            std::fs::copy(&source, &target).map_err(|e| StepError::io(&source, &e))?;
-        }
-    }
-    Ok(())
 }
 
 /// Asks a server to finish, and waits until it did. Only a process that said itself that it is

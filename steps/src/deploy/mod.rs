@@ -29,6 +29,9 @@ use crate::schema_of;
 use crate::scores::Scores;
 use server::{Life, Server};
 
+/// The environment variable with the key that a server's callers must give.
+pub const API_KEY: &str = "FLOWRUN_API_KEY";
+
 /// The step kind.
 pub struct Deploy;
 

@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use reqwest::blocking::Client;
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use super::API_KEY;
 
 /// How long a server may take to load its model.
 const STARTUP: Duration = Duration::from_secs(300);
@@ -21,9 +24,6 @@ const ANSWER: Duration = Duration::from_secs(120);
 /// How long a server that is up may take to say so.
 const HEALTH: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
-
-/// The environment variable with the key that a server asks for.
-pub(super) const API_KEY: &str = "FLOWRUN_API_KEY";
 
 /// How long a server lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +40,7 @@ pub(super) struct Server {
     life: Life,
     log: PathBuf,
     key: Option<String>,
+    client: Client,
     /// Its address, `http://127.0.0.1:8000`.
     pub(super) url: String,
 }
@@ -98,6 +99,7 @@ impl Server {
             life,
             log,
             key: world.env.get(API_KEY).cloned(),
+            client: client(ANSWER).map_err(StepError::failed)?,
             url: String::new(),
         };
         match server.wait_until_up(&said, cancel) {
@@ -149,7 +151,8 @@ impl Server {
     /// # Errors
     /// The reason, when it does not answer.
     pub(super) fn predict(&self, text: &str) -> Result<String, String> {
-        let mut request = client(ANSWER)?
+        let mut request = self
+            .client
             .post(format!("{}/predict", self.url))
             .json(&json!({ "text": text }));
         if let Some(key) = &self.key {
@@ -221,8 +224,8 @@ pub(super) fn health(url: &str) -> Option<Health> {
     answer.ok()?.error_for_status().ok()?.json().ok()
 }
 
-fn client(timeout: Duration) -> Result<reqwest::blocking::Client, String> {
-    reqwest::blocking::Client::builder()
+fn client(timeout: Duration) -> Result<Client, String> {
+    Client::builder()
         .no_proxy()
         .timeout(timeout)
         .build()

@@ -13,6 +13,7 @@ use flowrun_model::{BaseModel, ChatMessage, LoraAdapter, LoraConfig, ModelError}
 
 use super::{Params, ScheduleSpec};
 use crate::checkpoint::{Adapter, Checkpoint};
+use crate::folder;
 use crate::models::local::{failed, open_base};
 use crate::models::{EmbeddedSpec, Host};
 use crate::report::LossPoint;
@@ -79,7 +80,7 @@ pub(super) fn train(
     for epoch in 1..=params.epochs {
         let label = epoch_name(epoch, epoch * per_epoch);
         let to = ctx.output_item("checkpoints", &label)?;
-        Checkpoint::copy(&resume.join(&label), &to)?;
+        folder::copy(&resume.join(&label), &to)?;
         labels.push(label);
     }
     let losses: Vec<LossPoint> = outcome
