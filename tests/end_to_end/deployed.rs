@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
 
-use crate::project::Project;
+use crate::project::{Project, Run};
 
 /// A `flowrun serve` process; stopped when dropped.
 struct Served {
@@ -129,7 +129,44 @@ pub(crate) fn a_bundle_is_served(project: &Project, command: Command) {
     assert_eq!(answer.status(), 404);
     let answer: Value = answer.json().unwrap();
     assert_eq!(answer["error"]["code"], "model_not_found");
+
+    it_labels_as_an_oracle(project, &served);
     assert_eq!(served.stop(), Some(0));
+}
+
+/// The example that labels through a server, with this one as the oracle: every answer is one of
+/// the labels, and an answer once paid for is not asked for again.
+fn it_labels_as_an_oracle(project: &Project, oracle: &Served) {
+    project.copy_example("label", "label");
+    let run = |more: &[&str]| {
+        let mut command = project.command(&["--json", "pipeline.yaml"]);
+        command
+            .current_dir(project.path("label"))
+            .args(["--set", &format!("base_url={}/v1", oracle.url)])
+            .args(["--set", &format!("model={}", oracle.model)])
+            .args(more);
+        Run::of(command.output().unwrap())
+    };
+    let first = run(&[]).ok();
+    assert_eq!(first.steps("ran"), ["load", "labels", "label"]);
+    let rows = json_lines(&project.read("label/results/labelled.jsonl"));
+    assert_eq!(rows.len(), 6);
+    for row in &rows {
+        let label = row["label"].as_str().unwrap();
+        assert!(["card_arrival", "change_pin", "exchange_rate"].contains(&label));
+    }
+    let tokens = |run: &Run| {
+        let events = run.events();
+        let label = events
+            .iter()
+            .find(|e| e["event"] == "step_finished" && e["step"] == "label");
+        label.unwrap()["tokens"].clone()
+    };
+    assert!(tokens(&first)["output"].as_u64() > Some(0), "{}", first.stdout);
+
+    let unknown = run(&["--set", "model=another"]);
+    assert_eq!(unknown.code, Some(4), "{}", unknown.stderr);
+    assert!(unknown.stdout.contains("another"), "{}", unknown.stdout);
 }
 
 /// What `deployed/banking77/current.json` says.

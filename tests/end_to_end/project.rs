@@ -20,11 +20,23 @@ impl Project {
     /// The shell example.
     pub(crate) fn shell() -> Self {
         let project = Self::new();
-        let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/shell");
-        for name in ["pipeline.yaml", "words.txt"] {
-            std::fs::copy(example.join(name), project.path(name)).unwrap();
-        }
+        project.copy_example("shell", "");
         project
+    }
+
+    /// Copies the files of an example into a folder of the project.
+    pub(crate) fn copy_example(&self, example: &str, into: &str) {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("examples")
+            .join(example);
+        let into = self.path(into);
+        std::fs::create_dir_all(&into).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_file() {
+                std::fs::copy(entry.path(), into.join(entry.file_name())).unwrap();
+            }
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
