@@ -162,7 +162,11 @@ fn it_labels_as_an_oracle(project: &Project, oracle: &Served) {
             .find(|e| e["event"] == "step_finished" && e["step"] == "label");
         label.unwrap()["tokens"].clone()
     };
-    assert!(tokens(&first)["output"].as_u64() > Some(0), "{}", first.stdout);
+    assert!(
+        tokens(&first)["output"].as_u64() > Some(0),
+        "{}",
+        first.stdout
+    );
 
     let unknown = run(&["--set", "model=another"]);
     assert_eq!(unknown.code, Some(4), "{}", unknown.stderr);
