@@ -14,6 +14,7 @@ use crate::args::{Args, Command};
 use crate::exit::{Exit, Failure};
 
 fn main() -> std::process::ExitCode {
+    end_quietly_with_the_reader();
     let args = Args::parse();
     let level = if args.global.verbose {
         "flowrun=debug"
@@ -31,6 +32,19 @@ fn main() -> std::process::ExitCode {
         Err(failure) => failure.show(),
     };
     exit.into()
+}
+
+/// `flowrun runs | head -1`: when nobody reads on, there is nothing more to say.
+#[allow(clippy::exit)]
+fn end_quietly_with_the_reader() {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload().downcast_ref::<String>();
+        if text.is_some_and(|t| t.starts_with("failed printing to std")) {
+            std::process::exit(Exit::Ok as i32);
+        }
+        told(panic);
+    }));
 }
 
 fn dispatch(args: Args) -> Result<Exit, Failure> {

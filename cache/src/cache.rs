@@ -124,11 +124,14 @@ impl Cache {
     /// Makes the folder of a run.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When it cannot be made, or is there already: two runs never share one.
     pub fn new_run_dir(&self, run_id: &str) -> Result<PathBuf, CacheError> {
-        let path = self.dir.join("runs").join(run_id);
-        let logs = path.join("logs");
-        std::fs::create_dir_all(&logs).map_err(|e| CacheError::io(&logs, e))?;
+        let runs = self.dir.join("runs");
+        std::fs::create_dir_all(&runs).map_err(|e| CacheError::io(&runs, e))?;
+        let path = runs.join(run_id);
+        for folder in [&path, &path.join("logs")] {
+            std::fs::create_dir(folder).map_err(|e| CacheError::io(folder, e))?;
+        }
         Ok(path)
     }
 

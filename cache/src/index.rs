@@ -89,7 +89,10 @@ impl Index {
     fn open(&self) -> Option<sled::Db> {
         if self.folder.exists() && !self.was_closed_cleanly() {
             self.warn("the index was not closed cleanly; it is built anew");
-            std::fs::remove_dir_all(&self.folder).ok()?;
+            // It may be anything but a folder.
+            std::fs::remove_dir_all(&self.folder)
+                .or_else(|_| std::fs::remove_file(&self.folder))
+                .ok()?;
         }
         // From here on a crash leaves no marker, so the next run starts anew.
         let _ = std::fs::remove_file(self.marker());

@@ -24,4 +24,4 @@ pub use digest::{Digest, canonical_json};
 pub use error::CacheError;
 pub use index::Index;
 pub use lock::LockWait;
-pub use store::ArtifactStore;
+pub use store::{ArtifactStore, Lent};

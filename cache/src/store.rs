@@ -5,7 +5,7 @@
 
 use std::fs::{File, Metadata, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -191,13 +191,41 @@ impl ArtifactStore {
     }
 
     /// Places the artifact at `dest` for reading only: hard links where the
-    /// file system allows, else copies. Verified first.
+    /// file system allows, else copies. Verified first; [`Lent::check`] tells
+    /// whether whoever had it left it as it was.
     ///
     /// # Errors
     /// As [`ArtifactStore::materialize`].
-    pub fn link_read_only(&self, artifact: &Artifact, dest: &Path) -> Result<(), CacheError> {
+    pub fn link_read_only(&self, artifact: &Artifact, dest: &Path) -> Result<Lent, CacheError> {
+        // Stamped before it is verified: a change meanwhile shows in one or the other.
+        let stamps = self
+            .objects_of(artifact)?
+            .into_iter()
+            .map(|digest| Ok((digest, self.stamp(&digest)?)))
+            .collect::<Result<_, CacheError>>()?;
         self.verify(artifact)?;
-        self.place(artifact, dest, Placement::Link)
+        self.place(artifact, dest, Placement::Link)?;
+        Ok(Lent { stamps })
+    }
+
+    /// The file objects that an artifact consists of.
+    fn objects_of(&self, artifact: &Artifact) -> Result<Vec<Digest>, CacheError> {
+        Ok(match artifact.kind {
+            ArtifactKind::File => vec![artifact.digest],
+            ArtifactKind::Tree => {
+                let entries = self.tree(&artifact.digest)?.entries;
+                entries.into_iter().map(|entry| entry.digest).collect()
+            }
+        })
+    }
+
+    fn stamp(&self, digest: &Digest) -> Result<Stamp, CacheError> {
+        let path = self.object_path(digest);
+        let meta = std::fs::metadata(&path).map_err(|e| self.lookup_error(digest, &path, e))?;
+        Ok(Stamp {
+            size: meta.len(),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+        })
     }
 
     fn place(&self, artifact: &Artifact, dest: &Path, how: Placement) -> Result<(), CacheError> {
@@ -273,6 +301,34 @@ impl ArtifactStore {
             digest: *digest,
             path,
         }
+    }
+}
+
+/// What a write to an object changes, and another link to it does not.
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    size: u64,
+    mtime: (i64, i64),
+}
+
+/// Objects that were lent to somebody as hard links, which root can write through.
+#[derive(Debug)]
+pub struct Lent {
+    stamps: Vec<(Digest, Stamp)>,
+}
+
+impl Lent {
+    /// Verifies what was written to meanwhile.
+    ///
+    /// # Errors
+    /// [`CacheError::Damaged`] or [`CacheError::Missing`].
+    pub fn check(&self, store: &ArtifactStore) -> Result<(), CacheError> {
+        for (digest, stamp) in &self.stamps {
+            if store.stamp(digest)? != *stamp {
+                store.verify_object(digest)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -443,6 +499,22 @@ mod tests {
             let again = store.read(&artifact.digest).unwrap_err();
             assert!(matches!(again, CacheError::Missing { .. }));
         }
+    }
+
+    #[test]
+    fn a_write_through_a_link_is_noticed_and_another_link_is_not() {
+        let (dir, store) = store();
+        let artifact = store.put_bytes(b"0123456789").unwrap();
+        let lend = |name: &str| store.link_read_only(&artifact, &dir.path().join(name));
+        let first = lend("first").unwrap();
+        lend("second").unwrap();
+        first.check(&store).unwrap();
+        let path = dir.path().join("first");
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        std::fs::write(&path, b"0123456780").unwrap();
+        let error = first.check(&store).unwrap_err();
+        assert!(matches!(error, CacheError::Damaged { .. }), "{error}");
+        assert!(!store.contains(&artifact));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use flowrun_cache::Digest;
 use serde::{Deserialize, Serialize};
@@ -235,6 +235,37 @@ pub fn new_run_id(now: SystemTime) -> String {
     format!("{}-{}-{part:04x}", &digits[..8], &digits[8..14])
 }
 
+/// A run id that sorts after `newest`, also when the clock was set back.
+#[must_use]
+pub fn next_run_id(now: SystemTime, newest: Option<&str>) -> String {
+    let id = new_run_id(now);
+    match newest.filter(|newest| **newest >= *id).and_then(successor) {
+        Some(later) => later,
+        None => id,
+    }
+}
+
+/// The smallest run id after this one; `None` when it is none.
+fn successor(id: &str) -> Option<String> {
+    let (second, part) = id.rsplit_once('-')?;
+    let part = u16::from_str_radix(part, 16).ok()?;
+    if let Some(part) = part.checked_add(1) {
+        return Some(format!("{second}-{part:04x}"));
+    }
+    let at = |range| second.get(range);
+    let text = format!(
+        "{}-{}-{}T{}:{}:{}Z",
+        at(0..4)?,
+        at(4..6)?,
+        at(6..8)?,
+        at(9..11)?,
+        at(11..13)?,
+        at(13..15)?
+    );
+    let time = humantime::parse_rfc3339(&text).ok()?;
+    Some(new_run_id(time + Duration::from_secs(1)))
+}
+
 /// The time as text, UTC, RFC 3339 with milliseconds.
 #[must_use]
 pub fn timestamp(now: SystemTime) -> String {
@@ -268,7 +299,6 @@ pub(crate) fn file_name(text: &str, max: usize) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::time::Duration;
 
     use super::*;
 
@@ -354,6 +384,17 @@ mod tests {
         assert_eq!(at(1_795_515_300_500), "20261124-101500-8000");
         assert!(at(1_795_515_300_998) < at(1_795_515_300_999));
         assert!(at(1_795_515_300_999) < at(1_795_515_301_000));
+    }
+
+    #[test]
+    fn a_run_id_sorts_after_the_newest_although_the_clock_was_set_back() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_515_300_500);
+        let next = |newest| next_run_id(now, newest);
+        assert_eq!(next(None), "20261124-101500-8000");
+        assert_eq!(next(Some("20261124-101459-ffff")), next(None));
+        assert_eq!(next(Some("20261124-101500-8000")), "20261124-101500-8001");
+        assert_eq!(next(Some("20271231-235959-ffff")), "20280101-000000-0000");
+        assert_eq!(next(Some("not-a-run")), next(None));
     }
 
     #[test]

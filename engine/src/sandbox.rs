@@ -107,7 +107,7 @@ impl Sandbox<'_> {
         });
         if stopped.is_some() {
             signal(child, Signal::SIGTERM);
-            let _: Option<()> = ended_within(child, Some(GRACE), || None);
+            ended_within(child, Some(GRACE), || cancel.is_killed().then_some(()));
         }
         // The leader was not reaped yet, so its group's number is still its own.
         signal(child, Signal::SIGKILL);
@@ -332,6 +332,23 @@ mod tests {
         thread.join().unwrap();
         let kind = result.unwrap_err().kind;
         assert_eq!(kind, crate::step::StepErrorKind::Cancelled);
+    }
+
+    #[test]
+    fn a_second_wish_to_stop_leaves_no_time_to_clean_up() {
+        let cancel = Cancel::default();
+        let soon = cancel.clone();
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            soon.kill();
+        });
+        let script = "trap 'sleep 1.9; echo > cleaned' TERM; sleep 100 & echo $! > bg; wait";
+        let (result, _, dir) = run(script, None, &cancel);
+        thread.join().unwrap();
+        assert!(result.is_err() && !dir.path().join("cleaned").exists());
+        assert!(is_gone(
+            &std::fs::read_to_string(dir.path().join("bg")).unwrap()
+        ));
     }
 
     #[test]

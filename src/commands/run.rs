@@ -1,6 +1,8 @@
 //! `flowrun [PIPELINE]`.
 
+use std::io::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
 use flowrun_engine::run::{RunError, RunOptions, RunSummary, run as run_pipeline};
@@ -71,13 +73,17 @@ async fn drive(
     summary
 }
 
-/// The first signal asks the steps to stop, the second ends the program.
-#[allow(clippy::print_stderr, clippy::exit)]
+/// How long killed commands have to be gone once the second signal came.
+const LAST_MOMENT: Duration = Duration::from_secs(1);
+
+/// The first signal asks the steps to stop, the second kills them and ends the program.
+#[allow(clippy::exit)]
 async fn stop_on_signal(cancel: Cancel) {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) = (
+    let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hang_up)) = (
         signal(SignalKind::interrupt()),
         signal(SignalKind::terminate()),
+        signal(SignalKind::hangup()),
     ) else {
         return;
     };
@@ -85,11 +91,19 @@ async fn stop_on_signal(cancel: Cancel) {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
+            _ = hang_up.recv() => {}
         }
         if cancel.is_cancelled() {
+            cancel.kill();
+            // Commands are gone in a moment; a step inside this process may not listen.
+            tokio::time::sleep(LAST_MOMENT).await;
             std::process::exit(Exit::Interrupted as i32);
         }
-        eprintln!("stopping; what finished is kept. Once more to stop at once");
+        // Standard error may be gone with the terminal.
+        let _ = writeln!(
+            std::io::stderr(),
+            "stopping; what finished is kept. Once more to stop at once"
+        );
         cancel.cancel();
     }
 }

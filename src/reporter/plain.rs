@@ -1,6 +1,7 @@
 //! Plain lines on stderr, for pipes and logs.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use flowrun_engine::event::{RunEvent, StepStatus};
@@ -29,7 +30,6 @@ impl PlainReporter {
         }
     }
 
-    #[allow(clippy::print_stderr)]
     pub(super) fn show(&mut self, event: &RunEvent) {
         self.table.fold(event);
         let line = match event {
@@ -73,12 +73,12 @@ impl PlainReporter {
             _ => None,
         };
         if let Some(line) = line.filter(|_| !self.quiet) {
-            eprintln!("{}", line.trim_end());
+            say(line.trim_end());
         }
         match event {
             RunEvent::Warning { step, text } => {
                 let step = step.as_ref().map(|s| format!("{s}: ")).unwrap_or_default();
-                eprintln!("warning: {step}{text}");
+                say(&format!("warning: {step}{text}"));
             }
             RunEvent::StepFinished {
                 step,
@@ -87,13 +87,18 @@ impl PlainReporter {
                 help,
                 ..
             } => {
-                eprintln!("error: {step}: {why}");
+                say(&format!("error: {step}: {why}"));
                 if let Some(help) = help {
-                    eprintln!("  help: {help}");
+                    say(&format!("  help: {help}"));
                 }
             }
-            RunEvent::RunFinished { .. } if !self.quiet => eprint!("{}", self.table.render()),
+            RunEvent::RunFinished { .. } if !self.quiet => say(self.table.render().trim_end()),
             _ => {}
         }
     }
+}
+
+/// One line on stderr. A terminal that went away does not stop the run.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

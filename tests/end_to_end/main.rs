@@ -5,6 +5,8 @@ mod data;
 mod deployed;
 mod distil;
 mod docs;
+mod faults;
+mod hostile;
 mod killed;
 mod project;
 mod shell;

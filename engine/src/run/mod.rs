@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use flowrun_cache::{Cache, CacheError};
+use flowrun_cache::{Cache, CacheError, CacheReader};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 pub use self::room::Capacity;
@@ -34,7 +34,7 @@ use crate::event::RunEvent;
 pub use crate::expansion::Expressions;
 use crate::expansion::kind_of;
 use crate::pipeline::Pipeline;
-use crate::record::{PLAN_VERSION, PlanStep, RunPlan, RunRecorder, new_run_id, timestamp};
+use crate::record::{PLAN_VERSION, PlanStep, RunPlan, RunRecorder, next_run_id, timestamp};
 use crate::step::{Cancel, StepError, StepSummary, World};
 
 /// Events written at once, when they come faster than they can be written.
@@ -146,7 +146,9 @@ pub async fn run(
     let started = Instant::now();
     let now = SystemTime::now();
     let selection = Selection::of(&pipeline, &options)?;
-    let run_id = new_run_id(now);
+    let earlier = CacheReader::open(cache.dir()).runs();
+    let newest = earlier.first().and_then(|dir| dir.file_name()?.to_str());
+    let run_id = next_run_id(now, newest);
     let run_dir = cache.new_run_dir(&run_id)?;
     let record_error = |source| RunError::Record {
         path: run_dir.clone(),

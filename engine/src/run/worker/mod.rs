@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
-use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Scratch};
+use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, Scratch};
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -54,6 +54,16 @@ pub(super) struct Worker {
     pub(super) cancel: Cancel,
     expressions: Expressions,
     mask: Mask,
+}
+
+/// Inputs by port, where a step finds them.
+type Placed = BTreeMap<String, Vec<InputArtifact>>;
+
+/// An input that a step has.
+struct Loan {
+    port: String,
+    artifact: Artifact,
+    lent: Lent,
 }
 
 /// What a lookup gave.
@@ -275,14 +285,13 @@ impl Worker {
         let scratch = self.cache.scratch().map_err(cache_error)?;
         let reporter: Arc<dyn StepReporter> = Arc::new(self.reporter(&request.id));
         let out_dir = folder(scratch.path(), "out")?;
-        let inputs = self.link_inputs(keyed, &folder(scratch.path(), "in")?)?;
+        let (inputs, loans) = self.link_inputs(keyed, &folder(scratch.path(), "in")?)?;
         let cancel = self.cancel.child();
         let resume_path = self.cache.partial_path(&keyed.key);
         let outcome = match &request.node.action {
-            Action::Run(_) => {
-                self.run_command(request, inputs, &scratch, &cancel, &reporter)?;
-                StepOutcome::default()
-            }
+            Action::Run(_) => self
+                .run_command(request, inputs, &scratch, &cancel, &reporter)
+                .map(|()| StepOutcome::default()),
             Action::Uses(step) => {
                 let ctx = StepContext {
                     step: request.id.clone(),
@@ -298,9 +307,12 @@ impl Worker {
                     reporter,
                     cancel,
                 };
-                self.run_step(step.as_ref(), &ctx, request.node.timeout)?
+                self.run_step(step.as_ref(), &ctx, request.node.timeout)
             }
         };
+        // First of all: a failure may come of an input that somebody spoilt.
+        self.check_lent(&loans)?;
+        let outcome = outcome?;
         let outputs = self.store_outputs(request, &out_dir, &outcome)?;
         let result = ActionResult {
             version: ACTION_VERSION,
@@ -344,7 +356,7 @@ impl Worker {
     fn run_command(
         &self,
         request: &ActionRequest,
-        inputs: BTreeMap<String, Vec<InputArtifact>>,
+        inputs: Placed,
         scratch: &Scratch,
         cancel: &Cancel,
         reporter: &Arc<dyn StepReporter>,
@@ -386,12 +398,9 @@ impl Worker {
     }
 
     /// Places inputs under `in/<port>`: a list becomes a folder of numbered entries.
-    fn link_inputs(
-        &self,
-        keyed: &Keyed,
-        in_dir: &Path,
-    ) -> Result<BTreeMap<String, Vec<InputArtifact>>, Trouble> {
+    fn link_inputs(&self, keyed: &Keyed, in_dir: &Path) -> Result<(Placed, Vec<Loan>), Trouble> {
         let mut all = BTreeMap::new();
+        let mut loans = Vec::new();
         for (port, inputs) in &keyed.inputs {
             let place = in_dir.join(port);
             if inputs.list {
@@ -404,10 +413,15 @@ impl Worker {
                 } else {
                     place.clone()
                 };
-                self.cache
-                    .store()
+                let store = self.cache.store();
+                let lent = store
                     .link_read_only(artifact, &path)
                     .map_err(|e| broken_or_failed(e, artifact))?;
+                loans.push(Loan {
+                    port: port.clone(),
+                    artifact: artifact.clone(),
+                    lent,
+                });
                 linked.push(InputArtifact {
                     path,
                     digest: artifact.digest,
@@ -416,7 +430,22 @@ impl Worker {
             }
             all.insert(port.clone(), linked);
         }
-        Ok(all)
+        Ok((all, loans))
+    }
+
+    /// Nobody wrote to the inputs meanwhile: not this step, nor another that has them too.
+    fn check_lent(&self, loans: &[Loan]) -> Result<(), Trouble> {
+        for loan in loans {
+            if let Err(error) = loan.lent.check(self.cache.store()) {
+                let port = &loan.port;
+                let text = format!("the input `{port}` was changed while the step ran");
+                let mut trouble = broken_or_failed(error, &loan.artifact);
+                trouble.error = StepError::failed(text)
+                    .help("inputs are read-only: a command that changes a file copies it first");
+                return Err(trouble);
+            }
+        }
+        Ok(())
     }
 
     /// What follows a result, ran or cached: gates, then the project tree and the run's report.

@@ -1,0 +1,628 @@
+//! Kills at random moments, damaged files, full and read-only disks, many runs
+//! at once, a clock that goes back: never a wrong result, nothing finished is lost.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::project::{Project, Run};
+
+const RUN: &[&str] = &["pipeline.yaml", "--json", "-j", "3"];
+
+/// Files, a folder, a fan-out, a large output, published results; some 20 actions.
+const PIPELINE: &str = r#"
+name: faults
+steps:
+  strip:
+    run: sleep 0.01; grep -v '^#' "$words" > "$out"
+    in: { words: { file: words.txt } }
+    out: { out: out.txt }
+  each:
+    foreach: { n: [1, 2, 3, 4, 5, 6, 7, 8] }
+    run: for i in 1 2 3; do cat "$words"; echo "$N $i"; sleep 0.005; done > "$out"
+    in: { words: strip.out }
+    env: { N: "${{ item.n }}" }
+    out: { out: out.txt }
+  tree:
+    run: mkdir -p "$out/sub"; for i in 1 2 3 4; do cp "$words" "$out/sub/$i"; sleep 0.005; done
+    in: { words: strip.out }
+    out: { out: folder }
+  big:
+    run: seq 200000 > "$out"; cat "$words" >> "$out"
+    in: { words: strip.out }
+    out: { out: out.txt }
+  copies:
+    foreach: { n: [1, 2, 3, 4] }
+    run: cat $(ls -d "$parts"/*) > "$out"; cat "$tree/sub/$N" >> "$out"; sleep 0.01
+    in: { parts: each.out, tree: tree.out }
+    env: { N: "${{ item.n }}" }
+    out: { out: out.txt }
+  all:
+    run: cat "$copies"/* "$big" > "$out"; wc -l < "$out" > "$count"
+    in: { copies: copies.out, big: big.out }
+    out: { out: all.txt, count: count.txt }
+    publish: { out: results/all.txt, count: results/count.txt }
+"#;
+
+fn project() -> Project {
+    let project = Project::new();
+    project.write("pipeline.yaml", PIPELINE);
+    project.write("words.txt", "# fruit\napple\npear\nplum\n");
+    project
+}
+
+/// Digest of every output of every step, by step and port.
+fn digests(run: &Run) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    for event in run.events() {
+        if event["event"] != "step_finished" {
+            continue;
+        }
+        for (port, output) in event["outputs"].as_object().unwrap() {
+            let name = format!("{}.{port}", event["step"].as_str().unwrap());
+            all.insert(name, output["digest"].as_str().unwrap().to_owned());
+        }
+    }
+    all
+}
+
+/// Keys of the steps that a run ran.
+fn ran_keys(run: &Run) -> BTreeSet<String> {
+    run.events()
+        .iter()
+        .filter(|e| e["event"] == "step_finished" && e["status"] == "ran")
+        .map(|e| e["key"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(files_below(&path));
+        } else {
+            files.push(path);
+        }
+    }
+    files.sort();
+    files
+}
+
+/// Keys of all results that are recorded.
+fn recorded(project: &Project) -> BTreeSet<String> {
+    files_below(&project.path(".flowrun/actions"))
+        .iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "json"))
+        .map(|path| {
+            let folder = path.parent().unwrap().file_name().unwrap();
+            format!(
+                "{}{}",
+                folder.to_string_lossy(),
+                path.file_stem().unwrap().to_string_lossy()
+            )
+        })
+        .collect()
+}
+
+fn spawn(project: &Project, args: &[&str]) -> Child {
+    let mut command = project.command(args);
+    // A group of its own, so that a test can kill the lot.
+    command.process_group(0);
+    command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+fn signal(name: &str, pid: &str) {
+    // It may have ended meanwhile.
+    let _ = Command::new("kill")
+        .args([name, "--", pid])
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+}
+
+/// Numbers that differ from run to run; printed, so that a failure can be repeated.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let seed = std::env::var("FLOWRUN_FAULT_SEED").map_or_else(
+            |_| u64::from(std::process::id()) << 20 ^ Instant::now().elapsed().as_nanos() as u64,
+            |text| text.parse().unwrap(),
+        );
+        println!("FLOWRUN_FAULT_SEED={seed}");
+        Self(seed | 1)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n.max(1)
+    }
+}
+
+fn count(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap())
+}
+
+#[test]
+fn killed_at_random_moments_nothing_recorded_runs_again_and_every_digest_is_right() {
+    let whole = project();
+    let started = Instant::now();
+    let expected = digests(&whole.run(RUN).ok());
+    let length = started.elapsed().as_millis() as u64;
+    let mut random = Random::new();
+    let (rounds, mut kills) = (count("FLOWRUN_KILLS", 6), 0);
+    let mut kept = 0;
+    while kills < rounds {
+        let project = project();
+        // A run is killed again and again until one gets through.
+        loop {
+            let before = recorded(&project);
+            let mut child = spawn(&project, RUN);
+            std::thread::sleep(Duration::from_millis(random.below(length + length / 8)));
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success(), "{status}");
+                break;
+            }
+            signal("-KILL", &child.id().to_string());
+            let cut = child.wait_with_output().unwrap();
+            kills += 1;
+            let text = String::from_utf8(cut.stdout).unwrap();
+            for line in text.lines().filter(|l| l.contains("\"status\":\"ran\"")) {
+                let event: serde_json::Value = serde_json::from_str(line).unwrap();
+                let key = event["key"].as_str().unwrap();
+                assert!(!before.contains(key), "ran again: {line}");
+            }
+            if kills >= rounds {
+                break;
+            }
+        }
+        let before = recorded(&project);
+        kept += before.len();
+        let last = project.run(RUN).ok();
+        let again: Vec<_> = ran_keys(&last).intersection(&before).cloned().collect();
+        assert!(again.is_empty(), "recorded, and ran again: {again:?}");
+        assert_eq!(digests(&last), expected);
+        assert_eq!(
+            project.read("results/all.txt"),
+            whole.read("results/all.txt")
+        );
+        assert!(project.run(RUN).ok().steps("ran").is_empty());
+    }
+    println!("{kills} kills, {kept} recorded results kept");
+}
+
+/// Damages a file in one of the ways that disks and interrupted copies do.
+fn damage(path: &Path, how: u64, random: &mut Random) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let at = random.below(bytes.len() as u64) as usize;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    match how {
+        0 => bytes.truncate(at),
+        1 => {
+            if let Some(byte) = bytes.get_mut(at) {
+                *byte ^= 1 << random.below(8);
+            }
+        }
+        // A torn write: the right length, the tail all zeros.
+        2 => bytes[at..].fill(0),
+        3 => bytes.clear(),
+        _ => {
+            std::fs::remove_file(path).unwrap();
+            return;
+        }
+    }
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn damaged_files_of_the_cache_are_never_believed() {
+    let whole = project();
+    let expected = digests(&whole.run(RUN).ok());
+    whole.run(RUN).ok();
+    let mut random = Random::new();
+    let kinds = [
+        "objects",
+        "actions",
+        "index.sled",
+        "index.closed",
+        "runs",
+        "lock",
+        "last-pipeline",
+        "CACHEDIR.TAG",
+    ];
+    for round in 0..count("FLOWRUN_DAMAGES", 2) {
+        for kind in kinds {
+            for how in 0..5 {
+                let files: Vec<PathBuf> = match whole.path(".flowrun").join(kind) {
+                    path if path.is_file() => vec![path],
+                    path => files_below(&path),
+                };
+                if files.is_empty() {
+                    continue;
+                }
+                let path = &files[random.below(files.len() as u64) as usize];
+                damage(path, how, &mut random);
+                // A change at the end makes something read what was damaged.
+                whole.write(
+                    "words.txt",
+                    &format!("# fruit {kind} {round} {how}\napple\npear\nplum\n"),
+                );
+                std::fs::remove_dir_all(whole.path("results")).unwrap();
+                let run = whole.run(RUN).ok();
+                assert_eq!(digests(&run), expected, "{} {how}", path.display());
+            }
+        }
+    }
+    // Whatever is left is whole: a clean cache makes the same.
+    for args in [&["--force"][..], &["--from", "strip"]] {
+        let run = whole.run(&[RUN, args].concat()).ok();
+        assert_eq!(digests(&run), expected);
+    }
+}
+
+#[test]
+fn an_index_that_would_make_sled_spin_or_panic_never_reaches_it() {
+    let project = project();
+    project.run(RUN).ok();
+    // A settled file gets into the index.
+    let old = std::time::SystemTime::now() - Duration::from_secs(60);
+    std::fs::File::open(project.path("words.txt"))
+        .unwrap()
+        .set_modified(old)
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(2100));
+    project.run(RUN).ok();
+    let db = project.path(".flowrun/index.sled/db");
+    let whole = std::fs::read(&db).unwrap();
+    let mut warned = 0;
+    for eighth in 0..8 {
+        let at = whole.len() * eighth / 8;
+        let mut bytes = whole.clone();
+        if eighth % 2 == 0 {
+            bytes.truncate(at);
+        } else {
+            bytes[at] ^= 0x55;
+        }
+        std::fs::write(&db, bytes).unwrap();
+        let run = project.run(&["pipeline.yaml", "--json", "--force"]).ok();
+        warned += usize::from(run.stdout.contains("index was not closed cleanly"));
+    }
+    assert!(warned >= 7, "{warned} of 8 were noticed");
+    std::fs::remove_dir_all(project.path(".flowrun/index.sled")).unwrap();
+    project.write(".flowrun/index.sled", "not even a folder");
+    assert_eq!(project.run(RUN).ok().steps("ran"), Vec::<String>::new());
+}
+
+/// A small file system of its own; none without the right to mount.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn tmpfs(at: &Path, options: &str) -> Option<Self> {
+        std::fs::create_dir_all(at).unwrap();
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "flowrun-test"])
+            .arg(at)
+            .stderr(Stdio::null())
+            .status();
+        let mounted = status.is_ok_and(|s| s.success());
+        if !mounted {
+            println!("skipped: no right to mount a file system here");
+        }
+        mounted.then(|| Self(at.to_owned()))
+    }
+
+    fn remount(&self, options: &str) {
+        let status = Command::new("mount")
+            .args(["-o", &format!("remount,{options}")])
+            .arg(&self.0)
+            .status();
+        assert!(status.unwrap().success());
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_and_leaves_the_cache_valid() {
+    let whole = project();
+    let expected = digests(&whole.run(RUN).ok());
+    let project = project();
+    let Some(mount) = Mount::tmpfs(&project.path(".flowrun"), "size=64k") else {
+        return;
+    };
+    let mut told = 0;
+    // Each size lets the run get a little further.
+    for size in [16, 64, 128, 256, 512, 1024, 2048, 3072] {
+        mount.remount(&format!("size={size}k"));
+        let before = recorded(&project);
+        let run = project.run(RUN);
+        assert!(ran_keys(&run).is_disjoint(&before), "{size}k");
+        match run.code {
+            Some(0) => assert_eq!(digests(&run), expected),
+            Some(4 | 6) => {
+                let said = run.stdout.to_lowercase() + &run.stderr.to_lowercase();
+                assert!(
+                    said.contains("no space left"),
+                    "{size}k: {}\n{}",
+                    run.stdout,
+                    run.stderr
+                );
+                told += 1;
+            }
+            other => panic!("{size}k: {other:?} {}\n{}", run.stdout, run.stderr),
+        }
+        assert!(!run.stderr.contains("panicked"), "{}", run.stderr);
+    }
+    assert!(told >= 3, "{told}");
+    mount.remount("size=64m");
+    assert_eq!(digests(&project.run(RUN).ok()), expected);
+    assert!(project.run(RUN).ok().steps("ran").is_empty());
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_is_told_and_can_be_read() {
+    let project = project();
+    let Some(mount) = Mount::tmpfs(&project.path(".flowrun"), "size=64m") else {
+        return;
+    };
+    project.run(RUN).ok();
+    mount.remount("ro");
+    let run = project.run(RUN);
+    assert_eq!(run.code, Some(6), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("cannot be written") && run.stderr.contains("--cache-dir"),
+        "{}",
+        run.stderr
+    );
+    let plan = project.run(&["plan", "pipeline.yaml"]).ok();
+    assert!(plan.stdout.contains("nothing to do"), "{}", plan.stdout);
+    assert!(project.run(&["runs"]).ok().stdout.contains("faults"));
+    project.run(&["show"]).ok();
+}
+
+#[test]
+fn eight_runs_at_once_on_one_cache_run_each_step_once() {
+    let project = project();
+    project.write(
+        "other.yaml",
+        &PIPELINE.replace("name: faults", "name: other"),
+    );
+    let children: Vec<Child> = (0..8)
+        .map(|i| {
+            let file = ["pipeline.yaml", "other.yaml"][i % 2];
+            spawn(&project, &[file, "--json"])
+        })
+        .collect();
+    let runs: Vec<Run> = children
+        .into_iter()
+        .map(|child| Run::of(child.wait_with_output().unwrap()).ok())
+        .collect();
+    let expected = digests(&runs[0]);
+    let mut ran = BTreeSet::new();
+    for run in &runs {
+        assert_eq!(digests(run), expected);
+        for key in ran_keys(run) {
+            assert!(ran.insert(key), "a step ran twice");
+        }
+    }
+    assert_eq!(
+        project.run(&["runs"]).ok().stdout.lines().count(),
+        8,
+        "each has a record of its own"
+    );
+}
+
+#[test]
+fn a_clock_set_back_or_forward_changes_no_result() {
+    let project = project();
+    let expected = digests(&project.run(RUN).ok());
+    let hours = Duration::from_secs(3600 * 100_000);
+    for time in [
+        std::time::SystemTime::now() + hours,
+        std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1),
+    ] {
+        for path in [project.path("words.txt"), project.path("results/all.txt")] {
+            std::fs::File::options()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .set_modified(time)
+                .unwrap();
+        }
+        let run = project.run(RUN).ok();
+        assert!(run.steps("ran").is_empty());
+        assert_eq!(digests(&run), expected);
+        // The same length at the same time: only the bytes tell.
+        let at = |text: &str| {
+            project.write("words.txt", text);
+            std::fs::File::options()
+                .write(true)
+                .open(project.path("words.txt"))
+                .unwrap()
+                .set_modified(time)
+                .unwrap();
+            project.run(RUN).ok()
+        };
+        let other = at("# fruit\nApple\npear\nplum\n");
+        assert_ne!(digests(&other), expected);
+        assert_eq!(digests(&at("# fruit\napple\npear\nplum\n")), expected);
+    }
+    // The newest run came from a clock that is ahead: the next one still sorts after it.
+    let runs = project.path(".flowrun/runs");
+    std::fs::create_dir_all(runs.join("20991231-235959-ffff/logs")).unwrap();
+    let id = |run: &Run| run.events()[0]["run"].as_str().unwrap().to_owned();
+    let (first, second) = (id(&project.run(RUN).ok()), id(&project.run(RUN).ok()));
+    assert!(
+        *"20991231-235959-ffff" < *first && first < second,
+        "{first} {second}"
+    );
+}
+
+#[test]
+fn what_was_tampered_with_deleted_or_put_back_is_right_again() {
+    let project = project();
+    let first = project.run(RUN).ok();
+    let expected = digests(&first);
+    let right = project.read("results/count.txt");
+    // The same length and time as before.
+    let path = project.path("results/count.txt");
+    let time = std::fs::metadata(&path).unwrap().modified().unwrap();
+    let wrong: String = right
+        .chars()
+        .map(|c| if c.is_ascii_digit() { '7' } else { c })
+        .collect();
+    std::fs::write(&path, &wrong).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_modified(time)
+        .unwrap();
+    assert!(project.run(RUN).ok().steps("ran").is_empty());
+    assert_eq!(project.read("results/count.txt"), right);
+    // A, B, A: what A made is still there.
+    project.edit("words.txt", "apple", "quince");
+    assert_ne!(digests(&project.run(RUN).ok()), expected);
+    project.edit("words.txt", "quince", "apple");
+    let back = project.run(RUN).ok();
+    assert!(back.steps("ran").is_empty());
+    assert_eq!(
+        (digests(&back), project.read("results/count.txt")),
+        (expected.clone(), right)
+    );
+    // An intermediate result is gone: it alone is made again.
+    let strip = expected["strip.out"].clone();
+    let object = project
+        .path(".flowrun/objects")
+        .join(&strip[..2])
+        .join(&strip[2..]);
+    std::fs::remove_file(object).unwrap();
+    let mended = project.run(RUN).ok();
+    assert_eq!(mended.steps("ran"), ["strip"]);
+    assert_eq!(digests(&mended), expected);
+    // Touched, the same bytes: nothing to do.
+    project.write("words.txt", &project.read("words.txt"));
+    assert!(project.run(RUN).ok().steps("ran").is_empty());
+}
+
+/// A quick step, then one that starts a process of its own and takes long to clean up.
+const STUBBORN: &str = r#"
+name: stubborn
+steps:
+  quick:
+    run: echo done > "$out"
+    out: { out: out.txt }
+  stubborn:
+    run: |
+      trap 'echo > "$DIR/asked"; sleep 1.9; echo > "$DIR/cleaned"; exit' TERM
+      sleep 1000 & echo $! > "$DIR/pid"
+      cat "$text"; while :; do sleep 0.1; done
+    in: { text: quick.out }
+    env: { DIR: DIR_NAME }
+    out: { out: out.txt }
+"#;
+
+fn is_gone(pid: &str) -> bool {
+    (0..400).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+        stat.map_or(true, |stat| stat.contains(") Z "))
+    })
+}
+
+fn wait_for(path: &Path) -> String {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        if text.ends_with('\n') {
+            return text;
+        }
+        assert!(Instant::now() < deadline, "no {}", path.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn stopped_by(name: &str, times: usize) {
+    let project = Project::new();
+    let here = project.path("").display().to_string();
+    let text = STUBBORN.replace("DIR_NAME", here.trim_end_matches('/'));
+    project.write("pipeline.yaml", &text);
+    let child = spawn(&project, &["pipeline.yaml", "--json"]);
+    let pid = wait_for(&project.path("pid"));
+    signal(name, &child.id().to_string());
+    if times == 2 {
+        wait_for(&project.path("asked"));
+        signal(name, &child.id().to_string());
+    }
+    let ended = Run::of(child.wait_with_output().unwrap());
+    let said = format!("{name} {times}: {}\n{}", ended.stdout, ended.stderr);
+    assert_eq!(ended.code, Some(130), "{said}");
+    assert!(is_gone(&pid), "{said}");
+    assert_eq!(ended.steps("ran"), ["quick"], "{said}");
+    assert!(times == 1 || !project.path("cleaned").exists(), "{said}");
+    project.edit(
+        "pipeline.yaml",
+        "while :; do sleep 0.1; done",
+        "echo > $out",
+    );
+    let next = project.run(&["pipeline.yaml", "--json"]).ok();
+    assert_eq!(next.steps("cached"), ["quick"]);
+}
+
+#[test]
+fn one_signal_or_two_stop_the_whole_process_group_and_keep_what_finished() {
+    std::thread::scope(|scope| {
+        for name in ["-INT", "-TERM", "-HUP"] {
+            for times in [1, 2] {
+                scope.spawn(move || stopped_by(name, times));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_command_that_writes_into_its_input_spoils_no_result() {
+    let project = Project::new();
+    project.write(
+        "pipeline.yaml",
+        r#"
+name: rude
+steps:
+  make:
+    run: echo right > "$out"
+    out: { out: out.txt }
+  rude:
+    run: chmod u+w "$text"; echo wrong > "$text"; cp "$text" "$out"
+    in: { text: make.out }
+    out: { out: out.txt }
+  polite:
+    run: sleep 0.2; cp "$text" "$out"
+    in: { text: make.out }
+    out: { out: out.txt }
+    publish: { out: result.txt }
+"#,
+    );
+    let run = project.run(&["pipeline.yaml", "--json", "--keep-going", "-j", "2"]);
+    assert_eq!(run.code, Some(4), "{}\n{}", run.stdout, run.stderr);
+    assert!(
+        run.stdout
+            .contains("the input `text` was changed while the step ran"),
+        "{}",
+        run.stdout
+    );
+    assert_eq!(project.read("result.txt"), "right\n");
+}
