@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::project::{Project, Run};
 
+/// A command that a kill leaves behind ends with the project's folder.
 const SLOW: &str = "\
 name: slow
 steps:
@@ -12,7 +13,7 @@ steps:
     run: echo done > \"$out\"
     out: { out: out.txt }
   slow:
-    run: cat \"$text\" > \"$out\"; while [ ! -e \"$GO\" ]; do sleep 0.05; done; echo end >> \"$out\"
+    run: cat \"$text\" > \"$out\"; while [ ! -e \"$GO\" ] && [ -d \"${GO%/*}\" ]; do sleep 0.05; done; echo end >> \"$out\"
     in: { text: quick.out }
     out: { out: out.txt }
     env: { GO: GO_FILE }
