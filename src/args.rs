@@ -2,8 +2,13 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
+use flowrun_engine::{parse_bytes, parse_duration};
+
+use crate::completion;
 
 /// Runs a pipeline: a YAML file whose steps form a graph.
 ///
@@ -27,10 +32,11 @@ pub(crate) enum Command {
     /// Check a pipeline, run nothing.
     Check(Select),
     /// Show what a run would do, and why.
-    Plan(Select),
+    Plan(PlanArgs),
     /// Show why a step would run.
     Why {
         /// Step, or one of its items (`evaluate[epoch-2]`).
+        #[arg(add = candidates(completion::steps))]
         step: String,
         #[command(flatten)]
         select: Select,
@@ -38,30 +44,77 @@ pub(crate) enum Command {
     /// Draw the graph of a pipeline.
     Graph(GraphArgs),
     /// List the runs in the cache, newest first.
-    Runs,
+    Runs {
+        /// Show so many; all when 0.
+        #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+        limit: usize,
+    },
     /// Show a run, or one of its steps with its log.
     Show {
-        /// Run id; the newest when left out.
+        /// Run: its id, the beginning or end of it, `last`, or `last~1` for the one before.
+        #[arg(add = candidates(completion::runs))]
         run: Option<String>,
-        /// Step id.
+        /// Step id (`evaluate[epoch-2]`). A step id alone means the last run.
+        #[arg(add = candidates(completion::steps))]
         step: Option<String>,
     },
+    /// Show what differs between two runs: params, keys, metrics, outputs.
+    Diff {
+        /// The run to compare with; the one before the last when left out.
+        #[arg(add = candidates(completion::runs))]
+        old: Option<String>,
+        /// The run to compare; the last one when left out.
+        #[arg(add = candidates(completion::runs))]
+        new: Option<String>,
+    },
+    /// Open the report of a run in the browser; print its path.
+    Open {
+        /// Run; the last one with a report when left out.
+        #[arg(add = candidates(completion::runs))]
+        run: Option<String>,
+    },
+    /// Show where an artifact comes from: which steps, runs and inputs made it, up to the sources.
+    Lineage {
+        /// A file, the beginning of a digest, or an output: `step.output`, `step[item].output`.
+        artifact: String,
+        /// Look in this run; the last one that has the artifact when left out.
+        #[arg(long, add = candidates(completion::runs))]
+        run: Option<String>,
+    },
+    /// Look after the cache: what it holds, damage, garbage, moving runs.
+    #[command(subcommand)]
+    Cache(CacheCommand),
+    /// Write a new pipeline for your own labelled texts.
+    Init(InitArgs),
+    /// Check what this machine lacks to run a pipeline.
+    Doctor(DoctorArgs),
     /// List the step kinds, or describe one.
     Steps {
         /// Step kind.
+        #[arg(add = candidates(completion::kinds))]
         kind: Option<String>,
     },
-    /// Print the JSON Schema of pipelines, or of a step kind's `with`.
+    /// Print the JSON Schema of pipelines, of a step kind's `with`, or of events.
     Schema {
         /// Step kind.
+        #[arg(add = candidates(completion::kinds))]
         kind: Option<String>,
+        /// The schema of one line of `--json`.
+        #[arg(long, conflicts_with = "kind")]
+        events: bool,
     },
     /// Serve a bundle over HTTP: `POST /predict`, and OpenAI's `/v1/chat/completions`.
     Serve(ServeArgs),
-    /// Print a shell's completion script.
+    /// Print a shell's completion script; it completes steps, runs and step kinds too.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man {
+        /// Write the page of each command into this folder instead.
+        #[arg(long)]
+        dir: Option<PathBuf>,
     },
 }
 
@@ -109,18 +162,8 @@ pub(crate) struct Select {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) select: Select,
-    /// Re-run this step and all after it; the rest comes from the cache, or is run if missing.
-    #[arg(long, value_name = "STEP", conflicts_with_all = ["only"])]
-    pub(crate) from: Option<String>,
-    /// Run this step and what it needs, nothing else.
-    #[arg(long, value_name = "STEP", conflicts_with_all = ["only"])]
-    pub(crate) until: Option<String>,
-    /// Re-run this step alone.
-    #[arg(long, value_name = "STEP")]
-    pub(crate) only: Option<String>,
-    /// Re-run everything.
-    #[arg(long)]
-    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) scope: Scope,
     /// Show what would run, run nothing.
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -133,6 +176,40 @@ pub(crate) struct RunArgs {
     /// Fail at once when another run holds the cache.
     #[arg(long)]
     pub(crate) no_wait: bool,
+    /// Bytes that the cache may grow to (`none`: no bound); looked at when a run ends.
+    #[arg(long, value_name = "SIZE", env = "FLOWRUN_CACHE_MAX_SIZE", default_value = MAX_SIZE, value_parser = parse_size, hide = true)]
+    pub(crate) cache_max_size: Limit<u64>,
+    /// Time since the last use after which a result goes (`none`: no bound).
+    #[arg(long, value_name = "AGE", env = "FLOWRUN_CACHE_MAX_AGE", default_value = MAX_AGE, value_parser = parse_age, hide = true)]
+    pub(crate) cache_max_age: Limit<Duration>,
+    /// Runs of each pipeline whose results always stay.
+    #[arg(long, value_name = "N", env = "FLOWRUN_CACHE_KEEP_RUNS", default_value_t = KEEP_RUNS, hide = true)]
+    pub(crate) cache_keep_runs: usize,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) select: Select,
+    #[command(flatten)]
+    pub(crate) scope: Scope,
+}
+
+/// Which steps take part, and which of them run even if nothing changed.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Scope {
+    /// Re-run this step and all after it; the rest comes from the cache, or is run if missing.
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["only"], add = candidates(completion::steps))]
+    pub(crate) from: Option<String>,
+    /// Run this step and what it needs, nothing else.
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["only"], add = candidates(completion::steps))]
+    pub(crate) until: Option<String>,
+    /// Re-run this step alone.
+    #[arg(long, value_name = "STEP", add = candidates(completion::steps))]
+    pub(crate) only: Option<String>,
+    /// Re-run everything.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -165,6 +242,84 @@ pub(crate) struct ServeArgs {
     pub(crate) until_stdin_closes: bool,
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum CacheCommand {
+    /// Show what the cache holds.
+    Stats(RetentionArgs),
+    /// Read everything and say what is damaged; changes nothing. Exit code 6 when something is.
+    Verify,
+    /// Set aside what is damaged, so that it is made again; build the index anew.
+    Repair,
+    /// Remove what no kept run needs, as far as the bounds ask; `--max-size 0` for all of it.
+    Gc {
+        #[command(flatten)]
+        retention: RetentionArgs,
+        /// Show what would be removed, remove nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Write runs with all their results into one file, for `import` on another machine.
+    Export {
+        /// The file; `.tar.zst` is the usual ending.
+        file: PathBuf,
+        /// Runs; the last one when left out.
+        #[arg(long, add = candidates(completion::runs))]
+        run: Vec<String>,
+    },
+    /// Read a file that `export` wrote.
+    Import {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+/// What the cache keeps. A run that ends applies the same bounds.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct RetentionArgs {
+    /// The results of the last N runs of each pipeline always stay.
+    #[arg(long, value_name = "N", env = "FLOWRUN_CACHE_KEEP_RUNS", default_value_t = KEEP_RUNS)]
+    pub(crate) keep_runs: usize,
+    /// Bytes that the cache may grow to (`10GB`, `none`); the least recently used go first.
+    #[arg(long, value_name = "SIZE", env = "FLOWRUN_CACHE_MAX_SIZE", default_value = MAX_SIZE, value_parser = parse_size)]
+    pub(crate) max_size: Limit<u64>,
+    /// Time since the last use after which a result goes (`90d`, `none`).
+    #[arg(long, value_name = "AGE", env = "FLOWRUN_CACHE_MAX_AGE", default_value = MAX_AGE, value_parser = parse_age)]
+    pub(crate) max_age: Limit<Duration>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct InitArgs {
+    /// CSV, JSONL or Parquet file with texts and their labels.
+    pub(crate) data: Option<PathBuf>,
+    /// Column of the texts.
+    #[arg(long, value_name = "COLUMN")]
+    pub(crate) text: Option<String>,
+    /// Column of the labels.
+    #[arg(long, value_name = "COLUMN")]
+    pub(crate) label: Option<String>,
+    /// File of rows to test on; without it a fifth of the rows is set aside.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) test: Option<PathBuf>,
+    /// Name of the pipeline; the file's name when left out.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Where to write it; `pipelines/NAME.yaml` when left out.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Write over a pipeline that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Ask nothing, also on a terminal.
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) select: Select,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum GraphFormat {
     /// Plain text.
@@ -180,6 +335,46 @@ pub(crate) enum GraphFormat {
     Json,
     /// A page with the drawing.
     Html,
+}
+
+/// A bound, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limit<T>(pub(crate) Option<T>);
+
+/// Bytes that a cache may grow to, when nothing is said.
+const MAX_SIZE: &str = "10GB";
+/// Time that an unused result stays, when nothing is said.
+const MAX_AGE: &str = "90d";
+/// Runs of each pipeline whose results stay, when nothing is said.
+const KEEP_RUNS: usize = 10;
+
+fn parse_size(text: &str) -> Result<Limit<u64>, String> {
+    match text {
+        "none" => Ok(Limit(None)),
+        "0" => Ok(Limit(Some(0))),
+        text => parse_bytes(text)
+            .map(|bytes| Limit(Some(bytes)))
+            .map_err(|e| format!("{e}; write for example `10GB`, `500MB`, `0` or `none`")),
+    }
+}
+
+fn parse_age(text: &str) -> Result<Limit<Duration>, String> {
+    match text {
+        "none" => Ok(Limit(None)),
+        "0" => Ok(Limit(Some(Duration::ZERO))),
+        text => parse_duration(text)
+            .map(|age| Limit(Some(age)))
+            .map_err(|e| format!("{e}; write for example `90d`, `12h`, `0` or `none`")),
+    }
+}
+
+/// Values that the shell offers.
+fn candidates<F, T>(values: F) -> ArgValueCandidates
+where
+    F: Fn() -> Vec<T> + Send + Sync + 'static,
+    T: Into<CompletionCandidate> + 'static,
+{
+    ArgValueCandidates::new(move || values().into_iter().map(Into::into).collect())
 }
 
 fn parse_set(text: &str) -> Result<(String, String), String> {

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::artifact::Artifact;
 use crate::digest::Digest;
 use crate::error::CacheError;
-use crate::record::write_atomic;
+use crate::record::{folder, write_atomic};
 
 /// Digest of everything that goes into an action.
 pub type ActionKey = Digest;
@@ -42,6 +42,18 @@ pub struct ActionResult {
     pub finished_at: String,
     /// Who asked, for people and for [`ActionCache::recent`]; not part of the key.
     pub label: String,
+}
+
+impl ActionResult {
+    /// Digests of its outputs and inputs; the members of trees are not among them.
+    pub(crate) fn digests(&self) -> impl Iterator<Item = Digest> {
+        let outputs = self.outputs.values().flat_map(|o| o.value.artifacts());
+        let inputs = self.manifest["inputs"].as_object().into_iter().flatten();
+        let inputs = inputs
+            .flat_map(|(_, list)| list.as_array().into_iter().flatten())
+            .filter_map(|input| Digest::parse(input["digest"].as_str()?));
+        outputs.map(|artifact| artifact.digest).chain(inputs)
+    }
 }
 
 /// One output.
@@ -111,7 +123,7 @@ impl ActionCache {
         }
     }
 
-    fn path(&self, key: &ActionKey) -> PathBuf {
+    pub(crate) fn path(&self, key: &ActionKey) -> PathBuf {
         let hex = key.to_hex();
         self.root
             .join(&hex[..2])
@@ -139,9 +151,7 @@ impl ActionCache {
     /// # Errors
     /// When the cache cannot be written.
     pub fn put(&self, result: &ActionResult) -> Result<(), CacheError> {
-        let body = crate::canonical_json(result);
-        let text = format!("{}\n{body}\n", Digest::of_bytes(body.as_bytes()));
-        write_atomic(&self.path(&result.key), text.as_bytes())
+        write_atomic(&self.path(&result.key), to_text(result).as_bytes())
     }
 
     /// The newest results with this label.
@@ -158,13 +168,24 @@ impl ActionCache {
     pub fn all(&self) -> impl Iterator<Item = ActionResult> {
         folder(&self.root)
             .flat_map(|sub| folder(&sub))
-            .filter_map(|path| match parse(&std::fs::read(path).ok()?) {
-                Parsed::Good(result) => Some(*result),
-                Parsed::OtherVersion | Parsed::Damaged => None,
-            })
+            .filter_map(|path| from_text(&std::fs::read(path).ok()?))
     }
 
-    fn set_aside(&self, path: &Path) {
+    /// Files that cannot be read as results.
+    pub(crate) fn damaged(&self) -> Vec<PathBuf> {
+        let files = folder(&self.root).flat_map(|sub| folder(&sub));
+        let mut damaged: Vec<PathBuf> = files
+            .filter(|path| path.extension().is_some_and(|e| e == "json"))
+            .filter(|path| match std::fs::read(path) {
+                Ok(text) => matches!(parse(&text), Parsed::Damaged),
+                Err(e) => e.kind() != std::io::ErrorKind::NotFound,
+            })
+            .collect();
+        damaged.sort();
+        damaged
+    }
+
+    pub(crate) fn set_aside(&self, path: &Path) {
         let bad = path.with_extension("bad");
         // When it cannot be moved it is refused again next time.
         let _ = std::fs::rename(path, &bad);
@@ -178,17 +199,24 @@ impl ActionCache {
     }
 }
 
-fn folder(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
-    std::fs::read_dir(path)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path()))
-}
-
 enum Parsed {
     Good(Box<ActionResult>),
     OtherVersion,
     Damaged,
+}
+
+/// A result as it is stored.
+pub(crate) fn to_text(result: &ActionResult) -> String {
+    let body = crate::canonical_json(result);
+    format!("{}\n{body}\n", Digest::of_bytes(body.as_bytes()))
+}
+
+/// A stored result, if it is whole and of this version.
+pub(crate) fn from_text(text: &[u8]) -> Option<ActionResult> {
+    match parse(text) {
+        Parsed::Good(result) => Some(*result),
+        Parsed::OtherVersion | Parsed::Damaged => None,
+    }
 }
 
 fn parse(text: &[u8]) -> Parsed {

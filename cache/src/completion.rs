@@ -215,6 +215,44 @@ fn scan(file: &File, segment: usize, state: &mut State) -> std::io::Result<()> {
     }
 }
 
+/// A segment, read line by line.
+pub(crate) struct Segment {
+    pub(crate) path: PathBuf,
+    pub(crate) good: usize,
+    /// Damaged lines; one that is just being written, or was torn by a kill, is none.
+    pub(crate) bad: usize,
+}
+
+/// Reads all segments of a folder.
+pub(crate) fn check(folder: &Path) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    for path in crate::record::folder(folder) {
+        let is_segment = path.extension().is_some_and(|e| e == "log");
+        let Some(bytes) = is_segment.then(|| std::fs::read(&path).ok()).flatten() else {
+            continue;
+        };
+        let lines = bytes.split_inclusive(|b| *b == b'\n');
+        let (good, bad): (Vec<_>, Vec<_>) = lines
+            .filter(|line| line.ends_with(b"\n"))
+            .partition(|line| parse_line(line).is_some());
+        segments.push(Segment {
+            path,
+            good: good.len(),
+            bad: bad.len(),
+        });
+    }
+    segments.sort_by(|a, b| a.path.cmp(&b.path));
+    segments
+}
+
+/// Writes a segment anew without its damaged lines.
+pub(crate) fn drop_damaged(path: &Path) -> Result<(), CacheError> {
+    let bytes = std::fs::read(path).map_err(|e| CacheError::io(path, e))?;
+    let lines = bytes.split_inclusive(|b| *b == b'\n');
+    let good: Vec<&[u8]> = lines.filter(|line| parse_line(line).is_some()).collect();
+    crate::record::write_atomic(path, &good.concat())
+}
+
 /// `<blake3 of the rest> <key> <JSON>\n`; JSON text never holds a raw newline.
 fn format_line(key: &Digest, value: &Value) -> String {
     let body = format!("{key} {value}");

@@ -15,6 +15,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::digest::Digest;
+use crate::error::CacheError;
 
 /// sled's memory for pages, in bytes.
 const PAGE_CACHE: u64 = 16 << 20;
@@ -130,6 +131,14 @@ impl Index {
             // Without the marker the next run begins a new index.
             let _ = crate::record::write_atomic(&self.marker(), text.as_bytes());
         }
+    }
+
+    /// Throws the index away, unless it is open already.
+    pub(crate) fn discard(&self) -> Result<(), CacheError> {
+        if self.db.get().is_some() || !self.folder.exists() {
+            return Ok(());
+        }
+        std::fs::remove_dir_all(&self.folder).map_err(|e| CacheError::io(&self.folder, e))
     }
 
     fn warn(&self, text: &str) {

@@ -6,15 +6,19 @@
 //! reported and set aside, never returned.
 
 pub mod action;
+pub mod archive;
 pub mod artifact;
 pub mod cache;
 pub mod completion;
 pub mod digest;
 pub mod error;
+pub mod gc;
 pub mod index;
 pub mod lock;
 mod record;
 pub mod store;
+pub mod survey;
+pub mod verify;
 
 pub use action::{ActionCache, ActionKey, ActionResult, ListItem, OutputRecord, OutputValue};
 pub use artifact::{Artifact, ArtifactKind};
@@ -22,6 +26,8 @@ pub use cache::{Cache, CacheReader, OpenOptions, Scratch};
 pub use completion::CompletionCache;
 pub use digest::{Digest, canonical_json};
 pub use error::CacheError;
+pub use gc::{Bounds, Garbage, Uses};
 pub use index::Index;
 pub use lock::LockWait;
 pub use store::{ArtifactStore, Lent};
+pub use survey::{Share, Survey};

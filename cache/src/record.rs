@@ -1,7 +1,7 @@
 //! Small record files: written to a temporary name, synced, renamed.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::CacheError;
 
@@ -18,4 +18,12 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), CacheError> 
     temp.persist(path)
         .map_err(|e| CacheError::io(path, e.error))?;
     Ok(())
+}
+
+/// What lies in a folder, which need not exist.
+pub(crate) fn folder(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(path)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
 }

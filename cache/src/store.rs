@@ -3,6 +3,7 @@
 //! Objects are written to a temporary name, synced and renamed, mode 0444, and
 //! verified whenever they are read. A damaged object is moved to `quarantine/`.
 
+use std::collections::HashMap;
 use std::fs::{File, Metadata, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,7 +13,10 @@ use std::sync::Arc;
 use crate::artifact::{Artifact, ArtifactKind, TREE_VERSION, TreeEntry, TreeObject};
 use crate::digest::Digest;
 use crate::error::CacheError;
+use crate::record::folder;
 
+/// How the text of every tree object begins: its fields are sorted.
+const TREE_START: [u8; 12] = *b"{\"entries\":[";
 /// Bytes moved at a time.
 const CHUNK: usize = 1 << 16;
 
@@ -111,6 +115,44 @@ impl ArtifactStore {
         temp.persist(&path)
             .map_err(|e| CacheError::io(&path, e.error))?;
         Ok(())
+    }
+
+    /// Every object with its length, and what unfinished writes left among them.
+    pub(crate) fn objects(&self) -> (HashMap<Digest, u64>, Vec<PathBuf>) {
+        let (mut objects, mut leftovers) = (HashMap::new(), Vec::new());
+        for sub in folder(&self.root) {
+            let start = sub.file_name().unwrap_or_default().to_string_lossy();
+            if start == "quarantine" {
+                continue;
+            }
+            if !sub.is_dir() {
+                leftovers.push(sub);
+                continue;
+            }
+            for path in folder(&sub) {
+                let rest = path.file_name().unwrap_or_default().to_string_lossy();
+                match (Digest::parse(&format!("{start}{rest}")), path.metadata()) {
+                    (Some(digest), Ok(meta)) => drop(objects.insert(digest, meta.len())),
+                    (None, Ok(_)) => leftovers.push(path),
+                    (_, Err(_)) => {}
+                }
+            }
+        }
+        (objects, leftovers)
+    }
+
+    /// The members of an object that is a tree; none for one that is not. Nothing is verified.
+    pub(crate) fn members(&self, digest: &Digest) -> Vec<Digest> {
+        let path = self.object_path(digest);
+        let mut start = [0u8; TREE_START.len()];
+        let read = File::open(&path).and_then(|mut file| file.read_exact(&mut start));
+        if read.is_err() || start != TREE_START {
+            return Vec::new();
+        }
+        let bytes = std::fs::read(&path).unwrap_or_default();
+        let tree = serde_json::from_slice::<TreeObject>(&bytes).ok();
+        let entries = tree.into_iter().flat_map(|t| t.entries);
+        entries.map(|entry| entry.digest).collect()
     }
 
     /// The object, and for a tree all its members, are there with the right
@@ -288,6 +330,11 @@ impl ArtifactStore {
         } else {
             CacheError::io(path, error)
         }
+    }
+
+    /// Moves a damaged object away.
+    pub(crate) fn set_aside(&self, digest: &Digest) {
+        drop(self.quarantine(digest));
     }
 
     fn quarantine(&self, digest: &Digest) -> CacheError {

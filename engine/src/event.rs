@@ -34,6 +34,9 @@ pub enum RunEvent {
         step: String,
         /// Step kind.
         kind: String,
+        /// Action key, hex.
+        #[serde(default)]
+        key: String,
         /// Why it runs (`never ran`, `param `lr`: 0.001 → 0.002`).
         why: String,
     },

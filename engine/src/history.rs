@@ -1,20 +1,19 @@
-//! [`History`]: the result that a step id had the last time, to explain what
-//! changed since.
+//! [`History`]: what a step id had in earlier runs, to explain what changed since.
 //!
-//! Read only when something is stale, and at most once: first the newest runs'
-//! events (which say what each step used, also when it came from the cache),
-//! then, for a step that they do not know, all results.
+//! Read only when something is stale, newest run first, and no further than needed:
+//! a run's events say what each step used, also when it came from the cache. For a
+//! step that the newest runs do not know, all results are asked.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-use flowrun_cache::{ActionCache, ActionKey, ActionResult, CacheReader, Digest};
+use flowrun_cache::{ActionCache, ActionKey, ActionResult, CacheReader};
 
-use crate::record::RunRecord;
+use crate::run_keys::RunKeys;
 
 /// Runs of the pipeline that are looked at.
-const RUNS: usize = 3;
+const RUNS: usize = 10;
 
 /// Earlier results by step id.
 pub(crate) struct History {
@@ -22,8 +21,24 @@ pub(crate) struct History {
     reader: CacheReader,
     /// The run that is going on: its own record says nothing about before.
     current: Option<PathBuf>,
-    runs: OnceLock<BTreeMap<String, ActionKey>>,
+    runs: Mutex<Runs>,
     all: OnceLock<BTreeMap<String, (String, ActionKey)>>,
+}
+
+/// What a step id had once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Earlier {
+    pub(crate) key: ActionKey,
+    /// The run that used it, if that is known.
+    pub(crate) run: Option<String>,
+}
+
+/// Runs of the pipeline, newest first, as far as they were read.
+#[derive(Default)]
+struct Runs {
+    /// Folders that were not looked at; `None` before the first look.
+    left: Option<std::vec::IntoIter<PathBuf>>,
+    read: Vec<RunKeys>,
 }
 
 impl History {
@@ -32,7 +47,7 @@ impl History {
             pipeline: pipeline.to_owned(),
             reader: CacheReader::open(cache_dir),
             current,
-            runs: OnceLock::new(),
+            runs: Mutex::default(),
             all: OnceLock::new(),
         }
     }
@@ -42,35 +57,47 @@ impl History {
         format!("{pipeline} {id}")
     }
 
-    /// What the step last had, by key; the result itself may be gone.
-    pub(crate) fn last(&self, id: &str) -> Option<(ActionKey, Option<ActionResult>)> {
-        let label = Self::label(&self.pipeline, id);
-        let key = match self.runs.get_or_init(|| self.read_runs()).get(id) {
-            Some(key) => *key,
-            None => {
-                self.all
-                    .get_or_init(|| newest(self.reader.actions()))
-                    .get(&label)?
-                    .1
-            }
-        };
-        Some((key, self.reader.actions().get(&key)))
+    /// What the step last had; its result may be gone, or it never gave one.
+    pub(crate) fn last(&self, id: &str) -> Option<Earlier> {
+        let in_run = (0..RUNS).map_while(|at| self.run(at, id)).flatten().next();
+        in_run.or_else(|| self.of_all(id))
     }
 
-    fn read_runs(&self) -> BTreeMap<String, ActionKey> {
-        let mut keys = BTreeMap::new();
-        let folders = self.reader.runs().into_iter();
-        let records = folders
-            .filter(|folder| self.current.as_ref() != Some(folder))
-            .filter_map(|folder| RunRecord::load(&folder).ok())
-            .filter(|record| record.pipeline == self.pipeline)
-            .take(RUNS);
-        for step in records.flat_map(|record| record.steps) {
-            if let Some(key) = Digest::parse(&step.key) {
-                keys.entry(step.step).or_insert(key);
-            }
+    /// The nearest earlier result of the step that the cache still has.
+    pub(crate) fn nearest(&self, id: &str) -> Option<(Earlier, ActionResult)> {
+        let runs = (0..RUNS).map_while(|at| self.run(at, id)).flatten();
+        let mut found = runs.chain(std::iter::once_with(|| self.of_all(id)).flatten());
+        found.find_map(|earlier| {
+            let result = self.reader.actions().get(&earlier.key)?;
+            Some((earlier, result))
+        })
+    }
+
+    /// What the step had in the run at this place; `None` when there is no such run.
+    fn run(&self, at: usize, id: &str) -> Option<Option<Earlier>> {
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        while runs.read.len() <= at {
+            let left = runs
+                .left
+                .get_or_insert_with(|| self.reader.runs().into_iter());
+            let folder = left.find(|folder| self.current.as_ref() != Some(folder))?;
+            runs.read
+                .extend(RunKeys::read(&folder, Some(&self.pipeline)));
         }
-        keys
+        let run = &runs.read[at];
+        Some(run.keys.get(id).map(|key| Earlier {
+            key: *key,
+            run: Some(run.run.clone()),
+        }))
+    }
+
+    fn of_all(&self, id: &str) -> Option<Earlier> {
+        let all = self.all.get_or_init(|| newest(self.reader.actions()));
+        let (_, key) = all.get(&Self::label(&self.pipeline, id))?;
+        Some(Earlier {
+            key: *key,
+            run: None,
+        })
     }
 }
 

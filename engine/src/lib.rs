@@ -4,16 +4,20 @@
 //! from outside.
 
 pub mod dag;
+pub mod diff;
 pub mod event;
 mod expansion;
 mod history;
 pub mod language;
+pub mod lineage;
 mod lookup;
 pub mod manifest;
 pub mod pipeline;
 pub mod plan;
 pub mod record;
+pub mod retention;
 pub mod run;
+mod run_keys;
 mod sandbox;
 pub mod step;
 #[cfg(test)]
@@ -22,6 +26,6 @@ pub mod vocabulary;
 mod why;
 
 pub use language::{
-    Diagnostic, Diagnostics, LoadOptions, eval_bool, load_pipeline, pipeline_schema, resolve_item,
-    run_context, step_schema,
+    Diagnostic, Diagnostics, LoadOptions, eval_bool, load_pipeline, parse_bytes, parse_duration,
+    pipeline_schema, resolve_item, run_context, step_schema,
 };

@@ -22,6 +22,10 @@ use serde_json::Value;
 pub const MANIFEST_VERSION: u32 = 1;
 /// Characters of a value in an explanation.
 const SHORT: usize = 48;
+/// Characters shown before the place where two long values differ.
+const BEFORE: usize = 12;
+/// Characters of a digest in an explanation.
+const DIGEST_START: usize = 4;
 /// Items of a list input that an explanation names.
 const NAMED_ITEMS: usize = 3;
 
@@ -94,6 +98,13 @@ fn walk(path: &str, old: Option<&Value>, new: Option<&Value>, lines: &mut Vec<St
         lines.push(input_line(port, old, new));
         return;
     }
+    let none = Value::Object(serde_json::Map::new());
+    let (mut old, mut new) = (old, new);
+    if matches!(path, "files" | "out_paths") {
+        // These are left out when they are empty.
+        old = old.or(Some(&none));
+        new = new.or(Some(&none));
+    }
     let (Some(Value::Object(a)), Some(Value::Object(b))) = (old, new) else {
         lines.push(line(path, old, new));
         return;
@@ -110,21 +121,70 @@ fn walk(path: &str, old: Option<&Value>, new: Option<&Value>, lines: &mut Vec<St
 }
 
 fn line(path: &str, old: Option<&Value>, new: Option<&Value>) -> String {
-    let change = || format!("{} → {}", short(old), short(new));
+    let change = || change(old, new);
     match path.split_once('.') {
         Some(("params", name)) => format!("param `{name}`: {}", change()),
-        Some(("env", name)) => format!("env `{name}` changed"),
-        Some(("files", name)) => format!("file `{name}` changed"),
+        Some(("env", name)) => format!("env `{name}`: {}", change()),
+        Some(("files", name)) => file_line(name, old, new),
         Some(("observed", name)) => format!("{name}: {}", change()),
         Some(("out_paths", port)) => format!("path of output `{port}`: {}", change()),
         _ => match path {
-            "command" => "the command changed".to_owned(),
+            "command" => format!("command: {}", command_change(old, new)),
             "kind" => format!("step kind {}", change()),
             "kind_version" => format!("step kind version {}", change()),
             "version" => format!("version of action keys {}", change()),
             _ => format!("{path}: {}", change()),
         },
     }
+}
+
+fn file_line(name: &str, old: Option<&Value>, new: Option<&Value>) -> String {
+    match (old, new) {
+        (Some(old), Some(new)) => {
+            let (old, new) = (prefix(old.as_str()), prefix(new.as_str()));
+            format!("file `{name}` changed ({old} → {new})")
+        }
+        (None, _) => format!("file `{name}` is new to the command"),
+        (_, None) => format!("file `{name}` is gone, or the command names it no more"),
+    }
+}
+
+/// The first line in which two commands differ.
+fn command_change(old: Option<&Value>, new: Option<&Value>) -> String {
+    let (Some(a), Some(b)) = (old.and_then(Value::as_str), new.and_then(Value::as_str)) else {
+        return change(old, new);
+    };
+    let count = a.lines().count().max(b.lines().count());
+    let line = |text: &str, at: usize| text.lines().nth(at).map(|l| Value::from(l.trim()));
+    let differs = |at: &usize| line(a, *at) != line(b, *at);
+    match (0..count).find(differs) {
+        Some(at) => change(line(a, at).as_ref(), line(b, at).as_ref()),
+        None => "its white space changed".to_owned(),
+    }
+}
+
+/// `old → new`. Long texts are shown from shortly before the place where they differ.
+fn change(old: Option<&Value>, new: Option<&Value>) -> String {
+    let text = |value: Option<&Value>| value.map_or_else(|| "unset".to_owned(), Value::to_string);
+    let (old, new) = (text(old), text(new));
+    let long = old.chars().count().max(new.chars().count()) > SHORT;
+    let same = old.chars().zip(new.chars()).take_while(|(a, b)| a == b);
+    let skip = if long {
+        same.count().saturating_sub(BEFORE)
+    } else {
+        0
+    };
+    format!("{} → {}", short(&old, skip), short(&new, skip))
+}
+
+fn short(text: &str, skip: usize) -> String {
+    let mut left = text.chars().skip(skip);
+    let mut out = if skip > 0 { "…" } else { "" }.to_owned();
+    out.extend(left.by_ref().take(SHORT));
+    if left.next().is_some() {
+        out.push('…');
+    }
+    out
 }
 
 /// A list input names the items that differ, by label.
@@ -170,18 +230,14 @@ fn label(input: &Value) -> String {
 }
 
 fn digest(input: &Value) -> String {
-    let hex = input.get("digest").and_then(Value::as_str);
-    let mut text: String = hex.unwrap_or_default().chars().take(4).collect();
-    text.push('…');
-    text
+    prefix(input.get("digest").and_then(Value::as_str))
 }
 
-fn short(value: Option<&Value>) -> String {
-    let text = value.map_or_else(|| "unset".to_owned(), Value::to_string);
-    if text.chars().count() <= SHORT {
-        return text;
-    }
-    text.chars().take(SHORT - 1).chain(['…']).collect()
+/// The start of a digest.
+fn prefix(hex: Option<&str>) -> String {
+    let mut text: String = hex.unwrap_or_default().chars().take(DIGEST_START).collect();
+    text.push('…');
+    text
 }
 
 /// The words of a shell command that may name a project file: relative, no
@@ -253,7 +309,7 @@ mod tests {
         assert_eq!(changed(|m| m.kind_version = 2), ["step kind version 1 → 2"]);
         assert_eq!(
             changed(|m| drop(m.env.insert("THREADS".into(), "8".into()))),
-            ["env `THREADS` changed"]
+            ["env `THREADS`: \"4\" → \"8\""]
         );
         assert_eq!(
             changed(|m| drop(m.inputs.insert("messages".into(), vec![input("b", None)]))),
@@ -265,8 +321,45 @@ mod tests {
         );
         assert_eq!(
             changed(|m| m.command = Some("true".into())),
-            ["the command changed"]
+            ["command: unset → \"true\""]
         );
+    }
+
+    #[test]
+    fn a_long_value_is_shown_where_it_differs() {
+        let shown = |old: &str, new: &str| {
+            let mut before = manifest();
+            before.command = Some(old.into());
+            let mut after = before.clone();
+            after.command = Some(new.into());
+            diff(&before.to_value(), &after.to_value())
+        };
+        assert_eq!(
+            shown("set -e\nsort a > b\n", "set -e\nsort -u a > b\n"),
+            ["command: \"sort a > b\" → \"sort -u a > b\""]
+        );
+        let long = "x".repeat(100);
+        assert_eq!(
+            shown(&format!("{long} --old"), &format!("{long} --new")),
+            ["command: …xxxxxxxxx --old\" → …xxxxxxxxx --new\""]
+        );
+        assert_eq!(shown("a\n", "  a"), ["command: its white space changed"]);
+    }
+
+    #[test]
+    fn a_named_file_shows_its_digests() {
+        let of = |text: &str| BTreeMap::from([("a.sh".to_owned(), Digest::of_bytes(text.as_bytes()))]);
+        let mut before = manifest();
+        before.files = of("a");
+        let mut after = before.clone();
+        after.files = of("b");
+        assert_eq!(
+            diff(&before.to_value(), &after.to_value()),
+            ["file `a.sh` changed (1776… → 10e5…)"]
+        );
+        after.files.clear();
+        let gone = diff(&before.to_value(), &after.to_value());
+        assert_eq!(gone, ["file `a.sh` is gone, or the command names it no more"]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::lookup::{Found, Lookup};
 use crate::pipeline::{CachePolicy, Pipeline, StepNode};
 use crate::run::{RunError, RunOptions, Selection};
 use crate::step::World;
-use crate::why::{Cause, why};
+use crate::why::{Cause, Reason, why};
 
 /// What a run would do, in topological order.
 #[derive(Debug, Clone, Serialize)]
@@ -58,19 +58,61 @@ pub enum PlanStatus {
     Fresh,
     /// It would run.
     Stale {
-        /// Why.
+        /// Why, on one line.
         why: String,
+        /// The same, one line for each thing that changed.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        changes: Vec<String>,
+        /// The run that it was compared with, where it was compared.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        against: Option<String>,
     },
     /// Not known until the steps before it ran.
     Pending {
         /// Which they are.
         why: String,
+        /// Their names.
+        after: Vec<String>,
     },
     /// It would not run: its `when` is false, or it needs a step that would not run.
     Skipped {
         /// Why.
         why: String,
     },
+}
+
+impl PlanStatus {
+    /// Why it would run, would not, or is not known yet.
+    #[must_use]
+    pub fn why(&self) -> &str {
+        match self {
+            Self::Fresh => "nothing changed",
+            Self::Stale { why, .. } | Self::Pending { why, .. } | Self::Skipped { why } => why,
+        }
+    }
+
+    /// It would run.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        matches!(self, Self::Stale { .. })
+    }
+
+    /// It would run, for a reason that compares nothing.
+    fn stale(why: String) -> Self {
+        Self::Stale {
+            why,
+            changes: Vec::new(),
+            against: None,
+        }
+    }
+
+    fn because(reason: Reason) -> Self {
+        Self::Stale {
+            why: reason.text(),
+            changes: reason.lines,
+            against: reason.against,
+        }
+    }
 }
 
 impl Plan {
@@ -155,14 +197,15 @@ impl Planner<'_> {
             let why = format!("needs `{before}`, which is skipped");
             return (planned(vec![], PlanStatus::Skipped { why }), Known::Skipped);
         }
-        let later: Vec<String> = predecessors(node)
+        let after: Vec<String> = predecessors(node)
             .into_iter()
             .filter(|b| is(b, |k| matches!(k, Known::Later)))
-            .map(|b| format!("`{b}`"))
             .collect();
-        if !later.is_empty() {
-            let why = format!("after {}", later.join(", "));
-            return (planned(vec![], PlanStatus::Pending { why }), Known::Later);
+        if !after.is_empty() {
+            let named: Vec<String> = after.iter().map(|b| format!("`{b}`")).collect();
+            let why = format!("after {}", named.join(", "));
+            let status = PlanStatus::Pending { why, after };
+            return (planned(vec![], status), Known::Later);
         }
         let output = |step: &str, port: &str| match known.get(step)? {
             Known::Outputs(outputs) => outputs.get(port).cloned(),
@@ -175,8 +218,8 @@ impl Planner<'_> {
                 (planned(vec![], PlanStatus::Skipped { why }), Known::Skipped)
             }
             Err(error) => {
-                let why = error.message;
-                (planned(vec![], PlanStatus::Stale { why }), Known::Later)
+                let status = PlanStatus::stale(error.message);
+                (planned(vec![], status), Known::Later)
             }
             Ok(Some(requests)) => {
                 let (items, outputs) = self.items(node, &requests);
@@ -226,8 +269,8 @@ impl Planner<'_> {
         let keyed = match self.lookup.key(request) {
             Ok(keyed) => keyed,
             Err(error) => {
-                let why = error.message;
-                return (planned(String::new(), PlanStatus::Stale { why }), None);
+                let status = PlanStatus::stale(error.message);
+                return (planned(String::new(), status), None);
             }
         };
         let forced = self.selection.forced.contains(&request.node.name);
@@ -245,27 +288,21 @@ impl Planner<'_> {
                 Found::Nothing => Cause::NoResult,
             }
         };
-        let why = why(&self.history, request, &keyed, cause);
-        (planned(keyed.key.to_hex(), PlanStatus::Stale { why }), None)
+        let reason = why(&self.history, request, &keyed, cause);
+        let status = PlanStatus::because(reason);
+        (planned(keyed.key.to_hex(), status), None)
     }
 }
 
 /// The status of a step from those of its items.
 fn of_items(items: &[PlannedItem]) -> PlanStatus {
-    let stale: Vec<&String> = items
-        .iter()
-        .filter_map(|i| match &i.status {
-            PlanStatus::Stale { why } => Some(why),
-            _ => None,
-        })
-        .collect();
-    match stale.first() {
+    let stale: Vec<&PlannedItem> = items.iter().filter(|i| i.status.is_stale()).collect();
+    match stale.first().map(|item| &item.status) {
         None => PlanStatus::Fresh,
-        Some(why) if items.len() == 1 => PlanStatus::Stale {
-            why: (*why).clone(),
-        },
-        Some(why) => PlanStatus::Stale {
-            why: format!("{} of {} items: {why}", stale.len(), items.len()),
-        },
+        Some(status) if items.len() == 1 => status.clone(),
+        Some(PlanStatus::Stale { why, .. }) => {
+            PlanStatus::stale(format!("{} of {} items: {why}", stale.len(), items.len()))
+        }
+        Some(other) => other.clone(),
     }
 }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::event::{OutputInfo, RunEvent, StepStatus};
+use crate::pipeline::{ForeachList, Source, StepNode};
 
 /// Version of [`RunPlan`].
 pub const PLAN_VERSION: u32 = 1;
@@ -49,8 +50,50 @@ pub struct PlanStep {
     pub kind: String,
     /// Steps before it.
     pub after: Vec<String>,
+    /// Input port to where its artifacts come from, in order.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inputs: BTreeMap<String, Vec<PlanSource>>,
     /// It was to run even if fresh.
     pub forced: bool,
+}
+
+/// Where an input comes from, in [`PlanStep`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlanSource {
+    /// An output of a step: `step.output`.
+    Output(String),
+    /// A file or folder of the project.
+    File(PathBuf),
+    /// The value of a `foreach` variable, and what the variable walks.
+    Item(String, Vec<PlanSource>),
+}
+
+impl PlanSource {
+    /// The sources of a checked step.
+    #[must_use]
+    pub fn of(step: &StepNode) -> BTreeMap<String, Vec<Self>> {
+        let all = |sources: &[Source]| sources.iter().map(|s| Self::one(step, s)).collect();
+        let ports = step.inputs.iter();
+        ports.map(|(port, s)| (port.clone(), all(s))).collect()
+    }
+
+    fn one(step: &StepNode, source: &Source) -> Self {
+        match source {
+            Source::Output { step, output } => Self::Output(format!("{step}.{output}")),
+            Source::File(path) => Self::File(path.clone()),
+            Source::Item(var) => {
+                let walked = step.foreach.as_ref().and_then(|f| f.vars.get(var));
+                let walked = match walked {
+                    Some(ForeachList::Artifacts(sources)) => {
+                        sources.iter().map(|s| Self::one(step, s)).collect()
+                    }
+                    Some(ForeachList::Values(_)) | None => Vec::new(),
+                };
+                Self::Item(var.clone(), walked)
+            }
+        }
+    }
 }
 
 /// Writes a run's folder.
@@ -65,7 +108,7 @@ impl RunRecorder {
     /// # Errors
     /// When the files cannot be made.
     pub fn create(run_dir: &Path, plan: &RunPlan) -> std::io::Result<Self> {
-        let mut text = serde_json::to_vec_pretty(plan)?;
+        let mut text = serde_json::to_vec(plan)?;
         text.push(b'\n');
         std::fs::write(run_dir.join("plan.json"), text)?;
         File::create(run_dir.join("events.jsonl")).map(|file| Self { file })
@@ -320,6 +363,7 @@ mod tests {
         let started = |step: &str| RunEvent::StepStarted {
             step: step.into(),
             kind: "k".into(),
+            key: String::new(),
             why: "never ran".into(),
         };
         vec![

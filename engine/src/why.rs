@@ -2,7 +2,7 @@
 //! `flowrun why` all ask here.
 
 use crate::expansion::ActionRequest;
-use crate::history::History;
+use crate::history::{Earlier, History};
 use crate::lookup::Keyed;
 use crate::manifest::diff;
 use crate::pipeline::CachePolicy;
@@ -18,30 +18,59 @@ pub(crate) enum Cause {
     Forced,
 }
 
-/// Why an action runs, for example `param `lr`: 0.001 → 0.002`.
+/// Why an action runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Reason {
+    /// One line for each thing that changed: `param `lr`: 0.001 → 0.002`.
+    pub(crate) lines: Vec<String>,
+    /// The run that it was compared with, where it was compared.
+    pub(crate) against: Option<String>,
+}
+
+impl Reason {
+    fn plain(text: &str) -> Self {
+        Self {
+            lines: vec![text.to_owned()],
+            against: None,
+        }
+    }
+
+    /// All on one line.
+    pub(crate) fn text(&self) -> String {
+        self.lines.join("; ")
+    }
+}
+
+/// Why an action runs, compared with the nearest earlier run that gave a result.
 pub(crate) fn why(
     history: &History,
     request: &ActionRequest,
     keyed: &Keyed,
     cause: Cause,
-) -> String {
+) -> Reason {
     if request.node.cache == CachePolicy::Never {
-        return "`cache: never`".to_owned();
+        return Reason::plain("`cache: never`");
     }
     if cause == Cause::Broken {
-        return "an output is missing from the cache or damaged".to_owned();
+        return Reason::plain("an output is missing from the cache or damaged");
     }
-    let last = history.last(&request.id);
-    if let Some((key, _)) = &last
-        && *key == keyed.key
-        && cause == Cause::Forced
-    {
-        return "asked to run again".to_owned();
+    let Some(last) = history.last(&request.id) else {
+        return Reason::plain("never ran");
+    };
+    if last.key == keyed.key {
+        let asked = cause == Cause::Forced;
+        return Reason::plain(if asked {
+            "asked to run again"
+        } else {
+            "its last run gave no result"
+        });
     }
-    match last {
-        None => "never ran".to_owned(),
-        Some((key, _)) if key == keyed.key => "its last run gave no result".to_owned(),
-        Some((_, None)) => "its last result is no longer in the cache".to_owned(),
-        Some((_, Some(last))) => diff(&last.manifest, &keyed.manifest.to_value()).join("; "),
+    match history.nearest(&request.id) {
+        None => Reason::plain("its last result is no longer in the cache"),
+        Some((earlier, _)) if earlier.key == keyed.key => Reason::plain("asked to run again"),
+        Some((Earlier { run, .. }, result)) => Reason {
+            lines: diff(&result.manifest, &keyed.manifest.to_value()),
+            against: run,
+        },
     }
 }

@@ -33,6 +33,7 @@ use std::path::{Path, PathBuf};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use expr::{eval_bool, resolve_item, run_context};
+pub use scalar::{bytes as parse_bytes, duration as parse_duration};
 pub use schema::{pipeline_schema, step_schema};
 
 use crate::pipeline::Pipeline;

@@ -84,7 +84,7 @@ fn is_float(text: &str) -> bool {
 ///
 /// # Errors
 /// Text in another form.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration");
     let mut rest = text;
     let mut total = Duration::ZERO;
@@ -121,7 +121,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 ///
 /// # Errors
 /// Text in another form.
-pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+pub fn bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is not a size");
     let end = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')

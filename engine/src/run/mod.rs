@@ -34,7 +34,9 @@ use crate::event::RunEvent;
 pub use crate::expansion::Expressions;
 use crate::expansion::kind_of;
 use crate::pipeline::Pipeline;
-use crate::record::{PLAN_VERSION, PlanStep, RunPlan, RunRecorder, next_run_id, timestamp};
+use crate::record::{
+    PLAN_VERSION, PlanSource, PlanStep, RunPlan, RunRecorder, next_run_id, timestamp,
+};
 use crate::step::{Cancel, StepError, StepSummary, World};
 
 /// Events written at once, when they come faster than they can be written.
@@ -217,6 +219,7 @@ fn plan_of(pipeline: &Pipeline, selection: &Selection, run_id: &str) -> RunPlan 
                 step: step.name.clone(),
                 kind: kind_of(step).to_owned(),
                 after: predecessors(step).into_iter().collect(),
+                inputs: PlanSource::of(step),
                 forced: selection.forced.contains(&step.name),
             })
             .collect(),

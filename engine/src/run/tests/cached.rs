@@ -6,11 +6,26 @@ use serde_json::json;
 
 use super::diamond;
 use crate::pipeline::{CachePolicy, StepNode};
-use crate::plan::PlanStatus;
+use crate::plan::{Plan, PlanStatus};
+use crate::step::StepError;
 use crate::testing::{Bench, Toy, node, uses};
 
+/// Stale for one reason.
 fn stale(why: &str) -> PlanStatus {
-    PlanStatus::Stale { why: why.into() }
+    PlanStatus::Stale {
+        why: why.into(),
+        changes: vec![why.into()],
+        against: None,
+    }
+}
+
+/// The status of the step at this place, less the run that it was compared with.
+fn status(plan: &Plan, at: usize) -> PlanStatus {
+    let mut status = plan.steps[at].status.clone();
+    if let PlanStatus::Stale { against, .. } = &mut status {
+        *against = None;
+    }
+    status
 }
 
 #[test]
@@ -35,10 +50,8 @@ fn names_do_not_count_but_versions_params_and_env_do() {
     bench.run(&[step("new-name")]);
     assert_eq!(bench.run(&[step("old-name")]).ends(), ["old-name cached"]);
     let change = |changed: StepNode, why: &str| {
-        assert_eq!(
-            bench.plan(std::slice::from_ref(&changed)).steps[0].status,
-            stale(why)
-        );
+        let plan = bench.plan(std::slice::from_ref(&changed));
+        assert_eq!(status(&plan, 0), stale(why));
         let ran = bench.run(&[changed]);
         assert_eq!((ran.ran(), ran.why("old-name")), (vec!["old-name"], why));
         assert_eq!(bench.run(&[step("old-name")]).summary.ran, 0);
@@ -49,7 +62,7 @@ fn names_do_not_count_but_versions_params_and_env_do() {
     );
     change(
         step("old-name").change(|s| s.env = [("X".into(), "1".into())].into()),
-        "env `X` changed",
+        "env `X`: unset → \"1\"",
     );
     let mut newer = Toy::join();
     newer.version = 2;
@@ -66,14 +79,14 @@ fn a_change_reruns_exactly_its_cone() {
     let mut changed = diamond("a");
     changed[2] = node("c").text("C").input("x", "a.out");
     let plan = bench.plan(&changed);
-    let statuses: Vec<&PlanStatus> = plan.steps.iter().map(|s| &s.status).collect();
     let pending = PlanStatus::Pending {
         why: "after `c`".into(),
+        after: vec!["c".into()],
     };
     let why_c = stale("param `text`: \"c\" → \"C\"");
     assert_eq!(
-        statuses,
-        [&PlanStatus::Fresh, &PlanStatus::Fresh, &why_c, &pending]
+        [0, 1, 2, 3].map(|at| status(&plan, at)),
+        [PlanStatus::Fresh, PlanStatus::Fresh, why_c, pending]
     );
     let ran = bench.run(&changed);
     assert_eq!(ran.ran(), ["c", "d"]);
@@ -157,7 +170,7 @@ fn a_changed_file_or_observed_fact_is_noticed() {
         error.message
     );
     assert!(
-        matches!(&bench.plan(&steps[..1]).steps[0].status, PlanStatus::Stale { why } if why.contains("data.txt"))
+        matches!(&bench.plan(&steps[..1]).steps[0].status, PlanStatus::Stale { why, .. } if why.contains("data.txt"))
     );
 }
 
@@ -172,7 +185,7 @@ fn never_cached_runs_each_time_and_equal_results_stop_there() {
     let ran = bench.run(&steps);
     assert_eq!(ran.ends(), ["a ran", "b cached"]);
     assert_eq!(ran.why("a"), "`cache: never`");
-    assert_eq!(bench.plan(&steps).steps[0].status, stale("`cache: never`"));
+    assert_eq!(status(&bench.plan(&steps), 0), stale("`cache: never`"));
 }
 
 #[test]
@@ -189,7 +202,7 @@ fn from_until_only_and_force_choose_what_runs() {
     assert_eq!(ran.ends(), ["a cached", "b ran", "c cached", "d ran"]);
     assert_eq!(ran.why("b"), "asked to run again");
     assert_eq!(
-        bench.plan(&steps).steps[1].status,
+        status(&bench.plan(&steps), 1),
         stale("asked to run again")
     );
     bench.options.until = Some("b".into());
@@ -252,14 +265,30 @@ fn the_history_survives_without_run_records_and_knows_restored_results() {
     bench.run(&step(2));
     bench.run(&step(1));
     assert_eq!(
-        bench.plan(&step(3)).steps[0].status,
+        status(&bench.plan(&step(3)), 0),
         stale("param `n`: 1 → 3")
     );
     std::fs::remove_dir_all(bench.cache_dir().join("runs")).unwrap();
     assert_eq!(
-        bench.plan(&step(3)).steps[0].status,
+        status(&bench.plan(&step(3)), 0),
         stale("param `n`: 2 → 3")
     );
+}
+
+#[test]
+fn a_reason_names_the_nearest_run_that_gave_a_result() {
+    let bench = Bench::new().unwrap();
+    let step = |n: i32| [node("a").with(json!({ "n": n }))];
+    let good = bench.run(&step(1));
+    let fails = Toy::new("join", |_| Err(StepError::failed("no")));
+    let failed = uses("a", Arc::new(fails)).with(json!({ "n": 2 }));
+    assert!(!bench.run(&[failed]).summary.ok);
+    let plan = bench.plan(&step(3));
+    let PlanStatus::Stale { why, against, .. } = &plan.steps[0].status else {
+        panic!("{plan:?}");
+    };
+    assert_eq!(why, "param `n`: 1 → 3", "not: its last result is gone");
+    assert_eq!(against.as_ref(), Some(&good.summary.run_id));
 }
 
 #[test]

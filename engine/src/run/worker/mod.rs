@@ -190,7 +190,7 @@ impl Worker {
                     .to_owned(),
             });
         }
-        let why = why(&self.history, request, &keyed, cause);
+        let why = why(&self.history, request, &keyed, cause).text();
         Ok(Looked::Miss { keyed, why })
     }
 
@@ -206,6 +206,7 @@ impl Worker {
         self.send(RunEvent::StepStarted {
             step: request.id.clone(),
             kind: kind_of(&request.node).to_owned(),
+            key: keyed.key.to_hex(),
             why: why.clone(),
         });
         let work = || {

@@ -1,0 +1,418 @@
+//! [`Garbage`]: what may be removed from a cache, and its removal.
+//!
+//! Results go least recently used first, with the objects that no other result holds, until
+//! the bounds are met. Who needs what is the caller's knowledge ([`Uses`]): what it calls
+//! needed stays whatever the bounds say. Objects that no result holds always go: they are
+//! what killed or failed runs left. Completions are never removed: they were paid for.
+//!
+//! A result goes before its objects, so a collection that is killed leaves no result without
+//! them, only objects for the next one.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::action::{ActionKey, ActionResult};
+use crate::cache::{Cache, CacheReader};
+use crate::digest::Digest;
+use crate::error::CacheError;
+use crate::survey::{Share, Survey};
+
+/// How large and how old a cache may grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bounds {
+    /// Bytes of the whole folder.
+    pub max_size: Option<u64>,
+    /// Time since the last use.
+    pub max_age: Option<Duration>,
+}
+
+/// Who uses what.
+#[derive(Clone, Debug, Default)]
+pub struct Uses {
+    /// Results that must stay.
+    pub needed: HashSet<ActionKey>,
+    /// When a result was last used; for one that is not here, the time when it was stored counts.
+    pub last: HashMap<ActionKey, SystemTime>,
+    /// Folders of runs that may go, with the time of the run.
+    pub spare_runs: Vec<(PathBuf, SystemTime)>,
+}
+
+/// What may be removed.
+#[derive(Clone, Debug, Default)]
+pub struct Garbage {
+    results: Vec<ActionKey>,
+    objects: Vec<Digest>,
+    runs: Vec<PathBuf>,
+    partial: Vec<PathBuf>,
+    leftovers: Vec<PathBuf>,
+    /// Bytes that it takes.
+    pub bytes: u64,
+    /// Bytes of the cache that stay.
+    pub left: u64,
+}
+
+/// A result with what removing it frees.
+struct Held {
+    key: ActionKey,
+    bytes: u64,
+    objects: Vec<Digest>,
+    last: SystemTime,
+}
+
+impl Garbage {
+    /// Finds what may be removed, without removing it. What it finds is certain only while the
+    /// cache is held: a run may be writing.
+    #[must_use]
+    pub fn find(cache: &CacheReader, uses: &Uses, bounds: Bounds, now: SystemTime) -> Self {
+        Search::new(cache, bounds, now).run(uses)
+    }
+
+    /// Number of results.
+    #[must_use]
+    pub fn results(&self) -> usize {
+        self.results.len()
+    }
+
+    /// Number of objects.
+    #[must_use]
+    pub fn objects(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Number of runs' records.
+    #[must_use]
+    pub fn runs(&self) -> usize {
+        self.runs.len()
+    }
+
+    /// There is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.results.is_empty()
+            && self.objects.is_empty()
+            && self.runs.is_empty()
+            && self.partial.is_empty()
+            && self.leftovers.is_empty()
+    }
+
+    /// Removes it. The cache is held, so no run needs what [`Garbage::find`] found meanwhile.
+    ///
+    /// # Errors
+    /// When something cannot be removed; what was removed until then was garbage.
+    pub fn remove(&self, cache: &Cache) -> Result<(), CacheError> {
+        for key in &self.results {
+            remove_file(&cache.actions().path(key))?;
+        }
+        for digest in &self.objects {
+            remove_file(&cache.store().object_path(digest))?;
+        }
+        for path in &self.leftovers {
+            remove_file(path)?;
+        }
+        for folder in self.runs.iter().chain(&self.partial) {
+            std::fs::remove_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
+        }
+        Ok(())
+    }
+}
+
+fn remove_file(path: &Path) -> Result<(), CacheError> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(CacheError::io(path, e)),
+        _ => Ok(()),
+    }
+}
+
+struct Search<'a> {
+    cache: &'a CacheReader,
+    bounds: Bounds,
+    now: SystemTime,
+    sizes: HashMap<Digest, u64>,
+    /// How many results hold an object.
+    holders: HashMap<Digest, usize>,
+    found: Garbage,
+}
+
+impl<'a> Search<'a> {
+    fn new(cache: &'a CacheReader, bounds: Bounds, now: SystemTime) -> Self {
+        let (sizes, leftovers) = cache.store().objects();
+        let total = Survey::of(cache.dir()).total().bytes;
+        Self {
+            cache,
+            bounds,
+            now,
+            sizes,
+            holders: HashMap::new(),
+            found: Garbage {
+                leftovers,
+                left: total,
+                ..Garbage::default()
+            },
+        }
+    }
+
+    fn run(mut self, uses: &Uses) -> Garbage {
+        let mut results = self.results(uses);
+        let orphans: Vec<Digest> = self.sizes.keys().filter(|d| !self.holders.contains_key(d)).copied().collect();
+        for digest in orphans {
+            self.drop_object(digest);
+        }
+        for path in self.found.leftovers.clone() {
+            self.freed(Share::of(&path).bytes);
+        }
+        self.partial(uses);
+        results.sort_by(|a, b| a.last.cmp(&b.last).then(a.key.cmp(&b.key)));
+        for held in results.into_iter().filter(|h| !uses.needed.contains(&h.key)) {
+            if !self.goes(held.last) {
+                break;
+            }
+            self.drop_result(&held);
+        }
+        let mut runs = uses.spare_runs.clone();
+        runs.sort_by_key(|(_, at)| *at);
+        for (dir, at) in runs {
+            if !self.goes(at) {
+                break;
+            }
+            self.freed(Share::of(&dir).bytes);
+            self.found.runs.push(dir);
+        }
+        self.found
+    }
+
+    fn results(&mut self, uses: &Uses) -> Vec<Held> {
+        let mut members = HashMap::new();
+        let mut all = Vec::new();
+        for result in self.cache.actions().all() {
+            let objects = self.objects_of(&result, &mut members);
+            for digest in &objects {
+                *self.holders.entry(*digest).or_default() += 1;
+            }
+            let meta = std::fs::metadata(self.cache.actions().path(&result.key)).ok();
+            let stored = meta.as_ref().and_then(|m| m.modified().ok());
+            all.push(Held {
+                key: result.key,
+                bytes: meta.map_or(0, |m| m.len()),
+                objects,
+                last: uses.last.get(&result.key).copied().or(stored).unwrap_or(self.now),
+            });
+        }
+        all
+    }
+
+    /// The outputs' objects, and those of its inputs that are in the store: the project's own
+    /// files, which lineage may want to show. Each once.
+    fn objects_of(
+        &self,
+        result: &ActionResult,
+        members: &mut HashMap<Digest, Vec<Digest>>,
+    ) -> Vec<Digest> {
+        let mut all = HashSet::new();
+        for digest in result.digests() {
+            if self.sizes.contains_key(&digest) && all.insert(digest) {
+                let members = members
+                    .entry(digest)
+                    .or_insert_with(|| self.cache.store().members(&digest));
+                all.extend(members.iter().copied());
+            }
+        }
+        all.retain(|digest| self.sizes.contains_key(digest));
+        all.into_iter().collect()
+    }
+
+    /// Saved state of unfinished actions: only age removes it, for it may be hours of training.
+    fn partial(&mut self, uses: &Uses) {
+        let needed = |path: &Path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            Digest::parse(&name).is_some_and(|key| uses.needed.contains(&key))
+        };
+        for path in crate::record::folder(&self.cache.dir().join("partial")) {
+            let changed = std::fs::metadata(&path).and_then(|m| m.modified());
+            if !needed(&path) && self.is_old(changed.unwrap_or(self.now)) {
+                self.freed(Share::of(&path).bytes);
+                self.found.partial.push(path);
+            }
+        }
+    }
+
+    fn goes(&self, last: SystemTime) -> bool {
+        self.is_old(last) || self.bounds.max_size.is_some_and(|max| self.found.left > max)
+    }
+
+    fn is_old(&self, last: SystemTime) -> bool {
+        // A time to come (a clock that was set back) is no age.
+        let age = self.now.duration_since(last).unwrap_or_default();
+        self.bounds.max_age.is_some_and(|max| age >= max)
+    }
+
+    fn drop_result(&mut self, held: &Held) {
+        self.freed(held.bytes);
+        self.found.results.push(held.key);
+        for digest in &held.objects {
+            let left = self.holders.get_mut(digest).map(|n| {
+                *n -= 1;
+                *n
+            });
+            if left == Some(0) {
+                self.drop_object(*digest);
+            }
+        }
+    }
+
+    fn drop_object(&mut self, digest: Digest) {
+        self.freed(self.sizes.get(&digest).copied().unwrap_or(0));
+        self.found.objects.push(digest);
+    }
+
+    fn freed(&mut self, bytes: u64) {
+        self.found.bytes += bytes;
+        self.found.left = self.found.left.saturating_sub(bytes);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::action::{ACTION_VERSION, OutputRecord, OutputValue};
+    use crate::artifact::Artifact;
+    use crate::{LockWait, OpenOptions};
+
+    const EVERYTHING: Bounds = Bounds {
+        max_size: None,
+        max_age: Some(Duration::ZERO),
+    };
+
+    fn open(dir: &Path) -> Cache {
+        let options = OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".into(),
+            on_wait: None,
+        };
+        Cache::open(dir, &options).unwrap()
+    }
+
+    fn put(cache: &Cache, name: &str, outputs: &[&Artifact]) -> ActionKey {
+        let key = Digest::of_bytes(name.as_bytes());
+        let output = |artifact: &Artifact| OutputRecord {
+            ty: "file".into(),
+            value: OutputValue::One(artifact.clone()),
+        };
+        let outputs = outputs.iter().enumerate();
+        let outputs: BTreeMap<String, OutputRecord> =
+            outputs.map(|(i, a)| (format!("o{i}"), output(a))).collect();
+        cache
+            .actions()
+            .put(&ActionResult {
+                version: ACTION_VERSION,
+                key,
+                manifest: serde_json::json!({ "inputs": {} }),
+                outputs,
+                metrics: BTreeMap::new(),
+                took_ms: 1,
+                finished_at: String::new(),
+                label: name.into(),
+            })
+            .unwrap();
+        key
+    }
+
+    fn collect(cache: &Cache, uses: &Uses, bounds: Bounds) -> Garbage {
+        let reader = CacheReader::open(cache.dir());
+        let found = Garbage::find(&reader, uses, bounds, SystemTime::now());
+        found.remove(cache).unwrap();
+        found
+    }
+
+    #[test]
+    fn what_is_needed_stays_and_shared_objects_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path());
+        let source = dir.path().join("source");
+        std::fs::create_dir(&source).unwrap();
+        std::fs::write(source.join("member"), "member").unwrap();
+        let tree = cache.store().put_path(&source).unwrap();
+        let shared = cache.store().put_bytes(b"shared").unwrap();
+        let old = cache.store().put_bytes(b"old").unwrap();
+        let orphan = cache.store().put_bytes(b"orphan").unwrap();
+        let needed = put(&cache, "needed", &[&tree, &shared]);
+        let spare = put(&cache, "spare", &[&shared, &old]);
+        std::fs::write(dir.path().join("objects").join(".tmp1"), "torn").unwrap();
+        let uses = Uses {
+            needed: HashSet::from([needed]),
+            ..Uses::default()
+        };
+        let found = collect(&cache, &uses, EVERYTHING);
+        assert_eq!((found.results(), found.objects()), (1, 2));
+        assert!(cache.actions().get(&spare).is_none());
+        assert!(cache.actions().get(&needed).is_some());
+        for kept in [&tree, &shared] {
+            cache.store().verify(kept).unwrap();
+        }
+        for gone in [&old, &orphan] {
+            assert!(!cache.store().contains(gone));
+        }
+        assert_eq!(found.left, Survey::of(dir.path()).total().bytes);
+        assert!(collect(&cache, &uses, EVERYTHING).is_empty());
+    }
+
+    #[test]
+    fn a_size_takes_the_least_recently_used_first_and_stops_when_it_is_met() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path());
+        let at = |s: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(s);
+        let mut uses = Uses::default();
+        let mut keys = Vec::new();
+        for (i, used) in [30, 10, 20].into_iter().enumerate() {
+            let big = cache.store().put_bytes(&[i as u8; 1000]).unwrap();
+            let key = put(&cache, &format!("k{i}"), &[&big]);
+            uses.last.insert(key, at(used));
+            keys.push(key);
+        }
+        let total = Survey::of(dir.path()).total().bytes;
+        let bounds = Bounds {
+            max_size: Some(total - 500),
+            max_age: None,
+        };
+        assert_eq!(collect(&cache, &uses, bounds).results(), 1);
+        let there = keys.iter().map(|k| cache.actions().get(k).is_some());
+        assert_eq!(there.collect::<Vec<_>>(), [true, false, true]);
+        let none = Bounds {
+            max_size: Some(total),
+            max_age: None,
+        };
+        assert!(collect(&cache, &uses, none).is_empty());
+        let aged = Bounds {
+            max_size: None,
+            max_age: Some(Duration::from_secs(60)),
+        };
+        uses.last.insert(keys[0], SystemTime::now());
+        assert_eq!(collect(&cache, &uses, aged).results(), 1);
+        assert!(cache.actions().get(&keys[0]).is_some());
+    }
+
+    #[test]
+    fn saved_training_goes_by_age_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path());
+        let key = Digest::of_bytes(b"k");
+        std::fs::create_dir_all(cache.partial_path(&key)).unwrap();
+        let tiny = Bounds {
+            max_size: Some(0),
+            max_age: Some(Duration::from_secs(3600)),
+        };
+        collect(&cache, &Uses::default(), tiny);
+        assert!(cache.partial_path(&key).exists());
+        let needed = Uses {
+            needed: HashSet::from([key]),
+            ..Uses::default()
+        };
+        collect(&cache, &needed, EVERYTHING);
+        assert!(cache.partial_path(&key).exists());
+        collect(&cache, &Uses::default(), EVERYTHING);
+        assert!(!cache.partial_path(&key).exists());
+    }
+}

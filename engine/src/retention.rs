@@ -1,0 +1,133 @@
+//! Which results the cache must keep: those that the last runs of each pipeline used.
+//!
+//! [`uses`] reads it from the runs' records, [`collect`] removes the rest as far as the bounds
+//! ask, and [`tidy`] does so at the end of a run, when it is worth a look: never for a run that
+//! did nothing, and otherwise so that looking takes at most a hundredth of the time between two
+//! looks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use flowrun_cache::{ActionKey, Bounds, Cache, CacheError, CacheReader, Garbage, Survey, Uses};
+use serde::{Deserialize, Serialize};
+
+use crate::run_keys::RunKeys;
+
+/// The longest time between two looks at what is old.
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// One look may take this share of the time since the last one.
+const SHARE: u32 = 100;
+/// The note in the cache folder about the last look.
+const NOTE: &str = "gc.json";
+
+/// What the cache keeps.
+#[derive(Debug, Clone, Copy)]
+pub struct Retention {
+    /// Runs of each pipeline whose results stay, whatever the bounds say.
+    pub keep_runs: usize,
+    /// How large and how old the rest may grow.
+    pub bounds: Bounds,
+}
+
+/// The last look.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    /// When the size was looked at.
+    looked: SystemTime,
+    /// How long that took.
+    took: Duration,
+    /// When everything was looked at.
+    swept: SystemTime,
+}
+
+/// Who uses what, by the runs' records. The last `keep_runs` of each pipeline need their results.
+#[must_use]
+pub fn uses(cache: &CacheReader, keep_runs: usize) -> Uses {
+    let mut uses = Uses::default();
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for dir in cache.runs() {
+        let Some(run) = RunKeys::read(&dir, None) else {
+            let changed = std::fs::metadata(&dir).and_then(|m| m.modified());
+            uses.spare_runs
+                .push((dir, changed.unwrap_or(SystemTime::UNIX_EPOCH)));
+            continue;
+        };
+        let number = seen.entry(run.pipeline).or_default();
+        *number += 1;
+        let kept = *number <= keep_runs;
+        for key in run.keys.into_values() {
+            let last = uses.last.entry(key).or_insert(run.at);
+            *last = (*last).max(run.at);
+            if kept {
+                uses.needed.insert(key);
+            }
+        }
+        if !kept {
+            uses.spare_runs.push((dir, run.at));
+        }
+    }
+    uses
+}
+
+/// The keys that a run used.
+#[must_use]
+pub fn keys_of(run_dir: &Path) -> BTreeSet<ActionKey> {
+    let run = RunKeys::read(run_dir, None);
+    run.into_iter().flat_map(|run| run.keys.into_values()).collect()
+}
+
+/// What could be removed; nothing is.
+#[must_use]
+pub fn garbage(cache: &CacheReader, retention: &Retention) -> Garbage {
+    let uses = uses(cache, retention.keep_runs);
+    Garbage::find(cache, &uses, retention.bounds, SystemTime::now())
+}
+
+/// Removes what the bounds ask to and no kept run needs.
+///
+/// # Errors
+/// When something cannot be removed.
+pub fn collect(cache: &Cache, retention: &Retention) -> Result<Garbage, CacheError> {
+    let garbage = garbage(&CacheReader::open(cache.dir()), retention);
+    garbage.remove(cache)?;
+    Ok(garbage)
+}
+
+/// Does so at the end of a run, if it is time. `ran` says whether the run made anything.
+///
+/// # Errors
+/// As [`collect`].
+pub fn tidy(
+    cache: &Cache,
+    retention: &Retention,
+    ran: bool,
+) -> Result<Option<Garbage>, CacheError> {
+    let now = SystemTime::now();
+    let path = cache.dir().join(NOTE);
+    let text = std::fs::read(&path).ok();
+    let last: Option<Note> = text.and_then(|text| serde_json::from_slice(&text).ok());
+    // A new cache holds nothing old. A clock that was set back makes every look due.
+    let swept = last.as_ref().map_or(now, |note| note.swept);
+    let is_since = |then: SystemTime, time| now.duration_since(then).map_or(true, |t| t >= time);
+    let grown = ran && last.is_none_or(|note| is_since(note.looked, note.took * SHARE));
+    let old = is_since(swept, DAY);
+    if !grown && !old {
+        return Ok(None);
+    }
+    let started = Instant::now();
+    let size = || Survey::of(cache.dir()).total().bytes;
+    let over = retention.bounds.max_size.is_some_and(|max| size() > max);
+    let collected = match over || old {
+        true => Some(collect(cache, retention)?),
+        false => None,
+    };
+    let note = Note {
+        looked: now,
+        took: started.elapsed(),
+        swept: if collected.is_some() { now } else { swept },
+    };
+    let text = serde_json::to_vec(&note).unwrap_or_default();
+    std::fs::write(&path, text).map_err(|e| CacheError::io(&path, e))?;
+    Ok(collected.filter(|garbage| !garbage.is_empty()))
+}

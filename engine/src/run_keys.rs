@@ -1,0 +1,66 @@
+//! [`RunKeys`]: the action keys that a run used. Less of a record is read than
+//! [`crate::record::RunRecord`] reads, because records are long.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::SystemTime;
+
+use flowrun_cache::{ActionKey, Digest};
+use serde::Deserialize;
+
+/// The keys of a run.
+#[derive(Debug)]
+pub(crate) struct RunKeys {
+    /// Run id.
+    pub(crate) run: String,
+    /// Pipeline name.
+    pub(crate) pipeline: String,
+    /// When it began.
+    pub(crate) at: SystemTime,
+    /// What each step id used; of one that began and did not end, what it was about to make.
+    pub(crate) keys: HashMap<String, ActionKey>,
+}
+
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(borrow, default)]
+    pipeline: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    at: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    step: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    key: Option<Cow<'a, str>>,
+}
+
+impl RunKeys {
+    /// Reads a run's folder; `None` when it cannot be read, or is of another pipeline than
+    /// the one that is wanted.
+    pub(crate) fn read(run_dir: &Path, wanted: Option<&str>) -> Option<Self> {
+        let bytes = std::fs::read(run_dir.join("events.jsonl")).ok()?;
+        let mut lines = bytes.split(|b| *b == b'\n');
+        let first: Line<'_> = serde_json::from_slice(lines.next()?).ok()?;
+        let pipeline = first.pipeline?.into_owned();
+        if wanted.is_some_and(|wanted| wanted != pipeline) {
+            return None;
+        }
+        let at = humantime::parse_rfc3339(&first.at?).ok()?;
+        let mut keys = HashMap::new();
+        for line in lines.filter(|line| line.starts_with(b"{\"event\":\"step_")) {
+            let Ok(line) = serde_json::from_slice::<Line<'_>>(line) else {
+                continue;
+            };
+            if let (Some(step), Some(key)) = (line.step, line.key.and_then(|k| Digest::parse(&k))) {
+                // A step that was made again in the same run stands as it ended last.
+                keys.insert(step.into_owned(), key);
+            }
+        }
+        Some(Self {
+            run: run_dir.file_name()?.to_string_lossy().into_owned(),
+            pipeline,
+            at,
+            keys,
+        })
+    }
+}
