@@ -23,7 +23,7 @@ pub(crate) struct Args {
     pub(crate) command: Option<Command>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Global options")]
     pub(crate) global: GlobalArgs,
 }
 
@@ -176,15 +176,8 @@ pub(crate) struct RunArgs {
     /// Fail at once when another run holds the cache.
     #[arg(long)]
     pub(crate) no_wait: bool,
-    /// Bytes that the cache may grow to (`none`: no bound); looked at when a run ends.
-    #[arg(long, value_name = "SIZE", env = "FLOWRUN_CACHE_MAX_SIZE", default_value = MAX_SIZE, value_parser = parse_size, hide = true)]
-    pub(crate) cache_max_size: Limit<u64>,
-    /// Time since the last use after which a result goes (`none`: no bound).
-    #[arg(long, value_name = "AGE", env = "FLOWRUN_CACHE_MAX_AGE", default_value = MAX_AGE, value_parser = parse_age, hide = true)]
-    pub(crate) cache_max_age: Limit<Duration>,
-    /// Runs of each pipeline whose results always stay.
-    #[arg(long, value_name = "N", env = "FLOWRUN_CACHE_KEEP_RUNS", default_value_t = KEEP_RUNS, hide = true)]
-    pub(crate) cache_keep_runs: usize,
+    #[command(flatten, next_help_heading = "Cache, looked after when the run ends")]
+    pub(crate) retention: RetentionArgs,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -196,7 +189,7 @@ pub(crate) struct PlanArgs {
 }
 
 /// Which steps take part, and which of them run even if nothing changed.
-#[derive(Debug, ClapArgs)]
+#[derive(Debug, Default, ClapArgs)]
 pub(crate) struct Scope {
     /// Re-run this step and all after it; the rest comes from the cache, or is run if missing.
     #[arg(long, value_name = "STEP", conflicts_with_all = ["only"], add = candidates(completion::steps))]
@@ -273,10 +266,10 @@ pub(crate) enum CacheCommand {
     },
 }
 
-/// What the cache keeps. A run that ends applies the same bounds.
-#[derive(Debug, ClapArgs)]
+/// What the cache keeps.
+#[derive(Debug, Clone, ClapArgs)]
 pub(crate) struct RetentionArgs {
-    /// The results of the last N runs of each pipeline always stay.
+    /// The results of the last N runs of each pipeline always stay; failed runs count apart.
     #[arg(long, value_name = "N", env = "FLOWRUN_CACHE_KEEP_RUNS", default_value_t = KEEP_RUNS)]
     pub(crate) keep_runs: usize,
     /// Bytes that the cache may grow to (`10GB`, `none`); the least recently used go first.

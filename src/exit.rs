@@ -36,6 +36,7 @@ impl From<Exit> for std::process::ExitCode {
 pub(crate) struct Failure {
     exit: Exit,
     text: String,
+    locked: bool,
 }
 
 impl Failure {
@@ -43,7 +44,18 @@ impl Failure {
         Self {
             exit,
             text: text.into(),
+            locked: false,
         }
+    }
+
+    /// The code that it leads to.
+    pub(crate) fn exit(&self) -> Exit {
+        self.exit
+    }
+
+    /// Another process holds the cache.
+    pub(crate) fn is_locked(&self) -> bool {
+        self.locked
     }
 
     pub(crate) fn usage(text: impl Into<String>) -> Self {
@@ -62,9 +74,18 @@ impl Failure {
     }
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 impl From<CacheError> for Failure {
     fn from(error: CacheError) -> Self {
-        Self::new(Exit::Cache, error.to_string())
+        Self {
+            locked: matches!(error, CacheError::Locked { .. }),
+            ..Self::new(Exit::Cache, error.to_string())
+        }
     }
 }
 

@@ -2,19 +2,25 @@
 
 mod args;
 mod commands;
+mod completion;
 mod exit;
 mod graph;
+mod output;
+mod recorded;
 mod reporter;
 mod serve;
 mod surroundings;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::args::{Args, Command};
 use crate::exit::{Exit, Failure};
 
 fn main() -> std::process::ExitCode {
     end_quietly_with_the_reader();
+    clap_complete::CompleteEnv::with_factory(Args::command)
+        .var(completion::VARIABLE)
+        .complete();
     let args = Args::parse();
     let level = if args.global.verbose {
         "flowrun=debug"
@@ -52,16 +58,29 @@ fn dispatch(args: Args) -> Result<Exit, Failure> {
     match &args.command {
         None => commands::run::run(&args.run, global),
         Some(Command::Check(select)) => commands::check::check(select, global),
-        Some(Command::Plan(select)) => commands::plan::plan(select, global),
-        Some(Command::Why { step, select }) => commands::plan::why(step, select, global),
+        Some(Command::Plan(args)) => commands::plan::plan(args, global),
+        Some(Command::Why { step, select }) => commands::why::why(step, select, global),
         Some(Command::Graph(graph)) => commands::graph::graph(graph, global),
-        Some(Command::Runs) => commands::runs::runs(global),
+        Some(Command::Runs { limit }) => commands::runs::runs(*limit, global),
         Some(Command::Show { run, step }) => {
-            commands::runs::show(run.as_deref(), step.as_deref(), global)
+            commands::show::show(run.as_deref(), step.as_deref(), global)
         }
-        Some(Command::Steps { kind }) => commands::steps::steps(kind.as_deref()),
-        Some(Command::Schema { kind }) => commands::steps::schema(kind.as_deref()),
+        Some(Command::Diff { old, new }) => {
+            commands::diff::diff(old.as_deref(), new.as_deref(), global)
+        }
+        Some(Command::Open { run }) => commands::open::open(run.as_deref(), global),
+        Some(Command::Lineage { artifact, run }) => {
+            commands::lineage::lineage(artifact, run.as_deref(), global)
+        }
+        Some(Command::Cache(command)) => commands::cache::cache(command, global),
+        Some(Command::Init(args)) => commands::init::init(args, global),
+        Some(Command::Doctor(args)) => commands::doctor::doctor(args, global),
+        Some(Command::Steps { kind }) => commands::steps::steps(kind.as_deref(), global),
+        Some(Command::Schema { kind, events }) => {
+            commands::schema::schema(kind.as_deref(), *events)
+        }
         Some(Command::Serve(args)) => serve::serve(args, global),
         Some(Command::Completions { shell }) => commands::completions::completions(*shell),
+        Some(Command::Man { dir }) => commands::man::man(dir.as_deref()),
     }
 }

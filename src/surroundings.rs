@@ -4,16 +4,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use flowrun_cache::CacheReader;
+use flowrun_cache::{Cache, LockWait, OpenOptions};
 use flowrun_engine::language::project_root;
 use flowrun_engine::pipeline::Pipeline;
-use flowrun_engine::record::RunRecord;
 use flowrun_engine::run::{Capacity, Expressions, RunOptions};
 use flowrun_engine::step::World;
 use flowrun_engine::{LoadOptions, eval_bool, load_pipeline, resolve_item};
 
-use crate::args::{GlobalArgs, Select};
-use crate::exit::{Exit, Failure};
+use crate::args::{GlobalArgs, Scope, Select};
+use crate::exit::Failure;
 
 /// File in the cache folder that names the pipeline that was run last.
 const LAST: &str = "last-pipeline";
@@ -28,7 +27,7 @@ pub(crate) struct Surroundings {
 pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings, Failure> {
     let file = match &select.pipeline {
         Some(file) => file.clone(),
-        None => find_pipeline(global)?,
+        None => find_pipeline(&global.cache_dir)?,
     };
     let vocabulary = flowrun_steps::registry();
     let world = world(&project_root(&file), global)?;
@@ -57,14 +56,35 @@ pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> 
     })
 }
 
-/// Options of a run that does everything stale.
-pub(crate) fn run_options(jobs: Option<usize>) -> RunOptions {
+/// Takes the cache. Says whom it waits for, or fails at once when waiting is not wanted.
+#[allow(clippy::print_stderr)]
+pub(crate) fn hold_cache(global: &GlobalArgs, no_wait: bool) -> Result<Cache, Failure> {
+    let tell = |holder: &str| eprintln!("waiting for {holder}, which uses the same cache");
+    let command: Vec<String> = std::env::args().collect();
+    let options = OpenOptions {
+        wait: if no_wait {
+            LockWait::NoWait
+        } else {
+            LockWait::Wait
+        },
+        command: command.join(" "),
+        on_wait: Some(&tell),
+    };
+    Ok(Cache::open(&global.cache_dir, &options)?)
+}
+
+/// Options of a run of these steps.
+pub(crate) fn run_options(jobs: Option<usize>, scope: &Scope) -> RunOptions {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let mut options = RunOptions::new(Expressions {
         resolve_item,
         eval_bool,
     });
     options.jobs = jobs.unwrap_or(cores);
+    options.from.clone_from(&scope.from);
+    options.until.clone_from(&scope.until);
+    options.only.clone_from(&scope.only);
+    options.force = scope.force;
     options.capacity = Capacity {
         cpu: cores as f64,
         ..Capacity::default()
@@ -84,7 +104,8 @@ fn user_cache(env: &BTreeMap<String, String>) -> PathBuf {
         .join("flowrun")
 }
 
-fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+/// A path that holds wherever the program goes; the empty one is the folder that it is in.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     let path = if path.as_os_str().is_empty() {
         Path::new(".")
     } else {
@@ -101,8 +122,9 @@ pub(crate) fn remember(pipeline: &Pipeline, cache_dir: &Path) {
     }
 }
 
-fn find_pipeline(global: &GlobalArgs) -> Result<PathBuf, Failure> {
-    if let Ok(last) = std::fs::read_to_string(global.cache_dir.join(LAST))
+/// The pipeline that a command without a file means.
+pub(crate) fn find_pipeline(cache_dir: &Path) -> Result<PathBuf, Failure> {
+    if let Ok(last) = std::fs::read_to_string(cache_dir.join(LAST))
         && Path::new(&last).is_file()
     {
         return Ok(PathBuf::from(last));
@@ -129,25 +151,4 @@ fn find_pipeline(global: &GlobalArgs) -> Result<PathBuf, Failure> {
             )))
         }
     }
-}
-
-/// The newest run in the cache, or the one with this id.
-pub(crate) fn find_run(
-    id: Option<&str>,
-    global: &GlobalArgs,
-) -> Result<(PathBuf, RunRecord), Failure> {
-    let runs = CacheReader::open(&global.cache_dir).runs();
-    let chosen = match id {
-        None => runs.into_iter().next(),
-        Some(id) => runs
-            .into_iter()
-            .find(|dir| dir.file_name().is_some_and(|n| n == id)),
-    };
-    let dir = chosen.ok_or_else(|| {
-        let what = id.map_or("any run".to_owned(), |id| format!("the run `{id}`"));
-        let text = format!("{} does not hold {what}", global.cache_dir.display());
-        Failure::new(Exit::Usage, text)
-    })?;
-    let record = RunRecord::load(&dir)?;
-    Ok((dir, record))
 }

@@ -156,7 +156,10 @@ fn append_object(
         return Ok(());
     }
     if Digest::of_file(&path)? != *digest {
-        let text = format!("object {} is damaged; run `flowrun cache repair`", digest.short());
+        let text = format!(
+            "object {} is damaged; run `flowrun cache repair`",
+            digest.short()
+        );
         return Err(std::io::Error::other(text));
     }
     let mut source = File::open(&path)?;
@@ -241,7 +244,9 @@ impl Import<'_> {
     fn damaged(&self, reason: &dyn std::fmt::Display) -> ArchiveError {
         ArchiveError::Damaged {
             path: self.file.to_owned(),
-            reason: format!("it is not an archive that `cache export` wrote, or it is damaged: {reason}"),
+            reason: format!(
+                "it is not an archive that `cache export` wrote, or it is damaged: {reason}"
+            ),
         }
     }
 
@@ -267,14 +272,20 @@ impl Import<'_> {
         match header.flatten() {
             Some(header) if header.version == VERSION => self.read.runs = header.runs,
             Some(header) => {
-                let text = format!("its version {} is not known to this flowrun", header.version);
+                let text = format!(
+                    "its version {} is not known to this flowrun",
+                    header.version
+                );
                 return Err(self.damaged(&text));
             }
             None => return Err(self.damaged(&"it does not begin with a header")),
         }
         let is_name = |run: &String| {
             let mut parts = Path::new(run).components();
-            matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
+            matches!(
+                (parts.next(), parts.next()),
+                (Some(Component::Normal(_)), None)
+            )
         };
         match self.read.runs.iter().all(is_name) {
             true => Ok(()),
@@ -302,7 +313,8 @@ impl Import<'_> {
     }
 
     fn object(&mut self, digest: &str, entry: &mut impl Read) -> Result<(), ArchiveError> {
-        let digest = Digest::parse(digest).ok_or_else(|| self.damaged(&"an object has no digest"))?;
+        let digest =
+            Digest::parse(digest).ok_or_else(|| self.damaged(&"an object has no digest"))?;
         let temp = self.scratch.path().join("object");
         self.unpack(&temp, entry)?;
         let artifact = self.cache.store().put_path(&temp)?;
@@ -333,7 +345,9 @@ impl Import<'_> {
     fn small(&self, entry: &mut impl Read) -> Result<Vec<u8>, ArchiveError> {
         let mut bytes = Vec::new();
         let mut bounded = entry.take(SMALL);
-        bounded.read_to_end(&mut bytes).map_err(|e| self.damaged(&e))?;
+        bounded
+            .read_to_end(&mut bytes)
+            .map_err(|e| self.damaged(&e))?;
         Ok(bytes)
     }
 

@@ -154,7 +154,12 @@ impl<'a> Search<'a> {
 
     fn run(mut self, uses: &Uses) -> Garbage {
         let mut results = self.results(uses);
-        let orphans: Vec<Digest> = self.sizes.keys().filter(|d| !self.holders.contains_key(d)).copied().collect();
+        let orphans: Vec<Digest> = self
+            .sizes
+            .keys()
+            .filter(|d| !self.holders.contains_key(d))
+            .copied()
+            .collect();
         for digest in orphans {
             self.drop_object(digest);
         }
@@ -163,7 +168,10 @@ impl<'a> Search<'a> {
         }
         self.partial(uses);
         results.sort_by(|a, b| a.last.cmp(&b.last).then(a.key.cmp(&b.key)));
-        for held in results.into_iter().filter(|h| !uses.needed.contains(&h.key)) {
+        for held in results
+            .into_iter()
+            .filter(|h| !uses.needed.contains(&h.key))
+        {
             if !self.goes(held.last) {
                 break;
             }
@@ -195,7 +203,12 @@ impl<'a> Search<'a> {
                 key: result.key,
                 bytes: meta.map_or(0, |m| m.len()),
                 objects,
-                last: uses.last.get(&result.key).copied().or(stored).unwrap_or(self.now),
+                last: uses
+                    .last
+                    .get(&result.key)
+                    .copied()
+                    .or(stored)
+                    .unwrap_or(self.now),
             });
         }
         all
@@ -237,7 +250,11 @@ impl<'a> Search<'a> {
     }
 
     fn goes(&self, last: SystemTime) -> bool {
-        self.is_old(last) || self.bounds.max_size.is_some_and(|max| self.found.left > max)
+        self.is_old(last)
+            || self
+                .bounds
+                .max_size
+                .is_some_and(|max| self.found.left > max)
     }
 
     fn is_old(&self, last: SystemTime) -> bool {

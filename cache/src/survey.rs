@@ -73,12 +73,10 @@ impl Survey {
             self.index,
             self.other,
         ];
-        shares
-            .iter()
-            .fold(Share::default(), |sum, share| Share {
-                files: sum.files + share.files,
-                bytes: sum.bytes + share.bytes,
-            })
+        shares.iter().fold(Share::default(), |sum, share| Share {
+            files: sum.files + share.files,
+            bytes: sum.bytes + share.bytes,
+        })
     }
 }
 

@@ -67,7 +67,11 @@ impl std::fmt::Display for Damage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Object { path, .. } => {
-                write!(f, "object {}: its bytes are not what was stored", path.display())
+                write!(
+                    f,
+                    "object {}: its bytes are not what was stored",
+                    path.display()
+                )
             }
             Self::Result { path } => write!(f, "result {}: it cannot be read", path.display()),
             Self::Incomplete { label, digest, .. } => write!(
@@ -233,7 +237,10 @@ mod tests {
         let (unread, _) = put(&cache, "unread");
         for i in 0..3u8 {
             let key = Digest::of_bytes(&[i]);
-            cache.completions().put(&key, &serde_json::json!(i)).unwrap();
+            cache
+                .completions()
+                .put(&key, &serde_json::json!(i))
+                .unwrap();
         }
         let reader = CacheReader::open(dir.path());
         assert_eq!(verify(&reader).damage, []);
@@ -261,7 +268,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = open(dir.path());
         let key = Digest::of_bytes(b"k");
-        cache.completions().put(&key, &serde_json::json!(1)).unwrap();
+        cache
+            .completions()
+            .put(&key, &serde_json::json!(1))
+            .unwrap();
         let path = dir.path().join("completions/000000.log");
         let mut bytes = std::fs::read(&path).unwrap();
         bytes.extend_from_slice(b"torn");

@@ -3,11 +3,18 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// The JSON Schema of one event.
+#[must_use]
+pub fn event_schema() -> Value {
+    schemars::schema_for!(RunEvent).to_value()
+}
+
 /// Something that happened in a run.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum RunEvent {
     /// First event.
@@ -114,7 +121,7 @@ pub enum RunEvent {
 }
 
 /// How a step ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum StepStatus {
     /// Ran and succeeded.
@@ -128,7 +135,7 @@ pub enum StepStatus {
 }
 
 /// One output in an event.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct OutputInfo {
     /// Port type.
     #[serde(rename = "type")]

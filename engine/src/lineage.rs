@@ -134,7 +134,10 @@ impl RunLineage {
         let mut found: Vec<&MadeOutput> = all
             .filter(|m| {
                 let short = format!("{}.{}", m.step, m.output);
-                name == short || m.label.as_ref().is_some_and(|l| name == format!("{short}/{l}"))
+                name == short
+                    || m.label
+                        .as_ref()
+                        .is_some_and(|l| name == format!("{short}/{l}"))
             })
             .collect();
         // A list itself comes before its entries.
@@ -145,7 +148,10 @@ impl RunLineage {
     /// An output whose digest begins so.
     #[must_use]
     pub fn with_digest(&self, start: &str) -> Option<MadeOutput> {
-        let found = self.made.iter().find(|(d, _)| d.to_hex().starts_with(start));
+        let found = self
+            .made
+            .iter()
+            .find(|(d, _)| d.to_hex().starts_with(start));
         found.and_then(|(_, outputs)| outputs.first().cloned())
     }
 

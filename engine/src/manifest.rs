@@ -348,7 +348,8 @@ mod tests {
 
     #[test]
     fn a_named_file_shows_its_digests() {
-        let of = |text: &str| BTreeMap::from([("a.sh".to_owned(), Digest::of_bytes(text.as_bytes()))]);
+        let of =
+            |text: &str| BTreeMap::from([("a.sh".to_owned(), Digest::of_bytes(text.as_bytes()))]);
         let mut before = manifest();
         before.files = of("a");
         let mut after = before.clone();
@@ -359,7 +360,10 @@ mod tests {
         );
         after.files.clear();
         let gone = diff(&before.to_value(), &after.to_value());
-        assert_eq!(gone, ["file `a.sh` is gone, or the command names it no more"]);
+        assert_eq!(
+            gone,
+            ["file `a.sh` is gone, or the command names it no more"]
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Which results the cache must keep: those that the last runs of each pipeline used.
+//! Which results the cache must keep: those that the last runs of each pipeline used. Runs that
+//! ended well are counted apart from the others, so that a row of failures displaces nothing.
 //!
 //! [`uses`] reads it from the runs' records, [`collect`] removes the rest as far as the bounds
 //! ask, and [`tidy`] does so at the end of a run, when it is worth a look: never for a run that
@@ -24,7 +25,8 @@ const NOTE: &str = "gc.json";
 /// What the cache keeps.
 #[derive(Debug, Clone, Copy)]
 pub struct Retention {
-    /// Runs of each pipeline whose results stay, whatever the bounds say.
+    /// Runs of each pipeline whose results stay, whatever the bounds say: so many that ended
+    /// well, and so many that did not.
     pub keep_runs: usize,
     /// How large and how old the rest may grow.
     pub bounds: Bounds,
@@ -41,11 +43,11 @@ struct Note {
     swept: SystemTime,
 }
 
-/// Who uses what, by the runs' records. The last `keep_runs` of each pipeline need their results.
+/// Who uses what, by the runs' records. See [`Retention::keep_runs`] for what is needed.
 #[must_use]
 pub fn uses(cache: &CacheReader, keep_runs: usize) -> Uses {
     let mut uses = Uses::default();
-    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    let mut seen: BTreeMap<(String, bool), usize> = BTreeMap::new();
     for dir in cache.runs() {
         let Some(run) = RunKeys::read(&dir, None) else {
             let changed = std::fs::metadata(&dir).and_then(|m| m.modified());
@@ -53,7 +55,7 @@ pub fn uses(cache: &CacheReader, keep_runs: usize) -> Uses {
                 .push((dir, changed.unwrap_or(SystemTime::UNIX_EPOCH)));
             continue;
         };
-        let number = seen.entry(run.pipeline).or_default();
+        let number = seen.entry((run.pipeline, run.ok)).or_default();
         *number += 1;
         let kept = *number <= keep_runs;
         for key in run.keys.into_values() {
@@ -74,7 +76,9 @@ pub fn uses(cache: &CacheReader, keep_runs: usize) -> Uses {
 #[must_use]
 pub fn keys_of(run_dir: &Path) -> BTreeSet<ActionKey> {
     let run = RunKeys::read(run_dir, None);
-    run.into_iter().flat_map(|run| run.keys.into_values()).collect()
+    run.into_iter()
+        .flat_map(|run| run.keys.into_values())
+        .collect()
 }
 
 /// What could be removed; nothing is.

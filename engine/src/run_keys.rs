@@ -18,6 +18,8 @@ pub(crate) struct RunKeys {
     pub(crate) pipeline: String,
     /// When it began.
     pub(crate) at: SystemTime,
+    /// It ended, and well.
+    pub(crate) ok: bool,
     /// What each step id used; of one that began and did not end, what it was about to make.
     pub(crate) keys: HashMap<String, ActionKey>,
 }
@@ -32,6 +34,8 @@ struct Line<'a> {
     step: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     key: Option<Cow<'a, str>>,
+    #[serde(default)]
+    ok: bool,
 }
 
 impl RunKeys {
@@ -47,10 +51,16 @@ impl RunKeys {
         }
         let at = humantime::parse_rfc3339(&first.at?).ok()?;
         let mut keys = HashMap::new();
-        for line in lines.filter(|line| line.starts_with(b"{\"event\":\"step_")) {
+        let mut ok = false;
+        let told = |line: &&[u8]| {
+            let starts = [&b"{\"event\":\"step_"[..], b"{\"event\":\"run_finished"];
+            starts.iter().any(|start| line.starts_with(start))
+        };
+        for line in lines.filter(told) {
             let Ok(line) = serde_json::from_slice::<Line<'_>>(line) else {
                 continue;
             };
+            ok |= line.ok;
             if let (Some(step), Some(key)) = (line.step, line.key.and_then(|k| Digest::parse(&k))) {
                 // A step that was made again in the same run stands as it ended last.
                 keys.insert(step.into_owned(), key);
@@ -60,6 +70,7 @@ impl RunKeys {
             run: run_dir.file_name()?.to_string_lossy().into_owned(),
             pipeline,
             at,
+            ok,
             keys,
         })
     }

@@ -1,17 +1,21 @@
-//! `flowrun completions`.
+//! `flowrun completions`: a script that has the shell ask flowrun itself.
 
-use clap::CommandFactory;
+use clap_complete::env::Shells;
 
-use crate::args::Args;
+use crate::completion::VARIABLE;
 use crate::exit::{Exit, Failure};
+use crate::output;
 
 /// Prints a shell's completion script.
 pub(crate) fn completions(shell: clap_complete::Shell) -> Result<Exit, Failure> {
-    clap_complete::generate(
-        shell,
-        &mut Args::command(),
-        "flowrun",
-        &mut std::io::stdout(),
-    );
-    Ok(Exit::Ok)
+    let shells = Shells::builtins();
+    let name = shell.to_string();
+    let Some(shell) = shells.completer(&name) else {
+        return Err(Failure::usage(format!(
+            "there are no completions for {name}"
+        )));
+    };
+    let mut script = Vec::new();
+    shell.write_registration(VARIABLE, "flowrun", "flowrun", "flowrun", &mut script)?;
+    output::print(&String::from_utf8_lossy(&script))
 }

@@ -7,7 +7,7 @@ use flowrun_engine::pipeline::Pipeline;
 use crate::args::{GlobalArgs, GraphArgs, GraphFormat};
 use crate::exit::{Exit, Failure};
 use crate::graph::{GraphView, render};
-use crate::surroundings::{self, find_run};
+use crate::{recorded, surroundings};
 
 /// Draws a pipeline's graph.
 #[allow(clippy::print_stdout)]
@@ -52,7 +52,7 @@ fn add_status(
     pipeline: &Pipeline,
     global: &GlobalArgs,
 ) -> Result<(), Failure> {
-    let (_, record) = find_run(None, global)?;
+    let (_, record) = recorded::find(None, global)?;
     if record.pipeline == pipeline.name {
         view.add_status(&record);
     }

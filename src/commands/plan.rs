@@ -1,21 +1,23 @@
-//! `flowrun plan`, `flowrun why` and `flowrun --dry-run`.
+//! `flowrun plan` and `flowrun --dry-run`.
 
+use console::style;
 use flowrun_cache::CacheReader;
 use flowrun_engine::plan::{Plan, PlanStatus, plan as make_plan};
 use flowrun_engine::run::RunOptions;
 
-use crate::args::{GlobalArgs, Select};
+use crate::args::{GlobalArgs, PlanArgs};
 use crate::exit::{Exit, Failure};
+use crate::output;
 use crate::surroundings::{self, Surroundings};
 
 /// Shows what a run would do.
-pub(crate) fn plan(select: &Select, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let loaded = surroundings::load(select, global)?;
-    show(&loaded, &surroundings::run_options(None), global)
+pub(crate) fn plan(args: &PlanArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
+    let loaded = surroundings::load(&args.select, global)?;
+    let options = surroundings::run_options(None, &args.scope);
+    show(&loaded, &options, global)
 }
 
 /// Shows what a run with these options would do.
-#[allow(clippy::print_stdout)]
 pub(crate) fn show(
     loaded: &Surroundings,
     options: &RunOptions,
@@ -23,68 +25,67 @@ pub(crate) fn show(
 ) -> Result<Exit, Failure> {
     let plan = planned(loaded, options, global)?;
     if global.json {
-        println!(
-            "{}",
-            serde_json::to_string(&plan).map_err(std::io::Error::from)?
-        );
-        return Ok(Exit::Ok);
+        return output::json(&plan);
     }
-    for step in &plan.steps {
-        let (word, why) = words(&step.status);
-        println!("{word:8} {:24} {why}", step.step);
-    }
-    if plan.is_fresh() {
-        println!("nothing to do");
-    }
-    Ok(Exit::Ok)
+    output::print(&text(&plan))
 }
 
-/// Shows why a step would run.
-#[allow(clippy::print_stdout)]
-pub(crate) fn why(name: &str, select: &Select, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let loaded = surroundings::load(select, global)?;
-    let plan = planned(&loaded, &surroundings::run_options(None), global)?;
-    let Some(step) = plan.find(name) else {
-        let names: Vec<&str> = plan.steps.iter().map(|s| s.step.as_str()).collect();
-        let text = format!("there is no step `{name}`; there are {}", names.join(", "));
-        return Err(Failure::usage(text));
-    };
-    let items = step
-        .items
-        .iter()
-        .filter(|item| item.id == name || step.step == name);
-    let mut shown = false;
-    for item in items {
-        let (word, why) = words(&item.status);
-        println!("{}: {word}\n    {}", item.id, why.replace("; ", "\n    "));
-        shown = true;
-    }
-    if !shown {
-        let (word, why) = words(&step.status);
-        println!("{}: {word}\n    {why}", step.step);
-    }
-    Ok(Exit::Ok)
-}
-
-fn planned(
+pub(super) fn planned(
     loaded: &Surroundings,
     options: &RunOptions,
     global: &GlobalArgs,
 ) -> Result<Plan, Failure> {
     let reader = CacheReader::open(&global.cache_dir);
-    Ok(make_plan(
-        &loaded.pipeline,
-        &reader,
-        &loaded.world,
-        options,
-    )?)
+    let plan = make_plan(&loaded.pipeline, &reader, &loaded.world, options)?;
+    Ok(plan)
 }
 
-fn words(status: &PlanStatus) -> (&'static str, &str) {
+fn text(plan: &Plan) -> String {
+    let width = plan.steps.iter().map(|s| s.step.chars().count()).max();
+    let width = width.unwrap_or(0);
+    let mut out = String::new();
+    for step in &plan.steps {
+        let why = match &step.status {
+            PlanStatus::Fresh => "",
+            status => status.why(),
+        };
+        let line = format!("{} {:width$}  {why}", word(&step.status), step.step);
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out.push_str(&counts(plan));
+    out
+}
+
+fn counts(plan: &Plan) -> String {
+    let of = |wanted: fn(&PlanStatus) -> bool| {
+        let statuses = plan.steps.iter().map(|s| &s.status);
+        statuses.filter(|s| wanted(s)).count()
+    };
+    let stale = of(PlanStatus::is_stale);
+    let later = of(|s| matches!(s, PlanStatus::Pending { .. }));
+    let fresh = of(|s| matches!(s, PlanStatus::Fresh));
+    let skipped = of(|s| matches!(s, PlanStatus::Skipped { .. }));
+    if plan.is_fresh() {
+        return "nothing to do\n".to_owned();
+    }
+    let mut parts = vec![format!("{stale} to run")];
+    if later > 0 {
+        parts.push(format!("{later} after them, if their inputs change"));
+    }
+    parts.push(format!("{fresh} cached"));
+    if skipped > 0 {
+        parts.push(format!("{skipped} skipped"));
+    }
+    format!("{}\n", parts.join(", "))
+}
+
+/// What would become of a step, in one word of six places.
+pub(super) fn word(status: &PlanStatus) -> console::StyledObject<&'static str> {
     match status {
-        PlanStatus::Fresh => ("cached", "nothing changed"),
-        PlanStatus::Stale { why } => ("run", why),
-        PlanStatus::Pending { why } => ("later", why),
-        PlanStatus::Skipped { why } => ("skip", why),
+        PlanStatus::Fresh => style("cached").dim(),
+        PlanStatus::Stale { .. } => style("run   ").green().bold(),
+        PlanStatus::Pending { .. } => style("later ").yellow(),
+        PlanStatus::Skipped { .. } => style("skip  ").dim(),
     }
 }

@@ -4,11 +4,13 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_cache::Cache;
+use flowrun_engine::retention::tidy as tidy_cache;
 use flowrun_engine::run::{RunError, RunOptions, RunSummary, run as run_pipeline};
 use flowrun_engine::step::{Cancel, StepErrorKind};
 
 use crate::args::{GlobalArgs, RunArgs};
+use crate::commands::cache::{removed, retention};
 use crate::commands::plan;
 use crate::exit::{Exit, Failure};
 use crate::reporter::Reporter;
@@ -18,41 +20,37 @@ use crate::surroundings::{self, Surroundings};
 pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let loaded = surroundings::load(&args.select, global)?;
     let options = RunOptions {
-        from: args.from.clone(),
-        until: args.until.clone(),
-        only: args.only.clone(),
-        force: args.force,
         keep_going: args.keep_going,
-        ..surroundings::run_options(args.jobs)
+        ..surroundings::run_options(args.jobs, &args.scope)
     };
     if args.dry_run {
         return plan::show(&loaded, &options, global);
     }
-    let cache = Arc::new(open_cache(args, global)?);
+    let cache = Arc::new(surroundings::hold_cache(global, args.no_wait)?);
     surroundings::remember(&loaded.pipeline, cache.dir());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(options.jobs + 8)
         .enable_all()
         .build()?;
-    let summary = runtime.block_on(drive(loaded, cache, options, global))?;
+    let held = Arc::clone(&cache);
+    let summary = runtime.block_on(drive(loaded, held, options, global))?;
+    tidy(&cache, args, &summary, global);
     Ok(exit_of(&summary))
 }
 
+/// Removes what the bounds of the cache ask to. The run is over, so that it does not work is
+/// worth a warning only.
 #[allow(clippy::print_stderr)]
-fn open_cache(args: &RunArgs, global: &GlobalArgs) -> Result<Cache, Failure> {
-    let tell = |holder: &str| eprintln!("waiting for {holder}, which uses the same cache");
-    let command: Vec<String> = std::env::args().collect();
-    let options = OpenOptions {
-        wait: if args.no_wait {
-            LockWait::NoWait
-        } else {
-            LockWait::Wait
-        },
-        command: command.join(" "),
-        on_wait: Some(&tell),
-    };
-    Ok(Cache::open(&global.cache_dir, &options)?)
+fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs) {
+    let kept = retention(&args.retention);
+    match tidy_cache(cache, &kept, summary.ran > 0) {
+        Ok(Some(found)) if !global.quiet => {
+            eprintln!("cache: removed {}", removed(&found));
+        }
+        Ok(_) => {}
+        Err(error) => eprintln!("warning: the cache could not be tidied: {error}"),
+    }
 }
 
 async fn drive(

@@ -1,110 +1,64 @@
-//! `flowrun runs` and `flowrun show`: the history, read without the cache's lock.
+//! `flowrun runs`: the history, read without the cache's lock.
 
-use std::path::Path;
-
+use console::style;
 use flowrun_cache::CacheReader;
 use flowrun_engine::event::StepStatus;
-use flowrun_engine::record::{RunRecord, StepRecord, log_path};
+use flowrun_engine::record::RunRecord;
 
 use crate::args::GlobalArgs;
 use crate::exit::{Exit, Failure};
-use crate::reporter::{duration, metric_text, status_word};
-use crate::surroundings::find_run;
+use crate::output;
+use crate::reporter::duration;
 
 /// Lists the runs.
-#[allow(clippy::print_stdout)]
-pub(crate) fn runs(global: &GlobalArgs) -> Result<Exit, Failure> {
-    for dir in CacheReader::open(&global.cache_dir).runs() {
-        let Ok(record) = RunRecord::load(&dir) else {
-            continue;
-        };
-        if global.json {
-            println!(
-                "{}",
-                serde_json::to_string(&record).map_err(std::io::Error::from)?
-            );
-            continue;
+pub(crate) fn runs(limit: usize, global: &GlobalArgs) -> Result<Exit, Failure> {
+    let limit = if limit == 0 { usize::MAX } else { limit };
+    let dirs = CacheReader::open(&global.cache_dir).runs();
+    let records = dirs.iter().filter_map(|dir| RunRecord::load(dir).ok());
+    let records: Vec<RunRecord> = records.take(limit).collect();
+    if global.json {
+        for record in &records {
+            output::json(record)?;
         }
-        let end = match record.ok {
-            Some(true) => "ok",
-            Some(false) => "failed",
-            None => "not ended",
-        };
-        let count = |status| record.steps.iter().filter(|s| s.status == status).count();
-        println!(
-            "{}  {:16} {end:10} ran {}, cached {}, failed {}{}",
-            record.run,
-            record.pipeline,
-            count(StepStatus::Ran),
-            count(StepStatus::Cached),
-            count(StepStatus::Failed),
-            record
-                .took_ms
-                .map(|ms| format!(", {}", duration(ms)))
-                .unwrap_or_default()
-        );
-    }
-    Ok(Exit::Ok)
-}
-
-/// Shows a run, or one of its steps.
-#[allow(clippy::print_stdout)]
-pub(crate) fn show(
-    run: Option<&str>,
-    step: Option<&str>,
-    global: &GlobalArgs,
-) -> Result<Exit, Failure> {
-    let (dir, record) = find_run(run, global)?;
-    if let Some(id) = step {
-        let found = record.step(id).ok_or_else(|| {
-            let ids: Vec<&str> = record.steps.iter().map(|s| s.step.as_str()).collect();
-            Failure::usage(format!(
-                "the run has no step `{id}`; it has {}",
-                ids.join(", ")
-            ))
-        })?;
-        show_step(found, &dir);
         return Ok(Exit::Ok);
     }
-    println!("{} {} {}", record.run, record.pipeline, record.started_at);
-    for step in &record.steps {
-        println!(
-            "{:8} {:28} {:>9}  {}",
-            status_word(step.status),
-            step.step,
-            duration(step.took_ms),
-            metric_text(&step.metrics)
-        );
+    let width = records.iter().map(|r| r.pipeline.chars().count()).max();
+    let mut out = String::new();
+    for record in &records {
+        out.push_str(&line(record, width.unwrap_or(0)));
     }
-    for (step, text) in &record.warnings {
-        println!(
-            "warning: {}{text}",
-            step.as_ref().map(|s| format!("{s}: ")).unwrap_or_default()
-        );
+    if records.is_empty() {
+        out = format!("{} holds no run yet\n", global.cache_dir.display());
+    } else if records.len() < dirs.len() {
+        out.push_str("older ones: flowrun runs -n 0\n");
     }
-    Ok(Exit::Ok)
+    output::print(&out)
 }
 
-#[allow(clippy::print_stdout)]
-fn show_step(step: &StepRecord, dir: &Path) {
-    println!(
-        "{} ({}): {}, {}",
-        step.step,
-        step.kind,
-        status_word(step.status),
-        step.why
+fn line(record: &RunRecord, width: usize) -> String {
+    let end = match record.ok {
+        Some(true) => style("ok      ").green(),
+        Some(false) => style("failed  ").red(),
+        None => style("no end  ").yellow(),
+    };
+    let count = |status| record.steps.iter().filter(|s| s.status == status).count();
+    let counts = [
+        ("ran", count(StepStatus::Ran)),
+        ("cached", count(StepStatus::Cached)),
+        ("failed", count(StepStatus::Failed)),
+        ("skipped", count(StepStatus::Skipped)),
+    ];
+    let counts: Vec<String> = counts
+        .iter()
+        .filter(|(_, n)| *n > 0)
+        .map(|(word, n)| format!("{n} {word}"))
+        .collect();
+    let took = record.took_ms.map(duration).unwrap_or_default();
+    let line = format!(
+        "{}  {:width$}  {end} {took:>12}  {}",
+        record.run,
+        record.pipeline,
+        counts.join(", ")
     );
-    println!("key {}", step.key);
-    for (port, output) in &step.outputs {
-        println!(
-            "output {port}: {} {} {}",
-            output.ty, output.digest, output.path
-        );
-    }
-    for (name, value) in &step.metrics {
-        println!("metric {name}: {value}");
-    }
-    if let Ok(log) = std::fs::read_to_string(log_path(dir, &step.step)) {
-        print!("{log}");
-    }
+    format!("{}\n", line.trim_end())
 }

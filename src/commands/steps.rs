@@ -1,41 +1,50 @@
-//! `flowrun steps` and `flowrun schema`.
+//! `flowrun steps`: the vocabulary with its docs.
 
 use flowrun_engine::step::{Port, Step};
-use flowrun_engine::{pipeline_schema, step_schema};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::args::GlobalArgs;
 use crate::exit::{Exit, Failure};
+use crate::output;
 
 /// Lists the step kinds, or describes one.
-#[allow(clippy::print_stdout)]
-pub(crate) fn steps(kind: Option<&str>) -> Result<Exit, Failure> {
-    let vocabulary = flowrun_steps::registry();
+pub(crate) fn steps(kind: Option<&str>, global: &GlobalArgs) -> Result<Exit, Failure> {
+    let kinds = flowrun_steps::registry().steps;
     match kind {
-        None => {
-            for (kind, step) in &vocabulary.steps {
-                println!("{kind:22} {}", step.about());
-            }
+        None if global.json => {
+            let all: Vec<Value> = kinds.values().map(|step| as_json(&**step)).collect();
+            output::json(&all)
         }
-        Some(kind) => print!("{}", describe(find(kind, &vocabulary.steps)?)),
+        None => {
+            let width = kinds.keys().map(String::len).max().unwrap_or(0);
+            let lines = kinds.iter();
+            let lines = lines.map(|(kind, step)| format!("{kind:width$}  {}\n", step.about()));
+            output::print(&lines.collect::<String>())
+        }
+        Some(kind) => {
+            let step = find(kind, &kinds)?;
+            if global.json {
+                return output::json(&as_json(step));
+            }
+            output::print(&describe(step))
+        }
     }
-    Ok(Exit::Ok)
 }
 
-/// Prints a JSON Schema.
-#[allow(clippy::print_stdout)]
-pub(crate) fn schema(kind: Option<&str>) -> Result<Exit, Failure> {
-    let vocabulary = flowrun_steps::registry();
-    let schema = match kind {
-        None => pipeline_schema(&vocabulary),
-        Some(kind) => step_schema(find(kind, &vocabulary.steps)?),
-    };
-    println!("{schema:#}");
-    Ok(Exit::Ok)
+fn as_json(step: &dyn Step) -> Value {
+    json!({
+        "kind": step.kind(),
+        "version": step.version(),
+        "about": step.about(),
+        "inputs": step.inputs(),
+        "outputs": step.outputs(),
+        "params": step.params_schema(),
+    })
 }
 
-type Kinds = std::collections::BTreeMap<String, std::sync::Arc<dyn Step>>;
+pub(super) type Kinds = std::collections::BTreeMap<String, std::sync::Arc<dyn Step>>;
 
-fn find<'a>(kind: &str, kinds: &'a Kinds) -> Result<&'a dyn Step, Failure> {
+pub(super) fn find<'a>(kind: &str, kinds: &'a Kinds) -> Result<&'a dyn Step, Failure> {
     kinds.get(kind).map(|step| &**step).ok_or_else(|| {
         let names: Vec<&str> = kinds.keys().map(String::as_str).collect();
         Failure::usage(format!(

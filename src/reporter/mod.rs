@@ -7,8 +7,10 @@ mod terminal;
 
 use std::collections::BTreeMap;
 
+use flowrun_cache::CacheReader;
 use flowrun_engine::event::{RunEvent, StepStatus};
 use flowrun_engine::pipeline::Pipeline;
+use flowrun_engine::record::RunRecord;
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -16,6 +18,9 @@ use self::json::JsonReporter;
 use self::plain::PlainReporter;
 use self::terminal::TerminalReporter;
 use crate::args::GlobalArgs;
+
+/// Earlier runs that are looked at for how long a step took.
+const EARLIER: usize = 3;
 
 /// One way of showing events.
 pub(crate) enum Reporter {
@@ -25,12 +30,13 @@ pub(crate) enum Reporter {
 }
 
 impl Reporter {
-    /// JSON when asked for; bars on a terminal; plain lines when piped.
+    /// JSON when asked for; bars on a terminal that can draw them; plain lines when piped, in
+    /// a dumb terminal and in continuous integration.
     pub(crate) fn new(global: &GlobalArgs, pipeline: &Pipeline) -> Self {
         if global.json {
             Self::Json(JsonReporter)
-        } else if console::user_attended_stderr() && !global.quiet {
-            Self::Terminal(TerminalReporter::new(pipeline))
+        } else if draws() && !global.quiet {
+            Self::Terminal(TerminalReporter::new(earlier(pipeline, global)))
         } else {
             Self::Plain(PlainReporter::new(global.quiet, global.verbose))
         }
@@ -46,6 +52,26 @@ impl Reporter {
             }
         }
     }
+}
+
+fn draws() -> bool {
+    let is = |name: &str, value: &str| std::env::var_os(name).is_some_and(|v| v == value);
+    let in_ci = std::env::var_os("CI").is_some_and(|v| !v.is_empty() && v != "false");
+    console::user_attended_stderr() && !is("TERM", "dumb") && !in_ci
+}
+
+/// How long the steps of a pipeline took when they last ran, by the newest runs.
+fn earlier(pipeline: &Pipeline, global: &GlobalArgs) -> BTreeMap<String, u64> {
+    let mut took = BTreeMap::new();
+    let runs = CacheReader::open(&global.cache_dir).runs();
+    let records = runs.iter().filter_map(|dir| RunRecord::load(dir).ok());
+    let same = records.filter(|record| record.pipeline == pipeline.name);
+    for step in same.take(EARLIER).flat_map(|record| record.steps) {
+        if step.status == StepStatus::Ran {
+            took.entry(step.step).or_insert(step.took_ms);
+        }
+    }
+    took
 }
 
 /// A duration for people: `12 ms`, `3.4 s`, `2 min 05 s`.
@@ -64,6 +90,17 @@ pub(crate) fn status_word(status: StepStatus) -> &'static str {
         StepStatus::Cached => "cached",
         StepStatus::Failed => "failed",
         StepStatus::Skipped => "skipped",
+    }
+}
+
+/// The same in colour, of seven places.
+pub(crate) fn styled_status(status: StepStatus) -> console::StyledObject<String> {
+    let word = console::style(format!("{:7}", status_word(status)));
+    match status {
+        StepStatus::Ran => word.green(),
+        StepStatus::Cached => word.dim(),
+        StepStatus::Failed => word.red().bold(),
+        StepStatus::Skipped => word.yellow(),
     }
 }
 

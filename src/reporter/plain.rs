@@ -92,7 +92,9 @@ impl PlainReporter {
                     say(&format!("  help: {help}"));
                 }
             }
-            RunEvent::RunFinished { .. } if !self.quiet => say(self.table.render().trim_end()),
+            RunEvent::RunFinished { .. } if !self.quiet => {
+                say(self.table.render(None).trim_end());
+            }
             _ => {}
         }
     }

@@ -1,31 +1,60 @@
-//! A bar per running step on a terminal, and the final table.
+//! What runs now, on a terminal: a line for the run, a line for each step under way, and the
+//! final table. Finished steps scroll away above.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use console::style;
+use console::{Term, pad_str, style, truncate_str};
 use flowrun_engine::event::{RunEvent, StepStatus};
-use flowrun_engine::pipeline::Pipeline;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::table::Table;
 use super::{duration, metric_text};
+use crate::output::count;
+
+/// Columns of a step's name.
+const NAME: usize = 26;
+/// Rows of the terminal that are left to what is above the bars.
+const ABOVE: usize = 6;
+/// How often a spinner turns.
+const TICK: Duration = Duration::from_millis(120);
+
+const RUN: &str = "{bar:26.green} {pos}/{len} {msg}, {elapsed}";
+const SPINNER: &str = "{prefix} {spinner} {elapsed} {wide_msg:.dim}";
+const BAR: &str = "{prefix} {bar:16.cyan} {pos}/{len} {wide_msg}";
 
 /// Draws bars on stderr.
 pub(crate) struct TerminalReporter {
     bars: MultiProgress,
-    running: BTreeMap<String, ProgressBar>,
-    width: usize,
+    /// All steps and items, as far as they are known.
+    run: ProgressBar,
+    running: BTreeMap<String, Running>,
+    /// Under way, but there is no room for a line.
+    hidden: BTreeSet<String>,
+    /// How long a step took when it last ran.
+    earlier: BTreeMap<String, u64>,
+    failed: usize,
     table: Table,
 }
 
+struct Running {
+    bar: ProgressBar,
+    /// Total and unit of the phase that it is in.
+    phase: (u64, String),
+}
+
 impl TerminalReporter {
-    pub(super) fn new(pipeline: &Pipeline) -> Self {
-        let longest = pipeline.steps.iter().map(|s| s.name.chars().count()).max();
+    /// `earlier` says how many milliseconds a step took when it last ran.
+    pub(super) fn new(earlier: BTreeMap<String, u64>) -> Self {
+        let bars = MultiProgress::new();
+        let run = bars.add(ProgressBar::new(0).with_style(template(RUN)));
         Self {
-            bars: MultiProgress::new(),
+            bars,
+            run,
             running: BTreeMap::new(),
-            width: longest.unwrap_or(0) + 10,
+            hidden: BTreeSet::new(),
+            earlier,
+            failed: 0,
             table: Table::default(),
         }
     }
@@ -34,31 +63,19 @@ impl TerminalReporter {
     pub(super) fn show(&mut self, event: &RunEvent) {
         self.table.fold(event);
         match event {
-            RunEvent::StepStarted { step, why, .. } => {
-                let bar = self.bars.add(ProgressBar::new_spinner());
-                bar.set_style(template("{prefix} {spinner} {elapsed} {msg}"));
-                bar.set_prefix(format!("{step:width$}", width = self.width));
-                bar.set_message(why.clone());
-                bar.enable_steady_tick(Duration::from_millis(120));
-                self.running.insert(step.clone(), bar);
+            RunEvent::RunStarted { steps, .. } => self.run.set_length(*steps as u64),
+            RunEvent::StepExpanded { items, .. } => {
+                let more = (items.len() as u64).saturating_sub(1);
+                self.run.inc_length(more);
             }
+            RunEvent::StepStarted { step, why, .. } => self.started(step, why),
             RunEvent::Progress {
                 step,
                 done,
                 total,
                 unit,
                 text,
-            } => {
-                if let Some(bar) = self.running.get(step) {
-                    if bar.length() != Some(*total) {
-                        bar.set_length(*total);
-                        let line = "{prefix} {bar:24} {pos}/{len} ETA {eta} {msg}";
-                        bar.set_style(template(line));
-                    }
-                    bar.set_position(*done);
-                    bar.set_message(format!("{unit} {text}"));
-                }
-            }
+            } => self.progress(step, (*done, *total), unit, text),
             RunEvent::StepRetry {
                 step,
                 attempt,
@@ -66,47 +83,141 @@ impl TerminalReporter {
                 error,
             } => self.line(&format!(
                 "{} {step}: attempt {attempt} failed ({error}), again in {}",
-                style("retry").yellow(),
+                style("retry  ").for_stderr().yellow(),
                 duration(*wait_ms)
             )),
             RunEvent::Warning { step, text } => {
                 let step = step.as_ref().map(|s| format!("{s}: ")).unwrap_or_default();
                 self.line(&format!(
                     "{} {step}{text}",
-                    style("warning:").yellow().bold()
+                    style("warning").for_stderr().yellow().bold()
                 ));
             }
-            RunEvent::StepFinished {
-                step,
-                status,
-                took_ms,
-                why,
-                metrics,
-                help,
-                ..
-            } => {
-                if let Some(bar) = self.running.remove(step) {
-                    bar.finish_and_clear();
-                }
-                match status {
-                    StepStatus::Ran => self.line(&format!(
-                        "{} {step} in {} {}",
-                        style("ran").green(),
-                        duration(*took_ms),
-                        style(metric_text(metrics)).dim()
-                    )),
-                    StepStatus::Failed => {
-                        self.line(&format!("{} {step}: {why}", style("failed").red().bold()));
-                        if let Some(help) = help {
-                            self.line(&format!("  {} {help}", style("help:").cyan()));
-                        }
-                    }
-                    StepStatus::Cached | StepStatus::Skipped => {}
-                }
+            RunEvent::StepFinished { step, .. } => {
+                self.finished(step);
+                self.ended(event);
             }
-            RunEvent::RunFinished { .. } => eprint!("\n{}", self.table.render()),
-            RunEvent::RunStarted { .. } | RunEvent::StepExpanded { .. } => {}
+            RunEvent::RunFinished { .. } => {
+                self.run.finish_and_clear();
+                let (_, columns) = Term::stderr().size();
+                eprint!("\n{}", self.table.render(Some(usize::from(columns))));
+            }
         }
+    }
+
+    fn started(&mut self, step: &str, why: &str) {
+        let (rows, _) = Term::stderr().size();
+        if self.running.len() + ABOVE >= usize::from(rows) {
+            self.hidden.insert(step.to_owned());
+        } else {
+            let earlier = self.earlier.get(step);
+            let earlier = earlier.map(|ms| format!("last time {}, ", duration(*ms)));
+            let bar = self.bars.add(ProgressBar::new_spinner());
+            bar.set_style(template(SPINNER));
+            let name = truncate_str(step, NAME, "…");
+            let name = pad_str(&name, NAME, console::Alignment::Left, None);
+            bar.set_prefix(name.into_owned());
+            bar.set_message(format!(
+                "{}{}",
+                earlier.unwrap_or_default(),
+                first_line(why)
+            ));
+            bar.enable_steady_tick(TICK);
+            let phase = (0, String::new());
+            self.running.insert(step.to_owned(), Running { bar, phase });
+        }
+        self.summarise();
+    }
+
+    fn progress(&mut self, step: &str, (done, total): (u64, u64), unit: &str, text: &str) {
+        let Some(running) = self.running.get_mut(step) else {
+            return;
+        };
+        let bar = &running.bar;
+        if total == 0 {
+            bar.set_message(format!("{done} {unit} {text}"));
+            return;
+        }
+        // Another phase is timed anew: its units take their own time.
+        if running.phase != (total, unit.to_owned()) {
+            running.phase = (total, unit.to_owned());
+            bar.set_length(total);
+            bar.set_style(template(BAR));
+            bar.reset_eta();
+        }
+        bar.set_position(done);
+        let eta = match done {
+            0 => String::new(),
+            _ if done >= total => String::new(),
+            _ => format!(", ETA {}", seconds(bar.eta())),
+        };
+        bar.set_message(format!(
+            "{unit}{eta} {}",
+            style(first_line(text)).for_stderr().dim()
+        ));
+    }
+
+    fn finished(&mut self, step: &str) {
+        self.run.inc(1);
+        self.hidden.remove(step);
+        if let Some(running) = self.running.remove(step) {
+            running.bar.finish_and_clear();
+            self.bars.remove(&running.bar);
+        }
+        if let Some(next) = self.hidden.pop_first() {
+            self.started(&next, "");
+        }
+        self.summarise();
+    }
+
+    /// Says above the bars how a step ended.
+    fn ended(&mut self, event: &RunEvent) {
+        let RunEvent::StepFinished {
+            step,
+            status,
+            took_ms,
+            why,
+            metrics,
+            help,
+            ..
+        } = event
+        else {
+            return;
+        };
+        match status {
+            StepStatus::Ran => self.line(&format!(
+                "{} {step} in {} {}",
+                style("ran    ").for_stderr().green(),
+                duration(*took_ms),
+                style(metric_text(metrics)).for_stderr().dim()
+            )),
+            StepStatus::Failed => {
+                self.failed += 1;
+                let failed = style("failed ").for_stderr().red().bold();
+                self.line(&format!("{failed} {step}: {why}"));
+                if let Some(help) = help {
+                    self.line(&format!(
+                        "        {} {help}",
+                        style("help:").for_stderr().cyan()
+                    ));
+                }
+                self.summarise();
+            }
+            StepStatus::Cached | StepStatus::Skipped => {}
+        }
+    }
+
+    fn summarise(&self) {
+        let under_way = self.running.len() + self.hidden.len();
+        let mut text = format!("steps, {under_way} running");
+        if !self.hidden.is_empty() {
+            text.push_str(&format!(" ({} without a line)", self.hidden.len()));
+        }
+        if self.failed > 0 {
+            let failed = format!(", {} failed", count(self.failed, "step"));
+            text.push_str(&style(failed).for_stderr().red().to_string());
+        }
+        self.run.set_message(text);
     }
 
     fn line(&self, text: &str) {
@@ -115,22 +226,40 @@ impl TerminalReporter {
     }
 }
 
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+/// A rest of time: an estimate has no milliseconds.
+fn seconds(time: Duration) -> String {
+    match time.as_secs() {
+        s @ 0..60 => format!("{s} s"),
+        s @ 60..3600 => format!("{} min {:02} s", s / 60, s % 60),
+        s => format!("{} h {:02} min", s / 3600, s % 3600 / 60),
+    }
+}
+
 /// A bar's look; the default where the template is wrong, which a test would show.
 fn template(text: &str) -> ProgressStyle {
-    ProgressStyle::with_template(text).unwrap_or_else(|_| ProgressStyle::default_bar())
+    let style = ProgressStyle::with_template(text);
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    style.progress_chars("━╸─")
 }
 
 #[cfg(test)]
 mod tests {
-    use indicatif::ProgressStyle;
+    use super::*;
 
     #[test]
     fn the_templates_are_right() {
-        for text in [
-            "{prefix} {spinner} {elapsed} {msg}",
-            "{prefix} {bar:24} {pos}/{len} ETA {eta} {msg}",
-        ] {
+        for text in [RUN, SPINNER, BAR] {
             assert!(ProgressStyle::with_template(text).is_ok());
         }
+    }
+
+    #[test]
+    fn an_estimate_is_in_seconds() {
+        let shown = [5, 65, 3_700].map(|s| seconds(Duration::from_secs(s)));
+        assert_eq!(shown, ["5 s", "1 min 05 s", "1 h 01 min"]);
     }
 }

@@ -39,10 +39,10 @@ impl Step for FilterTopN {
         "filter-top-n"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
-        "Keeps the rows of the n most frequent training labels (ties by name) in train and test."
+        "Keeps the rows of the n most frequent training labels (ties by name), and training rows without a label."
     }
     fn params_schema(&self) -> Value {
         schema_of::<Params>()
@@ -58,7 +58,7 @@ impl Step for FilterTopN {
             Port::new(
                 "train",
                 "examples",
-                "Training rows of the kept labels, in order.",
+                "Training rows of the kept labels or without one, in order.",
             ),
             Port::new(
                 "test",
@@ -80,7 +80,7 @@ impl Step for FilterTopN {
         let labels = top_labels(&train, params.n)?;
         let kept: BTreeSet<&str> = labels.iter().map(String::as_str).collect();
         let keep = |row: &Row| row.label.as_deref().is_some_and(|l| kept.contains(l));
-        train.retain(keep);
+        train.retain(|row| row.label.is_none() || keep(row));
         test.retain(keep);
         if let Some(max) = params.max_train {
             train.truncate(max);

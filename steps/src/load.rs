@@ -15,6 +15,9 @@ use crate::schema_of;
 use crate::stand_in;
 use crate::table::{Format, Record, read_table, text_of};
 
+/// A fifth of the values of a byte.
+const FIFTH: u8 = 51;
+
 /// The step kind.
 pub struct Load;
 
@@ -25,12 +28,15 @@ struct Params {
     name: String,
     /// Where the training rows are.
     train: SourceSpec,
-    /// Where the test rows are.
-    test: SourceSpec,
+    /// Where the test rows are. Without it a fifth of the labelled training rows is set aside.
+    /// A row's text alone decides where it goes: equal texts stay together, and rows that are
+    /// added later move no others.
+    #[serde(default)]
+    test: Option<SourceSpec>,
     /// Column of the text.
     #[serde(default = "text")]
     text: String,
-    /// Column of the label.
+    /// Column of the label. A row where it is empty has no label.
     #[serde(default = "label")]
     label: String,
     /// When the data cannot be had, use the stand-in that comes with the program, and say so.
@@ -105,7 +111,7 @@ impl Step for Load {
         "load"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Reads labelled texts from CSV, JSONL or Parquet: a file, a URL with its sha256, or the Hugging Face hub."
@@ -136,7 +142,10 @@ impl Step for Load {
             return Err(error.clone());
         }
         let data = match found {
-            Ok([train, test]) => json!({ "train": train.digest()?, "test": test.digest()? }),
+            Ok((train, Some(test))) => {
+                json!({ "train": train.digest()?, "test": test.digest()? })
+            }
+            Ok((train, None)) => json!({ "train": train.digest()? }),
             Err(_) => json!({ "stand_in": stand_in::digest() }),
         };
         Ok(BTreeMap::from([("data".to_owned(), data)]))
@@ -151,7 +160,7 @@ impl Step for Load {
             ..ctx.world.clone()
         };
         let (info, train, test) = match params.locate(&at_hand) {
-            Ok([train, test]) => params.read(&train, &test)?,
+            Ok((train, test)) => params.read(&train, test.as_ref())?,
             Err(error) if params.stand_in && error.kind == StepErrorKind::Transient => {
                 ctx.reporter.warning(&format!(
                     "`{}` is neither on this machine nor could it be fetched; using the stand-in \
@@ -190,17 +199,16 @@ impl Located {
 }
 
 impl Params {
-    fn locate(&self, world: &World) -> Result<[Located; 2], StepError> {
-        Ok([
-            self.train.locate("train", world)?,
-            self.test.locate("test", world)?,
-        ])
+    fn locate(&self, world: &World) -> Result<(Located, Option<Located>), StepError> {
+        let train = self.train.locate("train", world)?;
+        let test = self.test.as_ref().map(|test| test.locate("test", world));
+        Ok((train, test.transpose()?))
     }
 
     fn read(
         &self,
         train: &Located,
-        test: &Located,
+        test: Option<&Located>,
     ) -> Result<(DataSetInfo, Vec<Row>, Vec<Row>), StepError> {
         let rows = |from: &Located, split: &str| {
             let table = read_table(&from.path, from.format)?;
@@ -213,7 +221,10 @@ impl Params {
                 &from.origin,
             )
         };
-        let (train_rows, test_rows) = (rows(train, "train")?, rows(test, "test")?);
+        let (train_rows, test_rows) = match test {
+            Some(test) => (rows(train, "train")?, rows(test, "test")?),
+            None => set_aside(rows(train, "train")?, &self.name),
+        };
         let info = DataSetInfo {
             dataset: self.name.clone(),
             stand_in: false,
@@ -223,6 +234,20 @@ impl Params {
         };
         Ok((info, train_rows, test_rows))
     }
+}
+
+/// Takes a fifth of the labelled rows as test rows.
+fn set_aside(rows: Vec<Row>, dataset: &str) -> (Vec<Row>, Vec<Row>) {
+    let is_test = |row: &Row| {
+        let hex = flowrun_cache::Digest::of_bytes(row.text.as_bytes()).to_hex();
+        row.label.is_some() && u8::from_str_radix(&hex[..2], 16).is_ok_and(|byte| byte < FIFTH)
+    };
+    let (mut test, train): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(is_test);
+    let train_id = format!("{dataset}:train:");
+    for row in &mut test {
+        row.id = row.id.replacen(&train_id, &format!("{dataset}:test:"), 1);
+    }
+    (train, test)
 }
 
 impl SourceSpec {
@@ -293,7 +318,7 @@ pub(crate) fn to_rows(
         let mut row = Row::new(
             format!("{dataset}:{split}:{index}"),
             text_of(record, text, &at)?,
-            Some(text_of(record, label, &at)?),
+            label_of(record, label, &at)?,
         );
         let further = record
             .iter()
@@ -304,4 +329,50 @@ pub(crate) fn to_rows(
         rows.push(row);
     }
     Ok(rows)
+}
+
+/// The label; none where the column is empty.
+fn label_of(record: &Record, column: &str, at: &str) -> Result<Option<String>, StepError> {
+    if record.get(column).is_some_and(Value::is_null) {
+        return Ok(None);
+    }
+    let label = text_of(record, column, at)?;
+    Ok(Some(label).filter(|label| !label.trim().is_empty()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(i: usize, text: &str, label: Option<&str>) -> Row {
+        Row::new(format!("d:train:{i}"), text.into(), label.map(Into::into))
+    }
+
+    #[test]
+    fn equal_texts_stay_together_and_new_rows_move_no_others() {
+        let rows = |n: usize| -> Vec<Row> {
+            let text = |i: usize| format!("text {}", i / 2);
+            (0..n).map(|i| row(i, &text(i), Some("l"))).collect()
+        };
+        let (train, test) = set_aside(rows(1000), "d");
+        assert_eq!(train.len() + test.len(), 1000);
+        assert!((150..250).contains(&test.len()), "{}", test.len());
+        assert!(test.iter().all(|row| row.id.starts_with("d:test:")));
+        let texts: std::collections::BTreeSet<&str> =
+            test.iter().map(|r| r.text.as_str()).collect();
+        assert!(train.iter().all(|row| !texts.contains(row.text.as_str())));
+        let (_, more) = set_aside(rows(2000), "d");
+        assert_eq!(more[..test.len()], test);
+    }
+
+    #[test]
+    fn a_row_without_a_label_is_no_test_row() {
+        let rows = (0..100).map(|i| row(i, &i.to_string(), None)).collect();
+        assert!(set_aside(rows, "d").1.is_empty());
+        let record = |label: Value| Record::from([("label".to_owned(), label)]);
+        for empty in [Value::Null, "".into(), "  ".into()] {
+            assert_eq!(label_of(&record(empty), "label", "f").ok(), Some(None));
+        }
+        assert!(label_of(&record("a".into()), "lable", "f").is_err());
+    }
 }

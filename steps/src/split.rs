@@ -15,8 +15,10 @@ pub struct Split;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Params {
-    /// How many rows keep their gold label: the last ones after shuffling.
-    labelled: usize,
+    /// How many rows keep their gold label: the last ones after shuffling. All that have one
+    /// when left out.
+    #[serde(default)]
+    labelled: Option<usize>,
     /// Seed of the shuffle; the order is that of Python's `random.Random(seed).shuffle`.
     #[serde(default)]
     seed: i64,
@@ -36,10 +38,10 @@ impl Step for Split {
         "split"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
-        "Shuffles rows; the last `labelled` keep their gold label, from the rest it is deleted."
+        "Shuffles rows; the last `labelled` with a label keep it, from the rest it is deleted."
     }
     fn params_schema(&self) -> Value {
         schema_of::<Params>()
@@ -65,15 +67,15 @@ impl Step for Split {
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
         let mut rows = read_rows(&ctx.input("rows")?.path)?;
-        if params.labelled > rows.len() {
+        let there = rows.iter().filter(|row| row.label.is_some()).count();
+        let wanted = params.labelled.unwrap_or(there);
+        if wanted > there {
             return Err(StepError::invalid(format!(
-                "`labelled` is {} but there are only {} rows",
-                params.labelled,
-                rows.len()
+                "`labelled` is {wanted} but there are only {there} rows with a label"
             )));
         }
         PythonRandom::new(params.seed).shuffle(&mut rows);
-        let labelled = rows.split_off(rows.len() - params.labelled);
+        let (labelled, mut rows) = last_labelled(rows, there - wanted);
         let gold: Vec<Gold> = rows.iter_mut().filter_map(hide_label).collect();
         write_rows(&ctx.output("labelled"), &labelled)?;
         write_rows(&ctx.output("unlabelled"), &rows)?;
@@ -84,6 +86,16 @@ impl Step for Split {
     }
 }
 
+/// The rows that have a label, less the first `skip` of them; and the others.
+fn last_labelled(rows: Vec<Row>, skip: usize) -> (Vec<Row>, Vec<Row>) {
+    let mut seen = 0;
+    rows.into_iter().partition(|row| {
+        let has_label = row.label.is_some();
+        seen += usize::from(has_label);
+        has_label && seen > skip
+    })
+}
+
 /// Takes the label, and further columns with it: some data sets spell the label there once more.
 fn hide_label(row: &mut Row) -> Option<Gold> {
     row.extra.clear();
@@ -91,4 +103,18 @@ fn hide_label(row: &mut Row) -> Option<Gold> {
         id: row.id.clone(),
         label,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_rows_with_a_label_keep_it() {
+        let label = |i: usize| (i % 3 == 1 || i % 3 == 2).then(|| "l".to_owned());
+        let rows = (0..6).map(|i| Row::new(i.to_string(), "t".into(), label(i)));
+        let (labelled, others) = last_labelled(rows.collect(), 2);
+        let ids = |rows: &[Row]| rows.iter().map(|r| r.id.clone()).collect::<String>();
+        assert_eq!((ids(&labelled), ids(&others)), ("45".into(), "0123".into()));
+    }
 }

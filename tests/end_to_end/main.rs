@@ -1,12 +1,16 @@
 //! End to end, through the real binary on real files.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
 
+mod cache;
 mod data;
 mod deployed;
 mod distil;
 mod docs;
 mod faults;
+mod history;
 mod hostile;
+mod interfaces;
 mod killed;
 mod project;
 mod shell;
+mod stale;

@@ -201,10 +201,7 @@ fn from_until_only_and_force_choose_what_runs() {
     let ran = bench.run(&steps);
     assert_eq!(ran.ends(), ["a cached", "b ran", "c cached", "d ran"]);
     assert_eq!(ran.why("b"), "asked to run again");
-    assert_eq!(
-        status(&bench.plan(&steps), 1),
-        stale("asked to run again")
-    );
+    assert_eq!(status(&bench.plan(&steps), 1), stale("asked to run again"));
     bench.options.until = Some("b".into());
     assert_eq!(bench.run(&steps).ends(), ["a cached", "b ran"]);
     bench.options.from = None;
@@ -264,15 +261,9 @@ fn the_history_survives_without_run_records_and_knows_restored_results() {
     bench.run(&step(1));
     bench.run(&step(2));
     bench.run(&step(1));
-    assert_eq!(
-        status(&bench.plan(&step(3)), 0),
-        stale("param `n`: 1 → 3")
-    );
+    assert_eq!(status(&bench.plan(&step(3)), 0), stale("param `n`: 1 → 3"));
     std::fs::remove_dir_all(bench.cache_dir().join("runs")).unwrap();
-    assert_eq!(
-        status(&bench.plan(&step(3)), 0),
-        stale("param `n`: 2 → 3")
-    );
+    assert_eq!(status(&bench.plan(&step(3)), 0), stale("param `n`: 2 → 3"));
 }
 
 #[test]
@@ -284,11 +275,13 @@ fn a_reason_names_the_nearest_run_that_gave_a_result() {
     let failed = uses("a", Arc::new(fails)).with(json!({ "n": 2 }));
     assert!(!bench.run(&[failed]).summary.ok);
     let plan = bench.plan(&step(3));
-    let PlanStatus::Stale { why, against, .. } = &plan.steps[0].status else {
-        panic!("{plan:?}");
+    let change = "param `n`: 1 → 3".to_owned();
+    let compared = PlanStatus::Stale {
+        why: change.clone(),
+        changes: vec![change],
+        against: Some(good.summary.run_id),
     };
-    assert_eq!(why, "param `n`: 1 → 3", "not: its last result is gone");
-    assert_eq!(against.as_ref(), Some(&good.summary.run_id));
+    assert_eq!(plan.steps[0].status, compared, "not: its result is gone");
 }
 
 #[test]

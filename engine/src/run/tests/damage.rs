@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::pipeline::StepNode;
-use crate::plan::PlanStatus;
 use crate::testing::{Bench, Ran, Toy, node, uses};
 
 fn object(bench: &Bench, ran: &Ran, step: &str) -> PathBuf {

@@ -1,0 +1,19 @@
+//! `flowrun schema`: JSON Schemas, for editors and for those who read events.
+
+use flowrun_engine::event::event_schema;
+use flowrun_engine::{pipeline_schema, step_schema};
+
+use super::steps::find;
+use crate::exit::{Exit, Failure};
+use crate::output;
+
+/// Prints the schema of pipelines, of a step kind's `with`, or of events.
+pub(crate) fn schema(kind: Option<&str>, events: bool) -> Result<Exit, Failure> {
+    let vocabulary = flowrun_steps::registry();
+    let schema = match kind {
+        None if events => event_schema(),
+        None => pipeline_schema(&vocabulary),
+        Some(kind) => step_schema(find(kind, &vocabulary.steps)?),
+    };
+    output::print(&format!("{schema:#}\n"))
+}

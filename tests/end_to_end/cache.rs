@@ -1,0 +1,315 @@
+//! Looking after the cache: what it holds, damage, garbage, moving runs.
+
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::project::Project;
+
+const JSON: &[&str] = &["pipeline.yaml", "--json"];
+
+fn json(project: &Project, args: &[&str]) -> Value {
+    let args = [args, &["--json"]].concat();
+    serde_json::from_str(&project.run(&args).ok().stdout).unwrap()
+}
+
+fn run_with(project: &Project, letter: &str) -> Vec<String> {
+    let set = format!("letter={letter}");
+    let run = project.run(&["pipeline.yaml", "--json", "--set", &set]);
+    run.ok().steps("ran")
+}
+
+/// Files below a folder of the cache.
+fn files(project: &Project, folder: &str) -> Vec<PathBuf> {
+    let (mut files, mut left) = (Vec::new(), vec![project.path(".flowrun").join(folder)]);
+    while let Some(folder) = left.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                left.push(path);
+            } else {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+fn flip(path: &PathBuf) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes[0] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn what_the_last_runs_need_stays_and_the_rest_goes() {
+    let project = Project::shell();
+    for letter in ["a", "p", "l", "u"] {
+        run_with(&project, letter);
+    }
+    let stats = json(&project, &["cache", "stats", "--keep-runs", "2"]);
+    assert!(stats["spare_bytes"].as_u64() > Some(0), "{stats}");
+    let gc = ["cache", "gc", "--keep-runs", "2", "--max-size", "0"];
+    let would = json(&project, &[&gc[..], &["--dry-run"]].concat());
+    let before = files(&project, "");
+    assert_eq!(before, files(&project, ""), "a dry run removes nothing");
+    let did = json(&project, &gc);
+    assert_eq!(did["results"], would["results"]);
+    assert_eq!((&did["runs"], &did["dry_run"]), (&2.into(), &false.into()));
+    assert!(did["results"].as_u64() >= Some(2), "{did}");
+    assert_eq!(
+        json(&project, &["cache", "verify"])["damage"],
+        Value::Array(vec![])
+    );
+    for kept in ["u", "l"] {
+        assert!(run_with(&project, kept).is_empty(), "{kept} is all cached");
+    }
+    assert!(run_with(&project, "a").contains(&"count".to_owned()));
+    assert_eq!(json(&project, &["cache", "stats"])["spare_bytes"], 0);
+}
+
+#[test]
+fn another_pipeline_in_the_same_cache_keeps_its_own_runs() {
+    let project = Project::shell();
+    let text = project.read("pipeline.yaml");
+    project.write(
+        "other.yaml",
+        &text
+            .replace("name: shell", "name: other")
+            .replace("grep -c", "grep -ic"),
+    );
+    project.run(&["other.yaml", "--json"]).ok();
+    for letter in ["a", "p", "l"] {
+        run_with(&project, letter);
+    }
+    project
+        .run(&["cache", "gc", "--keep-runs", "1", "--max-size", "0"])
+        .ok();
+    let other = project.run(&["other.yaml", "--json"]).ok();
+    assert!(other.steps("ran").is_empty(), "{:?}", other.steps("ran"));
+}
+
+#[test]
+fn a_run_that_ends_keeps_the_cache_within_its_bounds() {
+    let project = Project::shell();
+    let run = |letter: &str| {
+        // As if the last look were long ago.
+        let _ = std::fs::remove_file(project.path(".flowrun/gc.json"));
+        let set = format!("letter={letter}");
+        let args = [
+            "pipeline.yaml",
+            "--set",
+            &set,
+            "--max-size",
+            "1B",
+            "--keep-runs",
+            "2",
+        ];
+        project.run(&args).ok().stderr
+    };
+    run("a");
+    run("u");
+    let told = run("b");
+    assert!(told.contains("cache: removed"), "{told}");
+    let count = |name: &str| {
+        std::fs::read_dir(project.path(".flowrun").join(name))
+            .unwrap()
+            .count()
+    };
+    assert_eq!(count("runs"), 2);
+    let plan = |letter: &str| {
+        let set = format!("letter={letter}");
+        project
+            .run(&["plan", "pipeline.yaml", "--set", &set])
+            .ok()
+            .stdout
+    };
+    assert!(
+        plan("b").contains("nothing to do"),
+        "the last two runs stay"
+    );
+    assert!(!plan("a").contains("nothing to do"));
+    // Old things go by age, whatever the size.
+    let old = SystemTime::now() - Duration::from_secs(3 * 86_400);
+    let aged = project
+        .run(&[
+            "cache",
+            "gc",
+            "--keep-runs",
+            "0",
+            "--max-age",
+            "1d",
+            "--json",
+        ])
+        .ok();
+    assert_eq!(aged.events()[0]["results"], 0, "all was used today");
+    for file in files(&project, "actions")
+        .iter()
+        .chain(&files(&project, "runs"))
+    {
+        std::fs::File::open(file)
+            .unwrap()
+            .set_modified(old)
+            .unwrap();
+    }
+    for file in files(&project, "runs") {
+        let text = std::fs::read_to_string(&file).unwrap();
+        let today = humantime_day(SystemTime::now());
+        std::fs::write(&file, text.replace(&today, &humantime_day(old))).unwrap();
+    }
+    let aged = project
+        .run(&[
+            "cache",
+            "gc",
+            "--keep-runs",
+            "0",
+            "--max-age",
+            "1d",
+            "--json",
+        ])
+        .ok();
+    assert!(
+        aged.events()[0]["results"].as_u64() > Some(0),
+        "{}",
+        aged.stdout
+    );
+}
+
+/// `2026-11-24`.
+fn humantime_day(at: SystemTime) -> String {
+    let output = std::process::Command::new("date")
+        .args(["-u", "+%F", "-d"])
+        .arg(format!(
+            "@{}",
+            at.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+        ))
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn a_run_that_did_nothing_does_not_look_at_the_cache() {
+    let project = Project::shell();
+    run_with(&project, "a");
+    let note = project.path(".flowrun/gc.json");
+    let before = std::fs::read(&note).unwrap();
+    run_with(&project, "a");
+    assert_eq!(std::fs::read(&note).unwrap(), before);
+}
+
+#[test]
+fn collecting_waits_for_the_run_that_holds_the_cache() {
+    let project = Project::new();
+    let go = project.path("go").display().to_string();
+    project.write(
+        "pipeline.yaml",
+        &format!("name: slow\nsteps:\n  slow:\n    run: touch {go}.began; while [ ! -e {go} ]; do sleep 0.05; done; echo x > \"$out\"\n    out: {{ out: out.txt }}\n"),
+    );
+    let child = project
+        .command(&["pipeline.yaml", "--json"])
+        .spawn()
+        .unwrap();
+    while !project.path("go.began").exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Readers do not wait.
+    project.run(&["cache", "stats"]).ok();
+    project.run(&["cache", "verify"]).ok();
+    let mut command = project.command(&["cache", "gc", "--max-size", "0", "--keep-runs", "0"]);
+    let gc = command
+        .stderr(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    project.write("go", "");
+    let mut child = child;
+    assert!(child.wait().unwrap().success(), "the run was not disturbed");
+    let gc = crate::project::Run::of(gc.wait_with_output().unwrap()).ok();
+    assert!(gc.stderr.contains("waiting for process"), "{}", gc.stderr);
+    assert!(gc.stdout.contains("removed 1 result"), "{}", gc.stdout);
+}
+
+#[test]
+fn damage_is_found_set_aside_and_made_again() {
+    let project = Project::shell();
+    project.run(JSON).ok();
+    let ok = project.run(&["cache", "verify"]).ok();
+    assert!(ok.stdout.contains("no damage"), "{}", ok.stdout);
+    let digest = json(&project, &["lineage", "count.number"])["artifact"]["digest"].clone();
+    let digest = digest.as_str().unwrap();
+    flip(&project.path(&format!(
+        ".flowrun/objects/{}/{}",
+        &digest[..2],
+        &digest[2..]
+    )));
+    flip(&files(&project, "actions")[0]);
+    let found = project.run(&["cache", "verify"]);
+    assert_eq!(found.code, Some(6), "{}", found.stdout);
+    for part in [
+        "its bytes are not what was stored",
+        "it cannot be read",
+        "cache repair",
+    ] {
+        assert!(found.stdout.contains(part), "{part} in\n{}", found.stdout);
+    }
+    let repaired = json(&project, &["cache", "repair"]);
+    assert!(repaired["damage"].as_array().unwrap().len() >= 2);
+    project.run(&["cache", "verify"]).ok();
+    let again = project.run(JSON).ok();
+    assert!(!again.steps("ran").is_empty());
+    assert_eq!(project.read("results/note.txt"), "lines with it 2\n");
+    project.run(&["cache", "verify"]).ok();
+}
+
+#[test]
+fn one_file_moves_a_run_to_another_machine() {
+    let here = Project::shell();
+    here.run(JSON).ok();
+    let run = here.run(JSON).ok();
+    here.run(&["cache", "export", "moved.tar.zst"]).ok();
+
+    let there = Project::shell();
+    let file = here.path("moved.tar.zst").display().to_string();
+    let told = there.run(&["cache", "import", &file]).ok().stdout;
+    assert!(told.contains("3 results"), "{told}");
+    let again = there.run(JSON).ok();
+    assert_eq!(again.steps("cached"), ["strip", "count", "note"]);
+    assert_eq!(there.read("results/note.txt"), "lines with it 2\n");
+    let runs = there.run(&["runs", "--json"]).ok();
+    assert_eq!(runs.events()[1]["run"], run.events()[0]["run"]);
+    assert!(
+        there
+            .run(&["lineage", "note.note"])
+            .ok()
+            .stdout
+            .contains("(source)")
+    );
+    there.run(&["cache", "verify"]).ok();
+
+    let bytes = std::fs::read(&file).unwrap();
+    let cut = std::fs::File::create(there.path("cut.tar.zst")).unwrap();
+    (&cut).write_all(&bytes[..bytes.len() / 2]).unwrap();
+    let refused = there.run(&["cache", "import", "cut.tar.zst"]);
+    assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+    assert!(refused.stderr.contains("damaged"), "{}", refused.stderr);
+    there.run(&["cache", "verify"]).ok();
+    assert_eq!(there.run(&["cache", "import", "nowhere"]).code, Some(2));
+}
+
+#[test]
+fn bounds_are_said_in_words_that_are_checked() {
+    let project = Project::shell();
+    let wrong = project.run(&["cache", "gc", "--max-size", "10"]);
+    assert_eq!(wrong.code, Some(2));
+    assert!(wrong.stderr.contains("10GB"), "{}", wrong.stderr);
+    let none = ["cache", "gc", "--max-size", "none", "--max-age", "none"];
+    let none = project.run(&none).ok();
+    assert!(none.stdout.contains("nothing to remove"), "{}", none.stdout);
+}

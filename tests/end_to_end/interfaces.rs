@@ -1,0 +1,382 @@
+//! What other programs and people at a terminal read: events, completions, the manual, the
+//! doctor, the first pipeline, plain and drawn output.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::project::{Project, Run};
+
+const FAN: &str = "\
+name: fan
+steps:
+  make:
+    foreach: { n: [1, 2, 3] }
+    run: echo ${{ item.n }} > \"$out\"
+    out: { out: out.txt }
+  gone:
+    when: \"false\"
+    run: echo > \"$out\"
+    out: { out: out.txt }
+  bad:
+    run: echo it broke >&2; exit 7
+    in: { parts: make.out }
+    out: { out: out.txt }
+  behind:
+    run: cat \"$x\" > \"$out\"
+    in: { x: bad.out }
+    out: { out: out.txt }
+";
+
+#[test]
+fn every_event_is_as_the_schema_and_the_page_say() {
+    let project = Project::new();
+    project.write("pipeline.yaml", FAN);
+    let failed = project.run(&["pipeline.yaml", "--json", "--keep-going"]);
+    assert_eq!(failed.code, Some(4), "{}", failed.stderr);
+    let again = project.run(&["pipeline.yaml", "--json"]);
+    let data = Project::new();
+    data.write("rows.csv", "text,label\na,x\nb,y\n");
+    data.write(
+        "pipeline.yaml",
+        "name: d\nsteps:\n  load:\n    uses: load\n    with:\n      name: nothing\n      stand_in: true\n      train: { url: \"http://127.0.0.1:9/a\", sha256: 0000000000000000000000000000000000000000000000000000000000000000 }\n      test: { url: \"http://127.0.0.1:9/b\", sha256: 0000000000000000000000000000000000000000000000000000000000000000 }\n",
+    );
+    let warned = data.run(&["pipeline.yaml", "--json", "--offline"]).ok();
+
+    let schema: Value =
+        serde_json::from_str(&project.run(&["schema", "--events"]).ok().stdout).unwrap();
+    let schema = jsonschema::validator_for(&schema).unwrap();
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/events.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let mut seen = BTreeSet::new();
+    for event in [&failed, &again, &warned]
+        .iter()
+        .flat_map(|run| run.events())
+    {
+        let errors: Vec<String> = schema.iter_errors(&event).map(|e| e.to_string()).collect();
+        assert!(errors.is_empty(), "{event}: {errors:?}");
+        let name = event["event"].as_str().unwrap().to_owned();
+        let (_, section) = page.split_once(&format!("### `{name}`")).unwrap();
+        let section = section.split("\n### ").next().unwrap();
+        for field in event.as_object().unwrap().keys().filter(|f| *f != "event") {
+            assert!(
+                section.contains(&format!("`{field}`")),
+                "docs/events.md: {name}.{field}"
+            );
+        }
+        seen.insert(name);
+    }
+    for name in [
+        "run_started",
+        "step_expanded",
+        "step_started",
+        "step_finished",
+        "warning",
+        "run_finished",
+    ] {
+        assert!(seen.contains(name), "{name}: {seen:?}");
+    }
+    for status in ["ran", "cached", "failed", "skipped"] {
+        assert!(page.contains(&format!("`{status}`")), "{status}");
+    }
+    let events = failed.events();
+    assert_eq!(events.first().unwrap()["event"], "run_started");
+    let last = events.last().unwrap();
+    assert_eq!(last["event"], "run_finished");
+    let counts = ["ran", "cached", "failed", "skipped"].map(|n| last[n].as_u64().unwrap());
+    assert_eq!(counts, [3, 0, 1, 2], "{last}");
+    assert_eq!(failed.steps("skipped"), ["gone", "behind"]);
+    let wrong = serde_json::json!({ "event": "step_finished", "step": 1 });
+    assert!(!schema.is_valid(&wrong), "the schema refuses something");
+}
+
+#[test]
+fn the_schema_of_events_is_current() {
+    let project = Project::new();
+    let schema = project.run(&["schema", "--events"]).ok().stdout;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas/events.schema.json");
+    let kept = std::fs::read_to_string(path).unwrap();
+    assert!(
+        kept == schema,
+        "run `cargo run -- schema --events > schemas/events.schema.json`"
+    );
+}
+
+#[test]
+fn the_shell_completes_steps_runs_and_kinds() {
+    let project = Project::shell();
+    project.run(&["pipeline.yaml", "--json"]).ok();
+    let script = project.run(&["completions", "bash"]).ok().stdout;
+    assert!(script.contains("FLOWRUN_COMPLETE"), "{script}");
+    for shell in ["zsh", "fish", "powershell", "elvish"] {
+        assert!(!project.run(&["completions", shell]).ok().stdout.is_empty());
+    }
+    // As the script of bash asks.
+    let complete = |words: &[&str]| -> Vec<String> {
+        let args = [&["--", "flowrun"], words].concat();
+        let mut command = project.command(&args);
+        command
+            .env("FLOWRUN_COMPLETE", "bash")
+            .env("_CLAP_COMPLETE_INDEX", words.len().to_string())
+            .env("_CLAP_IFS", "\n");
+        let run = Run::of(command.output().unwrap()).ok();
+        run.stdout.split('\n').map(str::to_owned).collect()
+    };
+    let has = |words: &[&str], wanted: &str| {
+        let found = complete(words);
+        assert!(found.iter().any(|w| w == wanted), "{words:?}: {found:?}");
+    };
+    has(&["--from", ""], "count");
+    has(&["why", "s"], "strip");
+    has(&["steps", "fin"], "finetune");
+    has(&["cache", ""], "verify");
+    let run = project.run(&["runs", "--json"]).events()[0]["run"].clone();
+    has(&["show", ""], run.as_str().unwrap());
+}
+
+#[test]
+fn the_manual_has_every_command() {
+    let project = Project::new();
+    let page = project.run(&["man"]).ok().stdout;
+    assert!(page.starts_with(".ie") || page.contains(".TH"), "{page}");
+    for word in [
+        "why",
+        "lineage",
+        "doctor",
+        "FLOWRUN_CACHE_MAX_SIZE",
+        "Exit codes",
+    ] {
+        assert!(page.replace('\\', "").contains(word), "{word}");
+    }
+    project.run(&["man", "--dir", "man1"]).ok();
+    assert!(project.read("man1/flowrun-cache-gc.1").contains("dry"));
+}
+
+/// Answers every request with one JSON text, until the test ends.
+fn server(body: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request);
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close";
+            let _ = write!(
+                stream,
+                "{head}\r\ncontent-length: {}\r\n\r\n{body}",
+                body.len()
+            );
+        }
+    });
+    url
+}
+
+#[test]
+fn the_doctor_says_what_is_missing() {
+    let project = Project::shell();
+    let fine = project.run(&["doctor", "pipeline.yaml"]).ok();
+    for what in ["machine", "cache", "disk", "pipeline"] {
+        assert!(fine.stdout.contains(what), "{what} in\n{}", fine.stdout);
+    }
+    assert!(!project.path(".flowrun").exists(), "it only looks");
+
+    let url = server(r#"{"object":"list","data":[{"id":"there","object":"model"}]}"#);
+    let models = |model: &str, url: &str| {
+        let spec = format!(
+            "{{ provider: openai, base_url: \"{url}\", model: {model}, api_key_env: ORACLE_KEY }}"
+        );
+        let weights = "{ provider: embedded, weights: { file: nowhere.gguf } }";
+        format!(
+            "name: m\nmodels:\n  oracle: {spec}\n  student: {weights}\nsteps:\n  s:\n    run: echo > \"$o\"\n    out: {{ o: o }}\n"
+        )
+    };
+    let doctor = |yaml: &str, key: Option<&str>| {
+        project.write("models.yaml", yaml);
+        let mut command = project.command(&["doctor", "models.yaml", "--json"]);
+        command.env_remove("ORACLE_KEY");
+        command.envs(key.map(|key| ("ORACLE_KEY", key)));
+        let run = Run::of(command.output().unwrap());
+        let found: Value = serde_json::from_str(&run.stdout).unwrap();
+        (run.code, found)
+    };
+    let status = |found: &Value, text: &str| {
+        let all = found.as_array().unwrap();
+        let one = all
+            .iter()
+            .find(|f| f["text"].as_str().unwrap().contains(text));
+        assert!(one.is_some(), "{text} in {found:#}");
+        one.unwrap()["status"].clone()
+    };
+    let (code, found) = doctor(&models("there", &url), None);
+    assert_eq!(code, Some(3));
+    assert_eq!(status(&found, "`ORACLE_KEY` is not set"), "missing");
+    assert_eq!(status(&found, "serves `there`"), "ok");
+    assert_eq!(status(&found, "nowhere.gguf"), "missing");
+    let (_, found) = doctor(&models("other", &url), Some("k"));
+    assert_eq!(status(&found, "`ORACLE_KEY` is set"), "ok");
+    assert_eq!(status(&found, "does not serve `other`"), "missing");
+    let (_, found) = doctor(&models("there", "http://127.0.0.1:9/v1"), Some("k"));
+    assert_eq!(status(&found, "does not answer"), "missing");
+
+    project.edit(
+        "pipeline.yaml",
+        "in: { words: strip.stripped }",
+        "in: { words: strip.strapped }",
+    );
+    let wrong = project.run(&["doctor", "pipeline.yaml"]);
+    assert_eq!(wrong.code, Some(3));
+    assert!(wrong.stdout.contains("strip.stripped"), "{}", wrong.stdout);
+    project.write("file", "");
+    assert_eq!(
+        project.run(&["doctor", "--cache-dir", "file/x"]).code,
+        Some(6)
+    );
+}
+
+fn rows(labelled: usize, unlabelled: usize) -> String {
+    let mut csv = "id,query,intent\n".to_owned();
+    for i in 0..labelled + unlabelled {
+        let (text, label) = [
+            ("my card is lost", "lost"),
+            ("send money abroad", "transfer"),
+        ][i % 2];
+        let label = if i < labelled { label } else { "" };
+        csv.push_str(&format!("{i},\"{text}, please {i}\",{label}\n"));
+    }
+    csv
+}
+
+#[test]
+fn a_first_pipeline_passes_the_checks() {
+    let project = Project::new();
+    project.write("data/My Queries.csv", &rows(80, 0));
+    let told = project.run(&["init", "data/My Queries.csv"]).ok().stdout;
+    assert!(told.contains("2 labels, 80 rows with a label"), "{told}");
+    project.run(&["check", "pipelines/my-queries.yaml"]).ok();
+    let yaml = project.read("pipelines/my-queries.yaml");
+    assert!(
+        yaml.contains("text: \"query\"") && yaml.contains("file: \"data/My Queries.csv\""),
+        "{yaml}"
+    );
+    assert!(!yaml.contains("uses: bootstrap"), "{yaml}");
+    let there = project.run(&["init", "data/My Queries.csv"]);
+    assert_eq!(there.code, Some(2));
+    assert!(there.stderr.contains("--force"), "{}", there.stderr);
+
+    project.write("part.csv", &rows(80, 60));
+    let told = project
+        .run(&["init", "part.csv", "--name", "part", "--json"])
+        .ok();
+    assert_eq!(told.events()[0]["unlabelled"], 60);
+    project.run(&["check", "pipelines/part.yaml"]).ok();
+    assert!(
+        project
+            .read("pipelines/part.yaml")
+            .contains("uses: bootstrap")
+    );
+
+    project.write("odd.csv", "a,b,c\n1,2,3\n");
+    let unclear = project.run(&["init", "odd.csv"]);
+    assert_eq!(unclear.code, Some(2));
+    assert!(
+        unclear.stderr.contains("--text COLUMN"),
+        "{}",
+        unclear.stderr
+    );
+    let few = project.run(&["init", "odd.csv", "--text", "a", "--label", "b"]);
+    assert_eq!(few.code, Some(3), "{}", few.stderr);
+    assert_eq!(project.run(&["init"]).code, Some(2));
+}
+
+#[test]
+fn the_data_steps_of_a_first_pipeline_run() {
+    let project = Project::new();
+    project.write("part.csv", &rows(80, 60));
+    project.run(&["init", "part.csv"]).ok();
+    let run = project
+        .run(&["pipelines/part.yaml", "--until", "split", "--json"])
+        .ok();
+    let events = run.events();
+    let metrics = |step: &str| {
+        let ended = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;
+        events.iter().find(ended).unwrap()["metrics"].clone()
+    };
+    let (train, test) = (
+        &metrics("load")["train_rows"],
+        &metrics("load")["test_rows"],
+    );
+    assert_eq!(train.as_u64().unwrap() + test.as_u64().unwrap(), 140);
+    assert!((5..30).contains(&test.as_u64().unwrap()), "{test}");
+    assert_eq!(metrics("split")["unlabelled"], 60);
+    assert_eq!(
+        metrics("split")["labelled"].as_u64().unwrap(),
+        train.as_u64().unwrap() - 60
+    );
+}
+
+#[test]
+fn piped_output_is_plain() {
+    let project = Project::new();
+    project.write("pipeline.yaml", FAN);
+    let run = project.run(&["pipeline.yaml", "--keep-going"]);
+    assert!(!run.stderr.contains('\u{1b}'), "{}", run.stderr);
+    assert!(run.stdout.is_empty(), "{}", run.stdout);
+    for part in ["error: bad: ", "it broke", "failed  bad", "skipped behind"] {
+        assert!(run.stderr.contains(part), "{part} in\n{}", run.stderr);
+    }
+}
+
+/// Runs the pipeline on a terminal of 80 columns; gives what was written to it.
+fn on_a_terminal(project: &Project, env: &[(&str, &str)]) -> Option<String> {
+    let binary = env!("CARGO_BIN_EXE_flowrun");
+    let line = format!("stty cols 80 rows 24; '{binary}' pipeline.yaml --force --keep-going");
+    let mut command = std::process::Command::new("script");
+    command
+        .args(["-qec", &line, "/dev/null"])
+        .current_dir(project.path(""))
+        .stdin(std::process::Stdio::null())
+        .env_remove("CI")
+        .env_remove("NO_COLOR")
+        .env("TERM", "xterm-256color")
+        .envs(env.iter().copied());
+    let output = command.output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[test]
+fn a_terminal_gets_bars_and_colour_unless_it_says_no() {
+    let project = Project::new();
+    project.write("pipeline.yaml", FAN);
+    let Some(drawn) = on_a_terminal(&project, &[]) else {
+        println!("skipped: there is no `script` to make a terminal with");
+        return;
+    };
+    let colour = "\u{1b}[31m";
+    assert!(
+        drawn.contains("running") && drawn.contains(colour),
+        "{drawn:?}"
+    );
+    let last = drawn.rsplit("\r\n\r\n").next().unwrap();
+    assert!(
+        last.contains("bad") && last.contains("record in"),
+        "{last:?}"
+    );
+    let plain = on_a_terminal(&project, &[("NO_COLOR", "1")]).unwrap();
+    assert!(plain.contains("running"), "bars have no colour: {plain:?}");
+    assert!(
+        !plain.contains(colour) && !plain.contains("\u{1b}[32m"),
+        "{plain:?}"
+    );
+    for env in [("TERM", "dumb"), ("CI", "true")] {
+        let lines = on_a_terminal(&project, &[env]).unwrap();
+        assert!(lines.contains("make[1]: started"), "{env:?}: {lines:?}");
+        assert!(
+            !lines.contains("\u{1b}[1A"),
+            "{env:?} moves the cursor: {lines:?}"
+        );
+    }
+}
