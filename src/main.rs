@@ -6,6 +6,7 @@ mod completion;
 mod exit;
 mod graph;
 mod output;
+mod param_docs;
 mod recorded;
 mod reporter;
 mod serve;

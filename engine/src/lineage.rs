@@ -62,8 +62,23 @@ pub struct MadeBy {
     /// Facts about the outside world that it depended on.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub observed: BTreeMap<String, Value>,
+    /// Files, downloads and packages that its params name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<NamedSource>,
     /// What went into it.
     pub inputs: Vec<Used>,
+}
+
+/// A source that a step's params name: an object with `file`, `url`, `pip` or `hf` in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NamedSource {
+    /// Where in the params: `train`, `model.weights`.
+    pub param: String,
+    /// What it names, for people.
+    pub name: String,
+    /// sha256 of its content, where the params give it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 /// One artifact that went into a step.
@@ -207,6 +222,7 @@ impl RunLineage {
                 .flatten()
                 .map(|(name, value)| (name.clone(), value.clone()))
                 .collect(),
+            sources: named_sources(&manifest["params"]),
             inputs: self.inputs(id, manifest),
         })
     }
@@ -287,6 +303,41 @@ pub fn runs_by_key(cache: &CacheReader) -> BTreeMap<String, String> {
 /// The name of the step that an id belongs to.
 fn step_of(id: &str) -> &str {
     id.split_once('[').map_or(id, |(step, _)| step)
+}
+
+fn named_sources(params: &Value) -> Vec<NamedSource> {
+    let mut found = Vec::new();
+    find_sources("", params, &mut found);
+    found
+}
+
+fn find_sources(path: &str, value: &Value, found: &mut Vec<NamedSource>) {
+    let Some(map) = value.as_object() else {
+        return;
+    };
+    let part = |name: &str| match map.get(name) {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Object(hub)) => hub.get("repo")?.as_str().map(str::to_owned),
+        _ => None,
+    };
+    let outer = ["url", "pip", "hf"].into_iter().find_map(part);
+    let inner = part("file");
+    if outer.is_some() || inner.is_some() {
+        let parts: Vec<String> = outer.into_iter().chain(inner).collect();
+        found.push(NamedSource {
+            param: path.to_owned(),
+            name: parts.join(": "),
+            sha256: part("sha256"),
+        });
+        return;
+    }
+    for (name, value) in map {
+        let path = match path {
+            "" => name.clone(),
+            outer => format!("{outer}.{name}"),
+        };
+        find_sources(&path, value, found);
+    }
 }
 
 fn text(value: &Value) -> String {

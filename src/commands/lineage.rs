@@ -128,6 +128,16 @@ fn step_text(
     for line in facts(made) {
         out.push_str(&format!("{indent}  {}\n", style(line).dim()));
     }
+    for source in &made.sources {
+        let digest = source.sha256.as_deref().map(short).unwrap_or_default();
+        let line = format!(
+            "{} ← {} (source) {}",
+            source.param,
+            source.name,
+            style(digest).dim()
+        );
+        out.push_str(&format!("{indent}  {}\n", line.trim_end()));
+    }
     for used in &made.inputs {
         let digest = style(short(&used.digest)).dim();
         let from = match &used.from {

@@ -1,11 +1,13 @@
 //! `flowrun steps`: the vocabulary with its docs.
 
+use console::style;
 use flowrun_engine::step::{Port, Step};
 use serde_json::{Value, json};
 
 use crate::args::GlobalArgs;
 use crate::exit::{Exit, Failure};
 use crate::output;
+use crate::param_docs::{ParamDoc, param_docs};
 
 /// Lists the step kinds, or describes one.
 pub(crate) fn steps(kind: Option<&str>, global: &GlobalArgs) -> Result<Exit, Failure> {
@@ -55,44 +57,59 @@ pub(super) fn find<'a>(kind: &str, kinds: &'a Kinds) -> Result<&'a dyn Step, Fai
 }
 
 fn describe(step: &dyn Step) -> String {
-    let mut out = format!(
-        "{} (version {})\n{}\n",
-        step.kind(),
-        step.version(),
-        step.about()
-    );
-    for (title, ports) in [("inputs", step.inputs()), ("outputs", step.outputs())] {
+    let (inputs, outputs) = (step.inputs(), step.outputs());
+    let params = param_docs(&step.params_schema());
+    let kind = style(step.kind()).bold();
+    let mut out = format!("{kind} (version {})\n{}\n", step.version(), step.about());
+    for (title, ports) in [("inputs", &inputs), ("outputs", &outputs)] {
         if !ports.is_empty() {
             out.push_str(&format!("\n{title}:\n"));
         }
         for port in ports {
-            out.push_str(&format!(
-                "  {:14} {:22} {}\n",
-                port.name,
-                port_type(&port),
-                port.about
-            ));
+            entry(&mut out, &port.name, &port_type(port), &port.about);
         }
     }
-    let schema = step.params_schema();
-    let required: Vec<&str> = schema["required"]
-        .as_array()
-        .map(|names| names.iter().filter_map(Value::as_str).collect())
-        .unwrap_or_default();
-    if let Some(params) = schema["properties"].as_object().filter(|p| !p.is_empty()) {
+    if !params.is_empty() {
         out.push_str("\nparams:\n");
-        for (name, param) in params {
-            let about = param["description"]
-                .as_str()
-                .unwrap_or("")
-                .replace('\n', " ");
-            let default = match (param.get("default"), required.contains(&name.as_str())) {
-                (Some(default), _) if !default.is_null() => format!("default {default}"),
-                (_, true) => "required".to_owned(),
-                _ => "optional".to_owned(),
-            };
-            out.push_str(&format!("  {name:14} {default:22} {about}\n"));
-        }
+    }
+    for param in &params {
+        let facts = format!("{}, {}", param.ty, param.need);
+        entry(&mut out, &param.path, &facts, &param.about);
+    }
+    out.push_str("\nin a pipeline:\n");
+    out.push_str(&example(step.kind(), &inputs, &params));
+    out
+}
+
+fn entry(out: &mut String, name: &str, facts: &str, about: &str) {
+    out.push_str(&format!("  {}  {facts}\n", style(name).bold()));
+    if !about.is_empty() {
+        out.push_str(&format!("      {about}\n"));
+    }
+}
+
+/// A step with what it cannot do without.
+fn example(kind: &str, inputs: &[Port], params: &[ParamDoc]) -> String {
+    let mut out = format!("  my-step:\n    uses: {kind}\n");
+    let needed: Vec<&Port> = inputs.iter().filter(|port| !port.optional).collect();
+    if !needed.is_empty() {
+        out.push_str("    in:\n");
+    }
+    for port in needed {
+        let source = if port.many {
+            "[other.output]"
+        } else {
+            "other.output"
+        };
+        out.push_str(&format!("      {}: {source}\n", port.name));
+    }
+    let top = |param: &&ParamDoc| param.need == "required" && !param.path.contains('.');
+    let needed: Vec<&ParamDoc> = params.iter().filter(top).collect();
+    if !needed.is_empty() {
+        out.push_str("    with:\n");
+    }
+    for param in needed {
+        out.push_str(&format!("      {}: …    # {}\n", param.path, param.ty));
     }
     out
 }

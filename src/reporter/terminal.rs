@@ -99,8 +99,7 @@ impl TerminalReporter {
             }
             RunEvent::RunFinished { .. } => {
                 self.run.finish_and_clear();
-                let (_, columns) = Term::stderr().size();
-                eprint!("\n{}", self.table.render(Some(usize::from(columns))));
+                eprint!("\n{}", self.table.render(Some(columns())));
             }
         }
     }
@@ -185,12 +184,16 @@ impl TerminalReporter {
             return;
         };
         match status {
-            StepStatus::Ran => self.line(&format!(
-                "{} {step} in {} {}",
-                style("ran    ").for_stderr().green(),
-                duration(*took_ms),
-                style(metric_text(metrics)).for_stderr().dim()
-            )),
+            StepStatus::Ran => {
+                let text = format!(
+                    "{} {step} in {} {}",
+                    style("ran    ").for_stderr().green(),
+                    duration(*took_ms),
+                    style(metric_text(metrics)).for_stderr().dim()
+                );
+                // The table shows as much, `flowrun show` all.
+                self.line(&truncate_str(&text, columns(), "…"));
+            }
             StepStatus::Failed => {
                 self.failed += 1;
                 let failed = style("failed ").for_stderr().red().bold();
@@ -224,6 +227,11 @@ impl TerminalReporter {
         // When the terminal is gone there is nobody to tell.
         let _ = self.bars.println(text);
     }
+}
+
+/// Columns of the terminal.
+fn columns() -> usize {
+    usize::from(Term::stderr().size().1)
 }
 
 fn first_line(text: &str) -> &str {

@@ -91,6 +91,11 @@ fn a_difference_shows_metrics_and_steps_that_only_one_run_has() {
     project.run(JSON).ok();
     project.write("pipeline.yaml", load);
     project.run(&["--json", "--set", "n=1"]).ok();
+    let lineage = project.run(&["lineage", "top.labels"]).ok().stdout;
+    assert!(
+        lineage.contains("train ← rows.csv (source)"),
+        "a file that a param names is a source: {lineage}"
+    );
     let text = project.run(&["diff"]).ok().stdout;
     for part in [
         "param `n`: 2 → 1",

@@ -138,6 +138,36 @@ fn the_shell_completes_steps_runs_and_kinds() {
 }
 
 #[test]
+fn a_step_kind_is_described_down_to_its_nested_params() {
+    let project = Project::new();
+    let list = project.run(&["steps"]).ok().stdout;
+    let kinds: Vec<&str> = list
+        .lines()
+        .filter_map(|l| l.split_whitespace().next())
+        .collect();
+    assert!(kinds.contains(&"finetune") && kinds.len() > 10, "{list}");
+    for kind in &kinds {
+        let text = project.run(&["steps", kind]).ok().stdout;
+        assert!(
+            text.contains("outputs:") && text.contains(&format!("uses: {kind}")),
+            "{text}"
+        );
+        let json = project.run(&["steps", kind, "--json"]).ok().events();
+        assert_eq!(json[0]["kind"], *kind);
+    }
+    let text = project.run(&["steps", "finetune"]).ok().stdout;
+    for part in [
+        "lora.rank  integer, default 16",
+        "model  name in `models`, required",
+    ] {
+        assert!(text.contains(part), "{part} in\n{text}");
+    }
+    let unknown = project.run(&["steps", "fintune"]);
+    assert_eq!(unknown.code, Some(2));
+    assert!(unknown.stderr.contains("finetune"), "{}", unknown.stderr);
+}
+
+#[test]
 fn the_manual_has_every_command() {
     let project = Project::new();
     let page = project.run(&["man"]).ok().stdout;

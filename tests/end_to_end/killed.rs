@@ -36,7 +36,7 @@ fn start(project: &Project) -> std::process::Child {
         .spawn()
         .unwrap();
     let deadline = Instant::now() + Duration::from_secs(30);
-    while !project.run(&["show"]).stdout.contains("quick") {
+    while !project.run(&["show"]).stdout.contains("ran     quick") {
         assert!(Instant::now() < deadline, "`quick` did not finish");
         std::thread::sleep(Duration::from_millis(20));
     }
