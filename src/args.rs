@@ -134,6 +134,9 @@ pub(crate) struct GlobalArgs {
     /// Use no network.
     #[arg(long, global = true)]
     pub(crate) offline: bool,
+    /// Fail at once when another process holds the cache.
+    #[arg(long, global = true)]
+    pub(crate) no_wait: bool,
     /// One JSON object a line on stdout.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -173,9 +176,6 @@ pub(crate) struct RunArgs {
     /// Go on with what does not depend on a failed step.
     #[arg(short, long)]
     pub(crate) keep_going: bool,
-    /// Fail at once when another run holds the cache.
-    #[arg(long)]
-    pub(crate) no_wait: bool,
     #[command(flatten, next_help_heading = "Cache, looked after when the run ends")]
     pub(crate) retention: RetentionArgs,
 }

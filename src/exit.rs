@@ -1,8 +1,9 @@
 //! Exit codes, and failures with the code they lead to.
 
 use flowrun_cache::CacheError;
-use flowrun_engine::Diagnostics;
 use flowrun_engine::run::RunError;
+use flowrun_engine::{Diagnostic, Diagnostics};
+use serde_json::{Value, json};
 
 /// How the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub(crate) struct Failure {
     exit: Exit,
     text: String,
     locked: bool,
+    /// Mistakes in a pipeline, for programs.
+    mistakes: Vec<Value>,
 }
 
 impl Failure {
@@ -45,7 +48,13 @@ impl Failure {
             exit,
             text: text.into(),
             locked: false,
+            mistakes: Vec::new(),
         }
+    }
+
+    /// Mistakes in a pipeline, each with its place.
+    pub(crate) fn mistakes(&self) -> &[Value] {
+        &self.mistakes
     }
 
     /// The code that it leads to.
@@ -107,10 +116,23 @@ impl From<Diagnostics> for Failure {
         } else {
             format!("{n} errors")
         };
-        Self::new(
-            Exit::Invalid,
-            format!("{found}\n{count}; nothing was run\n"),
-        )
+        let mistake = |error: &Diagnostic| {
+            json!({
+                "file": error.file,
+                "line": error.line,
+                "column": error.column,
+                "code": error.code,
+                "message": error.message,
+                "help": error.help,
+            })
+        };
+        Self {
+            mistakes: found.errors.iter().map(mistake).collect(),
+            ..Self::new(
+                Exit::Invalid,
+                format!("{found}\n{count}; nothing was run\n"),
+            )
+        }
     }
 }
 

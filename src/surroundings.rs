@@ -56,17 +56,21 @@ pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> 
     })
 }
 
-/// Takes the cache. Says whom it waits for, or fails at once when waiting is not wanted.
+/// Whether to wait for a cache that another process holds.
+pub(crate) fn wait(global: &GlobalArgs) -> LockWait {
+    match global.no_wait {
+        true => LockWait::NoWait,
+        false => LockWait::Wait,
+    }
+}
+
+/// Takes the cache. Says whom it waits for.
 #[allow(clippy::print_stderr)]
-pub(crate) fn hold_cache(global: &GlobalArgs, no_wait: bool) -> Result<Cache, Failure> {
+pub(crate) fn hold_cache(global: &GlobalArgs, wait: LockWait) -> Result<Cache, Failure> {
     let tell = |holder: &str| eprintln!("waiting for {holder}, which uses the same cache");
     let command: Vec<String> = std::env::args().collect();
     let options = OpenOptions {
-        wait: if no_wait {
-            LockWait::NoWait
-        } else {
-            LockWait::Wait
-        },
+        wait,
         command: command.join(" "),
         on_wait: Some(&tell),
     };

@@ -5,8 +5,9 @@
 //! checked against its digest when it is read.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -87,7 +88,12 @@ pub fn export(
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let mut temp = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;
+    // As any file of the user's, less what the umask takes; a temporary file would be private.
+    let mode = Permissions::from_mode(0o666);
+    let mut temp = tempfile::Builder::new()
+        .permissions(mode)
+        .tempfile_in(folder)
+        .map_err(fail)?;
     let mut written = Moved::default();
     {
         let buffer = BufWriter::new(temp.as_file_mut());

@@ -1,16 +1,31 @@
 //! `flowrun check`.
 
+use serde_json::json;
+
 use crate::args::{GlobalArgs, Select};
 use crate::exit::{Exit, Failure};
+use crate::output::{self, count};
 use crate::surroundings;
 
 /// Checks a pipeline.
-#[allow(clippy::print_stdout)]
 pub(crate) fn check(select: &Select, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let loaded = surroundings::load(select, global)?;
-    if !global.quiet {
-        let n = loaded.pipeline.steps.len();
-        println!("{}: {n} steps, no errors", loaded.pipeline.file.display());
+    let loaded = match surroundings::load(select, global) {
+        Err(failure) if global.json && !failure.mistakes().is_empty() => {
+            output::json(&json!({ "ok": false, "errors": failure.mistakes() }))?;
+            return Ok(failure.exit());
+        }
+        loaded => loaded?,
+    };
+    let (file, n) = (&loaded.pipeline.file, loaded.pipeline.steps.len());
+    if global.json {
+        return output::json(&json!({ "ok": true, "pipeline": file, "steps": n }));
     }
-    Ok(Exit::Ok)
+    if global.quiet {
+        return Ok(Exit::Ok);
+    }
+    output::print(&format!(
+        "{}: {}, no errors\n",
+        file.display(),
+        count(n, "step")
+    ))
 }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use console::style;
-use flowrun_cache::Survey;
+use flowrun_cache::{LockWait, Survey};
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::step::{Cancel, World};
 use flowrun_lm::client::OpenAiSpec;
@@ -162,7 +162,7 @@ fn cache(global: &GlobalArgs) -> Finding {
             Err(e) => unusable(format!("{place} cannot be made: {e}")),
         };
     }
-    match surroundings::hold_cache(global, true) {
+    match surroundings::hold_cache(global, LockWait::NoWait) {
         Ok(cache) => {
             let size = Survey::of(cache.dir()).total().bytes;
             Finding::ok("cache", format!("{place}, {}, free to use", bytes(size)))

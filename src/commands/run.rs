@@ -14,7 +14,7 @@ use crate::commands::cache::{removed, retention};
 use crate::commands::plan;
 use crate::exit::{Exit, Failure};
 use crate::reporter::Reporter;
-use crate::surroundings::{self, Surroundings};
+use crate::surroundings::{self, Surroundings, wait};
 
 /// Runs a pipeline.
 pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
@@ -26,7 +26,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     if args.dry_run {
         return plan::show(&loaded, &options, global);
     }
-    let cache = Arc::new(surroundings::hold_cache(global, args.no_wait)?);
+    let cache = Arc::new(surroundings::hold_cache(global, wait(global))?);
     surroundings::remember(&loaded.pipeline, cache.dir());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -5,7 +5,9 @@ mod plain;
 mod table;
 mod terminal;
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use flowrun_cache::CacheReader;
 use flowrun_engine::event::{RunEvent, StepStatus};
@@ -36,7 +38,7 @@ impl Reporter {
         if global.json {
             Self::Json(JsonReporter)
         } else if draws() && !global.quiet {
-            Self::Terminal(TerminalReporter::new(earlier(pipeline, global)))
+            Self::Terminal(TerminalReporter::new(Earlier::of(pipeline, global)))
         } else {
             Self::Plain(PlainReporter::new(global.quiet, global.verbose))
         }
@@ -60,18 +62,40 @@ fn draws() -> bool {
     console::user_attended_stderr() && !is("TERM", "dumb") && !in_ci
 }
 
-/// How long the steps of a pipeline took when they last ran, by the newest runs.
-fn earlier(pipeline: &Pipeline, global: &GlobalArgs) -> BTreeMap<String, u64> {
-    let mut took = BTreeMap::new();
-    let runs = CacheReader::open(&global.cache_dir).runs();
-    let records = runs.iter().filter_map(|dir| RunRecord::load(dir).ok());
-    let same = records.filter(|record| record.pipeline == pipeline.name);
-    for step in same.take(EARLIER).flat_map(|record| record.steps) {
-        if step.status == StepStatus::Ran {
-            took.entry(step.step).or_insert(step.took_ms);
+/// How long the steps of a pipeline took when they last ran. Read when a step starts: records
+/// of large runs are long, and a run that does nothing needs none.
+pub(crate) struct Earlier {
+    pipeline: String,
+    cache_dir: PathBuf,
+    took: OnceCell<BTreeMap<String, u64>>,
+}
+
+impl Earlier {
+    fn of(pipeline: &Pipeline, global: &GlobalArgs) -> Self {
+        Self {
+            pipeline: pipeline.name.clone(),
+            cache_dir: global.cache_dir.clone(),
+            took: OnceCell::new(),
         }
     }
-    took
+
+    /// Milliseconds, where one of the newest runs did the step.
+    fn took(&self, step: &str) -> Option<u64> {
+        self.took.get_or_init(|| self.read()).get(step).copied()
+    }
+
+    fn read(&self) -> BTreeMap<String, u64> {
+        let mut took = BTreeMap::new();
+        let runs = CacheReader::open(&self.cache_dir).runs();
+        let records = runs.iter().filter_map(|dir| RunRecord::load(dir).ok());
+        let same = records.filter(|record| record.pipeline == self.pipeline);
+        for step in same.take(EARLIER).flat_map(|record| record.steps) {
+            if step.status == StepStatus::Ran {
+                took.entry(step.step).or_insert(step.took_ms);
+            }
+        }
+        took
+    }
 }
 
 /// A duration for people: `12 ms`, `3.4 s`, `2 min 05 s`.

@@ -9,7 +9,7 @@ use flowrun_engine::event::{RunEvent, StepStatus};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::table::Table;
-use super::{duration, metric_text};
+use super::{Earlier, duration, metric_text};
 use crate::output::count;
 
 /// Columns of a step's name.
@@ -31,8 +31,7 @@ pub(crate) struct TerminalReporter {
     running: BTreeMap<String, Running>,
     /// Under way, but there is no room for a line.
     hidden: BTreeSet<String>,
-    /// How long a step took when it last ran.
-    earlier: BTreeMap<String, u64>,
+    earlier: Earlier,
     failed: usize,
     table: Table,
 }
@@ -44,8 +43,7 @@ struct Running {
 }
 
 impl TerminalReporter {
-    /// `earlier` says how many milliseconds a step took when it last ran.
-    pub(super) fn new(earlier: BTreeMap<String, u64>) -> Self {
+    pub(super) fn new(earlier: Earlier) -> Self {
         let bars = MultiProgress::new();
         let run = bars.add(ProgressBar::new(0).with_style(template(RUN)));
         Self {
@@ -109,8 +107,8 @@ impl TerminalReporter {
         if self.running.len() + ABOVE >= usize::from(rows) {
             self.hidden.insert(step.to_owned());
         } else {
-            let earlier = self.earlier.get(step);
-            let earlier = earlier.map(|ms| format!("last time {}, ", duration(*ms)));
+            let earlier = self.earlier.took(step);
+            let earlier = earlier.map(|ms| format!("last time {}, ", duration(ms)));
             let bar = self.bars.add(ProgressBar::new_spinner());
             bar.set_style(template(SPINNER));
             let name = truncate_str(step, NAME, "…");

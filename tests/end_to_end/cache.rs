@@ -213,11 +213,20 @@ fn collecting_waits_for_the_run_that_holds_the_cache() {
     );
     let child = project
         .command(&["pipeline.yaml", "--json"])
+        .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
     while !project.path("go.began").exists() {
         std::thread::sleep(Duration::from_millis(20));
     }
+    let refused = project.run(&["cache", "gc", "--no-wait"]);
+    assert_eq!(refused.code, Some(6), "{}", refused.stderr);
+    let doctor = project.run(&["doctor", "pipeline.yaml"]).ok();
+    assert!(
+        doctor.stdout.contains("in use by process"),
+        "{}",
+        doctor.stdout
+    );
     // Readers do not wait.
     project.run(&["cache", "stats"]).ok();
     project.run(&["cache", "verify"]).ok();

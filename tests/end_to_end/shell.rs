@@ -101,6 +101,11 @@ fn five_mistakes_are_told_with_their_places_and_nothing_runs() {
         run.stderr
     );
     assert!(!project.path(".flowrun").exists());
+    let check = project.run(&["check", "pipeline.yaml", "--json"]);
+    assert_eq!(check.code, Some(3));
+    let found = &check.events()[0];
+    assert_eq!(found["errors"].as_array().unwrap().len(), 5);
+    assert_eq!(found["errors"][0]["line"], 9);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::args::GlobalArgs;
 use crate::exit::{Exit, Failure};
 use crate::output::{self, bytes, count};
 use crate::recorded;
-use crate::surroundings::hold_cache;
+use crate::surroundings::{hold_cache, wait};
 
 /// Writes runs with all their results into one file.
 pub(super) fn export(file: &Path, runs: &[String], global: &GlobalArgs) -> Result<Exit, Failure> {
@@ -32,7 +32,7 @@ pub(super) fn export(file: &Path, runs: &[String], global: &GlobalArgs) -> Resul
 
 /// Reads a file that `export` wrote.
 pub(super) fn import(file: &Path, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let cache = hold_cache(global, false)?;
+    let cache = hold_cache(global, wait(global))?;
     let moved = archive::import(&cache, file).map_err(failure)?;
     told(&moved, "read", file, global)
 }

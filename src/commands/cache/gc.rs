@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::args::{GlobalArgs, RetentionArgs};
 use crate::exit::{Exit, Failure};
 use crate::output::{self, bytes, count};
-use crate::surroundings::hold_cache;
+use crate::surroundings::{hold_cache, wait};
 
 /// What the flags ask to keep.
 pub(crate) fn retention(args: &RetentionArgs) -> Retention {
@@ -30,7 +30,7 @@ pub(super) fn gc(
     let found = if dry_run {
         garbage(&CacheReader::open(&global.cache_dir), &kept)
     } else {
-        collect(&hold_cache(global, false)?, &kept)?
+        collect(&hold_cache(global, wait(global))?, &kept)?
     };
     if global.json {
         return output::json(&json!({

@@ -6,7 +6,7 @@ use flowrun_cache::verify::{Damage, Verified, repair as mend, verify as read};
 use crate::args::GlobalArgs;
 use crate::exit::{Exit, Failure};
 use crate::output::{self, bytes, count};
-use crate::surroundings::hold_cache;
+use crate::surroundings::{hold_cache, wait};
 
 /// Reads everything and says what is damaged.
 pub(super) fn verify(global: &GlobalArgs) -> Result<Exit, Failure> {
@@ -32,7 +32,7 @@ pub(super) fn verify(global: &GlobalArgs) -> Result<Exit, Failure> {
 
 /// Sets aside what is damaged.
 pub(super) fn repair(global: &GlobalArgs) -> Result<Exit, Failure> {
-    let found = mend(&hold_cache(global, false)?)?;
+    let found = mend(&hold_cache(global, wait(global))?)?;
     if global.json {
         return output::json(&found);
     }
