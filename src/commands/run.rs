@@ -1,6 +1,5 @@
 //! `flowrun [PIPELINE]`.
 
-use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use crate::args::{GlobalArgs, RunArgs};
 use crate::commands::cache::{removed, retention};
 use crate::commands::plan;
 use crate::exit::{Exit, Failure};
-use crate::reporter::Reporter;
+use crate::reporter::{Reporter, Teller};
 use crate::surroundings::{self, Surroundings, wait};
 
 /// Runs a pipeline.
@@ -62,7 +61,7 @@ async fn drive(
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
     let mut reporter = Reporter::new(global, &loaded.pipeline);
     let cancel = Cancel::default();
-    tokio::spawn(stop_on_signal(cancel.clone()));
+    tokio::spawn(stop_on_signal(cancel.clone(), reporter.teller()));
     let pipeline = Arc::new(loaded.pipeline);
     let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
     let summary = run_pipeline(pipeline, cache, loaded.world, options, cancel, events).await;
@@ -76,7 +75,7 @@ const LAST_MOMENT: Duration = Duration::from_secs(1);
 
 /// The first signal asks the steps to stop, the second kills them and ends the program.
 #[allow(clippy::exit)]
-async fn stop_on_signal(cancel: Cancel) {
+async fn stop_on_signal(cancel: Cancel, tell: Teller) {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hang_up)) = (
         signal(SignalKind::interrupt()),
@@ -97,11 +96,7 @@ async fn stop_on_signal(cancel: Cancel) {
             tokio::time::sleep(LAST_MOMENT).await;
             std::process::exit(Exit::Interrupted as i32);
         }
-        // Standard error may be gone with the terminal.
-        let _ = writeln!(
-            std::io::stderr(),
-            "stopping; what finished is kept. Once more to stop at once"
-        );
+        tell.say("stopping; what finished is kept. Once more to stop at once");
         cancel.cancel();
     }
 }

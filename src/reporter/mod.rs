@@ -7,12 +7,14 @@ mod terminal;
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::PathBuf;
 
 use flowrun_cache::CacheReader;
 use flowrun_engine::event::{RunEvent, StepStatus};
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::record::RunRecord;
+use indicatif::MultiProgress;
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -44,6 +46,14 @@ impl Reporter {
         }
     }
 
+    /// Says things beside the events.
+    pub(crate) fn teller(&self) -> Teller {
+        match self {
+            Self::Terminal(reporter) => Teller(Some(reporter.bars())),
+            Self::Json(_) | Self::Plain(_) => Teller(None),
+        }
+    }
+
     /// Shows events until the run is over.
     pub(crate) fn follow(&mut self, mut events: UnboundedReceiver<RunEvent>) {
         while let Some(event) = events.blocking_recv() {
@@ -53,6 +63,19 @@ impl Reporter {
                 Self::Terminal(reporter) => reporter.show(&event),
             }
         }
+    }
+}
+
+/// Says a line on stderr, above the bars where there are any.
+pub(crate) struct Teller(Option<MultiProgress>);
+
+impl Teller {
+    /// Says it. Standard error may be gone with the terminal: then there is nobody to tell.
+    pub(crate) fn say(&self, line: &str) {
+        let _ = match &self.0 {
+            Some(bars) => bars.println(line),
+            None => writeln!(std::io::stderr(), "{line}"),
+        };
     }
 }
 

@@ -1,8 +1,8 @@
 //! What runs now, on a terminal: a line for the run, a line for each step under way, and the
 //! final table. Finished steps scroll away above.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use console::{Term, pad_str, style, truncate_str};
 use flowrun_engine::event::{RunEvent, StepStatus};
@@ -29,8 +29,8 @@ pub(crate) struct TerminalReporter {
     /// All steps and items, as far as they are known.
     run: ProgressBar,
     running: BTreeMap<String, Running>,
-    /// Under way, but there is no room for a line.
-    hidden: BTreeSet<String>,
+    /// Under way, but there is no room for a line: since when, and why.
+    hidden: BTreeMap<String, (Instant, String)>,
     earlier: Earlier,
     failed: usize,
     table: Table,
@@ -50,11 +50,16 @@ impl TerminalReporter {
             bars,
             run,
             running: BTreeMap::new(),
-            hidden: BTreeSet::new(),
+            hidden: BTreeMap::new(),
             earlier,
             failed: 0,
             table: Table::default(),
         }
+    }
+
+    /// The bars, for what is to be said above them.
+    pub(super) fn bars(&self) -> MultiProgress {
+        self.bars.clone()
     }
 
     #[allow(clippy::print_stderr)]
@@ -66,7 +71,7 @@ impl TerminalReporter {
                 let more = (items.len() as u64).saturating_sub(1);
                 self.run.inc_length(more);
             }
-            RunEvent::StepStarted { step, why, .. } => self.started(step, why),
+            RunEvent::StepStarted { step, why, .. } => self.started(step, why, Instant::now()),
             RunEvent::Progress {
                 step,
                 done,
@@ -102,14 +107,16 @@ impl TerminalReporter {
         }
     }
 
-    fn started(&mut self, step: &str, why: &str) {
+    fn started(&mut self, step: &str, why: &str, since: Instant) {
         let (rows, _) = Term::stderr().size();
         if self.running.len() + ABOVE >= usize::from(rows) {
-            self.hidden.insert(step.to_owned());
+            let hidden = (since, why.to_owned());
+            self.hidden.insert(step.to_owned(), hidden);
         } else {
             let earlier = self.earlier.took(step);
             let earlier = earlier.map(|ms| format!("last time {}, ", duration(ms)));
-            let bar = self.bars.add(ProgressBar::new_spinner());
+            let bar = ProgressBar::new_spinner().with_elapsed(since.elapsed());
+            let bar = self.bars.add(bar);
             bar.set_style(template(SPINNER));
             let name = truncate_str(step, NAME, "…");
             let name = pad_str(&name, NAME, console::Alignment::Left, None);
@@ -161,8 +168,8 @@ impl TerminalReporter {
             running.bar.finish_and_clear();
             self.bars.remove(&running.bar);
         }
-        if let Some(next) = self.hidden.pop_first() {
-            self.started(&next, "");
+        if let Some((next, (since, why))) = self.hidden.pop_first() {
+            self.started(&next, &why, since);
         }
         self.summarise();
     }
