@@ -86,7 +86,8 @@ pub(crate) enum Command {
     Cache(CacheCommand),
     /// Write a new pipeline for your own labelled texts.
     Init(InitArgs),
-    /// Check what this machine lacks to run a pipeline.
+    /// Check what this machine lacks to run a pipeline: disk, cache, package client, weights,
+    /// data, keys, servers. Exit code 3 when something is missing, 6 when the cache is unusable.
     Doctor(DoctorArgs),
     /// List the step kinds, or describe one.
     Steps {

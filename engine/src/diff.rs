@@ -53,6 +53,9 @@ pub struct StepDiff {
     pub status: Change<StepStatus>,
     /// Milliseconds in each run.
     pub took_ms: Change<u64>,
+    /// Its action keys, where they are others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<Change<String>>,
     /// Why its key differs, one line for each cause.
     pub changes: Vec<String>,
     /// Metrics that differ, by name.
@@ -136,6 +139,7 @@ impl StepDiff {
                 old: old.map(|s| s.took_ms),
                 new: new.map(|s| s.took_ms),
             },
+            key: changed(key(old), key(new)),
             changes: causes(old, new, cache),
             metrics: changes(
                 &metrics(old).unwrap_or_default(),
@@ -143,12 +147,17 @@ impl StepDiff {
             ),
             outputs: changes(&digests(old), &digests(new)),
         };
-        let same = diff.changes.is_empty()
+        let same = diff.key.is_none()
             && diff.metrics.is_empty()
             && diff.outputs.is_empty()
             && ends_alike(old, new);
         (!same).then_some(diff)
     }
+}
+
+/// The action key, where there is one.
+fn key(step: Option<&StepRecord>) -> Option<String> {
+    step.map(|s| s.key.clone()).filter(|key| !key.is_empty())
 }
 
 /// Whether it ran or came from the cache is not a difference of what it is.

@@ -72,6 +72,10 @@ fn step_text(out: &mut String, step: &StepDiff) {
     };
     let (mark, rest) = head.split_once(' ').unwrap_or((&head, ""));
     out.push_str(&format!("{mark} {}: {rest}\n", style(&step.step).bold()));
+    let short = |digest: &String| digest.chars().take(DIGEST).collect::<String>();
+    if let Some(change) = &step.key {
+        out.push_str(&format!("    key {}\n", arrow(change, short)));
+    }
     for line in &step.changes {
         out.push_str(&format!("    {line}\n"));
     }
@@ -83,7 +87,6 @@ fn step_text(out: &mut String, step: &StepDiff) {
         ));
     }
     for (port, change) in &step.outputs {
-        let short = |digest: &String| digest.chars().take(DIGEST).collect();
         out.push_str(&format!("    output {port}: {}\n", arrow(change, short)));
     }
 }

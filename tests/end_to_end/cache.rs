@@ -95,6 +95,24 @@ fn another_pipeline_in_the_same_cache_keeps_its_own_runs() {
 }
 
 #[test]
+fn a_row_of_failures_displaces_nothing() {
+    let project = Project::shell();
+    run_with(&project, "a");
+    for _ in 0..3 {
+        let failed = project.run(&["pipeline.yaml", "--set", "letter=z"]);
+        assert_eq!(failed.code, Some(4), "no word has a `z`");
+    }
+    let gc = ["cache", "gc", "--keep-runs", "1", "--max-size", "0"];
+    let found = json(&project, &gc);
+    assert_eq!((&found["results"], &found["runs"]), (&0.into(), &2.into()));
+    assert!(run_with(&project, "a").is_empty());
+    let none = Project::new();
+    let refused = none.run(&["cache", "stats"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("no cache at"), "{}", refused.stderr);
+}
+
+#[test]
 fn a_run_that_ends_keeps_the_cache_within_its_bounds() {
     let project = Project::shell();
     let run = |letter: &str| {
@@ -315,6 +333,7 @@ fn one_file_moves_a_run_to_another_machine() {
 #[test]
 fn bounds_are_said_in_words_that_are_checked() {
     let project = Project::shell();
+    project.run(JSON).ok();
     let wrong = project.run(&["cache", "gc", "--max-size", "10"]);
     assert_eq!(wrong.code, Some(2));
     assert!(wrong.stderr.contains("10GB"), "{}", wrong.stderr);

@@ -66,6 +66,8 @@ fn a_difference_names_params_causes_outputs_and_what_is_alike() {
         .collect();
     assert_eq!(steps, ["count", "note"], "one `n` instead of two `a`");
     assert_eq!(diff["same"], 1);
+    let key = &diff["steps"][0]["key"];
+    assert!(key["old"].is_string() && key["old"] != key["new"], "{key}");
     let text = project.run(&["diff", "last~1", "last"]).ok().stdout;
     for part in [
         "param `letter`: \"a\" → \"n\"",

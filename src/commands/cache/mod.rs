@@ -12,6 +12,13 @@ use crate::exit::{Exit, Failure};
 
 /// Does what was asked of the cache.
 pub(crate) fn cache(command: &CacheCommand, global: &GlobalArgs) -> Result<Exit, Failure> {
+    let makes_it = matches!(command, CacheCommand::Import { .. });
+    if !makes_it && !global.cache_dir.is_dir() {
+        return Err(Failure::usage(format!(
+            "there is no cache at {}; the first run makes it, `--cache-dir` names another",
+            global.cache_dir.display()
+        )));
+    }
     match command {
         CacheCommand::Stats(args) => stats::stats(args, global),
         CacheCommand::Verify => verify::verify(global),
