@@ -323,6 +323,24 @@ fn a_first_pipeline_passes_the_checks() {
 }
 
 #[test]
+fn a_first_pipeline_is_asked_for_on_a_terminal() {
+    let project = Project::new();
+    project.write("part.csv", &rows(80, 60));
+    let answers = "part.csv\n\nintent\nmine\n";
+    let Some(asked) = on_a_terminal(&project, "init", answers, &[]) else {
+        println!("skipped: there is no `script` to make a terminal with");
+        return;
+    };
+    for part in [
+        "Column of the texts (id, intent, query) [query]:",
+        "Name of the pipeline [part]:",
+    ] {
+        assert!(asked.contains(part), "{part} in\n{asked}");
+    }
+    project.run(&["check", "pipelines/mine.yaml"]).ok();
+}
+
+#[test]
 fn the_data_steps_of_a_first_pipeline_run() {
     let project = Project::new();
     project.write("part.csv", &rows(80, 60));
@@ -360,15 +378,22 @@ fn piped_output_is_plain() {
     }
 }
 
-/// Runs the pipeline on a terminal of 80 columns; gives what was written to it.
-fn on_a_terminal(project: &Project, env: &[(&str, &str)]) -> Option<String> {
+/// Runs the binary on a terminal of 80 columns that answers so; gives what was written to it,
+/// or nothing where there is no `script` to make a terminal with.
+fn on_a_terminal(
+    project: &Project,
+    args: &str,
+    answers: &str,
+    env: &[(&str, &str)],
+) -> Option<String> {
     let binary = env!("CARGO_BIN_EXE_flowrun");
-    let line = format!("stty cols 80 rows 24; '{binary}' pipeline.yaml --force --keep-going");
+    let line = format!("stty cols 80 rows 24; '{binary}' {args}");
+    project.write("answers", answers);
     let mut command = std::process::Command::new("script");
     command
         .args(["-qec", &line, "/dev/null"])
         .current_dir(project.path(""))
-        .stdin(std::process::Stdio::null())
+        .stdin(std::fs::File::open(project.path("answers")).unwrap())
         .env_remove("CI")
         .env_remove("NO_COLOR")
         .env("TERM", "xterm-256color")
@@ -381,7 +406,8 @@ fn on_a_terminal(project: &Project, env: &[(&str, &str)]) -> Option<String> {
 fn a_terminal_gets_bars_and_colour_unless_it_says_no() {
     let project = Project::new();
     project.write("pipeline.yaml", FAN);
-    let Some(drawn) = on_a_terminal(&project, &[]) else {
+    let run = "pipeline.yaml --force --keep-going";
+    let Some(drawn) = on_a_terminal(&project, run, "", &[]) else {
         println!("skipped: there is no `script` to make a terminal with");
         return;
     };
@@ -395,14 +421,14 @@ fn a_terminal_gets_bars_and_colour_unless_it_says_no() {
         last.contains("bad") && last.contains("record in"),
         "{last:?}"
     );
-    let plain = on_a_terminal(&project, &[("NO_COLOR", "1")]).unwrap();
+    let plain = on_a_terminal(&project, run, "", &[("NO_COLOR", "1")]).unwrap();
     assert!(plain.contains("running"), "bars have no colour: {plain:?}");
     assert!(
         !plain.contains(colour) && !plain.contains("\u{1b}[32m"),
         "{plain:?}"
     );
     for env in [("TERM", "dumb"), ("CI", "true")] {
-        let lines = on_a_terminal(&project, &[env]).unwrap();
+        let lines = on_a_terminal(&project, run, "", &[env]).unwrap();
         assert!(lines.contains("make[1]: started"), "{env:?}: {lines:?}");
         assert!(
             !lines.contains("\u{1b}[1A"),

@@ -123,3 +123,19 @@ fn a_plan_shows_what_from_until_and_only_would_do() {
     );
     assert_eq!(project.run(&["plan", "--only", "cuont"]).code, Some(2));
 }
+
+#[test]
+fn each_item_of_a_fan_out_has_its_own_reason() {
+    let project = Project::new();
+    let pipeline = "name: p\nparams: { unit: m }\nsteps:\n  each:\n    foreach: { n: [1, 2] }\n    run: echo \"${{ item.n }} $UNIT\" > \"$out\"\n    \
+                    env: { UNIT: \"${{ params.unit }}\" }\n    out: { out: out.txt }\n";
+    project.write("pipeline.yaml", pipeline);
+    project.run(JSON).ok();
+    project.edit("pipeline.yaml", "[1, 2]", "[1, 3]");
+    let text = why(&project, "each", &[]);
+    assert!(text.contains("each[1]: nothing changed"), "{text}");
+    assert!(text.contains("each[3]\n    never ran"), "{text}");
+    let one = why(&project, "each[1]", &["--set", "unit=km"]);
+    assert!(one.contains("env `UNIT`: \"m\" → \"km\""), "{one}");
+    assert!(!one.contains("each[3]"), "{one}");
+}
