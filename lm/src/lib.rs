@@ -2,11 +2,13 @@
 //! language-model client.
 
 pub mod adapter;
+pub mod calibration;
 pub mod classifier;
 pub mod client;
 pub mod evaluate;
 pub mod example;
 pub mod field_type;
+pub mod lineage;
 mod literal;
 pub mod lm;
 pub mod messages;

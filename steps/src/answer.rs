@@ -105,7 +105,9 @@ impl Answerer {
                     sampling: sampling.into(),
                 })
             }
-            ProgramFile::Classifier(FittedProgram { spec, classifier }) => Ok(Self::Classifier {
+            ProgramFile::Classifier(FittedProgram {
+                spec, classifier, ..
+            }) => Ok(Self::Classifier {
                 classifier: Box::new(classifier.clone()),
                 encoder: open_encoder(&encoder_spec(&spec.embedder)?, host)?,
             }),

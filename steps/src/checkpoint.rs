@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use flowrun_engine::step::StepError;
+use flowrun_lm::lineage::Lineage;
 use serde::{Deserialize, Serialize};
 
 use crate::rows::{read_json, write_json};
@@ -24,6 +25,9 @@ pub struct Checkpoint {
     /// What was trained; the base model itself has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<Adapter>,
+    /// The rows that it was trained on; not known when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<Lineage>,
 }
 
 /// The adapter beside the file, and what it belongs to.
@@ -45,6 +49,7 @@ impl Checkpoint {
             epoch: 0,
             step: 0,
             adapter: None,
+            lineage: Some(Lineage::default()),
         }
     }
 

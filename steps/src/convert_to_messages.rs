@@ -1,6 +1,7 @@
 //! `convert-to-messages`: labelled rows as chats for fine-tuning, through the student's own program.
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
+use flowrun_lm::lineage::Lineage;
 use flowrun_lm::messages::{ChatRow, MessageOptions, row_to_messages};
 use flowrun_lm::program::ProgramSpec;
 use schemars::JsonSchema;
@@ -8,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::examples;
+use crate::leakage::{self, LeakageRule};
 use crate::program_file::ProgramFile;
-use crate::rows::{read_json, read_rows, write_jsonl};
+use crate::rows::{Row, read_json, read_rows, write_json, write_jsonl};
 use crate::schema_of;
 
 /// The step kind.
@@ -21,6 +23,12 @@ struct Params {
     /// The student's program: it is trained on the very prompts that it will be asked.
     #[schemars(with = "String", extend("x-flowrun-ref" = "programs"))]
     program: ProgramSpec,
+    /// Train on the label as the teacher wrote it (`raw_label`) instead of the sanitised one.
+    #[serde(default)]
+    raw_targets: bool,
+    /// What to do about rows of `test` among those to train on.
+    #[serde(default)]
+    leakage: LeakageRule,
 }
 
 impl Step for ConvertToMessages {
@@ -28,7 +36,7 @@ impl Step for ConvertToMessages {
         "convert-to-messages"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Turns labelled rows into chats (OpenAI's fine-tuning JSONL) with the student's program."
@@ -40,6 +48,12 @@ impl Step for ConvertToMessages {
         vec![
             Port::new("rows", "examples", "Rows with their label.").many(),
             Port::new("labels", "labels", "The labels to choose from."),
+            Port::new(
+                "test",
+                "examples",
+                "Rows that must not be trained on: refused here, before any training.",
+            )
+            .optional(),
         ]
     }
     fn outputs(&self) -> Vec<Port> {
@@ -50,6 +64,11 @@ impl Step for ConvertToMessages {
                 "program",
                 "The student's program, without demos.",
             ),
+            Port::new(
+                "lineage",
+                "lineage",
+                "The rows that the chats are of, for `finetune`.",
+            ),
         ]
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
@@ -58,14 +77,34 @@ impl Step for ConvertToMessages {
         let file = ProgramFile::plain(&params.program, &labels)?;
         let (_, program) = file.prompt()?;
         let mut chats: Vec<ChatRow> = Vec::new();
+        let mut lineage = Lineage::default();
         for input in ctx.input_list("rows") {
-            for row in examples(&read_rows(&input.path)?, file.label_field()) {
+            let mut rows = read_rows(&input.path)?;
+            lineage.train(leakage::id_and_text(&rows));
+            if params.raw_targets {
+                rows.iter_mut().for_each(take_raw_label);
+            }
+            for row in examples(&rows, file.label_field()) {
                 let converted = row_to_messages(&program, &row, MessageOptions::default());
                 chats.extend(converted.map_err(|e| StepError::invalid(e.to_string()))?);
             }
         }
+        if let Some(input) = ctx.input_opt("test") {
+            let test = read_rows(&input.path)?;
+            let overlap = lineage.overlap(leakage::id_and_text(&test));
+            let what = "test rows are among the rows to train on";
+            leakage::guard(ctx, params.leakage, &overlap, what)?;
+        }
         write_jsonl(&ctx.output("messages"), &chats)?;
+        write_json(&ctx.output("lineage"), &lineage)?;
         file.save(&ctx.output("program"))?;
         Ok(StepOutcome::default().metric("chats", chats.len()))
+    }
+}
+
+/// The label as the teacher wrote it, where it wrote one.
+fn take_raw_label(row: &mut Row) {
+    if let Some(raw) = row.raw_label.take() {
+        row.label = Some(raw);
     }
 }

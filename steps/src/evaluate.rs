@@ -1,24 +1,33 @@
 //! `evaluate`: a model's accuracy on labelled rows, plain and with the optimised program.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_lm::calibration::calibration;
 use flowrun_lm::evaluate::{Evaluate as Evaluation, EvaluateError, EvaluatedRow, EvaluationResult};
+use flowrun_lm::lineage::Overlap;
 use flowrun_lm::lm::Usage;
 use flowrun_lm::metric::MetricKind;
 use flowrun_lm::program::{RowErrorKind, RowResult};
+use flowrun_lm::stats::{Confusion, mcnemar, wilson95};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
 use crate::checkpoint::Checkpoint;
+use crate::leakage::{LeakageRule, guard, id_and_text, lineage_of};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
 use crate::rows::{Row, read_json, read_rows, write_json};
 use crate::schema_of;
-use crate::scores::{ProgramKind, ProgramScore, Role, ScoredRow, Scores};
+use crate::scores::{
+    LabelScore, Leakage, PairedTest, ProgramKind, ProgramScore, Role, ScoredRow, Scores,
+};
+
+/// Rows between two looks at `max_errors`.
+const CHUNK: usize = 256;
 
 /// The step kind.
 pub struct Evaluate;
@@ -45,6 +54,14 @@ struct Params {
     /// Only this many rows: the first ones.
     #[serde(default)]
     max_rows: Option<usize>,
+    /// As many answers that cannot be read end the step with an error; by default they only count
+    /// as wrong.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    max_errors: Option<usize>,
+    /// What to do about rows that trained or selected what they are to score.
+    #[serde(default)]
+    leakage: LeakageRule,
 }
 
 impl Step for Evaluate {
@@ -52,7 +69,7 @@ impl Step for Evaluate {
         "evaluate"
     }
     fn version(&self) -> u32 {
-        3
+        4
     }
     fn about(&self) -> &'static str {
         "Measures a model's accuracy on labelled rows, plain and with the optimised program."
@@ -104,6 +121,25 @@ impl Step for Evaluate {
         if let Some(input) = ctx.input_opt("optimised") {
             programs.push((ProgramKind::Optimised, ProgramFile::load(&input.path)?));
         }
+        // Before anything is asked: a refused score costs no call.
+        let overlaps: Vec<Option<Overlap>> = programs
+            .iter()
+            .map(|(_, file)| {
+                let lineage = lineage_of(file, checkpoint.as_ref())?;
+                Some(lineage.overlap(id_and_text(&rows)))
+            })
+            .collect();
+        for overlap in &overlaps {
+            match overlap {
+                Some(overlap) => {
+                    let what = "rows to be scored had a part in what they score";
+                    guard(ctx, params.leakage, overlap, what)?;
+                }
+                None => ctx.reporter.warning(
+                    "it is not known which rows trained what is scored: give `finetune` its `lineage`",
+                ),
+            }
+        }
         let mut time = RowTime::default();
         let mut all = Vec::new();
         let mut usage = Usage::default();
@@ -119,7 +155,9 @@ impl Step for Evaluate {
             };
             let result = score(ctx, &answerer, file, &params, &rows, &progress, &mut time)?;
             usage += answerer.usage();
-            all.push(program_score(*kind, &params, &rows, result));
+            let mut score = program_score(*kind, &params, &rows, file.labels(), result);
+            score.leakage = Some(leakage(overlaps[index].as_ref(), &score));
+            all.push(score);
         }
         let name = params.name.clone();
         let scores = Scores {
@@ -129,6 +167,7 @@ impl Step for Evaluate {
                 .or_else(|| params.model.as_ref().map(ModelSpec::name))
                 // Not the step's name: that is no part of what the scores depend on.
                 .unwrap_or_else(|| "embedding classifier".to_owned()),
+            comparison: comparison(&all),
             programs: all,
         };
         write_json(&ctx.output("scores"), &scores)?;
@@ -196,20 +235,33 @@ fn score(
     let field = file.label_field();
     let examples = examples(rows, field);
     let started = Instant::now();
-    let results = answerer.run(&examples, field, progress)?;
+    let mut results: Vec<RowResult> = Vec::with_capacity(examples.len());
+    // In one go, unless it may end early.
+    let at_once = params.max_errors.map_or(examples.len(), |_| CHUNK).max(1);
+    for chunk in examples.chunks(at_once) {
+        let before = results.len();
+        let told = |done: usize| progress(before + done);
+        let answered = answerer.run(chunk, field, &told)?;
+        check_answered(ctx, &answered)?;
+        results.extend(answered);
+        let failed = results.iter().filter(|result| result.prediction.is_err());
+        if params.max_errors.is_some_and(|max| failed.count() >= max) {
+            break;
+        }
+    }
     time.add(started.elapsed(), &results);
-    check_answered(ctx, &results)?;
     let metric = params.metric.metric(field);
     let evaluation = Evaluation {
         metric: &metric,
         label: field,
-        // An answer that cannot be read is a wrong one; outages were found above.
-        max_errors: usize::MAX,
+        // Outages were found above: only answers that cannot be read are left.
+        max_errors: params.max_errors.unwrap_or(usize::MAX),
     };
     let result = evaluation
         .score(&examples, results)
         .map_err(|error| match error {
             EvaluateError::Cancelled => StepError::cancelled(),
+            EvaluateError::TooManyErrors { .. } => StepError::failed(error.to_string()),
             other => StepError::invalid(other.to_string()),
         })?;
     let unscored = |row: &&EvaluatedRow| row.error_kind == Some(RowErrorKind::Other);
@@ -228,15 +280,27 @@ fn program_score(
     kind: ProgramKind,
     params: &Params,
     rows: &[Row],
+    labels: &[String],
     result: EvaluationResult,
 ) -> ProgramScore {
     let prices = params.model.as_ref().and_then(ModelSpec::prices);
     let tokens = result.tokens;
+    let correct = result.rows.iter().filter(|row| row.correct).count();
+    let per_label = per_label(labels, &result.rows);
+    let seen: Vec<f64> = (per_label.iter().filter(|label| label.n > 0))
+        .map(|label| label.f1)
+        .collect();
+    let sure = |row: &EvaluatedRow| Some((f64::from(row.confidence?), row.correct));
     ProgramScore {
+        interval: wilson95(correct, result.n),
+        macro_f1: seen.iter().sum::<f64>() / seen.len().max(1) as f64,
+        per_label,
+        calibration: calibration(result.rows.iter().filter_map(sure)),
+        leakage: None,
         program: kind,
         role: params.role,
         n: result.n,
-        correct: result.rows.iter().filter(|row| row.correct).count(),
+        correct,
         accuracy: result.accuracy,
         parse_failures: result.parse_failures,
         prompt_tokens: tokens.prompt,
@@ -256,4 +320,61 @@ fn program_score(
             })
             .collect(),
     }
+}
+
+/// Label by label; over the labels that rows have when the program names none.
+fn per_label(labels: &[String], rows: &[EvaluatedRow]) -> Vec<LabelScore> {
+    let gold = rows.iter().filter_map(|row| row.gold.clone());
+    let seen: BTreeSet<String> = gold.collect();
+    let labels = match labels {
+        [] => seen.into_iter().collect(),
+        labels => labels.to_vec(),
+    };
+    let pairs = rows.iter().map(|row| {
+        let gold = row.gold.as_deref().unwrap_or_default();
+        (gold, row.pred.as_deref())
+    });
+    let score = |score: flowrun_lm::stats::LabelScore| LabelScore {
+        label: score.label,
+        n: score.n,
+        precision: score.precision,
+        recall: score.recall,
+        f1: score.f1,
+    };
+    let scores = Confusion::new(&labels, pairs).per_label();
+    scores.into_iter().map(score).collect()
+}
+
+fn leakage(overlap: Option<&Overlap>, score: &ProgramScore) -> Leakage {
+    let Some(overlap) = overlap else {
+        return Leakage::default();
+    };
+    let tainted = overlap.ids();
+    let clean = |row: &&ScoredRow| !tainted.contains(row.id.as_str());
+    Leakage {
+        known: true,
+        trained: overlap.trained.len(),
+        selected: overlap.selected.len(),
+        same_text: overlap.same_text.len(),
+        clean_rows: score.rows.iter().filter(clean).count(),
+        clean_correct: score
+            .rows
+            .iter()
+            .filter(clean)
+            .filter(|row| row.correct)
+            .count(),
+    }
+}
+
+fn comparison(programs: &[ProgramScore]) -> Option<PairedTest> {
+    let [first, second] = programs else {
+        return None;
+    };
+    let pairs = first.rows.iter().zip(&second.rows);
+    let found = mcnemar(pairs.map(|(a, b)| (a.correct, b.correct)));
+    Some(PairedTest {
+        only_first: found.only_a,
+        only_second: found.only_b,
+        p_value: found.p,
+    })
 }

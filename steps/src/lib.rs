@@ -18,6 +18,7 @@ pub mod fit_classifier;
 mod folder;
 pub mod holdout;
 pub mod hub;
+pub mod leakage;
 pub mod load;
 pub mod models;
 pub mod optimize;

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::answer::{SamplingSpec, examples, with_usage};
 use crate::checkpoint::Checkpoint;
+use crate::leakage::id_and_text;
 use crate::models::{Host, ModelSpec, observe, open_lm};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_rows, write_json};
@@ -46,7 +47,7 @@ impl Step for Optimize {
         "optimize"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Finds few-shot demos for a checkpoint (DSPy's BootstrapFewShotWithRandomSearch)."
@@ -57,7 +58,7 @@ impl Step for Optimize {
     fn inputs(&self) -> Vec<Port> {
         vec![
             Port::new("program", "program", "The program to improve."),
-            Port::new("adapter", "adapter", "The checkpoint that answers."),
+            Port::new("adapter", "adapter", "The checkpoint that answers.").optional(),
             Port::new(
                 "trainset",
                 "examples",
@@ -80,12 +81,13 @@ impl Step for Optimize {
         let file = ProgramFile::load(&ctx.input("program")?.path)?;
         let (saved, student) = file.prompt()?;
         let field = file.label_field();
-        let folder = &ctx.input("adapter")?.path;
-        let checkpoint = Checkpoint::load(folder)?;
+        let folder = ctx.input_opt("adapter").map(|input| input.path.as_path());
+        let checkpoint = folder.map(Checkpoint::load).transpose()?;
         let host = Host::from(ctx);
-        let lm = open_lm(&params.model, Some((folder, &checkpoint)), &host)?;
-        let trainset = examples(&read_rows(&ctx.input("trainset")?.path)?, field);
-        let valset = examples(&read_rows(&ctx.input("valset")?.path)?, field);
+        let lm = open_lm(&params.model, folder.zip(checkpoint.as_ref()), &host)?;
+        let train_rows = read_rows(&ctx.input("trainset")?.path)?;
+        let val_rows = read_rows(&ctx.input("valset")?.path)?;
+        let (trainset, valset) = (examples(&train_rows, field), examples(&val_rows, field));
         let metric = params.metric.metric(field);
         let on_progress = |progress: Progress| tell(ctx, progress);
         let session = Session {
@@ -110,8 +112,13 @@ impl Step for Optimize {
         }
         let compiled = compiled.map_err(|e| StepError::failed(e.to_string()))?;
         let best = compiled.best.and_then(|at| compiled.candidates.get(at));
-        let optimised =
+        let mut optimised =
             SavedProgram::new(saved.spec.clone(), saved.labels.clone(), &compiled.program);
+        optimised.lineage = saved.lineage.clone().map(|mut lineage| {
+            lineage.train(id_and_text(&train_rows));
+            lineage.select(id_and_text(&val_rows));
+            lineage
+        });
         let demos: usize = optimised.demos.values().map(Vec::len).sum();
         ProgramFile::Prompt(optimised).save(&ctx.output("program"))?;
         write_json(&ctx.output("candidates"), &compiled.candidates)?;

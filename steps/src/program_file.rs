@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use flowrun_engine::step::StepError;
-use flowrun_lm::classifier::{Classifier, ClassifierError, ClassifierSpec, fit};
+use flowrun_lm::classifier::{Classifier, ClassifierError, ClassifierSpec, Method, fit};
+use flowrun_lm::lineage::Lineage;
 use flowrun_lm::program::{Program, ProgramSpec, SavedProgram};
 use serde::{Deserialize, Serialize};
 
+use crate::leakage::id_and_text;
 use crate::models::{EncoderSpec, Host, ModelSpec, encoder_spec, open_encoder};
 use crate::rows::{Row, read_json, write_json};
 
@@ -31,6 +33,9 @@ pub struct FittedProgram {
     pub spec: ClassifierSpec,
     /// The classifier.
     pub classifier: Classifier,
+    /// The rows that it was fitted on; not known when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<Lineage>,
 }
 
 impl ProgramFile {
@@ -42,7 +47,8 @@ impl ProgramFile {
         let program = spec
             .build(labels)
             .map_err(|e| StepError::invalid(format!("the program: {e}")))?;
-        let saved = SavedProgram::new(spec.clone(), labels.to_vec(), &program);
+        let mut saved = SavedProgram::new(spec.clone(), labels.to_vec(), &program);
+        saved.lineage = Some(Lineage::default());
         Ok(Self::Prompt(saved))
     }
 
@@ -78,6 +84,11 @@ impl ProgramFile {
                 ClassifierError::Embed(_) => StepError::failed(error.to_string()),
                 _ => StepError::invalid(error.to_string()),
             })?;
+        let mut lineage = Lineage::default();
+        lineage.train(id_and_text(labelled));
+        if spec.method == Method::SelfTraining {
+            lineage.train(id_and_text(unlabelled));
+        }
         let embedder = serde_json::to_value(ModelSpec::SentenceEncoder(Box::new(pinned)))
             .map_err(|e| StepError::failed(e.to_string()))?;
         Ok(Self::Classifier(FittedProgram {
@@ -86,6 +97,7 @@ impl ProgramFile {
                 ..spec.clone()
             },
             classifier,
+            lineage: Some(lineage),
         }))
     }
 
@@ -120,6 +132,32 @@ impl ProgramFile {
             Self::Classifier(_) => Err(StepError::invalid(
                 "an `embedding_classifier` has no prompt",
             )),
+        }
+    }
+
+    /// The labels to choose from.
+    #[must_use]
+    pub fn labels(&self) -> &[String] {
+        match self {
+            Self::Prompt(saved) => &saved.labels,
+            Self::Classifier(fitted) => fitted.classifier.labels(),
+        }
+    }
+
+    /// The rows that it came from; `None` when that is not known.
+    #[must_use]
+    pub fn lineage(&self) -> Option<&Lineage> {
+        match self {
+            Self::Prompt(saved) => saved.lineage.as_ref(),
+            Self::Classifier(fitted) => fitted.lineage.as_ref(),
+        }
+    }
+
+    /// Where that is written; a program whose rows are not known stays so.
+    pub(crate) fn lineage_mut(&mut self) -> Option<&mut Lineage> {
+        match self {
+            Self::Prompt(saved) => saved.lineage.as_mut(),
+            Self::Classifier(fitted) => fitted.lineage.as_mut(),
         }
     }
 

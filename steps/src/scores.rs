@@ -1,5 +1,6 @@
 //! [`Scores`]: the `scores` artifact: how a model did on a set of rows, row by row.
 
+use flowrun_lm::calibration::Calibration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -13,10 +14,67 @@ pub struct Scores {
     pub model: String,
     /// One per program.
     pub programs: Vec<ProgramScore>,
+    /// McNemar's test of the plain program against the optimised one, where both were asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<PairedTest>,
+}
+
+/// McNemar's exact test of two programs on the same rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PairedTest {
+    /// Rows that only the first program got right.
+    pub only_first: usize,
+    /// Rows that only the second program got right.
+    pub only_second: usize,
+    /// Two-sided p-value; the difference is taken to be real below 0.05.
+    pub p_value: f64,
+}
+
+/// Whether the rows that made a score had a part in what was scored.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Leakage {
+    /// Whether it is known which rows trained and selected the program and its checkpoint.
+    pub known: bool,
+    /// Rows that it was trained on.
+    pub trained: usize,
+    /// Rows that it was selected by, and not trained on.
+    pub selected: usize,
+    /// Rows whose text it was trained on or selected by, under another id.
+    pub same_text: usize,
+    /// Rows that are none of these …
+    pub clean_rows: usize,
+    /// … and of them, answered with the expected label.
+    pub clean_correct: usize,
+}
+
+impl Leakage {
+    /// Whether no row is known, and none can be unknown, to have had a part.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.known && self.trained + self.selected + self.same_text == 0
+    }
+}
+
+/// How well one label was told from the others; shares from 0 to 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LabelScore {
+    /// The label.
+    pub label: String,
+    /// Rows that have it.
+    pub n: u64,
+    /// Of the rows given it, the share that has it.
+    pub precision: f64,
+    /// Of the rows that have it, the share that was given it.
+    pub recall: f64,
+    /// Harmonic mean of the two.
+    pub f1: f64,
 }
 
 /// How a model did with one program.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProgramScore {
     /// Which program.
@@ -30,6 +88,9 @@ pub struct ProgramScore {
     pub correct: usize,
     /// `correct / n`.
     pub accuracy: f64,
+    /// The 95 % Wilson interval of `accuracy`.
+    #[serde(default)]
+    pub interval: (f64, f64),
     /// Answers that could not be read; they count as not correct.
     pub parse_failures: usize,
     /// Tokens of prompts.
@@ -39,6 +100,18 @@ pub struct ProgramScore {
     /// What these tokens cost, in US dollars, where prices are known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost_usd: Option<f64>,
+    /// Precision, recall and F1 of every label.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub per_label: Vec<LabelScore>,
+    /// Mean F1 over the labels that rows have.
+    #[serde(default)]
+    pub macro_f1: f64,
+    /// Whether the model is right as often as it says, where it gives probabilities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
+    /// Whether the rows had a part in what they score.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leakage: Option<Leakage>,
     /// Row by row.
     pub rows: Vec<ScoredRow>,
 }

@@ -1,5 +1,7 @@
 //! `select`: the best checkpoint and program by their devset scores.
 
+use std::collections::BTreeSet;
+
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -36,7 +38,7 @@ impl Step for Select {
         "select"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Chooses the checkpoint and program with the best devset score; of equal ones the first."
@@ -79,6 +81,8 @@ impl Step for Select {
             )));
         }
         let mut best: Option<(usize, Choice)> = None;
+        // Every row that had a say in the choice, the losers' too.
+        let mut seen = BTreeSet::new();
         for (index, input) in scores.iter().enumerate() {
             let scores: Scores = read_json(&input.path)?;
             let checkpoint = Checkpoint::load(&adapters[index].path)?;
@@ -90,6 +94,8 @@ impl Step for Select {
                 )));
             }
             for score in &scores.programs {
+                let rows = score.rows.iter();
+                seen.extend(rows.map(|row| (row.id.clone(), row.text.clone())));
                 if best
                     .as_ref()
                     .is_none_or(|(_, b)| score.accuracy > b.accuracy)
@@ -108,7 +114,11 @@ impl Step for Select {
             ProgramKind::Plain => &ctx.input("program")?.path,
             ProgramKind::Optimised => &optimised[index].path,
         };
-        ProgramFile::load(program)?.save(&ctx.output("program"))?;
+        let mut program = ProgramFile::load(program)?;
+        if let Some(lineage) = program.lineage_mut() {
+            lineage.select(seen.iter().map(|(id, text)| (id.as_str(), text.as_str())));
+        }
+        program.save(&ctx.output("program"))?;
         folder::copy(&adapters[index].path, &ctx.output("adapter"))?;
         write_json(&ctx.output("choice"), &choice)?;
         Ok(StepOutcome::default()

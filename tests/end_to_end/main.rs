@@ -11,6 +11,8 @@ mod history;
 mod hostile;
 mod interfaces;
 mod killed;
+mod leakage;
+mod oracle;
 mod project;
 mod shell;
 mod stale;

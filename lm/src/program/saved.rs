@@ -4,6 +4,7 @@
 use super::{BuildError, Program, ProgramSpec};
 use crate::adapter::Dialect;
 use crate::example::Demo;
+use crate::lineage::Lineage;
 use crate::signature::{Field, Signature};
 use crate::value::{Fields, Value};
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,9 @@ pub struct SavedProgram {
     pub labels: Vec<String>,
     /// Predictor → its demos.
     pub demos: BTreeMap<String, Vec<Demo>>,
+    /// The rows that its demos came from and that chose it; not known when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<Lineage>,
 }
 
 /// Why a saved program cannot be read or written.
@@ -75,6 +79,7 @@ impl SavedProgram {
             spec,
             labels,
             demos: program.demos().into_iter().collect(),
+            lineage: None,
         }
     }
 

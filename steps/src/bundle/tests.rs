@@ -30,21 +30,18 @@ fn scores(dataset: &str) -> Scores {
         raw: None,
     };
     let score = ProgramScore {
-        program: ProgramKind::Plain,
-        role: None,
         n: 10,
         correct: 9,
         accuracy: 0.9,
         parse_failures: 1,
-        prompt_tokens: 0,
-        completion_tokens: 0,
-        cost_usd: None,
         rows: (0..10).map(row).collect(),
+        ..ProgramScore::default()
     };
     Scores {
         dataset: dataset.to_owned(),
         model: "m".to_owned(),
         programs: vec![score],
+        comparison: None,
     }
 }
 

@@ -181,6 +181,8 @@ fn save(
             digest: digest.to_hex(),
             base: base.id.clone(),
         }),
+        // Known to the step, not to the training.
+        lineage: None,
     };
     checkpoint
         .save(&part)

@@ -15,6 +15,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::checkpoint::Checkpoint;
+use crate::leakage;
 use crate::models::{ModelSpec, observe};
 use crate::schema_of;
 
@@ -116,7 +118,7 @@ impl Step for Finetune {
         "finetune"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Fine-tunes the student with LoRA on chats; a checkpoint (PEFT files) after every epoch."
@@ -125,11 +127,19 @@ impl Step for Finetune {
         schema_of::<Params>()
     }
     fn inputs(&self) -> Vec<Port> {
-        vec![Port::new(
-            "messages",
-            "messages",
-            "Chats; the loss is on the last message of each.",
-        )]
+        vec![
+            Port::new(
+                "messages",
+                "messages",
+                "Chats; the loss is on the last message of each.",
+            ),
+            Port::new(
+                "lineage",
+                "lineage",
+                "The rows that the chats are of; without it no score of a checkpoint is known to be clean.",
+            )
+            .optional(),
+        ]
     }
     fn outputs(&self) -> Vec<Port> {
         vec![
@@ -143,7 +153,7 @@ impl Step for Finetune {
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
-        match &params.model {
+        let outcome = match &params.model {
             #[cfg(feature = "model")]
             ModelSpec::Embedded(spec) => embedded::train(ctx, &params, spec),
             #[cfg(not(feature = "model"))]
@@ -152,6 +162,26 @@ impl Step for Finetune {
                 "`{}` cannot be fine-tuned here: only `provider: embedded` models can",
                 other.name()
             ))),
-        }
+        }?;
+        record_lineage(ctx, &outcome)?;
+        Ok(outcome)
     }
+}
+
+/// Writes into every checkpoint which rows it was trained on, where that is known.
+fn record_lineage(ctx: &StepContext, outcome: &StepOutcome) -> Result<(), StepError> {
+    let Some(input) = ctx.input_opt("lineage") else {
+        ctx.reporter.warning(
+            "`lineage` is not given: scores cannot say whether their rows were trained on",
+        );
+        return Ok(());
+    };
+    let lineage = leakage::read(&input.path)?;
+    for label in outcome.lists.get("checkpoints").into_iter().flatten() {
+        let folder = ctx.output_item("checkpoints", label)?;
+        let mut checkpoint = Checkpoint::load(&folder)?;
+        checkpoint.lineage = Some(lineage.clone());
+        checkpoint.save(&folder)?;
+    }
+    Ok(())
 }

@@ -6,9 +6,10 @@
 
 use std::collections::BTreeMap;
 
+use flowrun_lm::calibration::Calibration;
 use serde::{Deserialize, Serialize};
 
-use crate::scores::{ProgramKind, Role};
+use crate::scores::{Leakage, ProgramKind, Role};
 
 /// One finished distillation, from data to test scores and what it cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -44,6 +45,9 @@ pub struct Report {
     pub confusion: Option<Confusion>,
     /// The best model's scores label by label, on the test set.
     pub per_label: Vec<LabelScore>,
+    /// Whether the best model is right as often as it says, where it gives probabilities.
+    #[serde(default)]
+    pub calibration: Option<Calibration>,
     /// All test queries that the best model got wrong, worst first.
     pub errors: Vec<ErrorRow>,
     /// Time, tokens and money of each step of the run.
@@ -137,6 +141,9 @@ pub struct DevScore {
     pub low: f64,
     /// Upper end of the 95 % Wilson interval of `accuracy`.
     pub high: f64,
+    /// Whether its rows had a part in what they score; `None` when nobody looked.
+    #[serde(default)]
+    pub leakage: Option<Leakage>,
 }
 
 /// One score on the test set.
@@ -161,6 +168,9 @@ pub struct TestScore {
     pub low: f64,
     /// Upper end of the 95 % Wilson interval of `accuracy`.
     pub high: f64,
+    /// Whether its rows had a part in what they score; `None` when nobody looked.
+    #[serde(default)]
+    pub leakage: Option<Leakage>,
 }
 
 /// McNemar's exact test of two models on the same test rows.

@@ -48,7 +48,7 @@ impl Step for ReportStep {
         "report"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Draws the scores, errors, times and costs of a distillation as one HTML page, and as JSON."
@@ -108,6 +108,7 @@ impl Step for ReportStep {
                 labels: found.labels,
                 matrix: found.counts,
             }),
+            calibration: best.and_then(|(_, score)| score.calibration.clone()),
             errors: best.map_or_else(Vec::new, |(_, score)| wrong(score)),
             steps: ctx.finished.iter().map(step_cost).collect(),
             cost: tested(&test).map(|(s, p)| cost(ctx, s, p)).collect(),
@@ -150,6 +151,7 @@ fn dev_score(scores: &Scores, score: &ProgramScore) -> DevScore {
         parse_failures: score.parse_failures as u64,
         low,
         high,
+        leakage: score.leakage.clone(),
     }
 }
 
@@ -169,6 +171,7 @@ fn test_score(scores: &Scores, score: &ProgramScore) -> Result<TestScore, StepEr
         parse_failures: score.parse_failures as u64,
         low,
         high,
+        leakage: score.leakage.clone(),
     })
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use sha2::Digest as _;
 
 use super::*;
-use crate::scores::{ProgramKind, Role};
+use crate::scores::{Leakage, ProgramKind, Role};
 
 const HOSTILE: &str = "<script>alert('x')</script> & \"quoted\" </svg> {{ 7 * 7 }}";
 
@@ -19,6 +19,15 @@ fn labels() -> Vec<String> {
             _ => format!("made_up_label_{i:02}"),
         })
         .collect()
+}
+
+fn clean(rows: u64, correct: u64) -> Leakage {
+    Leakage {
+        known: true,
+        clean_rows: rows as usize,
+        clean_correct: correct as usize,
+        ..Leakage::default()
+    }
 }
 
 fn test_score(role: Role, model: &str, correct: u64, parse_failures: u64) -> TestScore {
@@ -38,6 +47,7 @@ fn test_score(role: Role, model: &str, correct: u64, parse_failures: u64) -> Tes
         parse_failures,
         low: accuracy - 0.02,
         high: accuracy + 0.018,
+        leakage: Some(clean(1000, correct)),
     }
 }
 
@@ -60,6 +70,7 @@ pub(super) fn sample(stand_in: bool) -> Report {
                 parse_failures: 60 / (index as u64 + 1),
                 low: correct as f64 / 1000.0 - 0.03,
                 high: correct as f64 / 1000.0 + 0.03,
+                leakage: None,
             }
         })
     });
@@ -182,6 +193,7 @@ pub(super) fn sample(stand_in: bool) -> Report {
                 f1: 0.49 + (i * 7 % 25) as f64 / 50.0,
             })
             .collect(),
+        calibration: None,
         errors: (0..60).map(error).collect(),
         steps: vec![
             step("load", "load", 820, 0, "cached"),
@@ -262,6 +274,29 @@ fn stand_in_data_is_announced_and_marks_every_score() {
     );
     assert!(html.contains("81.2 % (stand-in), 95 % interval"));
     assert!(html.contains(">81.2 % (stand-in)</text>"));
+}
+
+#[test]
+fn scores_that_are_not_clean_say_so() {
+    let mut report = sample(false);
+    report.test[0].leakage = Some(Leakage {
+        trained: 3,
+        same_text: 1,
+        ..clean(996, 498)
+    });
+    let html = render_html(&report).unwrap();
+    let said = "not clean: 3 trained on, 1 of a known text; 50.0 % on the 996 clean rows";
+    assert!(html.contains(said));
+    assert!(html.contains("<td>clean</td>") && html.contains("<td>not known</td>"));
+}
+
+#[test]
+fn confidences_are_compared_with_what_was_right() {
+    let mut report = sample(false);
+    report.calibration = flowrun_lm::calibration::calibration([(0.95, true), (0.95, false)]);
+    let html = render_html(&report).unwrap();
+    assert!(html.contains("Expected calibration error 45.0 % over 2 answers"));
+    assert!(html.contains("<td>90.0 to 100.0 %</td>"));
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use std::cmp::Ordering;
 
+use flowrun_lm::calibration::ReliabilityBin;
 use serde::Serialize;
 
 use super::data::{CostRow, ErrorRow, Report, TestScore};
@@ -12,7 +13,7 @@ use super::words::{
     dollars, duration, p_value, percent, plural, points_from, short_name, thousands,
 };
 use super::{chart, heat_map};
-use crate::scores::Role;
+use crate::scores::{Leakage, Role};
 
 /// Rows shown of each table of errors; all of them are in `report.json`.
 const SHOWN_ERRORS: usize = 40;
@@ -32,6 +33,7 @@ pub(super) struct View {
     test: Vec<ScoreRow>,
     comparisons: Vec<ComparisonRow>,
     labels: Vec<LabelRow>,
+    calibration: Option<CalibrationView>,
     wrong: Errors,
     unread: Errors,
     oracle: Vec<(String, String)>,
@@ -62,6 +64,7 @@ struct ScoreRow {
     unread: String,
     accuracy: String,
     interval: String,
+    clean: String,
     sort: f64,
 }
 
@@ -84,6 +87,13 @@ struct LabelRow {
     f1: String,
     width: String,
     sort: [f64; 3],
+}
+
+#[derive(Serialize)]
+struct CalibrationView {
+    summary: String,
+    /// Confidences, rows, mean confidence, share right.
+    bins: Vec<[String; 4]>,
 }
 
 #[derive(Serialize)]
@@ -152,6 +162,7 @@ impl View {
             test: test_rows(report),
             comparisons: comparison_rows(report, &names, mark),
             labels: label_rows(report),
+            calibration: calibration(report, mark),
             wrong: Errors::new(&wrong),
             unread: Errors::new(&unread),
             oracle: oracle_facts(report, mark),
@@ -298,6 +309,7 @@ fn dev_rows(report: &Report) -> Vec<ScoreRow> {
         unread: thousands(score.parse_failures),
         accuracy: percent(score.accuracy),
         interval: interval(score.low, score.high),
+        clean: clean(score.leakage.as_ref()),
         sort: score.accuracy,
     };
     report.dev.iter().map(row).collect()
@@ -314,6 +326,7 @@ fn test_rows(report: &Report) -> Vec<ScoreRow> {
         unread: thousands(score.parse_failures),
         accuracy: percent(score.accuracy),
         interval: interval(score.low, score.high),
+        clean: clean(score.leakage.as_ref()),
         sort: score.accuracy,
     };
     report.test.iter().map(row).collect()
@@ -356,6 +369,56 @@ fn label_rows(report: &Report) -> Vec<LabelRow> {
         sort: [score.precision, score.recall, score.f1],
     };
     labels.into_iter().map(row).collect()
+}
+
+/// Whether a number can be trusted to be of rows that took no part in it.
+fn clean(leakage: Option<&Leakage>) -> String {
+    let Some(leakage) = leakage.filter(|leakage| leakage.known) else {
+        return "not known".to_owned();
+    };
+    if leakage.is_clean() {
+        return "clean".to_owned();
+    }
+    let parts = [
+        (leakage.trained, "trained on"),
+        (leakage.selected, "selected by"),
+        (leakage.same_text, "of a known text"),
+    ];
+    let parts: Vec<String> = parts
+        .iter()
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, what)| format!("{} {what}", thousands(*n as u64)))
+        .collect();
+    let rest = match leakage.clean_rows {
+        0 => "no row is clean".to_owned(),
+        n => format!(
+            "{} on the {} clean rows",
+            percent(leakage.clean_correct as f64 / n as f64),
+            thousands(n as u64)
+        ),
+    };
+    format!("not clean: {}; {rest}", parts.join(", "))
+}
+
+fn calibration(report: &Report, mark: &str) -> Option<CalibrationView> {
+    let found = report.calibration.as_ref()?;
+    let bin = |bin: &ReliabilityBin| {
+        [
+            interval(bin.low, bin.high),
+            thousands(bin.n as u64),
+            percent(bin.confidence),
+            percent(bin.accuracy),
+        ]
+    };
+    Some(CalibrationView {
+        summary: format!(
+            "Expected calibration error {}{mark} over {} answers with a probability: how far, on \
+             average, a confidence is from the share of such answers that is right.",
+            percent(found.ece),
+            thousands(found.n as u64)
+        ),
+        bins: found.bins.iter().map(bin).collect(),
+    })
 }
 
 /// A share as the width of a bar in a table cell.
