@@ -492,9 +492,14 @@ fn the_shape_of_report_json_is_kept() {
         let mut score = json!({
             "model": "text", "program": "text", "n": "count", "correct": "count",
             "accuracy": "share", "parse_failures": "count", "low": "share", "high": "share",
+            "leakage": "none",
         });
         if role {
             score["role"] = json!("text");
+            score["leakage"] = json!({
+                "known": "bool", "trained": "count", "selected": "count", "same_text": "count",
+                "clean_rows": "count", "clean_correct": "count",
+            });
         }
         json!([score])
     };
@@ -520,6 +525,7 @@ fn the_shape_of_report_json_is_kept() {
         "per_label": [{
             "label": "text", "n": "count", "precision": "share", "recall": "share", "f1": "share",
         }],
+        "calibration": "none",
         "errors": [{
             "id": "text", "text": "text", "gold": "text", "predicted": "text",
             "confidence": "share", "raw": "none",
