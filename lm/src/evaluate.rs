@@ -100,7 +100,7 @@ impl Evaluate<'_> {
         rows: &[Example],
         options: &RunOptions<'_>,
     ) -> Result<EvaluationResult, EvaluateError> {
-        let mut tally = Tally::new(self);
+        let mut tally = self.tally();
         for (index, batch) in rows.chunks(options.batch.max(1)).enumerate() {
             let first = index * options.batch.max(1);
             let on_row = |row: usize| {
@@ -119,6 +119,11 @@ impl Evaluate<'_> {
         tally.finish()
     }
 
+    /// For results that come one by one.
+    pub(crate) fn tally(&self) -> Tally<'_> {
+        Tally::new(self)
+    }
+
     /// Scores results that are there already.
     ///
     /// # Errors
@@ -128,7 +133,7 @@ impl Evaluate<'_> {
         rows: &[Example],
         results: impl IntoIterator<Item = RowResult>,
     ) -> Result<EvaluationResult, EvaluateError> {
-        let mut tally = Tally::new(self);
+        let mut tally = self.tally();
         for (row, result) in rows.iter().zip(results) {
             tally.add(row, result)?;
         }
@@ -136,7 +141,8 @@ impl Evaluate<'_> {
     }
 }
 
-struct Tally<'a> {
+/// An evaluation under way.
+pub(crate) struct Tally<'a> {
     evaluate: &'a Evaluate<'a>,
     errors: usize,
     tokens: Tokens,
@@ -153,7 +159,43 @@ impl<'a> Tally<'a> {
         }
     }
 
-    fn add(&mut self, example: &Example, result: RowResult) -> Result<(), EvaluateError> {
+    /// Rows so far.
+    pub(crate) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// What they cost.
+    pub(crate) fn tokens(&self) -> Tokens {
+        self.tokens
+    }
+
+    /// The score of all `total` rows, in percent, if those still to come are all right. Never below
+    /// the score that they will have, for metrics of at most 1.
+    pub(crate) fn at_most(&self, total: usize) -> f64 {
+        let sum: f64 = self.rows.iter().map(|row| row.score).sum();
+        let most = sum + (total - self.rows.len()) as f64;
+        // The sum of the whole is taken in another order, which may round it up.
+        round(100.0 * most / total as f64 + 1e-9, 2)
+    }
+
+    /// Ends it; the rows were added in this order of their places.
+    pub(crate) fn finish_in(mut self, order: &[usize]) -> Result<EvaluationResult, EvaluateError> {
+        let mut placed: Vec<(usize, EvaluatedRow)> = order
+            .iter()
+            .copied()
+            .zip(std::mem::take(&mut self.rows))
+            .collect();
+        placed.sort_by_key(|(place, _)| *place);
+        self.rows = placed.into_iter().map(|(_, row)| row).collect();
+        self.finish()
+    }
+
+    /// Adds the next row.
+    pub(crate) fn add(
+        &mut self,
+        example: &Example,
+        result: RowResult,
+    ) -> Result<(), EvaluateError> {
         self.tokens += result.tokens;
         let prediction = result.prediction.as_ref().ok().cloned();
         let scored = self.score(example, &result)?;

@@ -22,6 +22,9 @@ use crate::schema_of;
 /// are asked beyond the last one are wasted.
 const BATCH: usize = 16;
 
+/// Candidates at once for a server.
+const AT_ONCE: usize = 4;
+
 /// The step kind.
 pub struct Optimize;
 
@@ -99,9 +102,12 @@ impl Step for Optimize {
             batch: BATCH,
             on_progress: Some(&on_progress),
         };
-        let compiled = params
-            .search
-            .compile(&student, &trainset, Some(&valset), &session);
+        let mut search = params.search.clone();
+        search.concurrency = search.concurrency.or(match params.model {
+            ModelSpec::OpenAi(_) => Some(AT_ONCE),
+            _ => None,
+        });
+        let compiled = search.compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
         let unavailable = lm.totals().unavailable;
         if unavailable > 0 {
@@ -119,12 +125,16 @@ impl Step for Optimize {
             lineage.select(id_and_text(&val_rows));
             lineage
         });
+        let stopped = (compiled.candidates.iter())
+            .filter(|candidate| candidate.stopped_after.is_some())
+            .count();
         let demos: usize = optimised.demos.values().map(Vec::len).sum();
         ProgramFile::Prompt(optimised).save(&ctx.output("program"))?;
         write_json(&ctx.output("candidates"), &compiled.candidates)?;
         let outcome = StepOutcome::default()
             .metric("score", best.map_or(Value::Null, |best| best.score.into()))
             .metric("candidates", compiled.candidates.len())
+            .metric("stopped_early", stopped)
             .metric("demos", demos);
         Ok(with_usage(outcome, &lm.totals()))
     }

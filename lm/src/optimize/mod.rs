@@ -99,6 +99,10 @@ pub struct Candidate {
     pub parse_failures: usize,
     /// Its demos by predictor.
     pub demos: Vec<(String, Vec<Demo>)>,
+    /// Rows after which it could not win any more and was left; `score` is then what it could
+    /// still have reached, and `subscores` is empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_after: Option<usize>,
 }
 
 /// What an optimizer found.
@@ -181,3 +185,6 @@ pub trait Optimizer {
         session: &Session<'_>,
     ) -> Result<Compiled, OptimizeError>;
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,9 @@
 //! [`RandomSearch`]: DSPy's `BootstrapFewShotWithRandomSearch`: programs with no
 //! demos, labelled ones, and bootstrapped ones from differently shuffled train
 //! sets, each scored on the validation set; the best wins.
+//!
+//! Invariant: early stopping and concurrency change which calls are made, never the winner (with
+//! a metric of at most 1, and no more failed rows than `max_errors`).
 
 use super::{
     BootstrapFewShot, Candidate, Compiled, LabeledFewShot, OptimizeError, Optimizer, Progress,
@@ -13,6 +16,7 @@ use crate::python_random::PythonRandom;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Settings of the search, by DSPy's names and defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -36,6 +40,14 @@ pub struct RandomSearch {
     pub restrict: Option<Vec<i64>>,
     /// Whether the labelled candidate draws its rows; else it takes the first ones.
     pub labeled_sample: bool,
+    /// Stop scoring a candidate that cannot win any more, hardest rows first. The winner is the
+    /// same; a stopped candidate's score is what it could have reached at best.
+    pub early_stopping: bool,
+    /// Candidates that are made and scored at the same time; by default 1 for a model in this
+    /// process and 4 for a server. The winner is the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub concurrency: Option<usize>,
 }
 
 impl Default for RandomSearch {
@@ -50,6 +62,8 @@ impl Default for RandomSearch {
             stop_at_score: None,
             restrict: None,
             labeled_sample: true,
+            early_stopping: true,
+            concurrency: None,
         }
     }
 }
@@ -111,34 +125,244 @@ impl RandomSearch {
         Ok((compiled.program, compiled.tokens))
     }
 
-    fn score(
-        &self,
-        program: &Program,
-        valset: &[Example],
-        session: &Session<'_>,
-    ) -> Result<EvaluationResult, EvaluateError> {
-        let done = AtomicUsize::new(0);
-        let on_row = |_| {
-            if let Some(on_progress) = session.on_progress {
-                let rows = done.fetch_add(1, Ordering::Relaxed) + 1;
-                on_progress(Progress::Evaluating {
-                    rows,
-                    total: valset.len(),
+    /// Whether no candidate after this one is needed.
+    fn is_enough(&self, tried: &Tried) -> bool {
+        let whole = tried.candidate.stopped_after.is_none();
+        let reached = |enough| tried.candidate.score >= enough;
+        whole && self.stop_at_score.is_some_and(reached)
+    }
+}
+
+/// What is known of the candidates that were scored to the end: what others must beat.
+#[derive(Default)]
+struct Board {
+    finished: Mutex<Vec<Finished>>,
+}
+
+struct Finished {
+    /// Its place in the order of seeds.
+    place: usize,
+    score: f64,
+    subscores: Vec<f64>,
+}
+
+impl Board {
+    fn locked(&self) -> MutexGuard<'_, Vec<Finished>> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, finished: Finished) {
+        self.locked().push(finished);
+    }
+
+    fn best(&self) -> Option<f64> {
+        let finished = self.locked();
+        finished
+            .iter()
+            .map(|other| other.score)
+            .max_by(f64::total_cmp)
+    }
+
+    /// Whether a candidate that can reach `most` percent at best has lost already: an earlier one
+    /// keeps the lead when it has as much, a later one only takes it with more.
+    fn beats(&self, place: usize, most: f64, later_count: bool) -> bool {
+        self.locked().iter().any(|other| {
+            if other.place < place {
+                other.score >= most
+            } else {
+                later_count && other.score > most
+            }
+        })
+    }
+
+    /// The rows of a set, those first that most finished candidates got wrong: a candidate that
+    /// cannot win is found out soonest there.
+    fn hardest_first(&self, rows: usize) -> Vec<usize> {
+        let finished = self.locked();
+        let lost = |row: usize| -> f64 {
+            let lost = |other: &Finished| 1.0 - other.subscores.get(row).copied().unwrap_or(1.0);
+            finished.iter().map(lost).sum()
+        };
+        let lost: Vec<f64> = (0..rows).map(lost).collect();
+        let mut order: Vec<usize> = (0..rows).collect();
+        order.sort_by(|a, b| lost[*b].total_cmp(&lost[*a]).then(a.cmp(b)));
+        order
+    }
+}
+
+/// One seed's program with its score.
+struct Tried {
+    program: Program,
+    candidate: Candidate,
+    tokens: Tokens,
+}
+
+/// A search under way.
+struct Search<'a> {
+    settings: &'a RandomSearch,
+    student: &'a Program,
+    trainset: &'a [Example],
+    valset: &'a [Example],
+    session: &'a Session<'a>,
+    board: Board,
+}
+
+impl Search<'_> {
+    fn tell(&self, progress: Progress) {
+        if let Some(on_progress) = self.session.on_progress {
+            on_progress(progress);
+        }
+    }
+
+    /// Makes and scores the candidate of one seed.
+    fn try_seed(&self, place: usize, seed: i64) -> Result<Tried, OptimizeError> {
+        let settings = self.settings;
+        let (program, mut tokens) =
+            settings.candidate(seed, self.student, self.trainset, self.session)?;
+        let scored = self.score(&program, place).map_err(|source| match source {
+            EvaluateError::Cancelled => OptimizeError::Cancelled,
+            source => OptimizeError::Evaluate { seed, source },
+        })?;
+        let demos = program.demos();
+        let candidate = match scored {
+            Scored::Whole(result) => {
+                tokens += result.tokens;
+                let subscores: Vec<f64> = result.rows.iter().map(|row| row.score).collect();
+                self.board.add(Finished {
+                    place,
+                    score: result.score,
+                    subscores: subscores.clone(),
                 });
+                Candidate {
+                    seed,
+                    score: result.score,
+                    subscores,
+                    parse_failures: result.parse_failures,
+                    demos,
+                    stopped_after: None,
+                }
+            }
+            Scored::Beaten { most, rows, spent } => {
+                tokens += spent;
+                Candidate {
+                    seed,
+                    score: most,
+                    subscores: Vec::new(),
+                    parse_failures: 0,
+                    demos,
+                    stopped_after: Some(rows),
+                }
             }
         };
-        let options = RunOptions {
-            batch: session.batch,
-            on_row: Some(&on_row),
-            hide_own_demo: false,
+        self.tell(Progress::Scored {
+            seed,
+            score: candidate.score,
+            best: self.board.best().unwrap_or(candidate.score),
+        });
+        Ok(Tried {
+            program,
+            candidate,
+            tokens,
+        })
+    }
+
+    fn score(&self, program: &Program, place: usize) -> Result<Scored, EvaluateError> {
+        let (session, total) = (self.session, self.valset.len());
+        let early = self.settings.early_stopping;
+        let order = if early {
+            self.board.hardest_first(total)
+        } else {
+            (0..total).collect()
         };
         let evaluate = Evaluate {
             metric: session.metric,
             label: session.label,
-            max_errors: self.max_errors,
+            max_errors: self.settings.max_errors,
         };
-        evaluate.run(program, session.lm, session.sampling, valset, &options)
+        let done = AtomicUsize::new(0);
+        let on_row = |_| {
+            let rows = done.fetch_add(1, Ordering::Relaxed) + 1;
+            self.tell(Progress::Evaluating { rows, total });
+        };
+        let mut tally = evaluate.tally();
+        for chunk in order.chunks(session.batch.max(1)) {
+            let rows: Vec<Example> = chunk.iter().map(|&at| self.valset[at].clone()).collect();
+            let options = RunOptions {
+                batch: rows.len(),
+                on_row: Some(&on_row),
+                ..RunOptions::default()
+            };
+            let results = program.run(session.lm, session.sampling, &rows, &options);
+            for (row, result) in rows.iter().zip(results) {
+                tally.add(row, result)?;
+            }
+            let most = tally.at_most(total);
+            let later_count = self.settings.stop_at_score.is_none();
+            if early && tally.len() < total && self.board.beats(place, most, later_count) {
+                return Ok(Scored::Beaten {
+                    most,
+                    rows: tally.len(),
+                    spent: tally.tokens(),
+                });
+            }
+        }
+        tally.finish_in(&order).map(Scored::Whole)
     }
+
+    /// Tries the seeds, as many at once as wanted. Later ones are left out once one has reached
+    /// `stop_at_score` or failed.
+    fn run(&self, seeds: &[i64]) -> Vec<Option<Result<Tried, OptimizeError>>> {
+        let found: Vec<Mutex<Option<Result<Tried, OptimizeError>>>> =
+            seeds.iter().map(|_| Mutex::default()).collect();
+        let (next, last) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
+        let work = || {
+            loop {
+                let place = next.fetch_add(1, Ordering::Relaxed);
+                let (Some(&seed), true) = (seeds.get(place), place <= last.load(Ordering::Relaxed))
+                else {
+                    return;
+                };
+                self.tell(Progress::Candidate {
+                    seed,
+                    done: place,
+                    total: seeds.len(),
+                });
+                let tried = self.try_seed(place, seed);
+                if tried
+                    .as_ref()
+                    .map_or(true, |tried| self.settings.is_enough(tried))
+                {
+                    last.fetch_min(place, Ordering::Relaxed);
+                }
+                *found[place].lock().unwrap_or_else(PoisonError::into_inner) = Some(tried);
+            }
+        };
+        let at_once = self
+            .settings
+            .concurrency
+            .unwrap_or(1)
+            .clamp(1, seeds.len().max(1));
+        std::thread::scope(|scope| {
+            (1..at_once).for_each(|_| drop(scope.spawn(work)));
+            work();
+        });
+        (found.into_iter())
+            .map(|tried| tried.into_inner().unwrap_or_else(PoisonError::into_inner))
+            .collect()
+    }
+}
+
+/// How a candidate's scoring ended.
+enum Scored {
+    Whole(EvaluationResult),
+    /// It cannot win any more.
+    Beaten {
+        /// The percent that it could have reached.
+        most: f64,
+        /// Rows scored until then.
+        rows: usize,
+        spent: Tokens,
+    },
 }
 
 impl Optimizer for RandomSearch {
@@ -149,54 +373,31 @@ impl Optimizer for RandomSearch {
         valset: Option<&[Example]>,
         session: &Session<'_>,
     ) -> Result<Compiled, OptimizeError> {
-        let valset = valset.unwrap_or(trainset);
-        let seeds = self.seeds();
-        let tell = |progress| {
-            if let Some(on_progress) = session.on_progress {
-                on_progress(progress);
-            }
+        let search = Search {
+            settings: self,
+            student,
+            trainset,
+            valset: valset.unwrap_or(trainset),
+            session,
+            board: Board::default(),
         };
         let mut found: Option<Compiled> = None;
-        for (done, &seed) in seeds.iter().enumerate() {
-            tell(Progress::Candidate {
-                seed,
-                done,
-                total: seeds.len(),
+        // In the order of seeds, whatever was ready first.
+        for tried in search.run(&self.seeds()).into_iter().flatten() {
+            let tried = tried?;
+            let enough = self.is_enough(&tried);
+            let best = found.get_or_insert_with(|| {
+                Compiled::unscored(tried.program.clone(), Tokens::default())
             });
-            let (program, cost) = self.candidate(seed, student, trainset, session)?;
-            let result = self
-                .score(&program, valset, session)
-                .map_err(|source| match source {
-                    EvaluateError::Cancelled => OptimizeError::Cancelled,
-                    source => OptimizeError::Evaluate { seed, source },
-                })?;
-            let candidate = Candidate {
-                seed,
-                score: result.score,
-                subscores: result.rows.iter().map(|row| row.score).collect(),
-                parse_failures: result.parse_failures,
-                demos: program.demos(),
-            };
-            let best =
-                found.get_or_insert_with(|| Compiled::unscored(program.clone(), Tokens::default()));
-            best.tokens += cost;
-            best.tokens += result.tokens;
+            best.tokens += tried.tokens;
             let record = best.best.map(|at| best.candidates[at].score);
-            if record.is_none_or(|record| candidate.score > record) {
-                best.program = program;
+            let whole = tried.candidate.stopped_after.is_none();
+            if whole && record.is_none_or(|record| tried.candidate.score > record) {
+                best.program = tried.program;
                 best.best = Some(best.candidates.len());
             }
-            best.candidates.push(candidate);
-            let record = record.map_or(result.score, |record| record.max(result.score));
-            tell(Progress::Scored {
-                seed,
-                score: result.score,
-                best: record,
-            });
-            if self
-                .stop_at_score
-                .is_some_and(|enough| result.score >= enough)
-            {
+            best.candidates.push(tried.candidate);
+            if enough {
                 break;
             }
         }

@@ -1,6 +1,6 @@
 //! The rows that the recordings use, and the program of the notebook that they come from.
 
-use super::recording::{folder, reasoning_desc};
+use super::recording::{folder, reasoning_desc, say};
 use flowrun_lm::adapter::Dialect;
 use flowrun_lm::example::Example;
 use flowrun_lm::program::{Program, ProgramSpec};
@@ -20,11 +20,15 @@ pub(crate) struct Banking77 {
 impl Banking77 {
     pub(crate) fn load() -> Option<Self> {
         let folder = folder()?;
-        let beside = folder.join("../dist/banking77/train.csv");
-        let path = std::env::var_os("FLOWRUN_BANKING77").map_or(beside, PathBuf::from);
-        let Ok(mut reader) = csv::Reader::from_path(&path) else {
-            let path = path.display();
-            eprintln!("skipped: no banking77 in `{path}` (`FLOWRUN_BANKING77`)");
+        let workspace = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared"));
+        let places = [
+            std::env::var_os("FLOWRUN_BANKING77").map(PathBuf::from),
+            Some(folder.join("../dist/banking77/train.csv")),
+            Some(workspace.join("dist/banking77/train.csv")),
+        ];
+        let opened = (places.into_iter().flatten()).find_map(|p| csv::Reader::from_path(p).ok());
+        let Some(mut reader) = opened else {
+            say("skipped: no train.csv of banking77 (`FLOWRUN_BANKING77`)");
             return None;
         };
         let rows: Vec<(String, String)> = reader.deserialize().map(Result::unwrap).collect();
@@ -65,10 +69,18 @@ impl Banking77 {
         found.unwrap().clone()
     }
 
-    /// What the recordings say of the data.
-    pub(crate) fn facts(&self) -> Option<Value> {
-        let text = std::fs::read_to_string(folder()?.join("public_i_data.json")).ok()?;
-        Some(serde_json::from_str(&text).unwrap())
+    /// What the recordings say of the data, file by file.
+    pub(crate) fn facts() -> Vec<Value> {
+        let Some(folder) = folder() else {
+            return Vec::new();
+        };
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| path.to_string_lossy().ends_with("_i_data.json"));
+        paths.sort();
+        let read =
+            |path: &PathBuf| serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        paths.iter().map(read).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::banking77::{self, Banking77};
 use super::fake_lm::{Call, FakeLm, FakeSpec, hex};
-use super::recording::{compare, get, read, reasoning_desc, same};
+use super::recording::{compare, get, read, reasoning_desc, same, say};
 use flowrun_lm::adapter::{AdapterKind, Dialect};
 use flowrun_lm::example::{Demo, Example, Prediction};
 use flowrun_lm::lm::Sampling;
@@ -71,8 +71,10 @@ impl Search {
         Ok(score)
     }
 
-    fn search(&self) -> RandomSearch {
+    fn search(&self, early_stopping: bool) -> RandomSearch {
         RandomSearch {
+            early_stopping,
+            concurrency: None,
             max_bootstrapped_demos: self.max_bootstrapped_demos,
             max_labeled_demos: self.max_labeled_demos,
             num_candidate_programs: self.num_candidate_programs,
@@ -91,6 +93,7 @@ impl Search {
         data: &Banking77,
         dialect: Dialect,
         batch: usize,
+        early_stopping: bool,
     ) -> (Result<Compiled, String>, Vec<Call>) {
         let lm = FakeLm::new(&self.fake, data);
         let rows = |(from, to): (usize, usize)| &data.train[from..to];
@@ -104,9 +107,12 @@ impl Search {
             on_progress: None,
         };
         let student = self.program(data, dialect);
-        let compiled =
-            self.search()
-                .compile(&student, rows(self.train), self.val.map(rows), &session);
+        let compiled = self.search(early_stopping).compile(
+            &student,
+            rows(self.train),
+            self.val.map(rows),
+            &session,
+        );
         let calls = lm.calls.into_inner().unwrap();
         (compiled.map_err(|error| error.to_string()), calls)
     }
@@ -118,7 +124,7 @@ fn c_searches_make_the_same_calls_and_find_the_same_programs() {
         return;
     };
     compare::<Search>("c_random_search", |case, dialect| {
-        let (compiled, calls) = case.input.run(&data, dialect, 1);
+        let (compiled, calls) = case.input.run(&data, dialect, 1, false);
         if get(&case.expected, "error").is_some() {
             return same("refused", &compiled.is_err(), &true);
         }
@@ -142,12 +148,43 @@ fn c_batches_change_nothing_but_the_number_of_calls() {
         return;
     };
     compare::<Search>("c_random_search", |case, dialect| {
-        let (compiled, _) = case.input.run(&data, dialect, 7);
+        let (compiled, _) = case.input.run(&data, dialect, 7, false);
         if get(&case.expected, "error").is_some() {
             return same("refused", &compiled.is_err(), &true);
         }
         same_outcome(&compiled?, &case.expected)
     });
+}
+
+/// Early stopping finds DSPy's own winner in every recorded search that ends well.
+#[test]
+fn c_early_stopping_finds_dspys_winner_with_fewer_calls() {
+    let Some(data) = Banking77::load() else {
+        return;
+    };
+    let calls = std::cell::Cell::new((0, 0));
+    compare::<Search>("c_random_search", |case, dialect| {
+        if get(&case.expected, "error").is_some() {
+            return Ok(());
+        }
+        let (early, made) = case.input.run(&data, dialect, 1, true);
+        let early = early?;
+        let best = early.best.and_then(|at| early.candidates.get(at));
+        let winner: i64 = read(get(&case.expected, "winner_seed").unwrap());
+        same("winner", &best.map(|best| best.seed), &Some(winner))?;
+        let score: f64 = read(get(&case.expected, "winner_score").unwrap());
+        same("its score", &best.map(|best| best.score), &Some(score))?;
+        let all: usize = read(get(&case.expected, "n_lm_calls").unwrap());
+        same("no more calls", &(made.len() <= all), &true)?;
+        let (few, many) = calls.get();
+        calls.set((few + made.len(), many + all));
+        Ok(())
+    });
+    let (few, many) = calls.get();
+    say(&format!(
+        "early stopping: {few} calls where the full searches make {many}"
+    ));
+    assert!(few < many || many == 0);
 }
 
 #[derive(Deserialize)]
