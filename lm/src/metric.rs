@@ -51,6 +51,35 @@ pub fn sanitize_label(text: &str) -> String {
     strip(&text.to_lowercase()).replace(' ', "_")
 }
 
+/// The label that an answer means although it is spelled otherwise: equal in letters and digits
+/// (`Card Arrival.` for `card_arrival`), else the only label that the answer holds. `None` when
+/// there is none or the answer holds several.
+pub fn normalize_label<'a>(answer: &str, labels: &'a [String]) -> Option<&'a str> {
+    let plain = |text: &str| -> String {
+        let letters = text.chars().filter(|c| c.is_alphanumeric());
+        letters.flat_map(char::to_lowercase).collect()
+    };
+    let answer = plain(answer);
+    let all: Vec<(String, &str)> = (labels.iter())
+        .map(|label| (plain(label), label.as_str()))
+        .filter(|(plain, _)| !plain.is_empty())
+        .collect();
+    if let Some((_, label)) = all.iter().find(|(plain, _)| *plain == answer) {
+        return Some(label);
+    }
+    let held: Vec<&(String, &str)> = all.iter().filter(|(p, _)| answer.contains(p)).collect();
+    // A label within another one that the answer holds is not meant by itself.
+    let own = |(plain, _): &&&(String, &str)| {
+        !held
+            .iter()
+            .any(|(other, _)| other != plain && other.contains(plain.as_str()))
+    };
+    match held.iter().filter(own).collect::<Vec<_>>().as_slice() {
+        [(_, label)] => Some(label),
+        _ => None,
+    }
+}
+
 /// DSPy's `answer_exact_match`: equality of [`normalize_text`].
 pub fn answer_exact_match(gold: &str, predicted: &str) -> bool {
     normalize_text(gold) == normalize_text(predicted)
@@ -102,6 +131,16 @@ mod tests {
     fn labels_are_sanitised() {
         assert_eq!(sanitize_label(" Card Arrival\n"), "card_arrival");
         assert_eq!(sanitize_label("a  b"), "a__b");
+    }
+
+    #[test]
+    fn labels_are_recognised_in_other_spellings() {
+        let labels = ["card_arrival", "arrival", "pin"].map(str::to_owned);
+        let meant = |answer| normalize_label(answer, &labels);
+        assert_eq!(meant("Card-Arrival."), Some("card_arrival"));
+        assert_eq!(meant("The label is `card_arrival`"), Some("card_arrival"));
+        assert_eq!(meant("pin or arrival"), None);
+        assert_eq!(meant("refund"), None);
     }
 
     #[test]

@@ -8,8 +8,8 @@ use flowrun_engine::step::{StepContext, StepError, StepErrorKind, StepOutcome};
 use flowrun_lm::classifier::{Classifier, Embedder};
 use flowrun_lm::example::{Example, Prediction};
 use flowrun_lm::lm::{LmError, Metered, Sampling, Usage};
-use flowrun_lm::program::{Program, RowError, RowResult, RunOptions, Tokens};
-use flowrun_lm::value::Fields;
+use flowrun_lm::program::{Program, RowError, RowResult, RunOptions, SavedProgram, Tokens};
+use flowrun_lm::value::{Fields, Value};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -93,12 +93,13 @@ impl Answerer {
         host: &Host<'_>,
     ) -> Result<Self, StepError> {
         match file {
-            ProgramFile::Prompt(_) => {
+            ProgramFile::Prompt(saved) => {
                 let model = model.ok_or_else(|| {
                     StepError::invalid("the program asks a language model, but none is named")
                         .help("set `model` to a name of `models:`")
                 })?;
-                let (_, program) = file.prompt()?;
+                let (_, mut program) = file.prompt()?;
+                attach_encoders(saved, &mut program, host)?;
                 Ok(Self::Prompt {
                     program: Box::new(program),
                     lm: open_lm(model, checkpoint, host)?,
@@ -183,6 +184,38 @@ impl Answerer {
     }
 }
 
+/// Opens the sentence encoder of each predictor that chooses demos by similarity; one that
+/// several share is opened once.
+///
+/// # Errors
+/// When an encoder cannot be had.
+pub fn attach_encoders(
+    saved: &SavedProgram,
+    program: &mut Program,
+    host: &Host<'_>,
+) -> Result<(), StepError> {
+    let mut opened: Vec<(&serde_json::Value, Arc<dyn Embedder + Send + Sync>)> = Vec::new();
+    for predictor in &mut program.predictors {
+        let (Some(neighbours), Some(saved)) = (
+            predictor.neighbours.as_mut(),
+            saved.neighbours.get(&predictor.name),
+        ) else {
+            continue;
+        };
+        let known = opened.iter().find(|(entry, _)| **entry == saved.embedder);
+        let encoder = match known {
+            Some((_, encoder)) => Arc::clone(encoder),
+            None => {
+                let encoder = open_encoder(&encoder_spec(&saved.embedder)?, host)?;
+                opened.push((&saved.embedder, Arc::clone(&encoder)));
+                encoder
+            }
+        };
+        neighbours.embedder = Some(encoder);
+    }
+    Ok(())
+}
+
 /// Rows as programs see them, the label under the name that the program gives it.
 #[must_use]
 pub fn examples(rows: &[Row], label_field: &str) -> Vec<Example> {
@@ -195,7 +228,13 @@ pub fn examples(rows: &[Row], label_field: &str) -> Vec<Example> {
         let given = columns
             .into_iter()
             .filter_map(|(name, text)| Some((name, text?.as_str())));
-        Example::of_texts(row.id.clone(), given)
+        let mut example = Example::of_texts(row.id.clone(), given);
+        // Further columns of the source, for programs with more inputs than the text.
+        for (column, value) in &row.extra {
+            let value = serde_json::from_value(value.clone()).unwrap_or(Value::Null);
+            example.fields.entry(column.clone()).or_insert(value);
+        }
+        example
     };
     rows.iter().map(example).collect()
 }

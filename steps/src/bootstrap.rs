@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
-use flowrun_lm::program::{ProgramSpec, RowResult};
+use flowrun_lm::metric::normalize_label;
+use flowrun_lm::program::{MajoritySpec, ProgramSpec, RowResult};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::leakage::id_and_text;
 use crate::models::{Host, ModelSpec, observe};
-use crate::program_file::ProgramFile;
+use crate::program_file::{KnnSpec, ProgramFile};
 use crate::rows::{Row, read_json, read_rows, write_rows};
 use crate::schema_of;
 
@@ -30,6 +32,33 @@ struct Params {
     /// How the model draws tokens.
     #[serde(default)]
     sampling: SamplingSpec,
+    /// Answers for each row; with more than one, the majority's label is taken and its share is
+    /// the confidence (self-consistency).
+    #[serde(default = "one")]
+    #[schemars(range(min = 1))]
+    samples: usize,
+    /// Temperature of the draws, when `samples` is more than 1.
+    #[serde(default = "draw_temperature")]
+    temperature: f64,
+    /// For each row the labelled rows most like it as demos.
+    #[serde(default)]
+    knn: Option<KnnSpec>,
+    /// Take a label that is only spelled otherwise (`Card Arrival.`), or the only one that an
+    /// answer holds, instead of dropping the row.
+    #[serde(default)]
+    normalise_labels: bool,
+    /// Drop rows whose label is less sure than this; rows without a confidence stay.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    min_confidence: f64,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn draw_temperature() -> f64 {
+    0.7
 }
 
 impl Step for Bootstrap {
@@ -37,7 +66,7 @@ impl Step for Bootstrap {
         "bootstrap"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "A teacher (a large model, or a classifier fitted on a few labels) labels the unlabelled rows."
@@ -52,7 +81,7 @@ impl Step for Bootstrap {
             Port::new(
                 "labelled",
                 "examples",
-                "Rows with gold labels; a classifier is fitted on them.",
+                "Rows with gold labels: a classifier is fitted on them, and `knn` takes demos from them.",
             )
             .optional(),
         ]
@@ -63,7 +92,7 @@ impl Step for Bootstrap {
             Port::new(
                 "dropped",
                 "examples",
-                "Rows whose answer was not one of the labels, with the reason.",
+                "Rows that were not kept, each with the reason.",
             ),
             Port::new("teacher", "program", "The teacher, ready to be evaluated."),
         ]
@@ -76,17 +105,17 @@ impl Step for Bootstrap {
         let labels: Vec<String> = read_json(&ctx.input("labels")?.path)?;
         let rows = read_rows(&ctx.input("unlabelled")?.path)?;
         let host = Host::from(ctx);
+        let gold = match ctx.input_opt("labelled") {
+            Some(input) => read_rows(&input.path)?,
+            None => Vec::new(),
+        };
         let teacher = match &params.program {
             ProgramSpec::EmbeddingClassifier(spec) => {
-                let labelled = match ctx.input_opt("labelled") {
-                    Some(input) => read_rows(&input.path)?,
-                    None => Vec::new(),
-                };
                 ctx.reporter
                     .progress(0, rows.len() as u64, "rows", "fitting the teacher");
-                ProgramFile::fit(spec, &labels, &labelled, &rows, &host)?
+                ProgramFile::fit(spec, &labels, &gold, &rows, &host)?
             }
-            prompt => ProgramFile::plain(prompt, &labels)?,
+            prompt => prompted(prompt, &params, &labels, &gold, &host)?,
         };
         let field = teacher.label_field().to_owned();
         let answerer = Answerer::open(
@@ -105,7 +134,7 @@ impl Step for Bootstrap {
         check_answered(ctx, &results)?;
         let (mut kept, mut dropped) = (Vec::new(), Vec::new());
         for (row, result) in rows.into_iter().zip(results) {
-            let row = labelled(row, result, &field, &labels);
+            let row = labelled(row, result, &field, &labels, &params);
             let to = if row.dropped.is_none() {
                 &mut kept
             } else {
@@ -115,9 +144,8 @@ impl Step for Bootstrap {
         }
         if !dropped.is_empty() {
             ctx.reporter.warning(&format!(
-                "{} of {total} rows were dropped: their answer was not one of the {} labels",
-                dropped.len(),
-                labels.len()
+                "{} of {total} rows were dropped; the output `dropped` says why, row by row",
+                dropped.len()
             ));
         }
         write_rows(&ctx.output("rows"), &kept)?;
@@ -130,26 +158,85 @@ impl Step for Bootstrap {
     }
 }
 
+/// The teacher that asks a model, with its draws and demos.
+fn prompted(
+    spec: &ProgramSpec,
+    params: &Params,
+    labels: &[String],
+    gold: &[Row],
+    host: &Host<'_>,
+) -> Result<ProgramFile, StepError> {
+    let spec = match params.samples {
+        1 => spec.clone(),
+        samples => ProgramSpec::Majority(MajoritySpec {
+            programs: vec![spec.clone()],
+            samples,
+            temperature: params.temperature,
+        }),
+    };
+    let mut file = ProgramFile::plain(&spec, labels)?;
+    let Some(knn) = &params.knn else {
+        return Ok(file);
+    };
+    if knn.bootstrap {
+        return Err(StepError::invalid("`knn.bootstrap` belongs to `optimize`")
+            .help("leave it out; give rows with their `reasoning` through `explain` instead"));
+    }
+    if gold.is_empty() {
+        return Err(StepError::invalid("`knn` needs rows to choose demos from")
+            .help("connect `labelled` to rows with their label"));
+    }
+    let (knn, encoder) = knn.open(host)?;
+    let (_, program) = file.prompt()?;
+    let examples = examples(gold, file.label_field());
+    let program = knn
+        .apply(&program, &examples)
+        .map_err(|e| StepError::failed(e.to_string()))?;
+    if let ProgramFile::Prompt(saved) = &mut file {
+        saved.keep_neighbours(&program, &encoder);
+    }
+    if let Some(lineage) = file.lineage_mut() {
+        lineage.train(id_and_text(gold));
+    }
+    Ok(file)
+}
+
 /// The row with the teacher's answer, or with the reason why it has none.
-fn labelled(mut row: Row, result: RowResult, field: &str, labels: &[String]) -> Row {
+fn labelled(
+    mut row: Row,
+    result: RowResult,
+    field: &str,
+    labels: &[String],
+    params: &Params,
+) -> Row {
     row.confidence = result.confidence.map(f64::from);
-    match &result.prediction {
+    let prediction = match &result.prediction {
         Err(error) => {
             row.raw_label = result.raw;
             row.dropped = Some(error.to_string());
+            return row;
         }
-        Ok(prediction) => {
-            let label = prediction.text(field).unwrap_or_default();
-            row.reasoning = prediction.text("reasoning").map(str::to_owned);
-            // What it wrote before it was sanitised.
-            let written = result.trace.last().and_then(|step| step.outputs.get(field));
-            row.raw_label = written.and_then(|value| Some(value.as_str()?.to_owned()));
-            if labels.iter().any(|known| known == label) {
-                row.label = Some(label.to_owned());
-            } else {
-                row.dropped = Some(format!("`{label}` is not one of the labels"));
-            }
-        }
+        Ok(prediction) => prediction,
+    };
+    let label = prediction.text(field).unwrap_or_default();
+    row.reasoning = prediction.text("reasoning").map(str::to_owned);
+    row.sanitised_label = Some(label.to_owned());
+    // What it wrote before it was sanitised.
+    let written = result.trace.last().and_then(|step| step.outputs.get(field));
+    row.raw_label = written.and_then(|value| Some(value.as_str()?.to_owned()));
+    let known = labels
+        .iter()
+        .map(String::as_str)
+        .find(|known| *known == label);
+    let meant = || normalize_label(label, labels).filter(|_| params.normalise_labels);
+    let Some(found) = known.or_else(meant) else {
+        row.dropped = Some(format!("`{label}` is not one of the labels"));
+        return row;
+    };
+    row.label = Some(found.to_owned());
+    if let Some(sure) = row.confidence.filter(|sure| *sure < params.min_confidence) {
+        let least = params.min_confidence;
+        row.dropped = Some(format!("confidence {sure:.2} is below {least}"));
     }
     row
 }

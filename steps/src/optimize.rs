@@ -14,7 +14,7 @@ use crate::answer::{SamplingSpec, examples, with_usage};
 use crate::checkpoint::Checkpoint;
 use crate::leakage::id_and_text;
 use crate::models::{Host, ModelSpec, observe, open_lm};
-use crate::program_file::ProgramFile;
+use crate::program_file::{KnnSpec, ProgramFile};
 use crate::rows::{read_rows, write_json};
 use crate::schema_of;
 
@@ -37,6 +37,9 @@ struct Params {
     /// How the search goes.
     #[serde(default)]
     search: RandomSearch,
+    /// Instead of a search: for each query the training rows most like it as demos.
+    #[serde(default)]
+    knn_few_shot: Option<KnnSpec>,
     /// What a candidate is scored by.
     #[serde(default)]
     metric: MetricKind,
@@ -53,7 +56,7 @@ impl Step for Optimize {
         2
     }
     fn about(&self) -> &'static str {
-        "Finds few-shot demos for a checkpoint (DSPy's BootstrapFewShotWithRandomSearch)."
+        "Finds few-shot demos: DSPy's BootstrapFewShotWithRandomSearch, or the nearest rows per query."
     }
     fn params_schema(&self) -> Value {
         schema_of::<Params>()
@@ -107,7 +110,13 @@ impl Step for Optimize {
             ModelSpec::OpenAi(_) => Some(AT_ONCE),
             _ => None,
         });
-        let compiled = search.compile(&student, &trainset, Some(&valset), &session);
+        let knn = params.knn_few_shot.as_ref();
+        let knn = knn.map(|knn| knn.open(&host)).transpose()?;
+        let optimizer: &dyn Optimizer = match &knn {
+            Some((knn, _)) => knn,
+            None => &search,
+        };
+        let compiled = optimizer.compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
         let unavailable = lm.totals().unavailable;
         if unavailable > 0 {
@@ -120,6 +129,9 @@ impl Step for Optimize {
         let best = compiled.best.and_then(|at| compiled.candidates.get(at));
         let mut optimised =
             SavedProgram::new(saved.spec.clone(), saved.labels.clone(), &compiled.program);
+        if let Some((_, encoder)) = &knn {
+            optimised.keep_neighbours(&compiled.program, encoder);
+        }
         optimised.lineage = saved.lineage.clone().map(|mut lineage| {
             lineage.train(id_and_text(&train_rows));
             lineage.select(id_and_text(&val_rows));

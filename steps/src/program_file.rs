@@ -5,7 +5,9 @@ use std::path::Path;
 use flowrun_engine::step::StepError;
 use flowrun_lm::classifier::{Classifier, ClassifierError, ClassifierSpec, Method, fit};
 use flowrun_lm::lineage::Lineage;
+use flowrun_lm::optimize::KnnFewShot;
 use flowrun_lm::program::{Program, ProgramSpec, SavedProgram};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::leakage::id_and_text;
@@ -14,6 +16,61 @@ use crate::rows::{Row, read_json, write_json};
 
 /// Column and field of the label of programs that have no fields of their own.
 const LABEL: &str = "label";
+
+/// Labelled rows that are most like a query as its demos.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KnnSpec {
+    /// Demos for each query.
+    #[serde(default = "default_k")]
+    #[schemars(range(min = 1))]
+    pub k: usize,
+    /// Name of the model in `models:` that turns texts into vectors.
+    #[schemars(with = "String", extend("x-flowrun-ref" = "models"))]
+    pub embedder: serde_json::Value,
+    /// Whether the model first answers every row, so that what it gets right is shown with all its
+    /// outputs, such as the reasoning: one call a row.
+    #[serde(default)]
+    pub bootstrap: bool,
+}
+
+fn default_k() -> usize {
+    5
+}
+
+impl KnnSpec {
+    /// The optimizer with its encoder opened, and the encoder's entry, pinned.
+    ///
+    /// # Errors
+    /// When the encoder cannot be had.
+    pub fn open(&self, host: &Host<'_>) -> Result<(KnnFewShot, serde_json::Value), StepError> {
+        let pinned = pinned(&encoder_spec(&self.embedder)?, host)?;
+        let knn = KnnFewShot {
+            k: self.k,
+            bootstrap: self.bootstrap,
+            embedder: open_encoder(&pinned, host)?,
+        };
+        Ok((knn, entry_of(pinned)?))
+    }
+}
+
+/// The encoder by digest: what was made of one encoder's vectors means nothing on another's.
+fn pinned(named: &EncoderSpec, host: &Host<'_>) -> Result<EncoderSpec, StepError> {
+    let config = named
+        .config
+        .as_ref()
+        .map(|config| config.pinned(host.world));
+    Ok(EncoderSpec {
+        weights: named.weights.pinned(host.world)?,
+        tokenizer: named.tokenizer.pinned(host.world)?,
+        config: config.transpose()?,
+    })
+}
+
+fn entry_of(encoder: EncoderSpec) -> Result<serde_json::Value, StepError> {
+    serde_json::to_value(ModelSpec::SentenceEncoder(Box::new(encoder)))
+        .map_err(|e| StepError::failed(e.to_string()))
+}
 
 /// A program that is ready to run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,15 +121,7 @@ impl ProgramFile {
         host: &Host<'_>,
     ) -> Result<Self, StepError> {
         let named = encoder_spec(&spec.embedder)?;
-        // What was fitted on one encoder's vectors means nothing on another's.
-        let pinned = EncoderSpec {
-            weights: named.weights.pinned(host.world)?,
-            tokenizer: named.tokenizer.pinned(host.world)?,
-            config: match &named.config {
-                Some(config) => Some(config.pinned(host.world)?),
-                None => None,
-            },
-        };
+        let pinned = pinned(&named, host)?;
         let encoder = open_encoder(&pinned, host)?;
         let gold: Vec<(&str, &str)> = labelled
             .iter()
@@ -89,8 +138,7 @@ impl ProgramFile {
         if spec.method == Method::SelfTraining {
             lineage.train(id_and_text(unlabelled));
         }
-        let embedder = serde_json::to_value(ModelSpec::SentenceEncoder(Box::new(pinned)))
-            .map_err(|e| StepError::failed(e.to_string()))?;
+        let embedder = entry_of(pinned)?;
         Ok(Self::Classifier(FittedProgram {
             spec: ClassifierSpec {
                 embedder,

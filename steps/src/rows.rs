@@ -25,7 +25,10 @@ pub struct Row {
     /// What the teacher wrote before it was sanitised.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw_label: Option<String>,
-    /// The teacher's probability of `label`, 0 to 1.
+    /// `raw_label` in lower case, trimmed, spaces as underscores: what was looked up among the labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sanitised_label: Option<String>,
+    /// The teacher's probability of `label`, or the share of its draws that agree; 0 to 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confidence: Option<f64>,
     /// The teacher's rationale.
@@ -48,6 +51,7 @@ impl Row {
             text,
             label,
             raw_label: None,
+            sanitised_label: None,
             confidence: None,
             reasoning: None,
             dropped: None,

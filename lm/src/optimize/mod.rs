@@ -2,10 +2,12 @@
 //! through [`Session`]; the same seed draws the same demos as in DSPy.
 
 mod bootstrap_few_shot;
+mod knn_few_shot;
 mod labeled_few_shot;
 mod random_search;
 
 pub use bootstrap_few_shot::BootstrapFewShot;
+pub use knn_few_shot::KnnFewShot;
 pub use labeled_few_shot::LabeledFewShot;
 pub use random_search::RandomSearch;
 
@@ -165,6 +167,9 @@ pub enum OptimizeError {
     /// Shuffled candidates need demos to draw.
     #[error("`max_bootstrapped_demos` must be at least 1 for candidates with a shuffled train set")]
     NoDemos,
+    /// The sentence encoder failed.
+    #[error("rows could not be embedded: {0}")]
+    Embed(String),
     /// The run was asked to stop.
     #[error("stopped")]
     Cancelled,

@@ -3,16 +3,22 @@
 //! prediction. Rows never influence each other.
 
 mod chain_of_thought;
+mod neighbours;
 mod predictor;
 mod saved;
 mod spec;
 mod trace;
+mod votes;
 
 pub use chain_of_thought::{EXPERIMENTAL_REASONING_DESC, REASONING, chain_of_thought};
+pub use neighbours::{Neighbours, embedded_text};
 pub use predictor::{LabelRule, Predictor};
-pub use saved::{SavedError, SavedProgram, load_dspy_json, to_dspy_json};
-pub use spec::{BuildError, InputSpec, OutputSpec, OutputType, ProgramSpec, PromptSpec};
+pub use saved::{SavedError, SavedNeighbours, SavedProgram, load_dspy_json, to_dspy_json};
+pub use spec::{
+    BuildError, InputSpec, MajoritySpec, OutputSpec, OutputType, ProgramSpec, PromptSpec, StageSpec,
+};
 pub use trace::{RowError, RowErrorKind, RowResult, Tokens, TraceStep};
+pub use votes::Votes;
 
 use crate::adapter::{Adapter, Dialect};
 use crate::example::{Demo, Example, Prediction};
@@ -49,6 +55,9 @@ pub struct Program {
     pub predictors: Vec<Predictor>,
     /// Whose optimizer rules it follows.
     pub dialect: Dialect,
+    /// When the predictors are those of several members that vote, or one member votes with
+    /// several samples.
+    pub votes: Option<Votes>,
 }
 
 /// A row under way.
@@ -134,6 +143,7 @@ impl Program {
         Self {
             predictors,
             dialect,
+            votes: None,
         }
     }
 
@@ -143,6 +153,7 @@ impl Program {
         let mut copy = self.clone();
         for predictor in &mut copy.predictors {
             predictor.demos.clear();
+            predictor.neighbours = None;
         }
         copy
     }
@@ -164,6 +175,75 @@ impl Program {
     /// batch; a failed row takes no further part. After a cancelled call the rows left over
     /// fail as cancelled.
     pub fn run(
+        &self,
+        lm: &dyn Lm,
+        sampling: &Sampling,
+        rows: &[Example],
+        options: &RunOptions<'_>,
+    ) -> Vec<RowResult> {
+        match &self.votes {
+            None => self.run_once(lm, sampling, rows, options),
+            Some(votes) => self.run_votes(votes, lm, sampling, rows, options),
+        }
+    }
+
+    /// The members of a program that votes.
+    fn members(&self, votes: &Votes) -> Vec<Self> {
+        let mut rest = self.predictors.as_slice();
+        let member = |count: &usize| {
+            let (own, others) = rest.split_at((*count).min(rest.len()));
+            rest = others;
+            Self::new(self.dialect, own.to_vec())
+        };
+        votes.members.iter().map(member).collect()
+    }
+
+    fn run_votes(
+        &self,
+        votes: &Votes,
+        lm: &dyn Lm,
+        sampling: &Sampling,
+        rows: &[Example],
+        options: &RunOptions<'_>,
+    ) -> Vec<RowResult> {
+        let members = self.members(votes);
+        let rounds: Vec<(&Self, usize)> = (members.iter())
+            .flat_map(|member| (0..votes.samples.max(1)).map(move |sample| (member, sample)))
+            .collect();
+        let mut ballots: Vec<Vec<RowResult>> = rows.iter().map(|_| Vec::new()).collect();
+        for (round, (member, sample)) in rounds.iter().enumerate() {
+            let options = RunOptions {
+                // A row is settled by its last answer.
+                on_row: options.on_row.filter(|_| round + 1 == rounds.len()),
+                ..*options
+            };
+            let drawn = votes.sampling(sampling, *sample);
+            let results = member.run_once(lm, &drawn, rows, &options);
+            for (ballots, result) in ballots.iter_mut().zip(results) {
+                ballots.push(result);
+            }
+        }
+        let field = self.voted_field();
+        let chosen = ballots
+            .into_iter()
+            .filter_map(|ballots| votes::majority(ballots, field));
+        chosen.collect()
+    }
+
+    /// The output that is voted on: the label, else the last one.
+    fn voted_field(&self) -> &str {
+        let last = self
+            .predictors
+            .last()
+            .and_then(|p| p.signature.outputs.last());
+        match (self.label(), last) {
+            (Some(rule), _) => &rule.field,
+            (None, Some(output)) => &output.name,
+            (None, None) => "",
+        }
+    }
+
+    fn run_once(
         &self,
         lm: &dyn Lm,
         sampling: &Sampling,
@@ -241,6 +321,17 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// The demos that are chosen for each of the jobs at `live`.
+    fn near_demos(&self, jobs: &[Job<'_>], live: &[usize]) -> Result<Vec<Vec<Demo>>, String> {
+        match &self.predictor.neighbours {
+            Some(neighbours) if !live.is_empty() => {
+                let queries: Vec<&Fields> = live.iter().map(|&at| &jobs[at].inputs).collect();
+                neighbours.demos_for(&queries)
+            }
+            _ => Ok(vec![Vec::new(); live.len()]),
+        }
+    }
+
     /// Asks for the jobs at `live`; the ones whose answers cannot be read are returned.
     fn ask(
         &self,
@@ -249,15 +340,23 @@ impl Call<'_> {
         live: &[usize],
         on_answer: &(dyn Fn(usize) + Sync),
     ) -> Vec<usize> {
+        let near = match self.near_demos(jobs, live) {
+            Ok(near) => near,
+            Err(why) => {
+                let fail = |&at: &usize| jobs[at].fail(RowError::Other(why.clone()));
+                live.iter().for_each(fail);
+                return Vec::new();
+            }
+        };
         let mut asked = Vec::with_capacity(live.len());
         let mut requests: Vec<Request> = Vec::with_capacity(live.len());
-        for &at in live {
+        for (place, &at) in live.iter().enumerate() {
             let job = &mut jobs[at];
             job.outcome = None;
             let but = self.hide_own_demo.then_some(job.row);
             match self
                 .predictor
-                .request(adapter, &job.inputs, self.sampling, but)
+                .request(adapter, &job.inputs, self.sampling, &near[place], but)
             {
                 Ok(request) => {
                     asked.push(at);

@@ -6,6 +6,7 @@ use crate::adapter::{Adapter, FormatError};
 use crate::example::{Demo, Example};
 use crate::lm::{Request, Sampling};
 use crate::metric::sanitize_label;
+use crate::program::Neighbours;
 use crate::signature::Signature;
 use crate::value::{Fields, Value};
 use std::collections::BTreeMap;
@@ -38,6 +39,8 @@ pub struct Predictor {
     pub label: Option<LabelRule>,
     /// Worked examples, in order.
     pub demos: Vec<Demo>,
+    /// Where further ones are chosen for each query.
+    pub neighbours: Option<Neighbours>,
 }
 
 impl Predictor {
@@ -50,6 +53,7 @@ impl Predictor {
             sources: BTreeMap::new(),
             label: None,
             demos: Vec::new(),
+            neighbours: None,
         }
     }
 
@@ -70,10 +74,13 @@ impl Predictor {
 
     /// The demos as the adapter is to see them, without those equal to the row `but`.
     pub fn demos_but(&self, but: Option<&Example>) -> Vec<Demo> {
-        let kept = self
-            .demos
-            .iter()
-            .filter(|demo| !but.is_some_and(|row| demo.is(row)));
+        self.shown(&[], but)
+    }
+
+    /// Its own demos, then those chosen for the query.
+    fn shown(&self, near: &[Demo], but: Option<&Example>) -> Vec<Demo> {
+        let all = self.demos.iter().chain(near);
+        let kept = all.filter(|demo| !but.is_some_and(|row| demo.is(row)));
         if !self.adapter.maps_columns() {
             return kept.cloned().collect();
         }
@@ -87,7 +94,7 @@ impl Predictor {
         .collect()
     }
 
-    /// The call that answers these inputs, written by `adapter` (its own, or its fallback).
+    /// The call that answers these inputs with the demos `near` to them, written by `adapter` (its own, or its fallback).
     ///
     /// # Errors
     /// When an input is missing or cannot be written.
@@ -96,9 +103,10 @@ impl Predictor {
         adapter: &dyn Adapter,
         inputs: &Fields,
         sampling: &Sampling,
+        near: &[Demo],
         but: Option<&Example>,
     ) -> Result<Request, FormatError> {
-        let messages = adapter.format(&self.signature, &self.demos_but(but), inputs)?;
+        let messages = adapter.format(&self.signature, &self.shown(near, but), inputs)?;
         let choices = self
             .label
             .as_ref()

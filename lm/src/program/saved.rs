@@ -1,7 +1,7 @@
 //! Programs on disk: our own [`SavedProgram`] (everything needed to rebuild one)
 //! and DSPy's JSON (demos and prompts only; the code makes the program).
 
-use super::{BuildError, Program, ProgramSpec};
+use super::{BuildError, Neighbours, Program, ProgramSpec};
 use crate::adapter::Dialect;
 use crate::example::Demo;
 use crate::lineage::Lineage;
@@ -26,9 +26,29 @@ pub struct SavedProgram {
     pub labels: Vec<String>,
     /// Predictor → its demos.
     pub demos: BTreeMap<String, Vec<Demo>>,
+    /// Predictor → the rows that its demos are chosen from for each query.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub neighbours: BTreeMap<String, SavedNeighbours>,
+    /// Predictor → instructions found by an optimizer, instead of the declared ones.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub instructions: BTreeMap<String, String>,
     /// The rows that its demos came from and that chose it; not known when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<Lineage>,
+}
+
+/// Rows with their vectors, and the encoder that made these.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedNeighbours {
+    /// Demos for each query.
+    pub k: usize,
+    /// The sentence encoder: an entry of `models:`, pinned.
+    pub embedder: serde_json::Value,
+    /// The rows.
+    pub rows: Vec<Demo>,
+    /// A vector of length 1 for each.
+    pub vectors: Vec<Vec<f32>>,
 }
 
 /// Why a saved program cannot be read or written.
@@ -79,11 +99,14 @@ impl SavedProgram {
             spec,
             labels,
             demos: program.demos().into_iter().collect(),
+            neighbours: BTreeMap::new(),
+            instructions: BTreeMap::new(),
             lineage: None,
         }
     }
 
-    /// The program with its demos.
+    /// The program with its demos; one that chooses demos for each query has yet to be given its
+    /// encoder ([`Neighbours::embedder`]).
     ///
     /// # Errors
     /// When the declaration contradicts itself or the demos are another program's.
@@ -98,7 +121,51 @@ impl SavedProgram {
             let predictor = program.predictors.iter_mut().find(|p| p.name == *name);
             predictor.ok_or(missing)?.demos.clone_from(demos);
         }
+        for predictor in &mut program.predictors {
+            if let Some(instructions) = self.instructions.get(&predictor.name) {
+                predictor.signature.instructions.clone_from(instructions);
+            }
+            predictor.neighbours = self
+                .neighbours
+                .get(&predictor.name)
+                .map(|saved| Neighbours {
+                    k: saved.k,
+                    rows: saved.rows.clone(),
+                    vectors: saved.vectors.clone(),
+                    embedder: None,
+                });
+        }
         Ok(program)
+    }
+
+    /// Keeps what a program's demos are chosen from, with the encoder of its vectors.
+    pub fn keep_neighbours(&mut self, program: &Program, embedder: &serde_json::Value) {
+        for predictor in &program.predictors {
+            if let Some(neighbours) = &predictor.neighbours {
+                let saved = SavedNeighbours {
+                    k: neighbours.k,
+                    embedder: embedder.clone(),
+                    rows: neighbours.rows.clone(),
+                    vectors: neighbours.vectors.clone(),
+                };
+                self.neighbours.insert(predictor.name.clone(), saved);
+            }
+        }
+    }
+
+    /// Keeps instructions that are not the declared ones.
+    ///
+    /// # Errors
+    /// When the declaration contradicts itself.
+    pub fn keep_instructions(&mut self, program: &Program) -> Result<(), SavedError> {
+        let declared = self.spec.build(&self.labels)?;
+        for (predictor, declared) in program.predictors.iter().zip(&declared.predictors) {
+            if predictor.signature.instructions != declared.signature.instructions {
+                let found = predictor.signature.instructions.clone();
+                self.instructions.insert(predictor.name.clone(), found);
+            }
+        }
+        Ok(())
     }
 
     /// As pretty JSON with a line end.

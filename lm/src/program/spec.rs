@@ -1,7 +1,7 @@
 //! [`ProgramSpec`]: a program as a pipeline file declares it. Checked and built
 //! into a [`Program`] once the labels are known; knows no model.
 
-use super::{LabelRule, Predictor, Program, REASONING, chain_of_thought};
+use super::{LabelRule, Predictor, Program, REASONING, Votes, chain_of_thought};
 use crate::adapter::{AdapterKind, Dialect};
 use crate::classifier::ClassifierSpec;
 use crate::field_type::FieldType;
@@ -19,8 +19,50 @@ pub enum ProgramSpec {
     Predict(PromptSpec),
     /// One prompt that asks for a `reasoning` before the outputs (DSPy's `ChainOfThought`).
     ChainOfThought(PromptSpec),
+    /// Prompts one after another: each sees the row's columns and what the ones before it gave.
+    Stages(Vec<StageSpec>),
+    /// The answer that most of several programs, or of several draws of one, agree on; its
+    /// confidence is the share that agrees.
+    Majority(MajoritySpec),
     /// Sentence vectors and a classifier fitted on labelled rows. Calls no language model.
     EmbeddingClassifier(ClassifierSpec),
+}
+
+/// One prompt of several: exactly one of the two modules.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StageSpec {
+    /// Names it in saved programs.
+    pub name: String,
+    /// Inputs in, outputs out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predict: Option<PromptSpec>,
+    /// The same with a `reasoning` first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain_of_thought: Option<PromptSpec>,
+}
+
+/// Programs that vote.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MajoritySpec {
+    /// The programs; one is enough when it is asked several times.
+    pub programs: Vec<ProgramSpec>,
+    /// Answers of each program for a row.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1))]
+    pub samples: usize,
+    /// Temperature of the draws, when `samples` is more than 1.
+    #[serde(default = "draw_temperature")]
+    pub temperature: f64,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn draw_temperature() -> f64 {
+    0.7
 }
 
 /// The prompt of a program.
@@ -61,6 +103,9 @@ pub struct InputSpec {
     /// Column of the row that it is taken from; the name when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
+    /// Type of the values.
+    #[serde(default, rename = "type", skip_serializing_if = "OutputType::is_text")]
+    pub ty: OutputType,
 }
 
 /// An output of a prompt.
@@ -77,7 +122,7 @@ pub struct OutputSpec {
     pub ty: OutputType,
 }
 
-/// Type of an output.
+/// Type of a field.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OutputType {
@@ -95,6 +140,14 @@ pub enum OutputType {
     Label,
     /// One of the given texts.
     Enum(Vec<String>),
+    /// List of a type.
+    List(Box<OutputType>),
+    /// Dictionary from texts to a type.
+    Dict(Box<OutputType>),
+    /// The type, or nothing.
+    Optional(Box<OutputType>),
+    /// Any JSON value.
+    Json,
 }
 
 /// What is wrong with a [`ProgramSpec`].
@@ -113,11 +166,20 @@ pub enum BuildError {
     #[error("outputs `{0}` and `{1}` both have type `label`; only one can")]
     Labels(String, String),
     /// `enum` without values.
-    #[error("`enum` of output `{0}` must not be empty")]
+    #[error("`enum` of field `{0}` must not be empty")]
     EmptyEnum(String),
     /// `reasoning_desc` on a program that gives no reasoning.
     #[error("`reasoning_desc` belongs to `chain_of_thought`; remove it or change the module")]
     ReasoningDesc,
+    /// A stage without a module, or with two.
+    #[error("stage `{0}` must have one of `predict` and `chain_of_thought`")]
+    Stage(String),
+    /// Stages or members in different formats.
+    #[error("all prompts of a program must have the same `format`")]
+    Formats,
+    /// Programs that cannot vote.
+    #[error("a `majority` takes prompts and stages, not another `majority` or a classifier")]
+    Votes,
     /// A program without a prompt where one is needed.
     #[error("an `embedding_classifier` has no prompt: it is fitted on labelled rows")]
     NotPrompted,
@@ -135,21 +197,105 @@ impl ProgramSpec {
         match self {
             Self::Predict(prompt) => prompt.build(labels, false),
             Self::ChainOfThought(prompt) => prompt.build(labels, true),
+            Self::Stages(stages) => build_stages(stages, labels),
+            Self::Majority(majority) => majority.build(labels),
             Self::EmbeddingClassifier(_) => Err(BuildError::NotPrompted),
         }
     }
 
-    /// The prompt, for programs that have one.
+    /// The prompt whose outputs are the answer, for programs that have one: of stages the last, of
+    /// members that vote the first one's.
     pub fn prompt(&self) -> Option<&PromptSpec> {
         match self {
             Self::Predict(prompt) | Self::ChainOfThought(prompt) => Some(prompt),
+            Self::Stages(stages) => stages.last()?.module().ok().map(|(prompt, _)| prompt),
+            Self::Majority(majority) => majority.programs.first()?.prompt(),
             Self::EmbeddingClassifier(_) => None,
         }
     }
 
-    /// Whether answers start with a rationale.
+    /// Whether the last answer starts with a rationale.
     pub fn reasons(&self) -> bool {
-        matches!(self, Self::ChainOfThought(_))
+        match self {
+            Self::ChainOfThought(_) => true,
+            Self::Stages(stages) => stages.last().is_some_and(|s| s.chain_of_thought.is_some()),
+            Self::Majority(majority) => majority.programs.first().is_some_and(Self::reasons),
+            Self::Predict(_) | Self::EmbeddingClassifier(_) => false,
+        }
+    }
+}
+
+impl StageSpec {
+    /// Its prompt, and whether it reasons.
+    fn module(&self) -> Result<(&PromptSpec, bool), BuildError> {
+        match (&self.predict, &self.chain_of_thought) {
+            (Some(prompt), None) => Ok((prompt, false)),
+            (None, Some(prompt)) => Ok((prompt, true)),
+            _ => Err(BuildError::Stage(self.name.clone())),
+        }
+    }
+}
+
+fn build_stages(stages: &[StageSpec], labels: &[String]) -> Result<Program, BuildError> {
+    let mut names = BTreeSet::new();
+    let mut programs = Vec::with_capacity(stages.len());
+    for stage in stages {
+        if !is_identifier(&stage.name) {
+            return Err(BuildError::Name(stage.name.clone()));
+        }
+        if !names.insert(&stage.name) {
+            return Err(BuildError::Twice(stage.name.clone()));
+        }
+        let (prompt, reasons) = stage.module()?;
+        let mut program = prompt.build(labels, reasons)?;
+        for predictor in &mut program.predictors {
+            predictor.name.clone_from(&stage.name);
+        }
+        programs.push(program);
+    }
+    joined(programs, "stages")
+}
+
+/// All predictors in one program.
+fn joined(programs: Vec<Program>, what: &'static str) -> Result<Program, BuildError> {
+    let dialect = programs.first().ok_or(BuildError::Empty(what))?.dialect;
+    if programs.iter().any(|program| program.dialect != dialect) {
+        return Err(BuildError::Formats);
+    }
+    let predictors = programs.into_iter().flat_map(|program| program.predictors);
+    Ok(Program::new(dialect, predictors.collect()))
+}
+
+impl MajoritySpec {
+    fn build(&self, labels: &[String]) -> Result<Program, BuildError> {
+        let build = |(at, spec): (usize, &ProgramSpec)| {
+            if matches!(
+                spec,
+                ProgramSpec::Majority(_) | ProgramSpec::EmbeddingClassifier(_)
+            ) {
+                return Err(BuildError::Votes);
+            }
+            let mut program = spec.build(labels)?;
+            if self.programs.len() > 1 {
+                for predictor in &mut program.predictors {
+                    predictor.name = format!("{}_{at}", predictor.name);
+                }
+            }
+            Ok(program)
+        };
+        let programs = self.programs.iter().enumerate().map(build);
+        let programs = programs.collect::<Result<Vec<_>, _>>()?;
+        let members = programs
+            .iter()
+            .map(|program| program.predictors.len())
+            .collect();
+        let mut program = joined(programs, "programs")?;
+        program.votes = Some(Votes {
+            members,
+            samples: self.samples.max(1),
+            temperature: self.temperature,
+        });
+        Ok(program)
     }
 }
 
@@ -169,7 +315,7 @@ impl PromptSpec {
         let inputs = self
             .inputs
             .iter()
-            .map(|input| field(&input.name, input.desc.as_ref(), FieldType::Str))
+            .map(|input| field(&input.name, input.desc.as_ref(), input.ty.field_type()))
             .collect();
         let outputs = self
             .outputs
@@ -231,10 +377,10 @@ impl PromptSpec {
         if let [first, second, ..] = labels.as_slice() {
             return Err(BuildError::Labels(first.name.clone(), second.name.clone()));
         }
-        for output in &self.outputs {
-            if matches!(&output.ty, OutputType::Enum(values) if values.is_empty()) {
-                return Err(BuildError::EmptyEnum(output.name.clone()));
-            }
+        let inputs = self.inputs.iter().map(|input| (&input.name, &input.ty));
+        let outputs = self.outputs.iter().map(|output| (&output.name, &output.ty));
+        if let Some((name, _)) = inputs.chain(outputs).find(|(_, ty)| ty.is_empty_enum()) {
+            return Err(BuildError::EmptyEnum(name.clone()));
         }
         if self.reasoning_desc.is_some() && !reasons {
             return Err(BuildError::ReasoningDesc);
@@ -258,6 +404,23 @@ impl OutputType {
             Self::Float => FieldType::Float,
             Self::Bool => FieldType::Bool,
             Self::Enum(values) => FieldType::one_of(values.iter().cloned()),
+            Self::List(item) => FieldType::List(Box::new(item.field_type())),
+            Self::Dict(item) => FieldType::Dict(Box::new(item.field_type())),
+            Self::Optional(item) => FieldType::Optional(Box::new(item.field_type())),
+            Self::Json => FieldType::Json,
+        }
+    }
+
+    /// Whether it is the default.
+    fn is_text(&self) -> bool {
+        *self == Self::Str
+    }
+
+    fn is_empty_enum(&self) -> bool {
+        match self {
+            Self::Enum(values) => values.is_empty(),
+            Self::List(item) | Self::Dict(item) | Self::Optional(item) => item.is_empty_enum(),
+            _ => false,
         }
     }
 }
@@ -299,6 +462,59 @@ mod tests {
         );
         assert_eq!(predictor.sources["intent"], "text");
         assert_eq!(predictor.label.as_ref().unwrap().labels, ["a", "b"]);
+    }
+
+    #[test]
+    fn fields_are_typed() {
+        let spec = spec(
+            r#"{"predict": {"inputs": [{"name": "tags", "type": {"list": "str"}}],
+                "outputs": [{"name": "score", "type": {"optional": "float"}},
+                    {"name": "kind", "type": {"enum": ["a", "b"]}}, {"name": "more", "type": "json"},
+                    {"name": "sure", "type": "bool"}]}}"#,
+        );
+        let program = spec.build(&[]).unwrap();
+        let shown: Vec<String> = (program.predictors[0].signature.fields())
+            .map(|field| field.ty.annotation(true))
+            .collect();
+        let expected = [
+            "list[str]",
+            "Union[float, NoneType]",
+            "Literal['a', 'b']",
+            "Any",
+            "bool",
+        ];
+        assert_eq!(shown, expected);
+        let again: ProgramSpec =
+            serde_json::from_str(&serde_json::to_string(&spec).unwrap()).unwrap();
+        assert_eq!(again, spec);
+    }
+
+    #[test]
+    fn stages_and_members_keep_their_names() {
+        let stages = r#"{"stages": [
+            {"name": "topic", "predict": {"inputs": [{"name": "text"}], "outputs": [{"name": "topic"}]}},
+            {"name": "label", "chain_of_thought": {"inputs": [{"name": "text"}, {"name": "topic"}],
+                "outputs": [{"name": "label", "type": "label"}]}}]}"#;
+        let names = |program: &Program| -> Vec<String> {
+            program.predictors.iter().map(|p| p.name.clone()).collect()
+        };
+        let program = spec(stages).build(&["a".into()]).unwrap();
+        assert_eq!(names(&program), ["topic", "label"]);
+        assert!(spec(stages).reasons() && program.label().is_some());
+        let majority = format!(
+            r#"{{"majority": {{"programs": [{stages}, {{"predict": {{"inputs": [{{"name": "text"}}],
+                "outputs": [{{"name": "label", "type": "label"}}]}}}}]}}}}"#
+        );
+        let program = spec(&majority).build(&["a".into()]).unwrap();
+        assert_eq!(names(&program), ["topic_0", "label_0", "predict_1"]);
+        assert_eq!(program.votes.unwrap().members, [2, 1]);
+        let nested = format!(r#"{{"majority": {{"programs": [{majority}]}}}}"#);
+        assert_eq!(spec(&nested).build(&[]).unwrap_err(), BuildError::Votes);
+        let neither = spec(r#"{"stages": [{"name": "x"}]}"#);
+        assert_eq!(
+            neither.build(&[]).unwrap_err(),
+            BuildError::Stage("x".into())
+        );
     }
 
     #[test]

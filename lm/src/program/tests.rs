@@ -234,3 +234,105 @@ fn later_steps_see_the_outputs_of_earlier_ones() {
         .collect();
     assert_eq!(names, ["first", "predict"]);
 }
+
+/// Two axes: how often a text has `x`, and how often `y`.
+struct Letters;
+
+impl crate::classifier::Embedder for Letters {
+    fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, String> {
+        let count = |text: &str, letter| text.matches(letter).count() as f32;
+        let vector = |text: &&str| {
+            let (x, y) = (count(text, 'x'), count(text, 'y'));
+            let length = x.hypot(y).max(1.0);
+            vec![x / length, y / length]
+        };
+        Ok(texts.iter().map(vector).collect())
+    }
+}
+
+#[test]
+fn demos_are_chosen_for_each_query_the_most_similar_last() {
+    use crate::optimize::KnnFewShot;
+    let knn = KnnFewShot {
+        k: 2,
+        bootstrap: false,
+        embedder: std::sync::Arc::new(Letters),
+    };
+    let program = knn
+        .apply(&compact(), &rows(&["x", "xy", "y", "yyx"]))
+        .unwrap();
+    let lm = Scripted::new(|request| {
+        let shown: Vec<&str> = (request.messages.iter())
+            .filter(|message| message.role == Role::User)
+            .map(|message| message.content.as_str())
+            .collect();
+        Ok(shown.join("|"))
+    });
+    let raw = |program: &Program, options: &RunOptions<'_>| -> Vec<String> {
+        let results = program.run(&lm, &Sampling::default(), &rows(&["xx", "yy"]), options);
+        results.into_iter().map(|r| r.raw.unwrap()).collect()
+    };
+    let expected = ["xy|x|xx", "yyx|y|yy"];
+    assert_eq!(raw(&program, &RunOptions::default()), expected);
+
+    // Saved with its vectors, and given its encoder again.
+    let json = r#"{"predict": {"adapter": "compact", "instructions": "",
+            "inputs": [{"name": "query", "from": "text"}],
+            "outputs": [{"name": "label", "type": "label"}], "constrain": true}}"#;
+    let mut saved = SavedProgram::new(spec(json), vec!["a".into(), "b".into()], &program);
+    saved.keep_neighbours(&program, &serde_json::json!("encoder"));
+    let mut loaded = SavedProgram::from_json(&saved.to_json().unwrap())
+        .unwrap()
+        .build()
+        .unwrap();
+    let without = loaded.run(
+        &lm,
+        &Sampling::default(),
+        &rows(&["xx"]),
+        &RunOptions::default(),
+    );
+    assert!(
+        without[0]
+            .prediction
+            .as_ref()
+            .unwrap_err()
+            .to_string()
+            .contains("sentence encoder")
+    );
+    for predictor in &mut loaded.predictors {
+        let neighbours = predictor.neighbours.as_mut().unwrap();
+        neighbours.embedder = Some(std::sync::Arc::new(Letters));
+    }
+    assert_eq!(raw(&loaded, &RunOptions::default()), expected);
+}
+
+#[test]
+fn draws_of_one_program_vote() {
+    let majority = spec(
+        r#"{"majority": {"samples": 3, "temperature": 0.5, "programs": [{"predict": {
+            "adapter": "compact", "inputs": [{"name": "text"}],
+            "outputs": [{"name": "label", "type": "label"}]}}]}}"#,
+    );
+    let program = majority.build(&["a".into(), "b".into()]).unwrap();
+    let lm = Scripted::new(|request| {
+        assert!((request.sampling.temperature - 0.5).abs() < 1e-9);
+        let drawn = request.sampling.rollout.unwrap();
+        Ok(if drawn == 0 { "a" } else { "B" }.to_owned())
+    });
+    let told = Mutex::new(0);
+    let on_row = |_| *told.lock().unwrap() += 1;
+    let options = RunOptions {
+        on_row: Some(&on_row),
+        ..RunOptions::default()
+    };
+    let results = program.run(&lm, &Sampling::default(), &rows(&["q", "r"]), &options);
+    for result in &results {
+        assert_eq!(result.prediction.as_ref().unwrap().text("label"), Some("b"));
+        assert_eq!(
+            (result.confidence, result.tokens.calls),
+            (Some(2.0 / 3.0), 3)
+        );
+        assert_eq!(result.raw.as_deref(), Some("B"));
+    }
+    assert_eq!(told.into_inner().unwrap(), 2);
+}

@@ -129,6 +129,8 @@ pub fn observe(params: &Value, world: &World) -> Result<BTreeMap<String, Value>,
     for (name, place) in [
         ("model", "/model"),
         ("embedder", "/program/embedding_classifier/embedder"),
+        ("knn", "/knn/embedder"),
+        ("knn_few_shot", "/knn_few_shot/embedder"),
     ] {
         let Some(entry) = params.pointer(place).filter(|entry| entry.is_object()) else {
             continue;

@@ -1,0 +1,138 @@
+//! What labelling costs and records, by an oracle that counts its calls.
+
+use serde_json::Value;
+
+use crate::oracle::{Oracle, query};
+use crate::project::Project;
+
+const PIPELINE: &str = "\
+name: label
+params: { url: none }
+models:
+  m: { provider: openai, base_url: \"${{ params.url }}\", model: m, max_retries: 0 }
+programs:
+  classify:
+    predict:
+      adapter: compact
+      instructions: One of {labels}.
+      inputs: [{ name: text }]
+      outputs: [{ name: label, type: label }]
+steps:
+  load:
+    uses: load
+    with: { name: d, train: { file: known.csv }, test: { file: queries.csv } }
+  labels:
+    uses: filter-top-n
+    in: { train: load.train, test: load.test }
+    with: { n: 2 }
+  label:
+    uses: bootstrap
+    in: { unlabelled: load.test, labels: labels.labels }
+    with: { program: classify, model: m }
+    publish: { rows: rows.jsonl, dropped: dropped.jsonl }
+";
+
+fn project(oracle: &Oracle, queries: usize) -> (Project, String) {
+    let project = Project::new();
+    project.write("p.yaml", PIPELINE);
+    project.write(
+        "known.csv",
+        "text,label\na known one,card_arrival\nanother,pin\n",
+    );
+    write_queries(&project, queries);
+    (project, format!("url={}", oracle.url))
+}
+
+fn write_queries(project: &Project, count: usize) {
+    let row = |i: usize| format!("query {i},card_arrival\n");
+    let rows: String = (0..count).map(row).collect();
+    project.write("queries.csv", &format!("text,label\n{rows}"));
+}
+
+fn rows(project: &Project, name: &str) -> Vec<Value> {
+    let text = project.read(name);
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn a_hundred_new_rows_cost_a_hundred_calls() {
+    let oracle = Oracle::start(|_| Some("pin".to_owned()));
+    let (project, url) = project(&oracle, 150);
+    let args = ["p.yaml", "--set", url.as_str()];
+    project.run(&args).ok();
+    assert_eq!(oracle.calls(), 150);
+    write_queries(&project, 250);
+    project.run(&args).ok();
+    assert_eq!(oracle.calls(), 100);
+    let ids: Vec<Value> = rows(&project, "rows.jsonl")
+        .iter()
+        .map(|r| r["id"].clone())
+        .collect();
+    let expected: Vec<Value> = (0..250).map(|i| format!("d:test:{i}").into()).collect();
+    assert_eq!(ids, expected, "in the order of the input");
+}
+
+#[test]
+fn every_label_is_kept_as_written_and_every_dropped_row_has_its_reason() {
+    let oracle = Oracle::start(|body| {
+        let answers = [" Card Arrival", "the PIN, I think", "refund", "pin"];
+        let number: usize = query(body).trim_start_matches("query ").parse().unwrap();
+        Some(answers[number].to_owned())
+    });
+    let (project, url) = project(&oracle, 4);
+    let args = ["p.yaml", "--set", url.as_str()];
+    project.run(&args).ok();
+    let kept = rows(&project, "rows.jsonl");
+    assert_eq!(kept.len(), 2);
+    assert_eq!(kept[0]["raw_label"], "Card Arrival");
+    assert_eq!(kept[0]["sanitised_label"], "card_arrival");
+    assert_eq!(kept[0]["label"], "card_arrival");
+    let dropped = rows(&project, "dropped.jsonl");
+    let reasons: Vec<&str> = dropped
+        .iter()
+        .map(|r| r["dropped"].as_str().unwrap())
+        .collect();
+    let expected =
+        ["`the_pin,_i_think`", "`refund`"].map(|l| format!("{l} is not one of the labels"));
+    assert_eq!(reasons, expected);
+
+    project.edit(
+        "p.yaml",
+        "model: m }\n    publish",
+        "model: m, normalise_labels: true }\n    publish",
+    );
+    project.run(&args).ok();
+    let kept = rows(&project, "rows.jsonl");
+    assert_eq!(kept.len(), 3);
+    assert_eq!(
+        (&kept[1]["raw_label"], &kept[1]["label"]),
+        (&"the PIN, I think".into(), &"pin".into())
+    );
+    assert_eq!(oracle.calls(), 4, "the same answers, read anew");
+}
+
+#[test]
+fn draws_are_counted_and_too_little_agreement_drops_a_row() {
+    // Sure of the first query; of the second, every other answer differs.
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    let oracle = Oracle::start(move |body| {
+        assert_eq!(body["temperature"], 0.9);
+        let turn = match query(body) {
+            "query 0" => 0,
+            _ => asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst),
+        };
+        Some(["pin", "card_arrival"][turn % 2].to_owned())
+    });
+    let (project, url) = project(&oracle, 2);
+    let with = "model: m, samples: 4, temperature: 0.9, min_confidence: 0.9 }\n    publish";
+    project.edit("p.yaml", "model: m }\n    publish", with);
+    let args = ["p.yaml", "--set", url.as_str()];
+    project.run(&args).ok();
+    assert_eq!(oracle.calls(), 8);
+    let kept = rows(&project, "rows.jsonl");
+    assert_eq!((kept.len(), &kept[0]["confidence"]), (1, &1.0.into()));
+    let dropped = rows(&project, "dropped.jsonl");
+    assert_eq!(dropped[0]["dropped"], "confidence 0.50 is below 0.9");
+}
