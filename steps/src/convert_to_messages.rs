@@ -46,7 +46,13 @@ impl Step for ConvertToMessages {
     }
     fn inputs(&self) -> Vec<Port> {
         vec![
-            Port::new("rows", "examples", "Rows with their label.").many(),
+            Port::new(
+                "rows",
+                "examples",
+                "Rows with their label; without any just the program is made.",
+            )
+            .many()
+            .optional(),
             Port::new("labels", "labels", "The labels to choose from."),
             Port::new(
                 "test",

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
 use flowrun_lm::metric::MetricKind;
-use flowrun_lm::optimize::{Optimizer, Progress, RandomSearch, Session};
+use flowrun_lm::optimize::{
+    InstructionSearch, InstructionSettings, Optimizer, Progress, RandomSearch, Session,
+};
 use flowrun_lm::program::SavedProgram;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{SamplingSpec, examples, with_usage};
+use crate::answer::{SamplingSpec, attach_encoders, examples, with_usage};
 use crate::checkpoint::Checkpoint;
 use crate::leakage::id_and_text;
 use crate::models::{Host, ModelSpec, observe, open_lm};
@@ -40,12 +42,30 @@ struct Params {
     /// Instead of a search: for each query the training rows most like it as demos.
     #[serde(default)]
     knn_few_shot: Option<KnnSpec>,
+    /// Instead of a search for demos: instructions that a capable model writes from the mistakes.
+    #[serde(default)]
+    instructions: Option<InstructionSpec>,
     /// What a candidate is scored by.
     #[serde(default)]
     metric: MetricKind,
     /// How the model draws tokens.
     #[serde(default)]
     sampling: SamplingSpec,
+}
+
+/// Who proposes instructions, and how many.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct InstructionSpec {
+    /// The model that writes; a capable one.
+    #[schemars(with = "String", extend("x-flowrun-ref" = "models"))]
+    proposer: ModelSpec,
+    /// How it draws tokens.
+    #[serde(default)]
+    sampling: SamplingSpec,
+    /// How the search goes.
+    #[serde(default)]
+    search: InstructionSettings,
 }
 
 impl Step for Optimize {
@@ -56,7 +76,7 @@ impl Step for Optimize {
         2
     }
     fn about(&self) -> &'static str {
-        "Finds few-shot demos: DSPy's BootstrapFewShotWithRandomSearch, or the nearest rows per query."
+        "Finds few-shot demos: DSPy's BootstrapFewShotWithRandomSearch, the nearest rows per query, or new instructions."
     }
     fn params_schema(&self) -> Value {
         schema_of::<Params>()
@@ -85,11 +105,12 @@ impl Step for Optimize {
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
         let file = ProgramFile::load(&ctx.input("program")?.path)?;
-        let (saved, student) = file.prompt()?;
+        let (saved, mut student) = file.prompt()?;
         let field = file.label_field();
         let folder = ctx.input_opt("adapter").map(|input| input.path.as_path());
         let checkpoint = folder.map(Checkpoint::load).transpose()?;
         let host = Host::from(ctx);
+        attach_encoders(saved, &mut student, &host)?;
         let lm = open_lm(&params.model, folder.zip(checkpoint.as_ref()), &host)?;
         let train_rows = read_rows(&ctx.input("trainset")?.path)?;
         let val_rows = read_rows(&ctx.input("valset")?.path)?;
@@ -112,9 +133,26 @@ impl Step for Optimize {
         });
         let knn = params.knn_few_shot.as_ref();
         let knn = knn.map(|knn| knn.open(&host)).transpose()?;
-        let optimizer: &dyn Optimizer = match &knn {
-            Some((knn, _)) => knn,
-            None => &search,
+        let proposer = params.instructions.as_ref();
+        let proposer = proposer
+            .map(|spec| open_lm(&spec.proposer, None, &host))
+            .transpose()?;
+        let instructions = params.instructions.as_ref().zip(proposer.as_ref());
+        let instructions = instructions.map(|(spec, lm)| InstructionSearch {
+            settings: spec.search.clone(),
+            proposer: lm,
+            sampling: spec.sampling.into(),
+        });
+        let optimizer: &dyn Optimizer = match (&knn, &instructions) {
+            (Some(_), Some(_)) => {
+                return Err(StepError::invalid(
+                    "`knn_few_shot` and `instructions` are two optimizers",
+                )
+                .help("keep one; chain two `optimize` steps to use both"));
+            }
+            (Some((knn, _)), None) => knn,
+            (None, Some(instructions)) => instructions,
+            (None, None) => &search,
         };
         let compiled = optimizer.compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
@@ -129,9 +167,21 @@ impl Step for Optimize {
         let best = compiled.best.and_then(|at| compiled.candidates.get(at));
         let mut optimised =
             SavedProgram::new(saved.spec.clone(), saved.labels.clone(), &compiled.program);
-        if let Some((_, encoder)) = &knn {
-            optimised.keep_neighbours(&compiled.program, encoder);
+        match &knn {
+            Some((_, encoder)) => optimised.keep_neighbours(&compiled.program, encoder),
+            // Those of an optimizer before this one.
+            None => {
+                let kept = compiled.program.predictors.iter();
+                let kept = kept.filter(|predictor| predictor.neighbours.is_some());
+                optimised.neighbours = kept
+                    .filter_map(|p| saved.neighbours.get_key_value(&p.name))
+                    .map(|(name, neighbours)| (name.clone(), neighbours.clone()))
+                    .collect();
+            }
         }
+        optimised
+            .keep_instructions(&compiled.program)
+            .map_err(|e| StepError::failed(e.to_string()))?;
         optimised.lineage = saved.lineage.clone().map(|mut lineage| {
             lineage.train(id_and_text(&train_rows));
             lineage.select(id_and_text(&val_rows));
@@ -148,7 +198,11 @@ impl Step for Optimize {
             .metric("candidates", compiled.candidates.len())
             .metric("stopped_early", stopped)
             .metric("demos", demos);
-        Ok(with_usage(outcome, &lm.totals()))
+        let mut usage = lm.totals();
+        if let Some(proposer) = &proposer {
+            usage += proposer.totals();
+        }
+        Ok(with_usage(outcome, &usage))
     }
 }
 

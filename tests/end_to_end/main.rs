@@ -15,6 +15,7 @@ mod labelling;
 mod leakage;
 mod notebook;
 mod oracle;
+mod programs;
 mod project;
 mod shell;
 mod stale;

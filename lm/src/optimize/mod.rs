@@ -2,11 +2,13 @@
 //! through [`Session`]; the same seed draws the same demos as in DSPy.
 
 mod bootstrap_few_shot;
+mod instruction_search;
 mod knn_few_shot;
 mod labeled_few_shot;
 mod random_search;
 
 pub use bootstrap_few_shot::BootstrapFewShot;
+pub use instruction_search::{InstructionSearch, InstructionSettings};
 pub use knn_few_shot::KnnFewShot;
 pub use labeled_few_shot::LabeledFewShot;
 pub use random_search::RandomSearch;
@@ -167,6 +169,9 @@ pub enum OptimizeError {
     /// Shuffled candidates need demos to draw.
     #[error("`max_bootstrapped_demos` must be at least 1 for candidates with a shuffled train set")]
     NoDemos,
+    /// The model that proposes instructions gave no answer.
+    #[error("the model that proposes instructions: {0}")]
+    Proposer(String),
     /// The sentence encoder failed.
     #[error("rows could not be embedded: {0}")]
     Embed(String),

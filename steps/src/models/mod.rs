@@ -130,6 +130,7 @@ pub fn observe(params: &Value, world: &World) -> Result<BTreeMap<String, Value>,
         ("model", "/model"),
         ("embedder", "/program/embedding_classifier/embedder"),
         ("knn", "/knn/embedder"),
+        ("proposer", "/instructions/proposer"),
         ("knn_few_shot", "/knn_few_shot/embedder"),
     ] {
         let Some(entry) = params.pointer(place).filter(|entry| entry.is_object()) else {

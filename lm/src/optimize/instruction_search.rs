@@ -1,0 +1,387 @@
+//! [`InstructionSearch`]: better instructions, written by a capable model that is shown what the
+//! program got wrong (after GEPA, Agrawal et al. 2025, arXiv 2507.19457: reflection on errors, and a
+//! parent drawn from the candidates that are best on some row).
+//!
+//! Invariant: the student wins unless a proposal scores strictly more on the whole validation set.
+
+use super::{Candidate, Compiled, OptimizeError, Optimizer, Progress, Session};
+use crate::evaluate::{Evaluate, EvaluateError, EvaluationResult};
+use crate::example::Example;
+use crate::lm::{Lm, Message, Request, Role, Sampling};
+use crate::program::{Program, RunOptions, Tokens};
+use crate::python_random::PythonRandom;
+use crate::value::Value;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Mistakes that the proposer is shown at most.
+const SHOWN: usize = 8;
+
+/// Settings of the search.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct InstructionSettings {
+    /// Proposals to ask for.
+    pub rounds: usize,
+    /// Training rows on which a proposal is compared with its parent before it is scored in full.
+    pub minibatch: usize,
+    /// Seed of the draws (Python's).
+    pub seed: i64,
+    /// As many failed rows in one evaluation end the search with an error.
+    pub max_errors: usize,
+}
+
+impl Default for InstructionSettings {
+    fn default() -> Self {
+        Self {
+            rounds: 10,
+            minibatch: 25,
+            seed: 0,
+            max_errors: 10_000,
+        }
+    }
+}
+
+/// The search, with the model that proposes.
+pub struct InstructionSearch<'a> {
+    /// Its settings.
+    pub settings: InstructionSettings,
+    /// Writes instructions; a capable model.
+    pub proposer: &'a dyn Lm,
+    /// How it draws.
+    pub sampling: Sampling,
+}
+
+/// Scored in full.
+struct Member {
+    program: Program,
+    result: EvaluationResult,
+}
+
+impl InstructionSearch<'_> {
+    fn evaluate(
+        &self,
+        program: &Program,
+        rows: &[Example],
+        session: &Session<'_>,
+        seed: i64,
+    ) -> Result<EvaluationResult, OptimizeError> {
+        let evaluate = Evaluate {
+            metric: session.metric,
+            label: session.label,
+            max_errors: self.settings.max_errors,
+        };
+        let options = RunOptions {
+            batch: session.batch,
+            ..RunOptions::default()
+        };
+        evaluate
+            .run(program, session.lm, session.sampling, rows, &options)
+            .map_err(|source| match source {
+                EvaluateError::Cancelled => OptimizeError::Cancelled,
+                source => OptimizeError::Evaluate { seed, source },
+            })
+    }
+
+    /// New instructions for the predictor at `place`; `None` when the answer holds none.
+    fn propose(
+        &self,
+        program: &Program,
+        place: usize,
+        mistakes: &str,
+        round: usize,
+    ) -> Result<Option<String>, OptimizeError> {
+        let current = &program.predictors[place].signature.instructions;
+        let text = format!(
+            "You improve the instructions of a program that asks a language model.\n\nCurrent \
+             instructions:\n```\n{current}\n```\n\nWhat the program got wrong with them:\n\n\
+             {mistakes}\nFind what the mistakes have in common. Write new instructions that \
+             prevent them: keep every label and every requirement of the current ones, say how \
+             labels that are taken for each other are told apart, and copy no query. Answer with \
+             the new instructions between ``` lines and nothing else."
+        );
+        let request = Request {
+            messages: vec![Message {
+                role: Role::User,
+                content: text,
+            }],
+            sampling: Sampling {
+                rollout: Some(round as u64),
+                ..self.sampling.clone()
+            },
+            choices: None,
+        };
+        let answer = self
+            .proposer
+            .complete(&[request], &|_, _| {})
+            .into_iter()
+            .next();
+        match answer {
+            Some(Ok(completion)) => Ok(fenced(&completion.text)
+                .map(str::to_owned)
+                .filter(|text| text != current)),
+            Some(Err(crate::lm::LmError::Cancelled)) => Err(OptimizeError::Cancelled),
+            Some(Err(error)) => Err(OptimizeError::Proposer(error.to_string())),
+            None => Err(OptimizeError::Proposer("no answer".to_owned())),
+        }
+    }
+}
+
+/// The text between the first and the last ``` line.
+fn fenced(text: &str) -> Option<&str> {
+    let start = text.find("```")?;
+    let start = start + text[start..].find('\n')? + 1;
+    let end = text.rfind("```").filter(|end| *end >= start)?;
+    Some(text[start..end].trim()).filter(|text| !text.is_empty())
+}
+
+/// What went wrong, row by row.
+fn mistakes(rows: &[Example], result: &EvaluationResult) -> String {
+    let wrong = rows
+        .iter()
+        .zip(&result.rows)
+        .filter(|(_, scored)| !scored.correct);
+    let tell = |(row, scored): (&Example, &crate::evaluate::EvaluatedRow)| {
+        let given = (row.fields.iter())
+            .filter(|(_, value)| Some(value.to_python_str()) != scored.gold)
+            .map(|(name, value): (&String, &Value)| format!("{name}: {}", value.to_python_str()));
+        let answer = match (&scored.pred, &scored.error) {
+            (Some(pred), _) => format!("answered: {pred}"),
+            (None, Some(error)) => format!("answer that could not be read: {error}"),
+            (None, None) => "no answer".to_owned(),
+        };
+        let gold = scored.gold.as_deref().unwrap_or("unknown");
+        let given: Vec<String> = given.collect();
+        format!("- {}\n  {answer}\n  expected: {gold}\n", given.join("\n  "))
+    };
+    wrong.take(SHOWN).map(tell).collect()
+}
+
+/// The members that are best on some row, each as often as it is (GEPA's frontier).
+fn frontier(members: &[Member]) -> Vec<usize> {
+    let rows = members.first().map_or(0, |member| member.result.rows.len());
+    let best = |row: usize| {
+        let score = |member: &Member| member.result.rows[row].score;
+        let most = members.iter().map(score).max_by(f64::total_cmp)?;
+        let at = members.iter().position(|member| score(member) == most)?;
+        // A row that nobody gets right says nothing.
+        (most > 0.0).then_some(at)
+    };
+    let mut all: Vec<usize> = (0..rows).filter_map(best).collect();
+    if all.is_empty() {
+        all.push(0);
+    }
+    all
+}
+
+impl Optimizer for InstructionSearch<'_> {
+    fn compile(
+        &self,
+        student: &Program,
+        trainset: &[Example],
+        valset: Option<&[Example]>,
+        session: &Session<'_>,
+    ) -> Result<Compiled, OptimizeError> {
+        let valset = valset.unwrap_or(trainset);
+        let tell = |progress| {
+            if let Some(on_progress) = session.on_progress {
+                on_progress(progress);
+            }
+        };
+        let mut random = PythonRandom::new(self.settings.seed);
+        let mut tokens = Tokens::default();
+        let first = self.evaluate(student, valset, session, 0)?;
+        tokens += first.tokens;
+        let mut members = vec![Member {
+            program: student.clone(),
+            result: first,
+        }];
+        let mut candidates = vec![candidate(0, &members[0])];
+        let mut best = 0;
+        let total = self.settings.rounds;
+        for round in 0..total {
+            let seed = i64::try_from(round + 1).unwrap_or(i64::MAX);
+            tell(Progress::Candidate {
+                seed,
+                done: round,
+                total,
+            });
+            let frontier = frontier(&members);
+            let drawn = random.below(frontier.len() as u64);
+            let drawn = usize::try_from(drawn).unwrap_or(0);
+            let parent = &members[frontier[drawn]].program;
+            let size = self.settings.minibatch.min(trainset.len());
+            let drawn = random
+                .sample_indices(trainset.len(), size)
+                .unwrap_or_default();
+            let batch: Vec<Example> = drawn.iter().map(|&at| trainset[at].clone()).collect();
+            if batch.is_empty() {
+                break;
+            }
+            let before = self.evaluate(parent, &batch, session, seed)?;
+            tokens += before.tokens;
+            let told = mistakes(&batch, &before);
+            if told.is_empty() {
+                continue;
+            }
+            // One predictor at a time, in turn.
+            let place = round % parent.predictors.len();
+            let Some(instructions) = self.propose(parent, place, &told, round)? else {
+                continue;
+            };
+            let mut program = parent.clone();
+            program.predictors[place].signature.instructions = instructions;
+            let after = self.evaluate(&program, &batch, session, seed)?;
+            tokens += after.tokens;
+            if after.correct <= before.correct {
+                continue;
+            }
+            let result = self.evaluate(&program, valset, session, seed)?;
+            tokens += result.tokens;
+            let member = Member { program, result };
+            candidates.push(candidate(seed, &member));
+            members.push(member);
+            if members[members.len() - 1].result.score > members[best].result.score {
+                best = members.len() - 1;
+            }
+            tell(Progress::Scored {
+                seed,
+                score: members[members.len() - 1].result.score,
+                best: members[best].result.score,
+            });
+        }
+        Ok(Compiled {
+            program: members.swap_remove(best).program,
+            candidates,
+            best: Some(best),
+            tokens,
+        })
+    }
+}
+
+fn candidate(seed: i64, member: &Member) -> Candidate {
+    Candidate {
+        seed,
+        score: member.result.score,
+        subscores: member.result.rows.iter().map(|row| row.score).collect(),
+        parse_failures: member.result.parse_failures,
+        demos: member.program.demos(),
+        stopped_after: None,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::lm::{Completion, FinishReason, LmError, OnAnswer};
+    use crate::metric::MetricKind;
+    use crate::program::ProgramSpec;
+    use std::sync::Mutex;
+
+    /// Answers `a` unless the instructions say what `b` is; as a proposer, gives what is said.
+    struct Model {
+        proposal: &'static str,
+        asked: Mutex<Vec<String>>,
+    }
+
+    impl Lm for Model {
+        fn id(&self) -> &str {
+            "model"
+        }
+
+        fn complete(
+            &self,
+            requests: &[Request],
+            _: &OnAnswer<'_>,
+        ) -> Vec<Result<Completion, LmError>> {
+            let answer = |request: &Request| {
+                let (first, last) = (&request.messages[0], request.messages.last().unwrap());
+                let text = if first.content.starts_with("You improve") {
+                    self.asked.lock().unwrap().push(first.content.clone());
+                    self.proposal
+                } else if first.content.contains("even") && last.content.len() % 2 == 0 {
+                    "b"
+                } else {
+                    "a"
+                };
+                Ok(Completion {
+                    text: text.to_owned(),
+                    finish: FinishReason::Stop,
+                    prompt_tokens: 1,
+                    completion_tokens: 1,
+                    choice_probs: None,
+                    cached: false,
+                })
+            };
+            requests.iter().map(answer).collect()
+        }
+    }
+
+    fn search(proposal: &'static str) -> (Compiled, Vec<String>) {
+        let spec: ProgramSpec = serde_json::from_str(
+            r#"{"predict": {"adapter": "compact", "instructions": "Sort.",
+                "inputs": [{"name": "text"}], "outputs": [{"name": "label", "type": "label"}]}}"#,
+        )
+        .unwrap();
+        let student = spec.build(&["a".into(), "b".into()]).unwrap();
+        let row = |i: usize| {
+            let text = "x".repeat(i + 1);
+            let label = ["a", "b"][i % 2];
+            Example::of_texts(i.to_string(), [("text", text.as_str()), ("label", label)])
+        };
+        let rows: Vec<Example> = (0..20).map(row).collect();
+        let model = Model {
+            proposal,
+            asked: Mutex::default(),
+        };
+        let metric = MetricKind::LabelEquality.metric("label");
+        let session = Session {
+            lm: &model,
+            sampling: &Sampling::default(),
+            metric: &metric,
+            label: "label",
+            teacher: None,
+            batch: 8,
+            on_progress: None,
+        };
+        let search = InstructionSearch {
+            settings: InstructionSettings {
+                rounds: 2,
+                minibatch: 6,
+                ..InstructionSettings::default()
+            },
+            proposer: &model,
+            sampling: Sampling::default(),
+        };
+        let compiled = search.compile(&student, &rows[..10], Some(&rows[10..]), &session);
+        (compiled.unwrap(), model.asked.into_inner().unwrap())
+    }
+
+    #[test]
+    fn instructions_that_help_are_kept() {
+        let (compiled, asked) = search("Here:\n```text\nSort; even lengths are b.\n```");
+        let instructions = &compiled.program.predictors[0].signature.instructions;
+        assert_eq!(instructions, "Sort; even lengths are b.");
+        let scores: Vec<f64> = compiled.candidates.iter().map(|c| c.score).collect();
+        assert_eq!(
+            (scores.as_slice(), compiled.best),
+            (&[50.0, 100.0][..], Some(1))
+        );
+        assert!(asked[0].contains("```\nSort.\n```") && asked[0].contains("expected: b"));
+        // What is perfect is not asked about again.
+        assert_eq!(asked.len(), 1);
+    }
+
+    #[test]
+    fn instructions_that_do_not_help_are_not() {
+        for proposal in ["```\nSort well.\n```", "I would rather not.", "```\n```"] {
+            let (compiled, _) = search(proposal);
+            assert_eq!(
+                compiled.program.predictors[0].signature.instructions,
+                "Sort."
+            );
+            assert_eq!(compiled.candidates.len(), 1);
+        }
+    }
+}

