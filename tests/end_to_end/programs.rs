@@ -233,3 +233,62 @@ fn several_prompts_and_typed_columns_make_one_program() {
     // Two prompts for each of two rows, validated and tested.
     assert_eq!(oracle.calls(), 8);
 }
+
+#[test]
+fn scores_are_in_the_order_of_the_rows_and_too_many_unreadable_answers_end_it() {
+    // Later rows are answered first; one answer cannot be read as both fields.
+    let oracle = Oracle::start(|body| {
+        let number: u64 = query(body).trim_start_matches("query ").parse().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(60 - 3 * number));
+        let label = ["pin", "card"][usize::from(number % 2 == 1)];
+        let line = if number == 3 {
+            "no such line"
+        } else {
+            "label: "
+        };
+        Some(format!("{line}{label}\nsure: yes"))
+    });
+    let project = project("      search: { restrict: [-2], max_labeled_demos: 0 }\n");
+    project.edit(
+        "p.yaml",
+        "max_retries: 0, concurrency: 1",
+        "max_retries: 0, concurrency: 8",
+    );
+    project.edit(
+        "p.yaml",
+        "outputs: [{ name: label, type: label }]",
+        "outputs: [{ name: label, type: label }, { name: sure, type: bool }]",
+    );
+    let row = |i: usize| format!("query {i},{}\n", ["pin", "card"][i % 2]);
+    let rows: String = (0..16).map(row).collect();
+    project.write("train.csv", &format!("text,label\n{rows}"));
+    project.write("test.csv", &format!("text,label\n{rows}"));
+    run(&project, &oracle).ok();
+    let scores = scores(&project);
+    let score = &scores["programs"][0];
+    assert_eq!(
+        (&score["correct"], &score["parse_failures"]),
+        (&15.into(), &1.into())
+    );
+    for (i, row) in score["rows"].as_array().unwrap().iter().enumerate() {
+        assert_eq!(row["id"], format!("d:test:{i}"));
+        let expected: Value = match i {
+            3 => Value::Null,
+            _ => ["pin", "card"][i % 2].into(),
+        };
+        assert_eq!(row["predicted"], expected, "row {i}");
+    }
+    assert_eq!(
+        score["per_label"][0]["recall"].as_f64().map(|r| r < 1.0),
+        Some(true)
+    );
+
+    project.edit("p.yaml", "role: best }", "role: best, max_errors: 1 }");
+    let ended = run(&project, &oracle);
+    assert_eq!(ended.code, Some(4));
+    assert!(
+        ended.stdout.contains("1 rows failed (`max_errors` is 1)"),
+        "{}",
+        ended.stdout
+    );
+}

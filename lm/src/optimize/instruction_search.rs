@@ -157,19 +157,29 @@ fn mistakes(rows: &[Example], result: &EvaluationResult) -> String {
     wrong.take(SHOWN).map(tell).collect()
 }
 
-/// The members that are best on some row, each as often as it is (GEPA's frontier).
+/// Whether one is as good as the other on every row, and better on one.
+fn dominates(one: &Member, other: &Member) -> bool {
+    let pairs = || one.result.rows.iter().zip(&other.result.rows);
+    pairs().all(|(a, b)| a.score >= b.score) && pairs().any(|(a, b)| a.score > b.score)
+}
+
+/// The members that are best on some row, each as often as it is, without those that another one
+/// dominates (GEPA's frontier).
 fn frontier(members: &[Member]) -> Vec<usize> {
     let rows = members.first().map_or(0, |member| member.result.rows.len());
+    let open: Vec<usize> = (0..members.len())
+        .filter(|&at| !members.iter().any(|other| dominates(other, &members[at])))
+        .collect();
     let best = |row: usize| {
-        let score = |member: &Member| member.result.rows[row].score;
-        let most = members.iter().map(score).max_by(f64::total_cmp)?;
-        let at = members.iter().position(|member| score(member) == most)?;
+        let score = |at: &usize| members[*at].result.rows[row].score;
+        let most = open.iter().map(score).max_by(f64::total_cmp)?;
+        let at = open.iter().copied().find(|at| score(at) == most)?;
         // A row that nobody gets right says nothing.
         (most > 0.0).then_some(at)
     };
     let mut all: Vec<usize> = (0..rows).filter_map(best).collect();
     if all.is_empty() {
-        all.push(0);
+        all.extend(open.first());
     }
     all
 }

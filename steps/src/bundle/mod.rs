@@ -15,6 +15,7 @@ mod card;
 use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::{StepError, World};
+use flowrun_lm::program::SavedProgram;
 use serde::{Deserialize, Serialize};
 
 use crate::answer::{Answerer, SamplingSpec};
@@ -131,7 +132,7 @@ impl Bundle {
         };
         let vendor = Vendor { folder, world };
         let (program, model, model_id) = match parts.program {
-            ProgramFile::Prompt(_) => {
+            ProgramFile::Prompt(saved) => {
                 let model = parts.model.ok_or_else(|| {
                     StepError::invalid("the program asks a language model, but none is named")
                         .help("set `model` to a name of `models:`")
@@ -146,7 +147,7 @@ impl Bundle {
                     }
                     _ => model.name(),
                 };
-                (parts.program.clone(), Some(vendor.model(model)?), id)
+                (vendor.prompt(saved)?, Some(vendor.model(model)?), id)
             }
             ProgramFile::Classifier(fitted) => {
                 let encoder = encoder_spec(&fitted.spec.embedder)?;
@@ -268,20 +269,34 @@ impl Vendor<'_> {
         Ok(model)
     }
 
-    fn classifier(
-        &self,
-        fitted: &FittedProgram,
-        encoder: &EncoderSpec,
-    ) -> Result<FittedProgram, StepError> {
+    /// The program with the encoders of its demos by similarity.
+    fn prompt(&self, saved: &SavedProgram) -> Result<ProgramFile, StepError> {
+        let mut saved = saved.clone();
+        for neighbours in saved.neighbours.values_mut() {
+            neighbours.embedder = self.encoder(&encoder_spec(&neighbours.embedder)?)?;
+        }
+        Ok(ProgramFile::Prompt(saved))
+    }
+
+    /// An encoder's entry, its files copied.
+    fn encoder(&self, encoder: &EncoderSpec) -> Result<serde_json::Value, StepError> {
         let config = encoder.config.as_ref().map(|config| self.weights(config));
         let encoder = EncoderSpec {
             weights: self.weights(&encoder.weights)?,
             tokenizer: self.weights(&encoder.tokenizer)?,
             config: config.transpose()?,
         };
+        serde_json::to_value(ModelSpec::SentenceEncoder(Box::new(encoder)))
+            .map_err(|e| StepError::failed(e.to_string()))
+    }
+
+    fn classifier(
+        &self,
+        fitted: &FittedProgram,
+        encoder: &EncoderSpec,
+    ) -> Result<FittedProgram, StepError> {
         let mut fitted = fitted.clone();
-        fitted.spec.embedder = serde_json::to_value(ModelSpec::SentenceEncoder(Box::new(encoder)))
-            .map_err(|e| StepError::failed(e.to_string()))?;
+        fitted.spec.embedder = self.encoder(encoder)?;
         Ok(fitted)
     }
 
