@@ -106,6 +106,11 @@ pub(crate) enum Command {
     },
     /// Serve a bundle over HTTP: `POST /predict`, and OpenAI's `/v1/chat/completions`.
     Serve(ServeArgs),
+    /// Measure this machine.
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
     /// Print a shell's completion script; it completes steps, runs and step kinds too.
     Completions {
         /// The shell.
@@ -116,6 +121,18 @@ pub(crate) enum Command {
         /// Write the page of each command into this folder instead.
         #[arg(long)]
         dir: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Training, reading prompts and generating with the embedded model, against what the rate
+    /// of matrix products allows. Takes some minutes.
+    Model {
+        /// A GGUF file, or a folder with `config.json`, `*.safetensors` and the tokenizer's files;
+        /// SmolLM2-135M-Instruct, fetched as pipelines fetch it, when left out.
+        #[arg(long, value_name = "FILE")]
+        model: Option<PathBuf>,
     },
 }
 

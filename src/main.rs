@@ -80,6 +80,7 @@ fn dispatch(args: Args) -> Result<Exit, Failure> {
         Some(Command::Schema { kind, events }) => {
             commands::schema::schema(kind.as_deref(), *events)
         }
+        Some(Command::Bench { command }) => commands::bench::bench(command, global),
         Some(Command::Serve(args)) => serve::serve(args, global),
         Some(Command::Completions { shell }) => commands::completions::completions(*shell),
         Some(Command::Man { dir }) => commands::man::man(dir.as_deref()),

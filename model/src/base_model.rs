@@ -1,9 +1,11 @@
 //! One loaded base model: weights, tokenizer and chat template, shared by trainer and generator.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use crate::chat_template::ChatTemplate;
 use crate::error::ModelError;
+use crate::llama::Int8Weights;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{GgufModel, LlamaWeights, SafetensorsModel};
 
@@ -18,9 +20,31 @@ pub struct BaseModel {
     pub chat: ChatTemplate,
     /// A digest of the weights, given by the caller; names the model in records and adapters.
     pub id: String,
+    /// The weights rounded to 8 bits, once a generator asked for them.
+    int8: OnceLock<Option<Int8Weights>>,
 }
 
 impl BaseModel {
+    /// Puts the parts together.
+    pub fn new(weights: LlamaWeights, tokenizer: Tokenizer, chat: ChatTemplate, id: &str) -> Self {
+        Self {
+            weights,
+            tokenizer,
+            chat,
+            id: id.to_owned(),
+            int8: OnceLock::new(),
+        }
+    }
+
+    /// The weights rounded to 8 bits; `None` where that would not be faster.
+    pub(crate) fn int8(&self) -> Result<Option<&Int8Weights>, ModelError> {
+        if self.int8.get().is_none() {
+            // Two callers at once do the work twice, with one result.
+            let _ = self.int8.set(Int8Weights::new(&self.weights)?);
+        }
+        Ok(self.int8.get().and_then(Option::as_ref))
+    }
+
     /// Loads a `.gguf` file, or a folder with `config.json`, `*.safetensors`, `tokenizer.json`
     /// and `tokenizer_config.json`. `id` is the caller's digest of it.
     ///
@@ -29,30 +53,19 @@ impl BaseModel {
     /// # Errors
     /// [`ModelError::Io`] or [`ModelError::Format`] naming the file and what it lacks.
     pub fn load(path: &Path, id: &str) -> Result<Self, ModelError> {
-        let id = id.to_owned();
         if path.is_dir() {
             let SafetensorsModel {
                 weights,
                 tokenizer,
                 chat,
             } = SafetensorsModel::load(path)?;
-            return Ok(Self {
-                weights,
-                tokenizer,
-                chat,
-                id,
-            });
+            return Ok(Self::new(weights, tokenizer, chat, id));
         }
         let GgufModel {
             weights,
             tokenizer,
             chat,
         } = GgufModel::load(path)?;
-        Ok(Self {
-            weights,
-            tokenizer,
-            chat,
-            id,
-        })
+        Ok(Self::new(weights, tokenizer, chat, id))
     }
 }

@@ -26,12 +26,23 @@ pub struct LlamaConfig {
     pub context: usize,
     /// Base of the rotary position frequencies.
     pub rope_theta: f64,
-    /// Llama 3's rescaling of the rotary frequencies, where the model has it.
-    pub rope_scaling: Option<Llama3RopeScaling>,
+    /// How the rotary frequencies are rescaled, where the model does that.
+    pub rope_scaling: Option<RopeScaling>,
     /// Epsilon of the RMS norms.
     pub norm_eps: f64,
     /// Whether the output head is the embedding matrix.
     pub tied_head: bool,
+}
+
+/// A rescaling of the rotary frequencies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeScaling {
+    /// By Llama 3's formula.
+    Llama3(Llama3RopeScaling),
+    /// A divisor for each of the `head_dim / 2` frequencies; llama.cpp's files have these in
+    /// place of the formula's parameters.
+    Divisors(Vec<f64>),
 }
 
 /// Parameters of Llama 3's rotary frequency rescaling (`rope_type: llama3`).
@@ -78,6 +89,15 @@ impl LlamaConfig {
                 self.rope_theta
             ));
         }
+        if let Some(RopeScaling::Divisors(divisors)) = &self.rope_scaling
+            && (divisors.len() != self.head_dim / 2 || divisors.iter().any(|d| !(*d > 0.0)))
+        {
+            return Err(format!(
+                "the rotary frequencies have {} divisors, not {} positive ones",
+                divisors.len(),
+                self.head_dim / 2
+            ));
+        }
         Ok(())
     }
 
@@ -97,7 +117,12 @@ impl LlamaConfig {
         let dim = self.head_dim as f64;
         (0..self.head_dim / 2)
             .map(|i| self.rope_theta.powf(-(2.0 * i as f64) / dim))
-            .map(|f| self.rope_scaling.as_ref().map_or(f, |s| s.rescale(f)))
+            .enumerate()
+            .map(|(i, f)| match &self.rope_scaling {
+                None => f,
+                Some(RopeScaling::Llama3(scaling)) => scaling.rescale(f),
+                Some(RopeScaling::Divisors(divisors)) => f / divisors[i],
+            })
             .collect()
     }
 }
@@ -191,7 +216,7 @@ mod tests {
             ..config()
         };
         let scaled = LlamaConfig {
-            rope_scaling: Some(scaling),
+            rope_scaling: Some(RopeScaling::Llama3(scaling)),
             ..plain.clone()
         };
         let (plain, scaled) = (plain.inverse_frequencies(), scaled.inverse_frequencies());

@@ -1,8 +1,10 @@
 //! The embedded model: weights, tokenizer, Llama, LoRA, training and generation.
 //!
-//! Knows no workflow and no prompting program. Everything computes in f32 on the CPU.
+//! Knows no workflow and no prompting program. Everything computes on the CPU: training in f32,
+//! generation in f32 or on 8-bit weights.
 
 mod base_model;
+pub mod bench;
 mod chat_template;
 mod config;
 mod embed;
@@ -12,6 +14,8 @@ mod kernels;
 mod llama;
 pub mod lora;
 #[cfg(test)]
+mod parity;
+#[cfg(test)]
 mod tiny;
 mod tokenizer;
 pub mod train;
@@ -19,12 +23,13 @@ mod weights;
 
 pub use base_model::BaseModel;
 pub use chat_template::{ChatMessage, ChatTemplate};
-pub use config::{Llama3RopeScaling, LlamaConfig};
+pub use config::{Llama3RopeScaling, LlamaConfig, RopeScaling};
 pub use embed::SentenceEncoder;
 pub use error::ModelError;
 pub use generate::{
     Answer, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated, Generator,
 };
+pub use llama::Precision;
 pub use lora::{LoraAdapter, LoraConfig, LoraPair};
 pub use tokenizer::Tokenizer;
 pub use weights::{LayerWeights, LlamaWeights};

@@ -68,12 +68,8 @@ pub(crate) fn base(seed: u64) -> Arc<BaseModel> {
         config,
     };
     let chat = ChatTemplate::chatml().expect("ChatML parses");
-    Arc::new(BaseModel {
-        weights,
-        tokenizer,
-        chat,
-        id: format!("tiny-{seed}"),
-    })
+    let id = format!("tiny-{seed}");
+    Arc::new(BaseModel::new(weights, tokenizer, chat, &id))
 }
 
 /// An adapter on some of the modules, with a `b` that is not zero.
@@ -85,6 +81,7 @@ pub(crate) fn adapter(model: &LlamaConfig, seed: u64) -> LoraAdapter {
         alpha: 6.0,
         dropout: 0.0,
         target_modules: modules.map(|m| m.name().to_owned()).to_vec(),
+        invocation_tokens: None,
     };
     let layers = (0..model.layers).map(|_| {
         let pair = |module: Module| {

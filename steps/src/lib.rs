@@ -4,6 +4,7 @@
 //! program layer and the embedded model; knows no command line.
 
 pub mod answer;
+pub mod bench;
 pub mod bootstrap;
 pub mod bundle;
 pub mod checkpoint;

@@ -9,7 +9,7 @@
 
 use super::ChoiceSet;
 use crate::error::ModelError;
-use crate::llama::{KvCache, Llama, Run};
+use crate::llama::{Adapter, KvCache, Llama, Run};
 use crate::tokenizer::Tokenizer;
 
 /// Below this, a fork is not worth its tokens: a trained model follows few forks, and the values
@@ -51,6 +51,8 @@ enum Branch {
 pub(super) struct Start<'a> {
     /// Hidden state of the last token.
     pub(super) hidden: &'a [f32],
+    /// The adapter of what comes next.
+    pub(super) adapter: Option<&'a Adapter>,
     /// What was fed.
     pub(super) past: Vec<&'a KvCache>,
 }
@@ -151,6 +153,7 @@ impl Trie {
                     .chain(fork.above.iter().map(|at| &caches[*at]))
                     .collect(),
                 own,
+                adapter: rows[fork.row].adapter,
             });
             let hidden = llama.forward(runs.collect())?;
             for ((fork, hidden), own) in level.into_iter().zip(hidden.chunks(width)).zip(own) {

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use crate::base_model::BaseModel;
 use crate::chat_template::ChatMessage;
 use crate::error::ModelError;
-use crate::llama::{KvCache, Llama, Run};
+use crate::llama::{Adapter, KvCache, Llama, Precision, Run};
 use crate::lora::LoraAdapter;
 use choices::Trie;
 use row::Row;
@@ -98,11 +98,16 @@ pub struct Generated {
 pub struct GenerateOptions {
     /// Rows that are decoded together.
     pub batch: usize,
+    /// What the base model's linear layers are computed with.
+    pub precision: Precision,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { batch: 32 }
+        Self {
+            batch: 32,
+            precision: Precision::default(),
+        }
     }
 }
 
@@ -123,7 +128,7 @@ impl Generator {
         adapter: Option<&LoraAdapter>,
         options: GenerateOptions,
     ) -> Result<Self, ModelError> {
-        let llama = Llama::new(base, adapter)?;
+        let llama = Llama::new(base, adapter, options.precision)?;
         Ok(Self { llama, options })
     }
 
@@ -147,7 +152,7 @@ impl Generator {
         };
         let mut waiting = VecDeque::with_capacity(requests.len());
         for (index, request) in requests.iter().enumerate() {
-            match Row::new(index, request, self.base()) {
+            match Row::new(index, request, &self.llama) {
                 Ok(row) => waiting.push_back(row),
                 Err(error) => tell(index, Err(error)),
             }
@@ -200,10 +205,12 @@ impl Generator {
             if cancelled() {
                 return Err(ModelError::Cancelled);
             }
+            self.feed_plain(&mut active, prefix.as_ref())?;
             let runs = active.iter_mut().map(|row| Run {
                 tokens: &row.pending,
                 past: prefix.iter().collect(),
                 own: &mut row.own,
+                adapter: self.llama.adapter().filter(|_| row.adapted),
             });
             let hidden = self.llama.forward(runs.collect())?;
             let width = self.base().weights.config.hidden;
@@ -221,9 +228,40 @@ impl Generator {
         }
     }
 
+    /// Feeds the parts of prompts that come before an activated adapter's invocation.
+    fn feed_plain(&self, rows: &mut [Row], prefix: Option<&KvCache>) -> Result<(), ModelError> {
+        let waiting = rows.iter_mut().filter(|row| row.plain > 0);
+        let mut waiting: Vec<(Vec<u32>, &mut Row)> = waiting
+            .map(|row| {
+                (
+                    row.pending
+                        .drain(..std::mem::take(&mut row.plain))
+                        .collect(),
+                    row,
+                )
+            })
+            .collect();
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let runs = waiting.iter_mut().map(|(tokens, row)| Run {
+            tokens,
+            past: prefix.into_iter().collect(),
+            own: &mut row.own,
+            adapter: None,
+        });
+        self.llama.forward(runs.collect())?;
+        Ok(())
+    }
+
     /// Computes what all prompts begin with, and cuts it off them.
     fn share_prefix(&self, rows: &mut VecDeque<Row>) -> Result<Option<KvCache>, ModelError> {
-        let common = prompt::common_start(rows.iter().map(|row| row.pending.as_slice()));
+        let mut common = prompt::common_start(rows.iter().map(|row| row.pending.as_slice()));
+        let activated = self.llama.adapter().is_some_and(Adapter::is_activated);
+        if activated {
+            let plain = rows.iter().filter(|row| row.adapted).map(|row| row.plain);
+            common = plain.fold(common, usize::min);
+        }
         if rows.len() < 2 || common < SHORTEST_PREFIX {
             return Ok(None);
         }
@@ -233,9 +271,11 @@ impl Generator {
             tokens: &tokens,
             past: vec![],
             own: &mut cache,
+            adapter: self.llama.adapter().filter(|_| !activated),
         }])?;
         for row in rows {
             row.pending.drain(..common);
+            row.plain = row.plain.saturating_sub(common);
         }
         Ok(Some(cache))
     }
@@ -272,6 +312,7 @@ impl Generator {
                 .iter()
                 .map(|(row, hidden)| choices::Start {
                     hidden,
+                    adapter: self.llama.adapter().filter(|_| row.adapted),
                     past: prefix.into_iter().chain([&row.own]).collect(),
                 })
                 .collect();

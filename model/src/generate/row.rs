@@ -4,7 +4,7 @@ use super::sampler::Sampler;
 use super::{ChoiceSet, Finish, GenerateRequest, Generated};
 use crate::base_model::BaseModel;
 use crate::error::ModelError;
-use crate::llama::KvCache;
+use crate::llama::{KvCache, Llama};
 
 /// A request with what was computed for it.
 pub(super) struct Row {
@@ -12,6 +12,10 @@ pub(super) struct Row {
     pub(super) index: usize,
     /// Tokens to feed next.
     pub(super) pending: Vec<u32>,
+    /// How many of them come before the adapter takes effect.
+    pub(super) plain: usize,
+    /// Whether the adapter takes effect at all.
+    pub(super) adapted: bool,
     /// Keys and values of what was fed, after a shared start.
     pub(super) own: KvCache,
     /// The restriction starts once `pending` is fed.
@@ -28,8 +32,9 @@ impl Row {
     pub(super) fn new(
         index: usize,
         request: &GenerateRequest,
-        base: &BaseModel,
+        llama: &Llama,
     ) -> Result<Self, ModelError> {
+        let base = llama.base();
         let refuse = |reason: String| Err(ModelError::Request { index, reason });
         let pending = base.prompt_tokens(&request.messages)?;
         let context = base.weights.config.context;
@@ -45,8 +50,12 @@ impl Row {
                 "the prompt has {length} tokens, the model's context {context}; shorten it"
             ));
         }
+        let start = llama.adapter().map(|adapter| adapter.start(&pending));
+        let start = start.unwrap_or(Some(0));
         Ok(Self {
             index,
+            plain: start.unwrap_or(0),
+            adapted: start.is_some(),
             own: KvCache::default(),
             choosing: matches!(&request.choices, Some(set) if set.after.is_none()),
             choices: request.choices.clone(),

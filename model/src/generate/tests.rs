@@ -21,7 +21,15 @@ fn request(text: &str, max_tokens: usize) -> GenerateRequest {
 fn generator(seed: u64, batch: usize) -> Generator {
     let base = tiny::base(seed);
     let adapter = tiny::adapter(&base.weights.config, seed + 1);
-    Generator::new(base, Some(&adapter), GenerateOptions { batch }).unwrap()
+    Generator::new(
+        base,
+        Some(&adapter),
+        GenerateOptions {
+            batch,
+            ..GenerateOptions::default()
+        },
+    )
+    .unwrap()
 }
 
 fn all(generator: &Generator, requests: &[GenerateRequest]) -> Vec<Generated> {
@@ -258,4 +266,96 @@ fn a_cancelled_call_keeps_what_is_done() {
     let answers = generator.generate(&requests, &tell, &cancelled);
     assert!(answers[0].is_ok());
     assert!(matches!(answers[2], Err(ModelError::Cancelled)));
+}
+
+/// The likeliest tokens, the adapter in effect from `start` on, one request by itself.
+fn activated_greedy(generator: &Generator, text: &str, max_tokens: usize) -> (usize, String) {
+    let (llama, base) = (&generator.llama, generator.base());
+    let prompt = base
+        .prompt_tokens(&[ChatMessage::new("user", text)])
+        .unwrap();
+    let adapter = llama.adapter().unwrap();
+    let start = adapter.start(&prompt).unwrap();
+    let mut own = llama.cache(0);
+    let mut feed = |tokens: &[u32], adapter| {
+        let run = Run {
+            tokens,
+            past: vec![],
+            own: &mut own,
+            adapter,
+        };
+        llama.forward(vec![run]).unwrap()
+    };
+    feed(&prompt[..start], None);
+    let mut hidden = feed(&prompt[start..], Some(adapter));
+    let mut tokens = Vec::new();
+    for _ in 0..max_tokens {
+        let logits = llama.logits(&hidden).unwrap();
+        let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+        tokens.push(best.unwrap() as u32);
+        if base.tokenizer.eos().contains(&tokens[tokens.len() - 1]) {
+            break;
+        }
+        hidden = feed(&tokens[tokens.len() - 1..], Some(adapter));
+    }
+    (start, base.tokenizer.decode(&tokens).unwrap())
+}
+
+#[test]
+fn an_activated_adapter_answers_alike_alone_and_with_a_shared_start() {
+    let base = tiny::base(1);
+    let mut adapter = tiny::adapter(&base.weights.config, 2);
+    // The header of the answer.
+    let mark = base
+        .tokenizer
+        .encode("<|im_start|>assistant", true)
+        .unwrap();
+    adapter.config.invocation_tokens = Some(mark);
+    let generator = |adapter: &LoraAdapter| {
+        Generator::new(base.clone(), Some(adapter), GenerateOptions::default()).unwrap()
+    };
+    let activated = generator(&adapter);
+    let same = "a question long enough to share its start: ";
+    let texts: Vec<String> = (0..5).map(|i| format!("{same}{i}")).collect();
+    let requests: Vec<_> = texts.iter().map(|text| request(text, 7)).collect();
+    for (answer, text) in all(&activated, &requests).iter().zip(&texts) {
+        let (start, wanted) = activated_greedy(&activated, text, 7);
+        assert!(start > SHORTEST_PREFIX);
+        assert_eq!(answer.text, wanted, "{text}");
+    }
+    // One that is never invoked leaves the base model as it is.
+    adapter.config.invocation_tokens = Some(vec![1, 1, 1]);
+    let plain = Generator::new(base.clone(), None, GenerateOptions::default()).unwrap();
+    assert_eq!(all(&generator(&adapter), &requests), all(&plain, &requests));
+}
+
+#[test]
+fn rows_of_one_pass_may_have_different_adapters() {
+    let base = tiny::base(3);
+    let config = &base.weights.config;
+    let generators: Vec<Generator> = [None, Some(4), Some(5)]
+        .map(|seed: Option<u64>| {
+            let adapter = seed.map(|seed| tiny::adapter(config, seed));
+            Generator::new(base.clone(), adapter.as_ref(), GenerateOptions::default()).unwrap()
+        })
+        .into();
+    let tokens: Vec<u32> = (0..9).map(|i| i * 13 + 2).collect();
+    let order = [1, 1, 0, 2, 1, 0];
+    let hidden = |order: &[usize]| {
+        let llama = &generators[0].llama;
+        let mut caches: Vec<_> = order.iter().map(|_| llama.cache(9)).collect();
+        let runs = order.iter().zip(&mut caches).map(|(which, own)| Run {
+            tokens: &tokens,
+            past: vec![],
+            own,
+            adapter: generators[*which].llama.adapter(),
+        });
+        llama.forward(runs.collect()).unwrap()
+    };
+    let width = config.hidden;
+    for (which, got) in order.iter().zip(hidden(&order).chunks(width)) {
+        let alone = hidden(&[*which]);
+        let off = got.iter().zip(&alone).map(|(a, b)| (a - b).abs());
+        assert!(off.fold(0.0, f32::max) < 1e-4);
+    }
 }

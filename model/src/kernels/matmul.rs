@@ -59,6 +59,11 @@ impl<'a> Mat<'a> {
         }
     }
 
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// The transpose, without moving data.
     pub(crate) fn t(self) -> Self {
         Self {

@@ -1,7 +1,8 @@
 //! A LoRA adapter repacked for inference.
 //!
-//! The adapter stays beside the base weights (no merged copy), so one base serves many adapters.
-//! Layers that read the same input share one product with their stacked `a` factors.
+//! The adapter stays beside the base weights (no merged copy), so one base serves many adapters,
+//! each row its own. Layers that read the same input share one product with their stacked `a`
+//! factors.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +11,7 @@ use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::kernels::rows::linear;
-use crate::lora::{LoraAdapter, LoraPair, Module};
+use crate::lora::{LoraAdapter, LoraPair, Module, activation};
 
 /// The adapters of the linear layers that read one input.
 #[derive(Debug, Default)]
@@ -40,11 +41,42 @@ pub(super) struct LayerDelta {
     pub(super) down: Group,
 }
 
-/// Repacks an adapter, or says where it does not fit the model.
-pub(super) fn pack(
-    adapter: &LoraAdapter,
-    config: &LlamaConfig,
-) -> Result<Vec<LayerDelta>, ModelError> {
+/// An adapter, ready to run.
+#[derive(Debug)]
+pub(crate) struct Adapter {
+    layers: Vec<LayerDelta>,
+    invocation: Option<Vec<u32>>,
+}
+
+impl Adapter {
+    /// Repacks an adapter, or says where it does not fit the model.
+    pub(crate) fn new(adapter: &LoraAdapter, config: &LlamaConfig) -> Result<Self, ModelError> {
+        Ok(Self {
+            layers: pack(adapter, config)?,
+            invocation: adapter.config.invocation_tokens.clone(),
+        })
+    }
+
+    /// Whether it leaves what comes before its invocation to the base model.
+    pub(crate) fn is_activated(&self) -> bool {
+        self.invocation.is_some()
+    }
+
+    /// How many tokens of a prompt come before the adapter takes effect; `None` when it never
+    /// does, since it is an activated one and not invoked.
+    pub(crate) fn start(&self, prompt: &[u32]) -> Option<usize> {
+        match &self.invocation {
+            None => Some(0),
+            Some(invocation) => activation(prompt, invocation),
+        }
+    }
+
+    pub(super) fn layer(&self, layer: usize) -> &LayerDelta {
+        &self.layers[layer]
+    }
+}
+
+fn pack(adapter: &LoraAdapter, config: &LlamaConfig) -> Result<Vec<LayerDelta>, ModelError> {
     if adapter.layers.len() != config.layers {
         return Err(ModelError::Adapter(format!(
             "it has {} layers, the base model {}",

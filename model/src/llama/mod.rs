@@ -8,22 +8,25 @@
 mod attention;
 mod delta;
 mod kv_cache;
+mod matrices;
 mod pass;
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
+pub(crate) use delta::Adapter;
 pub(crate) use kv_cache::KvCache;
+pub(crate) use matrices::Int8Weights;
+pub use matrices::Precision;
 
 use crate::base_model::BaseModel;
 use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
-use crate::kernels::rows::linear;
 use crate::kernels::vector::dot;
 use crate::lora::LoraAdapter;
-use delta::LayerDelta;
+use matrices::Matrix;
 
 /// Most tokens that one thread takes through the layers together: more would fall out of the
 /// processor's cache.
@@ -40,12 +43,15 @@ pub(crate) struct Run<'a> {
     /// Where the keys and values of the new tokens are appended; what it already holds comes
     /// before the new tokens.
     pub(crate) own: &'a mut KvCache,
+    /// The adapter of the new tokens; what came before may have had another one.
+    pub(crate) adapter: Option<&'a Adapter>,
 }
 
-/// A base model with at most one adapter, ready to run.
+/// A base model with at most one adapter of its own, ready to run.
 pub(crate) struct Llama {
     base: Arc<BaseModel>,
-    deltas: Vec<LayerDelta>,
+    adapter: Option<Adapter>,
+    precision: Precision,
     frequencies: Vec<f64>,
 }
 
@@ -54,18 +60,33 @@ impl Llama {
     pub(crate) fn new(
         base: Arc<BaseModel>,
         adapter: Option<&LoraAdapter>,
+        precision: Precision,
     ) -> Result<Self, ModelError> {
         let config = &base.weights.config;
-        let deltas = match adapter {
-            Some(adapter) => delta::pack(adapter, config)?,
-            None => Vec::new(),
-        };
+        let adapter = adapter.map(|adapter| Adapter::new(adapter, config));
         let frequencies = config.inverse_frequencies();
+        if precision == Precision::Int8 {
+            base.int8()?;
+        }
         Ok(Self {
-            base,
-            deltas,
+            adapter: adapter.transpose()?,
+            precision,
             frequencies,
+            base,
         })
+    }
+
+    /// The adapter that it was made with.
+    pub(crate) fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    /// The rounded weights, where they are wanted and there are any.
+    fn int8(&self) -> Result<Option<&Int8Weights>, ModelError> {
+        match self.precision {
+            Precision::Int8 => self.base.int8(),
+            Precision::F32 => Ok(None),
+        }
     }
 
     pub(crate) fn base(&self) -> &BaseModel {
@@ -100,16 +121,9 @@ impl Llama {
     pub(crate) fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
         let weights = &self.base.weights;
         let (width, vocab) = (weights.config.hidden, weights.config.vocab);
-        let head = View::new(&weights.head)?;
         let mut logits = vec![0.0; hidden.len() / width * vocab];
-        linear(
-            hidden,
-            &head,
-            width,
-            &mut logits,
-            Into::Replace,
-            Threads::All,
-        );
+        let head = Matrix::head(weights, self.int8()?)?;
+        head.times(hidden, &mut logits, Into::Replace, Threads::All);
         Ok(logits)
     }
 
@@ -145,12 +159,18 @@ mod tests {
     use crate::config::LlamaConfig;
     use crate::tiny;
 
-    fn last_logits(llama: &Llama, past: Vec<&KvCache>, tokens: &[u32]) -> (Vec<f32>, KvCache) {
+    fn last_logits(
+        llama: &Llama,
+        adapter: Option<&Adapter>,
+        past: Vec<&KvCache>,
+        tokens: &[u32],
+    ) -> (Vec<f32>, KvCache) {
         let mut own = llama.cache(0);
         let run = Run {
             tokens,
             past,
             own: &mut own,
+            adapter,
         };
         let hidden = llama.forward(vec![run]).unwrap();
         (llama.logits(&hidden).unwrap(), own)
@@ -171,8 +191,8 @@ mod tests {
         let adapter = tiny::adapter(&base.weights.config, 2);
         let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % 200).collect();
         for adapter in [None, Some(&adapter)] {
-            let llama = Llama::new(base.clone(), adapter).unwrap();
-            let (got, _) = last_logits(&llama, vec![], &tokens);
+            let llama = Llama::new(base.clone(), adapter, Precision::F32).unwrap();
+            let (got, _) = last_logits(&llama, llama.adapter(), vec![], &tokens);
             assert_close(&got, &tiny::logits(&base, adapter, &tokens));
         }
     }
@@ -180,13 +200,13 @@ mod tests {
     #[test]
     fn a_sequence_may_be_fed_in_stretches() {
         let base = tiny::base(3);
-        let llama = Llama::new(base.clone(), None).unwrap();
+        let llama = Llama::new(base.clone(), None, Precision::F32).unwrap();
         let tokens: Vec<u32> = (0..12).map(|i| i * 11 + 1).collect();
         let wanted = tiny::logits(&base, None, &tokens);
-        let (_, first) = last_logits(&llama, vec![], &tokens[..4]);
+        let (_, first) = last_logits(&llama, None, vec![], &tokens[..4]);
         let empty = llama.cache(0);
-        let (_, mut second) = last_logits(&llama, vec![&first, &empty], &tokens[4..7]);
-        let (got, _) = last_logits(&llama, vec![&first, &second], &tokens[7..]);
+        let (_, mut second) = last_logits(&llama, None, vec![&first, &empty], &tokens[4..7]);
+        let (got, _) = last_logits(&llama, None, vec![&first, &second], &tokens[7..]);
         assert_close(&got, &wanted);
         // Token by token into the same stretch.
         for token in tokens[7..].chunks(1) {
@@ -194,6 +214,7 @@ mod tests {
                 tokens: token,
                 past: vec![&first],
                 own: &mut second,
+                adapter: None,
             };
             let hidden = llama.forward(vec![run]).unwrap();
             if second.len() == 8 {
@@ -207,7 +228,7 @@ mod tests {
     #[test]
     fn runs_of_one_call_do_not_see_each_other() {
         let base = tiny::base(4);
-        let llama = Llama::new(base.clone(), None).unwrap();
+        let llama = Llama::new(base.clone(), None, Precision::F32).unwrap();
         let length = |i: u32| 1 + (i * 7) % 5;
         let rows: Vec<Vec<u32>> = (0..30)
             .map(|i| (0..length(i)).map(|j| (i * 13 + j * 29) % 250).collect())
@@ -219,6 +240,7 @@ mod tests {
                 tokens: row,
                 past: vec![],
                 own,
+                adapter: None,
             })
             .collect();
         let hidden = llama.forward(runs).unwrap();
@@ -233,7 +255,7 @@ mod tests {
         let base = tiny::base(5);
         let mut adapter = tiny::adapter(&base.weights.config, 6);
         adapter.layers.pop();
-        let error = Llama::new(base.clone(), Some(&adapter)).err().unwrap();
+        let error = Adapter::new(&adapter, &base.weights.config).err().unwrap();
         assert_eq!(
             error.to_string(),
             "adapter: it has 1 layers, the base model 2"
@@ -243,7 +265,10 @@ mod tests {
             ..base.weights.config.clone()
         };
         let adapter = tiny::adapter(&other, 6);
-        let error = Llama::new(base, Some(&adapter)).err().unwrap().to_string();
+        let error = Adapter::new(&adapter, &base.weights.config)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(
             error.starts_with("adapter: layer 0: `q_proj` has factors [3, 18]"),
             "{error}"

@@ -1,15 +1,18 @@
 //! One chunk of runs through all layers.
 
+use std::ops::Range;
+
 use super::attention::attend;
-use super::delta::LayerDelta;
+use super::delta::Adapter;
+use super::matrices::Matrix;
 use super::{Llama, Run};
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
-use crate::kernels::rows::{linear, rotate, silu_mul};
+use crate::kernels::rows::{rotate, silu_mul};
 use crate::kernels::vector::rms_norm_row;
-use crate::weights::LayerWeights;
+use crate::lora::Module;
 
 /// Activations of a chunk, reused by every layer. `m` is the number of tokens.
 struct Activations {
@@ -44,12 +47,11 @@ impl Llama {
         let weights = &self.base.weights;
         let config = &weights.config;
         let mut state = self.start(&runs)?;
-        let none = LayerDelta::default();
-        for (index, layer) in weights.layers.iter().enumerate() {
-            let delta = self.deltas.get(index).unwrap_or(&none);
-            project(config, layer, delta, &mut state, threads)?;
-            mix(config, index, &mut runs, &mut state, threads);
-            finish(config, layer, delta, &mut state, threads)?;
+        let adapted = adapted(&runs);
+        for layer in 0..config.layers {
+            self.project(layer, &adapted, &mut state, threads)?;
+            mix(config, layer, &mut runs, &mut state, threads);
+            self.finish(layer, &adapted, &mut state, threads)?;
         }
         for run in &mut runs {
             run.own.grow(run.tokens.len());
@@ -96,6 +98,144 @@ impl Llama {
             sin,
         })
     }
+
+    /// Queries, keys and values, rotated; queries carry the scale of the scores.
+    fn project(
+        &self,
+        layer: usize,
+        adapted: &[(Range<usize>, &Adapter)],
+        state: &mut Activations,
+        threads: Threads,
+    ) -> Result<(), ModelError> {
+        let weights = &self.base.weights;
+        let c = &weights.config;
+        let Activations {
+            x,
+            h,
+            q,
+            k,
+            v,
+            inner,
+            ..
+        } = state;
+        norm(
+            x,
+            &View::new(&weights.layers[layer].attn_norm)?,
+            c.norm_eps,
+            h,
+        );
+        self.linear(layer, Module::Q, h, q, Into::Replace, threads)?;
+        self.linear(layer, Module::K, h, k, Into::Replace, threads)?;
+        self.linear(layer, Module::V, h, v, Into::Replace, threads)?;
+        for (rows, adapter) in adapted {
+            let h = &h[scaled(rows, c.hidden)];
+            let q = &mut q[scaled(rows, c.q_width())];
+            let (k, v) = (
+                &mut k[scaled(rows, c.kv_width())],
+                &mut v[scaled(rows, c.kv_width())],
+            );
+            adapter.layer(layer).qkv.add(h, [q, k, v], inner, threads);
+        }
+        let scale = 1.0 / (c.head_dim as f32).sqrt();
+        let half = c.head_dim / 2;
+        let turns = state
+            .cos
+            .chunks_exact(half)
+            .zip(state.sin.chunks_exact(half));
+        let tokens = q
+            .chunks_exact_mut(c.q_width())
+            .zip(k.chunks_exact_mut(c.kv_width()));
+        for ((q, k), (cos, sin)) in tokens.zip(turns) {
+            rotate(q, cos, sin, scale);
+            rotate(k, cos, sin, 1.0);
+        }
+        Ok(())
+    }
+
+    /// The output projection and the feed-forward layer, both added to the residual stream.
+    fn finish(
+        &self,
+        layer: usize,
+        adapted: &[(Range<usize>, &Adapter)],
+        state: &mut Activations,
+        threads: Threads,
+    ) -> Result<(), ModelError> {
+        let weights = &self.base.weights;
+        let c = &weights.config;
+        let Activations {
+            x,
+            h,
+            mixed,
+            gate,
+            up,
+            inner,
+            ..
+        } = state;
+        self.linear(layer, Module::O, mixed, x, Into::Add, threads)?;
+        for (rows, adapter) in adapted {
+            let out = &mut x[scaled(rows, c.hidden)];
+            let mixed = &mixed[scaled(rows, c.q_width())];
+            adapter.layer(layer).o.add(mixed, [out], inner, threads);
+        }
+        norm(
+            x,
+            &View::new(&weights.layers[layer].ffn_norm)?,
+            c.norm_eps,
+            h,
+        );
+        self.linear(layer, Module::Gate, h, gate, Into::Replace, threads)?;
+        self.linear(layer, Module::Up, h, up, Into::Replace, threads)?;
+        for (rows, adapter) in adapted {
+            let h = &h[scaled(rows, c.hidden)];
+            let outs = [&mut gate[scaled(rows, c.ffn)], &mut up[scaled(rows, c.ffn)]];
+            adapter.layer(layer).gate_up.add(h, outs, inner, threads);
+        }
+        silu_mul(gate, up);
+        self.linear(layer, Module::Down, gate, x, Into::Add, threads)?;
+        for (rows, adapter) in adapted {
+            let out = &mut x[scaled(rows, c.hidden)];
+            let gate = &gate[scaled(rows, c.ffn)];
+            adapter.layer(layer).down.add(gate, [out], inner, threads);
+        }
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        layer: usize,
+        module: Module,
+        x: &[f32],
+        out: &mut [f32],
+        into: Into,
+        threads: Threads,
+    ) -> Result<(), ModelError> {
+        let matrix = Matrix::of_layer(&self.base.weights, self.int8()?, layer, module)?;
+        matrix.times(x, out, into, threads);
+        Ok(())
+    }
+}
+
+/// Neighbouring rows with one adapter.
+fn adapted<'a>(runs: &[Run<'a>]) -> Vec<(Range<usize>, &'a Adapter)> {
+    let mut found: Vec<(Range<usize>, &Adapter)> = Vec::new();
+    let mut start = 0;
+    for run in runs {
+        let rows = start..start + run.tokens.len();
+        start = rows.end;
+        let Some(adapter) = run.adapter else { continue };
+        match found.last_mut() {
+            Some((before, other)) if before.end == rows.start && std::ptr::eq(*other, adapter) => {
+                before.end = rows.end;
+            }
+            _ => found.push((rows, adapter)),
+        }
+    }
+    found
+}
+
+/// Rows as a range of values.
+fn scaled(rows: &Range<usize>, width: usize) -> Range<usize> {
+    rows.start * width..rows.end * width
 }
 
 fn norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
@@ -103,65 +243,6 @@ fn norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
         rms_norm_row(out, x, weight, eps as f32);
     }
-}
-
-/// Queries, keys and values, rotated; queries carry the scale of the scores.
-fn project(
-    c: &LlamaConfig,
-    layer: &LayerWeights,
-    delta: &LayerDelta,
-    state: &mut Activations,
-    threads: Threads,
-) -> Result<(), ModelError> {
-    let Activations {
-        x,
-        h,
-        q,
-        k,
-        v,
-        inner,
-        ..
-    } = state;
-    norm(x, &View::new(&layer.attn_norm)?, c.norm_eps, h);
-    linear(
-        h,
-        &View::new(&layer.q)?,
-        c.hidden,
-        q,
-        Into::Replace,
-        threads,
-    );
-    linear(
-        h,
-        &View::new(&layer.k)?,
-        c.hidden,
-        k,
-        Into::Replace,
-        threads,
-    );
-    linear(
-        h,
-        &View::new(&layer.v)?,
-        c.hidden,
-        v,
-        Into::Replace,
-        threads,
-    );
-    delta.qkv.add(h, [&mut *q, &mut *k, v], inner, threads);
-    let scale = 1.0 / (c.head_dim as f32).sqrt();
-    let half = c.head_dim / 2;
-    let turns = state
-        .cos
-        .chunks_exact(half)
-        .zip(state.sin.chunks_exact(half));
-    let tokens = q
-        .chunks_exact_mut(c.q_width())
-        .zip(k.chunks_exact_mut(c.kv_width()));
-    for ((q, k), (cos, sin)) in tokens.zip(turns) {
-        rotate(q, cos, sin, scale);
-        rotate(k, cos, sin, 1.0);
-    }
-    Ok(())
 }
 
 /// Attention, run by run.
@@ -184,54 +265,4 @@ fn mix(
         let (queries, out) = (&state.q[rows.clone()], &mut state.mixed[rows]);
         attend(c, queries, &stretches, out, &mut state.scores, threads);
     }
-}
-
-/// The output projection and the feed-forward layer, both added to the residual stream.
-fn finish(
-    c: &LlamaConfig,
-    layer: &LayerWeights,
-    delta: &LayerDelta,
-    state: &mut Activations,
-    threads: Threads,
-) -> Result<(), ModelError> {
-    let Activations {
-        x,
-        h,
-        mixed,
-        gate,
-        up,
-        inner,
-        ..
-    } = state;
-    linear(
-        mixed,
-        &View::new(&layer.o)?,
-        c.q_width(),
-        x,
-        Into::Add,
-        threads,
-    );
-    delta.o.add(mixed, [&mut *x], inner, threads);
-    norm(x, &View::new(&layer.ffn_norm)?, c.norm_eps, h);
-    linear(
-        h,
-        &View::new(&layer.gate)?,
-        c.hidden,
-        gate,
-        Into::Replace,
-        threads,
-    );
-    linear(
-        h,
-        &View::new(&layer.up)?,
-        c.hidden,
-        up,
-        Into::Replace,
-        threads,
-    );
-    delta.gate_up.add(h, [&mut *gate, &mut *up], inner, threads);
-    silu_mul(gate, up);
-    linear(gate, &View::new(&layer.down)?, c.ffn, x, Into::Add, threads);
-    delta.down.add(gate, [x], inner, threads);
-    Ok(())
 }

@@ -17,6 +17,12 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// Adapted modules, such as `q_proj`.
     pub target_modules: Vec<String>,
+    /// Makes it an activated adapter (aLoRA, Greenewald et al. 2025): it takes effect from the
+    /// last place in the prompt where these tokens stand, and the base model alone computes what
+    /// comes before, so that keys and values of that part serve all adapters. A prompt without
+    /// them is answered by the base model. PEFT's `alora_invocation_tokens`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub invocation_tokens: Option<Vec<u32>>,
 }
 
 impl Default for LoraConfig {
@@ -27,8 +33,17 @@ impl Default for LoraConfig {
             alpha: 32.0,
             dropout: 0.0,
             target_modules: Module::ALL.map(|m| m.name().to_owned()).to_vec(),
+            invocation_tokens: None,
         }
     }
+}
+
+/// Where `invocation` begins in `prompt` for the last time.
+pub(crate) fn activation(prompt: &[u32], invocation: &[u32]) -> Option<usize> {
+    let places = 0..(prompt.len() + 1).saturating_sub(invocation.len());
+    places
+        .rev()
+        .find(|at| prompt[*at..].starts_with(invocation))
 }
 
 impl LoraConfig {
@@ -57,6 +72,9 @@ impl LoraConfig {
         }
         if self.target_modules.is_empty() {
             return refuse("target_modules", "names no module".to_owned());
+        }
+        if self.invocation_tokens.as_ref().is_some_and(Vec::is_empty) {
+            return refuse("invocation_tokens", "names no token".to_owned());
         }
         let known = || Module::ALL.map(|m| format!("`{}`", m.name())).join(", ");
         let modules = self.target_modules.iter().map(|name| {
@@ -95,6 +113,15 @@ mod tests {
         let error = with(&["lm_head"]).check().unwrap_err().to_string();
         assert!(error.starts_with("`target_modules`: `lm_head` is not one of `q_proj`"));
         assert!(with(&[]).check().is_err());
+    }
+
+    #[test]
+    fn the_last_invocation_counts() {
+        assert_eq!(activation(&[1, 2, 3, 1, 2, 4], &[1, 2]), Some(3));
+        assert_eq!(activation(&[1, 1, 1], &[1, 1]), Some(1));
+        assert_eq!(activation(&[1, 2], &[1, 2]), Some(0));
+        assert_eq!(activation(&[1, 2], &[2, 1]), None);
+        assert_eq!(activation(&[1], &[1, 2]), None);
     }
 
     #[test]

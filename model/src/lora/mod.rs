@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 pub use config::LoraConfig;
+pub(crate) use config::activation;
 pub use module::Module;
 pub(crate) use peft::replace;
 

@@ -100,7 +100,7 @@ impl LoraAdapter {
     }
 
     fn peft_config(&self, base: &str) -> Value {
-        json!({
+        let mut config = json!({
             "alpha_pattern": {},
             "auto_mapping": null,
             "base_model_name_or_path": base,
@@ -121,7 +121,12 @@ impl LoraAdapter {
             "task_type": "CAUSAL_LM",
             "use_dora": false,
             "use_rslora": false,
-        })
+        });
+        // Only where it is used: older versions of PEFT refuse a setting that they do not know.
+        if let Some(tokens) = &self.config.invocation_tokens {
+            config["alora_invocation_tokens"] = json!(tokens);
+        }
+        config
     }
 }
 
@@ -176,7 +181,20 @@ fn read_config(settings: &Map<String, Value>) -> Result<LoraConfig, String> {
             .and_then(Value::as_f64)
             .unwrap_or(0.0),
         target_modules: Vec::new(),
+        invocation_tokens: read_invocation(settings)?,
     })
+}
+
+fn read_invocation(settings: &Map<String, Value>) -> Result<Option<Vec<u32>>, String> {
+    let Some(value) = settings.get("alora_invocation_tokens") else {
+        return Ok(None);
+    };
+    let tokens: Option<Vec<u32>> = serde_json::from_value(value.clone())
+        .map_err(|_| "`alora_invocation_tokens` is not a list of tokens")?;
+    match tokens {
+        Some(tokens) if tokens.is_empty() => Err("`alora_invocation_tokens` is empty".to_owned()),
+        tokens => Ok(tokens),
+    }
 }
 
 /// Refuses a setting that changes the computation in a way that this crate lacks.
@@ -192,7 +210,9 @@ fn check_setting(key: &str, value: &Value) -> Result<(), String> {
     }
     let text = value.as_str();
     let reason = match key {
-        "r" | "lora_alpha" | "lora_dropout" | "use_rslora" => return Ok(()),
+        "r" | "lora_alpha" | "lora_dropout" | "use_rslora" | "alora_invocation_tokens" => {
+            return Ok(());
+        }
         "peft_type" if text == Some("LORA") => return Ok(()),
         "peft_type" => "only `LORA` adapters are supported",
         "bias" if text == Some("none") => return Ok(()),
@@ -207,7 +227,6 @@ fn check_setting(key: &str, value: &Value) -> Result<(), String> {
         "rank_pattern" | "alpha_pattern" => "one rank and alpha for all modules is needed",
         "modules_to_save" => "modules that are trained in full are not supported",
         "fan_in_fan_out" => "transposed weights are not supported",
-        "alora_invocation_tokens" => "activated adapters (aLoRA) are not supported",
         // Settings of a start that has ended; they say nothing about the tensors.
         "loftq_config" | "eva_config" | "megatron_config" => return Ok(()),
         "qalora_group_size" => return Ok(()),

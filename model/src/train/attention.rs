@@ -1,12 +1,15 @@
 //! Causal attention over spans of rows that may share a prefix, forward and backward.
 //!
-//! Queries, keys and values come as `[heads, tokens, head_dim]`, rotated. Knows no projection.
+//! A span may also see keys and values of a stretch that came before the pass; these get no
+//! gradient. Queries, keys and values come as `[heads, tokens, head_dim]`, rotated. Knows no projection.
 //! The scores are computed again in the backward pass, so memory grows with the tokens, not with
 //! their square. Invariant: gradients that several spans send to the prefix are added in the
 //! order of the spans, so equal inputs give equal bits.
 
 use rayon::prelude::*;
 
+use super::pack::Pack;
+use super::past::Past;
 use crate::config::LlamaConfig;
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::kernels::vector;
@@ -21,6 +24,16 @@ pub(super) struct Span {
     pub(super) len: usize,
     /// Number of leading rows of the matrix that the span sees too.
     pub(super) prefix: usize,
+    /// Which entry of the pack's `past` it sees before all else, if any, and the tokens there.
+    pub(super) past: Option<usize>,
+    pub(super) past_len: usize,
+}
+
+impl Span {
+    /// Columns before the span's own.
+    fn before(&self) -> usize {
+        self.past_len + self.prefix
+    }
 }
 
 /// What attention reads: queries, keys, values, and how the rows belong together. The spans
@@ -30,7 +43,9 @@ pub(super) struct Attention<'a> {
     group: usize,
     dim: usize,
     tokens: usize,
+    layer: usize,
     spans: &'a [Span],
+    past: &'a [Vec<Past>],
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
@@ -68,14 +83,22 @@ struct PrefixGradient {
 }
 
 impl<'a> Attention<'a> {
-    pub(super) fn new(config: &LlamaConfig, spans: &'a [Span], [q, k, v]: [&'a [f32]; 3]) -> Self {
+    pub(super) fn new(
+        config: &LlamaConfig,
+        layer: usize,
+        pack: &'a Pack,
+        [q, k, v]: [&'a [f32]; 3],
+    ) -> Self {
+        let (spans, past) = (&pack.spans[..], &pack.past[..]);
         let tokens = spans.iter().map(|span| span.len).sum();
         Self {
             heads: config.heads,
             group: config.heads / config.kv_heads,
             dim: config.head_dim,
             tokens,
+            layer,
             spans,
+            past,
             q,
             k,
             v,
@@ -99,16 +122,13 @@ impl<'a> Attention<'a> {
             |scratch, (head, span, out, sums)| {
                 let width = self.scores(&mut scratch.p, head, span);
                 for (row, (p, sum)) in scratch.p.chunks_exact_mut(width).zip(sums).enumerate() {
-                    let (seen, hidden) = p.split_at_mut(span.prefix + row + 1);
+                    let (seen, hidden) = p.split_at_mut(span.before() + row + 1);
                     *sum = vector::softmax_row(seen, self.scale());
                     hidden.fill(0.0);
                 }
                 let kv_head = head / self.group;
-                let v = [
-                    self.prefix(self.v, kv_head, span),
-                    self.own(self.v, kv_head, span),
-                ];
-                self.times(out, &scratch.p, span, v);
+                let values = self.parts(1, kv_head, span);
+                self.times(out, &scratch.p, span, &values);
             },
         );
     }
@@ -186,16 +206,13 @@ impl<'a> Attention<'a> {
             let rows = self.heads * self.dim;
             let at = span.start * rows + head * self.dim;
             let d_out = Mat::strided(&given.d_out[at..], span.len, self.dim, rows);
-            let v = [
-                self.prefix(self.v, kv_head, span),
-                self.own(self.v, kv_head, span),
-            ];
-            self.against(&mut scratch.dp, d_out, span, v);
+            let values = self.parts(1, kv_head, span);
+            self.against(&mut scratch.dp, d_out, span, &values);
 
             let probabilities = scratch.p.chunks_exact_mut(width);
             let gradients = scratch.dp.chunks_exact_mut(width);
             for (row, (p, dp)) in probabilities.zip(gradients).enumerate() {
-                let (seen, hidden) = p.split_at_mut(span.prefix + row + 1);
+                let (seen, hidden) = p.split_at_mut(span.before() + row + 1);
                 let log_sum = given.log_sums[head * self.tokens + span.start + row];
                 vector::softmax_again_row(seen, self.scale(), log_sum);
                 hidden.fill(0.0);
@@ -208,22 +225,19 @@ impl<'a> Attention<'a> {
                 hidden_d.fill(0.0);
             }
 
-            let k = [
-                self.prefix(self.k, kv_head, span),
-                self.own(self.k, kv_head, span),
-            ];
-            self.times(dq, &scratch.dp, span, k);
+            self.times(dq, &scratch.dp, span, &self.parts(0, kv_head, span));
             let q = self.own(self.q, head, span);
             let product = |target: &mut [f32], weights: &[f32], from: usize, len, values| {
                 let weights = Mat::strided(&weights[from..], span.len, len, width).t();
                 let target = MatMut::new(target, len, self.dim);
                 matmul(target, Into::Add, 1.0, weights, values, Threads::One);
             };
-            product(dk, &scratch.dp, span.prefix, span.len, q);
-            product(dv, &scratch.p, span.prefix, span.len, d_out);
+            product(dk, &scratch.dp, span.before(), span.len, q);
+            product(dv, &scratch.p, span.before(), span.len, d_out);
             if span.prefix > 0 {
-                product(&mut shared.dk, &scratch.dp, 0, span.prefix, q);
-                product(&mut shared.dv, &scratch.p, 0, span.prefix, d_out);
+                let from = span.past_len;
+                product(&mut shared.dk, &scratch.dp, from, span.prefix, q);
+                product(&mut shared.dv, &scratch.p, from, span.prefix, d_out);
             }
         }
         shared
@@ -235,35 +249,47 @@ impl<'a> Attention<'a> {
 
     /// `q · kᵀ` of one head and span, unscaled; returns the width of a row.
     fn scores(&self, p: &mut Vec<f32>, head: usize, span: Span) -> usize {
-        let kv_head = head / self.group;
-        let k = [
-            self.prefix(self.k, kv_head, span),
-            self.own(self.k, kv_head, span),
-        ];
-        self.against(p, self.own(self.q, head, span), span, k)
+        let keys = self.parts(0, head / self.group, span);
+        self.against(p, self.own(self.q, head, span), span, &keys)
     }
 
-    /// `out = rows · [prefix; own]ᵀ`.
-    fn against(&self, out: &mut Vec<f32>, rows: Mat<'_>, span: Span, of: [Mat<'_>; 2]) -> usize {
-        let width = span.prefix + span.len;
+    /// The keys (0) or values (1) of all that a span sees, in order.
+    fn parts(&self, which: usize, kv_head: usize, span: Span) -> Vec<Mat<'a>> {
+        let all: &'a [Vec<Past>] = self.past;
+        let past = span.past.map_or(&[][..], |at| &all[at][..]);
+        let past = past
+            .iter()
+            .map(|past| past.head(self.layer, which, kv_head, self.dim));
+        let values = [self.k, self.v][which];
+        let prefix = (span.prefix > 0).then(|| self.prefix(values, kv_head, span));
+        past.chain(prefix)
+            .chain([self.own(values, kv_head, span)])
+            .collect()
+    }
+
+    /// `out = rows · [parts]ᵀ`.
+    fn against(&self, out: &mut Vec<f32>, rows: Mat<'_>, span: Span, parts: &[Mat<'_>]) -> usize {
+        let width = span.before() + span.len;
         out.resize(span.len * width, 0.0);
-        for (mat, from, len) in [(of[0], 0, span.prefix), (of[1], span.prefix, span.len)] {
-            let target = MatMut::strided(&mut out[from..], span.len, len, width);
-            matmul(target, Into::Replace, 1.0, rows, mat.t(), Threads::One);
+        let mut from = 0;
+        for part in parts {
+            let target = MatMut::strided(&mut out[from..], span.len, part.rows(), width);
+            matmul(target, Into::Replace, 1.0, rows, part.t(), Threads::One);
+            from += part.rows();
         }
         width
     }
 
-    /// `out = weights · [prefix; own]`.
-    fn times(&self, out: &mut [f32], weights: &[f32], span: Span, of: [Mat<'_>; 2]) {
-        let width = span.prefix + span.len;
-        let own = Mat::strided(&weights[span.prefix..], span.len, span.len, width);
-        let target = MatMut::new(out, span.len, self.dim);
-        matmul(target, Into::Replace, 1.0, own, of[1], Threads::One);
-        if span.prefix > 0 {
-            let shared = Mat::strided(weights, span.len, span.prefix, width);
+    /// `out = weights · [parts]`.
+    fn times(&self, out: &mut [f32], weights: &[f32], span: Span, parts: &[Mat<'_>]) {
+        let width = span.before() + span.len;
+        let mut from = 0;
+        for part in parts {
+            let into = if from == 0 { Into::Replace } else { Into::Add };
+            let weights = Mat::strided(&weights[from..], span.len, part.rows(), width);
             let target = MatMut::new(out, span.len, self.dim);
-            matmul(target, Into::Add, 1.0, shared, of[0], Threads::One);
+            matmul(target, into, 1.0, weights, *part, Threads::One);
+            from += part.rows();
         }
     }
 

@@ -31,11 +31,17 @@ pub struct TrainConfig {
     pub clip: f64,
     /// Seed of the first adapter, the order of the rows, and dropout.
     pub seed: u64,
-    /// Tokens computed at once; larger batches are split, with the same result up to rounding.
-    /// A token needs about 0.7 MB in a model of 135 M parameters.
+    /// Tokens computed at once; larger batches are split and their gradients added up, with the
+    /// same result up to rounding. A token needs about 0.7 MB in a model of 135 M parameters. Of
+    /// a row that alone is longer, only the layers' inputs are kept (0.07 MB a token) and the
+    /// rest is computed twice, so this bounds the memory.
     pub max_tokens: usize,
     /// Whether the common start of a batch's rows is computed once. Exact either way.
     pub share_prefix: bool,
+    /// Stops after this many epochs in a row without a better validation loss. Needs rows to
+    /// validate on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<usize>,
 }
 
 impl Default for TrainConfig {
@@ -54,6 +60,7 @@ impl Default for TrainConfig {
             seed: 0,
             max_tokens: 2048,
             share_prefix: true,
+            patience: None,
         }
     }
 }
@@ -94,6 +101,9 @@ impl TrainConfig {
             if !(0.0..1.0).contains(&value) {
                 return refuse(name, "must be from 0 to below 1");
             }
+        }
+        if self.patience == Some(0) {
+            return refuse("patience", "must be at least 1");
         }
         if !(0.0..=1.0).contains(&self.warmup) {
             return refuse("warmup", "must be from 0 to 1: it is a share of all steps");

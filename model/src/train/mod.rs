@@ -6,6 +6,7 @@
 //! | `trainer`, `hooks`, `state` | the loop, what it reports, what it resumes from |
 //! | `order`, `schedule`, `adamw` | which rows when, the learning rate, the update |
 //! | `pack` | rows as one matrix without padding, common prefixes once |
+//! | `activated`, `past` | what comes before an activated adapter's invocation |
 //! | `network`, `tape` | forward and backward of the model, and what lies between them |
 //! | `linear`, `attention`, `head`, `norm`, `rope` | its parts |
 //! | `params`, `frozen` | trained and frozen values as plain slices |
@@ -14,6 +15,7 @@
 //! equal inputs give an adapter of equal bytes on one kind of machine, also when the training
 //! was interrupted and resumed.
 
+mod activated;
 mod adamw;
 mod attention;
 mod config;
@@ -26,6 +28,7 @@ mod norm;
 mod order;
 mod pack;
 mod params;
+mod past;
 #[cfg(test)]
 mod reference;
 mod rope;
@@ -44,4 +47,6 @@ pub use hooks::{EpochStats, EvalStats, Hooks, StepStats};
 pub use row::TrainRow;
 pub use schedule::Schedule;
 pub use state::TrainerState;
+#[cfg(test)]
+pub(crate) use trainer::gradients;
 pub use trainer::{TrainOutcome, Trainer};

@@ -14,8 +14,9 @@ use super::norm;
 use super::order::mix;
 use super::pack::Pack;
 use super::params::Layout;
+use super::past::Stretch;
 use super::rope::{Rope, Turn};
-use super::tape::{LayerTape, Room, Tape};
+use super::tape::{Keep, LayerTape, Room, Tape};
 use crate::kernels::matmul::Into;
 use crate::kernels::vector;
 
@@ -39,34 +40,95 @@ pub(super) struct Network<'a> {
 
 impl Network<'_> {
     /// Runs `pack` and records it; the result is `tape.out`.
-    pub(super) fn forward(&self, params: &[f32], pack: &Pack, tape: &mut Tape) {
-        let width = self.frozen.config.hidden;
-        tape.fit(self.frozen.config, self.layout, pack.tokens.len());
+    pub(super) fn forward(&self, params: &[f32], pack: &Pack, tape: &mut Tape, keep: Keep) {
+        self.run(params, pack, tape, keep, None);
+    }
+
+    /// Runs `pack` without a record; keys and values go to `stretch`.
+    pub(super) fn forward_only(
+        &self,
+        params: &[f32],
+        pack: &Pack,
+        tape: &mut Tape,
+        stretch: Option<&mut Stretch>,
+    ) {
+        self.run(params, pack, tape, Keep::Nothing, stretch);
+    }
+
+    fn run(
+        &self,
+        params: &[f32],
+        pack: &Pack,
+        tape: &mut Tape,
+        keep: Keep,
+        mut stretch: Option<&mut Stretch>,
+    ) {
+        tape.fit(self.frozen.config, self.layout, pack.tokens.len(), keep);
         let Tape {
-            layers, out, room, ..
+            layers,
+            inputs,
+            out,
+            room,
+            ..
         } = tape;
         if let Some(first) = layers.first_mut() {
-            let rows = first.x.par_chunks_mut(width).zip(&pack.tokens);
-            rows.with_min_len(64).for_each(|(row, token)| {
-                let at = *token as usize * width;
-                row.copy_from_slice(&self.frozen.embed[at..at + width]);
-            });
+            self.embed(pack, &mut first.x);
         }
-        for layer in 0..layers.len() {
-            let (now, later) = layers.split_at_mut(layer + 1);
-            let next = later.first_mut().map_or(&mut *out, |next| &mut next.x);
-            self.attend(layer, params, pack, &mut now[layer], room);
-            self.feed_forward(layer, params, pack, &mut now[layer], room, next);
+        for layer in 0..self.frozen.config.layers {
+            if keep == Keep::Everything {
+                let (now, later) = layers.split_at_mut(layer + 1);
+                let next = later.first_mut().map_or(&mut *out, |next| &mut next.x);
+                self.attend(layer, params, pack, &mut now[layer], room);
+                self.feed_forward(layer, params, pack, &mut now[layer], room, next);
+                continue;
+            }
+            let now = &mut layers[0];
+            if let Some(input) = inputs.get_mut(layer) {
+                input.copy_from_slice(&now.x);
+            }
+            self.attend(layer, params, pack, now, room);
+            if let Some(stretch) = &mut stretch {
+                stretch.push(&now.k, &now.v);
+            }
+            self.feed_forward(layer, params, pack, now, room, out);
+            std::mem::swap(&mut now.x, out);
         }
+        if keep != Keep::Everything {
+            // The last layer's result went where the next one's input would be.
+            std::mem::swap(&mut layers[0].x, out);
+        }
+    }
+
+    fn embed(&self, pack: &Pack, x: &mut [f32]) {
+        let width = self.frozen.config.hidden;
+        let rows = x.par_chunks_mut(width).zip(&pack.tokens);
+        rows.with_min_len(64).for_each(|(row, token)| {
+            let at = *token as usize * width;
+            row.copy_from_slice(&self.frozen.embed[at..at + width]);
+        });
     }
 
     /// Adds the gradients of the trained values to `grads`, from `tape.dx`, the gradient of
     /// `tape.out`.
     pub(super) fn backward(&self, params: &[f32], grads: &mut [f32], pack: &Pack, tape: &mut Tape) {
         let Tape {
-            layers, dx, room, ..
+            layers,
+            inputs,
+            dx,
+            out,
+            room,
         } = tape;
-        for (layer, tape) in layers.iter_mut().enumerate().rev() {
+        for layer in (0..self.frozen.config.layers).rev() {
+            let tape = match inputs.get(layer) {
+                None => &mut layers[layer],
+                Some(input) => {
+                    let tape = &mut layers[0];
+                    tape.x.copy_from_slice(input);
+                    self.attend(layer, params, pack, tape, room);
+                    self.feed_forward(layer, params, pack, tape, room, out);
+                    tape
+                }
+            };
             self.feed_forward_backward(layer, params, grads, pack, tape, room, dx);
             self.attend_backward(layer, params, grads, pack, tape, room, dx);
         }
@@ -94,8 +156,9 @@ impl Network<'_> {
         }
     }
 
-    fn attention<'b>(&self, pack: &'b Pack, tape: &'b LayerTape) -> Attention<'b> {
-        Attention::new(self.frozen.config, &pack.spans, [&tape.q, &tape.k, &tape.v])
+    fn attention<'b>(&self, layer: usize, pack: &'b Pack, tape: &'b LayerTape) -> Attention<'b> {
+        let values = [&tape.q[..], &tape.k, &tape.v];
+        Attention::new(self.frozen.config, layer, pack, values)
     }
 
     /// `middle = x + out_proj(attention(norm(x)))`.
@@ -118,7 +181,7 @@ impl Network<'_> {
         self.rope.split(&mut tape.k, &room.k, at, Turn::Forward);
         self.rope.split(&mut tape.v, &room.v, at, Turn::None);
         let mut log_sums = std::mem::take(&mut tape.log_sums);
-        self.attention(pack, tape)
+        self.attention(layer, pack, tape)
             .forward(&mut room.q_heads, &mut log_sums);
         tape.log_sums = log_sums;
         self.rope
@@ -225,7 +288,8 @@ impl Network<'_> {
             log_sums: &tape.log_sums,
         };
         let (dq, dk, dv) = (&mut room.q_heads, &mut room.k_heads, &mut room.v_heads);
-        self.attention(pack, tape).backward(&given, dq, dk, dv);
+        self.attention(layer, pack, tape)
+            .backward(&given, dq, dk, dv);
         let at = &pack.positions;
         self.rope.merge(&mut room.q, dq, at, Turn::Backward);
         self.rope.merge(&mut room.k, dk, at, Turn::Backward);

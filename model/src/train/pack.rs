@@ -6,13 +6,14 @@
 //! token of its own, so every predicted token has its own matrix row.
 
 use super::attention::Span;
+use super::past::Past;
 use super::row::TrainRow;
 
 /// A shared prefix below this many tokens costs more than it saves.
 const MIN_PREFIX: usize = 4;
 
 /// The matrix rows of a pass.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Pack {
     pub(super) tokens: Vec<u32>,
     pub(super) positions: Vec<u32>,
@@ -20,29 +21,70 @@ pub(super) struct Pack {
     pub(super) spans: Vec<Span>,
     /// Matrix row and the token that it predicts.
     pub(super) targets: Vec<(usize, u32)>,
+    /// What spans see that was computed before.
+    pub(super) past: Vec<Vec<Past>>,
 }
 
 impl Pack {
     /// Lays out `rows`.
     pub(super) fn new(rows: &[&TrainRow], share_prefix: bool) -> Self {
         let prefix = if share_prefix { common_prefix(rows) } else { 0 };
-        let mut pack = Self {
-            tokens: Vec::new(),
-            positions: Vec::new(),
-            spans: Vec::new(),
-            targets: Vec::new(),
-        };
+        let mut pack = Self::default();
         if let Some(first) = rows.first().filter(|_| prefix > 0) {
             pack.push(first.tokens().take(prefix), 0, 0);
         }
         for row in rows {
             let start = pack.push(row.tokens().skip(prefix), prefix, prefix);
             let first = start + row.prompt.len() - 1 - prefix;
-            let targets = row.target.iter().enumerate();
-            pack.targets
-                .extend(targets.map(|(i, token)| (first + i, *token)));
+            pack.aim(first, &row.target);
         }
         pack
+    }
+
+    /// Lays out `rows` from the places `starts` on, each after what it has in `pasts`.
+    pub(super) fn activated(
+        rows: &[&TrainRow],
+        starts: impl Iterator<Item = usize>,
+        pasts: impl Iterator<Item = Vec<Past>>,
+    ) -> Self {
+        let mut pack = Self::default();
+        for ((row, from), past) in rows.iter().zip(starts).zip(pasts) {
+            let start = pack.push(row.tokens().skip(from), from, 0);
+            pack.see(past);
+            pack.aim(start + row.prompt.len() - 1 - from, &row.target);
+        }
+        pack
+    }
+
+    /// Lays out stretches of tokens that predict nothing, with their first positions and what
+    /// comes before them; empty ones are left out.
+    pub(super) fn of_parts<'a>(
+        parts: impl IntoIterator<Item = (&'a [u32], usize, Vec<Past>)>,
+    ) -> Self {
+        let mut pack = Self::default();
+        for (tokens, position, past) in parts {
+            if !tokens.is_empty() {
+                pack.push(tokens.iter().copied(), position, 0);
+                pack.see(past);
+            }
+        }
+        pack
+    }
+
+    /// The last span sees `past`.
+    fn see(&mut self, past: Vec<Past>) {
+        if let Some(span) = self.spans.last_mut() {
+            span.past = Some(self.past.len());
+            span.past_len = past.iter().map(Past::len).sum();
+            self.past.push(past);
+        }
+    }
+
+    /// The matrix rows from `first` on predict `target`.
+    fn aim(&mut self, first: usize, target: &[u32]) {
+        let targets = target.iter().enumerate();
+        self.targets
+            .extend(targets.map(|(i, token)| (first + i, *token)));
     }
 
     /// Splits `rows` into passes of about `max_tokens` matrix rows, at least one row each.
@@ -69,7 +111,13 @@ impl Pack {
         let len = self.tokens.len() - start;
         self.positions
             .extend((position..position + len).map(|p| p as u32));
-        self.spans.push(Span { start, len, prefix });
+        self.spans.push(Span {
+            start,
+            len,
+            prefix,
+            past: None,
+            past_len: 0,
+        });
         start
     }
 }
@@ -115,7 +163,13 @@ mod tests {
         assert_eq!(pack.tokens, [1, 2, 3, 4, 5, 6, 7, 5, 8]);
         assert_eq!(pack.positions, [0, 1, 2, 3, 4, 5, 6, 4, 5]);
         assert_eq!(pack.targets, [(5, 7), (6, 9), (7, 8), (8, 9)]);
-        let span = |start, len, prefix| Span { start, len, prefix };
+        let span = |start, len, prefix| Span {
+            start,
+            len,
+            prefix,
+            past: None,
+            past_len: 0,
+        };
         assert_eq!(pack.spans, [span(0, 4, 0), span(4, 3, 4), span(7, 2, 4)]);
         let plain = Pack::new(&rows, false);
         assert_eq!(plain.tokens, [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 8]);

@@ -55,13 +55,20 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn new(lora: &LoraConfig, model: &LlamaConfig) -> Result<Self, ModelError> {
-        let adapted = lora.check()?;
+        Ok(Self::of(&lora.check()?, lora.rank, model))
+    }
+
+    /// That of a model without an adapter.
+    pub(super) fn none(model: &LlamaConfig) -> Self {
+        Self::of(&[], 1, model)
+    }
+
+    fn of(adapted: &[Module], rank: usize, model: &LlamaConfig) -> Self {
         let mut len = 0;
         let mut take = |size: usize| {
             len += size;
             len - size..len
         };
-        let rank = lora.rank;
         let mut group = |modules: &[Module]| {
             let input = modules[0].input(model);
             let with = modules.iter().filter(|m| adapted.contains(m)).count();
@@ -87,7 +94,7 @@ impl Layout {
             }
         };
         let layers = (0..model.layers).map(|_| GROUPS.map(&mut group)).collect();
-        Ok(Self { rank, layers, len })
+        Self { rank, layers, len }
     }
 
     /// The adapter's values in this layout.

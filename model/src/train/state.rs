@@ -5,6 +5,7 @@
 //! | format version, step, digest of everything that decides the result | metadata |
 //! | trained values and AdamW's two moments | `params`, `first`, `second` |
 //! | losses of the steps so far | `losses` |
+//! | validation losses of the epochs so far | `validations` |
 //!
 //! The epoch, the order of the rows and the dropout masks follow from the step and the seed.
 //! Invariant: a file that another training wrote is refused, never continued.
@@ -19,7 +20,7 @@ use safetensors::tensor::TensorView;
 use crate::error::ModelError;
 use crate::lora::replace;
 
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// The state of a training between two steps.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,6 +33,7 @@ pub struct TrainerState {
     pub(super) first: Vec<f32>,
     pub(super) second: Vec<f32>,
     pub(super) losses: Vec<f32>,
+    pub(super) validations: Vec<f32>,
 }
 
 impl TrainerState {
@@ -50,6 +52,7 @@ impl TrainerState {
             ("first", &self.first),
             ("second", &self.second),
             ("losses", &self.losses),
+            ("validations", &self.validations),
         ];
         let arrays = arrays.map(|(name, values)| {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -112,6 +115,7 @@ impl TrainerState {
             first: values("first")?,
             second: values("second")?,
             losses: values("losses")?,
+            validations: values("validations")?,
         };
         let sizes = [state.first.len(), state.second.len()];
         if sizes != [state.params.len(); 2] || state.losses.len() != state.step {
@@ -127,6 +131,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_state_of_another_version_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.safetensors");
+        let metadata = HashMap::from([("flowrun_train_state".to_owned(), "1".to_owned())]);
+        let none: [(&str, TensorView<'_>); 0] = [];
+        let old = safetensors::serialize(none, Some(metadata)).unwrap();
+        fs::write(&path, old).unwrap();
+        let error = TrainerState::load(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("its version is 1, this program knows 2"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn a_state_survives_its_file_and_damage_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.safetensors");
@@ -137,6 +156,7 @@ mod tests {
             first: vec![0.1; 3],
             second: vec![0.2; 3],
             losses: vec![3.0, 2.0],
+            validations: vec![2.5],
         };
         state.save(&path).unwrap();
         assert_eq!(TrainerState::load(&path).unwrap(), state);

@@ -60,10 +60,25 @@ pub(super) struct Room {
     pub(super) inner: Vec<f32>,
 }
 
+/// What is kept of a forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// All that the backward pass reads.
+    Everything,
+    /// Each layer's input; the backward pass computes the rest again, one layer at a time (Chen
+    /// et al. 2016). A third more computation, a small part of the memory.
+    Inputs,
+    /// Nothing: no backward pass follows.
+    Nothing,
+}
+
 /// The whole record.
 #[derive(Default)]
 pub(super) struct Tape {
+    /// One a layer, or one for all of them when less is kept.
     pub(super) layers: Vec<LayerTape>,
+    /// Inputs of the layers, where only they are kept.
+    pub(super) inputs: Vec<Vec<f32>>,
     /// Output of the last layer, `hidden`.
     pub(super) out: Vec<f32>,
     /// Gradient of the residual stream, `hidden`.
@@ -73,14 +88,26 @@ pub(super) struct Tape {
 
 impl Tape {
     /// Makes every buffer fit `tokens` rows.
-    pub(super) fn fit(&mut self, model: &LlamaConfig, layout: &Layout, tokens: usize) {
+    pub(super) fn fit(&mut self, model: &LlamaConfig, layout: &Layout, tokens: usize, keep: Keep) {
         let (q, kv) = (
             model.heads * model.head_dim,
             model.kv_heads * model.head_dim,
         );
         let size = |buffer: &mut Vec<f32>, width: usize| buffer.resize(tokens * width, 0.0);
-        self.layers.resize_with(model.layers, LayerTape::default);
-        for (tape, groups) in self.layers.iter_mut().zip(&layout.layers) {
+        let (layers, inputs) = match keep {
+            Keep::Everything => (model.layers, 0),
+            Keep::Inputs => (1, model.layers),
+            Keep::Nothing => (1, 0),
+        };
+        // What a pass that kept more left is room for the next one that does.
+        if self.layers.len() < layers {
+            self.layers.resize_with(layers, LayerTape::default);
+        }
+        self.inputs.resize_with(inputs, Vec::new);
+        for input in &mut self.inputs {
+            size(input, model.hidden);
+        }
+        for (tape, groups) in self.layers.iter_mut().take(layers).zip(&layout.layers) {
             size(&mut tape.x, model.hidden);
             size(&mut tape.x_inverse, 1);
             size(&mut tape.q, q);

@@ -10,7 +10,7 @@ use super::network::Network;
 use super::pack::Pack;
 use super::params::Layout;
 use super::rope::Rope;
-use super::tape::Tape;
+use super::tape::{Keep, Tape};
 use super::tiny;
 use super::{Hooks, TrainConfig, TrainRow, Trainer, TrainerState};
 use crate::error::ModelError;
@@ -31,6 +31,7 @@ struct Probe<'a> {
     layout: Layout,
     scale: f32,
     dropout: Option<Dropout>,
+    keep: Keep,
     packs: Vec<Pack>,
 }
 
@@ -41,6 +42,7 @@ impl<'a> Probe<'a> {
             layout: Layout::new(lora, &weights.config).unwrap(),
             scale: lora.scale() as f32,
             dropout: None,
+            keep: Keep::Everything,
             packs,
         }
     }
@@ -58,7 +60,7 @@ impl<'a> Probe<'a> {
         let targets: usize = self.packs.iter().map(|pack| pack.targets.len()).sum();
         let (mut tape, mut room, mut loss) = (Tape::default(), HeadRoom::default(), 0.0);
         for pack in &self.packs {
-            network.forward(params, pack, &mut tape);
+            network.forward(params, pack, &mut tape, self.keep);
             let (out, dx) = (&tape.out, &mut tape.dx);
             let weight = 1.0 / targets as f32;
             let dx = Some(&mut dx[..]);
@@ -178,6 +180,33 @@ fn a_shared_prefix_and_split_passes_change_nothing() {
         assert!((loss - other).abs() < 1e-5, "{loss} is not {other}");
         close(&grads, &others);
     }
+}
+
+#[test]
+fn computing_activations_again_changes_no_bit() {
+    let (weights, rows) = (tiny::weights(8), tiny::rows(6, 9));
+    let mut probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
+    probe.dropout = Some(Dropout { share: 0.2, key: 3 });
+    let start = tiny::adapter(&lora(), &weights.config, 3);
+    let params = probe.layout.flatten(&start).unwrap();
+    let whole = probe.gradient(&params);
+    probe.keep = Keep::Inputs;
+    assert_eq!(probe.gradient(&params), whole);
+}
+
+#[test]
+fn a_row_longer_than_a_pass_may_be_is_trained_all_the_same() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(12, 2));
+    let train = |max_tokens, batch_size| {
+        let config = TrainConfig {
+            max_tokens,
+            batch_size,
+            epochs: 2,
+            ..config()
+        };
+        train(&weights, &config, &rows).1
+    };
+    close(&train(1000, 1), &train(1, 1));
 }
 
 /// The loss again, computed with plain candle operations and no code of this module.
@@ -401,4 +430,110 @@ fn what_cannot_be_trained_is_an_error() {
         matches!(error, ModelError::Training { step, .. } if step > 1),
         "{error}"
     );
+}
+
+/// The invocation of an activated adapter: the last token of every prompt of [`tiny::rows`] but
+/// one, and the first of the common start once more in some questions.
+fn activated() -> LoraConfig {
+    LoraConfig {
+        invocation_tokens: Some(vec![7]),
+        ..lora()
+    }
+}
+
+#[test]
+fn an_activated_training_learns_and_resumes_and_needs_its_invocation() {
+    let (weights, rows, unseen) = (tiny::weights(1), tiny::rows(60, 2), tiny::rows(20, 3));
+    let config = TrainConfig {
+        epochs: 4,
+        ..config()
+    };
+    let new = || {
+        Trainer::new(&weights, activated(), config.clone(), &rows)
+            .unwrap()
+            .validate_on(&unseen)
+            .unwrap()
+    };
+    let before = new().evaluate(&unseen).unwrap();
+    let mut trainer = new();
+    let whole = trainer.run(Hooks::default()).unwrap();
+    let after = trainer.evaluate(&unseen).unwrap();
+    assert!(after.loss < 0.7 * before.loss, "{before:?} {after:?}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let done = Cell::new(0);
+    let hooks = Hooks::default()
+        .on_step(|stats| done.set(stats.step))
+        .cancelled_by(|| done.get() >= 11)
+        .save_state(&path, 0);
+    assert!(new().run(hooks).is_err());
+    let state = TrainerState::load(&path).unwrap();
+    let resumed = new().resume(state).unwrap().run(Hooks::default()).unwrap();
+    let bytes = |adapter: &LoraAdapter| adapter.to_safetensors().unwrap();
+    assert_eq!(bytes(&resumed.adapter), bytes(&whole.adapter));
+
+    let without = LoraConfig {
+        invocation_tokens: Some(vec![30, 30, 30]),
+        ..lora()
+    };
+    let error = Trainer::new(&weights, without, config.clone(), &rows).err();
+    let error = error.unwrap().to_string();
+    assert!(
+        error.contains("lacks the invocation tokens [30, 30, 30]"),
+        "{error}"
+    );
+}
+
+#[test]
+fn small_passes_of_an_activated_training_change_nothing() {
+    let (weights, rows) = (tiny::weights(1), tiny::rows(16, 2));
+    let losses = |max_tokens| {
+        let config = TrainConfig {
+            max_tokens,
+            epochs: 2,
+            ..config()
+        };
+        let mut trainer = Trainer::new(&weights, activated(), config, &rows).unwrap();
+        trainer.run(Hooks::default()).unwrap().losses
+    };
+    close(&losses(1000), &losses(9));
+}
+
+#[test]
+fn a_training_that_gets_no_better_stops_and_says_so() {
+    let (weights, rows, unseen) = (tiny::weights(1), tiny::rows(16, 2), tiny::rows(8, 3));
+    let config = TrainConfig {
+        epochs: 30,
+        learning_rate: 0.3,
+        patience: Some(2),
+        ..config()
+    };
+    let new = || Trainer::new(&weights, lora(), config.clone(), &rows).unwrap();
+    let error = new().run(Hooks::default()).unwrap_err().to_string();
+    assert!(error.contains("needs rows to validate on"), "{error}");
+    let losses = RefCell::new(Vec::new());
+    let steps = RefCell::new(Vec::new());
+    let mut trainer = new().validate_on(&unseen).unwrap();
+    let outcome = trainer
+        .run(
+            Hooks::default()
+                .on_epoch(|stats, _| {
+                    losses.borrow_mut().push(stats.validation.unwrap().loss);
+                    Ok(())
+                })
+                .on_checkpoint(3, |step, _| {
+                    steps.borrow_mut().push(step);
+                    Ok(())
+                }),
+        )
+        .unwrap();
+    let losses = losses.into_inner();
+    assert!(outcome.stopped_early && losses.len() < 30);
+    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    let last = &losses[losses.len() - 3..];
+    assert_eq!(last[0], best, "{losses:?}");
+    assert_eq!(outcome.losses.len(), 2 * losses.len());
+    let wanted: Vec<usize> = (1..=outcome.losses.len()).filter(|s| s % 3 == 0).collect();
+    assert_eq!(steps.into_inner(), wanted);
 }

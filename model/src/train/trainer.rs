@@ -3,6 +3,7 @@
 //! Knows no text, no clock and no folder but the state's. Invariant: everything that decides the
 //! result is in the digest that the state carries.
 
+use super::activated::{self, Activated};
 use super::adamw::AdamW;
 use super::config::TrainConfig;
 use super::frozen::Frozen;
@@ -17,7 +18,7 @@ use super::rope::Rope;
 use super::row::{self, TrainRow};
 use super::schedule::learning_rate;
 use super::state::TrainerState;
-use super::tape::Tape;
+use super::tape::{Keep, Tape};
 use crate::error::ModelError;
 use crate::kernels::vector;
 use crate::lora::{LoraAdapter, LoraConfig};
@@ -41,6 +42,8 @@ pub struct TrainOutcome {
     pub adapter: LoraAdapter,
     /// Loss of every step, those before a resumption included.
     pub losses: Vec<f32>,
+    /// Whether the validation loss ended it before its last step.
+    pub stopped_early: bool,
 }
 
 /// What steps share, and the room that they reuse.
@@ -50,6 +53,7 @@ struct Workspace<'f> {
     tape: Tape,
     head: HeadRoom,
     grads: Vec<f32>,
+    activated: Option<Activated>,
 }
 
 impl<'a> Trainer<'a> {
@@ -74,6 +78,9 @@ impl<'a> Trainer<'a> {
         }
         row::check(rows, &weights.config)?;
         let layout = Layout::new(&lora, &weights.config)?;
+        if let Some(invocation) = &lora.invocation_tokens {
+            activated::check(rows, invocation)?;
+        }
         let start = LoraAdapter::init(&lora, &weights.config, config.seed)?;
         let params = layout.flatten(&start)?;
         let state = TrainerState {
@@ -83,6 +90,7 @@ impl<'a> Trainer<'a> {
             second: vec![0.0; params.len()],
             params,
             losses: Vec::new(),
+            validations: Vec::new(),
         };
         Ok(Self {
             weights,
@@ -100,7 +108,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// [`ModelError::Request`] for a row that does not fit the model.
     pub fn validate_on(mut self, rows: &'a [TrainRow]) -> Result<Self, ModelError> {
-        row::check(rows, &self.weights.config)?;
+        self.check_rows(rows)?;
         self.validation = rows;
         Ok(self)
     }
@@ -145,18 +153,18 @@ impl<'a> Trainer<'a> {
     /// loss or a gradient is no longer a number; an error of a hook; [`ModelError::Io`] when the
     /// state cannot be saved.
     pub fn run(&mut self, mut hooks: Hooks<'_>) -> Result<TrainOutcome, ModelError> {
+        if self.config.patience.is_some() && self.validation.is_empty() {
+            let reason = "needs rows to validate on".to_owned();
+            return Err(ModelError::Config {
+                name: "patience",
+                reason,
+            });
+        }
         let frozen = Frozen::new(self.weights)?;
         let rows = self.rows.iter().chain(self.validation);
-        let longest = rows.map(TrainRow::len).max().unwrap_or(0);
-        let mut work = Workspace {
-            frozen: &frozen,
-            rope: Rope::new(&self.weights.config, longest),
-            tape: Tape::default(),
-            head: HeadRoom::default(),
-            grads: vec![0.0; self.layout.len],
-        };
+        let mut work = self.workspace(&frozen, rows, self.layout.len);
         let per_epoch = self.steps_per_epoch();
-        while self.state.step < self.steps() {
+        while self.state.step < self.steps() && !self.out_of_patience() {
             let epoch = self.state.step / per_epoch;
             let order = shuffled(self.rows.len(), self.config.seed, epoch);
             let batches = order.chunks(self.config.batch_size);
@@ -166,6 +174,12 @@ impl<'a> Trainer<'a> {
                 let stats = self.step(&mut work, &rows)?;
                 if let Some(call) = &mut hooks.step {
                     call(&stats);
+                }
+                if let Some((every, call)) = &mut hooks.checkpoint
+                    && self.state.step.checked_rem(*every) == Some(0)
+                {
+                    let adapter = self.layout.adapter(&self.state.params, &self.lora)?;
+                    call(self.state.step, &adapter)?;
                 }
                 let within = !self.state.step.is_multiple_of(per_epoch);
                 if let Some((path, every)) = hooks.state.as_ref().filter(|_| within)
@@ -179,7 +193,79 @@ impl<'a> Trainer<'a> {
         Ok(TrainOutcome {
             adapter: self.layout.adapter(&self.state.params, &self.lora)?,
             losses: self.state.losses.clone(),
+            stopped_early: self.state.step < self.steps(),
         })
+    }
+
+    /// Whether the last epochs brought nothing better.
+    fn out_of_patience(&self) -> bool {
+        let (Some(patience), losses) = (self.config.patience, &self.state.validations) else {
+            return false;
+        };
+        let best = (0..losses.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b]));
+        let best = best.filter(|_| self.state.step.is_multiple_of(self.steps_per_epoch()));
+        best.is_some_and(|best| losses.len() - 1 - best >= patience)
+    }
+
+    fn check_rows(&self, rows: &[TrainRow]) -> Result<(), ModelError> {
+        row::check(rows, &self.weights.config)?;
+        match &self.lora.invocation_tokens {
+            Some(invocation) => activated::check(rows, invocation),
+            None => Ok(()),
+        }
+    }
+
+    /// Room for passes over `rows`, and what they have in common.
+    fn workspace<'f, 'r>(
+        &self,
+        frozen: &'f Frozen<'f>,
+        rows: impl Iterator<Item = &'r TrainRow> + Clone,
+        grads: usize,
+    ) -> Workspace<'f> {
+        let model = &self.weights.config;
+        let longest = rows.clone().map(TrainRow::len).max().unwrap_or(0);
+        let invocation = self.lora.invocation_tokens.as_deref();
+        let mut work = Workspace {
+            frozen,
+            rope: Rope::new(model, longest),
+            tape: Tape::default(),
+            head: HeadRoom::default(),
+            grads: vec![0.0; grads],
+            activated: invocation.map(|tokens| Activated::new(tokens, model, rows.clone())),
+        };
+        if let (Some(mut activated), Some(row)) = (work.activated.take(), rows.clone().next()) {
+            let layout = activated.layout.clone();
+            let mut tape = std::mem::take(&mut work.tape);
+            let plain = self.plain(&work, &layout);
+            in_pool(|| activated.compute_shared(&plain, row, &mut tape));
+            (work.tape, work.activated) = (tape, Some(activated));
+        }
+        work
+    }
+
+    /// The base model alone.
+    fn plain<'b>(&'b self, work: &'b Workspace<'_>, layout: &'b Layout) -> Network<'b> {
+        Network {
+            layout,
+            ..self.network(work, None)
+        }
+    }
+
+    /// The rows of a batch as passes; also the number of tokens that they compute.
+    fn packs(&self, work: &mut Workspace<'_>, rows: &[&TrainRow]) -> (Vec<Pack>, usize) {
+        let most = self.config.max_tokens;
+        let count = |packs: &[Pack]| packs.iter().map(|pack| pack.tokens.len()).sum::<usize>();
+        let mut tape = std::mem::take(&mut work.tape);
+        let (packs, plain) = match &work.activated {
+            None => (Pack::split(rows, self.config.share_prefix, most), 0),
+            Some(activated) => {
+                let plain = self.plain(work, &activated.layout);
+                activated.packs(&plain, rows, most, &mut tape)
+            }
+        };
+        work.tape = tape;
+        let tokens = count(&packs) + plain;
+        (packs, tokens)
     }
 
     /// Mean loss and token accuracy of the adapter so far.
@@ -188,16 +274,9 @@ impl<'a> Trainer<'a> {
     /// [`ModelError::Request`] for a row that does not fit the model; [`ModelError::Tensor`]
     /// when the weights are not in main memory.
     pub fn evaluate(&self, rows: &[TrainRow]) -> Result<EvalStats, ModelError> {
-        row::check(rows, &self.weights.config)?;
+        self.check_rows(rows)?;
         let frozen = Frozen::new(self.weights)?;
-        let longest = rows.iter().map(TrainRow::len).max().unwrap_or(0);
-        let mut work = Workspace {
-            frozen: &frozen,
-            rope: Rope::new(&self.weights.config, longest),
-            tape: Tape::default(),
-            head: HeadRoom::default(),
-            grads: Vec::new(),
-        };
+        let mut work = self.workspace(&frozen, rows.iter(), 0);
         Ok(in_pool(|| self.measure(&mut work, rows)))
     }
 
@@ -212,20 +291,25 @@ impl<'a> Trainer<'a> {
     }
 
     fn end_epoch(
-        &self,
+        &mut self,
         work: &mut Workspace<'_>,
         epoch: usize,
         hooks: &mut Hooks<'_>,
     ) -> Result<(), ModelError> {
+        let validate = !self.validation.is_empty();
+        let validation = validate.then(|| in_pool(|| self.measure(work, self.validation)));
+        // A state saved right after this epoch's last step meets its end twice.
+        if let Some(stats) = validation.filter(|_| self.state.validations.len() <= epoch) {
+            self.state.validations.push(stats.loss as f32);
+        }
         if let Some(call) = &mut hooks.epoch {
             let losses = &self.state.losses[epoch * self.steps_per_epoch()..];
             let sum: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
-            let validate = !self.validation.is_empty();
             let stats = EpochStats {
                 epoch: epoch + 1,
                 step: self.state.step,
                 loss: sum / losses.len() as f64,
-                validation: validate.then(|| in_pool(|| self.measure(work, self.validation))),
+                validation,
             };
             call(
                 &stats,
@@ -298,8 +382,8 @@ impl<'a> Trainer<'a> {
         work.grads.fill(0.0);
         let targets: usize = rows.iter().map(|row| row.target.len()).sum();
         let weight = 1.0 / targets as f32;
-        let packs = Pack::split(rows, self.config.share_prefix, self.config.max_tokens);
-        let (mut sum, mut tokens) = (LossSum::default(), 0);
+        let (packs, tokens) = self.packs(work, rows);
+        let mut sum = LossSum::default();
         for (index, pack) in packs.iter().enumerate() {
             let place = mix(self.state.step as u64) ^ mix(index as u64 + 1);
             let dropout = (self.lora.dropout > 0.0).then_some(Dropout {
@@ -313,7 +397,12 @@ impl<'a> Trainer<'a> {
             );
             let mut grads = std::mem::take(&mut work.grads);
             let network = self.network(work, dropout);
-            network.forward(&self.state.params, pack, &mut tape);
+            // Only a row that alone is longer than it may be makes such a pass.
+            let keep = match pack.tokens.len() > self.config.max_tokens {
+                true => Keep::Inputs,
+                false => Keep::Everything,
+            };
+            network.forward(&self.state.params, pack, &mut tape, keep);
             let (out, dx) = (&tape.out, &mut tape.dx);
             let frozen = work.frozen;
             sum.add(head::loss(
@@ -326,7 +415,6 @@ impl<'a> Trainer<'a> {
             ));
             network.backward(&self.state.params, &mut grads, pack, &mut tape);
             (work.tape, work.head, work.grads) = (tape, room, grads);
-            tokens += pack.tokens.len();
         }
         (sum, tokens)
     }
@@ -335,13 +423,13 @@ impl<'a> Trainer<'a> {
         let mut sum = LossSum::default();
         for batch in rows.chunks(self.config.batch_size) {
             let batch: Vec<&TrainRow> = batch.iter().collect();
-            for pack in Pack::split(&batch, self.config.share_prefix, self.config.max_tokens) {
+            for pack in self.packs(work, &batch).0 {
                 let (mut tape, mut room) = (
                     std::mem::take(&mut work.tape),
                     std::mem::take(&mut work.head),
                 );
                 self.network(work, None)
-                    .forward(&self.state.params, &pack, &mut tape);
+                    .forward_only(&self.state.params, &pack, &mut tape, None);
                 sum.add(head::loss(
                     work.frozen,
                     &mut room,
@@ -361,6 +449,25 @@ impl<'a> Trainer<'a> {
     }
 }
 
+/// Mean loss of `adapter` on `rows` and its gradients, shaped as the adapter.
+#[cfg(test)]
+pub(crate) fn gradients(
+    weights: &LlamaWeights,
+    adapter: &LoraAdapter,
+    rows: &[TrainRow],
+) -> (f64, LoraAdapter) {
+    let lora = adapter.config.clone();
+    let trainer = Trainer::new(weights, lora.clone(), TrainConfig::default(), rows);
+    let mut trainer = trainer.expect("rows that fit");
+    trainer.state.params = trainer.layout.flatten(adapter).expect("it fits");
+    let frozen = Frozen::new(weights).expect("dense weights");
+    let mut work = trainer.workspace(&frozen, rows.iter(), trainer.layout.len);
+    let batch: Vec<&TrainRow> = rows.iter().collect();
+    let (sum, _) = in_pool(|| trainer.gradients(&mut work, &batch));
+    let grads = trainer.layout.adapter(&work.grads, &lora).expect("it fits");
+    (sum.loss / sum.tokens as f64, grads)
+}
+
 /// Runs `compute` on a thread of the current pool. From outside, each of the thousands of small
 /// parallel loops of a step would put the caller to sleep and wake it.
 fn in_pool<R: Send>(compute: impl FnOnce() -> R + Send) -> R {
@@ -376,7 +483,7 @@ fn digest(
     rows: &[TrainRow],
 ) -> Result<String, ModelError> {
     let mut hasher = blake3::Hasher::new();
-    let settings = format!("train-state-1 {:?} {lora:?} {config:?}", weights.config);
+    let settings = format!("train-state-2 {:?} {lora:?} {config:?}", weights.config);
     hasher.update(settings.as_bytes());
     let norms = weights.layers.iter().map(|layer| &layer.attn_norm);
     for tensor in norms.chain([&weights.norm]) {

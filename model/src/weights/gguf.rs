@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 
 use super::{LlamaWeights, Slot, TensorSource, assemble};
 use crate::chat_template::ChatTemplate;
-use crate::config::LlamaConfig;
+use crate::config::{LlamaConfig, RopeScaling};
 use crate::error::ModelError;
 use crate::tokenizer::{self, Tokenizer};
 
@@ -29,13 +29,14 @@ impl GgufModel {
         let content = Content::read(&mut reader).map_err(|e| ModelError::format(path, e))?;
         let bad = |reason: String| ModelError::format(path, reason);
         let metadata = &content.metadata;
-        let config = config(&content).map_err(bad)?;
+        let mut config = config(&content).map_err(bad)?;
         let tokenizer = tokenizer::from_gguf(metadata).map_err(bad)?;
         let chat = chat(metadata)?;
         let mut source = Source {
             content: &content,
             reader: &mut reader,
         };
+        config.rope_scaling = source.rope_scaling(config.head_dim).map_err(bad)?;
         let weights = assemble(config, &mut source).map_err(bad)?;
         if tokenizer.vocab_size() > weights.config.vocab {
             return Err(bad(format!(
@@ -78,15 +79,6 @@ fn config(content: &Content) -> Result<LlamaConfig, String> {
     };
     if optional("llama.rope.dimension_count")?.is_some_and(|dim| dim != head_dim) {
         return Err("partial rotary embeddings are not supported".to_owned());
-    }
-    if metadata.contains_key("llama.rope.scaling.type")
-        || content.tensor_infos.contains_key("rope_freqs.weight")
-    {
-        return Err(
-            "scaled rotary frequencies in GGUF are not supported; use the model's safetensors \
-             folder"
-                .to_owned(),
-        );
     }
     let embed = content.tensor_infos.get("token_embd.weight");
     let vocab = embed.and_then(|info| info.shape.dims().first().copied());
@@ -146,6 +138,28 @@ impl Source<'_> {
         let read = self.content.tensor(self.reader, name, &Device::Cpu);
         let dense = read.and_then(|quantised| quantised.dequantize(&Device::Cpu));
         dense.map_err(|e| format!("the tensor `{name}` cannot be read: {e}"))
+    }
+
+    /// The divisors of Llama 3.1 and later, or the one divisor of linear scaling.
+    fn rope_scaling(&mut self, head_dim: usize) -> Result<Option<RopeScaling>, String> {
+        const FREQUENCIES: &str = "rope_freqs.weight";
+        if self.content.tensor_infos.contains_key(FREQUENCIES) {
+            let values = self.tensor(FREQUENCIES)?.flatten_all();
+            let values = values.and_then(|values| values.to_vec1::<f32>());
+            let values = values.map_err(|e| format!("the tensor `{FREQUENCIES}`: {e}"))?;
+            let divisors = values.into_iter().map(f64::from).collect();
+            return Ok(Some(RopeScaling::Divisors(divisors)));
+        }
+        let metadata = &self.content.metadata;
+        let Some(Value::String(kind)) = metadata.get("llama.rope.scaling.type") else {
+            return Ok(None);
+        };
+        match (kind.as_str(), float(metadata, "llama.rope.scaling.factor")?) {
+            ("none", _) => Ok(None),
+            ("linear", Some(factor)) => Ok(Some(RopeScaling::Divisors(vec![factor; head_dim / 2]))),
+            ("linear", None) => Err("the linear rope scaling lacks its factor".to_owned()),
+            (other, _) => Err(format!("the rope scaling `{other}` is not supported")),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::{LlamaWeights, Slot, TensorSource, assemble};
 use crate::chat_template::ChatTemplate;
-use crate::config::{Llama3RopeScaling, LlamaConfig};
+use crate::config::{Llama3RopeScaling, LlamaConfig, RopeScaling};
 use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
 
@@ -131,14 +131,14 @@ impl HubConfig {
 }
 
 impl RopeParameters {
-    fn scaling(&self) -> Result<Option<Llama3RopeScaling>, String> {
+    fn scaling(&self) -> Result<Option<RopeScaling>, String> {
         match self.rope_type.as_deref() {
             None | Some("default") => return Ok(None),
             Some("llama3") => {}
             Some(other) => return Err(format!("the rope type `{other}` is not supported")),
         }
         let missing = |name: &str| format!("the llama3 rope scaling lacks `{name}`");
-        Ok(Some(Llama3RopeScaling {
+        let scaling = Llama3RopeScaling {
             factor: self.factor.ok_or_else(|| missing("factor"))?,
             low_freq_factor: self
                 .low_freq_factor
@@ -149,7 +149,8 @@ impl RopeParameters {
             original_context: self
                 .original_max_position_embeddings
                 .ok_or_else(|| missing("original_max_position_embeddings"))?,
-        }))
+        };
+        Ok(Some(RopeScaling::Llama3(scaling)))
     }
 }
 

@@ -35,7 +35,7 @@ pub(super) fn train(
         .iter()
         .map(|chat| tokens(&base, chat))
         .collect::<Result<Vec<_>, _>>()?;
-    let (lora, config) = settings(params);
+    let (lora, config) = settings(params, &base)?;
     let fresh = || Trainer::new(&base.weights, lora.clone(), config.clone(), &rows);
     let resume = ctx.resume_dir()?.to_path_buf();
     let state = resume.join("state.safetensors");
@@ -130,7 +130,7 @@ fn tokens(base: &BaseModel, chat: &ChatRow) -> Result<TrainRow, StepError> {
     })
 }
 
-fn settings(params: &Params) -> (LoraConfig, TrainConfig) {
+fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfig), StepError> {
     let mut lora = LoraConfig {
         rank: params.lora.rank,
         alpha: params.lora.alpha,
@@ -139,6 +139,10 @@ fn settings(params: &Params) -> (LoraConfig, TrainConfig) {
     };
     if let Some(modules) = &params.lora.target_modules {
         lora.target_modules.clone_from(modules);
+    }
+    if let Some(text) = &params.lora.invocation {
+        let tokens = base.tokenizer.encode(text, true).map_err(failed)?;
+        lora.invocation_tokens = Some(tokens);
     }
     let config = TrainConfig {
         epochs: params.epochs,
@@ -154,7 +158,7 @@ fn settings(params: &Params) -> (LoraConfig, TrainConfig) {
         seed: params.seed,
         ..TrainConfig::default()
     };
-    (lora, config)
+    Ok((lora, config))
 }
 
 /// Writes a checkpoint; a reader sees all of it or nothing.

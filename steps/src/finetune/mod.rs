@@ -72,6 +72,11 @@ struct LoraSpec {
     dropout: f64,
     /// Adapted modules; every linear layer when left out.
     target_modules: Option<Vec<String>>,
+    /// Makes it an activated adapter: it takes effect from the last place in the prompt where
+    /// this text stands (`<|im_start|>assistant`), and the base model alone computes what comes
+    /// before, once for all adapters. Training costs a fraction; the adapter can do less.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    invocation: Option<String>,
 }
 
 impl Default for LoraSpec {
@@ -81,6 +86,7 @@ impl Default for LoraSpec {
             alpha: 32.0,
             dropout: 0.0,
             target_modules: None,
+            invocation: None,
         }
     }
 }

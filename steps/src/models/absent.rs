@@ -8,6 +8,7 @@ use flowrun_lm::classifier::Embedder;
 use flowrun_lm::lm::Lm;
 
 use super::{EmbeddedSpec, EncoderSpec, Host};
+use crate::bench::Measured;
 use crate::checkpoint::Checkpoint;
 
 pub(crate) fn left_out() -> StepError {
@@ -31,5 +32,13 @@ pub(super) fn open_lm(
     _: Option<(&Path, &Checkpoint)>,
     _: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
+    Err(left_out())
+}
+
+pub(crate) fn bench(
+    _: &EmbeddedSpec,
+    _: &Host<'_>,
+    _: &mut dyn FnMut(&str),
+) -> Result<Measured, StepError> {
     Err(left_out())
 }

@@ -7,18 +7,20 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use flowrun_engine::step::{Cancel, StepError};
 use flowrun_lm::classifier::Embedder;
 use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
+use flowrun_model::bench::ModelBench;
 use flowrun_model::{
     BaseModel, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated,
     Generator, LoraAdapter, ModelError, SentenceEncoder,
 };
 
 use super::{EmbeddedSpec, EncoderSpec, Host};
+use crate::bench::Measured;
 use crate::checkpoint::Checkpoint;
 
 type Shared<T> = LazyLock<Mutex<BTreeMap<String, Arc<T>>>>;
 
 /// Raised whenever the generator may answer the same request otherwise; kept answers are its own.
-const GENERATION: u32 = 3;
+const GENERATION: u32 = 4;
 
 /// Loaded models by the digest of their files. They stay: a run asks for the same ones again and
 /// again.
@@ -120,13 +122,74 @@ pub(super) fn open_lm(
         }
         _ => None,
     };
-    let options = GenerateOptions { batch: spec.batch };
+    let options = GenerateOptions {
+        batch: spec.batch,
+        ..GenerateOptions::default()
+    };
     let generator = Generator::new(base, adapter.as_ref(), options).map_err(failed)?;
     Ok(Arc::new(LocalLm {
         id,
         generator,
         cancel: host.cancel.clone(),
     }))
+}
+
+/// Measures a model.
+///
+/// # Errors
+/// When its weights cannot be had or are not a model.
+pub(crate) fn bench(
+    spec: &EmbeddedSpec,
+    host: &Host<'_>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Measured, StepError> {
+    let base = open_base(spec, host)?;
+    let found = flowrun_model::bench::bench(&base, progress).map_err(failed)?;
+    let json = serde_json::to_value(&found).map_err(|e| StepError::failed(e.to_string()))?;
+    Ok(Measured {
+        text: table(&spec.weights.name(), &found),
+        json,
+    })
+}
+
+fn table(name: &str, found: &ModelBench) -> String {
+    let cpu = |seconds: Option<f64>| seconds.map_or("-".to_owned(), |s| format!("{s:.3}"));
+    let mut out = format!(
+        "{name}: {:.1} M parameters, {} threads, f32 products at {:.0} GFLOP/s\n\n",
+        found.parameters as f64 / 1e6,
+        found.threads,
+        found.gemm_gflops
+    );
+    out.push_str("training                          tokens  s/example  cpu s/example  floor s\n");
+    for row in &found.training {
+        out.push_str(&format!(
+            "{:33} {:6}  {:9.3}  {:>13}  {:7.3}\n",
+            row.name,
+            row.tokens,
+            row.seconds,
+            cpu(row.cpu_seconds),
+            row.floor_seconds
+        ));
+    }
+    for (title, rates) in [
+        ("prompts", &found.prompt),
+        ("generation", &found.generation),
+    ] {
+        out.push_str(&format!("\n{title:33} tokens   tokens/s          cpu s\n"));
+        for rate in rates {
+            out.push_str(&format!(
+                "{:33} {:6}  {:9.1}  {:>13}\n",
+                rate.precision,
+                rate.tokens,
+                rate.tokens_per_second,
+                cpu(rate.cpu_seconds)
+            ));
+        }
+    }
+    if let Some(bytes) = found.peak_bytes {
+        out.push_str(&format!("\nmemory at most: {:.2} GB\n", bytes as f64 / 1e9));
+    }
+    out
 }
 
 /// The generator as the program layer sees a model.

@@ -1,0 +1,552 @@
+"""Records what the reference implementations compute, for the tests in `src/parity/`.
+
+    python -m venv venv && venv/bin/pip install torch transformers peft gguf
+    venv/bin/python record.py tiny                  # models, adapters and gradients of `tiny/`
+    venv/bin/python record.py smollm2 MODEL.gguf    # `smollm2.json`
+    venv/bin/python record.py logits MODEL.gguf ADAPTER TOKENS...   # to stdout, for a live check
+
+Everything is computed on the CPU in f32 by `transformers` and PEFT; GGUF files are written and
+dequantised by the `gguf` package. Nothing here shares code with the crate.
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+HERE = Path(__file__).parent
+TINY = HERE / "tiny"
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+
+def digits(values):
+    return [float(f"{v:.7g}") for v in values]
+
+
+# ---------------------------------------------------------------- tiny models
+
+
+def bytes_to_unicode():
+    """GPT-2's map of bytes to printable characters, in the order of the bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table, extra = {}, 0
+    for byte in range(256):
+        table[byte] = chr(byte if byte in plain else 256 + extra)
+        extra += byte not in plain
+    return table
+
+
+def vocabulary():
+    tokens = list(bytes_to_unicode().values())
+    merges = [("a", "r"), ("ar", "d"), ("c", "ard"), ("Ġ", "card"), ("h", "e"), ("l", "l")]
+    tokens += [a + b for a, b in merges]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return tokens, merges, special
+
+
+def shape(hidden, head_dim, heads, kv_heads, ffn, layers, vocab):
+    return dict(
+        hidden_size=hidden,
+        head_dim=head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def randomised(model, seed):
+    """Weights large enough that every part of the model shows in the logits."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=rng)
+            if name.endswith("norm.weight"):
+                value.copy_(1 + 0.2 * noise)
+            else:
+                value.copy_(noise * 1.2 / value.shape[-1] ** 0.5)
+            # Halves of 16 bits hold them exactly, so that every file type may.
+            value.copy_(value.to(torch.bfloat16).float())
+    return model.eval()
+
+
+def tokens_of(model, count, seed):
+    rng = np.random.default_rng(seed)
+    return [int(t) for t in rng.integers(0, model.config.vocab_size, count)]
+
+
+@torch.no_grad()
+def last_logits(model, tokens):
+    return model(torch.tensor([tokens])).logits[0, -1]
+
+
+def case_of(model, seed, count=48):
+    tokens = tokens_of(model, count, seed)
+    return {"tokens": tokens, "logits": digits(last_logits(model, tokens).tolist())}
+
+
+class File:
+    """A GGUF file of a Llama."""
+
+    def __init__(self, path, config, theta):
+        self.writer = w = gguf.GGUFWriter(path, "llama")
+        w.add_context_length(config.max_position_embeddings)
+        w.add_embedding_length(config.hidden_size)
+        w.add_block_count(config.num_hidden_layers)
+        w.add_feed_forward_length(config.intermediate_size)
+        w.add_head_count(config.num_attention_heads)
+        w.add_head_count_kv(config.num_key_value_heads)
+        w.add_key_length(config.head_dim)
+        w.add_value_length(config.head_dim)
+        w.add_rope_dimension_count(config.head_dim)
+        w.add_rope_freq_base(theta)
+        w.add_layer_norm_rms_eps(config.rms_norm_eps)
+        w.add_vocab_size(config.vocab_size)
+        tokens, merges, special = vocabulary()
+        w.add_tokenizer_model("gpt2")
+        w.add_tokenizer_pre("smollm")
+        w.add_token_list(tokens + special)
+        w.add_token_types([1] * len(tokens) + [3] * len(special))
+        w.add_token_merges([f"{a} {b}" for a, b in merges])
+        w.add_bos_token_id(len(tokens) + 1)
+        w.add_eos_token_id(len(tokens) + 2)
+
+    def tensor(self, name, value, kind):
+        kinds = gguf.GGMLQuantizationType
+        value = np.ascontiguousarray(value, dtype=np.float32)
+        if kind in ("Q4_K", "Q6_K"):
+            packed = random_blocks(kind, value.shape, sum(name.encode()))
+        else:
+            packed = gguf.quants.quantize(value, kinds[kind])
+        self.writer.add_tensor(name, packed, raw_dtype=kinds[kind])
+        return torch.from_numpy(gguf.quants.dequantize(packed, kinds[kind]).copy())
+
+    def close(self):
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+
+
+def random_blocks(kind, shape, seed):
+    """Blocks of a type that `gguf` reads but does not write."""
+    rng = np.random.default_rng(seed)
+    size, scales = {"Q4_K": (144, {0: 4e-4, 2: 3e-3}), "Q6_K": (210, {208: 6e-5})}[kind]
+    blocks = rng.integers(0, 256, (shape[0], shape[1] // 256, size), dtype=np.uint8)
+    for at, value in scales.items():
+        half = np.float16(value * rng.uniform(0.5, 1.5, blocks.shape[:2]))
+        blocks[:, :, at : at + 2] = half[..., None].view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def interleaved(weight, heads):
+    """llama.cpp's order of the query and key rows."""
+    rows, width = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, width)
+    return np.swapaxes(halves, 1, 2).reshape(rows, width)
+
+
+def write_gguf(path, model, theta, kind_of, extra=()):
+    """Writes `model`, gives it the values that the file has, and leaves it as the reference."""
+    config = model.config
+    file = File(path, config, theta)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, value in model.named_parameters():
+        _, _, rest = name.partition("model.")
+        if name == "model.embed_tokens.weight":
+            target = "token_embd"
+        elif name == "model.norm.weight":
+            target = "output_norm"
+        else:
+            _, layer, rest = rest.split(".", 2)
+            target = f"blk.{layer}.{names[rest.rpartition('.')[0]]}"
+        short = target.rpartition(".")[2]
+        numbers = value.detach().numpy()
+        kind = "F32" if value.ndim == 1 else kind_of(target)
+        if short in heads:
+            stored = file.tensor(f"{target}.weight", interleaved(numbers, heads[short]), kind)
+            rows, width = stored.shape
+            pairs = stored.reshape(heads[short], rows // heads[short] // 2, 2, width)
+            stored = pairs.transpose(1, 2).reshape(rows, width)
+        else:
+            stored = file.tensor(f"{target}.{name.rpartition('.')[2]}", numbers, kind)
+        with torch.no_grad():
+            value.copy_(stored.reshape(value.shape))
+    for name, value in extra:
+        file.tensor(name, value, "F32")
+    file.close()
+
+
+def mixed(vocab):
+    """One tensor of each type that the crate reads."""
+    kinds = {
+        "token_embd": "Q8_0",
+        "attn_q": "Q4_K",
+        "attn_k": "F16",
+        "attn_v": "BF16",
+        "attn_output": "Q4_0",
+        "ffn_gate": "Q4_1",
+        "ffn_up": "Q6_K",
+        "ffn_down": "F32",
+    }
+    config = LlamaConfig(**shape(256, 64, 2, 1, 32, 1, vocab), rope_theta=10000.0)
+    model = randomised(LlamaForCausalLM(config), 1)
+    path = TINY / "mixed.gguf"
+    write_gguf(path, model, 10000.0, lambda name: kinds[name.rpartition(".")[2]])
+    # The reference is the same file through the loader of `transformers`.
+    loaded = AutoModelForCausalLM.from_pretrained(TINY, gguf_file=path.name, dtype=torch.float32)
+    loaded = loaded.eval()
+    tokens = tokens_of(model, 48, 1)
+    off = (last_logits(model, tokens) - last_logits(loaded, tokens)).abs().max()
+    assert off < 1e-4, off
+    return {"mixed.gguf": case_of(loaded, 1)}
+
+
+def rope(vocab):
+    """Llama 3.2's rescaled frequencies, tied head, in both formats."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    theta = 10000.0
+    config = LlamaConfig(**shape(32, 8, 4, 2, 48, 2, vocab), rope_theta=theta, rope_scaling=scaling)
+    model = randomised(LlamaForCausalLM(config), 2)
+    folder = TINY / "rope"
+    # A copy, since the cast also rounds the table of rotary frequencies.
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    tokens, merges, special = vocabulary()
+    bpe = models.BPE({t: i for i, t in enumerate(tokens + special)}, merges)
+    tokenizer = Tokenizer(bpe)
+    digits_alone = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits_alone, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}\n')
+    for spare in ["generation_config.json"]:
+        (folder / spare).unlink(missing_ok=True)
+    # What llama.cpp's converter writes in place of the parameters: a divisor for each frequency.
+    frequencies = theta ** -(np.arange(0, 8, 2) / 8)
+    wave = 2 * np.pi / frequencies
+    smooth = (64 / wave - 1.0) / (4.0 - 1.0)
+    divisors = np.where(wave > 64, 8.0, 1 / ((1 - smooth) / 8.0 + smooth))
+    divisors = np.where(wave < 16, 1.0, divisors)
+    extra = [("rope_freqs.weight", divisors.astype(np.float32))]
+    write_gguf(TINY / "rope.gguf", model, theta, lambda _: "BF16", extra)
+    result = case_of(model, 2, 200)
+    return model, {"rope.gguf": result, "rope": result}
+
+
+INVOCATION = [257, 31]
+
+
+def adapters(base):
+    """PEFT's own adapters on the model of `rope`, and the gradients of a loss with them."""
+    made = {}
+    rng = np.random.default_rng(9)
+    rows = []
+    for count in (5, 9, 7):
+        # The invocation comes twice: the last one counts.
+        prompt = [1, 2, 3, *INVOCATION, 4, *(int(t) for t in rng.integers(0, 250, count))]
+        prompt += [*INVOCATION, 60]
+        rows.append({"prompt": prompt, "target": [int(t) for t in rng.integers(0, 250, 4)]})
+    for name, invocation in [("lora", None), ("alora", INVOCATION)]:
+        config = LoraConfig(
+            r=2,
+            lora_alpha=6,
+            lora_dropout=0.0,
+            target_modules=MODULES,
+            task_type="CAUSAL_LM",
+            alora_invocation_tokens=invocation,
+        )
+        model = get_peft_model(base, config)
+        noise = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "lora_" in key:
+                    value.copy_(torch.randn(value.shape, generator=noise) * 0.15)
+        folder = TINY / f"peft-{name}"
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        model.eval()
+        results = []
+        for row in rows:
+            tokens = row["prompt"] + row["target"][:-1]
+            results.append({"tokens": tokens, "logits": digits(last_logits(model, tokens).tolist())})
+        total = sum(len(row["target"]) for row in rows)
+        loss = 0
+        for row in rows:
+            tokens = row["prompt"] + row["target"]
+            logits = model(torch.tensor([tokens])).logits[0, len(row["prompt"]) - 1 : -1]
+            target = torch.tensor(row["target"])
+            loss = loss + torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        (loss / total).backward()
+        gradients = {
+            key.replace(".default", ""): digits(value.grad.flatten().tolist())
+            for key, value in model.named_parameters()
+            if value.grad is not None
+        }
+        assert len(gradients) == 2 * 2 * len(MODULES)
+        made[name] = {
+            "rows": rows,
+            "cases": results,
+            "loss": float(loss / total),
+            "gradients": gradients,
+        }
+        base = model.unload()
+    return base, made
+
+
+def ours(base):
+    """What PEFT computes with the files that the crate writes; kept as they were checked."""
+    folder = TINY / "ours"
+    if not folder.exists():
+        return None
+    model = PeftModel.from_pretrained(base, folder).eval()
+    return case_of(model, 6)
+
+
+def record_tiny():
+    kept = TINY / "ours"
+    for path in TINY.glob("*") if TINY.exists() else []:
+        if path.is_dir() and path != kept:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    TINY.mkdir(exist_ok=True)
+    tokens, _, special = vocabulary()
+    vocab = len(tokens) + len(special)
+    cases = mixed(vocab)
+    base, more = rope(vocab)
+    cases |= more
+    base, trained = adapters(base)
+    result = {"models": cases, "adapters": trained, "invocation": INVOCATION, "ours": ours(base)}
+    (TINY / "expected.json").write_text(json.dumps(result) + "\n")
+
+
+# ---------------------------------------------------------------- SmolLM2
+
+
+def corpus():
+    return [
+        "",
+        " ",
+        "   ",
+        "\n",
+        "\n\n\n",
+        "\t\tindented\twith tabs\t",
+        "hello",
+        " hello",
+        "hello   world",
+        "a" + " " * 40 + "b",
+        " " * 17 + "12",
+        "trailing spaces    ",
+        "1234567890 12.5% -7 3,000,000 0x1F 1e-9",
+        "in   2024   there were   365   days",
+        "½ x² ٤٥ Ⅷ ①②③",
+        "naïve café – “quotes” … ‘single’ — dash",
+        "Größe, Übermut, straße, ﬁne ligature",
+        "日本語のテキスト、句読点。「かぎ括弧」",
+        "한국어 문장입니다. 띄어쓰기도 있어요!",
+        "中文字符测试：你好，世界！",
+        "Привет, мир! Как дела?",
+        "مرحبا بالعالم، كيف الحال؟",
+        "שלום עולם",
+        "नमस्ते दुनिया, क्या हाल है?",
+        "สวัสดีชาวโลก",
+        "emoji 😀😃🎉 👩‍👩‍👧‍👦 🇩🇪 👍🏽 ❤️",
+        "combining e\u0301 a\u0308 o\u0302; zero\u200bwidth; nb\u00a0space; \u3000ideographic",
+        "surrogate-range neighbours \ud7ff \ue000 \uffff \U0001f9ea \U0010ffff",
+        "def f(x):\n    if x > 0:\n        return x ** 2\n    return None\n",
+        "fn main() { let v: Vec<u32> = (0..10).map(|x| x * x).collect(); println!(\"{v:?}\"); }",
+        "for (int i = 0; i < n; ++i) { a[i] += b[i] * 0.5f; }  // comment",
+        "SELECT * FROM t WHERE a='x' AND b IS NOT NULL;",
+        "<div class=\"a\">&amp; <b>bold</b></div>",
+        '{"key": [1, 2.5, null, true], "nested": {"a": "b\\n"}}',
+        "https://example.com/path?q=1&r=a%20b#frag user@example.org",
+        "C:\\Users\\me\\file.txt ~/bin/run.sh $HOME `cmd`",
+        "I'm you're we've they'll he'd it's DON'T I'M",
+        "word's words' 'tis ''quoted''",
+        "ALLCAPS MixedCase camelCase snake_case kebab-case",
+        "a.b.c,d;e:f!g?h(i)j[k]l{m}n",
+        "!!!???...---***###@@@",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "<|endoftext|><|im_start|> <|im_end|>",
+        "text<|im_end|>text",
+        "<|im_start",
+        "<repo_name>x<file_sep>y<gh_stars>3",
+        "\r\nwindows\r\nlines\r\n",
+        "mixed \n \n\n  \t \n end",
+        "\x00\x01\x7f control",
+        "a" * 200,
+        "ab " * 60,
+        "🎉" * 20,
+        "supercalifragilisticexpialidocious antidisestablishmentarianism",
+        "x = [[1,2],[3,4]]; y = x[0][1] + x[1][0]",
+        "## Heading\n\n- item 1\n- item 2\n\n```py\nprint('hi')\n```\n",
+        "[[ ## text ## ]]\nMy card has not arrived yet\n\n[[ ## intent ## ]]\n",
+        "Respond with the corresponding output fields, starting with the field `[[ ## intent ## ]]`.",
+        "What is the exchange rate for £ to € and ¥?",
+        "日本 123 emoji😀code();  \n\tend",
+        "ℝ ∀x∈ℕ: ∑ᵢ xᵢ² ≥ 0 → ∞",
+    ]
+
+
+def chats():
+    hi = {"role": "user", "content": "hi"}
+    return [
+        [hi],
+        [{"role": "system", "content": "Be brief."}, hi],
+        [hi, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "  spaces  \n"}],
+        [{"role": "system", "content": ""}, {"role": "user", "content": "日本語 😀 <b>&amp;</b> 'q' \"d\""}],
+        [{"role": "user", "content": "def f():\n    return {'a': [1, 2]}\n"}],
+        [hi, {"role": "assistant", "content": "a"}, hi, {"role": "assistant", "content": "b"}, hi],
+    ]
+
+
+def questions():
+    """200 prompts: 20 subjects in 10 sentences."""
+    subjects = (
+        "photosynthesis|the moon|gravity|bread|the French Revolution|machine learning|coffee|"
+        "a lost bank card|an exchange rate|a bicycle|the number 17|Python lists|volcanoes|"
+        "a cash withdrawal|jazz|the Roman Empire|vitamin C|recycling|a top up that failed|chess"
+    ).split("|")
+    sentences = [
+        "What is {}?",
+        "Explain {} to a child.",
+        "Write one sentence about {}.",
+        "Give me three facts about {}.",
+        "Why do people care about {}?",
+        "Write a haiku about {}.",
+        "Is {} important? Answer yes or no, then say why.",
+        "Translate `I like {}` into French.",
+        "List two things that are often confused with {}.",
+        "My friend asked: \"{}?!\"  What should I say?",
+    ]
+    return [sentence.format(subject) for subject in subjects for sentence in sentences]
+
+
+def load(path):
+    path = Path(path)
+    args = dict(gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **args).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **args)
+    # The conversion in `transformers` drops the first half of SmolLM2's pre-tokenizer; this is
+    # what the model's own tokenizer.json has, and llama.cpp's `smollm`.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    return model, tokenizer
+
+
+@torch.no_grad()
+def greedy(model, tokens, count, ends):
+    """The most likely tokens, and the smallest lead that one had over the next best."""
+    out, lead, past = [], float("inf"), None
+    feed = torch.tensor([tokens])
+    for _ in range(count):
+        step = model(feed, past_key_values=past, use_cache=True)
+        past = step.past_key_values
+        best = step.logits[0, -1].topk(2)
+        lead = min(lead, float(best.values[0] - best.values[1]))
+        out.append(int(best.indices[0]))
+        if out[-1] in ends:
+            break
+        feed = best.indices[:1].reshape(1, 1)
+    return out, lead
+
+
+def record_smollm2(path):
+    model, tokenizer = load(path)
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    template = lambda chat, ask: tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=ask
+    )
+    ends = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    answers = []
+    for question in questions():
+        prompt = ids(template([{"role": "user", "content": question}], True))
+        tokens, lead = greedy(model, prompt, 16, ends)
+        answers.append({"question": question, "tokens": tokens, "lead": round(lead, 5)})
+    logits = []
+    for text in [corpus()[28], corpus()[55], " ".join(questions()[:40])]:
+        tokens = ids(text)
+        last = last_logits(model, tokens)
+        top = last.topk(48)
+        logits.append(
+            {
+                "tokens": tokens,
+                "top": top.indices.tolist(),
+                "logits": digits(top.values.tolist()),
+                "log_sum_exp": float(last.logsumexp(0)),
+            }
+        )
+    result = {
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "tokenizer": [{"text": text, "tokens": ids(text)} for text in corpus()],
+        "chats": [
+            {"messages": chat, "asking": template(chat, True), "told": template(chat, False)}
+            for chat in chats()
+        ],
+        "logits": logits,
+        "greedy": answers,
+    }
+    text = json.dumps(result, ensure_ascii=True)
+    for key in ('{"text"', '{"messages"', '{"question"', '{"tokens"'):
+        text = text.replace(key, "\n" + key)
+    (HERE / "smollm2.json").write_text(text + "\n")
+
+
+def print_logits(path, adapter, tokens):
+    """One line of JSON: the logits after `tokens`, with the adapter in the folder `adapter`."""
+    model, _ = load(path)
+    if adapter != "-":
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    print(json.dumps(last_logits(model, tokens).tolist()))
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["tiny"]:
+            record_tiny()
+        case ["smollm2", path]:
+            record_smollm2(path)
+        case ["logits", path, adapter, *tokens]:
+            print_logits(path, adapter, [int(token) for token in tokens])
+        case _:
+            sys.exit(__doc__)

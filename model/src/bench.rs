@@ -1,0 +1,380 @@
+//! What this machine makes of a model: training, reading prompts, generating; against the floor
+//! that its rate of matrix products sets.
+//!
+//! Rows are drawn at random, with the lengths of a classification of short texts: a compact
+//! prompt with its label, and a full prompt of 500 tokens with a rationale. Knows no printing.
+//! Invariant: every figure is measured in this call; nothing is remembered or assumed.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use crate::base_model::BaseModel;
+use crate::chat_template::ChatMessage;
+use crate::error::ModelError;
+use crate::generate::{GenerateOptions, GenerateRequest, Generator};
+use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
+use crate::llama::{Llama, Precision, Run};
+use crate::lora::LoraConfig;
+use crate::train::{Hooks, TrainConfig, TrainRow, Trainer};
+
+/// Examples of a training step.
+const BATCH: usize = 8;
+/// Requests that generate together.
+const REQUESTS: usize = 16;
+
+/// All figures.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ModelBench {
+    /// Values in the model.
+    pub parameters: usize,
+    /// Threads of the pool.
+    pub threads: usize,
+    /// Rate of f32 matrix products in the model's own shapes, in 10⁹ operations a second.
+    pub gemm_gflops: f64,
+    /// Training, by kind of row.
+    pub training: Vec<TrainingBench>,
+    /// Reading prompts, by precision.
+    pub prompt: Vec<RateBench>,
+    /// Generating for 16 requests with a common start, by precision; their prompts included.
+    pub generation: Vec<RateBench>,
+    /// The most memory that the process held, in bytes, where the system tells.
+    pub peak_bytes: Option<u64>,
+}
+
+/// One kind of training.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TrainingBench {
+    /// What was trained.
+    pub name: &'static str,
+    /// Tokens of an example, its prompt included.
+    pub tokens: usize,
+    /// Seconds an example: the median step.
+    pub seconds: f64,
+    /// Processor seconds an example over all steps, where the system tells.
+    pub cpu_seconds: Option<f64>,
+    /// Least seconds an example: its operations at the measured rate.
+    pub floor_seconds: f64,
+}
+
+/// A rate.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RateBench {
+    /// `int8` or `f32`.
+    pub precision: &'static str,
+    /// Tokens: of the prompts, or generated.
+    pub tokens: usize,
+    /// Tokens a second.
+    pub tokens_per_second: f64,
+    /// Processor seconds in all, where the system tells.
+    pub cpu_seconds: Option<f64>,
+}
+
+/// Measures `base`. `progress` hears what is measured next. Takes about a minute for a model of
+/// 135 M parameters.
+///
+/// # Errors
+/// When a prompt does not fit the model's context of at least 1,024 tokens, and those of
+/// training and generation.
+pub fn bench(
+    base: &Arc<BaseModel>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<ModelBench, ModelError> {
+    let config = &base.weights.config;
+    if config.context < 1024 || config.vocab < 1024 {
+        return Err(ModelError::Config {
+            name: "model",
+            reason: "is too small to measure: it needs a context and a vocabulary of 1,024 tokens"
+                .to_owned(),
+        });
+    }
+    progress("matrix products");
+    let rate = gemm_rate(base);
+    let mut training = Vec::new();
+    for kind in KINDS {
+        progress(kind.name);
+        training.push(kind.run(base, rate)?);
+    }
+    let (mut prompt, mut generation) = (Vec::new(), Vec::new());
+    for precision in [Precision::Int8, Precision::F32] {
+        progress("prompts");
+        prompt.push(read_prompts(base, precision)?);
+        progress("generation");
+        generation.push(generate(base, precision)?);
+    }
+    Ok(ModelBench {
+        parameters: parameters(base),
+        threads: rayon::current_num_threads(),
+        gemm_gflops: rate / 1e9,
+        training,
+        prompt,
+        generation,
+        peak_bytes: peak_bytes(),
+    })
+}
+
+/// Values of the linear layers, which are what costs.
+fn linear_values(base: &BaseModel) -> usize {
+    let c = &base.weights.config;
+    let attention = 2 * c.hidden * (c.q_width() + c.kv_width());
+    c.layers * (attention + 3 * c.hidden * c.ffn)
+}
+
+fn parameters(base: &BaseModel) -> usize {
+    let c = &base.weights.config;
+    let heads = if c.tied_head { 1 } else { 2 };
+    linear_values(base) + heads * c.vocab * c.hidden + (2 * c.layers + 1) * c.hidden
+}
+
+/// Operations a second of the largest layer's product with 512 tokens: the best of a second.
+fn gemm_rate(base: &BaseModel) -> f64 {
+    let c = &base.weights.config;
+    let (rows, inputs, outputs) = (512, c.hidden, c.ffn);
+    let values = |n: usize| (0..n).map(|i| (i % 13) as f32 * 0.1).collect::<Vec<_>>();
+    let (x, w) = (values(rows * inputs), values(outputs * inputs));
+    let mut out = vec![0.0; rows * outputs];
+    let (start, mut best) = (Instant::now(), f64::INFINITY);
+    while start.elapsed().as_secs_f64() < 1.0 {
+        let once = Instant::now();
+        let (x, w) = (Mat::new(&x, rows, inputs), Mat::new(&w, outputs, inputs));
+        let target = MatMut::new(&mut out, rows, outputs);
+        rayon::scope(|_| matmul(target, Into::Replace, 1.0, x, w.t(), Threads::All));
+        best = best.min(once.elapsed().as_secs_f64());
+    }
+    (2 * rows * inputs * outputs) as f64 / best
+}
+
+/// A kind of training row.
+struct Kind {
+    name: &'static str,
+    /// Tokens that all rows begin with, about as many of their own, and tokens to learn.
+    lengths: [usize; 3],
+    share_prefix: bool,
+    activated: bool,
+    steps: usize,
+}
+
+const KINDS: [Kind; 4] = [
+    Kind {
+        name: "short prompt, label only",
+        lengths: [17, 22, 16],
+        share_prefix: true,
+        activated: false,
+        steps: 8,
+    },
+    Kind {
+        name: "full prompt, each row by itself",
+        lengths: [440, 61, 42],
+        share_prefix: false,
+        activated: false,
+        steps: 2,
+    },
+    Kind {
+        name: "full prompt, common start once",
+        lengths: [440, 61, 42],
+        share_prefix: true,
+        activated: false,
+        steps: 3,
+    },
+    Kind {
+        name: "full prompt, activated adapter",
+        lengths: [440, 61, 42],
+        share_prefix: false,
+        activated: true,
+        steps: 4,
+    },
+];
+
+impl Kind {
+    fn run(&self, base: &BaseModel, rate: f64) -> Result<TrainingBench, ModelError> {
+        let rows = self.rows(base);
+        let lora = LoraConfig {
+            // The mark that ends the common start: the row's own part is adapted.
+            invocation_tokens: self.activated.then(|| vec![MARK]),
+            ..LoraConfig::default()
+        };
+        let config = TrainConfig {
+            share_prefix: self.share_prefix,
+            batch_size: BATCH,
+            ..TrainConfig::default()
+        };
+        let adapted = linear_values(base) as f64;
+        let trained = lora_values(base, &lora) as f64;
+        let head = (base.weights.config.vocab * base.weights.config.hidden) as f64;
+        let (mut times, mut operations, mut last) = (Vec::new(), 0.0, None);
+        let cpu = cpu_seconds();
+        let hooks = Hooks::default().on_step(|step| {
+            let now = Instant::now();
+            if let Some(last) = last.replace(now) {
+                times.push((now - last).as_secs_f64());
+            }
+            // Frozen weights: forward and the gradient of the input. Trained ones: theirs too.
+            operations = step.tokens as f64 * (4.0 * adapted + 6.0 * trained)
+                + step.targets as f64 * 4.0 * head;
+        });
+        Trainer::new(&base.weights, lora, config, &rows)?.run(hooks)?;
+        let used = cpu.zip(cpu_seconds()).map(|(from, to)| to - from);
+        times.sort_by(f64::total_cmp);
+        let step = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
+        Ok(TrainingBench {
+            name: self.name,
+            tokens: self.lengths.iter().sum(),
+            seconds: step / BATCH as f64,
+            cpu_seconds: used.map(|used| used / rows.len() as f64),
+            floor_seconds: operations / rate / BATCH as f64,
+        })
+    }
+
+    fn rows(&self, base: &BaseModel) -> Vec<TrainRow> {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let most = base.weights.config.vocab as u32;
+        let mut draw = |count: usize| -> Vec<u32> {
+            (0..count)
+                .map(|_| rng.random_range(MARK + 1..most))
+                .collect()
+        };
+        let [common, own, target] = self.lengths;
+        let mut shared = draw(common - 1);
+        shared.push(MARK);
+        // The first step warms up, so there is one more.
+        let count = BATCH * (self.steps + 1);
+        let rows = (0..count).map(|row| TrainRow {
+            prompt: [shared.clone(), draw((own + row % 9).saturating_sub(4))].concat(),
+            target: draw(target),
+        });
+        rows.collect()
+    }
+}
+
+/// A token that is drawn nowhere else.
+const MARK: u32 = 512;
+
+fn lora_values(base: &BaseModel, lora: &LoraConfig) -> usize {
+    let c = &base.weights.config;
+    let modules = crate::lora::Module::ALL;
+    let widths = modules.map(|module| module.input(c) + module.output(c));
+    c.layers * lora.rank * widths.iter().sum::<usize>()
+}
+
+fn name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::Int8 => "int8",
+        Precision::F32 => "f32",
+    }
+}
+
+/// Four prompts of 512 tokens that have nothing in common.
+fn read_prompts(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench, ModelError> {
+    let llama = Llama::new(Arc::clone(base), None, precision)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let most = base.weights.config.vocab as u32;
+    let mut prompts = || -> Vec<Vec<u32>> {
+        let mut prompt = || (0..512).map(|_| rng.random_range(0..most)).collect();
+        (0..4).map(|_| prompt()).collect()
+    };
+    let read = |prompts: Vec<Vec<u32>>| {
+        let mut caches: Vec<_> = prompts.iter().map(|p| llama.cache(p.len())).collect();
+        let runs = prompts.iter().zip(&mut caches).map(|(tokens, own)| Run {
+            tokens,
+            past: Vec::new(),
+            own,
+            adapter: None,
+        });
+        llama.forward(runs.collect())
+    };
+    read(prompts())?;
+    let (cpu, start) = (cpu_seconds(), Instant::now());
+    read(prompts())?;
+    let seconds = start.elapsed().as_secs_f64();
+    let tokens = 4 * 512;
+    Ok(RateBench {
+        precision: name(precision),
+        tokens,
+        tokens_per_second: tokens as f64 / seconds,
+        cpu_seconds: cpu.zip(cpu_seconds()).map(|(from, to)| to - from),
+    })
+}
+
+/// 16 requests with about 440 tokens in common, 20 of their own and 48 to come.
+fn generate(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench, ModelError> {
+    let options = GenerateOptions {
+        batch: REQUESTS,
+        precision,
+    };
+    let generator = Generator::new(Arc::clone(base), None, options)?;
+    let system: Vec<String> = (0..55)
+        .map(|i| format!("Rule {i}: answer every question."))
+        .collect();
+    let system = system.join(" ");
+    let request = |index: usize| GenerateRequest {
+        messages: vec![
+            ChatMessage::new("system", system.clone()),
+            ChatMessage::new(
+                "user",
+                format!("Tell me a long story about the number {index}."),
+            ),
+        ],
+        max_tokens: 48,
+        temperature: 0.0,
+        seed: None,
+        stop: Vec::new(),
+        choices: None,
+    };
+    let requests: Vec<_> = (0..REQUESTS).map(request).collect();
+    let (cpu, start) = (cpu_seconds(), Instant::now());
+    let answers = generator.generate(&requests, &|_, _| {}, &|| false);
+    let seconds = start.elapsed().as_secs_f64();
+    let used = cpu.zip(cpu_seconds()).map(|(from, to)| to - from);
+    let mut tokens = 0;
+    for answer in answers {
+        tokens += answer?.completion_tokens;
+    }
+    Ok(RateBench {
+        precision: name(precision),
+        tokens,
+        tokens_per_second: tokens as f64 / seconds,
+        cpu_seconds: used,
+    })
+}
+
+/// Processor seconds of this process so far, of all threads.
+fn cpu_seconds() -> Option<f64> {
+    // Ticks are a hundredth of a second on every Linux that this runs on.
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut fields = fields.split_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / 100.0)
+}
+
+fn peak_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::tiny;
+
+    #[test]
+    fn a_model_that_is_too_small_is_refused() {
+        let error = bench(&tiny::base(1), &mut |_| {}).unwrap_err().to_string();
+        assert!(error.contains("too small to measure"), "{error}");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_system_tells_time_and_memory() {
+        let before = cpu_seconds().unwrap();
+        assert!(cpu_seconds().unwrap() >= before);
+        assert!(peak_bytes().unwrap() > 1 << 20);
+    }
+}

@@ -1,0 +1,239 @@
+//! SmolLM2 against `parity/smollm2.json`.
+//!
+//! The weights are looked for at `FLOWRUN_SMOLLM2_GGUF` and where flowrun keeps downloads;
+//! without them these tests say that they skip. With `FLOWRUN_E2E=full` they check all prompts
+//! instead of some, and ask the packages themselves where `FLOWRUN_PYTHON` names an interpreter
+//! that has them.
+#![allow(clippy::print_stdout)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, LazyLock};
+
+use serde::Deserialize;
+
+use super::{adapter_of_ours, folder, logits, read, worst};
+use crate::base_model::BaseModel;
+use crate::chat_template::ChatMessage;
+use crate::llama::{Llama, Precision, Run};
+
+fn full() -> bool {
+    std::env::var("FLOWRUN_E2E").is_ok_and(|value| value == "full")
+}
+
+#[derive(Deserialize)]
+struct Encoded {
+    text: String,
+    tokens: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+struct Chat {
+    messages: Vec<ChatMessage>,
+    asking: String,
+    told: String,
+}
+
+#[derive(Deserialize)]
+struct Top {
+    tokens: Vec<u32>,
+    top: Vec<usize>,
+    logits: Vec<f32>,
+    log_sum_exp: f32,
+}
+
+#[derive(Deserialize)]
+struct Greedy {
+    question: String,
+    tokens: Vec<u32>,
+    /// The smallest lead of a chosen token over the next best, in the reference.
+    lead: f32,
+}
+
+#[derive(Deserialize)]
+struct SmolLm2 {
+    sha256: String,
+    tokenizer: Vec<Encoded>,
+    chats: Vec<Chat>,
+    logits: Vec<Top>,
+    greedy: Vec<Greedy>,
+}
+
+static WEIGHTS: LazyLock<Option<(PathBuf, Arc<BaseModel>)>> = LazyLock::new(|| {
+    let path = weights()?;
+    let base = BaseModel::load(&path, "smollm2").unwrap();
+    Some((path, Arc::new(base)))
+});
+
+/// Where the weights are, if they are at hand.
+fn weights() -> Option<PathBuf> {
+    let sha256 = recorded().sha256;
+    let named = std::env::var_os("FLOWRUN_SMOLLM2_GGUF").map(PathBuf::from);
+    let caches = ["XDG_CACHE_HOME", "FLOWRUN_DISTDIR"];
+    let caches = caches.iter().filter_map(std::env::var_os);
+    let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+    // The end-to-end tests have flowrun keep its downloads here.
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tmp");
+    let folders = caches.map(PathBuf::from).chain(home).chain([target]);
+    let kept = folders.flat_map(|folder| {
+        let kept = folder.join("flowrun").join("downloads").join(&sha256);
+        [kept, folder.join(&sha256)]
+    });
+    let found = named.into_iter().chain(kept).find(|path| path.is_file());
+    if found.is_none() {
+        println!("skipped: the weights of SmolLM2 are not at hand (set FLOWRUN_SMOLLM2_GGUF)");
+    }
+    found
+}
+
+fn recorded() -> SmolLm2 {
+    read(&folder().join("smollm2.json"))
+}
+
+fn smollm2() -> Option<(SmolLm2, &'static Arc<BaseModel>)> {
+    let (_, base) = WEIGHTS.as_ref()?;
+    Some((recorded(), base))
+}
+
+#[test]
+fn tokens_equal_the_reference() {
+    let Some((recorded, base)) = smollm2() else {
+        return;
+    };
+    let count = recorded.tokenizer.len();
+    for Encoded { text, tokens } in recorded.tokenizer {
+        assert_eq!(
+            base.tokenizer.encode(&text, true).unwrap(),
+            tokens,
+            "{text:?}"
+        );
+    }
+    println!("{count} texts have equal tokens");
+}
+
+#[test]
+fn chats_equal_the_reference() {
+    let Some((recorded, base)) = smollm2() else {
+        return;
+    };
+    for chat in recorded.chats {
+        let render = |asking| base.chat.render(&chat.messages, asking).unwrap();
+        assert_eq!(render(true), chat.asking);
+        assert_eq!(render(false), chat.told);
+    }
+}
+
+#[test]
+fn logits_equal_the_reference() {
+    let Some((recorded, base)) = smollm2() else {
+        return;
+    };
+    for (precision, tolerance) in [(Precision::F32, 2e-3), (Precision::Int8, 1.5)] {
+        let llama = Llama::new(Arc::clone(base), None, precision).unwrap();
+        for case in &recorded.logits {
+            let got = logits(&llama, &case.tokens);
+            let top: Vec<f32> = case.top.iter().map(|token| got[*token]).collect();
+            let off = worst(&top, &case.logits);
+            let most = got.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum = most + got.iter().map(|l| (l - most).exp()).sum::<f32>().ln();
+            println!(
+                "{precision:?}, {} tokens: off by {off:.5}, log-sum-exp by {:.5}",
+                case.tokens.len(),
+                sum - case.log_sum_exp
+            );
+            assert!(off < tolerance, "{precision:?}: off by {off}");
+            assert!((sum - case.log_sum_exp).abs() < tolerance);
+        }
+    }
+}
+
+/// How many of the recorded answers come out token by token.
+fn equal_answers(recorded: &[Greedy], base: &Arc<BaseModel>, precision: Precision) -> Vec<usize> {
+    let llama = Llama::new(Arc::clone(base), None, precision).unwrap();
+    let prompt = |greedy: &Greedy| {
+        let message = ChatMessage::new("user", greedy.question.clone());
+        base.prompt_tokens(&[message]).unwrap()
+    };
+    let differs = |greedy: &Greedy| {
+        // The whole answer in one pass: each token must be the likeliest after those before it.
+        let prompt = prompt(greedy);
+        let mut own = llama.cache(prompt.len() + greedy.tokens.len());
+        let mut feed = prompt;
+        greedy.tokens.iter().any(|wanted| {
+            let run = Run {
+                tokens: &feed,
+                past: vec![],
+                own: &mut own,
+                adapter: None,
+            };
+            let hidden = llama.forward(vec![run]).unwrap();
+            let logits = llama.logits(&hidden).unwrap();
+            let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+            feed = vec![*wanted];
+            best != Some(*wanted as usize)
+        })
+    };
+    let rows = recorded.iter().enumerate();
+    rows.filter(|(_, greedy)| differs(greedy))
+        .map(|(at, _)| at)
+        .collect()
+}
+
+#[test]
+fn greedy_answers_equal_the_reference() {
+    let Some((recorded, base)) = smollm2() else {
+        return;
+    };
+    let count = if full() { recorded.greedy.len() } else { 12 };
+    let some = &recorded.greedy[..count];
+    let different = equal_answers(some, base, Precision::F32);
+    println!("f32: {} of {count} equal", count - different.len());
+    for at in &different {
+        let greedy = &recorded.greedy[*at];
+        println!("{}: a lead of {} turned", greedy.question, greedy.lead);
+    }
+    // A lead smaller than rounding may turn; none else may.
+    let turned = different.iter().all(|at| some[*at].lead < 2e-3);
+    assert!(turned, "{different:?}");
+    if full() {
+        let different = equal_answers(some, base, Precision::Int8);
+        println!("8 bits: {} of {count} equal", count - different.len());
+    }
+}
+
+/// Asks the installed packages: our adapter through PEFT, on the same GGUF file.
+#[test]
+fn with_our_adapter_equals_peft_itself() {
+    let (Some((recorded, base)), Some(python), true) =
+        (smollm2(), std::env::var_os("FLOWRUN_PYTHON"), full())
+    else {
+        println!("skipped: needs FLOWRUN_E2E=full and FLOWRUN_PYTHON, with torch and peft");
+        return;
+    };
+    let path = &WEIGHTS.as_ref().unwrap().0;
+    let tokens = &recorded.logits[1].tokens;
+    let files = tempfile::tempdir().unwrap();
+    for invocation in [None, Some(vec![tokens[tokens.len() / 2]])] {
+        let mut adapter = adapter_of_ours(base, 0.05);
+        adapter.config.invocation_tokens = invocation;
+        adapter.save(files.path(), "smollm2").unwrap();
+        let output = Command::new(&python)
+            .arg(folder().join("record.py"))
+            .arg("logits")
+            .args([path.as_path(), files.path()])
+            .args(tokens.iter().map(u32::to_string))
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let wanted: Vec<f32> = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        let plain = Llama::new(Arc::clone(base), None, Precision::F32).unwrap();
+        let llama = Llama::new(Arc::clone(base), Some(&adapter), Precision::F32).unwrap();
+        let got = logits(&llama, tokens);
+        let (off, moved) = (
+            worst(&got, &wanted),
+            worst(&logits(&plain, tokens), &wanted),
+        );
+        println!("off by {off:.5}, where the adapter moves logits by {moved:.3}");
+        assert!(off < 5e-3 && moved > 0.1, "off by {off}, moved by {moved}");
+    }
+}
