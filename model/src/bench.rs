@@ -21,8 +21,6 @@ use crate::llama::{Llama, Precision, Run};
 use crate::lora::LoraConfig;
 use crate::train::{Hooks, TrainConfig, TrainRow, Trainer};
 
-/// Examples of a training step.
-const BATCH: usize = 8;
 /// Requests that generate together.
 const REQUESTS: usize = 16;
 
@@ -154,6 +152,9 @@ struct Kind {
     lengths: [usize; 3],
     share_prefix: bool,
     activated: bool,
+    /// Rows of a step.
+    batch: usize,
+    /// Steps after a first one, which warms up.
     steps: usize,
 }
 
@@ -163,28 +164,32 @@ const KINDS: [Kind; 4] = [
         lengths: [17, 22, 16],
         share_prefix: true,
         activated: false,
-        steps: 8,
+        batch: 8,
+        steps: 4,
     },
     Kind {
         name: "full prompt, each row by itself",
         lengths: [440, 61, 42],
         share_prefix: false,
         activated: false,
-        steps: 2,
+        batch: 2,
+        steps: 1,
     },
     Kind {
         name: "full prompt, common start once",
         lengths: [440, 61, 42],
         share_prefix: true,
         activated: false,
-        steps: 3,
+        batch: 8,
+        steps: 2,
     },
     Kind {
         name: "full prompt, activated adapter",
         lengths: [440, 61, 42],
         share_prefix: false,
         activated: true,
-        steps: 4,
+        batch: 8,
+        steps: 2,
     },
 ];
 
@@ -198,7 +203,7 @@ impl Kind {
         };
         let config = TrainConfig {
             share_prefix: self.share_prefix,
-            batch_size: BATCH,
+            batch_size: self.batch,
             ..TrainConfig::default()
         };
         let adapted = linear_values(base) as f64;
@@ -222,9 +227,9 @@ impl Kind {
         Ok(TrainingBench {
             name: self.name,
             tokens: self.lengths.iter().sum(),
-            seconds: step / BATCH as f64,
+            seconds: step / self.batch as f64,
             cpu_seconds: used.map(|used| used / rows.len() as f64),
-            floor_seconds: operations / rate / BATCH as f64,
+            floor_seconds: operations / rate / self.batch as f64,
         })
     }
 
@@ -239,8 +244,7 @@ impl Kind {
         let [common, own, target] = self.lengths;
         let mut shared = draw(common - 1);
         shared.push(MARK);
-        // The first step warms up, so there is one more.
-        let count = BATCH * (self.steps + 1);
+        let count = self.batch * (self.steps + 1);
         let rows = (0..count).map(|row| TrainRow {
             prompt: [shared.clone(), draw((own + row % 9).saturating_sub(4))].concat(),
             target: draw(target),

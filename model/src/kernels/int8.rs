@@ -1,10 +1,12 @@
 //! Linear layers on 8-bit weights, for inference.
 //!
 //! A row of weights is cut into blocks of 32; in each, `w ≈ low + scale · u` with `u` from 0 to
-//! 255 (255 = 17 · 15, so blocks that came from 4-bit files are kept exactly, up to rounding).
-//! The input is cut likewise into `x ≈ scale · a` with `a` from -127 to 127. The sums of `u · a`
-//! are whole numbers, and what follows is computed in one order of fused steps: every instruction
-//! set gives the same bits, and a row's result does not depend on the other rows.
+//! 255. 255 = 17 · 15 and 254 = 2 · 127, so what came from a file of 4 or 8 bits is kept exactly, up
+//! to rounding.
+//! The input is cut likewise into `x ≈ scale · (254 · a + b)`, `a` and `b` from -127 to 127: what
+//! one byte would lose of it would be most of the error. The sums of products are whole numbers,
+//! and what follows is computed in one order of fused steps: every instruction set gives the same
+//! bits, and a row's result does not depend on the other rows.
 //!
 //! Weights lie in panels of 16 outputs, four inputs of each output side by side: what one
 //! `vpdpbusd` takes. Knows no model.
@@ -19,6 +21,8 @@ pub(crate) const BLOCK: usize = 32;
 const PANEL: usize = 16;
 /// Bytes of a block of a panel.
 const BYTES: usize = BLOCK * PANEL;
+/// Steps of the second byte of an input in one of the first.
+const STEPS: i32 = 254;
 /// Rows that share one reading of the weights.
 const TILE: usize = 4;
 
@@ -36,11 +40,11 @@ pub(crate) struct Int8Matrix {
 
 /// Rows of inputs, `[rows, inputs]`.
 struct Int8Rows {
-    /// Values, row by row.
+    /// First and second bytes: a block of the ones, a block of the others, row by row.
     values: Vec<i8>,
     /// One a block.
     scales: Vec<f32>,
-    /// `scale · Σ a`, one a block.
+    /// `scale · Σ (254 · a + b)`, one a block.
     sums: Vec<f32>,
 }
 
@@ -136,7 +140,7 @@ impl Int8Matrix {
 
     fn linear_by(&self, kernel: Kernel, x: &[f32], out: &mut [f32], into: Into, threads: Threads) {
         let x = Int8Rows::new(x, self.inputs);
-        let rows = x.values.len() / self.inputs;
+        let rows = x.scales.len() * BLOCK / self.inputs;
         assert_eq!(out.len(), rows * self.outputs, "matrix sizes do not fit");
         let panels = self.outputs.div_ceil(PANEL);
         let many = threads == Threads::All && rows * self.weights.len() >= 1 << 18;
@@ -186,7 +190,7 @@ impl Int8Matrix {
         into: Into,
         target: &mut Target<'_>,
     ) {
-        let rows = x.values.len() / self.inputs;
+        let rows = x.scales.len() * BLOCK / self.inputs;
         for panel in panels {
             let lanes = (self.outputs - panel * PANEL).min(PANEL);
             for first in (0..rows).step_by(TILE) {
@@ -233,12 +237,12 @@ impl Int8Matrix {
         for index in 0..blocks {
             let block = self.block(panel, index);
             for (row, sums) in sums[..count].iter_mut().enumerate() {
-                let (values, scale, sum) = x.block(first + row, index, blocks);
+                let (coarse, fine, scale, sum) = x.block(first + row, index, blocks);
                 for (lane, total) in sums.iter_mut().enumerate() {
                     let mut whole = 0i32;
-                    for (k, value) in values.iter().enumerate() {
+                    for (k, (a, b)) in coarse.iter().zip(fine).enumerate() {
                         let weight = block.weights[k / 4 * 4 * PANEL + lane * 4 + k % 4];
-                        whole += i32::from(weight) * i32::from(*value);
+                        whole += i32::from(weight) * (STEPS * i32::from(*a) + i32::from(*b));
                     }
                     let product = whole as f32 * block.scales[lane];
                     *total = product.mul_add(scale, *total);
@@ -263,18 +267,43 @@ impl Int8Matrix {
     }
 }
 
-/// The least value and the step between 256 levels up to the greatest.
+/// The least level and the step between 256 of them: the best of three grids, which hold blocks
+/// of Q4_1, Q8_0 and Q4_0 files exactly.
 fn range(values: &[f32]) -> (f32, f32) {
     let low = values.iter().copied().fold(f32::INFINITY, f32::min);
     let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    (low, (high - low) / 255.0)
+    let most = low.abs().max(high);
+    let eighth = most / 8.0;
+    let start = if -low > high { low } else { -7.0 * eighth };
+    let grids = [
+        (low, (high - low) / 255.0),
+        (-most, most / 127.0),
+        (start, eighth / 17.0),
+    ];
+    let error = |(low, scale): (f32, f32)| -> f32 {
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let off = |value: &f32| {
+            let level = ((value - low) * inverse).round_ties_even();
+            let off = low + level.clamp(0.0, 255.0) * scale - value;
+            off * off
+        };
+        values.iter().map(off).sum()
+    };
+    let mut best = (grids[0], error(grids[0]));
+    for grid in &grids[1..] {
+        let error = error(*grid);
+        if error < best.1 {
+            best = (*grid, error);
+        }
+    }
+    best.0
 }
 
 impl Int8Rows {
     fn new(x: &[f32], inputs: usize) -> Self {
         let blocks = x.len() / BLOCK;
         let mut rows = Self {
-            values: vec![0; x.len()],
+            values: vec![0; 2 * x.len()],
             scales: Vec::with_capacity(blocks),
             sums: Vec::with_capacity(blocks),
         };
@@ -282,18 +311,21 @@ impl Int8Rows {
         pulp::Arch::new().dispatch(
             #[inline(always)]
             || {
-                for (x, values) in x
-                    .chunks_exact(BLOCK)
-                    .zip(rows.values.chunks_exact_mut(BLOCK))
-                {
+                let targets = rows.values.chunks_exact_mut(2 * BLOCK);
+                for (x, values) in x.chunks_exact(BLOCK).zip(targets) {
+                    let (coarse, fine) = values.split_at_mut(BLOCK);
                     let most = x.iter().fold(0f32, |most, v| most.max(v.abs()));
-                    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+                    let step = most / 127.0;
+                    let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
                     let mut sum = 0i32;
-                    for (value, x) in values.iter_mut().zip(x) {
-                        *value = (x * inverse).round_ties_even() as i8;
-                        sum += i32::from(*value);
+                    for ((a, b), x) in coarse.iter_mut().zip(fine).zip(x) {
+                        let exact = x * inverse;
+                        let whole = exact.round_ties_even();
+                        *a = whole as i8;
+                        *b = ((exact - whole) * STEPS as f32).round_ties_even() as i8;
+                        sum += STEPS * i32::from(*a) + i32::from(*b);
                     }
-                    let scale = most / 127.0;
+                    let scale = step / STEPS as f32;
                     rows.scales.push(scale);
                     rows.sums.push(scale * sum as f32);
                 }
@@ -302,12 +334,23 @@ impl Int8Rows {
         rows
     }
 
+    /// First bytes, second bytes, scale and scaled sum of a block.
     #[inline(always)]
-    fn block(&self, row: usize, index: usize, blocks: usize) -> (&[i8; BLOCK], f32, f32) {
+    fn block(
+        &self,
+        row: usize,
+        index: usize,
+        blocks: usize,
+    ) -> (&[i8; BLOCK], &[i8; BLOCK], f32, f32) {
         let at = row * blocks + index;
-        let values = &self.values[at * BLOCK..(at + 1) * BLOCK];
-        let values = values.try_into().expect("a slice of that length");
-        (values, self.scales[at], self.sums[at])
+        let (coarse, fine) = self.values[2 * at * BLOCK..2 * (at + 1) * BLOCK].split_at(BLOCK);
+        let whole = "a slice of that length";
+        (
+            coarse.try_into().expect(whole),
+            fine.try_into().expect(whole),
+            self.scales[at],
+            self.sums[at],
+        )
     }
 }
 
@@ -339,7 +382,7 @@ impl<'a> Target<'a> {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, Int8Matrix, Int8Rows, PANEL, TILE};
+    use super::{BLOCK, Int8Matrix, Int8Rows, PANEL, STEPS, TILE};
 
     /// Four values of a row as the bits that are broadcast to all lanes.
     #[inline(always)]
@@ -375,14 +418,14 @@ mod x86 {
                 )
             };
             for (row, total) in totals.iter_mut().enumerate().take(count) {
-                let (values, scale, sum) = x.block(first + row, index, blocks);
-                // Two chains, since one would wait for each product in turn.
-                let mut whole = [_mm512_setzero_si512(); 2];
+                let (coarse, fine, scale, sum) = x.block(first + row, index, blocks);
+                let (mut a, mut b) = (_mm512_setzero_si512(), _mm512_setzero_si512());
                 for (group, weights) in weights.iter().enumerate() {
-                    let four = _mm512_set1_epi32(four(values, group));
-                    whole[group % 2] = _mm512_dpbusd_epi32(whole[group % 2], *weights, four);
+                    a = _mm512_dpbusd_epi32(a, *weights, _mm512_set1_epi32(four(coarse, group)));
+                    b = _mm512_dpbusd_epi32(b, *weights, _mm512_set1_epi32(four(fine, group)));
                 }
-                let whole = _mm512_cvtepi32_ps(_mm512_add_epi32(whole[0], whole[1]));
+                let a = _mm512_mullo_epi32(a, _mm512_set1_epi32(STEPS));
+                let whole = _mm512_cvtepi32_ps(_mm512_add_epi32(a, b));
                 let product = _mm512_mul_ps(whole, scales);
                 *total = _mm512_fmadd_ps(product, _mm512_set1_ps(scale), *total);
                 *total = _mm512_fmadd_ps(lows, _mm512_set1_ps(sum), *total);
@@ -406,8 +449,6 @@ mod x86 {
         sums: &mut [[f32; PANEL]; TILE],
     ) {
         let blocks = matrix.inputs / BLOCK;
-        let nibble = _mm256_set1_epi8(15);
-        let ones = _mm256_set1_epi16(1);
         for half in 0..2 {
             let mut totals = [_mm256_setzero_ps(); TILE];
             for index in 0..blocks {
@@ -424,20 +465,11 @@ mod x86 {
                     )
                 };
                 for (row, total) in totals.iter_mut().enumerate().take(count) {
-                    let (values, scale, sum) = x.block(first + row, index, blocks);
-                    // Products of whole bytes would not fit 16 bits; of halves, 8 sums do.
-                    let mut low = _mm256_setzero_si256();
-                    let mut high = _mm256_setzero_si256();
-                    for (group, weights) in weights.iter().enumerate() {
-                        let four = _mm256_set1_epi32(four(values, group));
-                        let part = _mm256_and_si256(*weights, nibble);
-                        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(part, four));
-                        let part = _mm256_and_si256(_mm256_srli_epi16(*weights, 4), nibble);
-                        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(part, four));
-                    }
-                    let low = _mm256_madd_epi16(low, ones);
-                    let high = _mm256_slli_epi32(_mm256_madd_epi16(high, ones), 4);
-                    let whole = _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
+                    let (coarse, fine, scale, sum) = x.block(first + row, index, blocks);
+                    let a = dot_avx2(&weights, coarse);
+                    let a = _mm256_mullo_epi32(a, _mm256_set1_epi32(STEPS));
+                    let whole = _mm256_add_epi32(a, dot_avx2(&weights, fine));
+                    let whole = _mm256_cvtepi32_ps(whole);
                     let product = _mm256_mul_ps(whole, scales);
                     *total = _mm256_fmadd_ps(product, _mm256_set1_ps(scale), *total);
                     *total = _mm256_fmadd_ps(lows, _mm256_set1_ps(sum), *total);
@@ -448,6 +480,26 @@ mod x86 {
                 unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(8 * half), total) };
             }
         }
+    }
+
+    /// The sums of 8 lanes.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn dot_avx2(weights: &[__m256i; 8], values: &[i8; BLOCK]) -> __m256i {
+        // Products of whole bytes would not fit 16 bits; of halves, 8 sums do.
+        let nibble = _mm256_set1_epi8(15);
+        let (mut low, mut high) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+        for (group, weights) in weights.iter().enumerate() {
+            let four = _mm256_set1_epi32(four(values, group));
+            let part = _mm256_and_si256(*weights, nibble);
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(part, four));
+            let part = _mm256_and_si256(_mm256_srli_epi16(*weights, 4), nibble);
+            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(part, four));
+        }
+        let ones = _mm256_set1_epi16(1);
+        let low = _mm256_madd_epi16(low, ones);
+        let high = _mm256_slli_epi32(_mm256_madd_epi16(high, ones), 4);
+        _mm256_add_epi32(low, high)
     }
 }
 
@@ -481,8 +533,8 @@ mod tests {
                 let x = &x[at / outputs * inputs..][..inputs];
                 let w = &w[at % outputs * inputs..][..inputs];
                 let want: f32 = x.iter().zip(w).map(|(x, w)| x * w).sum();
-                // Half a level of each of two factors up to 1, whose errors add as noise.
-                let bound = 0.02 * (inputs as f32).sqrt();
+                // Half a level of weights up to 1, whose errors add as noise.
+                let bound = 0.01 * (inputs as f32).sqrt();
                 assert!((got - 1.0 - want).abs() < bound, "{got} is not 1 + {want}");
             }
         }
@@ -520,18 +572,29 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_four_bits_are_kept() {
-        // Blocks as a Q4_1 file has them: 16 even levels, both ends in use.
-        let w: Vec<f32> = (0..64)
-            .map(|i| -0.3 + 0.04 * ((i * 7) % 16) as f32)
-            .collect();
-        let matrix = Int8Matrix::new(&w, 64).expect("whole blocks");
-        for unit in 0..64 {
-            let mut x = vec![0.0; 64];
-            x[unit] = 1.0;
-            let mut out = vec![0.0];
-            matrix.linear(&x, &mut out, Into::Replace, Threads::One);
-            assert!((out[0] - w[unit]).abs() < 1e-6, "{} {}", out[0], w[unit]);
+    fn weights_of_four_and_eight_bits_are_kept() {
+        let level = |i: usize, levels: usize| ((i * 7) % levels) as f32;
+        let blocks = |value: &dyn Fn(usize) -> f32| (0..64).map(value).collect::<Vec<_>>();
+        for w in [
+            // Q4_1: 16 even levels, both ends in use.
+            blocks(&|i| -0.3 + 0.04 * level(i, 16)),
+            // Q4_0: the largest value is 8 steps from zero, on either side; 15 levels are used.
+            blocks(&|i| 0.02 * (level(i, 15) - 8.0)),
+            blocks(&|i| -0.02 * (level(i, 15) - 8.0)),
+            // Q8_0: the largest value is 127 steps from zero.
+            blocks(&|i| match i % 32 {
+                0 => 0.127,
+                _ => 0.001 * (level(i, 255) - 127.0),
+            }),
+        ] {
+            let matrix = Int8Matrix::new(&w, 64).expect("whole blocks");
+            for unit in 0..64 {
+                let mut x = vec![0.0; 64];
+                x[unit] = 1.0;
+                let mut out = vec![0.0];
+                matrix.linear(&x, &mut out, Into::Replace, Threads::One);
+                assert!((out[0] - w[unit]).abs() < 1e-6, "{} {}", out[0], w[unit]);
+            }
         }
     }
 

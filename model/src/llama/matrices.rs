@@ -15,9 +15,9 @@ use crate::weights::{LayerWeights, LlamaWeights};
 /// What generation computes its linear layers with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
-    /// 8-bit weights and inputs, with a scale for each 32 of them: some times faster than f32,
-    /// and as exact as llama.cpp's products of quantised weights. f32 where the processor has no
-    /// instructions for it or a layer's width is no multiple of 32.
+    /// 8-bit weights and 16-bit inputs, with a scale for each 32 of them: some times faster than
+    /// f32, and next to exact for weights that come from a file of at most 8 bits. f32 where the
+    /// processor has no instructions for it or a layer's width is no multiple of 32.
     #[default]
     Int8,
     /// What the reference implementations compute.

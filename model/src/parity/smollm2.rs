@@ -128,7 +128,7 @@ fn logits_equal_the_reference() {
     let Some((recorded, base)) = smollm2() else {
         return;
     };
-    for (precision, tolerance) in [(Precision::F32, 2e-3), (Precision::Int8, 1.5)] {
+    for (precision, tolerance) in [(Precision::F32, 2e-3), (Precision::Int8, 0.1)] {
         let llama = Llama::new(Arc::clone(base), None, precision).unwrap();
         for case in &recorded.logits {
             let got = logits(&llama, &case.tokens);
