@@ -90,7 +90,7 @@ impl LlamaConfig {
             ));
         }
         if let Some(RopeScaling::Divisors(divisors)) = &self.rope_scaling
-            && (divisors.len() != self.head_dim / 2 || divisors.iter().any(|d| !(*d > 0.0)))
+            && (divisors.len() != self.head_dim / 2 || !divisors.iter().all(|d| *d > 0.0))
         {
             return Err(format!(
                 "the rotary frequencies have {} divisors, not {} positive ones",
