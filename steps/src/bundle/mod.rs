@@ -176,8 +176,11 @@ impl Bundle {
         write_jsonl(&folder.join(SMOKE), &smoke)?;
         write_json(&folder.join(MANIFEST), &manifest)?;
         let path = folder.join(CARD);
-        std::fs::write(&path, card::render(&manifest, &program)?)
-            .map_err(|e| StepError::io(&path, &e))?;
+        std::fs::write(
+            &path,
+            card::render(&manifest, &program, score.leakage.as_ref())?,
+        )
+        .map_err(|e| StepError::io(&path, &e))?;
         Ok(Self {
             folder: folder.to_owned(),
             manifest,

@@ -92,6 +92,32 @@ fn a_bundle_is_read_as_it_was_written_and_equal_parts_give_equal_bytes() {
 }
 
 #[test]
+fn the_card_says_whether_the_accuracy_is_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let remote = model(json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"}));
+    let known = |trained| {
+        Some(crate::scores::Leakage {
+            known: true,
+            trained,
+            ..Default::default()
+        })
+    };
+    let said = [
+        (known(0), "No row of the test set"),
+        (known(2), "the accuracy is not clean"),
+        (None, "It is not known"),
+    ];
+    for (at, (leakage, text)) in said.into_iter().enumerate() {
+        let mut scores = scores("d");
+        scores.programs[0].leakage = leakage;
+        let folder = dir.path().join(at.to_string());
+        write(&folder, &remote, &scores, dir.path()).unwrap();
+        let card = std::fs::read_to_string(folder.join(CARD)).unwrap();
+        assert!(card.contains(text), "{card}");
+    }
+}
+
+#[test]
 fn a_model_that_was_measured_on_the_stand_in_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let remote = model(json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"}));
