@@ -27,7 +27,8 @@ pub use config::{Llama3RopeScaling, LlamaConfig, RopeScaling};
 pub use embed::SentenceEncoder;
 pub use error::ModelError;
 pub use generate::{
-    Answer, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated, Generator,
+    Answer, Ask, Batch, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated, Generator,
+    Piece, Said, TokenProb,
 };
 pub use llama::Precision;
 pub use lora::{LoraAdapter, LoraConfig, LoraPair};

@@ -13,6 +13,9 @@ use super::problem::Problem;
 /// Names by which a machine calls itself.
 const OWN_NAMES: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
 
+/// Paths that need no key: probes, and the page, which asks for the key.
+const OPEN: [&str; 4] = ["/", "/health", "/health/live", "/health/ready"];
+
 /// Who may ask.
 pub(super) struct Guard {
     /// Of the key: hashes are compared in constant time, whatever the lengths of the keys.
@@ -36,8 +39,9 @@ impl Guard {
                 "this server answers requests for localhost only",
             ));
         }
-        // Health probes carry no key, and learn nothing that needs one.
-        let Some(key) = self.key.filter(|_| request.uri().path() != "/health") else {
+        // Health probes and browsers carry no key, and learn nothing that needs one.
+        let open = OPEN.contains(&request.uri().path());
+        let Some(key) = self.key.filter(|_| !open) else {
             return Ok(());
         };
         let given = header(header::AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer "));

@@ -1,50 +1,65 @@
-//! `flowrun serve BUNDLE`: the deployed program and its model over HTTP.
+//! `flowrun serve`: a deployed program and its model, or a base model with adapters, over HTTP.
 //!
 //! | file | what |
 //! |---|---|
-//! | `mod` | the command: opens the bundle, listens, stops |
-//! | `queue` | requests wait here for the one thread that computes |
+//! | `mod` | the command: opens what is to be served, listens, stops |
+//! | `listener` | connections |
 //! | `routes` | which path does what |
-//! | `predict` | `POST /predict`: the program |
-//! | `openai` | `/v1/…`: the model, in OpenAI's shapes |
 //! | `guard` | who may ask |
+//! | `limits` | what a request's body may be; counting requests |
+//! | `service` | what answers, and how much may be asked at once |
+//! | `predict` | `POST /predict`: the program |
+//! | `openai` | `/v1/…`: the models, in OpenAI's shapes |
+//! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
 //! | `problem` | errors, in OpenAI's shape |
 
 mod guard;
+mod limits;
+mod listener;
+mod metrics;
 mod openai;
+mod openapi;
 mod predict;
 mod problem;
-mod queue;
 mod routes;
+mod service;
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use flowrun_cache::ArtifactStore;
 use flowrun_engine::step::{Cancel, StepError, World};
-use flowrun_steps::bundle::{Bundle, Manifest};
+use flowrun_steps::answer::Answerer;
+use flowrun_steps::bundle::{self, Bundle};
 use flowrun_steps::deploy::API_KEY;
-use flowrun_steps::models::Host;
-use tokio::net::TcpListener;
+use flowrun_steps::models::weights::WeightsRef;
+use flowrun_steps::models::{EmbeddedSpec, Host, ModelSpec};
+use flowrun_steps::program_file::ProgramFile;
+use flowrun_steps::serving::{Engine, EngineSpec};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{GlobalArgs, ServeArgs};
 use crate::exit::{Exit, Failure};
 use crate::surroundings;
 use guard::Guard;
-use queue::Queue;
+use metrics::Metrics;
+use service::{About, Backend, Deployed, Limits, Service};
 
-/// What every handler knows.
-pub(crate) struct Service {
-    manifest: Manifest,
-    label_field: String,
-    digest: String,
-    queue: Queue,
-    started: u64,
-}
+/// Connections that the system keeps until they are taken.
+const BACKLOG: u32 = 1024;
 
-/// Serves a bundle until it is told to stop.
+/// Serves what is named until it is told to stop.
 pub(crate) fn serve(args: &ServeArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let world = surroundings::world(&args.bundle, global)?;
+    let bundle = bundle::is_bundle(&args.target);
+    let root = if bundle {
+        args.target.as_path()
+    } else {
+        Path::new(".")
+    };
+    let world = surroundings::world(root, global)?;
     let key = world.env.get(API_KEY).filter(|key| !key.is_empty());
     if !args.host.is_loopback() && key.is_none() {
         return Err(Failure::usage(format!(
@@ -53,34 +68,178 @@ pub(crate) fn serve(args: &ServeArgs, global: &GlobalArgs) -> Result<Exit, Failu
         )));
     }
     let guard = Guard::new(key.map(String::as_str), args.host.is_loopback());
-    let service = open(&world)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()?;
-    runtime.block_on(listen(args, global, service, guard))
+    // A port that is taken is found before a model is loaded.
+    let listener = runtime.block_on(async { listen(args) })?;
+    let service = match bundle {
+        true => open_bundle(args, &world)?,
+        false => open_model(args, &world)?,
+    };
+    let exit = runtime.block_on(run(args, global, listener, service, guard))?;
+    // Calls that were given up are not waited for.
+    runtime.shutdown_background();
+    Ok(exit)
 }
 
-fn open(world: &World) -> Result<Arc<Service>, Failure> {
+fn listen(args: &ServeArgs) -> Result<TcpListener, Failure> {
+    let address = SocketAddr::new(args.host, args.port);
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    };
+    let listener = socket.and_then(|socket| {
+        socket.set_reuseaddr(true)?;
+        // Two servers of one deployment, the old and the new, on one port.
+        socket.set_reuseport(args.share_port)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    });
+    listener.map_err(|e| {
+        let text = format!("cannot listen on {address}: {e}; choose another --port");
+        Failure::new(Exit::Internal, text)
+    })
+}
+
+fn limits(args: &ServeArgs, batch: usize) -> Limits {
+    Limits {
+        batch: args.max_batch.unwrap_or(batch).max(1),
+        queue: args.max_queue,
+        answer: Duration::from_secs(args.timeout),
+        read: Duration::from_secs(args.read_timeout),
+        drain: Duration::from_secs(args.drain),
+    }
+}
+
+fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> {
     let bundle = Bundle::open(&world.root).map_err(unusable)?;
-    let digest = ArtifactStore::address_of(&world.root)?.digest.to_hex();
+    let manifest = &bundle.manifest;
+    let about = About {
+        name: manifest.name.clone(),
+        model_id: manifest.model_id.clone(),
+        digest: Some(ArtifactStore::address_of(&world.root)?.digest.to_hex()),
+        label_field: bundle.program.label_field().to_owned(),
+        labels: bundle.program.labels().to_vec(),
+        ..about(args)
+    };
+    let metrics = Arc::new(Metrics::new());
     let cancel = Cancel::default();
     let host = Host {
         world,
         cancel: &cancel,
         completions: None,
     };
-    let answerer = bundle.answerer(&host).map_err(unusable)?;
-    let label_field = bundle.program.label_field().to_owned();
-    let queue = Queue::start(answerer, label_field.clone())?;
+    let (backend, limits) = match (&manifest.model, &bundle.program) {
+        (Some(ModelSpec::Embedded(spec)), ProgramFile::Prompt(_)) => {
+            let limits = limits(args, spec.batch);
+            let pinned = bundle
+                .adapter()
+                .map(|folder| (about.model_id.clone(), folder));
+            let base_id = match &pinned {
+                Some(_) => spec.weights.name(),
+                None => about.model_id.clone(),
+            };
+            let engine = engine(args, spec, base_id, pinned, &limits, &metrics);
+            let engine = Engine::open(engine, &host).map_err(unusable)?;
+            let (_, program) = bundle.program.prompt().map_err(unusable)?;
+            let model = engine.model(&about.model_id);
+            let program = Deployed {
+                program: Arc::new(program),
+                sampling: manifest.sampling.into(),
+                model: model.map_err(|e| Failure::new(Exit::Internal, e.to_string()))?,
+            };
+            let program = Some(program);
+            (Backend::Engine { engine, program }, limits)
+        }
+        _ => {
+            if !args.adapters.is_empty() {
+                return Err(Failure::usage(
+                    "`--adapters` needs a model in this process, which this bundle has not",
+                ));
+            }
+            let answerer: Answerer = bundle.answerer(&host).map_err(unusable)?;
+            (Backend::Answerer(Arc::new(answerer)), limits(args, 32))
+        }
+    };
+    Ok(Arc::new(Service::new(backend, about, limits, metrics)))
+}
+
+fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> {
+    let is_model = match args.target.is_dir() {
+        true => args.target.join("config.json").is_file(),
+        false => args.target.is_file(),
+    };
+    if !is_model {
+        return Err(unusable(
+            StepError::invalid(format!(
+                "{} is no bundle (it has no bundle.json) and no model (a GGUF file, or a folder with config.json)",
+                args.target.display()
+            ))
+            .help("a `deploy` step writes bundles; publish its output `bundle` or take its path from `flowrun show`"),
+        ));
+    }
+    let weights = WeightsRef {
+        file: Some(std::path::absolute(&args.target)?),
+        ..WeightsRef::default()
+    };
+    let base_id = args.name.clone().unwrap_or_else(|| weights.name());
+    let spec = EmbeddedSpec { weights, batch: 32 };
+    let about = About {
+        name: base_id.clone(),
+        model_id: base_id.clone(),
+        ..about(args)
+    };
+    let metrics = Arc::new(Metrics::new());
+    let cancel = Cancel::default();
+    let host = Host {
+        world,
+        cancel: &cancel,
+        completions: None,
+    };
+    let limits = limits(args, spec.batch);
+    let engine = engine(args, &spec, base_id, None, &limits, &metrics);
+    let engine = Engine::open(engine, &host).map_err(unusable)?;
+    let backend = Backend::Engine {
+        engine,
+        program: None,
+    };
+    Ok(Arc::new(Service::new(backend, about, limits, metrics)))
+}
+
+fn engine<'a>(
+    args: &ServeArgs,
+    model: &'a EmbeddedSpec,
+    base_id: String,
+    pinned: Option<(String, PathBuf)>,
+    limits: &Limits,
+    metrics: &Arc<Metrics>,
+) -> EngineSpec<'a> {
+    let metrics = Arc::clone(metrics);
+    EngineSpec {
+        model,
+        base_id,
+        pinned,
+        folders: args.adapters.clone(),
+        keep: args.max_adapters,
+        batch: limits.batch,
+        queue: limits.queue,
+        on_step: Box::new(move |step| metrics.step(step.rows, step.took)),
+    }
+}
+
+fn about(args: &ServeArgs) -> About {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    Ok(Arc::new(Service {
-        manifest: bundle.manifest,
-        label_field,
-        digest,
-        queue,
+    About {
+        name: String::new(),
+        model_id: String::new(),
+        digest: None,
+        label_field: String::new(),
+        labels: Vec::new(),
         started: now.map_or(0, |since| since.as_secs()),
-    }))
+        adapters: args.adapters.clone(),
+    }
 }
 
 fn unusable(error: StepError) -> Failure {
@@ -90,38 +249,69 @@ fn unusable(error: StepError) -> Failure {
 }
 
 #[allow(clippy::print_stdout, clippy::print_stderr)]
-async fn listen(
+async fn run(
     args: &ServeArgs,
     global: &GlobalArgs,
+    listener: TcpListener,
     service: Arc<Service>,
     guard: Guard,
 ) -> Result<Exit, Failure> {
-    let address = SocketAddr::new(args.host, args.port);
-    let listener = TcpListener::bind(address).await.map_err(|e| {
-        let text = format!("cannot listen on {address}: {e}; choose another --port");
-        Failure::new(Exit::Internal, text)
-    })?;
     let address = listener.local_addr()?;
-    let url = format!("http://{address}");
-    let Manifest { name, model_id, .. } = &service.manifest;
+    // Before anyone is told: a signal that follows is not to be lost.
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tell(address, global, &service);
+    let (told, mut told_again) = tokio::sync::watch::channel(0u32);
+    let until_stdin_closes = args.until_stdin_closes;
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+                () = stdin_closed(), if until_stdin_closes && *told.borrow() == 0 => {}
+            }
+            told.send_modify(|times| *times += 1);
+        }
+    });
+    let mut first = told_again.clone();
+    // The sender lives as long as the process.
+    let stop = async move {
+        let _ = first.wait_for(|times| *times >= 1).await;
+    };
+    let at_once = async move {
+        let _ = told_again.wait_for(|times| *times >= 2).await;
+    };
+    let app = routes::app(Arc::clone(&service), guard);
+    let finished = listener::serve(listener, app, service, stop, at_once).await;
+    if !finished && !global.quiet {
+        eprintln!("stopped before every request was answered");
+    }
+    Ok(Exit::Ok)
+}
+
+#[allow(clippy::print_stdout, clippy::print_stderr)]
+fn tell(address: SocketAddr, global: &GlobalArgs, service: &Service) {
+    let About {
+        name,
+        model_id,
+        digest,
+        ..
+    } = &service.about;
     if global.json {
         let event = serde_json::json!({
-            "event": "serving", "url": url, "name": name, "model": model_id,
-            "bundle": service.digest, "pid": std::process::id(),
+            "event": "serving", "url": format!("http://{address}"), "name": name,
+            "model": model_id, "bundle": digest, "pid": std::process::id(),
         });
         println!("{event}");
     } else if !global.quiet {
         let host = shown(address);
         eprintln!("{name} ({model_id}) is served at http://{host}; Ctrl-C stops it");
-        eprintln!(
-            "  curl -s http://{host}/predict -H 'content-type: application/json' -d '{{\"text\": \"…\"}}'"
-        );
+        if digest.is_some() {
+            eprintln!(
+                "  curl -s http://{host}/predict -H 'content-type: application/json' -d '{{\"text\": \"…\"}}'"
+            );
+        }
     }
-    let app = routes::app(service, guard);
-    axum::serve(listener, app)
-        .with_graceful_shutdown(told_to_stop(args.until_stdin_closes))
-        .await?;
-    Ok(Exit::Ok)
 }
 
 /// An address that a browser on this machine can use.
@@ -131,27 +321,6 @@ fn shown(address: SocketAddr) -> SocketAddr {
         ip => ip,
     };
     SocketAddr::new(ip, address.port())
-}
-
-/// Returns when the server is to stop: requests under way are finished first.
-async fn told_to_stop(until_stdin_closes: bool) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let signalled = async {
-        let (Ok(mut interrupt), Ok(mut terminate)) = (
-            signal(SignalKind::interrupt()),
-            signal(SignalKind::terminate()),
-        ) else {
-            return std::future::pending().await;
-        };
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-    };
-    tokio::select! {
-        () = signalled => {}
-        () = stdin_closed(), if until_stdin_closes => {}
-    }
 }
 
 async fn stdin_closed() {

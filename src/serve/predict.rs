@@ -1,27 +1,42 @@
-//! `POST /predict`: the deployed program on one text.
+//! `POST /predict` and `POST /predict/batch`: the deployed program.
+//!
+//! A text that was let in always gets an answer: the label, or [`UNKNOWN`] with what the model
+//! said instead.
 
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
 use axum::extract::rejection::JsonRejection;
-use axum::http::StatusCode;
 use flowrun_lm::example::Example;
 use flowrun_lm::lm::LmError;
-use flowrun_lm::program::RowError;
+use flowrun_lm::program::{RowError, RowResult};
 use flowrun_lm::value::Fields;
 use flowrun_steps::bundle::UNKNOWN;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
-use super::Service;
 use super::problem::Problem;
+use super::service::Service;
+
+/// Texts of one request at most.
+const TEXTS: usize = 1000;
 
 /// The question.
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Question {
     /// The text to sort.
     text: String,
+}
+
+/// Several questions.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Questions {
+    /// The texts to sort, 1 to 1000.
+    texts: Vec<String>,
 }
 
 /// The answer.
@@ -38,6 +53,9 @@ pub(super) struct Answer {
     /// The model's answer as it came, where it could not be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     raw: Option<String>,
+    /// Why there is no label.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
     /// The model that answered.
     model: String,
 }
@@ -47,43 +65,89 @@ pub(super) async fn predict(
     question: Result<Json<Question>, JsonRejection>,
 ) -> Result<Json<Answer>, Problem> {
     let Json(Question { text }) = question?;
-    if text.trim().is_empty() {
-        return Err(Problem::bad("`text` is empty").of("text"));
+    let row = row(&text).ok_or_else(|| Problem::bad("`text` is empty").of("text"))?;
+    let _place = service.admit(1)?;
+    let mut results = service.run(vec![row]).await?;
+    let result = results
+        .pop()
+        .ok_or_else(|| Problem::internal("the program gave no answer"))?;
+    match &result.prediction {
+        Err(RowError::Lm(error)) => Err(error.clone().into()),
+        Err(RowError::Other(why)) => Err(Problem::internal(why.clone())),
+        _ => Ok(Json(answer(&service, result))),
     }
-    let row = Example::of_texts("request", [("text", text.as_str())]);
-    let result = service.queue.predict(row).await?;
-    let failed = |message| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, message);
-    let result = result.map_err(failed)?;
-    let model = service.manifest.model_id.clone();
-    let unread = |raw: Option<String>| Answer {
+}
+
+/// One text that cannot be answered does not spoil the others: its answer says why.
+pub(super) async fn batch(
+    State(service): State<Arc<Service>>,
+    questions: Result<Json<Questions>, JsonRejection>,
+) -> Result<Json<Value>, Problem> {
+    let Json(Questions { texts }) = questions?;
+    if texts.is_empty() || texts.len() > TEXTS {
+        return Err(Problem::bad(format!("`texts` is 1 to {TEXTS} texts")).of("texts"));
+    }
+    let rows: Option<Vec<Example>> = texts.iter().map(|text| row(text)).collect();
+    let rows = rows.ok_or_else(|| Problem::bad("one of `texts` is empty").of("texts"))?;
+    let _place = service.admit(1)?;
+    let results = service.run(rows).await?;
+    let down = |result: &RowResult| {
+        matches!(
+            &result.prediction,
+            Err(RowError::Lm(LmError::Unavailable(_) | LmError::Cancelled))
+        )
+    };
+    if let Some(RowResult {
+        prediction: Err(RowError::Lm(error)),
+        ..
+    }) = results.iter().find(|result| down(result))
+    {
+        return Err(error.clone().into());
+    }
+    let answers = results.into_iter().map(|result| answer(&service, result));
+    let answers: Vec<Answer> = answers.collect();
+    Ok(Json(json!({ "predictions": answers })))
+}
+
+fn row(text: &str) -> Option<Example> {
+    (!text.trim().is_empty()).then(|| Example::of_texts("request", [("text", text)]))
+}
+
+fn answer(service: &Service, result: RowResult) -> Answer {
+    let tokens = &result.tokens;
+    service.metrics.tokens(tokens.prompt, 0, tokens.completion);
+    let unread = |raw: Option<String>, error: Option<String>| Answer {
         label: UNKNOWN.to_owned(),
         confidence: None,
         further: Fields::new(),
         raw,
-        model: model.clone(),
+        error,
+        model: service.about.model_id.clone(),
     };
-    match result.prediction {
+    let answer = match result.prediction {
         Ok(prediction) => {
             let mut further = prediction.fields;
-            let label = further.shift_remove(&service.label_field);
+            let label = further.shift_remove(&service.about.label_field);
             // What the answer says of itself is not to be shadowed by a field of the program.
-            for name in ["label", "confidence", "raw", "model"] {
+            for name in ["label", "confidence", "raw", "error", "model"] {
                 further.shift_remove(name);
             }
-            Ok(Json(match label {
+            match label {
                 Some(label) => Answer {
                     label: label.to_python_str(),
                     confidence: result.confidence,
                     further,
                     raw: None,
-                    model,
+                    error: None,
+                    model: service.about.model_id.clone(),
                 },
-                None => unread(result.raw),
-            }))
+                None => unread(result.raw, None),
+            }
         }
-        Err(RowError::Parse { raw, .. }) => Ok(Json(unread(Some(raw)))),
-        Err(RowError::Lm(LmError::Rejected(why))) => Err(Problem::bad(why).of("text")),
-        Err(RowError::Lm(error)) => Err(Problem::new(StatusCode::BAD_GATEWAY, error.to_string())),
-        Err(RowError::Other(why)) => Err(failed(why)),
-    }
+        Err(RowError::Parse { raw, reason }) => unread(Some(raw), Some(reason)),
+        Err(RowError::Lm(error)) => unread(None, Some(error.to_string())),
+        Err(RowError::Other(why)) => unread(None, Some(why)),
+    };
+    service.count_prediction(&answer.label, answer.confidence);
+    answer
 }

@@ -5,9 +5,9 @@ use axum::Json;
 use axum::extract::rejection::JsonRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
-
-use super::queue::Refused;
+use flowrun_lm::lm::LmError;
+use flowrun_steps::serving::ModelsError;
+use serde_json::{Value, json};
 
 /// An error answer.
 #[derive(Debug)]
@@ -16,6 +16,19 @@ pub(super) struct Problem {
     message: String,
     param: Option<&'static str>,
     code: Option<&'static str>,
+}
+
+/// Why a request was not computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// Too many are waiting.
+    Full,
+    /// It took too long.
+    TimedOut,
+    /// The thread that computes is gone.
+    Down,
+    /// The bundle's program asks no language model.
+    NoModel,
 }
 
 impl Problem {
@@ -33,6 +46,33 @@ impl Problem {
         Self::new(StatusCode::BAD_REQUEST, message)
     }
 
+    /// The server is wrong.
+    pub(super) fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+
+    /// Something that this server cannot do.
+    pub(super) fn unsupported(what: &str) -> Self {
+        let text = format!("{what}: not supported by this server");
+        Self::bad(text).code("unsupported_parameter")
+    }
+
+    /// There is no such model.
+    pub(super) fn no_model(id: &str) -> Self {
+        let text =
+            format!("the model `{id}` does not exist here; GET /v1/models lists those that do");
+        Self::new(StatusCode::NOT_FOUND, text)
+            .of("model")
+            .code("model_not_found")
+    }
+
+    /// There is only a model.
+    pub(super) fn no_program() -> Self {
+        let text =
+            "this server has a model and no program; use /v1/chat/completions, or serve a bundle";
+        Self::new(StatusCode::NOT_FOUND, text).code("no_program")
+    }
+
     /// The same, with the field that is to blame.
     pub(super) fn of(mut self, param: &'static str) -> Self {
         self.param = Some(param);
@@ -44,20 +84,24 @@ impl Problem {
         self.code = Some(code);
         self
     }
-}
 
-impl IntoResponse for Problem {
-    fn into_response(self) -> Response {
+    /// What goes over the wire.
+    pub(super) fn body(&self) -> Value {
         let kind = match self.status {
             StatusCode::UNAUTHORIZED => "authentication_error",
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
-        let body = json!({"error": {
+        json!({"error": {
             "message": self.message, "type": kind, "param": self.param, "code": self.code,
-        }});
-        let mut response = (self.status, Json(body)).into_response();
+        }})
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
         if self.status == StatusCode::TOO_MANY_REQUESTS {
             let wait = HeaderValue::from_static("1");
             response.headers_mut().insert(header::RETRY_AFTER, wait);
@@ -83,8 +127,11 @@ impl From<Refused> for Problem {
             Refused::Full => Self::new(
                 StatusCode::TOO_MANY_REQUESTS,
                 "too many requests are waiting; try again in a moment",
-            ),
-            Refused::TimedOut => Self::new(StatusCode::GATEWAY_TIMEOUT, "the answer took too long"),
+            )
+            .code("queue_full"),
+            Refused::TimedOut => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "the answer took too long").code("timeout")
+            }
             Refused::Down => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "the server cannot compute any more; restart it",
@@ -94,6 +141,27 @@ impl From<Refused> for Problem {
                 "this bundle's program asks no language model; use POST /predict",
             )
             .code("model_not_found"),
+        }
+    }
+}
+
+impl From<LmError> for Problem {
+    fn from(error: LmError) -> Self {
+        match error {
+            LmError::Rejected(why) => Self::bad(why),
+            LmError::Unavailable(why) => Self::new(StatusCode::BAD_GATEWAY, why),
+            LmError::Cancelled => Refused::Down.into(),
+        }
+    }
+}
+
+impl From<ModelsError> for Problem {
+    fn from(error: ModelsError) -> Self {
+        match error {
+            ModelsError::Unknown(id) => Self::no_model(&id),
+            ModelsError::Forbidden(why) => Self::new(StatusCode::FORBIDDEN, why),
+            ModelsError::Taken(_) => Self::bad(error.to_string()).of("lora_name"),
+            ModelsError::Unusable(why) => Self::bad(why).code("invalid_adapter"),
         }
     }
 }

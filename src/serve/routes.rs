@@ -2,49 +2,132 @@
 
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, State};
-use axum::http::StatusCode;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::{Value, json};
 
 use super::guard::{self, Guard};
-use super::problem::Problem;
-use super::{Service, openai, predict};
+use super::problem::{Problem, Refused};
+use super::service::Service;
+use super::{limits, metrics, openai, openapi, predict};
 
-/// Bytes of a request at most.
-const BODY_LIMIT: usize = 1 << 20;
+const PAGE: &str = include_str!("page.html");
+/// The page's own script and style, requests to this server, and nothing else.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+                      connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// Every path, as the metrics and the OpenAPI document name it.
+pub(super) const PATHS: [&str; 14] = [
+    "/",
+    "/predict",
+    "/predict/batch",
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/metrics",
+    "/openapi.json",
+    "/v1/models",
+    "/v1/models/{*id}",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+];
 
 /// The whole server.
 pub(super) fn app(service: Arc<Service>, guard: Guard) -> Router {
     Router::new()
+        .route("/", get(page))
         .route("/predict", post(predict::predict))
+        .route("/predict/batch", post(predict::batch))
         .route("/health", get(health))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(ready))
+        .route("/metrics", get(measured))
+        .route("/openapi.json", get(openapi::document))
         .route("/v1/models", get(openai::models))
         .route("/v1/models/{*id}", get(openai::model))
         .route("/v1/chat/completions", post(openai::chat))
+        .route("/v1/completions", post(openai::text))
+        .route("/v1/load_lora_adapter", post(openai::load))
+        .route("/v1/unload_lora_adapter", post(openai::unload))
         .fallback(async || Problem::new(StatusCode::NOT_FOUND, "there is no such path"))
         .method_not_allowed_fallback(async || {
             let status = StatusCode::METHOD_NOT_ALLOWED;
             Problem::new(status, "this path takes another method")
         })
-        .with_state(service)
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&service),
+            limits::whole_body,
+        ))
         .layer(middleware::from_fn_with_state(
             Arc::new(guard),
             guard::check,
         ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&service),
+            limits::counted,
+        ))
+        .with_state(service)
 }
 
+async fn page() -> impl IntoResponse {
+    let headers = [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    (headers, Html(PAGE))
+}
+
+async fn measured(State(service): State<Arc<Service>>) -> Result<impl IntoResponse, Problem> {
+    let text = service.metrics.text(&service);
+    let text = text.map_err(|e| Problem::internal(e.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
+}
+
+/// What is served, and by which process.
 async fn health(State(service): State<Arc<Service>>) -> Result<Json<Value>, Problem> {
-    if !service.queue.is_up() {
-        return Err(super::queue::Refused::Down.into());
-    }
+    check_up(&service)?;
+    let about = &service.about;
+    let status = if service.is_draining() {
+        "draining"
+    } else {
+        "ok"
+    };
     Ok(Json(json!({
-        "status": "ok",
-        "name": service.manifest.name,
-        "model": service.manifest.model_id,
-        "bundle": service.digest,
+        "status": status,
+        "name": about.name,
+        "model": about.model_id,
+        "bundle": about.digest,
         "pid": std::process::id(),
     })))
+}
+
+/// Whether to let the process live.
+async fn live(State(service): State<Arc<Service>>) -> Result<Json<Value>, Problem> {
+    check_up(&service)?;
+    Ok(Json(json!({ "status": "ok" })))
+}
+
+/// Whether to send it requests.
+async fn ready(State(service): State<Arc<Service>>) -> Result<Json<Value>, Problem> {
+    check_up(&service)?;
+    match service.is_draining() {
+        true => Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the server is about to end",
+        )),
+        false => Ok(Json(json!({ "status": "ok" }))),
+    }
+}
+
+fn check_up(service: &Service) -> Result<(), Problem> {
+    match service.is_up() {
+        true => Ok(()),
+        false => Err(Refused::Down.into()),
+    }
 }

@@ -28,6 +28,7 @@ pub mod report;
 pub mod rows;
 pub mod scores;
 pub mod select;
+pub mod serving;
 pub mod split;
 pub mod stand_in;
 pub mod table;

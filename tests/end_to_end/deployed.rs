@@ -1,62 +1,11 @@
 //! A deployed bundle, asked over HTTP: called by the test of the main job, which makes one.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
-use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
 
 use crate::project::{Project, Run};
-
-/// A `flowrun serve` process; stopped when dropped.
-struct Served {
-    child: Child,
-    url: String,
-    model: String,
-}
-
-impl Served {
-    fn start(mut command: Command) -> Self {
-        let mut child = command
-            .args(["serve", "results/bundle", "--port", "0", "--json"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
-        let said: Value = serde_json::from_str(&line).unwrap();
-        let text = |name: &str| said[name].as_str().unwrap().to_owned();
-        Self {
-            child,
-            url: text("url"),
-            model: text("model"),
-        }
-    }
-
-    fn ask(&self, path: &str, body: &Value) -> Response {
-        let url = format!("{}{path}", self.url);
-        client().post(url).json(body).send().unwrap()
-    }
-
-    /// Asks it to finish as an operator would; gives its exit code.
-    fn stop(mut self) -> Option<i32> {
-        terminate(self.child.id());
-        self.child.wait().unwrap().code()
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn client() -> Client {
-    Client::builder().no_proxy().build().unwrap()
-}
+use crate::server::{Server, client};
 
 fn terminate(pid: u32) {
     let status = Command::new("kill").arg(pid.to_string()).status().unwrap();
@@ -70,8 +19,9 @@ fn json_lines(text: &str) -> Vec<Value> {
 }
 
 /// The server answers the program's questions as evaluated, and chats in OpenAI's shapes.
-pub(crate) fn a_bundle_is_served(project: &Project, command: Command) {
-    let served = Served::start(command);
+pub(crate) fn a_bundle_is_served(project: &Project, mut command: Command) {
+    command.args(["serve", "results/bundle"]);
+    let served = Server::start(command);
     for row in json_lines(&project.read("results/bundle/smoke.jsonl"))
         .iter()
         .take(5)
@@ -136,7 +86,7 @@ pub(crate) fn a_bundle_is_served(project: &Project, command: Command) {
 
 /// The example that labels through a server, with this one as the oracle: every answer is one of
 /// the labels, and a model that the server does not have is named.
-fn it_labels_as_an_oracle(project: &Project, oracle: &Served) {
+fn it_labels_as_an_oracle(project: &Project, oracle: &Server) {
     project.copy_example("label", "label");
     let run = |more: &[&str]| {
         let mut command = project.command(&["--json", "pipeline.yaml"]);

@@ -1,5 +1,5 @@
 //! End to end, through the real binary on real files.
-#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, missing_docs)]
 
 mod cache;
 mod data;
@@ -14,8 +14,12 @@ mod killed;
 mod labelling;
 mod leakage;
 mod notebook;
+mod openai_sdk;
 mod oracle;
 mod programs;
 mod project;
+mod server;
+mod serving;
 mod shell;
 mod stale;
+mod tiny;

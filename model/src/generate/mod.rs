@@ -1,18 +1,21 @@
-//! Text generation: many chats at once over one base model and at most one adapter.
+//! Text generation: many chats at once over one base model, each with at most one adapter.
 //!
 //! | file | what |
 //! |---|---|
 //! | `prompt` | chats as tokens, for answering and for training |
 //! | `row` | one request on its way to its answer |
+//! | `batch` | rows that are decoded together |
+//! | `prefixes` | what prompts begin with, kept from one request to the next |
 //! | `choices` | probabilities of a closed list of answers |
 //! | `sampler` | the next token |
 //!
 //! Rows are decoded together and leave the batch as they finish, when the next one takes the
-//! place (continuous batching, Yu et al. 2022, "Orca"). What all prompts of a call begin with is
-//! computed once. Invariant: an answer does not depend on the other requests of the call, up to
+//! place. What prompts begin with is computed once. Invariant: an answer does not depend on the other requests of the call, up to
 //! rounding.
 
+mod batch;
 mod choices;
+mod prefixes;
 mod prompt;
 mod row;
 mod sampler;
@@ -25,9 +28,9 @@ use std::sync::Arc;
 use crate::base_model::BaseModel;
 use crate::chat_template::ChatMessage;
 use crate::error::ModelError;
-use crate::llama::{Adapter, KvCache, Llama, Precision, Run};
+use crate::llama::{Adapter, Llama, Run};
 use crate::lora::LoraAdapter;
-use choices::Trie;
+pub use batch::{Ask, Batch, Piece, Said, TokenProb};
 use row::Row;
 
 /// Shorter common starts are not worth a cache of their own.
@@ -87,6 +90,8 @@ pub struct Generated {
     pub finish: Finish,
     /// Tokens of the prompt, a shared start included.
     pub prompt_tokens: usize,
+    /// Of them, those that were computed for another request.
+    pub cached_tokens: usize,
     /// Tokens of the answer, the one that ended the turn included.
     pub completion_tokens: usize,
     /// Probability of each value of the [`ChoiceSet`]; they sum to 1.
@@ -116,7 +121,7 @@ pub type Answer = Result<Generated, ModelError>;
 
 /// A base model with its adapter, ready to answer.
 pub struct Generator {
-    llama: Llama,
+    llama: Arc<Llama>,
     options: GenerateOptions,
 }
 
@@ -128,7 +133,7 @@ impl Generator {
         adapter: Option<&LoraAdapter>,
         options: GenerateOptions,
     ) -> Result<Self, ModelError> {
-        let llama = Llama::new(base, adapter, options.precision)?;
+        let llama = Arc::new(Llama::new(base, adapter, options.precision)?);
         Ok(Self { llama, options })
     }
 
@@ -152,110 +157,43 @@ impl Generator {
         };
         let mut waiting = VecDeque::with_capacity(requests.len());
         for (index, request) in requests.iter().enumerate() {
-            match Row::new(index, request, &self.llama) {
+            let tokens = self.base().prompt_tokens(&request.messages);
+            match tokens.and_then(|tokens| Row::new(index, request, tokens, &self.llama)) {
                 Ok(row) => waiting.push_back(row),
                 Err(error) => tell(index, Err(error)),
             }
         }
-        if let Err(error) = self.serve(&mut waiting, &mut tell, cancelled) {
-            // The rows that it struck have no answer yet; the message is all they share.
-            let reason = error.to_string();
-            let lost: Vec<usize> = (0..requests.len())
-                .filter(|index| answers[*index].is_none())
-                .collect();
-            for index in lost {
-                let again = match &error {
-                    ModelError::Cancelled => ModelError::Cancelled,
-                    _ => ModelError::Request {
-                        index,
-                        reason: reason.clone(),
-                    },
-                };
-                let answer = Err(again);
+        match self.share_prefix(&mut waiting) {
+            Ok(()) => {
+                let mut batch = Batch::closed(self.options.batch, waiting);
+                while !batch.is_empty() && !cancelled() {
+                    batch.step(&mut |index, said| {
+                        if let Said::End(answer) = said {
+                            tell(index, answer);
+                        }
+                    });
+                }
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                for Row { index, .. } in waiting {
+                    let reason = reason.clone();
+                    tell(index, Err(ModelError::Request { index, reason }));
+                }
+            }
+        }
+        let lost = |(index, answer): (usize, Option<Answer>)| {
+            answer.unwrap_or_else(|| {
+                let answer = Err(ModelError::Cancelled);
                 on_answer(index, &answer);
-                answers[index] = Some(answer);
-            }
-        }
-        answers
-            .into_iter()
-            .map(|answer| answer.unwrap_or(Err(ModelError::Cancelled)))
-            .collect()
-    }
-
-    /// Takes all rows to their answers.
-    fn serve(
-        &self,
-        waiting: &mut VecDeque<Row>,
-        tell: &mut dyn FnMut(usize, Answer),
-        cancelled: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError> {
-        let prefix = self.share_prefix(waiting)?;
-        let mut tries: Vec<(ChoiceSet, Trie)> = Vec::new();
-        let mut active: Vec<Row> = Vec::new();
-        loop {
-            while active.len() < self.options.batch.max(1)
-                && let Some(mut row) = waiting.pop_front()
-            {
-                row.own = self.llama.cache(row.pending.len() + 8);
-                active.push(row);
-            }
-            if active.is_empty() {
-                return Ok(());
-            }
-            if cancelled() {
-                return Err(ModelError::Cancelled);
-            }
-            self.feed_plain(&mut active, prefix.as_ref())?;
-            let runs = active.iter_mut().map(|row| Run {
-                tokens: &row.pending,
-                past: prefix.iter().collect(),
-                own: &mut row.own,
-                adapter: self.llama.adapter().filter(|_| row.adapted),
-            });
-            let hidden = self.llama.forward(runs.collect())?;
-            let width = self.base().weights.config.hidden;
-            let (mut choosing, mut free) = (Vec::new(), Vec::new());
-            for (row, hidden) in active.drain(..).zip(hidden.chunks(width)) {
-                let to = if row.choosing {
-                    &mut choosing
-                } else {
-                    &mut free
-                };
-                to.push((row, hidden));
-            }
-            self.choose(choosing, prefix.as_ref(), &mut tries, tell)?;
-            active = self.decode(free, tell)?;
-        }
-    }
-
-    /// Feeds the parts of prompts that come before an activated adapter's invocation.
-    fn feed_plain(&self, rows: &mut [Row], prefix: Option<&KvCache>) -> Result<(), ModelError> {
-        let waiting = rows.iter_mut().filter(|row| row.plain > 0);
-        let mut waiting: Vec<(Vec<u32>, &mut Row)> = waiting
-            .map(|row| {
-                (
-                    row.pending
-                        .drain(..std::mem::take(&mut row.plain))
-                        .collect(),
-                    row,
-                )
+                answer
             })
-            .collect();
-        if waiting.is_empty() {
-            return Ok(());
-        }
-        let runs = waiting.iter_mut().map(|(tokens, row)| Run {
-            tokens,
-            past: prefix.into_iter().collect(),
-            own: &mut row.own,
-            adapter: None,
-        });
-        self.llama.forward(runs.collect())?;
-        Ok(())
+        };
+        answers.into_iter().enumerate().map(lost).collect()
     }
 
     /// Computes what all prompts begin with, and cuts it off them.
-    fn share_prefix(&self, rows: &mut VecDeque<Row>) -> Result<Option<KvCache>, ModelError> {
+    fn share_prefix(&self, rows: &mut VecDeque<Row>) -> Result<(), ModelError> {
         let mut common = prompt::common_start(rows.iter().map(|row| row.pending.as_slice()));
         let activated = self.llama.adapter().is_some_and(Adapter::is_activated);
         if activated {
@@ -263,7 +201,7 @@ impl Generator {
             common = plain.fold(common, usize::min);
         }
         if rows.len() < 2 || common < SHORTEST_PREFIX {
-            return Ok(None);
+            return Ok(());
         }
         let mut cache = self.llama.cache(common);
         let tokens = rows[0].pending[..common].to_vec();
@@ -273,77 +211,10 @@ impl Generator {
             own: &mut cache,
             adapter: self.llama.adapter().filter(|_| !activated),
         }])?;
+        let caches = [Arc::new(cache)];
         for row in rows {
-            row.pending.drain(..common);
-            row.plain = row.plain.saturating_sub(common);
-        }
-        Ok(Some(cache))
-    }
-
-    /// Answers the rows that are at their restriction.
-    fn choose(
-        &self,
-        rows: Vec<(Row, &[f32])>,
-        prefix: Option<&KvCache>,
-        tries: &mut Vec<(ChoiceSet, Trie)>,
-        tell: &mut dyn FnMut(usize, Answer),
-    ) -> Result<(), ModelError> {
-        let mut groups: Vec<Vec<(Row, &[f32])>> = Vec::new();
-        for (row, hidden) in rows {
-            let Some(set) = &row.choices else { continue };
-            let at = match tries.iter().position(|(known, _)| known == set) {
-                Some(at) => at,
-                None => match Trie::new(set, &self.base().tokenizer, row.index) {
-                    Ok(trie) => {
-                        tries.push((set.clone(), trie));
-                        tries.len() - 1
-                    }
-                    Err(error) => {
-                        tell(row.index, Err(error));
-                        continue;
-                    }
-                },
-            };
-            groups.resize_with(tries.len().max(groups.len()), Vec::new);
-            groups[at].push((row, hidden));
-        }
-        for (group, (_, trie)) in groups.into_iter().zip(tries) {
-            let starts: Vec<choices::Start<'_>> = group
-                .iter()
-                .map(|(row, hidden)| choices::Start {
-                    hidden,
-                    adapter: self.llama.adapter().filter(|_| row.adapted),
-                    past: prefix.into_iter().chain([&row.own]).collect(),
-                })
-                .collect();
-            let scores = trie.score(&self.llama, &starts)?;
-            for ((mut row, _), probs) in group.into_iter().zip(scores) {
-                let value = row.sampler.choose(&probs);
-                let answer = row.chosen(trie.tokens(value), value, probs, self.base());
-                tell(row.index, answer);
-            }
+            row.reuse(common, 0, &caches);
         }
         Ok(())
-    }
-
-    /// Draws one token for every row; returns those that go on.
-    fn decode(
-        &self,
-        rows: Vec<(Row, &[f32])>,
-        tell: &mut dyn FnMut(usize, Answer),
-    ) -> Result<Vec<Row>, ModelError> {
-        let hidden: Vec<f32> = rows.iter().flat_map(|(_, h)| h.iter().copied()).collect();
-        let logits = self.llama.logits(&hidden)?;
-        let vocab = self.base().weights.config.vocab;
-        let mut left = Vec::with_capacity(rows.len());
-        for ((mut row, _), logits) in rows.into_iter().zip(logits.chunks(vocab)) {
-            let token = row.sampler.next(logits);
-            match row.take(token, self.base()) {
-                Ok(None) => left.push(row),
-                Ok(Some(answer)) => tell(row.index, Ok(answer)),
-                Err(error) => tell(row.index, Err(error)),
-            }
-        }
-        Ok(left)
     }
 }

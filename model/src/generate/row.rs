@@ -1,7 +1,9 @@
 //! [`Row`]: one request on its way to its answer.
 
+use std::sync::Arc;
+
 use super::sampler::Sampler;
-use super::{ChoiceSet, Finish, GenerateRequest, Generated};
+use super::{ChoiceSet, Finish, GenerateRequest, Generated, Piece, TokenProb};
 use crate::base_model::BaseModel;
 use crate::error::ModelError;
 use crate::llama::{KvCache, Llama};
@@ -16,28 +18,41 @@ pub(super) struct Row {
     pub(super) plain: usize,
     /// Whether the adapter takes effect at all.
     pub(super) adapted: bool,
-    /// Keys and values of what was fed, after a shared start.
+    /// What answers it.
+    pub(super) llama: Arc<Llama>,
+    /// Keys and values of a start that it shares with others.
+    pub(super) past: Vec<Arc<KvCache>>,
+    /// Keys and values of what was fed after `past`.
     pub(super) own: KvCache,
     /// The restriction starts once `pending` is fed.
     pub(super) choosing: bool,
     pub(super) choices: Option<ChoiceSet>,
     pub(super) sampler: Sampler,
     prompt_tokens: usize,
+    cached_tokens: usize,
     generated: Vec<u32>,
     most: usize,
     stop: Vec<String>,
+    watched: Option<Watched>,
+}
+
+/// What is told of a row while it is under way.
+struct Watched {
+    /// Bytes of text that were told.
+    told: usize,
+    /// Alternatives whose log-probabilities are told.
+    logprobs: Option<usize>,
 }
 
 impl Row {
     pub(super) fn new(
         index: usize,
         request: &GenerateRequest,
-        llama: &Llama,
+        pending: Vec<u32>,
+        llama: &Arc<Llama>,
     ) -> Result<Self, ModelError> {
-        let base = llama.base();
         let refuse = |reason: String| Err(ModelError::Request { index, reason });
-        let pending = base.prompt_tokens(&request.messages)?;
-        let context = base.weights.config.context;
+        let context = llama.base().weights.config.context;
         if pending.is_empty() {
             return refuse("the prompt is empty".to_owned());
         }
@@ -56,16 +71,35 @@ impl Row {
             index,
             plain: start.unwrap_or(0),
             adapted: start.is_some(),
+            llama: Arc::clone(llama),
+            past: Vec::new(),
             own: KvCache::default(),
             choosing: matches!(&request.choices, Some(set) if set.after.is_none()),
             choices: request.choices.clone(),
             sampler: Sampler::new(request.temperature, request.seed, &pending),
             prompt_tokens: pending.len(),
+            cached_tokens: 0,
+            watched: None,
             generated: Vec::new(),
             most: request.max_tokens.min(context - pending.len()),
             stop: request.stop.clone(),
             pending,
         })
+    }
+
+    /// Has the row say what it does, token by token.
+    pub(super) fn watch(&mut self, top_p: f64, logprobs: Option<usize>) {
+        self.sampler.top_p = top_p;
+        self.watched = Some(Watched { told: 0, logprobs });
+    }
+
+    /// Takes the first `tokens` tokens as fed: their keys and values are in `caches`. Of them,
+    /// `cached` were not computed for this row.
+    pub(super) fn reuse(&mut self, tokens: usize, cached: usize, caches: &[Arc<KvCache>]) {
+        self.pending.drain(..tokens);
+        self.plain = self.plain.saturating_sub(tokens);
+        self.past = caches.to_vec();
+        self.cached_tokens = cached;
     }
 
     /// Takes the next token; the answer, if it ends with it.
@@ -123,8 +157,114 @@ impl Row {
             text,
             finish,
             prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached_tokens,
             completion_tokens: self.generated.len(),
             choice_probs: None,
         }
+    }
+
+    /// How likely a token was, where that is told.
+    pub(super) fn token_prob(
+        &self,
+        token: u32,
+        logits: &[f32],
+        base: &BaseModel,
+    ) -> Option<TokenProb> {
+        let count = self.watched.as_ref()?.logprobs?;
+        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f32 = logits.iter().map(|logit| (logit - most).exp()).sum();
+        let logprob = |token: u32| logits[token as usize] - most - sum.ln();
+        // A vocabulary may have fewer entries than the head has rows.
+        let text = |token: u32| base.tokenizer.decode(&[token]).unwrap_or_default();
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let count = count.min(order.len());
+        let by_logit = |a: &u32, b: &u32| {
+            let by = logits[*b as usize].total_cmp(&logits[*a as usize]);
+            by.then(a.cmp(b))
+        };
+        if count < order.len() {
+            order.select_nth_unstable_by(count, by_logit);
+            order.truncate(count);
+        }
+        order.sort_unstable_by(by_logit);
+        Some(TokenProb {
+            text: text(token),
+            logprob: logprob(token),
+            top: order.into_iter().map(|t| (text(t), logprob(t))).collect(),
+        })
+    }
+
+    /// How likely a choice was among the others, where that is told.
+    pub(super) fn choice_prob(&self, value: usize, probs: &[f32]) -> Option<TokenProb> {
+        let count = self.watched.as_ref()?.logprobs?;
+        let values = &self.choices.as_ref()?.values;
+        let mut order: Vec<usize> = (0..probs.len()).collect();
+        order.sort_by(|a, b| probs[*b].total_cmp(&probs[*a]));
+        order.truncate(count);
+        Some(TokenProb {
+            text: values[value].clone(),
+            logprob: probs[value].ln(),
+            top: order
+                .into_iter()
+                .map(|at| (values[at].clone(), probs[at].ln()))
+                .collect(),
+        })
+    }
+
+    /// What the last token adds for certain: nothing that a later one may complete or cut off.
+    pub(super) fn fresh_piece(
+        &mut self,
+        token: Option<TokenProb>,
+        base: &BaseModel,
+    ) -> Result<Option<Piece>, ModelError> {
+        let Some(watched) = &mut self.watched else {
+            return Ok(None);
+        };
+        let text = base.tokenizer.decode(&self.generated)?;
+        let certain = certain(&text, &self.stop);
+        let fresh = text.get(watched.told..certain).unwrap_or_default();
+        watched.told += fresh.len();
+        Ok(Some(Piece {
+            text: fresh.to_owned(),
+            token,
+        }))
+    }
+
+    /// What is left of the answer's whole text.
+    pub(super) fn last_piece(&self, token: Option<TokenProb>, text: &str) -> Option<Piece> {
+        let watched = self.watched.as_ref()?;
+        let text = text.get(watched.told..).unwrap_or_default().to_owned();
+        Some(Piece { text, token })
+    }
+}
+
+/// Bytes of `text` that stay whatever comes: not half a character, not the start of a stop text.
+fn certain(text: &str, stops: &[String]) -> usize {
+    let whole = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+    let begins_stop = |at: &usize| {
+        let rest = &whole[*at..];
+        stops.iter().any(|stop| stop.starts_with(rest))
+    };
+    let longest = stops.iter().map(String::len).max().unwrap_or(0);
+    let from = whole.len().saturating_sub(longest);
+    (from..whole.len())
+        .filter(|at| whole.is_char_boundary(*at))
+        .find(begins_stop)
+        .unwrap_or(whole.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::certain;
+
+    #[test]
+    fn what_may_be_cut_off_or_completed_is_held_back() {
+        let stops = ["END".to_owned(), "\n\n".to_owned()];
+        assert_eq!(certain("hello", &stops), 5);
+        assert_eq!(certain("helloE", &stops), 5);
+        assert_eq!(certain("helloEN\n", &stops), 7);
+        assert_eq!(certain("é\n", &stops), 2);
+        assert_eq!(certain("caf\u{fffd}", &[]), 3);
+        assert_eq!(certain("END", &stops), 0);
     }
 }

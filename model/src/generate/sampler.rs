@@ -6,6 +6,8 @@ use rand_chacha::ChaCha8Rng;
 /// Draws by temperature from a stream of its own.
 pub(super) struct Sampler {
     temperature: f64,
+    /// Share of the probability that draws come from, the likeliest tokens first.
+    pub(super) top_p: f64,
     rng: ChaCha8Rng,
 }
 
@@ -19,6 +21,7 @@ impl Sampler {
         }
         Self {
             temperature,
+            top_p: 1.0,
             rng: ChaCha8Rng::from_seed(*hash.finalize().as_bytes()),
         }
     }
@@ -30,7 +33,10 @@ impl Sampler {
         }
         let most = f64::from(logits[largest(logits)]);
         let weight = |logit: &f32| ((f64::from(*logit) - most) / self.temperature).exp();
-        let weights: Vec<f64> = logits.iter().map(weight).collect();
+        let mut weights: Vec<f64> = logits.iter().map(weight).collect();
+        if self.top_p < 1.0 {
+            keep_nucleus(&mut weights, self.top_p);
+        }
         self.draw(&weights) as u32
     }
 
@@ -57,6 +63,19 @@ impl Sampler {
     }
 }
 
+/// Leaves the likeliest ones that have the share `top_p` together, at least one.
+fn keep_nucleus(weights: &mut [f64], top_p: f64) {
+    let mut order: Vec<usize> = (0..weights.len()).collect();
+    order.sort_unstable_by(|a, b| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b)));
+    let mut left = top_p * weights.iter().sum::<f64>();
+    for (rank, at) in order.into_iter().enumerate() {
+        if rank > 0 && left <= 0.0 {
+            weights[at] = 0.0;
+        }
+        left -= weights[at];
+    }
+}
+
 /// Position of the largest value; the first of equal ones.
 fn largest(values: &[f32]) -> usize {
     let mut best = 0;
@@ -76,6 +95,16 @@ mod tests {
     fn a_low_temperature_takes_the_likeliest_choice() {
         let mut sampler = Sampler::new(0.001, None, &[1]);
         assert_eq!(sampler.choose(&[0.2, 0.3, 0.1, 0.25]), 1);
+    }
+
+    #[test]
+    fn a_nucleus_leaves_the_likeliest() {
+        let mut weights = [1.0, 5.0, 3.0, 1.0];
+        keep_nucleus(&mut weights, 0.7);
+        assert_eq!(weights, [0.0, 5.0, 3.0, 0.0]);
+        let mut sampler = Sampler::new(1.0, Some(1), &[1]);
+        sampler.top_p = 0.0;
+        assert!((0..20).all(|_| sampler.next(&[0.1, 0.3, 0.2]) == 1));
     }
 
     #[test]

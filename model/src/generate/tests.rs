@@ -359,3 +359,152 @@ fn rows_of_one_pass_may_have_different_adapters() {
         assert!(off.fold(0.0, f32::max) < 1e-4);
     }
 }
+
+/// Takes a batch to its end; text, token log-probabilities and answer of each row.
+fn watched(batch: &mut Batch, rows: usize) -> Vec<(String, Vec<TokenProb>, Option<Answer>)> {
+    let mut heard: Vec<_> = (0..rows)
+        .map(|_| (String::new(), Vec::new(), None))
+        .collect();
+    while !batch.is_empty() {
+        batch.step(&mut |id, said| match said {
+            Said::Piece(piece) => {
+                heard[id].0.push_str(&piece.text);
+                heard[id].1.extend(piece.token);
+            }
+            Said::End(answer) => assert!(heard[id].2.replace(answer).is_none()),
+        });
+    }
+    heard
+}
+
+fn ask(request: GenerateRequest) -> Ask {
+    Ask {
+        request,
+        text: None,
+        top_p: 1.0,
+        logprobs: Some(3),
+    }
+}
+
+#[test]
+fn rows_join_while_others_run_and_the_pieces_make_the_answer() {
+    let generator = generator(1, 4);
+    let texts = ["a", "hello", "where is my card"];
+    let whole = all(&generator, &texts.map(|text| request(text, 9)));
+    let mut batch = Batch::new(2, 1 << 20);
+    let mut early = String::new();
+    batch
+        .add(&generator, 0, &ask(request(texts[0], 9)))
+        .unwrap();
+    batch.step(&mut |_, said| {
+        if let Said::Piece(piece) = said {
+            early.push_str(&piece.text);
+        }
+    });
+    for (id, text) in texts.iter().enumerate().skip(1) {
+        batch.add(&generator, id, &ask(request(text, 9))).unwrap();
+    }
+    let heard = watched(&mut batch, 3);
+    for (id, (text, probs, answer)) in heard.iter().enumerate() {
+        let early = if id == 0 { early.as_str() } else { "" };
+        assert_eq!(format!("{early}{text}"), whole[id].text);
+        let answer = answer.as_ref().unwrap().as_ref().unwrap();
+        assert_eq!(answer.text, whole[id].text);
+        for prob in probs {
+            assert_eq!(prob.top.len(), 3);
+            // Greedy: the token is the likeliest one.
+            assert_eq!(prob.top[0], (prob.text.clone(), prob.logprob));
+            assert!(prob.logprob <= 0.0 && prob.top[0].1 >= prob.top[1].1);
+        }
+    }
+}
+
+#[test]
+fn adapters_share_a_batch_and_prompts_their_common_start() {
+    let base = tiny::base(1);
+    let adapter = tiny::adapter(&base.weights.config, 2);
+    let options = GenerateOptions::default();
+    let plain = Generator::new(base.clone(), None, options).unwrap();
+    let adapted = Generator::new(base, Some(&adapter), options).unwrap();
+    let long = "a long start that all of the prompts have in common, ";
+    let requests: Vec<_> = ["one", "two", "three", "one"]
+        .iter()
+        .map(|end| request(&format!("{long}{end}"), 6))
+        .collect();
+    let wanted = [&plain, &adapted].map(|generator| all(generator, &requests));
+    let mut batch = Batch::new(8, 1 << 20);
+    for (id, request) in requests.iter().enumerate() {
+        batch.add(&plain, 2 * id, &ask(request.clone())).unwrap();
+        batch
+            .add(&adapted, 2 * id + 1, &ask(request.clone()))
+            .unwrap();
+    }
+    let answers: Vec<Generated> = watched(&mut batch, 8)
+        .into_iter()
+        .map(|(_, _, answer)| answer.unwrap().unwrap())
+        .collect();
+    for (id, answer) in answers.iter().enumerate() {
+        assert_eq!(answer.text, wanted[id % 2][id / 2].text, "{id}");
+    }
+    assert!(answers.iter().any(|a| a.cached_tokens >= 16), "{answers:?}");
+    assert_ne!(wanted[0], wanted[1]);
+
+    // No room: nothing is kept, nothing changes.
+    let mut batch = Batch::new(8, 0);
+    for (id, request) in requests.iter().enumerate() {
+        batch.add(&plain, id, &ask(request.clone())).unwrap();
+    }
+    for (id, (text, _, _)) in watched(&mut batch, 4).iter().enumerate() {
+        assert_eq!(*text, wanted[0][id].text);
+    }
+}
+
+#[test]
+fn a_removed_row_is_silent_and_the_others_go_on() {
+    let generator = generator(3, 4);
+    let mut batch = Batch::new(4, 0);
+    for id in 0..3 {
+        batch
+            .add(&generator, id, &ask(request("hello", 5)))
+            .unwrap();
+    }
+    batch.step(&mut |_, _| {});
+    batch.remove(1);
+    let ended: Vec<bool> = watched(&mut batch, 3)
+        .iter()
+        .map(|(_, _, answer)| answer.is_some())
+        .collect();
+    assert_eq!(ended, [true, false, true]);
+}
+
+#[test]
+fn a_text_is_gone_on_with_as_it_is_and_a_choice_has_its_probabilities() {
+    let generator = generator(4, 4);
+    let text = Ask {
+        text: Some("once upon".to_owned()),
+        ..ask(request("", 4))
+    };
+    let choice = ask(GenerateRequest {
+        choices: Some(ChoiceSet {
+            after: None,
+            values: vec!["yes".to_owned(), "no".to_owned()],
+            then: String::new(),
+        }),
+        ..request("hello", 5)
+    });
+    let mut batch = Batch::new(4, 0);
+    batch.add(&generator, 0, &text).unwrap();
+    batch.add(&generator, 1, &choice).unwrap();
+    let heard = watched(&mut batch, 2);
+    let free = heard[0].2.as_ref().unwrap().as_ref().unwrap();
+    let tokens = generator
+        .base()
+        .tokenizer
+        .encode("once upon", true)
+        .unwrap();
+    assert_eq!(free.prompt_tokens, tokens.len());
+    let (text, probs, _) = &heard[1];
+    assert!(["yes", "no"].contains(&text.as_str()));
+    let sum: f32 = probs[0].top.iter().map(|(_, logprob)| logprob.exp()).sum();
+    assert!((sum - 1.0).abs() < 1e-5 && probs[0].text == *text);
+}

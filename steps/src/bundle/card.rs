@@ -17,16 +17,12 @@ pub(super) fn render(
     let measured = &manifest.measured;
     let (low, high) = wilson95(measured.correct, measured.n);
     let percent = |share: f64| format!("{:.1}", share * 100.0);
-    let labels: &[String] = match program {
-        ProgramFile::Prompt(saved) => &saved.labels,
-        ProgramFile::Classifier(fitted) => fitted.classifier.labels(),
-    };
     let mut context = tera::Context::new();
     context.insert("manifest", manifest);
     context.insert("accuracy", &percent(measured.accuracy));
     context.insert("low", &percent(low));
     context.insert("high", &percent(high));
-    context.insert("labels", labels);
+    context.insert("labels", program.labels());
     context.insert("known", &leakage.is_some_and(|leakage| leakage.known));
     context.insert("clean", &leakage.is_some_and(Leakage::is_clean));
     context.insert(

@@ -39,6 +39,12 @@ const WEIGHTS: &str = "weights";
 const SMOKE: &str = "smoke.jsonl";
 const CARD: &str = "README.md";
 
+/// Whether a folder is a bundle, by its looks.
+#[must_use]
+pub fn is_bundle(folder: &Path) -> bool {
+    folder.join(MANIFEST).is_file()
+}
+
 /// What a bundle says of itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -230,6 +236,14 @@ impl Bundle {
         let given = checkpoint.as_ref().map(|c| (adapter.as_path(), c));
         let model = manifest.model.as_ref();
         Answerer::open(&self.program, model, given, manifest.sampling, host)
+    }
+
+    /// The folder of its adapter, if its model has one.
+    #[must_use]
+    pub fn adapter(&self) -> Option<PathBuf> {
+        let folder = self.folder.join(ADAPTER);
+        let checkpoint = Checkpoint::load(&folder).ok()?;
+        checkpoint.adapter.map(|_| folder)
     }
 
     /// The rows to ask before it is used.

@@ -1,0 +1,466 @@
+//! Answers in OpenAI's shapes, whole and as server-sent events.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::response::sse::{Event as Sent, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use flowrun_lm::lm::FinishReason;
+use flowrun_steps::serving::{Ask, Ended, Event, Piece, TokenProb};
+use futures::Stream;
+use futures::stream::{self, StreamExt};
+use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::serve::problem::{Problem, Refused};
+use crate::serve::service::{Events, Service};
+
+/// Which of OpenAI's two shapes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Chat completions.
+    Chat,
+    /// Completions of a text.
+    Text,
+}
+
+/// What is wanted beyond the asks themselves.
+pub(super) struct Wanted {
+    pub(super) kind: Kind,
+    pub(super) model: String,
+    /// The asks are of this many prompts, equally many each.
+    pub(super) prompts: usize,
+    pub(super) stream: bool,
+    /// Whether a stream ends with the tokens used.
+    pub(super) usage: bool,
+}
+
+/// What is the same in every part of an answer.
+struct Frame {
+    kind: Kind,
+    id: String,
+    created: u64,
+    model: String,
+    prompts: usize,
+}
+
+/// One of the answers, as far as it has come.
+#[derive(Default)]
+struct Choice {
+    text: String,
+    tokens: Vec<(usize, TokenProb)>,
+    ended: Option<Ended>,
+}
+
+impl Choice {
+    fn take(&mut self, piece: Piece) {
+        if let Some(token) = piece.token {
+            self.tokens.push((self.text.len(), token));
+        }
+        self.text.push_str(&piece.text);
+    }
+}
+
+/// Asks the model, and answers as wanted.
+pub(super) async fn answer(
+    service: &Arc<Service>,
+    wanted: Wanted,
+    asks: Vec<Ask>,
+) -> Result<Response, Problem> {
+    let place = service.admit(asks.len())?;
+    let logprobs = asks.iter().any(|ask| ask.logprobs.is_some());
+    let deadline = Instant::now() + service.limits.answer;
+    let frame = Frame::new(&wanted);
+    let asked = within(deadline, service.ask(&wanted.model, asks)).await;
+    let events = timed(service, asked)??;
+    match wanted.stream {
+        false => {
+            let whole = within(deadline, whole(events)).await;
+            let choices = timed(service, whole)??;
+            drop(place);
+            count(service, &choices);
+            Ok(Json(frame.whole(&choices, logprobs)).into_response())
+        }
+        true => {
+            let streaming = Streaming {
+                service: Arc::clone(service),
+                frame,
+                usage: wanted.usage,
+                logprobs,
+                deadline,
+                started: Instant::now(),
+            };
+            streaming.respond(events, place).await
+        }
+    }
+}
+
+/// The wait for something, up to a point in time.
+async fn within<T>(deadline: Instant, work: impl Future<Output = T>) -> Option<T> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    tokio::time::timeout(left, work).await.ok()
+}
+
+fn timed<T>(service: &Service, result: Option<T>) -> Result<T, Problem> {
+    result.ok_or_else(|| {
+        service.metrics.refused("timeout");
+        Refused::TimedOut.into()
+    })
+}
+
+async fn whole(events: Vec<Events>) -> Result<Vec<Choice>, Problem> {
+    let mut choices = Vec::with_capacity(events.len());
+    for mut events in events {
+        let mut choice = Choice::default();
+        loop {
+            match events.recv().await {
+                Some(Event::Piece(piece)) => choice.take(piece),
+                Some(Event::End(ended)) => {
+                    choice.ended = Some(ended?);
+                    break;
+                }
+                None => return Err(Refused::Down.into()),
+            }
+        }
+        choices.push(choice);
+    }
+    Ok(choices)
+}
+
+fn count(service: &Service, choices: &[Choice]) {
+    for ended in choices.iter().filter_map(|choice| choice.ended.as_ref()) {
+        let (prompt, cached) = (ended.prompt_tokens, ended.cached_tokens);
+        service
+            .metrics
+            .tokens(prompt, cached, ended.completion_tokens);
+    }
+}
+
+impl Frame {
+    fn new(wanted: &Wanted) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.unwrap_or(Duration::ZERO);
+        let prefix = match wanted.kind {
+            Kind::Chat => "chatcmpl",
+            Kind::Text => "cmpl",
+        };
+        Self {
+            kind: wanted.kind,
+            id: format!("{prefix}-{:x}-{count}", now.as_nanos()),
+            created: now.as_secs(),
+            model: wanted.model.clone(),
+            prompts: wanted.prompts,
+        }
+    }
+
+    fn around(&self, object: &str, choices: Vec<Value>) -> Value {
+        json!({
+            "id": self.id, "object": object, "created": self.created, "model": self.model,
+            "choices": choices,
+        })
+    }
+
+    fn whole(&self, choices: &[Choice], logprobs: bool) -> Value {
+        let choice = |(index, choice): (usize, &Choice)| {
+            let probs = match logprobs {
+                true => self.logprobs(choice.tokens.iter().map(|(at, token)| (*at, token))),
+                false => Value::Null,
+            };
+            let finish = choice.ended.as_ref().map(|ended| finish(ended.finish));
+            match self.kind {
+                Kind::Chat => json!({
+                    "index": index, "logprobs": probs, "finish_reason": finish,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": null},
+                }),
+                Kind::Text => json!({
+                    "index": index, "text": choice.text, "logprobs": probs,
+                    "finish_reason": finish,
+                }),
+            }
+        };
+        let object = match self.kind {
+            Kind::Chat => "chat.completion",
+            Kind::Text => "text_completion",
+        };
+        let mut whole = self.around(object, choices.iter().enumerate().map(choice).collect());
+        whole["usage"] = self.usage(choices);
+        whole
+    }
+
+    /// Tokens of each prompt count once, however many answers there are to it.
+    fn usage(&self, choices: &[Choice]) -> Value {
+        let ended = |choice: &Choice| choice.ended.clone();
+        let ended: Vec<Ended> = choices.iter().filter_map(ended).collect();
+        let each = (choices.len() / self.prompts.max(1)).max(1);
+        let prompts = ended.iter().step_by(each);
+        let (prompt, cached) = prompts.fold((0, 0), |(prompt, cached), ended| {
+            (prompt + ended.prompt_tokens, cached + ended.cached_tokens)
+        });
+        let completion: u64 = ended.iter().map(|ended| ended.completion_tokens).sum();
+        json!({
+            "prompt_tokens": prompt, "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        })
+    }
+
+    fn logprobs<'a>(&self, tokens: impl Iterator<Item = (usize, &'a TokenProb)>) -> Value {
+        match self.kind {
+            Kind::Chat => {
+                let token = |(_, token): (usize, &TokenProb)| {
+                    let mut entry = logprob(&token.text, token.logprob);
+                    let top = token.top.iter().map(|(text, p)| logprob(text, *p));
+                    entry["top_logprobs"] = top.collect();
+                    entry
+                };
+                json!({"content": tokens.map(token).collect::<Vec<_>>(), "refusal": null})
+            }
+            Kind::Text => {
+                let mut all = json!({
+                    "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
+                });
+                let mut push = |name: &str, value: Value| {
+                    if let Some(list) = all[name].as_array_mut() {
+                        list.push(value);
+                    }
+                };
+                for (at, token) in tokens {
+                    push("tokens", json!(token.text));
+                    push("token_logprobs", finite(token.logprob));
+                    let top = token.top.iter().map(|(text, p)| (text.clone(), finite(*p)));
+                    push("top_logprobs", Value::Object(top.collect()));
+                    push("text_offset", json!(at));
+                }
+                all
+            }
+        }
+    }
+
+    fn chunk(&self, index: usize, piece: &Piece, finish: Option<&str>, logprobs: bool) -> Value {
+        let probs = match (&piece.token, logprobs) {
+            (Some(token), true) => self.logprobs(std::iter::once((0, token))),
+            _ => Value::Null,
+        };
+        let choice = match self.kind {
+            Kind::Chat => {
+                let delta = match finish {
+                    Some(_) => json!({}),
+                    None => json!({"content": piece.text}),
+                };
+                json!({
+                    "index": index, "delta": delta, "logprobs": probs, "finish_reason": finish,
+                })
+            }
+            Kind::Text => json!({
+                "index": index, "text": piece.text, "logprobs": probs, "finish_reason": finish,
+            }),
+        };
+        self.around(self.chunk_object(), vec![choice])
+    }
+
+    fn chunk_object(&self) -> &'static str {
+        match self.kind {
+            Kind::Chat => "chat.completion.chunk",
+            Kind::Text => "text_completion",
+        }
+    }
+
+    /// The chunk that says who speaks.
+    fn opening(&self, index: usize) -> Option<Value> {
+        let delta = json!({"role": "assistant", "content": "", "refusal": null});
+        let choice = json!({
+            "index": index, "delta": delta, "logprobs": null, "finish_reason": null,
+        });
+        (self.kind == Kind::Chat).then(|| self.around(self.chunk_object(), vec![choice]))
+    }
+}
+
+/// OpenAI sends bytes for tokens that are a part of a character; here they are unknown then.
+fn logprob(text: &str, logprob: f32) -> Value {
+    let bytes = match text.contains(char::REPLACEMENT_CHARACTER) {
+        true => Value::Null,
+        false => json!(text.as_bytes()),
+    };
+    json!({"token": text, "logprob": finite(logprob), "bytes": bytes})
+}
+
+/// OpenAI's number for "very unlikely", where JSON has none.
+fn finite(logprob: f32) -> Value {
+    json!(logprob.max(-9999.0))
+}
+
+fn finish(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::ContentFilter => "content_filter",
+    }
+}
+
+/// An answer that is sent as it comes.
+struct Streaming {
+    service: Arc<Service>,
+    frame: Frame,
+    usage: bool,
+    logprobs: bool,
+    deadline: Instant,
+    started: Instant,
+}
+
+/// What a stream does next.
+struct Under {
+    streaming: Streaming,
+    heard: stream::BoxStream<'static, (usize, Option<Event>)>,
+    choices: Vec<Choice>,
+    open: usize,
+    to_send: VecDeque<String>,
+    done: bool,
+    said_anything: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Streaming {
+    /// A request that cannot be answered at all is an error, not a stream.
+    async fn respond(
+        self,
+        mut events: Vec<Events>,
+        place: OwnedSemaphorePermit,
+    ) -> Result<Response, Problem> {
+        let first = match events.first_mut() {
+            Some(first) => within(self.deadline, first.recv()).await,
+            None => None,
+        };
+        let first = match timed(&self.service, first)? {
+            Some(Event::End(Err(error))) => return Err(error.into()),
+            None => return Err(Refused::Down.into()),
+            Some(event) => event,
+        };
+        let count = events.len();
+        let to_send = (0..count).filter_map(|index| self.frame.opening(index));
+        let to_send = to_send.map(|chunk| self.text(chunk)).collect();
+        let streams = events.into_iter().enumerate().map(|(index, events)| {
+            let next = |mut events: Events| async move {
+                let event = events.recv().await?;
+                Some((event, events))
+            };
+            let events = stream::unfold(events, next).map(Some);
+            // An end without an end event: the thread is gone.
+            let events = events.chain(stream::once(async { None }));
+            events.map(move |event| (index, event)).boxed()
+        });
+        let rest = stream::select_all(streams);
+        let heard = stream::once(async move { (0, Some(first)) }).chain(rest);
+        let under = Under {
+            streaming: self,
+            heard: heard.boxed(),
+            choices: (0..count).map(|_| Choice::default()).collect(),
+            open: count,
+            to_send,
+            done: false,
+            said_anything: false,
+            _place: place,
+        };
+        Ok(Sse::new(under.stream())
+            .keep_alive(KeepAlive::default())
+            .into_response())
+    }
+
+    fn text(&self, mut chunk: Value) -> String {
+        if self.usage && chunk.get("usage").is_none() {
+            chunk["usage"] = Value::Null;
+        }
+        chunk.to_string()
+    }
+}
+
+impl Under {
+    fn stream(self) -> impl Stream<Item = Result<Sent, Infallible>> {
+        stream::unfold(self, |mut under| async move {
+            loop {
+                if let Some(text) = under.to_send.pop_front() {
+                    return Some((Ok(Sent::default().data(text)), under));
+                }
+                if under.done {
+                    return None;
+                }
+                under.listen().await;
+            }
+        })
+    }
+
+    /// Waits for the next thing to send, up to the deadline.
+    async fn listen(&mut self) {
+        let heard = within(self.streaming.deadline, self.heard.next()).await;
+        match heard {
+            Some(Some((index, Some(Event::Piece(piece))))) => self.piece(index, piece),
+            Some(Some((index, Some(Event::End(Ok(ended)))))) => self.end(index, ended),
+            Some(Some((_, Some(Event::End(Err(error)))))) => self.break_off(error.into()),
+            Some(Some((index, None))) if self.choices[index].ended.is_some() => {}
+            Some(_) => self.break_off(Refused::Down.into()),
+            None => {
+                self.streaming.service.metrics.refused("timeout");
+                self.break_off(Refused::TimedOut.into());
+            }
+        }
+    }
+
+    fn piece(&mut self, index: usize, piece: Piece) {
+        if piece.text.is_empty() && (piece.token.is_none() || !self.streaming.logprobs) {
+            return;
+        }
+        let Streaming {
+            frame,
+            logprobs,
+            started,
+            service,
+            ..
+        } = &self.streaming;
+        if !std::mem::replace(&mut self.said_anything, true) {
+            service.metrics.first_token(started.elapsed());
+        }
+        let chunk = frame.chunk(index, &piece, None, *logprobs);
+        self.to_send.push_back(self.streaming.text(chunk));
+    }
+
+    fn end(&mut self, index: usize, ended: Ended) {
+        let finish = finish(ended.finish);
+        let chunk = self
+            .streaming
+            .frame
+            .chunk(index, &Piece::default(), Some(finish), false);
+        self.to_send.push_back(self.streaming.text(chunk));
+        self.choices[index].ended = Some(ended);
+        self.open -= 1;
+        if self.open == 0 {
+            count(&self.streaming.service, &self.choices);
+            if self.streaming.usage {
+                let frame = &self.streaming.frame;
+                let mut last = frame.around(frame.chunk_object(), vec![]);
+                last["usage"] = frame.usage(&self.choices);
+                self.to_send.push_back(last.to_string());
+            }
+            self.to_send.push_back("[DONE]".to_owned());
+            self.done = true;
+        }
+    }
+
+    /// What was sent cannot be taken back; the client sees an error event in the stream.
+    fn break_off(&mut self, problem: Problem) {
+        self.to_send.push_back(problem.body().to_string());
+        self.done = true;
+    }
+}
+
+impl Drop for Under {
+    fn drop(&mut self) {
+        if !self.done {
+            self.streaming.service.metrics.given_up();
+        }
+    }
+}

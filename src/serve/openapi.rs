@@ -1,0 +1,200 @@
+//! The OpenAPI document of this server, made from the types that it reads.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
+use serde_json::{Map, Value, json};
+
+use super::openai::{Chat, Load, Text, Unload};
+use super::predict::{Question, Questions};
+use super::service::Service;
+
+pub(super) async fn document(State(service): State<Arc<Service>>) -> Json<Value> {
+    Json(describe(&service.about.name))
+}
+
+fn describe(name: &str) -> Value {
+    let settings = SchemaSettings::openapi3();
+    let mut types = settings.into_generator();
+    let mut paths = Map::new();
+    let get = |about: &str, kind: &str| {
+        json!({"get": {
+            "summary": about,
+            "responses": {"200": {"description": "ok", "content": {kind: {}}}, "default": problem()},
+        }})
+    };
+    for (path, about, kind) in [
+        ("/", "A page for trying queries", "text/html"),
+        ("/health", "What is served, and by which process", JSON),
+        ("/health/live", "Whether the process works", JSON),
+        ("/health/ready", "Whether it takes requests", JSON),
+        (
+            "/metrics",
+            "Metrics for Prometheus",
+            super::metrics::CONTENT_TYPE,
+        ),
+        ("/openapi.json", "This document", JSON),
+        ("/v1/models", "The models", JSON),
+    ] {
+        paths.insert(path.to_owned(), get(about, kind));
+    }
+    let mut one = get("One model", JSON);
+    one["get"]["parameters"] = json!([{
+        "name": "id", "in": "path", "required": true, "schema": {"type": "string"},
+    }]);
+    paths.insert("/v1/models/{id}".to_owned(), one);
+    let about = "The program's answer to one text";
+    let answer = json!({"$ref": "#/components/schemas/Prediction"});
+    post::<Question>(
+        &mut paths,
+        &mut types,
+        "/predict",
+        about,
+        JSON,
+        answer.clone(),
+    );
+    let answers = json!({"type": "object", "required": ["predictions"], "properties": {
+        "predictions": {"type": "array", "items": answer},
+    }});
+    let about = "The program's answers to several texts";
+    post::<Questions>(
+        &mut paths,
+        &mut types,
+        "/predict/batch",
+        about,
+        JSON,
+        answers,
+    );
+    let about = "OpenAI's chat completions";
+    post::<Chat>(
+        &mut paths,
+        &mut types,
+        "/v1/chat/completions",
+        about,
+        JSON,
+        json!({}),
+    );
+    let about = "OpenAI's completions";
+    post::<Text>(
+        &mut paths,
+        &mut types,
+        "/v1/completions",
+        about,
+        JSON,
+        json!({}),
+    );
+    let text = json!({"type": "string"});
+    let about = "Loads an adapter from an allowed folder";
+    post::<Load>(
+        &mut paths,
+        &mut types,
+        "/v1/load_lora_adapter",
+        about,
+        TEXT,
+        text.clone(),
+    );
+    let about = "Unloads an adapter";
+    post::<Unload>(
+        &mut paths,
+        &mut types,
+        "/v1/unload_lora_adapter",
+        about,
+        TEXT,
+        text,
+    );
+    let mut schemas = types.take_definitions(true);
+    schemas.insert("Prediction".to_owned(), prediction());
+    schemas.insert("Problem".to_owned(), problem_schema());
+    json!({
+        "openapi": "3.0.3",
+        "info": {"title": name, "version": env!("CARGO_PKG_VERSION")},
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        // The key is needed where the server was started with one.
+        "security": [{}, {"key": []}],
+    })
+}
+
+const JSON: &str = "application/json";
+const TEXT: &str = "text/plain";
+
+fn post<T: JsonSchema>(
+    paths: &mut Map<String, Value>,
+    types: &mut SchemaGenerator,
+    path: &str,
+    about: &str,
+    kind: &str,
+    answer: Value,
+) {
+    let body = types.subschema_for::<T>().to_value();
+    let operation = json!({"post": {
+        "summary": about,
+        "requestBody": {"required": true, "content": {JSON: {"schema": body}}},
+        "responses": {
+            "200": {"description": "ok", "content": {kind: {"schema": answer}}},
+            "default": problem(),
+        },
+    }});
+    paths.insert(path.to_owned(), operation);
+}
+
+fn problem() -> Value {
+    json!({"description": "an error, in OpenAI's shape",
+        "content": {JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}})
+}
+
+fn problem_schema() -> Value {
+    let text = json!({"type": "string", "nullable": true});
+    json!({"type": "object", "required": ["error"], "properties": {"error": {
+        "type": "object", "required": ["message", "type"],
+        "properties": {
+            "message": {"type": "string"}, "type": {"type": "string"},
+            "param": text, "code": text,
+        },
+    }}})
+}
+
+fn prediction() -> Value {
+    json!({"type": "object", "required": ["label", "model"], "additionalProperties": true,
+        "properties": {
+            "label": {"type": "string",
+                "description": "one of the program's labels, or `unknown` when the model's answer could not be read"},
+            "confidence": {"type": "number", "minimum": 0, "maximum": 1},
+            "raw": {"type": "string", "description": "the model's answer, where it could not be read"},
+            "error": {"type": "string", "description": "why there is no label"},
+            "model": {"type": "string"},
+        },
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_is_described_and_every_reference_leads_somewhere() {
+        let document = describe("test");
+        let described: Vec<String> = document["paths"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(|path| path.replace("{id}", "{*id}"))
+            .collect();
+        let mut there: Vec<&str> = super::super::routes::PATHS.to_vec();
+        there.sort_unstable();
+        let mut described: Vec<&str> = described.iter().map(String::as_str).collect();
+        described.sort_unstable();
+        assert_eq!(described, there);
+        let text = document.to_string();
+        for reference in text.split("\"$ref\":\"#/").skip(1) {
+            let place = format!("/{}", reference.split('"').next().unwrap());
+            assert!(document.pointer(&place).is_some(), "{place}");
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! [`Engine`]: the thread that computes. Requests join its batch as they come, and leave it when
+//! they are answered, given up or cut off.
+//!
+//! Invariant: what waits is bounded; a request that nobody waits for any more is computed no
+//! further than the step under way.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use flowrun_engine::step::StepError;
+use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
+use flowrun_model::{Batch, ChatMessage, ChoiceSet, Finish, GenerateRequest, Said};
+use tokio::sync::mpsc;
+
+use super::adapters::{Adapters, Loaded};
+use super::{
+    Ask, Ended, EngineSpec, Event, ModelEntry, ModelsError, Piece, Prompt, Step, TokenProb,
+};
+use crate::models::Host;
+use crate::models::embedded::open_base;
+
+/// Bytes of keys and values of prompts' common starts that are kept.
+const PREFIX_BYTES: usize = 256 << 20;
+
+/// The embedded model, ready for requests. Cheap to clone; the thread ends with the last one.
+#[derive(Clone)]
+pub struct Engine {
+    jobs: mpsc::Sender<Job>,
+    adapters: Arc<Adapters>,
+    active: Arc<AtomicUsize>,
+}
+
+struct Job {
+    model: Loaded,
+    ask: Ask,
+    caller: Caller,
+}
+
+/// Who waits for an answer.
+struct Caller {
+    events: mpsc::UnboundedSender<Event>,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Caller {
+    fn is_gone(&self) -> bool {
+        self.events.is_closed() || self.given_up.load(Ordering::Relaxed)
+    }
+
+    /// A caller that is gone is found by the next step.
+    fn tell(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+}
+
+impl Engine {
+    /// Loads the model and starts the thread.
+    ///
+    /// # Errors
+    /// When weights or the pinned adapter cannot be had or do not belong together.
+    pub fn open(spec: EngineSpec<'_>, host: &Host<'_>) -> Result<Self, StepError> {
+        let base = open_base(spec.model, host)?;
+        let adapters = Adapters::new(base, spec.base_id, spec.pinned, &spec.folders, spec.keep)?;
+        let (jobs, waiting) = mpsc::channel(spec.queue.max(1));
+        let active = Arc::new(AtomicUsize::new(0));
+        let worker = Worker {
+            batch: Batch::new(spec.batch, PREFIX_BYTES),
+            size: spec.batch.max(1),
+            callers: BTreeMap::new(),
+            active: Arc::clone(&active),
+            on_step: spec.on_step,
+        };
+        std::thread::Builder::new()
+            .name("answers".to_owned())
+            .spawn(move || worker.work(waiting))
+            .map_err(|e| StepError::failed(format!("no thread can be started: {e}")))?;
+        Ok(Self {
+            jobs,
+            adapters: Arc::new(adapters),
+            active,
+        })
+    }
+
+    /// Whether requests are answered.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        !self.jobs.is_closed()
+    }
+
+    /// Requests that wait for a place in the batch.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
+    /// Requests in the batch.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    /// Adapters from folders that are in memory.
+    #[must_use]
+    pub fn adapters_in_memory(&self) -> usize {
+        self.adapters.in_memory()
+    }
+
+    /// The base model's id.
+    #[must_use]
+    pub fn base_id(&self) -> &str {
+        self.adapters.base_id()
+    }
+
+    /// All models that can be asked, the base first.
+    #[must_use]
+    pub fn models(&self) -> Vec<ModelEntry> {
+        self.adapters.list()
+    }
+
+    /// The model of an id; may read its adapter from disk.
+    ///
+    /// # Errors
+    /// When there is none, or its files are no adapter for the base model.
+    pub fn model(&self, id: &str) -> Result<Loaded, ModelsError> {
+        self.adapters.get(id)
+    }
+
+    /// Gives the adapter in `path` a name; `again` replaces what had it.
+    ///
+    /// # Errors
+    /// When the path is not in an allowed folder, the name is taken, or the files are unusable.
+    pub fn load(&self, name: &str, path: &Path, again: bool) -> Result<(), ModelsError> {
+        self.adapters.name(name, path, again)
+    }
+
+    /// Takes an adapter out of memory, and its name back if it was given one.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn unload(&self, name: &str) -> Result<(), ModelsError> {
+        self.adapters.forget(name)
+    }
+
+    /// Puts a request into the queue, and waits while that is full. To drop what this returns is
+    /// to give the request up.
+    ///
+    /// # Errors
+    /// Unavailable when the thread is gone.
+    pub async fn ask(
+        &self,
+        model: Loaded,
+        ask: Ask,
+    ) -> Result<mpsc::UnboundedReceiver<Event>, LmError> {
+        let (job, events) = job(model, ask, Arc::default());
+        self.jobs.send(job).await.map_err(|_| gone())?;
+        Ok(events)
+    }
+
+    /// The model behind the trait of the program layer: blocking, until `given_up` is set.
+    #[must_use]
+    pub fn lm(&self, model: Loaded, given_up: Arc<AtomicBool>) -> EngineLm {
+        EngineLm {
+            jobs: self.jobs.clone(),
+            model,
+            given_up,
+        }
+    }
+}
+
+fn job(
+    model: Loaded,
+    ask: Ask,
+    given_up: Arc<AtomicBool>,
+) -> (Job, mpsc::UnboundedReceiver<Event>) {
+    let (events, heard) = mpsc::unbounded_channel();
+    let caller = Caller { events, given_up };
+    (Job { model, ask, caller }, heard)
+}
+
+fn gone() -> LmError {
+    LmError::Unavailable("the model's thread is gone; restart the server".to_owned())
+}
+
+struct Worker {
+    batch: Batch,
+    size: usize,
+    callers: BTreeMap<usize, Caller>,
+    active: Arc<AtomicUsize>,
+    on_step: Box<dyn Fn(&Step) + Send>,
+}
+
+impl Worker {
+    fn work(mut self, mut waiting: mpsc::Receiver<Job>) {
+        let mut id = 0;
+        loop {
+            while self.batch.len() < self.size {
+                let job = match self.batch.is_empty() {
+                    true => waiting.blocking_recv(),
+                    false => waiting.try_recv().ok(),
+                };
+                match job {
+                    Some(job) => self.join(id, job),
+                    None if self.batch.is_empty() => return,
+                    None => break,
+                }
+                id += 1;
+            }
+            self.drop_the_gone();
+            self.active.store(self.callers.len(), Ordering::Relaxed);
+            self.step();
+            self.active.store(self.callers.len(), Ordering::Relaxed);
+        }
+    }
+
+    fn join(&mut self, id: usize, Job { model, ask, caller }: Job) {
+        if caller.is_gone() {
+            return;
+        }
+        match self.batch.add(&model.0, id, &in_model_terms(ask)) {
+            Ok(()) => {
+                self.callers.insert(id, caller);
+            }
+            Err(error) => caller.tell(Event::End(Err(LmError::Rejected(error.to_string())))),
+        }
+    }
+
+    fn drop_the_gone(&mut self) {
+        let batch = &mut self.batch;
+        self.callers.retain(|id, caller| {
+            let gone = caller.is_gone();
+            if gone {
+                batch.remove(*id);
+            }
+            !gone
+        });
+    }
+
+    fn step(&mut self) {
+        let rows = self.batch.len();
+        if rows == 0 {
+            return;
+        }
+        let started = Instant::now();
+        let callers = &mut self.callers;
+        self.batch.step(&mut |id, said| match said {
+            Said::Piece(piece) => {
+                if let Some(caller) = callers.get(&id) {
+                    caller.tell(Event::Piece(in_our_terms(piece)));
+                }
+            }
+            Said::End(answer) => {
+                if let Some(caller) = callers.remove(&id) {
+                    caller.end(answer);
+                }
+            }
+        });
+        (self.on_step)(&Step {
+            rows,
+            took: started.elapsed(),
+        });
+    }
+}
+
+impl Caller {
+    fn end(self, answer: flowrun_model::Answer) {
+        let ended = answer.map(|generated| Ended {
+            finish: match generated.finish {
+                Finish::Stop => FinishReason::Stop,
+                Finish::Length => FinishReason::Length,
+            },
+            prompt_tokens: generated.prompt_tokens as u64,
+            cached_tokens: generated.cached_tokens as u64,
+            completion_tokens: generated.completion_tokens as u64,
+            choice_probs: generated.choice_probs,
+        });
+        self.tell(Event::End(
+            ended.map_err(|error| LmError::Rejected(error.to_string())),
+        ));
+    }
+}
+
+fn in_model_terms(ask: Ask) -> flowrun_model::Ask {
+    let sampling = ask.sampling;
+    let (messages, text) = match ask.prompt {
+        Prompt::Chat(messages) => (messages, None),
+        Prompt::Text(text) => (Vec::new(), Some(text)),
+    };
+    flowrun_model::Ask {
+        request: GenerateRequest {
+            messages: messages
+                .into_iter()
+                .map(|m| ChatMessage::new(m.role.as_str(), m.content))
+                .collect(),
+            max_tokens: sampling.max_tokens as usize,
+            temperature: sampling.temperature,
+            seed: Some(
+                sampling
+                    .seed
+                    .unwrap_or(0)
+                    .wrapping_add(sampling.rollout.unwrap_or(0)),
+            ),
+            stop: sampling.stop,
+            choices: ask.choices.map(|choices| ChoiceSet {
+                after: choices.after,
+                values: choices.values,
+                then: choices.then,
+            }),
+        },
+        text,
+        top_p: ask.top_p,
+        logprobs: ask.logprobs,
+    }
+}
+
+fn in_our_terms(piece: flowrun_model::Piece) -> Piece {
+    Piece {
+        text: piece.text,
+        token: piece.token.map(|token| TokenProb {
+            text: token.text,
+            logprob: token.logprob,
+            top: token.top,
+        }),
+    }
+}
+
+/// The engine's model as prompting programs see one.
+pub struct EngineLm {
+    jobs: mpsc::Sender<Job>,
+    model: Loaded,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Lm for EngineLm {
+    fn id(&self) -> &str {
+        "served"
+    }
+
+    fn complete(
+        &self,
+        requests: &[Request],
+        on_answer: &OnAnswer<'_>,
+    ) -> Vec<Result<Completion, LmError>> {
+        let send = |request: &Request| {
+            let ask = Ask {
+                prompt: Prompt::Chat(request.messages.clone()),
+                sampling: request.sampling.clone(),
+                top_p: 1.0,
+                logprobs: None,
+                choices: request.choices.clone(),
+            };
+            let (job, events) = job(self.model.clone(), ask, Arc::clone(&self.given_up));
+            self.jobs.blocking_send(job).map_err(|_| gone())?;
+            Ok(events)
+        };
+        let sent: Vec<Result<_, LmError>> = requests.iter().map(send).collect();
+        sent.into_iter()
+            .enumerate()
+            .map(|(index, events)| {
+                let answer = events.and_then(|events| self.whole(events));
+                on_answer(index, &answer);
+                answer
+            })
+            .collect()
+    }
+}
+
+impl EngineLm {
+    fn whole(&self, mut events: mpsc::UnboundedReceiver<Event>) -> Result<Completion, LmError> {
+        let mut text = String::new();
+        while let Some(event) = events.blocking_recv() {
+            match event {
+                Event::Piece(piece) => text.push_str(&piece.text),
+                Event::End(ended) => {
+                    let ended = ended?;
+                    return Ok(Completion {
+                        text,
+                        finish: ended.finish,
+                        prompt_tokens: ended.prompt_tokens,
+                        completion_tokens: ended.completion_tokens,
+                        choice_probs: ended.choice_probs,
+                        cached: false,
+                    });
+                }
+            }
+        }
+        match self.given_up.load(Ordering::Relaxed) {
+            true => Err(LmError::Cancelled),
+            false => Err(gone()),
+        }
+    }
+}

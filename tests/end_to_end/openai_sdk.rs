@@ -1,0 +1,54 @@
+//! The official `openai` Python package, unmodified, as a client of `flowrun serve`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::project::Project;
+use crate::server::Server;
+use crate::tiny::{write_adapter, write_model};
+
+const PACKAGE: &str = "openai==3.54.0";
+
+/// The interpreter of an environment that has the package; none where the package client cannot
+/// get it.
+fn python() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("openai-sdk");
+    let python = folder.join("bin/python");
+    let works = |command: &mut Command| command.output().is_ok_and(|done| done.status.success());
+    if works(Command::new(&python).args(["-c", "import openai"])) {
+        return Some(python);
+    }
+    let made = works(Command::new("python3").args(["-m", "venv"]).arg(&folder))
+        && works(Command::new(&python).args(["-m", "pip", "install", "-q", PACKAGE]));
+    made.then_some(python)
+}
+
+#[test]
+fn the_official_client_works_unmodified() {
+    let Some(python) = python() else {
+        println!("skipped: the package client cannot install {PACKAGE}");
+        return;
+    };
+    let project = Project::new();
+    write_model(&project.path("tiny"), 1);
+    write_adapter(&project.path("adapters/one"), 11);
+    write_adapter(&project.path("adapters/two"), 12);
+    let mut command = project.command(&["serve", "tiny", "--adapters", "adapters"]);
+    command.env_remove("FLOWRUN_API_KEY");
+    let server = Server::start(command);
+    let script = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/end_to_end/openai_sdk.py"
+    );
+    let done = Command::new(python)
+        .args([script, &format!("{}/v1", server.url), &server.model])
+        .env("NO_PROXY", "127.0.0.1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&done.stdout);
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(
+        done.status.success() && said.starts_with("ok "),
+        "{said}{errors}"
+    );
+}

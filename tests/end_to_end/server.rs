@@ -1,0 +1,171 @@
+//! A `flowrun serve` process, and what to ask it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use reqwest::blocking::{Client, Response};
+use serde_json::{Value, json};
+
+/// A server that is up; stopped when dropped.
+pub(crate) struct Server {
+    child: Child,
+    pub(crate) url: String,
+    pub(crate) model: String,
+}
+
+impl Server {
+    /// Starts `command`, which lacks only how to listen.
+    pub(crate) fn start(mut command: Command) -> Self {
+        let mut child = command
+            .args(["--port", "0", "--json"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        if line.is_empty() {
+            let mut said = String::new();
+            child
+                .stderr
+                .take()
+                .unwrap()
+                .read_to_string(&mut said)
+                .unwrap();
+            panic!("the server did not come up: {said}");
+        }
+        let said: Value = serde_json::from_str(&line).unwrap();
+        let text = |name: &str| said[name].as_str().unwrap().to_owned();
+        Self {
+            child,
+            url: text("url"),
+            model: text("model"),
+        }
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Response {
+        client().get(format!("{}{path}", self.url)).send().unwrap()
+    }
+
+    pub(crate) fn ask(&self, path: &str, body: &Value) -> Response {
+        let url = format!("{}{path}", self.url);
+        client().post(url).json(body).send().unwrap()
+    }
+
+    /// An answer that must be 200.
+    pub(crate) fn json(&self, path: &str, body: &Value) -> Value {
+        let answer = self.ask(path, body);
+        let status = answer.status();
+        let text = answer.text().unwrap();
+        assert_eq!(status, 200, "{text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// The status and the error of an answer that must not be 200.
+    pub(crate) fn problem(&self, path: &str, body: &Value) -> (u16, Value) {
+        let answer = self.ask(path, body);
+        let status = answer.status().as_u16();
+        let body: Value = answer.json().unwrap();
+        assert!(body["error"]["message"].is_string(), "{body}");
+        (status, body["error"].clone())
+    }
+
+    /// A connection, for what no client would send.
+    pub(crate) fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        stream
+    }
+
+    /// Sends bytes and gives all that comes back until the server closes.
+    pub(crate) fn raw(&self, text: &str) -> String {
+        let mut stream = self.connect();
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        // A server that does not read all that is sent may cut the connection off.
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// The value of a metric; 0 when it was never counted.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").text().unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.map_or(0.0, |rest| rest.trim().parse().unwrap())
+    }
+
+    /// Waits until a metric has a value.
+    pub(crate) fn wait_for(&self, name: &str, value: f64) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while (self.metric(name) - value).abs() > 1e-9 {
+            assert!(Instant::now() < deadline, "{name} is {}", self.metric(name));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let status = Command::new("kill").args([name, &pid]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Waits for its end; its exit code.
+    pub(crate) fn wait(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
+    /// Asks it to finish as an operator would; gives its exit code.
+    pub(crate) fn stop(mut self) -> Option<i32> {
+        self.signal("-TERM");
+        self.wait()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) fn client() -> Client {
+    Client::builder().no_proxy().build().unwrap()
+}
+
+/// A chat of one message, greedy.
+pub(crate) fn chat(model: &str, text: &str, max_tokens: u32) -> Value {
+    json!({
+        "model": model, "temperature": 0, "max_tokens": max_tokens,
+        "messages": [{"role": "user", "content": text}],
+    })
+}
+
+/// What the first choice says.
+pub(crate) fn content(answer: &Value) -> &str {
+    answer["choices"][0]["message"]["content"].as_str().unwrap()
+}
+
+/// The events of a stream, without the last, which must be `[DONE]`.
+pub(crate) fn chunks(answer: Response) -> Vec<Value> {
+    let text = answer.text().unwrap();
+    let data: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .collect();
+    let (last, chunks) = data.split_last().unwrap();
+    assert_eq!(*last, "[DONE]", "{text}");
+    chunks
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
