@@ -2,6 +2,7 @@
 
 use flowrun_cache::CacheError;
 use flowrun_engine::run::RunError;
+use flowrun_engine::step::{StepError, StepErrorKind};
 use flowrun_engine::{Diagnostic, Diagnostics};
 use serde_json::{Value, json};
 
@@ -132,6 +133,24 @@ impl From<Diagnostics> for Failure {
                 Exit::Invalid,
                 format!("{found}\n{count}; nothing was run\n"),
             )
+        }
+    }
+}
+
+impl From<StepError> for Failure {
+    fn from(error: StepError) -> Self {
+        let exit = match error.kind {
+            StepErrorKind::Invalid => Exit::Invalid,
+            StepErrorKind::Gate => Exit::Gate,
+            StepErrorKind::Cancelled => Exit::Interrupted,
+            _ => Exit::Internal,
+        };
+        let help = error.help.map(|help| format!("\n  help: {help}"));
+        let text = format!("{}{}", error.message, help.unwrap_or_default());
+        match exit {
+            // Shown as it is.
+            Exit::Invalid => Self::new(exit, format!("error: {text}\n")),
+            _ => Self::new(exit, text),
         }
     }
 }

@@ -82,6 +82,7 @@ fn dispatch(args: Args) -> Result<Exit, Failure> {
         }
         Some(Command::Bench { command }) => commands::bench::bench(command, global),
         Some(Command::Serve(args)) => serve::serve(args, global),
+        Some(Command::Deploy(command)) => commands::deploy::deploy(command, global),
         Some(Command::Completions { shell }) => commands::completions::completions(*shell),
         Some(Command::Man { dir }) => commands::man::man(dir.as_deref()),
     }

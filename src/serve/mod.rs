@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flowrun_cache::ArtifactStore;
-use flowrun_engine::step::{Cancel, StepError, World};
+use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
 use flowrun_steps::answer::Answerer;
 use flowrun_steps::bundle::{self, Bundle};
 use flowrun_steps::deploy::API_KEY;
@@ -242,10 +242,13 @@ fn about(args: &ServeArgs) -> About {
     }
 }
 
+/// What is served must be usable as it is: whatever is wrong with it is wrong input.
 fn unusable(error: StepError) -> Failure {
-    let help = error.help.map(|help| format!("\n  help: {help}"));
-    let text = format!("error: {}{}\n", error.message, help.unwrap_or_default());
-    Failure::new(Exit::Invalid, text)
+    StepError {
+        kind: StepErrorKind::Invalid,
+        ..error
+    }
+    .into()
 }
 
 #[allow(clippy::print_stdout, clippy::print_stderr)]

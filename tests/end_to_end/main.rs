@@ -4,6 +4,7 @@
 mod cache;
 mod data;
 mod deployed;
+mod deploying;
 mod distil;
 mod docs;
 mod faults;

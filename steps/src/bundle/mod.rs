@@ -34,7 +34,7 @@ pub const UNKNOWN: &str = "unknown";
 
 const MANIFEST: &str = "bundle.json";
 const PROGRAM: &str = "program.json";
-const ADAPTER: &str = "adapter";
+pub(crate) const ADAPTER: &str = "adapter";
 const WEIGHTS: &str = "weights";
 const SMOKE: &str = "smoke.jsonl";
 const CARD: &str = "README.md";
@@ -338,3 +338,5 @@ impl Vendor<'_> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::test_bundle;

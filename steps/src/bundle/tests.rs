@@ -67,6 +67,11 @@ fn write(
     Bundle::write(folder, &parts, &world)
 }
 
+/// A bundle for tests of other modules.
+pub(crate) fn test_bundle(folder: &Path, entry: serde_json::Value, root: &Path) -> Bundle {
+    write(folder, &model(entry), &scores("d"), root).unwrap()
+}
+
 #[test]
 fn a_bundle_is_read_as_it_was_written_and_equal_parts_give_equal_bytes() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,19 +1,21 @@
 //! The target `local`: the bundle is copied into the project and served until it is stopped.
 //!
 //! `deployed/<name>/<digest>/bundle` is a deployed bundle, `deployed/<name>/current.json` says
-//! which one is served where. The old server goes on until the new one answered the smoke test.
+//! which one is served where, and which one was before it: those two are kept. The old server goes
+//! on until the new one answers in its place, on the same port if that is fixed.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use flowrun_engine::step::{StepContext, StepError, World};
+use flowrun_engine::step::{Cancel, StepError, World};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Params;
 use super::server::{Health, Life, Server, health};
+use super::smoke;
+use crate::bundle::Bundle;
 use crate::folder;
 use crate::rows::{read_json, write_json};
 
@@ -26,27 +28,57 @@ const DRAIN: Duration = Duration::from_secs(15);
 /// What is served.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Current {
+pub struct Current {
     /// Its address.
-    pub(super) url: String,
+    pub url: String,
     /// The server's process id.
-    pub(super) pid: u32,
+    pub pid: u32,
     /// Digest of the bundle.
-    pub(super) bundle: String,
+    pub bundle: String,
     /// The bundle's folder.
-    pub(super) folder: PathBuf,
+    pub folder: PathBuf,
+    /// The port that was asked for; 0 for any.
+    #[serde(default)]
+    pub port: u16,
+    /// What was served before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<Version>,
+}
+
+/// A bundle that was deployed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Version {
+    /// Its digest.
+    pub bundle: String,
+    /// Its folder.
+    pub folder: PathBuf,
 }
 
 /// Where one name's bundles lie.
-pub(super) struct Place {
+pub struct Place {
     folder: PathBuf,
 }
 
 impl Place {
-    pub(super) fn of(params: &Params, world: &World) -> Self {
+    /// The place of `name` in the folder where deployed bundles lie.
+    #[must_use]
+    pub fn new(deployed: &Path, name: &str) -> Self {
         Self {
-            folder: world.root.join(&params.folder).join(&params.name),
+            folder: deployed.join(name),
         }
+    }
+
+    /// The names of what was deployed.
+    #[must_use]
+    pub fn names(deployed: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(deployed).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries
+            .filter(|entry| entry.path().join(CURRENT).is_file())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        names
     }
 
     /// What was deployed last, and whether it is still served. No state comes twice: a server
@@ -59,7 +91,9 @@ impl Place {
         })
     }
 
-    fn current(&self) -> Option<Current> {
+    /// What was deployed last.
+    #[must_use]
+    pub fn current(&self) -> Option<Current> {
         read_json(&self.folder.join(CURRENT)).ok()
     }
 
@@ -72,78 +106,131 @@ impl Place {
     /// being served already is left alone.
     ///
     /// # Errors
-    /// Gate when the server does not come up: what was served before is then served again.
+    /// Gate when the server does not come up; what was served before is served still.
     pub(super) fn deploy(
         &self,
         from: &Path,
         digest: &str,
         port: u16,
-        ctx: &StepContext,
+        world: &World,
+        cancel: &Cancel,
     ) -> Result<Current, StepError> {
-        let before = self.serving();
-        if let Some(before) = &before
+        if let Some(before) = self.serving()
             && before.bundle == digest
             && (port == 0 || before.url.ends_with(&format!(":{port}")))
         {
-            return Ok(before.clone());
+            return Ok(before);
         }
-        let version = self.folder.join(&digest[..SHORT.min(digest.len())]);
-        let bundle = version.join("bundle");
+        let bundle = self
+            .folder
+            .join(&digest[..SHORT.min(digest.len())])
+            .join("bundle");
         if !bundle.is_dir() {
             place(from, &bundle)?;
         }
-        let start = |bundle: &Path, port: u16| {
-            let logs = bundle.parent().unwrap_or(bundle);
-            Server::start(bundle, port, logs, Life::OnItsOwn, &ctx.world, &ctx.cancel)
+        let version = Version {
+            bundle: digest.to_owned(),
+            folder: bundle,
         };
-        // A port of its own is free only once the old server is gone.
-        let at_once = port == 0;
-        if let (Some(before), false) = (&before, at_once) {
-            stop(before);
+        let current = self.switch(version, port, world, cancel)?;
+        self.forget_old(&current);
+        Ok(current)
+    }
+
+    /// Serves again what was served before, once it has answered its smoke rows.
+    ///
+    /// # Errors
+    /// Invalid when there is nothing to go back to; gate when it does not answer as evaluated:
+    /// what is served now is served still.
+    pub fn rollback(&self, world: &World, cancel: &Cancel) -> Result<Current, StepError> {
+        let nothing = |text: &str| {
+            StepError::invalid(format!("{}: {text}", self.folder.display()))
+                .help("`flowrun deploy status` lists what is deployed")
+        };
+        let current = self
+            .current()
+            .ok_or_else(|| nothing("nothing is deployed here"))?;
+        let previous = current
+            .previous
+            .ok_or_else(|| nothing("there is no earlier version"))?;
+        let bundle = Bundle::open(&previous.folder)?;
+        let scratch = tempfile::tempdir().map_err(|e| StepError::failed(e.to_string()))?;
+        let life = Life::OfThisStep;
+        let server = Server::start(&previous.folder, 0, scratch.path(), life, world, cancel)?;
+        let rows = bundle.smoke_rows()?;
+        smoke::check(&server.endpoint, &rows, 1.0, cancel, &|_, _| {})?;
+        server.stop();
+        self.switch(previous, current.port, world, cancel)
+    }
+
+    /// Starts a server of `version`, and stops the one before it.
+    fn switch(
+        &self,
+        version: Version,
+        port: u16,
+        world: &World,
+        cancel: &Cancel,
+    ) -> Result<Current, StepError> {
+        let before = self.current();
+        let serving = before.clone().filter(is_up);
+        let logs = version.folder.parent().unwrap_or(&version.folder);
+        let server = Server::start(&version.folder, port, logs, Life::OnItsOwn, world, cancel)?;
+        let previous = before.map(|Current { bundle, folder, .. }| Version { bundle, folder });
+        let current = Current {
+            url: server.endpoint.url.clone(),
+            pid: server.pid(),
+            bundle: version.bundle,
+            folder: version.folder,
+            port,
+            previous: previous.filter(|previous| previous.folder.is_dir()),
+        };
+        if let Err(error) = self.remember(&current) {
+            // Nobody would find it again.
+            server.stop();
+            return Err(error);
         }
-        let server = match start(&bundle, port) {
-            Ok(server) => server,
-            Err(error) => {
-                if let (Some(before), false) = (&before, at_once) {
-                    let again = start(&before.folder, port)?;
-                    self.remember(again, &before.bundle, &before.folder)?;
-                }
-                return Err(error);
-            }
-        };
-        let current = self.remember(server, digest, &bundle)?;
-        if let (Some(before), true) = (&before, at_once) {
-            stop(before);
+        if let Some(before) = serving {
+            stop(&before);
         }
         Ok(current)
     }
 
-    fn remember(&self, server: Server, digest: &str, bundle: &Path) -> Result<Current, StepError> {
-        let current = Current {
-            url: server.url.clone(),
-            pid: server.pid(),
-            bundle: digest.to_owned(),
-            folder: bundle.to_owned(),
-        };
+    /// A reader sees the old state or the new one.
+    fn remember(&self, current: &Current) -> Result<(), StepError> {
         let path = self.folder.join(CURRENT);
         let new = path.with_extension("new");
-        let written = write_json(&new, &current)
-            .and_then(|()| std::fs::rename(&new, &path).map_err(|e| StepError::io(&path, &e)));
-        match written {
-            Ok(()) => Ok(current),
-            Err(error) => {
-                // Nobody would find it again.
-                server.stop();
-                Err(error)
+        write_json(&new, current)?;
+        std::fs::rename(&new, &path).map_err(|e| StepError::io(&path, &e))
+    }
+
+    /// Removes versions that nothing leads back to.
+    fn forget_old(&self, current: &Current) {
+        let previous = current.previous.as_ref().map(|previous| &previous.folder);
+        let kept: Vec<&Path> = [Some(&current.folder), previous]
+            .into_iter()
+            .flatten()
+            .filter_map(|bundle| bundle.parent())
+            .collect();
+        let entries = std::fs::read_dir(&self.folder)
+            .into_iter()
+            .flatten()
+            .flatten();
+        for path in entries.map(|entry| entry.path()) {
+            if path.join("bundle").is_dir() && !kept.contains(&path.as_path()) {
+                // Left over, it only takes room.
+                let _ = std::fs::remove_dir_all(&path);
             }
         }
     }
 }
 
 /// By the word of the server itself: another process may have its port or its id by now.
-fn is_up(current: &Current) -> bool {
+#[must_use]
+pub fn is_up(current: &Current) -> bool {
     let said = health(&current.url);
-    said.is_some_and(|Health { bundle, pid }| bundle == current.bundle && pid == current.pid)
+    said.is_some_and(|Health { bundle, pid }| {
+        bundle.as_ref() == Some(&current.bundle) && pid == current.pid
+    })
 }
 
 /// Copies a bundle; a half-made copy never has the name of a whole one.

@@ -5,29 +5,41 @@
 //! | `mod` | the step and its params |
 //! | `server` | a `flowrun serve` process |
 //! | `smoke` | whether it answers as evaluated |
+//! | `expect` | what else must hold |
+//! | `canary` | the new bundle beside the one in use |
 //! | `local` | the target `local`: leaves the server running |
+//! | `targets` | files for other places to run |
 
-mod local;
+mod canary;
+mod expect;
+pub mod local;
 mod server;
 mod smoke;
+pub mod targets;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use flowrun_cache::ArtifactStore;
-use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_engine::step::{
+    Cancel, Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::answer::SamplingSpec;
 use crate::bundle::{Bundle, Parts};
 use crate::models::{ModelSpec, observe};
 use crate::program_file::ProgramFile;
-use crate::rows::read_json;
+use crate::rows::{read_json, write_json, write_jsonl};
 use crate::schema_of;
-use crate::scores::Scores;
-use server::{Life, Server};
+use crate::scores::{ProgramScore, Scores};
+use canary::{Canary, Compared};
+use expect::Expect;
+use server::{Endpoint, Life, Server};
+pub use smoke::Agreed;
+use targets::Settings;
 
 /// The environment variable with the key that a server's callers must give.
 pub const API_KEY: &str = "FLOWRUN_API_KEY";
@@ -51,9 +63,22 @@ struct Params {
     /// What becomes of the bundle.
     #[serde(default)]
     target: Target,
+    /// How it is to run elsewhere.
+    #[serde(default)]
+    settings: Settings,
     /// What it must answer before it is used.
     #[serde(default)]
     smoke: SmokeSpec,
+    /// What else must hold before it is used.
+    #[serde(default)]
+    expect: Expect,
+    /// Compares it, row by row, with the bundle in use; nothing is compared where there is none.
+    #[serde(default)]
+    canary: Option<Canary>,
+    /// The folder of the bundle in use, for `expect` and `canary`; for the target `local` it is
+    /// the one deployed there.
+    #[serde(default)]
+    against: Option<PathBuf>,
     /// Target `local`: the port to serve on; 0 takes a free one.
     #[serde(default)]
     port: u16,
@@ -68,13 +93,43 @@ fn deployed() -> PathBuf {
 
 /// What becomes of a bundle.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 enum Target {
     /// It is written and tested.
     #[default]
     Bundle,
     /// It is also served on this machine from then on.
     Local,
+    /// Files for vLLM, with the program in front of it.
+    Vllm,
+    /// Files for Ray Serve.
+    RayServe,
+    /// Manifests for Kubernetes.
+    Kubernetes,
+    /// A composition for Docker, with the image.
+    DockerCompose,
+    /// A container image.
+    Dockerfile,
+    /// A systemd unit.
+    Systemd,
+    /// A repository for the Hugging Face hub.
+    HuggingFace,
+}
+
+impl Target {
+    /// The name of the files that it takes, if any.
+    fn files(self) -> Option<&'static str> {
+        match self {
+            Self::Bundle | Self::Local => None,
+            Self::Vllm => Some("vllm"),
+            Self::RayServe => Some("ray-serve"),
+            Self::Kubernetes => Some("kubernetes"),
+            Self::DockerCompose => Some("docker-compose"),
+            Self::Dockerfile => Some("dockerfile"),
+            Self::Systemd => Some("systemd"),
+            Self::HuggingFace => Some("hugging-face"),
+        }
+    }
 }
 
 /// What a bundle must answer before it is used.
@@ -103,7 +158,7 @@ impl Step for Deploy {
         "deploy"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Writes a bundle, serves it, checks that it answers as evaluated, and deploys it."
@@ -119,11 +174,19 @@ impl Step for Deploy {
         ]
     }
     fn outputs(&self) -> Vec<Port> {
-        vec![Port::new(
-            "bundle",
-            "bundle",
-            "All that `flowrun serve` needs.",
-        )]
+        vec![
+            Port::new("bundle", "bundle", "All that `flowrun serve` needs."),
+            Port::new(
+                "files",
+                "file",
+                "What the target needs; says which bundle it is for.",
+            ),
+            Port::new(
+                "differences",
+                "file",
+                "Rows that the canary answers otherwise.",
+            ),
+        ]
     }
     /// For the target `local` also what is being served now: a server that is gone or that serves
     /// something else is a reason to deploy again.
@@ -132,10 +195,11 @@ impl Step for Deploy {
         let params: Params = serde_json::from_value(params.clone())
             .map_err(|e| StepError::invalid(format!("params of `deploy`: {e}")))?;
         if params.target == Target::Local {
-            seen.insert(
-                "serving".to_owned(),
-                local::Place::of(&params, world).observe(),
-            );
+            seen.insert("serving".to_owned(), params.place(world).observe());
+        }
+        if let Some(against) = &params.against {
+            let digest = digest(&world.root.join(against))?;
+            seen.insert("against".to_owned(), digest.into());
         }
         Ok(seen)
     }
@@ -155,31 +219,152 @@ impl Step for Deploy {
         };
         let bundle = Bundle::write(&folder, &parts, &ctx.world)?;
         ctx.check_cancelled()?;
-        let server = Server::start(
-            &folder,
-            0,
-            &ctx.work_dir,
-            Life::OfThisStep,
-            &ctx.world,
-            &ctx.cancel,
-        )?;
-        let agreed = smoke::check(&server, &bundle, params.smoke.agreement, ctx)?;
-        server.stop();
-        let outcome = StepOutcome::default()
+        let digest = digest(&folder)?;
+        // What cannot be rendered is found before anything is served.
+        let files = match params.target.files() {
+            Some(name) => targets::render(name, &bundle, &params.settings)?,
+            None => Vec::new(),
+        };
+        let in_use = params.in_use(&ctx.world)?;
+        let measured = in_use.as_ref().map(|bundle| &bundle.manifest.measured);
+        params
+            .expect
+            .check_scores(&bundle.manifest.measured, measured)?;
+        let tested = test(&params, &bundle, in_use.as_ref(), &scores.programs[0], ctx)?;
+        targets::write(&files, &ctx.output("files"))?;
+        let about = json!({
+            "target": params.target, "name": params.name, "bundle": digest,
+            "model": bundle.manifest.model_id,
+        });
+        std::fs::create_dir_all(ctx.output("files"))
+            .map_err(|e| StepError::io(&ctx.output("files"), &e))?;
+        write_json(&ctx.output("files").join("target.json"), &about)?;
+        let mut outcome = StepOutcome::default()
             .metric("model", bundle.manifest.model_id.as_str())
-            .metric("smoke", agreed.to_string());
-        match params.target {
-            Target::Bundle => Ok(outcome),
-            Target::Local => {
-                let digest = ArtifactStore::address_of(&folder)
-                    .map_err(|e| StepError::failed(e.to_string()))?
-                    .digest;
-                let place = local::Place::of(&params, &ctx.world);
-                let current = place.deploy(&folder, &digest.to_hex(), params.port, ctx)?;
-                Ok(outcome
-                    .metric("url", current.url)
-                    .metric("stop", format!("kill {}", current.pid)))
-            }
+            .metric("smoke", tested.agreed.to_string())
+            .metric(
+                "p95_ms",
+                (tested.agreed.p95.as_secs_f64() * 1e4).round() / 10.0,
+            );
+        if let Some(compared) = &tested.compared {
+            outcome = outcome.metric("canary", compared.to_string());
         }
+        if params.target == Target::Local {
+            let place = params.place(&ctx.world);
+            let current = place.deploy(&folder, &digest, params.port, &ctx.world, &ctx.cancel)?;
+            outcome = outcome
+                .metric("url", current.url)
+                .metric("stop", format!("kill {}", current.pid));
+        }
+        Ok(outcome)
     }
+}
+
+impl Params {
+    fn place(&self, world: &World) -> local::Place {
+        local::Place::new(&world.root.join(&self.folder), &self.name)
+    }
+
+    /// The bundle that is in use, where one is known.
+    fn in_use(&self, world: &World) -> Result<Option<Bundle>, StepError> {
+        if let Some(against) = &self.against {
+            return Bundle::open(&world.root.join(against)).map(Some);
+        }
+        let deployed = match self.target {
+            Target::Local => self.place(world).current(),
+            _ => None,
+        };
+        let there = deployed.filter(|current| crate::bundle::is_bundle(&current.folder));
+        there
+            .map(|current| Bundle::open(&current.folder))
+            .transpose()
+    }
+}
+
+/// What serving the bundle for a moment showed.
+struct Tested {
+    agreed: Agreed,
+    compared: Option<Compared>,
+}
+
+/// Serves the bundle, and asks it what it must answer.
+fn test(
+    params: &Params,
+    bundle: &Bundle,
+    in_use: Option<&Bundle>,
+    score: &ProgramScore,
+    ctx: &StepContext,
+) -> Result<Tested, StepError> {
+    let serve = |bundle: &Bundle, logs: &str| {
+        let logs = ctx.work_dir.join(logs);
+        std::fs::create_dir_all(&logs).map_err(|e| StepError::io(&logs, &e))?;
+        let (life, world) = (Life::OfThisStep, &ctx.world);
+        Server::start(&bundle.folder, 0, &logs, life, world, &ctx.cancel)
+    };
+    let progress = |what: &'static str| {
+        move |done: u64, total: u64| ctx.reporter.progress(done, total, "rows", what)
+    };
+    let server = serve(bundle, "new")?;
+    let rows = bundle.smoke_rows()?;
+    let told = progress("smoke test");
+    let agreement = params.smoke.agreement;
+    let agreed = smoke::check(&server.endpoint, &rows, agreement, &ctx.cancel, &told)
+        .map_err(|error| with_last_words(error, &server))?;
+    params.expect.check_speed(&agreed)?;
+    let compared = match (&params.canary, in_use) {
+        (Some(canary), Some(in_use)) => {
+            let other = serve(in_use, "deployed")?;
+            let told = progress("canary");
+            let (new, old) = (&server.endpoint, &other.endpoint);
+            let compared = canary.compare(score, new, old, &ctx.cancel, &told)?;
+            other.stop();
+            ctx.reporter.log(&compared.to_string());
+            for difference in &compared.differences {
+                ctx.reporter.log(&json!(difference).to_string());
+            }
+            canary.check(&compared)?;
+            Some(compared)
+        }
+        _ => None,
+    };
+    server.stop();
+    let none = Vec::new();
+    let differences = compared.as_ref().map_or(&none, |c| &c.differences);
+    write_jsonl(&ctx.output("differences"), differences)?;
+    Ok(Tested { agreed, compared })
+}
+
+fn with_last_words(error: StepError, server: &Server) -> StepError {
+    let log = server.last_words();
+    match error.kind {
+        StepErrorKind::Gate if !log.is_empty() => StepError {
+            message: format!("{}; the server's log ends with: {log}", error.message),
+            ..error
+        },
+        _ => error,
+    }
+}
+
+fn digest(folder: &Path) -> Result<String, StepError> {
+    ArtifactStore::address_of(folder)
+        .map(|address| address.digest.to_hex())
+        .map_err(|e| StepError::failed(e.to_string()))
+}
+
+/// Whether the server at `url` answers; with a bundle, whether it answers its smoke rows as they
+/// were answered when scored.
+///
+/// # Errors
+/// Gate when it does not.
+pub fn check(url: &str, bundle: Option<&Path>, world: &World) -> Result<Option<Agreed>, StepError> {
+    let endpoint = Endpoint::new(url, world)?;
+    if server::health(&endpoint.url).is_none() {
+        let text = format!("{url} does not answer as `flowrun serve` does");
+        return Err(StepError::new(StepErrorKind::Gate, text));
+    }
+    let Some(folder) = bundle else {
+        return Ok(None);
+    };
+    let rows = Bundle::open(folder)?.smoke_rows()?;
+    smoke::check(&endpoint, &rows, 1.0, &Cancel::default(), &|_, _| {}).map(Some)
 }

@@ -39,16 +39,64 @@ pub(super) struct Server {
     child: Child,
     life: Life,
     log: PathBuf,
+    /// Where it answers.
+    pub(super) endpoint: Endpoint,
+}
+
+/// Where a server answers, whoever started it.
+pub(super) struct Endpoint {
     key: Option<String>,
     client: Client,
     /// Its address, `http://127.0.0.1:8000`.
     pub(super) url: String,
 }
 
+impl Endpoint {
+    /// The server at `url`; its key is taken from the environment.
+    ///
+    /// # Errors
+    /// Failed when no client can be made.
+    pub(super) fn new(url: &str, world: &World) -> Result<Self, StepError> {
+        Ok(Self {
+            key: world.env.get(API_KEY).cloned(),
+            client: client(ANSWER).map_err(StepError::failed)?,
+            url: url.trim_end_matches('/').to_owned(),
+        })
+    }
+}
+
 /// What a server prints once it answers.
 #[derive(Deserialize)]
 struct Serving {
     url: String,
+}
+
+impl Endpoint {
+    /// The label that it gives a text.
+    ///
+    /// # Errors
+    /// The reason, when it does not answer.
+    pub(super) fn predict(&self, text: &str) -> Result<String, String> {
+        let mut request = self
+            .client
+            .post(format!("{}/predict", self.url))
+            .json(&json!({ "text": text }));
+        if let Some(key) = &self.key {
+            request = request.bearer_auth(key);
+        }
+        let answer = request.send().map_err(|e| e.without_url().to_string())?;
+        let status = answer.status();
+        let body = answer.text().map_err(|e| e.without_url().to_string())?;
+        if !status.is_success() {
+            return Err(format!("{status} {body}"));
+        }
+        let body: Value = serde_json::from_str(&body).map_err(|e| format!("{e}: {body}"))?;
+        let label = body["label"].as_str();
+        label.map_or_else(
+            || Err(format!("no `label` in {body}")),
+            |l| Ok(l.to_owned()),
+        )
+    }
 }
 
 impl Server {
@@ -73,6 +121,8 @@ impl Server {
             .arg("serve")
             .arg(folder)
             .args(["--json", "--port", &port.to_string()])
+            // The old one goes on there until the new one is up.
+            .args((life == Life::OnItsOwn && port != 0).then_some("--share-port"))
             .current_dir(&world.root)
             .env_clear()
             .envs(&world.env)
@@ -98,13 +148,11 @@ impl Server {
             child,
             life,
             log,
-            key: world.env.get(API_KEY).cloned(),
-            client: client(ANSWER).map_err(StepError::failed)?,
-            url: String::new(),
+            endpoint: Endpoint::new("", world)?,
         };
         match server.wait_until_up(&said, cancel) {
             Ok(url) => {
-                server.url = url;
+                server.endpoint.url = url;
                 Ok(server)
             }
             Err(error) => {
@@ -144,32 +192,6 @@ impl Server {
     /// Its process id.
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
-    }
-
-    /// The label that it gives a text.
-    ///
-    /// # Errors
-    /// The reason, when it does not answer.
-    pub(super) fn predict(&self, text: &str) -> Result<String, String> {
-        let mut request = self
-            .client
-            .post(format!("{}/predict", self.url))
-            .json(&json!({ "text": text }));
-        if let Some(key) = &self.key {
-            request = request.bearer_auth(key);
-        }
-        let answer = request.send().map_err(|e| e.without_url().to_string())?;
-        let status = answer.status();
-        let body = answer.text().map_err(|e| e.without_url().to_string())?;
-        if !status.is_success() {
-            return Err(format!("{status} {body}"));
-        }
-        let body: Value = serde_json::from_str(&body).map_err(|e| format!("{e}: {body}"))?;
-        let label = body["label"].as_str();
-        label.map_or_else(
-            || Err(format!("no `label` in {body}")),
-            |l| Ok(l.to_owned()),
-        )
     }
 
     /// The last line that it logged.
@@ -212,8 +234,8 @@ impl Drop for Server {
 /// What a server says of its health.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct Health {
-    /// Digest of the bundle that it serves.
-    pub(super) bundle: String,
+    /// Digest of the bundle that it serves; none for a base model alone.
+    pub(super) bundle: Option<String>,
     /// Its process id.
     pub(super) pid: u32,
 }

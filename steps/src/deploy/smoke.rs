@@ -1,17 +1,26 @@
-//! Whether a server answers the smoke rows as they were answered when scored.
+//! Whether a server answers the smoke rows as they were answered when scored, and how fast.
 
 use std::fmt;
+use std::time::{Duration, Instant};
 
-use flowrun_engine::step::{StepContext, StepError, StepErrorKind};
+use flowrun_engine::step::{Cancel, StepError, StepErrorKind};
 
-use super::server::Server;
-use crate::bundle::Bundle;
+use super::server::Endpoint;
+use crate::bundle::SmokeRow;
+
+/// Hears how many of how many rows are done.
+pub(super) type Progress<'a> = &'a dyn Fn(u64, u64);
 
 /// How many rows were answered as before.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Agreed {
-    right: usize,
-    of: usize,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Agreed {
+    /// Answered as before.
+    pub right: usize,
+    /// Asked.
+    pub of: usize,
+    /// Of the times of the answers, asked one after the other, the one that 95 % do not exceed
+    /// (nearest rank).
+    pub p95: Duration,
 }
 
 impl fmt::Display for Agreed {
@@ -25,19 +34,23 @@ impl fmt::Display for Agreed {
 /// # Errors
 /// Gate when less than `agreement` of the rows are answered as before, or one is not answered.
 pub(super) fn check(
-    server: &Server,
-    bundle: &Bundle,
+    endpoint: &Endpoint,
+    rows: &[SmokeRow],
     agreement: f64,
-    ctx: &StepContext,
+    cancel: &Cancel,
+    progress: Progress<'_>,
 ) -> Result<Agreed, StepError> {
-    let rows = bundle.smoke_rows()?;
-    let mut right = 0;
-    let mut first = None;
+    let (mut right, mut first) = (0, None);
+    let mut times = Vec::with_capacity(rows.len());
     for (done, row) in rows.iter().enumerate() {
-        ctx.check_cancelled()?;
-        let label = server
+        if cancel.is_cancelled() {
+            return Err(StepError::cancelled());
+        }
+        let asked = Instant::now();
+        let label = endpoint
             .predict(&row.text)
-            .map_err(|why| failed(format!("row `{}` got no answer: {why}", row.id), server))?;
+            .map_err(|why| failed(format!("row `{}` got no answer: {why}", row.id)))?;
+        times.push(asked.elapsed());
         if label == row.label {
             right += 1;
         } else {
@@ -45,32 +58,47 @@ pub(super) fn check(
                 format!("row `{}` is now `{label}`, was `{}`", row.id, row.label)
             });
         }
-        let total = rows.len() as u64;
-        ctx.reporter
-            .progress(done as u64 + 1, total, "rows", "smoke test");
+        progress(done as u64 + 1, rows.len() as u64);
     }
     let agreed = Agreed {
         right,
         of: rows.len(),
+        p95: percentile95(times),
     };
     match first {
-        Some(first) if (right as f64) < agreement * rows.len() as f64 => {
-            let text = format!("{agreed} smoke rows are answered as evaluated: {first}");
-            Err(failed(text, server))
-        }
+        Some(first) if (right as f64) < agreement * rows.len() as f64 => Err(failed(format!(
+            "{agreed} smoke rows are answered as evaluated: {first}"
+        ))),
         _ => Ok(agreed),
     }
 }
 
-fn failed(text: String, server: &Server) -> StepError {
+fn percentile95(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    let rank = (times.len() * 95).div_ceil(100);
+    times
+        .get(rank.saturating_sub(1))
+        .copied()
+        .unwrap_or_default()
+}
+
+fn failed(text: String) -> StepError {
     let text = format!("the smoke test failed, nothing was deployed: {text}");
-    let log = server.last_words();
-    let text = match log.is_empty() {
-        true => text,
-        false => format!("{text}; the server's log ends with: {log}"),
-    };
     StepError::new(StepErrorKind::Gate, text).help(
         "the model, the program and `sampling` of `deploy` must be those that the scores were \
          measured with",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_95th_percentile_is_by_nearest_rank() {
+        let ms = Duration::from_millis;
+        assert_eq!(percentile95((1..=20).rev().map(ms).collect()), ms(19));
+        assert_eq!(percentile95(vec![ms(3)]), ms(3));
+        assert_eq!(percentile95(vec![]), ms(0));
+    }
 }

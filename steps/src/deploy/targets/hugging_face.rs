@@ -1,0 +1,63 @@
+//! The layout of a model on the Hugging Face hub: adapter, tokenizer where the bundle has it,
+//! program, and a card with the scores and where they come from.
+
+use flowrun_engine::step::StepError;
+use serde_json::json;
+
+use super::{Content, Facts, File, Target, text};
+use crate::models::ModelSpec;
+
+pub(super) const TARGET: Target = Target {
+    name: "hugging-face",
+    about: "A model repository: adapter, tokenizer, program, and a card with the scores.",
+    render,
+};
+
+/// Files of a tokenizer.
+const TOKENIZER: [&str; 4] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
+    let bundle = facts.bundle;
+    let model = bundle.manifest.model.as_ref();
+    let weights = match model {
+        Some(ModelSpec::Embedded(spec)) => Some(&spec.weights),
+        _ => None,
+    };
+    let base = facts.settings.base_model.clone();
+    let base = base.or_else(|| weights.and_then(|weights| weights.hf.clone()));
+    let more = [
+        ("base", json!(base)),
+        ("weights", json!(weights)),
+        ("adapter", json!(bundle.adapter().is_some())),
+        ("labels", json!(bundle.program.labels())),
+    ];
+    let card = facts.fill(
+        include_str!("../../../templates/deploy/hugging_face.md"),
+        &more,
+    )?;
+    let copy = |name: &str, from: std::path::PathBuf| File {
+        path: name.into(),
+        content: Content::CopyOf(from),
+    };
+    let mut files = vec![
+        text("README.md", card),
+        copy("program.json", bundle.folder.join("program.json")),
+        copy("bundle.json", bundle.folder.join("bundle.json")),
+    ];
+    if let Some(adapter) = bundle.adapter() {
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+            files.push(copy(name, adapter.join(name)));
+        }
+    }
+    if let Some(own) = weights.and_then(|weights| weights.file.as_ref()) {
+        let folder = bundle.folder.join(own);
+        let there = TOKENIZER.iter().filter(|name| folder.join(name).is_file());
+        files.extend(there.map(|name| copy(name, folder.join(name))));
+    }
+    Ok(files)
+}

@@ -1,0 +1,301 @@
+//! What a bundle needs to run elsewhere: files rendered from templates. One file a target, and
+//! [`TARGETS`], the visible list of them.
+//!
+//! Invariant: rendering reads the bundle and writes nothing; equal bundles and settings give equal
+//! files. What is known to be wrong (a name that a target cannot take, a model that it cannot load)
+//! is an error here and not at the target.
+
+mod docker;
+mod hugging_face;
+mod kubernetes;
+mod ray_serve;
+mod systemd;
+mod vllm;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+use flowrun_engine::step::StepError;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::bundle::{Bundle, Manifest};
+use crate::folder;
+use crate::models::ModelSpec;
+
+/// How a bundle is to run elsewhere.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Port to serve on.
+    pub port: u16,
+    /// Container image, with its tag or digest.
+    pub image: Option<String>,
+    /// Kubernetes: the namespace.
+    pub namespace: Option<String>,
+    /// Copies that always run.
+    #[schemars(range(min = 1))]
+    pub replicas: u32,
+    /// Copies at most, when there is much to do.
+    #[schemars(range(min = 1))]
+    pub max_replicas: u32,
+    /// Cores of a copy, in Kubernetes' words.
+    #[schemars(regex(pattern = "^[0-9]+(\\.[0-9]+)?m?$"))]
+    pub cpu: String,
+    /// Memory of a copy, in Kubernetes' words.
+    #[schemars(regex(pattern = "^[0-9]+(Ki|Mi|Gi)$"))]
+    pub memory: String,
+    /// The base model as vLLM and Ray load it: a repository of the Hugging Face hub, or a folder.
+    /// Needed where the bundle's weights are no such thing (a GGUF file).
+    pub base_model: Option<String>,
+    /// Ray Serve LLM: where adapters are loaded from, `s3://…` or `gs://…`.
+    pub adapters_url: Option<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            port: 8000,
+            image: None,
+            namespace: None,
+            replicas: 2,
+            max_replicas: 4,
+            cpu: "2".to_owned(),
+            memory: "2Gi".to_owned(),
+            base_model: None,
+            adapters_url: None,
+        }
+    }
+}
+
+/// A target that files are rendered for.
+pub struct Target {
+    /// Its name, kebab-case.
+    pub name: &'static str,
+    /// What comes of it.
+    pub about: &'static str,
+    render: fn(&Facts<'_>) -> Result<Vec<File>, StepError>,
+}
+
+/// All of them.
+pub const TARGETS: [Target; 7] = [
+    vllm::TARGET,
+    ray_serve::TARGET,
+    kubernetes::TARGET,
+    docker::COMPOSE,
+    docker::DOCKERFILE,
+    systemd::TARGET,
+    hugging_face::TARGET,
+];
+
+/// A file of a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    /// Where, in the target's folder.
+    pub path: PathBuf,
+    /// What is in it.
+    pub content: Content,
+}
+
+/// What is in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// A text.
+    Text(String),
+    /// A program's text: it may be executed.
+    Script(String),
+    /// What another file or folder holds.
+    CopyOf(PathBuf),
+}
+
+/// What templates know.
+struct Facts<'a> {
+    bundle: &'a Bundle,
+    settings: &'a Settings,
+}
+
+/// Renders a target's files.
+///
+/// # Errors
+/// Invalid when the bundle cannot run there, or a setting is missing.
+pub fn render(name: &str, bundle: &Bundle, settings: &Settings) -> Result<Vec<File>, StepError> {
+    let target = TARGETS.iter().find(|target| target.name == name);
+    let target = target.ok_or_else(|| {
+        let names = TARGETS.iter().map(|target| target.name);
+        let names: Vec<&str> = names.collect();
+        StepError::invalid(format!("there is no target `{name}`"))
+            .help(format!("there are {}", names.join(", ")))
+    })?;
+    (target.render)(&Facts { bundle, settings })
+}
+
+/// Writes files into `folder`, which is made.
+///
+/// # Errors
+/// When a file cannot be read or written.
+pub fn write(files: &[File], folder: &Path) -> Result<(), StepError> {
+    use std::os::unix::fs::PermissionsExt as _;
+    for file in files {
+        let path = folder.join(&file.path);
+        let parent = path.parent().unwrap_or(folder);
+        std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
+        let io = |e: std::io::Error| StepError::io(&path, &e);
+        match &file.content {
+            Content::Text(text) => std::fs::write(&path, text).map_err(io)?,
+            Content::Script(text) => {
+                std::fs::write(&path, text).map_err(io)?;
+                let mode = std::fs::Permissions::from_mode(0o755);
+                std::fs::set_permissions(&path, mode).map_err(io)?;
+            }
+            Content::CopyOf(from) => folder::copy(from, &path)?,
+        }
+    }
+    Ok(())
+}
+
+fn text(path: &str, content: String) -> File {
+    File {
+        path: path.into(),
+        content: Content::Text(content),
+    }
+}
+
+fn script(path: &str, content: String) -> File {
+    File {
+        path: path.into(),
+        content: Content::Script(content),
+    }
+}
+
+impl Facts<'_> {
+    fn manifest(&self) -> &Manifest {
+        &self.bundle.manifest
+    }
+
+    /// Fills in a template; `more` adds to what it knows.
+    fn fill(
+        &self,
+        template: &str,
+        more: &[(&str, serde_json::Value)],
+    ) -> Result<String, StepError> {
+        let manifest = self.manifest();
+        let mut context = tera::Context::new();
+        context.insert("name", &manifest.name);
+        context.insert("model_id", &manifest.model_id);
+        context.insert("measured", &manifest.measured);
+        context.insert("settings", self.settings);
+        context.insert("key", super::API_KEY);
+        context.insert("version", env!("CARGO_PKG_VERSION"));
+        for (name, value) in more {
+            context.insert(*name, value);
+        }
+        // Values are quoted where they are put: no target speaks HTML.
+        tera::Tera::one_off(template, &context, false)
+            .map_err(|e| StepError::failed(format!("a template of `deploy`: {e:?}")))
+    }
+
+    /// The name as a DNS label, which most targets want.
+    fn dns_name(&self) -> Result<String, StepError> {
+        let name: String = self.manifest().name.replace(['.', '_'], "-");
+        let name = name.trim_end_matches('-').to_owned();
+        if name.is_empty() || name.len() > 50 {
+            return Err(StepError::invalid(format!(
+                "`{name}` is no name for a service: it has 1 to 50 letters, digits and `-`"
+            ))
+            .help("choose another `name` of `deploy`"));
+        }
+        Ok(name)
+    }
+
+    /// The container image.
+    fn image(&self) -> Result<String, StepError> {
+        match &self.settings.image {
+            Some(image) if image.chars().any(|c| c.is_whitespace() || c == '"') => Err(
+                StepError::invalid(format!("`image`: `{image}` is no image")),
+            ),
+            Some(image) => Ok(image.clone()),
+            None => Ok(format!(
+                "{}:{}",
+                self.dns_name()?,
+                env!("CARGO_PKG_VERSION")
+            )),
+        }
+    }
+
+    /// The base model as others than this program load it, and its id.
+    fn base_model(&self, target: &str) -> Result<(String, String), StepError> {
+        let Some(ModelSpec::Embedded(spec)) = &self.manifest().model else {
+            return Err(StepError::invalid(format!(
+                "`{target}` serves a model, and this bundle has none of its own"
+            ))
+            .help("deploy a program that asks a `provider: embedded` model"));
+        };
+        let named = self.settings.base_model.clone();
+        let hub = spec
+            .weights
+            .hf
+            .clone()
+            .filter(|_| spec.weights.file.is_none());
+        let base = named.or(hub).ok_or_else(|| {
+            StepError::invalid(format!(
+                "`{target}` cannot load the weights `{}`",
+                spec.weights.name()
+            ))
+            .help("set `settings.base_model` to the model on the Hugging Face hub that they were made from, or to its folder")
+        })?;
+        if base
+            .chars()
+            .any(|c| c.is_control() || c == '\'' || c == '"')
+        {
+            return Err(StepError::invalid(format!(
+                "`base_model`: `{base}` is no model"
+            )));
+        }
+        // Ray and vLLM split an adapter's id at the first colon.
+        let id = match self.manifest().model_id.split_once(':') {
+            Some((base, _)) => base.to_owned(),
+            None => self.manifest().model_id.clone(),
+        };
+        Ok((base, id))
+    }
+
+    /// Rank of the adapter, if there is one.
+    fn rank(&self) -> Result<Option<u64>, StepError> {
+        let Some(folder) = self.bundle.adapter() else {
+            return Ok(None);
+        };
+        let config: serde_json::Value =
+            crate::rows::read_json(&folder.join("adapter_config.json"))?;
+        config["r"]
+            .as_u64()
+            .map(Some)
+            .ok_or_else(|| StepError::invalid("the adapter's config has no rank `r`".to_owned()))
+    }
+
+    /// A bundle whose program asks the model at `base_url` instead of one of its own: the program
+    /// in front of another server.
+    fn gateway(&self, base_url: &str) -> Result<Vec<File>, StepError> {
+        let model: ModelSpec = serde_json::from_value(serde_json::json!({
+            "provider": "openai", "base_url": base_url, "model": self.manifest().model_id,
+            "guided": "vllm",
+        }))
+        .map_err(|e| StepError::failed(e.to_string()))?;
+        let manifest = Manifest {
+            model: Some(model),
+            ..self.manifest().clone()
+        };
+        let json = serde_json::to_string_pretty(&manifest)
+            .map_err(|e| StepError::failed(e.to_string()))?;
+        let copy = |name: &str| File {
+            path: Path::new("gateway").join(name),
+            content: Content::CopyOf(self.bundle.folder.join(name)),
+        };
+        Ok(vec![
+            text("gateway/bundle.json", json + "\n"),
+            copy("program.json"),
+            copy("smoke.jsonl"),
+        ])
+    }
+}

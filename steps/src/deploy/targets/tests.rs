@@ -1,0 +1,221 @@
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::*;
+use crate::bundle::{ADAPTER, test_bundle};
+use crate::checkpoint::{Adapter, Checkpoint};
+
+/// A bundle with an adapter, in `dir`.
+fn bundle(dir: &Path) -> Bundle {
+    std::fs::write(dir.join("w.gguf"), "weights").unwrap();
+    let model = json!({"provider": "embedded", "weights": {"file": "w.gguf"}});
+    let bundle = test_bundle(&dir.join("bundle"), model, dir);
+    let adapter = bundle.folder.join(ADAPTER);
+    let checkpoint = Checkpoint {
+        name: "epochs-1-total-trained-steps-8".to_owned(),
+        epoch: 1,
+        step: 8,
+        adapter: Some(Adapter {
+            digest: "d".to_owned(),
+            base: "b".to_owned(),
+        }),
+    };
+    checkpoint.save(&adapter).unwrap();
+    std::fs::write(adapter.join("adapter_config.json"), "{\"r\": 12}").unwrap();
+    std::fs::write(adapter.join("adapter_model.safetensors"), "x").unwrap();
+    let mut bundle = bundle;
+    bundle.manifest.model_id = "w:epochs-1-total-trained-steps-8".to_owned();
+    bundle
+}
+
+fn settings() -> Settings {
+    Settings {
+        base_model: Some("org/base".to_owned()),
+        adapters_url: Some("s3://bucket/adapters/".to_owned()),
+        namespace: Some("bank".to_owned()),
+        ..Settings::default()
+    }
+}
+
+fn file<'a>(files: &'a [File], path: &str) -> &'a str {
+    let file = files.iter().find(|file| file.path == Path::new(path));
+    match &file.unwrap().content {
+        Content::Text(text) | Content::Script(text) => text,
+        Content::CopyOf(from) => from.to_str().unwrap(),
+    }
+}
+
+fn yaml(text: &str) -> Vec<serde_json::Value> {
+    text.split("\n---\n")
+        .map(|part| serde_yaml::from_str(part).unwrap())
+        .collect()
+}
+
+#[test]
+fn every_target_renders_the_same_files_again_and_leaves_nothing_unfilled() {
+    let dir = tempfile::tempdir().unwrap();
+    let bundle = bundle(dir.path());
+    for target in &TARGETS {
+        let files = render(target.name, &bundle, &settings()).unwrap();
+        assert_eq!(files, render(target.name, &bundle, &settings()).unwrap());
+        let folder = dir.path().join(target.name);
+        write(&files, &folder).unwrap();
+        for file in &files {
+            assert!(folder.join(&file.path).exists(), "{:?}", file.path);
+            if let Content::Text(text) | Content::Script(text) = &file.content {
+                assert!(!text.contains("{%") && !text.contains("{{"), "{text}");
+            }
+        }
+    }
+    assert!(render("mainframe", &bundle, &settings()).is_err());
+}
+
+#[test]
+fn kubernetes_manifests_belong_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = render("kubernetes", &bundle(dir.path()), &settings()).unwrap();
+    let all = yaml(file(&files, "kubernetes.yaml"));
+    let kinds: Vec<&str> = all.iter().map(|m| m["kind"].as_str().unwrap()).collect();
+    assert_eq!(
+        kinds,
+        [
+            "Deployment",
+            "Service",
+            "HorizontalPodAutoscaler",
+            "PodDisruptionBudget"
+        ]
+    );
+    assert!(all.iter().all(|m| m["metadata"]["namespace"] == "bank"));
+    let [deployment, service, scaler, budget] = all.try_into().unwrap();
+    let labels = &deployment["spec"]["template"]["metadata"]["labels"];
+    for selector in [
+        &deployment["spec"]["selector"]["matchLabels"],
+        &service["spec"]["selector"],
+        &budget["spec"]["selector"]["matchLabels"],
+    ] {
+        let selector = selector.as_object().unwrap();
+        assert!(!selector.is_empty());
+        assert!(selector.iter().all(|(name, value)| labels[name] == *value));
+    }
+    assert_eq!(
+        scaler["spec"]["scaleTargetRef"]["name"],
+        deployment["metadata"]["name"]
+    );
+    let pod = &deployment["spec"]["template"]["spec"];
+    let container = &pod["containers"][0];
+    assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+        assert_eq!(
+            container[probe]["httpGet"]["port"],
+            container["ports"][0]["name"]
+        );
+    }
+    // No key in a manifest.
+    assert!(container["env"][0]["valueFrom"]["secretKeyRef"].is_object());
+}
+
+#[test]
+fn vllm_gets_the_adapter_with_room_for_its_rank_and_the_program_in_front() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = render("vllm", &bundle(dir.path()), &settings()).unwrap();
+    let script = file(&files, "serve.sh");
+    assert!(
+        script.contains("vllm serve 'org/base' --served-model-name 'w'"),
+        "{script}"
+    );
+    let lora = "--max-lora-rank 16 --lora-modules 'w:epochs-1-total-trained-steps-8=adapter'";
+    assert!(script.contains(lora), "{script}");
+    let folder = dir.path().join("vllm");
+    write(&files, &folder).unwrap();
+    let gateway = Bundle::open(&folder.join("gateway")).unwrap();
+    let Some(ModelSpec::OpenAi(spec)) = &gateway.manifest.model else {
+        unreachable!("the gateway asks a server");
+    };
+    assert_eq!(spec.base_url, "http://127.0.0.1:8001/v1");
+    assert_eq!(spec.model, "w:epochs-1-total-trained-steps-8");
+    let checked = std::process::Command::new("sh")
+        .arg("-n")
+        .arg(folder.join("serve.sh"))
+        .status();
+    assert!(checked.unwrap().success());
+}
+
+#[test]
+fn ray_gets_an_application_and_its_adapters_where_it_looks_for_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = render("ray-serve", &bundle(dir.path()), &settings()).unwrap();
+    let serve = &yaml(file(&files, "serve.yaml"))[0];
+    assert_eq!(serve["applications"][0]["import_path"], "flowrun_app:build");
+    let llm = &yaml(file(&files, "serve_llm.yaml"))[0];
+    let config = &llm["applications"][0]["args"]["llm_configs"][0];
+    assert_eq!(config["model_loading_config"]["model_id"], "w");
+    let lora = &config["lora_config"];
+    assert_eq!(lora["dynamic_lora_loading_path"], "s3://bucket/adapters");
+    let adapter = "adapters/epochs-1-total-trained-steps-8";
+    assert!(files.iter().any(|file| file.path == Path::new(adapter)));
+    let mut local = settings();
+    local.adapters_url = Some("/disk".to_owned());
+    assert!(render("ray-serve", &bundle(dir.path()), &local).is_err());
+}
+
+#[test]
+fn containers_and_units_say_what_they_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let bundle = bundle(dir.path());
+    let files = render("docker-compose", &bundle, &settings()).unwrap();
+    let compose = &yaml(file(&files, "compose.yaml"))[0];
+    let service = &compose["services"]["intents"];
+    assert_eq!(service["read_only"], true);
+    let key = service["environment"]["FLOWRUN_API_KEY"].as_str().unwrap();
+    assert!(key.starts_with("${FLOWRUN_API_KEY:?"), "{key}");
+    assert!(file(&files, "Dockerfile").contains("USER 10001:10001"));
+    let files = render("systemd", &bundle, &settings()).unwrap();
+    let unit = file(&files, "flowrun-intents.service");
+    assert!(unit.contains("ExecStart=/usr/local/bin/flowrun serve /opt/flowrun/intents/bundle"));
+    assert!(unit.contains("DynamicUser=yes"));
+}
+
+#[test]
+fn a_model_repository_has_its_card_and_peft_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = render("hugging-face", &bundle(dir.path()), &settings()).unwrap();
+    let card = file(&files, "README.md");
+    let head = card.split("---\n").nth(1).unwrap();
+    let head: serde_json::Value = serde_yaml::from_str(head).unwrap();
+    assert_eq!(head["base_model"], "org/base");
+    assert_eq!(head["library_name"], "peft");
+    let metric = &head["model-index"][0]["results"][0]["metrics"][0];
+    assert_eq!(metric["value"], 0.9);
+    for name in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "program.json",
+    ] {
+        assert!(
+            files.iter().any(|file| file.path == Path::new(name)),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn what_a_target_cannot_load_is_found_here() {
+    let dir = tempfile::tempdir().unwrap();
+    let bundle = bundle(dir.path());
+    let error = render("vllm", &bundle, &Settings::default()).unwrap_err();
+    assert!(
+        error.message.contains("cannot load the weights `w`"),
+        "{}",
+        error.message
+    );
+    let mut quoted = settings();
+    quoted.base_model = Some("a' ; rm -rf /; '".to_owned());
+    assert!(render("vllm", &bundle, &quoted).is_err());
+    let mut image = settings();
+    image.image = Some("a b".to_owned());
+    assert!(render("kubernetes", &bundle, &image).is_err());
+}

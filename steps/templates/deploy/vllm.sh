@@ -1,0 +1,15 @@
+#!/bin/sh
+# Starts vLLM with the base model{% if rank %} and the adapter{% endif %}, and in front of it the program `{{ name }}`
+# on port {{ settings.port }}. Both end together. Needs `vllm` and `flowrun` on the PATH.
+set -eu
+cd "$(dirname "$0")"
+vllm serve '{{ base }}' --served-model-name '{{ base_id }}' \
+  --host 127.0.0.1 --port {{ model_port }}{% if rank %} \
+  --enable-lora --max-lora-rank {{ rank }} --lora-modules '{{ model_id }}=adapter'{% endif %} &
+model=$!
+trap 'kill "$model" 2>/dev/null' EXIT INT TERM
+until curl -fs -o /dev/null 'http://127.0.0.1:{{ model_port }}/health'; do
+  kill -0 "$model" || exit 1
+  sleep 1
+done
+flowrun serve gateway --port {{ settings.port }}

@@ -1,0 +1,226 @@
+//! Deploying a tiny model: gates, the canary, the switch, the way back, and files for other places.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::project::{Project, Run};
+use crate::server::client;
+use crate::tiny::{self, write_model};
+
+const PIPELINE: &str = "pipeline.yaml";
+
+/// A project that deploys on this machine; what it started is stopped when it goes.
+struct Local(Project);
+
+impl Local {
+    fn new() -> Self {
+        Self(tiny::project())
+    }
+
+    fn run(&self, args: &[&str]) -> Run {
+        let all = [&[PIPELINE, "--json", "--set", "target=local"], args].concat();
+        self.0.run(&all)
+    }
+
+    /// Adds to the params of `deploy`.
+    fn set(&self, yaml: &str) {
+        let target = "      target: ${{ params.target }}\n";
+        self.0
+            .edit(PIPELINE, target, &format!("{target}      {yaml}\n"));
+    }
+
+    fn current(&self) -> Value {
+        serde_json::from_str(&self.0.read("deployed/tiny/current.json")).unwrap()
+    }
+
+    fn status(&self) -> Value {
+        let run = self.0.run(&["deploy", "status", "--json"]).ok();
+        run.events().remove(0)
+    }
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        let current = std::fs::read_to_string(self.0.path("deployed/tiny/current.json"));
+        let current: Value = serde_json::from_str(&current.unwrap_or_default()).unwrap_or_default();
+        let url = current["url"].as_str().unwrap_or_default();
+        let health = client().get(format!("{url}/health")).send();
+        // By its own word, so that no other process of this id is hit.
+        if health.is_ok_and(|h| h.json::<Value>().is_ok_and(|h| h["pid"] == current["pid"])) {
+            let pid = current["pid"].to_string();
+            let _ = Command::new("kill").arg(pid).status();
+        }
+    }
+}
+
+fn is_up(current: &Value) -> bool {
+    let health = client()
+        .get(format!("{}/health", current["url"].as_str().unwrap()))
+        .send();
+    health.is_ok_and(|h| h.json::<Value>().is_ok_and(|h| h["pid"] == current["pid"]))
+}
+
+#[test]
+fn versions_are_switched_on_one_port_and_switched_back() {
+    let local = Local::new();
+    let port = free_port();
+    local.set(&format!("port: {port}"));
+    local.run(&[]).ok();
+    let first = local.current();
+    assert!(is_up(&first));
+    assert!(
+        first["url"]
+            .as_str()
+            .unwrap()
+            .ends_with(&format!(":{port}"))
+    );
+    let nothing = local.0.run(&["deploy", "rollback", "tiny"]);
+    assert_eq!(nothing.code, Some(3), "{}", nothing.stderr);
+
+    write_model(&local.0.path("tiny"), 2);
+    local.run(&[]).ok();
+    let second = local.current();
+    assert!(is_up(&second) && second["pid"] != first["pid"]);
+    assert_eq!(second["url"], first["url"]);
+    assert_eq!(second["previous"]["bundle"], first["bundle"]);
+    let status = local.status();
+    assert_eq!(
+        (&status["name"], &status["up"]),
+        (&"tiny".into(), &true.into())
+    );
+
+    local.0.run(&["deploy", "rollback", "tiny"]).ok();
+    let back = local.current();
+    assert_eq!(back["bundle"], first["bundle"]);
+    assert_eq!(back["previous"]["bundle"], second["bundle"]);
+    assert!(is_up(&back));
+    let url = back["url"].as_str().unwrap();
+    let folder = back["folder"].as_str().unwrap();
+    local
+        .0
+        .run(&["deploy", "check", url, "--bundle", folder])
+        .ok();
+
+    // What was deployed cannot be used any more: what is served stays.
+    let other = second["folder"].as_str().unwrap();
+    std::fs::write(format!("{other}/bundle.json"), "{").unwrap();
+    let refused = local.0.run(&["deploy", "rollback", "tiny"]);
+    assert_ne!(refused.code, Some(0));
+    assert_eq!(local.current(), back);
+    assert!(is_up(&back));
+
+    let pid = back["pid"].to_string();
+    assert!(Command::new("kill").arg(pid).status().unwrap().success());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while local.status()["up"] == true {
+        assert!(Instant::now() < deadline);
+    }
+    let down = local.0.run(&["deploy", "check", url]);
+    assert_eq!(down.code, Some(5), "{}", down.stderr);
+}
+
+/// A port that nobody has right now.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+#[test]
+fn what_is_expected_must_hold_or_the_old_version_stays() {
+    let local = Local::new();
+    local.run(&[]).ok();
+    let first = local.current();
+    write_model(&local.0.path("tiny"), 2);
+    for (gate, reason) in [
+        ("expect: { min_accuracy: 1.0 }", "the accuracy is"),
+        ("expect: { max_p95_ms: 0 }", "95 % of"),
+    ] {
+        local.set(gate);
+        let refused = local.run(&[]);
+        assert_eq!(refused.code, Some(5), "{}", refused.stdout);
+        assert!(refused.stdout.contains(reason), "{}", refused.stdout);
+        assert!(refused.stdout.contains("nothing was deployed"));
+        assert_eq!(local.current(), first);
+        assert!(is_up(&first));
+        local.0.edit(PIPELINE, gate, "smoke: { rows: 3 }");
+        local.0.edit(PIPELINE, "      smoke: { rows: 3 }\n", "");
+    }
+    // Two random models differ, but on six rows not significantly.
+    local.set("canary: {}");
+    let run = local.run(&[]).ok();
+    let events = run.events();
+    let done = events
+        .iter()
+        .find(|e| e["event"] == "step_finished" && e["step"] == "deploy");
+    let done = done.unwrap().to_string();
+    assert!(done.contains("McNemar's exact p"), "{done}");
+    assert!(is_up(&local.current()) && !is_up(&first));
+
+    // A port that is taken: the old one stays, and the reason is told.
+    let second = local.current();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    local.set(&format!("port: {port}"));
+    let refused = local.run(&[]);
+    assert_eq!(refused.code, Some(5), "{}", refused.stdout);
+    assert!(
+        refused.stdout.contains("cannot listen on"),
+        "{}",
+        refused.stdout
+    );
+    assert_eq!(local.current(), second);
+    assert!(is_up(&second));
+}
+
+#[test]
+fn a_bundle_is_rendered_for_every_target_that_can_run_it() {
+    let project = tiny::project();
+    project.run(&[PIPELINE]).ok();
+    let targets = project.run(&["deploy", "render", "bundle"]).ok();
+    let targets: Vec<&str> = targets
+        .stdout
+        .lines()
+        .map(|line| line.split(' ').next().unwrap())
+        .collect();
+    assert_eq!(targets.len(), 7);
+    for target in targets {
+        let args = [
+            "deploy", "render", "bundle", "--target", target, "-o", target,
+        ];
+        let set = ["--set", "base_model=org/base", "--set", "replicas=3"];
+        let run = project.run(&[&args[..], &set].concat()).ok();
+        for path in run.stdout.lines() {
+            assert!(project.path(path).exists(), "{path}");
+        }
+    }
+    assert!(
+        project
+            .read("kubernetes/kubernetes.yaml")
+            .contains("replicas: 3")
+    );
+    let refused = project.run(&["deploy", "render", "bundle", "--target", "vllm", "-o", "x"]);
+    assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+    assert!(refused.stderr.contains("base_model"), "{}", refused.stderr);
+    // As a target of the step: the files are an output beside the bundle.
+    project.edit(
+        PIPELINE,
+        "    publish: { bundle: bundle }",
+        "    publish: { bundle: bundle, files: files }",
+    );
+    project.run(&[PIPELINE, "--set", "target=systemd"]).ok();
+    assert!(project.read("files/target.json").contains("\"systemd\""));
+    let unit = project.path("files/flowrun-tiny.service");
+    let checked = Command::new("systemd-analyze")
+        .arg("verify")
+        .arg(&unit)
+        .output();
+    if let Ok(checked) = checked {
+        let said = String::from_utf8_lossy(&checked.stderr);
+        assert!(
+            !said.contains("Unknown key") && !said.contains("Failed to parse"),
+            "{said}"
+        );
+    }
+}
