@@ -185,7 +185,11 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         ..WeightsRef::default()
     };
     let base_id = args.name.clone().unwrap_or_else(|| weights.name());
-    let spec = EmbeddedSpec { weights, batch: 32 };
+    let spec = EmbeddedSpec {
+        weights,
+        batch: 32,
+        prices: None,
+    };
     let about = About {
         name: base_id.clone(),
         model_id: base_id.clone(),

@@ -14,6 +14,7 @@ mod interfaces;
 mod killed;
 mod labelling;
 mod leakage;
+mod malformed;
 mod notebook;
 mod openai_sdk;
 mod oracle;

@@ -59,6 +59,9 @@ pub struct EmbeddedSpec {
     #[serde(default = "default_batch")]
     #[schemars(range(min = 1))]
     pub batch: usize,
+    /// What its tokens cost on your machine, for the report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prices: Option<Prices>,
 }
 
 fn default_batch() -> usize {
@@ -94,7 +97,8 @@ impl ModelSpec {
     pub fn prices(&self) -> Option<Prices> {
         match self {
             Self::OpenAi(spec) => spec.prices,
-            Self::Embedded(_) | Self::SentenceEncoder(_) => None,
+            Self::Embedded(spec) => spec.prices,
+            Self::SentenceEncoder(_) => None,
         }
     }
 

@@ -19,7 +19,11 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
         None => facts.settings.cpu.parse(),
     }
     .map_err(|_| StepError::invalid(format!("`cpu`: `{}` is no number", facts.settings.cpu)))?;
-    let more = [("app", json!(name)), ("cpus", json!(cpus))];
+    let more = [
+        ("app", json!(name)),
+        ("cpus", json!(cpus)),
+        ("folder", json!(format!("/opt/flowrun/{name}"))),
+    ];
     let fill = |template: &str| facts.fill(template, &more);
     let mut files = vec![
         text(
@@ -31,6 +35,10 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
             fill(include_str!("../../../templates/deploy/flowrun_app.py"))?,
         ),
     ];
+    files.push(File {
+        path: "bundle".into(),
+        content: Content::CopyOf(facts.bundle.folder.clone()),
+    });
     let Some(url) = &facts.settings.adapters_url else {
         return Ok(files);
     };

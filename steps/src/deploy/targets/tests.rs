@@ -150,6 +150,9 @@ fn ray_gets_an_application_and_its_adapters_where_it_looks_for_them() {
     let files = render("ray-serve", &bundle(dir.path()), &settings()).unwrap();
     let serve = &yaml(file(&files, "serve.yaml"))[0];
     assert_eq!(serve["applications"][0]["import_path"], "flowrun_app:build");
+    // Ray takes no other kind of folder in a file.
+    let folder = &serve["applications"][0]["runtime_env"]["working_dir"];
+    assert_eq!(folder, "local:///opt/flowrun/intents");
     let llm = &yaml(file(&files, "serve_llm.yaml"))[0];
     let config = &llm["applications"][0]["args"]["llm_configs"][0];
     assert_eq!(config["model_loading_config"]["model_id"], "w");
