@@ -46,6 +46,10 @@ pub fn bench_model(
         },
         None => usual_weights(),
     };
-    let spec = EmbeddedSpec { weights, batch: 16 };
+    let spec = EmbeddedSpec {
+        weights,
+        batch: 16,
+        prices: None,
+    };
     local::bench(&spec, host, progress)
 }

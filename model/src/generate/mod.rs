@@ -28,7 +28,7 @@ use std::sync::Arc;
 use crate::base_model::BaseModel;
 use crate::chat_template::ChatMessage;
 use crate::error::ModelError;
-use crate::llama::{Adapter, Llama, Run};
+use crate::llama::{Adapter, Llama, Precision, Run};
 use crate::lora::LoraAdapter;
 pub use batch::{Ask, Batch, Piece, Said, TokenProb};
 use row::Row;

@@ -22,6 +22,7 @@ fn bundle(dir: &Path) -> Bundle {
             digest: "d".to_owned(),
             base: "b".to_owned(),
         }),
+        lineage: None,
     };
     checkpoint.save(&adapter).unwrap();
     std::fs::write(adapter.join("adapter_config.json"), "{\"r\": 12}").unwrap();
