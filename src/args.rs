@@ -95,7 +95,7 @@ pub(crate) enum Command {
         #[arg(add = candidates(completion::kinds))]
         kind: Option<String>,
     },
-    /// Print the JSON Schema of pipelines, of a step kind's `with`, or of events.
+    /// Print the JSON Schema of pipelines, of step definitions, of a step kind's `with`, or of events.
     Schema {
         /// Step kind.
         #[arg(add = candidates(completion::kinds))]
@@ -103,7 +103,13 @@ pub(crate) enum Command {
         /// The schema of one line of `--json`.
         #[arg(long, conflicts_with = "kind")]
         events: bool,
+        /// Of step definitions: the files that `uses: ./steps/clean.yaml` names.
+        #[arg(long, conflicts_with_all = ["kind", "events"])]
+        definition: bool,
     },
+    /// The entry of steps that run in a process of their own.
+    #[command(hide = true, subcommand)]
+    Step(StepCommand),
     /// Serve a bundle, or a base model with adapters: `POST /predict`, and OpenAI's API.
     Serve(ServeArgs),
     /// Measure this machine.
@@ -137,6 +143,12 @@ pub(crate) enum BenchCommand {
         #[arg(long, value_name = "FILE")]
         model: Option<PathBuf>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StepCommand {
+    /// Do the work of one request from stdin.
+    Exec,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -239,6 +251,9 @@ pub(crate) struct GraphArgs {
     /// Mark each step with how it ended in the last run.
     #[arg(long)]
     pub(crate) status: bool,
+    /// Every step and every edge: fold nothing, leave nothing out.
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -417,6 +432,8 @@ pub(crate) enum GraphFormat {
     Text,
     /// Scalable Vector Graphics.
     Svg,
+    /// A picture.
+    Png,
     /// Mermaid flowchart.
     #[value(alias = "mmd")]
     Mermaid,

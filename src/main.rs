@@ -14,7 +14,7 @@ mod surroundings;
 
 use clap::{CommandFactory, Parser};
 
-use crate::args::{Args, Command};
+use crate::args::{Args, Command, StepCommand};
 use crate::exit::{Exit, Failure};
 
 fn main() -> std::process::ExitCode {
@@ -77,9 +77,12 @@ fn dispatch(args: Args) -> Result<Exit, Failure> {
         Some(Command::Init(args)) => commands::init::init(args, global),
         Some(Command::Doctor(args)) => commands::doctor::doctor(args, global),
         Some(Command::Steps { kind }) => commands::steps::steps(kind.as_deref(), global),
-        Some(Command::Schema { kind, events }) => {
-            commands::schema::schema(kind.as_deref(), *events)
-        }
+        Some(Command::Schema {
+            kind,
+            events,
+            definition,
+        }) => commands::schema::schema(kind.as_deref(), *events, *definition),
+        Some(Command::Step(StepCommand::Exec)) => commands::step::exec(),
         Some(Command::Bench { command }) => commands::bench::bench(command, global),
         Some(Command::Serve(args)) => serve::serve(args, global),
         Some(Command::Deploy(command)) => commands::deploy::deploy(command, global),

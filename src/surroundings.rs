@@ -43,9 +43,7 @@ pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings,
 
 /// What the machine offers to what lies in `root`.
 pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> {
-    let env: BTreeMap<String, String> = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect();
+    let env = environment();
     Ok(World {
         offline: global.offline,
         distdir: global.distdir.clone(),
@@ -54,6 +52,13 @@ pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> 
         exe: std::env::current_exe()?,
         env,
     })
+}
+
+/// The environment variables that are text.
+pub(crate) fn environment() -> BTreeMap<String, String> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
 }
 
 /// Whether to wait for a cache that another process holds.
@@ -91,9 +96,29 @@ pub(crate) fn run_options(jobs: Option<usize>, scope: &Scope) -> RunOptions {
     options.force = scope.force;
     options.capacity = Capacity {
         cpu: cores as f64,
-        ..Capacity::default()
+        memory: memory(),
+        gpu: gpus(),
     };
     options
+}
+
+/// Bytes of memory of this machine; zero when the system does not say.
+fn memory() -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = info.lines().find_map(|l| l.strip_prefix("MemTotal:"));
+    let kib = total.and_then(|t| t.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.map_or(0, |kib| kib * 1024)
+}
+
+/// GPUs of this machine that have a device file; zero when there is none.
+fn gpus() -> f64 {
+    let is_gpu = |name: &str| {
+        name.strip_prefix("nvidia")
+            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    let devices = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+    let names = devices.filter(|d| d.file_name().to_str().is_some_and(is_gpu));
+    names.count() as f64
 }
 
 fn user_cache(env: &BTreeMap<String, String>) -> PathBuf {

@@ -55,7 +55,7 @@ impl CompletionCache {
     ///
     /// # Errors
     /// When a segment cannot be read.
-    pub(crate) fn open(folder: PathBuf) -> Result<Self, CacheError> {
+    pub fn open(folder: PathBuf) -> Result<Self, CacheError> {
         let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
             .into_iter()
             .flatten()
@@ -73,6 +73,12 @@ impl CompletionCache {
             folder: Some(folder),
             state: Mutex::new(state),
         })
+    }
+
+    /// The folder, unless the answers are only in memory.
+    #[must_use]
+    pub fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
     }
 
     /// The answer stored under `key`. A line that was damaged since it was indexed is a miss.

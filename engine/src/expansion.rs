@@ -184,7 +184,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         let mut context = json!({
             "params": self.pipeline.params,
             "models": self.pipeline.models,
-            "run": { "pipeline": self.pipeline.name },
+            "run": { "name": self.pipeline.name },
         });
         if let Some(binding) = binding {
             context["item"] = json!(names(binding));

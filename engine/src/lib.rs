@@ -18,6 +18,7 @@ pub mod record;
 pub mod retention;
 pub mod run;
 mod run_keys;
+pub mod runner;
 mod sandbox;
 pub mod step;
 #[cfg(test)]
@@ -26,6 +27,6 @@ pub mod vocabulary;
 mod why;
 
 pub use language::{
-    Diagnostic, Diagnostics, LoadOptions, eval_bool, load_pipeline, parse_bytes, parse_duration,
-    pipeline_schema, resolve_item, run_context, step_schema,
+    Diagnostic, Diagnostics, LoadOptions, definition_schema, eval_bool, load_pipeline, parse_bytes,
+    parse_duration, pipeline_schema, resolve_item, run_context, step_schema,
 };

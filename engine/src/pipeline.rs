@@ -9,6 +9,9 @@ use serde_json::Value;
 
 use crate::step::{Port, Step};
 
+/// The output of a `run` step whose file, a JSON object, gives the step's metrics.
+pub const METRICS: &str = "metrics";
+
 /// A pipeline that passed every check.
 #[derive(Clone)]
 pub struct Pipeline {
@@ -26,8 +29,31 @@ pub struct Pipeline {
     pub params: BTreeMap<String, Value>,
     /// Model entries after profiles, `${{ }}` resolved.
     pub models: BTreeMap<String, Value>,
+    /// Named pools: how many actions of their steps run at once.
+    pub pools: BTreeMap<String, usize>,
+    /// Steps that used a step definition, by name. The steps of `clean` are named `clean/…`.
+    pub uses: BTreeMap<String, DefinitionUse>,
     /// Steps in topological order; ties keep the file's order.
     pub steps: Vec<StepNode>,
+}
+
+/// A step that used a step definition, and was replaced by its steps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DefinitionUse {
+    /// The definition's file.
+    pub file: PathBuf,
+    /// `about:` of the use, else of the definition.
+    pub about: Option<String>,
+}
+
+impl Pipeline {
+    /// The steps that a name stands for: the step itself, or all steps of a use of a definition.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Vec<&StepNode> {
+        let prefix = format!("{name}/");
+        let is_meant = |s: &&StepNode| s.name == name || s.name.starts_with(&prefix);
+        self.steps.iter().filter(is_meant).collect()
+    }
 }
 
 /// What a step does.
@@ -76,12 +102,24 @@ pub struct StepNode {
     pub resources: Resources,
     /// Named pool that bounds how many such steps run at once.
     pub pool: Option<String>,
+    /// Where it runs.
+    pub runner: RunnerKind,
     /// Whether results are reused.
     pub cache: CachePolicy,
     /// Output port to a path in the project tree.
     pub publish: BTreeMap<String, String>,
     /// Gates on metrics: expression texts that must be true (`accuracy >= 0.8`).
     pub expect: Vec<String>,
+}
+
+/// Where a step kind runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RunnerKind {
+    /// In flowrun's own process.
+    #[default]
+    Inline,
+    /// In a process of its own.
+    Process,
 }
 
 /// Where an input comes from.

@@ -126,6 +126,17 @@ impl Plan {
         })
     }
 
+    /// The steps that a name stands for: a step, one of its items, or a use of a step definition.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Vec<&PlannedStep> {
+        if let Some(step) = self.find(name) {
+            return vec![step];
+        }
+        let prefix = format!("{name}/");
+        let inside = |s: &&PlannedStep| s.step.starts_with(&prefix);
+        self.steps.iter().filter(inside).collect()
+    }
+
     /// Nothing would run.
     #[must_use]
     pub fn is_fresh(&self) -> bool {

@@ -24,13 +24,16 @@ use crate::step::{Cancel, StepError, StepReporter};
 /// How long a stopped command has to clean up before it is killed.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long to listen for the last output once the process group is gone.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Lines of output shown when a command fails.
 const TAIL: usize = 20;
 /// Bytes of a line; a longer one is cut into several.
 const LINE: usize = 8 << 10;
 /// Longest wait between two looks at the command.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// The last lines of a process's output.
+pub(crate) type Tail = Arc<Mutex<VecDeque<String>>>;
 
 /// A command and what it may see.
 pub(crate) struct Sandbox<'a> {
@@ -122,7 +125,7 @@ impl Sandbox<'_> {
 }
 
 /// Waits until the child ended, without reaping it, or `until` passed, or `stop` gives something.
-fn ended_within<T>(
+pub(crate) fn ended_within<T>(
     child: &Child,
     until: Option<Duration>,
     mut stop: impl FnMut() -> Option<T>,
@@ -154,7 +157,8 @@ pub(crate) fn timed_out(limit: Duration) -> StepError {
     ))
 }
 
-fn signal(child: &Child, signal: Signal) {
+/// Sends a signal to a child's process group.
+pub(crate) fn signal(child: &Child, signal: Signal) {
     // The group may be gone already.
     let _ = killpg(pid(child), signal);
 }
@@ -165,10 +169,10 @@ fn pid(child: &Child) -> Pid {
 }
 
 /// Logs what comes through the pipe, line by line. The receiver hears when it closes.
-fn follow(
+pub(crate) fn follow(
     mut pipe: impl Read + Send + 'static,
     reporter: &Arc<dyn StepReporter>,
-    tail: &Arc<Mutex<VecDeque<String>>>,
+    tail: &Tail,
 ) -> Receiver<()> {
     let (reporter, tail) = (Arc::clone(reporter), Arc::clone(tail));
     let (closed, hears) = channel();

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use crate::event::{RunEvent, StepStatus};
 use crate::pipeline::{
-    Action, CachePolicy, Foreach, ForeachList, Pipeline, Resources, Retry, Source, StepNode,
+    Action, CachePolicy, Foreach, ForeachList, Pipeline, Resources, Retry, RunnerKind, Source,
+    StepNode,
 };
 use crate::plan::{Plan, plan};
 use crate::run::{Expressions, RunOptions, RunSummary, run};
@@ -142,6 +143,7 @@ pub(crate) fn uses(name: &str, step: Arc<dyn Step>) -> StepNode {
         timeout: None,
         resources: Resources::default(),
         pool: None,
+        runner: RunnerKind::Inline,
         cache: CachePolicy::Reuse,
         publish: BTreeMap::new(),
         expect: Vec::new(),
@@ -216,6 +218,8 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         profiles: Vec::new(),
         params: BTreeMap::new(),
         models: BTreeMap::new(),
+        pools: BTreeMap::new(),
+        uses: BTreeMap::new(),
         steps,
     }
 }

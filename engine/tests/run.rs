@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
 use flowrun_engine::event::{RunEvent, StepStatus};
-use flowrun_engine::pipeline::{Action, CachePolicy, Pipeline, Source, StepNode};
+use flowrun_engine::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, Source, StepNode};
 use flowrun_engine::run::{Expressions, RunOptions, RunSummary, run};
 use flowrun_engine::step::{Cancel, Port, World};
 use serde_json::json;
@@ -34,6 +34,7 @@ fn shell(name: &str, command: &str, inputs: &[(&str, Source)]) -> StepNode {
         timeout: None,
         resources: flowrun_engine::pipeline::Resources::default(),
         pool: None,
+        runner: RunnerKind::Inline,
         cache: CachePolicy::Reuse,
         publish: BTreeMap::new(),
         expect: vec![],
@@ -58,6 +59,8 @@ fn chain(root: &Path) -> Pipeline {
         profiles: vec![],
         params: BTreeMap::new(),
         models: BTreeMap::new(),
+        pools: BTreeMap::new(),
+        uses: BTreeMap::new(),
         steps: vec![
             shell(
                 "strip",

@@ -1,16 +1,17 @@
 //! `flowrun graph`.
 
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 
+use flowrun_cache::CacheReader;
 use flowrun_engine::pipeline::Pipeline;
 
 use crate::args::{GlobalArgs, GraphArgs, GraphFormat};
 use crate::exit::{Exit, Failure};
-use crate::graph::{GraphView, render};
+use crate::graph::{Drawing, GraphView, render};
 use crate::{recorded, surroundings};
 
 /// Draws a pipeline's graph.
-#[allow(clippy::print_stdout)]
 pub(crate) fn graph(args: &GraphArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let loaded = surroundings::load(&args.select, global)?;
     let format = match (args.format, &args.output) {
@@ -23,9 +24,18 @@ pub(crate) fn graph(args: &GraphArgs, global: &GlobalArgs) -> Result<Exit, Failu
     if args.status {
         add_status(&mut view, &loaded.pipeline, global)?;
     }
-    let drawing = render(&view, format);
+    let drawing = Drawing {
+        format,
+        all: args.all,
+    };
+    let drawing =
+        render(&view, drawing).map_err(|e| Failure::new(Exit::Internal, e.to_string()))?;
     match &args.output {
-        None => print!("{drawing}"),
+        None if format == GraphFormat::Png && std::io::stdout().is_terminal() => {
+            let text = "a picture is not for a terminal; write it to a file with `-o graph.png`";
+            return Err(Failure::usage(text));
+        }
+        None => std::io::stdout().write_all(&drawing)?,
         Some(path) => std::fs::write(path, drawing)
             .map_err(|e| Failure::new(Exit::Internal, format!("{}: {e}", path.display())))?,
     }
@@ -35,13 +45,14 @@ pub(crate) fn graph(args: &GraphArgs, global: &GlobalArgs) -> Result<Exit, Failu
 fn format_of(path: &Path) -> Result<GraphFormat, Failure> {
     match path.extension().and_then(|e| e.to_str()) {
         Some("svg") => Ok(GraphFormat::Svg),
+        Some("png") => Ok(GraphFormat::Png),
         Some("mmd" | "mermaid") => Ok(GraphFormat::Mermaid),
         Some("dot" | "gv") => Ok(GraphFormat::Dot),
         Some("json") => Ok(GraphFormat::Json),
         Some("html") => Ok(GraphFormat::Html),
         Some("txt") => Ok(GraphFormat::Text),
         _ => Err(Failure::usage(format!(
-            "{}: the ending says no format; use .svg, .mmd, .dot, .json, .html or .txt, or --format",
+            "{}: the ending says no format; use .svg, .png, .mmd, .dot, .json, .html or .txt, or --format",
             path.display()
         ))),
     }
@@ -52,9 +63,17 @@ fn add_status(
     pipeline: &Pipeline,
     global: &GlobalArgs,
 ) -> Result<(), Failure> {
-    let (_, record) = recorded::find(None, global)?;
-    if record.pipeline == pipeline.name {
-        view.add_status(&record);
-    }
+    let runs = CacheReader::open(&global.cache_dir).runs();
+    let mut records = runs.iter().filter_map(|dir| recorded::load(dir).ok());
+    let last = records.find(|record| record.pipeline == pipeline.name);
+    let record = last.ok_or_else(|| {
+        let text = format!(
+            "{} holds no run of `{}`",
+            global.cache_dir.display(),
+            pipeline.name
+        );
+        Failure::usage(text)
+    })?;
+    view.add_status(&record);
     Ok(())
 }

@@ -23,19 +23,24 @@ pub(crate) fn why(name: &str, select: &Select, global: &GlobalArgs) -> Result<Ex
     let loaded = surroundings::load(select, global)?;
     let options = surroundings::run_options(None, &Scope::default());
     let plan = planned(&loaded, &options, global)?;
-    let Some(step) = plan.find(name) else {
+    let steps = plan.named(name);
+    if steps.is_empty() {
         let names: Vec<&str> = plan.steps.iter().map(|s| s.step.as_str()).collect();
         let text = format!("there is no step `{name}`; there are {}", names.join(", "));
         return Err(Failure::usage(text));
-    };
-    let why = Why {
-        step,
-        behind: behind(&plan, step),
-    };
-    if global.json {
-        return output::json(&why);
     }
-    output::print(&text(&why, name))
+    for step in steps {
+        let why = Why {
+            step,
+            behind: behind(&plan, step),
+        };
+        if global.json {
+            output::json(&why)?;
+        } else {
+            output::print(&text(&why, name))?;
+        }
+    }
+    Ok(Exit::Ok)
 }
 
 /// The stale steps that a pending step waits for, through those that are pending too.
@@ -67,7 +72,7 @@ fn text(why: &Why<'_>, name: &str) -> String {
     let items: Vec<_> = step
         .items
         .iter()
-        .filter(|item| step.step == name || item.id == name)
+        .filter(|item| item.id == name || !step.items.iter().any(|i| i.id == name))
         .collect();
     if items.is_empty() {
         describe(&mut out, &step.step, &step.status);

@@ -1,15 +1,27 @@
 //! The graph for Graphviz.
 
-use super::GraphView;
+use flowrun_engine::event::StepStatus;
+
+use super::view::GraphView;
 
 pub(super) fn render(view: &GraphView) -> String {
     let mut out = format!(
-        "digraph {:?} {{\n    rankdir=LR;\n    node [shape=box];\n",
+        "digraph {:?} {{\n    node [shape=box, style=\"rounded,filled\", fillcolor=white];\n",
         view.name
     );
     for node in &view.nodes {
-        let label = format!("{}\\n{}", node.name, node.caption());
-        out.push_str(&format!("    \"{}\" [label=\"{label}\"];\n", node.name));
+        let colour = match node.status {
+            None => "",
+            Some(StepStatus::Ran) => ", fillcolor=\"#e6f6ec\", color=\"#1d8348\"",
+            Some(StepStatus::Cached) => ", fillcolor=\"#e8f1fb\", color=\"#2a6db0\"",
+            Some(StepStatus::Failed) => ", fillcolor=\"#fdeae8\", color=\"#b3261e\"",
+            Some(StepStatus::Skipped) => ", fillcolor=\"#eff0f2\", color=\"#8a8f98\"",
+        };
+        out.push_str(&format!(
+            "    \"{0}\" [label=\"{0}\\n{1}\"{colour}];\n",
+            node.name,
+            node.caption()
+        ));
     }
     for node in &view.nodes {
         for need in &node.needs {

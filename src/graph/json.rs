@@ -1,6 +1,6 @@
 //! The graph as JSON.
 
-use super::GraphView;
+use super::view::GraphView;
 
 pub(super) fn render(view: &GraphView) -> String {
     let text = serde_json::to_string_pretty(view).unwrap_or_default();

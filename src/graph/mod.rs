@@ -1,139 +1,89 @@
 //! Drawings of a pipeline's graph. Knows the picture's parts, not where it goes.
+//!
+//! | module | does |
+//! |---|---|
+//! | `view` | what is shown of each step |
+//! | `fold` | one node for many alike, when there are too many to read |
+//! | `layout` | where nodes and edges lie |
+//! | the others | one format each |
 
 mod dot;
+mod fold;
 mod html;
 mod json;
+mod layout;
 mod mermaid;
+mod png;
 mod svg;
 mod text;
+mod view;
 
-use flowrun_engine::dag::{Dag, predecessors};
-use flowrun_engine::event::StepStatus;
-use flowrun_engine::pipeline::{Action, Pipeline};
-use flowrun_engine::record::RunRecord;
-use serde::Serialize;
+pub(crate) use png::PngError;
+pub(crate) use view::GraphView;
 
 use crate::args::GraphFormat;
 
-/// What a drawing shows.
-#[derive(Debug, Serialize)]
-pub(crate) struct GraphView {
-    /// Pipeline name.
-    pub(crate) name: String,
-    /// Steps in topological order.
-    pub(crate) nodes: Vec<NodeView>,
+/// How a drawing is made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Drawing {
+    /// The format.
+    pub(crate) format: GraphFormat,
+    /// Every step and every edge, however many there are.
+    pub(crate) all: bool,
 }
 
-/// One step in a drawing.
-#[derive(Debug, Serialize)]
-pub(crate) struct NodeView {
-    /// Step name.
-    pub(crate) name: String,
-    /// Step kind.
-    pub(crate) kind: String,
-    /// It fans out.
-    pub(crate) foreach: bool,
-    /// Its column: the longest way to it.
-    pub(crate) layer: usize,
-    /// Steps it needs.
-    pub(crate) needs: Vec<String>,
-    /// How it ended in the last run.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) status: Option<StepStatus>,
-}
-
-impl GraphView {
-    /// The view of a pipeline.
-    pub(crate) fn of(pipeline: &Pipeline) -> Self {
-        let layers = Dag::of(pipeline).layers();
-        let layer_of = |name: &String| layers.iter().position(|l| l.contains(name)).unwrap_or(0);
-        let nodes = pipeline.steps.iter().map(|step| NodeView {
-            name: step.name.clone(),
-            kind: match &step.action {
-                Action::Uses(kind) => kind.kind().to_owned(),
-                Action::Run(_) => "run".to_owned(),
-            },
-            foreach: step.foreach.is_some(),
-            layer: layer_of(&step.name),
-            needs: predecessors(step).into_iter().collect(),
-            status: None,
-        });
-        Self {
-            name: pipeline.name.clone(),
-            nodes: nodes.collect(),
+/// A drawing in one format. JSON is data: it has every step and every edge.
+///
+/// # Errors
+/// [`PngError`], when a picture cannot be made.
+pub(crate) fn render(view: &GraphView, drawing: Drawing) -> Result<Vec<u8>, PngError> {
+    if drawing.format == GraphFormat::Json {
+        return Ok(json::render(view).into_bytes());
+    }
+    let folded;
+    let view = if drawing.all {
+        view
+    } else {
+        let mut shown = fold::fold(view);
+        if drawing.format != GraphFormat::Text {
+            shown.drop_implied();
         }
-    }
-
-    /// Marks each step with how its items ended; the worst counts.
-    pub(crate) fn add_status(&mut self, record: &RunRecord) {
-        let rank = |status: &StepStatus| match status {
-            StepStatus::Failed => 3,
-            StepStatus::Skipped => 2,
-            StepStatus::Ran => 1,
-            StepStatus::Cached => 0,
-        };
-        for node in &mut self.nodes {
-            let of_node = |id: &str| id == node.name || id.starts_with(&format!("{}[", node.name));
-            node.status = record
-                .steps
-                .iter()
-                .filter(|s| of_node(&s.step))
-                .map(|s| s.status)
-                .max_by_key(rank);
-        }
-    }
-}
-
-impl NodeView {
-    /// `kind`, with a mark when the step fans out.
-    pub(crate) fn caption(&self) -> String {
-        if self.foreach {
-            format!("{} × n", self.kind)
-        } else {
-            self.kind.clone()
-        }
-    }
-}
-
-/// A drawing in one format.
-pub(crate) fn render(view: &GraphView, format: GraphFormat) -> String {
-    match format {
-        GraphFormat::Text => text::render(view),
-        GraphFormat::Svg => svg::render(view),
-        GraphFormat::Mermaid => mermaid::render(view),
-        GraphFormat::Dot => dot::render(view),
-        GraphFormat::Json => json::render(view),
-        GraphFormat::Html => html::render(view),
-    }
+        folded = shown;
+        &folded
+    };
+    Ok(match drawing.format {
+        GraphFormat::Text => text::render(view).into_bytes(),
+        GraphFormat::Svg => svg::render(view).into_bytes(),
+        GraphFormat::Png => png::render(view)?,
+        GraphFormat::Mermaid => mermaid::render(view).into_bytes(),
+        GraphFormat::Dot => dot::render(view).into_bytes(),
+        GraphFormat::Json => Vec::new(),
+        GraphFormat::Html => html::render(view).into_bytes(),
+    })
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use super::view::tests::{node, view};
     use super::*;
 
-    pub(super) fn sample() -> GraphView {
-        let node = |name: &str, layer, needs: &[&str], foreach| NodeView {
-            name: name.into(),
-            kind: format!("kind-{name}"),
-            foreach,
-            layer,
-            needs: needs.iter().map(|n| (*n).to_owned()).collect(),
-            status: None,
-        };
-        GraphView {
-            name: "a<b".into(),
-            nodes: vec![
-                node("load", 0, &[], false),
-                node("left", 1, &["load"], false),
-                node("right", 1, &["load"], true),
-                node("join", 2, &["left", "right"], false),
-            ],
-        }
+    fn text(view: &GraphView, format: GraphFormat) -> String {
+        let drawing = Drawing { format, all: false };
+        String::from_utf8(render(view, drawing).unwrap()).unwrap()
+    }
+
+    fn sample() -> GraphView {
+        view(vec![
+            node("load", &[]),
+            node("left", &["load"]),
+            node("right", &["load"]),
+            node("join", &["left", "load", "right"]),
+        ])
     }
 
     #[test]
-    fn every_format_shows_every_step_and_edge() {
-        let view = sample();
+    fn every_format_shows_every_step() {
         for format in [
             GraphFormat::Text,
             GraphFormat::Svg,
@@ -142,17 +92,56 @@ mod tests {
             GraphFormat::Json,
             GraphFormat::Html,
         ] {
-            let drawing = render(&view, format);
-            for node in &view.nodes {
-                assert!(drawing.contains(&node.name), "{format:?}: {}", node.name);
+            let drawing = text(&sample(), format);
+            for step in ["load", "left", "right", "join"] {
+                assert!(drawing.contains(step), "{format:?}: {step}");
             }
         }
-        assert_eq!(
-            svg::render(&view).matches("<path class=\"edge\"").count(),
-            4
-        );
-        assert_eq!(mermaid::render(&view).matches("-->").count(), 4);
-        assert_eq!(dot::render(&view).matches("->").count(), 4);
-        assert!(svg::render(&view).contains("a&lt;b"));
+    }
+
+    #[test]
+    fn edges_that_others_imply_are_left_out_of_pictures_only() {
+        let of = |format| text(&sample(), format);
+        assert_eq!(of(GraphFormat::Svg).matches("class=\"edge\"").count(), 4);
+        assert_eq!(of(GraphFormat::Mermaid).matches("-->").count(), 4);
+        assert_eq!(of(GraphFormat::Dot).matches("->").count(), 4);
+        assert!(of(GraphFormat::Text).contains("← left, load, right"));
+        let all = Drawing {
+            format: GraphFormat::Dot,
+            all: true,
+        };
+        let all = String::from_utf8(render(&sample(), all).unwrap()).unwrap();
+        assert_eq!(all.matches("->").count(), 5);
+    }
+
+    #[test]
+    fn a_name_cannot_break_a_drawing() {
+        let mut odd = view(vec![node("end", &[]), node("a/b", &["end"])]);
+        odd.name = "a<b\"&".into();
+        assert!(text(&odd, GraphFormat::Svg).contains("a&lt;b&quot;&amp;"));
+        let mermaid = text(&odd, GraphFormat::Mermaid);
+        assert!(mermaid.contains("end_ --> a__b"), "{mermaid}");
+    }
+
+    #[test]
+    fn a_picture_is_drawn_with_its_own_fonts() {
+        let drawing = Drawing {
+            format: GraphFormat::Png,
+            all: false,
+        };
+        let png = |change: fn(&mut super::view::NodeView)| {
+            let mut view = sample();
+            view.nodes.iter_mut().for_each(change);
+            render(&view, drawing).unwrap()
+        };
+        let whole = png(|_| {});
+        assert!(whole.starts_with(b"\x89PNG"));
+        let no_kinds = png(|n| n.kind = " ".repeat(n.kind.len()));
+        let no_text = png(|n| {
+            n.kind = " ".repeat(n.kind.len());
+            n.name = n.name.chars().map(|_| '\u{a0}').collect();
+        });
+        assert!(no_kinds.len() > no_text.len() + 500, "names are drawn");
+        assert!(whole.len() > no_kinds.len() + 300, "kinds are drawn");
     }
 }

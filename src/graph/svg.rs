@@ -1,133 +1,185 @@
-//! The graph as SVG: layers from left to right, edges as curves. Drawn here,
-//! without an external program.
-
-use std::collections::BTreeMap;
+//! The graph as SVG, drawn here without an external program.
 
 use flowrun_engine::event::StepStatus;
 
-use super::{GraphView, NodeView};
+use super::layout::{Block, Layout, RISE, layout};
+use super::view::{GraphView, NodeView};
+use crate::reporter::status_word;
 
 /// Pixels.
-const ROW: usize = 64;
-const BOX_HEIGHT: usize = 44;
-const GAP: usize = 56;
-const MARGIN: usize = 24;
-const TITLE: usize = 36;
-/// Width of one character of the 13-pixel label font.
-const CHAR: usize = 8;
+const BOX_HEIGHT: f64 = 46.0;
+const MARGIN: f64 = 28.0;
+const TITLE: f64 = 34.0;
+const LEGEND: f64 = 30.0;
+/// Characters of a name; a longer one is cut in its middle.
+const NAME: usize = 34;
+/// Width of a character of the 13-pixel fixed-width font, and of the 11-pixel one beside it.
+const NAME_CHAR: f64 = 7.9;
+const KIND_CHAR: f64 = 5.9;
 
-const STYLE: &str = "text{font-family:system-ui,sans-serif;fill:#1c2430}\
-.name{font-size:13px;font-weight:600}.kind{font-size:11px;fill:#5b6675}.title{font-size:16px;font-weight:600}\
-.node{fill:#fff;stroke:#8a97a8}.edge{fill:none;stroke:#9aa7b8;stroke-width:1.4}\
-.ran{stroke:#1f8a4c;fill:#e9f7ef}.cached{stroke:#2f6fb2;fill:#eaf2fb}\
-.failed{stroke:#b3261e;fill:#fdecea}.skipped{stroke:#8a8f98;fill:#f1f2f4}";
-
-struct Place {
-    x: usize,
-    y: usize,
-    width: usize,
-}
+const STYLE: &str = "\
+.name{font-size:13px;font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:#16202c}\
+.kind,.title{font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}\
+.kind{font-size:11px;fill:#536172}.title{font-size:18px;fill:#16202c}\
+.node{fill:#fff;stroke:#8d9bac;stroke-width:1.2}.behind{fill:#f4f6f9;stroke:#b6c0cc}\
+.edge{fill:none;stroke:#8b99aa;stroke-width:1.3}.head{fill:#8b99aa}\
+.ran{stroke:#1d8348;fill:#e6f6ec}.cached{stroke:#2a6db0;fill:#e8f1fb}\
+.failed{stroke:#b3261e;fill:#fdeae8;stroke-width:2}.skipped{stroke:#8a8f98;fill:#eff0f2;stroke-dasharray:4 3}";
 
 pub(super) fn render(view: &GraphView) -> String {
-    let (places, width, height) = layout(view);
+    let blocks: Vec<Block> = view
+        .nodes
+        .iter()
+        .zip(view.edges())
+        .map(|(node, needs)| Block {
+            width: box_width(node),
+            layer: node.layer,
+            needs,
+        })
+        .collect();
+    let laid = layout(&blocks, BOX_HEIGHT);
+    let has_status = view.nodes.iter().any(|n| n.status.is_some());
+    let below = if has_status { LEGEND } else { 0.0 };
+    let least = if has_status { 320.0 } else { 200.0 };
+    let width = laid.width.max(least) + 2.0 * MARGIN;
+    let height = laid.height + 2.0 * MARGIN + TITLE + below;
     let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
-         viewBox=\"0 0 {width} {height}\" role=\"img\">\n<style>{STYLE}</style>\n\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width:.0}\" height=\"{height:.0}\" \
+         viewBox=\"0 0 {width:.0} {height:.0}\" role=\"img\" aria-label=\"Graph of {0}\">\n\
+         <style>{STYLE}</style>\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#fbfcfd\"/>\n\
-         <text class=\"title\" x=\"{MARGIN}\" y=\"{}\">{}</text>\n",
-        MARGIN + 4,
-        escape(&view.name)
+         <text class=\"title\" x=\"{MARGIN}\" y=\"{1}\">{0}</text>\n",
+        escape(&view.name),
+        MARGIN + 14.0,
     );
-    for node in &view.nodes {
-        for need in &node.needs {
-            if let (Some(from), Some(to)) = (places.get(need), places.get(&node.name)) {
-                out.push_str(&edge(from, to));
-            }
-        }
-    }
-    for node in &view.nodes {
-        if let Some(place) = places.get(&node.name) {
-            out.push_str(&boxed(node, place));
-        }
+    let left = MARGIN + (width - 2.0 * MARGIN - laid.width) / 2.0;
+    out.push_str(&format!(
+        "<g transform=\"translate({left:.1} {:.1})\">\n",
+        MARGIN + TITLE
+    ));
+    draw(view, &blocks, &laid, &mut out);
+    out.push_str("</g>\n");
+    if has_status {
+        out.push_str(&legend(height - MARGIN));
     }
     out.push_str("</svg>\n");
     out
 }
 
-fn layout(view: &GraphView) -> (BTreeMap<String, Place>, usize, usize) {
-    let layers = view.nodes.iter().map(|n| n.layer + 1).max().unwrap_or(0);
-    let members = |layer| view.nodes.iter().filter(move |n| n.layer == layer);
-    let tallest = (0..layers).map(|l| members(l).count()).max().unwrap_or(0);
-    let mut places: BTreeMap<String, Place> = BTreeMap::new();
-    let mut x = MARGIN;
-    for layer in 0..layers {
-        let width = members(layer).map(box_width).max().unwrap_or(0);
-        let mut nodes: Vec<&NodeView> = members(layer).collect();
-        // Nearest to what they need, so that fewer edges cross.
-        nodes.sort_by_key(|node| {
-            let ys: Vec<usize> = node
-                .needs
-                .iter()
-                .filter_map(|n| Some(places.get(n)?.y))
-                .collect();
-            ys.iter().sum::<usize>() / ys.len().max(1)
-        });
-        let top = MARGIN + TITLE + (tallest - nodes.len()) * ROW / 2;
-        for (i, node) in nodes.into_iter().enumerate() {
-            places.insert(
-                node.name.clone(),
-                Place {
-                    x,
-                    y: top + i * ROW,
-                    width,
-                },
-            );
-        }
-        x += width + GAP;
+fn draw(view: &GraphView, blocks: &[Block], laid: &Layout, out: &mut String) {
+    for edge in &laid.edges {
+        out.push_str(&curve(edge));
     }
-    let width = (x + MARGIN).saturating_sub(GAP).max(2 * MARGIN + 200);
-    (places, width, MARGIN * 2 + TITLE + tallest * ROW)
+    let layers = super::layout::rows(blocks);
+    for ((node, block), (left, layer)) in view
+        .nodes
+        .iter()
+        .zip(blocks)
+        .zip(laid.left.iter().zip(layers))
+    {
+        let top = layer as f64 * (BOX_HEIGHT + RISE);
+        out.push_str(&boxed(node, *left, top, block.width));
+    }
 }
 
-fn box_width(node: &NodeView) -> usize {
-    let longest = node
-        .name
-        .chars()
-        .count()
-        .max(node.caption().chars().count());
-    longest * CHAR + 24
-}
-
-fn edge(from: &Place, to: &Place) -> String {
-    let (x1, y1) = (from.x + from.width, from.y + BOX_HEIGHT / 2);
-    let (x2, y2) = (to.x, to.y + BOX_HEIGHT / 2);
-    let bend = GAP / 2;
-    format!(
-        "<path class=\"edge\" d=\"M{x1} {y1} C{} {y1} {} {y2} {x2} {y2}\"/>\n",
-        x1 + bend,
-        x2.saturating_sub(bend)
-    )
-}
-
-fn boxed(node: &NodeView, place: &Place) -> String {
-    let status = match node.status {
-        None => "",
-        Some(StepStatus::Ran) => " ran",
-        Some(StepStatus::Cached) => " cached",
-        Some(StepStatus::Failed) => " failed",
-        Some(StepStatus::Skipped) => " skipped",
+/// A curve through the points, straight down at each, with a head at its end.
+fn curve(points: &[(f64, f64)]) -> String {
+    let Some(((x, y), rest)) = points.split_first() else {
+        return String::new();
     };
-    let Place { x, y, width } = place;
-    let middle = x + width / 2;
+    let mut path = format!("M{x:.1} {y:.1}");
+    let (mut x1, mut y1) = (*x, *y);
+    for (i, (x2, y2)) in rest.iter().enumerate() {
+        let y2 = if i + 1 == rest.len() { y2 - 5.0 } else { *y2 };
+        if (x1 - x2).abs() < 0.5 {
+            path.push_str(&format!("L{x2:.1} {y2:.1}"));
+        } else {
+            let bend = (y1 + y2) / 2.0;
+            path.push_str(&format!(
+                "C{x1:.1} {bend:.1} {x2:.1} {bend:.1} {x2:.1} {y2:.1}"
+            ));
+        }
+        (x1, y1) = (*x2, y2);
+    }
     format!(
-        "<rect class=\"node{status}\" x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{BOX_HEIGHT}\" rx=\"6\"/>\n\
-         <text class=\"name\" x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n\
-         <text class=\"kind\" x=\"{middle}\" y=\"{}\" text-anchor=\"middle\">{}</text>\n",
-        y + 19,
-        escape(&node.name),
-        y + 35,
-        escape(&node.caption())
+        "<path class=\"edge\" d=\"{path}\"/><path class=\"head\" d=\"M{:.1} {:.1}h7l-3.5 6z\"/>\n",
+        x1 - 3.5,
+        y1 - 1.0
     )
+}
+
+fn boxed(node: &NodeView, left: f64, top: f64, width: f64) -> String {
+    let status = node.status.map(status_word).unwrap_or_default();
+    let rect = |class: &str, shift: f64| {
+        format!(
+            "<rect class=\"{class}\" x=\"{:.1}\" y=\"{:.1}\" width=\"{width:.1}\" height=\"{BOX_HEIGHT}\" rx=\"7\"/>",
+            left + shift,
+            top + shift
+        )
+    };
+    let mut out = format!("<g><title>{}</title>", escape(&tooltip(node)));
+    if node.foreach || node.steps > 1 {
+        // A pile: it stands for several.
+        out.push_str(&rect("node behind", 4.0));
+    }
+    out.push_str(&rect(&format!("node {status}"), 0.0));
+    let middle = left + width / 2.0;
+    out.push_str(&format!(
+        "<text class=\"name\" x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>\
+         <text class=\"kind\" x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text></g>\n",
+        top + 20.0,
+        escape(&shortened(&node.name)),
+        top + 36.0,
+        escape(&node.caption()),
+    ));
+    out
+}
+
+fn tooltip(node: &NodeView) -> String {
+    let mut lines = vec![node.name.clone(), node.caption()];
+    lines.extend(node.about.clone());
+    if !node.needs.is_empty() {
+        lines.push(format!("after {}", node.needs.join(", ")));
+    }
+    lines.join("\n")
+}
+
+fn legend(y: f64) -> String {
+    let all = [
+        StepStatus::Ran,
+        StepStatus::Cached,
+        StepStatus::Failed,
+        StepStatus::Skipped,
+    ];
+    let mut out = String::new();
+    let mut x = MARGIN;
+    for status in all {
+        let word = status_word(status);
+        out.push_str(&format!(
+            "<rect class=\"node {word}\" x=\"{x}\" y=\"{:.1}\" width=\"14\" height=\"14\" rx=\"3\"/>\
+             <text class=\"kind\" x=\"{:.1}\" y=\"{y:.1}\">{word}</text>\n",
+            y - 11.0,
+            x + 20.0,
+        ));
+        x += 80.0;
+    }
+    out
+}
+
+fn box_width(node: &NodeView) -> f64 {
+    let name = shortened(&node.name).chars().count() as f64 * NAME_CHAR;
+    let kind = node.caption().chars().count() as f64 * KIND_CHAR;
+    (name.max(kind) + 26.0).max(90.0).ceil()
+}
+
+fn shortened(name: &str) -> String {
+    let count = name.chars().count();
+    if count <= NAME {
+        return name.to_owned();
+    }
+    let start: String = name.chars().take(NAME / 2).collect();
+    let end: String = name.chars().skip(count - NAME / 2 + 1).collect();
+    format!("{start}…{end}")
 }
 
 /// The text with what XML reserves replaced.

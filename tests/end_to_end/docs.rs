@@ -71,14 +71,65 @@ fn the_layers_hold() {
 #[test]
 fn the_generated_schemas_are_current() {
     let project = crate::project::Project::new();
-    let schema = project.run(&["schema"]).ok().stdout;
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas/pipeline.schema.json");
-    let kept = std::fs::read_to_string(path).unwrap();
-    let differs = kept.lines().zip(schema.lines()).position(|(a, b)| a != b);
-    // The whole texts would be thousands of lines.
-    assert!(
-        kept == schema,
-        "line {:?} differs; run `cargo run -- schema > schemas/pipeline.schema.json`",
-        differs.map(|line| line + 1)
-    );
+    for (args, name) in [
+        (&["schema"][..], "pipeline"),
+        (&["schema", "--definition"], "step-definition"),
+    ] {
+        let schema = project.run(args).ok().stdout;
+        let file = format!("schemas/{name}.schema.json");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&file);
+        let kept = std::fs::read_to_string(path).unwrap();
+        let differs = kept.lines().zip(schema.lines()).position(|(a, b)| a != b);
+        // The whole texts would be thousands of lines.
+        assert!(
+            kept == schema,
+            "line {:?} differs; run `cargo run -- {} > {file}`",
+            differs.map(|line| line + 1),
+            args.join(" "),
+        );
+    }
+}
+
+/// The blocks of a page that begin with the name of a file, by section.
+fn files_of(page: &str) -> Vec<Vec<(String, String)>> {
+    let sections = page.split("\n## ");
+    let blocks = |section: &str| {
+        let blocks = section.split("```yaml\n# ").skip(1);
+        let block = |text: &str| {
+            let (name, rest) = text.split_once('\n').unwrap();
+            let (text, _) = rest.split_once("```").unwrap();
+            (name.to_owned(), text.to_owned())
+        };
+        blocks.map(block).collect::<Vec<_>>()
+    };
+    sections.map(blocks).filter(|b| !b.is_empty()).collect()
+}
+
+#[test]
+fn the_examples_of_the_language_page_run() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/pipeline-language.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    let sections = files_of(&page);
+    assert_eq!(sections.len(), 3);
+    for files in sections {
+        let project = crate::project::Project::new();
+        for (name, text) in &files {
+            project.write(name, text);
+        }
+        project.run(&["pipeline.yaml"]).ok();
+    }
+}
+
+#[test]
+fn the_language_page_names_every_field() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/pipeline-language.md")).unwrap();
+    let schema = std::fs::read_to_string(root.join("schemas/pipeline.schema.json")).unwrap();
+    let schema: Value = serde_json::from_str(&schema).unwrap();
+    let step = &schema["$defs"]["StepSpec"]["properties"];
+    for fields in [&schema["properties"], step] {
+        for field in fields.as_object().unwrap().keys() {
+            assert!(page.contains(&format!("`{field}`")), "{field}");
+        }
+    }
 }

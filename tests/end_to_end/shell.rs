@@ -1,4 +1,4 @@
-//! Shell pipelines: the cache, `--from`, exit codes, mistakes, history, graph.
+//! Shell pipelines: the cache, `--from`, exit codes, mistakes, history.
 
 use crate::project::Project;
 
@@ -163,25 +163,4 @@ fn a_tampered_result_is_put_back() {
     project.write("results/note.txt", "lines with it 9\n");
     project.run(JSON).ok();
     assert_eq!(project.read("results/note.txt"), "lines with it 2\n");
-}
-
-#[test]
-fn the_graph_is_drawn_in_every_format() {
-    let project = Project::shell();
-    let text = project.run(&["graph", "pipeline.yaml"]).ok().stdout;
-    assert!(text.contains("← count"), "{text}");
-    for (name, part) in [
-        ("g.svg", "<svg"),
-        ("g.mmd", "strip --> count"),
-        ("g.dot", "\"strip\" -> \"count\""),
-        ("g.json", "\"needs\""),
-        ("g.html", "<svg"),
-    ] {
-        project.run(&["graph", "pipeline.yaml", "-o", name]).ok();
-        assert!(project.read(name).contains(part), "{name}");
-    }
-    assert_eq!(
-        project.run(&["graph", "pipeline.yaml", "-o", "g.xyz"]).code,
-        Some(2)
-    );
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use petgraph::graph::NodeIndex;
 use serde_json::{Map, Value, json};
 
+use super::definition::{self, Uses};
 use super::draft::Draft;
 use super::mismatch::{Mismatch, Shape};
 use super::node::{Data, Node};
@@ -16,11 +17,12 @@ use super::order;
 use super::params::{BadName, Tables, complete};
 use super::resolution::resolve_all;
 use super::schema::pipeline_shape;
+use super::source::Drafts;
 use super::source_map::{SourceMap, Span};
 use super::spec::StepSpec;
-use super::wiring::{Drafts, Wiring, wire};
+use super::wiring::{Wiring, check_uses, wire};
 use super::{settings, suggest};
-use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, StepNode};
+use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode};
 use crate::vocabulary::Vocabulary;
 
 /// What a check needs besides the tree.
@@ -44,7 +46,7 @@ pub(crate) fn check(
     setting: &Setting<'_>,
 ) -> Option<Pipeline> {
     let name = pipeline_name(map, &tree, setting.file);
-    let context = resolve_all(map, &mut tree, &name);
+    let (context, uses) = resolve_all(map, &mut tree, &name);
     prune(map, &mut tree);
     check_entries(map, &tree, "models", &setting.vocabulary.model_schema);
     check_entries(map, &tree, "programs", &setting.vocabulary.program_schema);
@@ -60,8 +62,9 @@ pub(crate) fn check(
         programs: &programs,
         unkeyed: &setting.vocabulary.unkeyed_model_fields,
     };
-    let drafts = drafts(map, &tree, setting);
-    let steps = check_steps(map, &drafts, &tables, setting);
+    let drafts = drafts(map, &tree, &uses, setting);
+    let pools = pools(&tree);
+    let steps = check_steps(map, &drafts, &tables, &pools, setting);
     if map.has_errors() {
         return None;
     }
@@ -77,8 +80,19 @@ pub(crate) fn check(
         profiles: setting.profiles.to_vec(),
         params,
         models,
+        pools,
+        uses: definition::summary(&uses),
         steps,
     })
+}
+
+/// The sizes of the pools; one of a wrong shape was taken out before.
+fn pools(tree: &Node) -> BTreeMap<String, usize> {
+    let sizes = tree.entries("pools").filter_map(|(name, entry)| {
+        let places = entry.value.to_value().as_u64()?;
+        Some((name.clone(), usize::try_from(places).ok()?))
+    });
+    sizes.collect()
 }
 
 /// `name:`, else the name of the file.
@@ -109,7 +123,7 @@ fn prune(map: &mut SourceMap, tree: &mut Node) {
     };
     let value = tree.to_value();
     for mismatch in shape.check(&value) {
-        report(map, tree, tree.span, &mismatch);
+        report_mismatch(map, tree, tree.span, &mismatch);
         if mismatch.code != "missing-field" {
             tree.remove(&mismatch.path);
         }
@@ -117,7 +131,7 @@ fn prune(map: &mut SourceMap, tree: &mut Node) {
 }
 
 /// Notes a mismatch of `node`; `outer` is the place of `node` itself.
-fn report(map: &mut SourceMap, node: &Node, outer: Span, mismatch: &Mismatch) {
+pub(crate) fn report_mismatch(map: &mut SourceMap, node: &Node, outer: Span, mismatch: &Mismatch) {
     let at = node.place(&mismatch.path, mismatch.on_key, outer);
     let Mismatch {
         code,
@@ -143,12 +157,17 @@ fn check_entries(map: &mut SourceMap, tree: &Node, section: &str, schema: &Value
     };
     for (_, entry) in tree.entries(section) {
         for mismatch in shape.check(&entry.value.to_value()) {
-            report(map, &entry.value, entry.key, &mismatch);
+            report_mismatch(map, &entry.value, entry.key, &mismatch);
         }
     }
 }
 
-fn drafts<'a>(map: &mut SourceMap, tree: &'a Node, setting: &'a Setting<'_>) -> Drafts<'a> {
+fn drafts<'a>(
+    map: &mut SourceMap,
+    tree: &'a Node,
+    uses: &'a Uses,
+    setting: &'a Setting<'_>,
+) -> Drafts<'a> {
     let mut list = Vec::new();
     for (name, entry) in tree.entries("steps") {
         let spec = match (&entry.value.data, entry.value.to_value()) {
@@ -165,6 +184,7 @@ fn drafts<'a>(map: &mut SourceMap, tree: &'a Node, setting: &'a Setting<'_>) -> 
     Drafts {
         list,
         by_name,
+        uses,
         root: &setting.root,
     }
 }
@@ -174,12 +194,18 @@ fn check_steps(
     map: &mut SourceMap,
     drafts: &Drafts<'_>,
     tables: &Tables<'_>,
+    pools: &BTreeMap<String, usize>,
     setting: &Setting<'_>,
 ) -> Vec<StepNode> {
     let mut graph = order::graph(drafts.list.len());
     let mut shapes = HashMap::new();
     let mut published = HashMap::new();
+    let around = settings::Around {
+        environment: setting.environment,
+        pools,
+    };
     let mut nodes: Vec<Option<StepNode>> = Vec::with_capacity(drafts.list.len());
+    check_uses(map, drafts);
     for (index, draft) in drafts.list.iter().enumerate() {
         let wiring = wire(map, drafts, draft);
         for (before, span) in &wiring.waits_for {
@@ -188,7 +214,7 @@ fn check_steps(
         let (params, key_params) = with(map, draft, tables, &mut shapes);
         let action = draft.action.clone().unwrap_or(Action::Run(String::new()));
         let mut node = step_node(draft, action, wiring, params, key_params);
-        settings::read(map, draft, setting.environment, &mut published, &mut node);
+        settings::read(map, draft, &around, &mut published, &mut node);
         nodes.push(Some(node));
     }
     match order::order(&graph) {
@@ -237,6 +263,7 @@ fn step_node(
         timeout: None,
         resources: Resources::default(),
         pool: None,
+        runner: RunnerKind::Inline,
         cache: CachePolicy::Reuse,
         publish: BTreeMap::new(),
         expect: Vec::new(),
@@ -287,7 +314,7 @@ fn report_with(map: &mut SourceMap, draft: &Draft<'_>, mut mismatch: Mismatch) {
             draft.name, mismatch.message
         );
         if draft.node.get("with").is_none() {
-            return report(
+            return report_mismatch(
                 map,
                 draft.node,
                 draft.key,
@@ -299,7 +326,7 @@ fn report_with(map: &mut SourceMap, draft: &Draft<'_>, mut mismatch: Mismatch) {
         }
     }
     mismatch.path.insert(0, "with".into());
-    report(map, draft.node, draft.key, &mismatch);
+    report_mismatch(map, draft.node, draft.key, &mismatch);
 }
 
 fn report_name(map: &mut SourceMap, draft: &Draft<'_>, tables: &Tables<'_>, bad: &BadName) {

@@ -28,6 +28,8 @@ pub struct Diagnostic {
     pub label: String,
     /// What to do about it.
     pub help: Option<String>,
+    /// Further places that belong to it: where a step definition is used.
+    pub notes: Vec<String>,
     /// Text of the file, without a byte order mark.
     pub source: Arc<str>,
 }
@@ -70,6 +72,9 @@ impl Diagnostic {
             let caret_line = format!("{margin} | {}{carets} {}", " ".repeat(before), self.label);
             out.push_str(caret_line.trim_end());
             out.push('\n');
+        }
+        for note in &self.notes {
+            out.push_str(&format!("{margin} = note: {}\n", printable(note)));
         }
         if let Some(help) = &self.help {
             let indent = format!("\n{margin}         ");
@@ -134,6 +139,7 @@ pub(crate) fn of_file(
         message,
         label: String::new(),
         help,
+        notes: Vec::new(),
         source: Arc::from(""),
     }
 }
@@ -192,6 +198,7 @@ mod tests {
             message: "wrong".into(),
             label: "here".into(),
             help: Some("do this".into()),
+            notes: vec![],
             source: source.into(),
         }
     }

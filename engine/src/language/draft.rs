@@ -49,13 +49,19 @@ impl<'a> Draft<'a> {
             action: None,
             outputs: None,
         };
-        draft.check_name(map);
         if usable {
             draft.action = draft.action(map, vocabulary);
             draft.outputs = draft.outputs();
             draft.check_fields(map);
         }
         draft
+    }
+
+    /// The prefix that its name has with those of the steps beside it: empty outside of
+    /// definitions.
+    pub(crate) fn scope(&self) -> &'a str {
+        let cut = self.name.rfind('/').map_or(0, |i| i + 1);
+        &self.name[..cut]
     }
 
     /// True for a shell step.
@@ -86,14 +92,6 @@ impl<'a> Draft<'a> {
     pub(crate) fn key_of(&self, path: &[&str]) -> Span {
         let path: Vec<String> = path.iter().map(|s| (*s).to_owned()).collect();
         self.node.place(&path, true, self.key)
-    }
-
-    fn check_name(&self, map: &mut SourceMap) {
-        if !is_step_name(self.name) {
-            let message = format!("`{}` is not a step name", self.name);
-            let help = "lower-case letters, digits and `-`, a letter first".to_owned();
-            map.report(self.key, "bad-name", message, "", Some(help));
-        }
     }
 
     fn action(&self, map: &mut SourceMap, vocabulary: &Vocabulary) -> Option<Action> {
@@ -147,13 +145,6 @@ impl<'a> Draft<'a> {
             return Some(step.clone());
         }
         let at = self.place(&["uses"]);
-        let is_path = kind.contains('/') || kind.ends_with(".yaml") || kind.ends_with(".yml");
-        if is_path {
-            let help = "share steps with `include:`, or name a step kind".to_owned();
-            let message = "step definitions in files are not supported yet";
-            map.report(at, "not-supported", message, "", Some(help));
-            return None;
-        }
         let help = suggest::help(
             kind,
             "step kinds",
@@ -256,7 +247,7 @@ impl<'a> Draft<'a> {
 }
 
 /// `[a-z][a-z0-9-]*`
-fn is_step_name(name: &str) -> bool {
+pub(crate) fn is_step_name(name: &str) -> bool {
     name.starts_with(|c: char| c.is_ascii_lowercase())
         && name
             .chars()

@@ -34,6 +34,25 @@ pub(crate) fn load(map: &mut SourceMap, file: &Path, variants: &Variants<'_>) ->
     loader.file(file, text)
 }
 
+/// Reads a step definition that the step `by` uses, as `at` says. Mistakes go to `map`.
+pub(crate) fn load_used(map: &mut SourceMap, file: &Path, by: &str, at: Span) -> Option<Node> {
+    let text = match text_of(file) {
+        Ok(text) => text,
+        Err(Unreadable::File(reason)) => {
+            let help = "the path is relative to the file that names it".to_owned();
+            let message = format!("cannot read `{}`: {reason}", map.text(at));
+            map.report(at, "definition", message, "", Some(help));
+            return None;
+        }
+        Err(problem) => {
+            problem.report(map, file);
+            return None;
+        }
+    };
+    let number = map.add_used(file.to_path_buf(), text.clone(), by, at);
+    read(map, number, &text)
+}
+
 struct Loader<'a> {
     map: &'a mut SourceMap,
     variants: &'a Variants<'a>,
@@ -195,12 +214,12 @@ fn decode(bytes: &[u8]) -> Result<Arc<str>, Unreadable> {
 }
 
 /// The path that tells one file from another.
-fn identity(path: &Path) -> PathBuf {
+pub(crate) fn identity(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.to_path_buf())
 }
 
 /// The path without `.` parts, as people write it.
-fn tidy(path: &Path) -> PathBuf {
+pub(crate) fn tidy(path: &Path) -> PathBuf {
     path.components()
         .filter(|c| !matches!(c, Component::CurDir))
         .collect()

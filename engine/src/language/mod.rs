@@ -5,6 +5,7 @@
 //! pipeline. Knows no step kind (the [`Vocabulary`] does), runs nothing, prints nothing.
 
 mod check;
+mod definition;
 mod diagnostic;
 mod draft;
 mod expr;
@@ -19,6 +20,7 @@ mod resolution;
 mod scalar;
 mod schema;
 mod settings;
+mod source;
 mod source_map;
 pub mod spec;
 mod suggest;
@@ -34,7 +36,7 @@ use std::path::{Path, PathBuf};
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use expr::{eval_bool, resolve_item, run_context};
 pub use scalar::{bytes as parse_bytes, duration as parse_duration};
-pub use schema::{pipeline_schema, step_schema};
+pub use schema::{definition_schema, pipeline_schema, step_schema};
 
 use crate::pipeline::Pipeline;
 use crate::vocabulary::Vocabulary;

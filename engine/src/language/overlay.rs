@@ -224,7 +224,7 @@ fn parse(name: &str, default: &Data, text: &str) -> Result<Data, String> {
 }
 
 /// Checks that a value has the type of the default it takes the place of.
-fn fits(name: &str, default: &Data, value: &Data) -> Result<(), String> {
+pub(crate) fn fits(name: &str, default: &Data, value: &Data) -> Result<(), String> {
     let same = match (default, value) {
         (Data::Null, _) => true,
         (Data::Number(old), Data::Number(new)) => old.is_f64() || !new.is_f64(),

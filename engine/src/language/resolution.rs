@@ -6,15 +6,19 @@
 
 use serde_json::{Value, json};
 
-use super::expr::{ExprError, Resolved, Scope, condition, escape, has_expression, resolve};
-use super::node::{Data, Node};
+use super::definition::{Uses, inline};
+use super::expr::{
+    ExprError, Resolved, Scope, close_condition, condition, escape, has_expression, resolve,
+};
+use super::node::{Data, Entry, Node};
 use super::source_map::{SourceMap, Span};
 
 /// The one key of `foreach` that is no variable.
 pub(crate) const MAX_PARALLEL: &str = "max_parallel";
 
-/// Fills in everything that is known before the run. Returns what expressions may refer to.
-pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> Value {
+/// Fills in everything that is known before the run, and puts the steps of step definitions in
+/// place of their uses. Returns what expressions may refer to, and the uses.
+pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> (Value, Uses) {
     if let Some(params) = root.get("params") {
         forbid(map, params);
     }
@@ -29,15 +33,9 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> V
         context.insert("models".into(), models);
     }
     fill_section(map, root, "programs", &scope);
-    let steps = root.as_map_mut().and_then(|m| m.get_mut("steps"));
-    for (_, step) in steps
-        .and_then(|s| s.value.as_map_mut())
-        .into_iter()
-        .flatten()
-    {
-        resolve_step(map, &mut step.value, &mut scope);
-    }
-    scope.context
+    fill_section(map, root, "pools", &scope);
+    let uses = inline(map, root, &mut scope);
+    (scope.context, uses)
 }
 
 fn fill_section(map: &mut SourceMap, root: &mut Node, section: &str, scope: &Scope) {
@@ -46,7 +44,8 @@ fn fill_section(map: &mut SourceMap, root: &mut Node, section: &str, scope: &Sco
     }
 }
 
-fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
+/// Fills in everything in a step that is known before the run.
+pub(crate) fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
     let items = variables(step);
     let Some(fields) = step.as_map_mut() else {
         return;
@@ -70,6 +69,46 @@ fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
         fill(map, &mut field.value, scope, escapes && items.is_some());
     }
     scope.items = None;
+}
+
+/// Gives a step inside a definition a `when` of its own: the condition of the use and the step's,
+/// each filled in with the params that it sees. What is wrong is told when the step is resolved.
+pub(crate) fn join_conditions(
+    map: &mut SourceMap,
+    outer: &Node,
+    step: &mut Node,
+    outer_scope: &Scope,
+    inner_scope: &Scope,
+) {
+    let items = variables(step);
+    let scope = Scope {
+        context: inner_scope.context.clone(),
+        items,
+    };
+    let own = closed(map, step, &scope);
+    let around = closed(map, outer, outer_scope);
+    let chosen = match (around, own) {
+        (Some(around), _) if around.value.as_text() == Some("false") => around,
+        (_, Some(own)) => own,
+        (Some(around), None) => around,
+        (None, None) => return,
+    };
+    if let Some(fields) = step.as_map_mut() {
+        fields.insert("when".into(), chosen);
+    }
+}
+
+/// The `when` of a step, filled in; as it is when something is wrong with it.
+fn closed(map: &mut SourceMap, step: &Node, scope: &Scope) -> Option<Entry> {
+    let mut entry = step.entry("when")?.clone();
+    let text = entry.value.as_text()?.to_owned();
+    match close_condition(&text, scope) {
+        Ok(text) => entry.value.data = Data::Text(text),
+        // Told when the step is resolved.
+        Err(_) if condition(&text, scope).is_err() => {}
+        Err(error) => report(map, entry.value.span, &error),
+    }
+    Some(entry)
 }
 
 /// The names of the `foreach` variables of a step that has some.
@@ -128,7 +167,8 @@ pub(crate) fn report(map: &mut SourceMap, span: Span, error: &ExprError) {
     );
 }
 
-fn forbid(map: &mut SourceMap, node: &Node) {
+/// Params are plain values.
+pub(crate) fn forbid(map: &mut SourceMap, node: &Node) {
     match &node.data {
         Data::Text(text) if has_expression(text) => {
             let help = "put the expression where the param is used".to_owned();

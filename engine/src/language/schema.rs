@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use serde_json::{Map, Value, json};
 
 use super::mismatch::Shape;
-use super::spec::PipelineSpec;
+use super::spec::{DefinitionSpec, PipelineSpec};
 use crate::step::Step;
 use crate::vocabulary::Vocabulary;
 
@@ -17,35 +17,54 @@ pub(crate) fn pipeline_shape() -> Result<&'static Shape, String> {
     shape.as_ref().map_err(Clone::clone)
 }
 
+/// The shape of a step definition, before names are known.
+pub(crate) fn definition_shape() -> Result<&'static Shape, String> {
+    static SHAPE: OnceLock<Result<Shape, String>> = OnceLock::new();
+    let shape = SHAPE.get_or_init(|| Shape::new(schemars::schema_for!(DefinitionSpec).to_value()));
+    shape.as_ref().map_err(Clone::clone)
+}
+
 /// JSON Schema of a pipeline file, with the `with` and `in` of each step kind, for editors.
 #[must_use]
 pub fn pipeline_schema(vocabulary: &Vocabulary) -> Value {
-    let mut root = schemars::schema_for!(PipelineSpec).to_value();
+    document(schemars::schema_for!(PipelineSpec).to_value(), vocabulary)
+}
+
+/// JSON Schema of a step definition, likewise.
+#[must_use]
+pub fn definition_schema(vocabulary: &Vocabulary) -> Value {
+    document(schemars::schema_for!(DefinitionSpec).to_value(), vocabulary)
+}
+
+/// The schema of a file, with what the vocabulary knows put into it.
+fn document(mut root: Value, vocabulary: &Vocabulary) -> Value {
     let mut defs = match root.get_mut("$defs").map(Value::take) {
         Some(Value::Object(defs)) => defs,
         _ => Map::new(),
     };
+    allow_expressions(&mut root);
     defs.values_mut().for_each(allow_expressions);
-    embed(&mut defs, "model", vocabulary.model_schema.clone());
-    embed(&mut defs, "program", vocabulary.program_schema.clone());
+    let mut tables = vec![("steps", "#/$defs/step")];
+    if root.pointer("/properties/models").is_some() {
+        embed(&mut defs, "model", vocabulary.model_schema.clone());
+        embed(&mut defs, "program", vocabulary.program_schema.clone());
+        tables.extend([("models", "#/$defs/model"), ("programs", "#/$defs/program")]);
+    }
     let mut rules = vec![
         json!({ "$ref": "#/$defs/StepSpec" }),
-        json!({ "properties": { "uses": { "enum": kinds(vocabulary) } } }),
+        json!({ "properties": { "uses": { "anyOf": [
+            { "enum": kinds(vocabulary) },
+            {
+                "type": "string",
+                "pattern": "(/|\\.ya?ml$|\\$\\{\\{)",
+                "description": "path of a step definition, relative to this file",
+            },
+        ] } } }),
     ];
     for (kind, step) in &vocabulary.steps {
         let with = format!("with.{kind}");
         embed(&mut defs, &with, step.params_schema());
-        rules.push(json!({
-            "if": { "properties": { "uses": { "const": kind } }, "required": ["uses"] },
-            "then": {
-                "description": step.about(),
-                "properties": {
-                    "with": { "$ref": format!("#/$defs/{with}") },
-                    "in": { "properties": ports(step.as_ref()), "additionalProperties": false },
-                    "out": false,
-                }
-            }
-        }));
+        rules.push(rule(kind, step.as_ref()));
     }
     defs.insert("step".into(), json!({ "allOf": rules }));
     defs.insert(
@@ -56,28 +75,32 @@ pub fn pipeline_schema(vocabulary: &Vocabulary) -> Value {
             "description": "an expression over `params`, `item`, `models` and `run`",
         }),
     );
-    let table = |of: &str| json!({ "type": "object", "additionalProperties": { "$ref": of } });
     if let Some(properties) = root.get_mut("properties").and_then(Value::as_object_mut) {
-        for (name, of) in [
-            ("models", "#/$defs/model"),
-            ("programs", "#/$defs/program"),
-            ("steps", "#/$defs/step"),
-        ] {
-            let about = properties
-                .get(name)
-                .and_then(|p| p.get("description"))
-                .cloned();
-            let mut schema = table(of);
-            if let (Some(about), Some(schema)) = (about, schema.as_object_mut()) {
-                schema.insert("description".into(), about);
+        for (name, of) in tables {
+            let mut schema = json!({ "type": "object", "additionalProperties": { "$ref": of } });
+            if let Some(about) = properties.get(name).and_then(|p| p.get("description")) {
+                schema["description"] = about.clone();
             }
             properties.insert(name.into(), schema);
         }
     }
-    if let Some(root) = root.as_object_mut() {
-        root.insert("$defs".into(), Value::Object(defs));
-    }
+    root["$defs"] = Value::Object(defs);
     root
+}
+
+/// What holds for a step of one kind.
+fn rule(kind: &str, step: &dyn Step) -> Value {
+    json!({
+        "if": { "properties": { "uses": { "const": kind } }, "required": ["uses"] },
+        "then": {
+            "description": step.about(),
+            "properties": {
+                "with": { "$ref": format!("#/$defs/with.{kind}") },
+                "in": { "properties": ports(step), "additionalProperties": false },
+                "out": false,
+            }
+        }
+    })
 }
 
 /// JSON Schema of the `with` of a step kind, with its ports and version noted beside it.

@@ -12,28 +12,36 @@ use super::expr::{ExprError, has_expression};
 use super::node::Node;
 use super::resolution::report;
 use super::source_map::{SourceMap, Span};
-use super::spec::CacheSpec;
+use super::spec::{CacheSpec, RunnerSpec};
 use super::token::{references, tokens};
 use super::{scalar, suggest};
-use crate::pipeline::{CachePolicy, Resources, Retry, StepNode};
+use crate::pipeline::{CachePolicy, METRICS, Resources, Retry, RunnerKind, StepNode};
 
 /// Attempts after the first, when `retry` does not say.
 const RETRY_TIMES: u32 = 3;
 /// First wait, when `retry` does not say.
 const RETRY_BACKOFF: Duration = Duration::from_secs(1);
 
+/// What settings may refer to.
+pub(crate) struct Around<'a> {
+    /// Environment variables that are set.
+    pub(crate) environment: &'a BTreeMap<String, String>,
+    /// Pools with their sizes.
+    pub(crate) pools: &'a BTreeMap<String, usize>,
+}
+
 /// Reads the settings of a step into `node`. `published` holds the paths that earlier steps
 /// publish to.
 pub(crate) fn read<'a>(
     map: &mut SourceMap,
     draft: &Draft<'a>,
-    environment: &BTreeMap<String, String>,
+    around: &Around<'_>,
     published: &mut HashMap<String, &'a str>,
     node: &mut StepNode,
 ) {
     let spec = &draft.spec;
     node.about.clone_from(&spec.about);
-    node.pool.clone_from(&spec.pool);
+    node.pool = pool(map, draft, around.pools);
     node.cache = match spec.cache {
         Some(CacheSpec::Never) => CachePolicy::Never,
         Some(CacheSpec::Reuse) | None => CachePolicy::Reuse,
@@ -54,9 +62,9 @@ pub(crate) fn read<'a>(
             gpu: resources.gpu.unwrap_or_default(),
         };
     }
-    runner(map, draft);
+    node.runner = runner(map, draft);
     node.env = env(map, draft);
-    node.secrets = secrets(map, draft, environment);
+    node.secrets = secrets(map, draft, around.environment);
     node.publish = publish(map, draft, published);
     node.expect = expect(map, draft);
 }
@@ -99,20 +107,41 @@ fn memory(map: &mut SourceMap, draft: &Draft<'_>, text: Option<&str>) -> u64 {
     })
 }
 
-fn runner(map: &mut SourceMap, draft: &Draft<'_>) {
-    let Some(runner) = draft.spec.runner.as_deref() else {
-        return;
-    };
-    if runner != "inline" && !has_expression(runner) {
-        let help = "the one runner is `inline`: leave the field out".to_owned();
-        let message = format!("there is no runner `{runner}`");
+/// The pool of a step; it must be declared.
+fn pool(map: &mut SourceMap, draft: &Draft<'_>, pools: &BTreeMap<String, usize>) -> Option<String> {
+    let name = draft.spec.pool.clone().filter(|p| !has_expression(p))?;
+    if !pools.contains_key(&name) {
+        let help = suggest::help(&name, "pools", pools.keys().map(String::as_str));
+        let help = help.unwrap_or_else(|| {
+            format!("say how many run at once at the top of the file: `pools: {{ {name}: 2 }}`")
+        });
+        let message = format!("there is no pool `{name}`");
         map.report(
-            draft.place(&["runner"]),
-            "unknown-runner",
+            draft.place(&["pool"]),
+            "unknown-pool",
             message,
             "",
             Some(help),
         );
+    }
+    Some(name)
+}
+
+fn runner(map: &mut SourceMap, draft: &Draft<'_>) -> RunnerKind {
+    match draft.spec.runner {
+        None | Some(RunnerSpec::Inline) => RunnerKind::Inline,
+        // A command is a process of its own already. One inside a definition may have it from
+        // the use, where it is meant for others.
+        Some(RunnerSpec::Process) if draft.is_run() => {
+            if draft.scope().is_empty() {
+                let help = "leave the field out: a command is always a process".to_owned();
+                let at = draft.key_of(&["runner"]);
+                let message = "`runner` belongs to `uses`";
+                map.report(at, "misplaced-field", message, "", Some(help));
+            }
+            RunnerKind::Inline
+        }
+        Some(RunnerSpec::Process) => RunnerKind::Process,
     }
 }
 
@@ -216,6 +245,20 @@ fn publish<'a>(
 
 fn expect(map: &mut SourceMap, draft: &Draft<'_>) -> Vec<String> {
     let mut expect = Vec::new();
+    let has_metrics = draft.outputs.iter().flatten().any(|p| p.name == METRICS);
+    if draft.is_run() && !has_metrics && !items(draft, "expect").is_empty() {
+        let help = format!(
+            "write them as a JSON object to an output: `out: {{ {METRICS}: {METRICS}.json }}`"
+        );
+        let message = format!("the command of `{}` has no metrics", draft.name);
+        map.report(
+            draft.key_of(&["expect"]),
+            "misplaced-field",
+            message,
+            "",
+            Some(help),
+        );
+    }
     for item in items(draft, "expect") {
         let Some(text) = item.as_text() else { continue };
         if map.has_error_in(item.span) {

@@ -3,6 +3,7 @@
 //! Knows no YAML. Invariant: a [`Span`] lies within its file and on character
 //! boundaries; it is made only by the reader.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -26,6 +27,8 @@ struct SourceFile {
     text: Arc<str>,
     /// Byte offset of the start of each line.
     lines: Vec<u32>,
+    /// Of a step definition: the step that uses it, and where that says so.
+    used: Option<(String, Span)>,
 }
 
 /// All files of a pipeline and the mistakes found in them.
@@ -42,8 +45,44 @@ impl SourceMap {
         let lines = std::iter::once(0)
             .chain(breaks.map(|(i, _)| i as u32 + 1))
             .collect();
-        self.files.push(SourceFile { path, text, lines });
+        self.files.push(SourceFile {
+            path,
+            text,
+            lines,
+            used: None,
+        });
         (self.files.len() - 1) as u32
+    }
+
+    /// Adds a step definition that the step `by` uses, as `at` says. Each use is a file of its
+    /// own, so that a mistake in it can say which use it belongs to.
+    pub(crate) fn add_used(&mut self, path: PathBuf, text: Arc<str>, by: &str, at: Span) -> u32 {
+        let number = self.add(path, text);
+        if let Some(file) = self.files.last_mut() {
+            file.used = Some((by.to_owned(), at));
+        }
+        number
+    }
+
+    /// The path of the file that `span` lies in.
+    pub(crate) fn path(&self, span: Span) -> PathBuf {
+        let file = self.files.get(span.file as usize);
+        file.map(|f| f.path.clone()).unwrap_or_default()
+    }
+
+    /// Where the step definition that `span` lies in is used, outwards.
+    fn uses(&self, span: Span) -> Vec<String> {
+        let mut notes = Vec::new();
+        let mut file = self.files.get(span.file as usize);
+        while let Some((by, at)) = file.and_then(|f| f.used.as_ref()) {
+            let (path, line, column) = self.position(*at);
+            notes.push(format!(
+                "used by the step `{by}` at {}:{line}:{column}",
+                path.display()
+            ));
+            file = self.files.get(at.file as usize);
+        }
+        notes
     }
 
     /// The text of `span` as written.
@@ -97,6 +136,7 @@ impl SourceMap {
             message: message.into(),
             label: label.into(),
             help,
+            notes: self.uses(span),
             source,
         };
         self.errors.push((span, error));
@@ -124,13 +164,41 @@ impl SourceMap {
             .any(|(at, _)| at.file == span.file && within(at))
     }
 
-    /// The mistakes in file order, each once.
-    pub(crate) fn into_diagnostics(mut self) -> Diagnostics {
-        self.errors.sort_by_key(|(span, _)| (span.file, span.start));
-        let mut errors: Vec<Diagnostic> = self.errors.into_iter().map(|(_, e)| e).collect();
-        errors.dedup_by(|a, b| {
-            a.offset == b.offset && a.file == b.file && a.code == b.code && a.message == b.message
-        });
+    /// The mistakes in file order, each once: one of a step definition that is used several
+    /// times names its uses.
+    pub(crate) fn into_diagnostics(self) -> Diagnostics {
+        let mut order: HashMap<PathBuf, u32> = HashMap::new();
+        for (number, file) in self.files.iter().enumerate() {
+            order.entry(file.path.clone()).or_insert(number as u32);
+        }
+        let place = |span: &Span, error: &Diagnostic| {
+            let file = order.get(&error.file).copied().unwrap_or(span.file);
+            (file, span.start, error.code, error.message.clone())
+        };
+        let mut found: Vec<_> = self
+            .errors
+            .into_iter()
+            .map(|(span, error)| (place(&span, &error), error))
+            .collect();
+        // Stable: mistakes at one place stay in the order in which they were found.
+        found.sort_by_key(|((file, start, ..), _)| (*file, *start));
+        let mut errors: Vec<Diagnostic> = Vec::new();
+        let mut at: HashMap<_, usize> = HashMap::new();
+        for (place, error) in found {
+            match at.get(&place) {
+                Some(i) => {
+                    let notes = &mut errors[*i].notes;
+                    let more = error.notes.into_iter().filter(|n| !notes.contains(n));
+                    let more: Vec<String> = more.collect();
+                    notes.extend(more);
+                }
+                None => {
+                    at.insert(place, errors.len());
+                    errors.push(error);
+                }
+            }
+        }
+        errors.iter_mut().for_each(|e| shorten(&mut e.notes));
         Diagnostics { errors }
     }
 
@@ -156,6 +224,16 @@ impl SourceMap {
             }
             _ => span,
         }
+    }
+}
+
+/// A definition may be used thousands of times.
+fn shorten(notes: &mut Vec<String>) {
+    const SHOWN: usize = 4;
+    if notes.len() > SHOWN {
+        let more = notes.len() - SHOWN;
+        notes.truncate(SHOWN);
+        notes.push(format!("and {more} more"));
     }
 }
 

@@ -33,6 +33,10 @@ pub struct PipelineSpec {
     pub profiles: Option<BTreeMap<String, ProfileSpec>>,
     /// Files merged underneath this one; a later file wins over an earlier one.
     pub include: Option<Vec<String>>,
+    /// Named pools: how many of the steps that name a pool run at once.
+    #[serde(default)]
+    #[schemars(schema_with = "pools_schema")]
+    pub pools: Option<BTreeMap<String, Value>>,
     /// Steps by name.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
 }
@@ -52,7 +56,33 @@ pub struct ProfileSpec {
     /// Changes of programs.
     #[schemars(with = "Option<Map<String, Value>>")]
     pub programs: Option<BTreeMap<String, Value>>,
+    /// Other sizes of pools.
+    #[serde(default)]
+    #[schemars(schema_with = "pools_schema")]
+    pub pools: Option<BTreeMap<String, Value>>,
     /// Changes of steps.
+    pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
+}
+
+/// A step definition: a file that a step names with `uses: ./steps/clean.yaml`.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "flowrun step definition")]
+pub struct DefinitionSpec {
+    /// One sentence for people.
+    pub about: Option<String>,
+    /// Values for `${{ params.x }}`, typed by their default; `with` of a use changes them.
+    /// One without a default (`n:`) must be given.
+    #[schemars(with = "Option<Map<String, Value>>")]
+    pub params: Option<BTreeMap<String, Value>>,
+    /// Input ports: the type, or a map. The steps inside read one as `in.port`.
+    #[serde(rename = "in")]
+    #[serde(default)]
+    #[schemars(schema_with = "ports_schema")]
+    pub inputs: Option<BTreeMap<String, Value>>,
+    /// Output port to the `step.output` inside that makes it.
+    pub out: Option<BTreeMap<String, String>>,
+    /// Steps by name.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
 }
 
@@ -62,7 +92,8 @@ pub struct ProfileSpec {
 pub struct StepSpec {
     /// One sentence for people.
     pub about: Option<String>,
-    /// Step kind; `flowrun steps` lists them.
+    /// Step kind (`flowrun steps` lists them), or the path of a step definition, relative to
+    /// this file: `./steps/clean.yaml`.
     pub uses: Option<String>,
     /// Shell command. Each port is an environment variable that holds its path.
     pub run: Option<String>,
@@ -100,7 +131,7 @@ pub struct StepSpec {
     /// Named pool that bounds how many such steps run at once.
     pub pool: Option<String>,
     /// Where the step runs.
-    pub runner: Option<String>,
+    pub runner: Option<RunnerSpec>,
     /// Whether results are reused.
     pub cache: Option<CacheSpec>,
     /// Output port to a path in the project tree that is kept equal to it.
@@ -132,6 +163,17 @@ pub struct ResourcesSpec {
     /// GPUs.
     #[schemars(range(min = 0))]
     pub gpu: Option<f64>,
+}
+
+/// Where a step runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunnerSpec {
+    /// In flowrun's own process.
+    Inline,
+    /// In a process of its own, which `resources.memory` bounds, and whose crash fails the step
+    /// alone.
+    Process,
 }
 
 /// Whether results are reused.
@@ -187,5 +229,34 @@ fn env_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": ["object", "null"],
         "additionalProperties": {"type": ["string", "number", "boolean"]}
+    })
+}
+
+fn pools_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": ["object", "null"],
+        "additionalProperties": {"type": "integer", "minimum": 1}
+    })
+}
+
+fn ports_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": ["object", "null"],
+        "additionalProperties": {
+            "oneOf": [
+                {"type": "string", "description": "type of the artifact, or `any`"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"type": "string", "description": "type of the artifact, or `any`"},
+                        "about": {"type": "string", "description": "one sentence for people"},
+                        "optional": {"type": "boolean", "description": "may be left out"},
+                        "many": {"type": "boolean", "description": "takes a list"}
+                    },
+                    "required": ["type"],
+                    "additionalProperties": false
+                }
+            ]
+        }
     })
 }

@@ -1,6 +1,9 @@
 //! Whole files, right and wrong.
 #![allow(clippy::unwrap_used)]
 
+mod definitions;
+mod files;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -161,6 +164,39 @@ fn load_bytes(bytes: &[u8], options: &LoadOptions) -> Result<Pipeline, Diagnosti
     let file = dir.path().join("tiny.yaml");
     std::fs::write(&file, bytes).unwrap();
     load_pipeline(&file, &vocabulary(), options)
+}
+
+/// A folder with these files.
+fn project(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    dir
+}
+
+/// Options with a secret that is set.
+fn load_options(root: &Path) -> LoadOptions {
+    LoadOptions {
+        env: [("TOKEN".to_owned(), "secret".to_owned())].into(),
+        root: Some(root.to_owned()),
+        ..LoadOptions::default()
+    }
+}
+
+/// The mistakes of `main.yaml` as they are shown, paths relative to its folder.
+fn mistakes_in(files: &[(&str, &str)]) -> Vec<String> {
+    let dir = project(files);
+    let options = load_options(dir.path());
+    let loaded = load_pipeline(&dir.path().join("main.yaml"), &vocabulary(), &options);
+    let folder = format!("{}/", dir.path().display());
+    let shown = |d: &Diagnostic| d.render_plain().replace(&folder, "");
+    loaded
+        .err()
+        .map(|found| found.errors.iter().map(shown).collect())
+        .unwrap_or_default()
 }
 
 /// The mistakes as text, with the temporary folder taken out.

@@ -2,28 +2,19 @@
 //! the ports at both ends. Knows nothing of params.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 
 use serde_json::Value;
 
+use super::definition::{INPUTS, Use};
 use super::draft::{Draft, is_port_name};
 use super::expr::has_expression;
 use super::node::{Data, Node};
 use super::resolution::MAX_PARALLEL;
+use super::source::{Drafts, Item, Sources, Supply};
 use super::source_map::{SourceMap, Span};
 use super::suggest;
 use crate::pipeline::{Foreach, ForeachList, Source};
 use crate::step::Port;
-
-/// All steps of a file.
-pub(crate) struct Drafts<'a> {
-    /// In file order.
-    pub(crate) list: Vec<Draft<'a>>,
-    /// Name to place in `list`.
-    pub(crate) by_name: HashMap<&'a str, usize>,
-    /// Project root.
-    pub(crate) root: &'a Path,
-}
 
 /// The wiring of one step.
 #[derive(Default)]
@@ -38,57 +29,108 @@ pub(crate) struct Wiring {
     pub(crate) waits_for: Vec<(usize, Span)>,
 }
 
-/// A source and what comes out of it.
-struct Supply {
-    source: Source,
-    span: Span,
-    /// As written, for messages.
-    shown: String,
-    /// Its type; None when it fits everywhere or is not known.
-    ty: Option<String>,
-    /// Several artifacts.
-    many: bool,
-}
-
-/// What an item of a `foreach` variable is.
-enum Item {
-    /// An artifact of one of these types.
-    Artifact(Vec<Supply>),
-    /// A plain value.
-    Value,
-}
-
 /// Wires one step.
 pub(crate) fn wire(map: &mut SourceMap, drafts: &Drafts<'_>, step: &Draft<'_>) -> Wiring {
     let mut wirer = Wirer {
-        map,
-        drafts,
+        sources: sources(map, drafts),
+        scope: step.scope(),
         step,
         wiring: Wiring::default(),
-        items: HashMap::new(),
     };
     wirer.foreach();
     wirer.inputs();
     wirer.needs();
-    wirer.wiring
+    Wiring {
+        waits_for: wirer.sources.waits_for,
+        ..wirer.wiring
+    }
+}
+
+/// Checks what is given to step definitions, and what they give.
+pub(crate) fn check_uses(map: &mut SourceMap, drafts: &Drafts<'_>) {
+    for (name, used) in drafts.uses {
+        let mut sources = sources(map, drafts);
+        check_use(&mut sources, name, used);
+    }
+}
+
+fn sources<'a, 'b>(map: &'a mut SourceMap, drafts: &'a Drafts<'b>) -> Sources<'a, 'b> {
+    Sources {
+        map,
+        drafts,
+        items: HashMap::new(),
+        waits_for: Vec::new(),
+    }
+}
+
+fn check_use(sources: &mut Sources<'_, '_>, name: &str, used: &Use) {
+    let Some(definition) = &used.definition else {
+        return;
+    };
+    let path = used.node.get("uses").and_then(Node::as_text);
+    let path = path.unwrap_or_default();
+    for (port, entry) in used.node.entries("in") {
+        match definition.inputs.iter().find(|p| p.name == *port) {
+            None => unknown_port(sources, path, port, entry.key, &definition.inputs),
+            Some(port) => {
+                let supplies = sources.supplies(&used.scope, &entry.value);
+                let is_list = entry.value.as_list().is_some();
+                check_port(sources, port, is_list, &supplies, entry.key);
+            }
+        }
+    }
+    let given = |port: &Port| {
+        used.node
+            .get("in")
+            .is_some_and(|n| n.get(&port.name).is_some())
+    };
+    for port in definition
+        .inputs
+        .iter()
+        .filter(|p| !p.optional && !given(p))
+    {
+        missing(sources, path, port, &used.node, used.key);
+    }
+    for entry in definition.outputs.values() {
+        let Some(text) = entry.value.as_text() else {
+            continue;
+        };
+        if text.split_once('.').is_some_and(|(step, _)| step == INPUTS) {
+            let message = format!("`{text}` is an input: an output is made by a step inside");
+            sources.report(entry.value.span, "bad-source", message, None);
+        } else {
+            sources.output(&format!("{name}/"), text, entry.value.span);
+        }
+    }
+    let names = || definition.outputs.keys().map(String::as_str);
+    for (port, entry) in used.node.entries("publish") {
+        if !definition.outputs.contains_key(port) {
+            let help = suggest::help(port, "its outputs", names());
+            let message = format!("`{path}` has no output `{port}`");
+            sources.report(entry.key, "unknown-output", message, help);
+        }
+    }
+    // Who waits is found where the steps inside are wired; here names are checked.
+    needs(sources, &used.scope, &used.node);
 }
 
 struct Wirer<'a, 'b> {
-    map: &'a mut SourceMap,
-    drafts: &'a Drafts<'b>,
+    sources: Sources<'a, 'b>,
+    /// The prefix of the names that the step may use.
+    scope: &'a str,
     step: &'a Draft<'b>,
     wiring: Wiring,
-    items: HashMap<String, Item>,
 }
 
 impl Wirer<'_, '_> {
     fn report(&mut self, at: Span, code: &'static str, message: String, help: Option<String>) {
-        self.map.report(at, code, message, "", help);
+        self.sources.report(at, code, message, help);
     }
 
     // ---- in
 
     fn inputs(&mut self) {
+        let kind = self.step.spec.uses.as_deref().unwrap_or_default();
         let ports = self.step.kind().map(|kind| kind.inputs());
         for (name, entry) in self.step.node.entries("in") {
             let port = match &ports {
@@ -96,284 +138,45 @@ impl Wirer<'_, '_> {
                 Some(ports) => match ports.iter().find(|p| p.name == *name) {
                     Some(port) => Some(port),
                     None => {
-                        self.unknown_port(name, entry.key, ports);
+                        unknown_port(&mut self.sources, kind, name, entry.key, ports);
                         continue;
                     }
                 },
             };
-            let supplies = self.supplies(&entry.value);
+            let errors = self.sources.map.has_errors();
+            let supplies = self.sources.supplies(self.scope, &entry.value);
             if let Some(port) = port {
                 let is_list = entry.value.as_list().is_some();
-                self.check_port(port, is_list, &supplies, entry.key);
+                check_port(&mut self.sources, port, is_list, &supplies, entry.key);
+                if supplies.is_empty() && !port.optional && !port.many && !errors {
+                    self.left_out(port, entry.value.span);
+                }
+            }
+            if supplies.is_empty() && !self.scope.is_empty() {
+                // An input of the definition that this use leaves out.
+                continue;
             }
             let sources = supplies.into_iter().map(|s| s.source).collect();
             self.wiring.inputs.insert(name.clone(), sources);
         }
-        for port in ports.iter().flatten().filter(|p| !p.optional) {
-            if self
-                .step
-                .node
-                .get("in")
-                .and_then(|n| n.get(&port.name))
-                .is_none()
-            {
-                self.missing(port);
-            }
+        let in_node = self.step.node.get("in");
+        let given = |port: &Port| in_node.is_some_and(|n| n.get(&port.name).is_some());
+        for port in ports.iter().flatten().filter(|p| !p.optional && !given(p)) {
+            missing(&mut self.sources, kind, port, self.step.node, self.step.key);
         }
     }
 
-    fn unknown_port(&mut self, name: &str, at: Span, ports: &[Port]) {
-        let kind = self.step.spec.uses.as_deref().unwrap_or_default();
-        let names = ports.iter().map(|p| p.name.as_str());
-        let help = suggest::help(name, "inputs", names).or_else(|| Some("it takes none".into()));
-        self.report(
-            at,
-            "unknown-port",
-            format!("`{kind}` has no input `{name}`"),
-            help,
-        );
-    }
-
-    fn missing(&mut self, port: &Port) {
-        // `in` itself has a wrong shape: that was told already.
-        if self
-            .step
-            .node
-            .get("in")
-            .is_some_and(|n| n.as_map().is_none() && n.data != Data::Null)
-        {
+    /// A port that must be filled has an input that may be left out, and was.
+    fn left_out(&mut self, port: &Port, span: Span) {
+        if self.sources.map.has_error_in(span) {
             return;
         }
-        let kind = self.step.spec.uses.as_deref().unwrap_or_default();
-        let at = self.step.key_of(&["in"]);
-        let message = format!("`{kind}` needs the input `{}`", port.name);
-        let help = format!("{} (type `{}`)", port.about, port.ty);
-        self.report(at, "missing-input", message, Some(help));
-    }
-
-    fn check_port(&mut self, port: &Port, is_list: bool, supplies: &[Supply], key: Span) {
-        for supply in supplies {
-            self.check_type(port, supply);
-        }
-        if port.many {
-            return;
-        }
-        if is_list && supplies.len() > 1 {
-            let message = format!("the input `{}` takes one artifact, not a list", port.name);
-            self.report(key, "list-into-single", message, None);
-            return;
-        }
-        for supply in supplies.iter().filter(|s| s.many) {
-            let message = format!(
-                "`{}` is a list, but `{}` takes one artifact",
-                supply.shown, port.name
-            );
-            let help = format!(
-                "run the step once for each: `foreach: {{ item: {} }}` and `{}: ${{{{ item.item }}}}`",
-                supply.shown, port.name
-            );
-            self.report(supply.span, "list-into-single", message, Some(help));
-        }
-    }
-
-    fn check_type(&mut self, port: &Port, supply: &Supply) {
-        let each = match &supply.source {
-            Source::Item(name) => match self.items.get(name) {
-                Some(Item::Artifact(each)) => each.as_slice(),
-                _ => return,
-            },
-            _ => std::slice::from_ref(supply),
-        };
-        let Some(wrong) = each.iter().find(|s| !fits(s.ty.as_deref(), port)) else {
-            return;
-        };
-        let ty = wrong.ty.as_deref().unwrap_or_default();
         let message = format!(
-            "`{}` is `{ty}`, but the input `{}` takes `{}`",
-            wrong.shown, port.name, port.ty
+            "the input `{}` must be given, but this use leaves it out",
+            port.name
         );
-        let help = self.outputs_of_type(&port.ty);
-        self.report(supply.span, "port-type", message, help);
-    }
-
-    /// Outputs that would fit, for help.
-    fn outputs_of_type(&self, ty: &str) -> Option<String> {
-        let mut found = Vec::new();
-        for draft in &self.drafts.list {
-            for port in draft.outputs.iter().flatten().filter(|p| p.ty == ty) {
-                found.push(format!("{}.{}", draft.name, port.name));
-            }
-            if found.len() > 12 {
-                break;
-            }
-        }
-        let found: Vec<&str> = found.iter().map(String::as_str).collect();
-        (!found.is_empty()).then(|| format!("outputs of type `{ty}`: {}", suggest::list(&found)))
-    }
-
-    // ---- sources
-
-    fn supplies(&mut self, node: &Node) -> Vec<Supply> {
-        match &node.data {
-            Data::List(items) => items.iter().filter_map(|item| self.supply(item)).collect(),
-            _ => self.supply(node).into_iter().collect(),
-        }
-    }
-
-    fn supply(&mut self, node: &Node) -> Option<Supply> {
-        match &node.data {
-            Data::Text(text) if has_expression(text) => self.item(text, node.span),
-            Data::Text(text) => self.output(text, node.span),
-            Data::Map(_) => self.file(node),
-            // Told when the shape was checked.
-            _ => None,
-        }
-    }
-
-    /// `${{ item.x }}`
-    fn item(&mut self, text: &str, span: Span) -> Option<Supply> {
-        if self.map.has_error_in(span) {
-            return None;
-        }
-        let inner = text
-            .trim()
-            .strip_prefix("${{")
-            .and_then(|t| t.strip_suffix("}}"));
-        let name = inner
-            .and_then(|t| t.trim().strip_prefix("item."))
-            .filter(|n| is_port_name(n));
-        let Some(name) = name else {
-            let help = "write `${{ item.x }}` alone, or `step.output`".to_owned();
-            let message = "an input takes a whole item, not a text made from it".to_owned();
-            self.report(span, "bad-source", message, Some(help));
-            return None;
-        };
-        if matches!(self.items.get(name), Some(Item::Value)) {
-            let message = format!("`item.{name}` is a plain value, not an artifact");
-            let help = "plain values are used in `with` or `env`".to_owned();
-            self.report(span, "port-type", message, Some(help));
-            return None;
-        }
-        let source = Source::Item(name.to_owned());
-        Some(Supply {
-            source,
-            span,
-            shown: format!("item.{name}"),
-            ty: None,
-            many: false,
-        })
-    }
-
-    /// `step.output`
-    fn output(&mut self, text: &str, span: Span) -> Option<Supply> {
-        let Some((step, output)) = text.split_once('.') else {
-            self.no_output_named(text, span);
-            return None;
-        };
-        let Some(index) = self.drafts.by_name.get(step).copied() else {
-            self.unknown_step(text, step, span);
-            return None;
-        };
-        self.wiring.waits_for.push((index, span));
-        let draft = &self.drafts.list[index];
-        let mut supply = Supply {
-            source: Source::Output {
-                step: step.to_owned(),
-                output: output.to_owned(),
-            },
-            span,
-            shown: text.to_owned(),
-            ty: None,
-            many: draft.fans_out(),
-        };
-        let Some(ports) = &draft.outputs else {
-            return Some(supply);
-        };
-        let Some(port) = ports.iter().find(|p| p.name == output) else {
-            let names: Vec<&str> = ports.iter().map(|p| p.name.as_str()).collect();
-            let help = suggest::nearest(output, names.iter().copied())
-                .map(|best| format!("did you mean `{step}.{best}`?"))
-                .or_else(|| suggest::help(output, "its outputs", names))
-                .or_else(|| Some("it has none".to_owned()));
-            let message = format!("the step `{step}` has no output `{output}`");
-            self.report(span, "unknown-output", message, help);
-            return None;
-        };
-        supply.many |= port.many;
-        // What a command writes has the type that its reader asks for.
-        supply.ty = (!draft.is_run()).then(|| port.ty.clone());
-        Some(supply)
-    }
-
-    fn unknown_step(&mut self, text: &str, step: &str, span: Span) {
-        let steps: Vec<&str> = self.drafts.list.iter().map(|d| d.name).collect();
-        let output = text
-            .split_once('.')
-            .map(|(_, output)| output)
-            .unwrap_or_default();
-        let help = if self.drafts.root.join(text).exists() || text.contains('/') {
-            Some(format!(
-                "for a file of the project write `{{ file: {text} }}`"
-            ))
-        } else {
-            suggest::nearest(step, steps.iter().copied())
-                .map(|best| format!("did you mean `{best}.{output}`?"))
-                .or_else(|| suggest::help(step, "steps", steps))
-        };
-        self.report(
-            span,
-            "unknown-step",
-            format!("there is no step `{step}`"),
-            help,
-        );
-    }
-
-    /// A text without a dot.
-    fn no_output_named(&mut self, text: &str, span: Span) {
-        let Some(index) = self.drafts.by_name.get(text) else {
-            if text.contains('/') || text.is_empty() || self.drafts.root.join(text).exists() {
-                let help = format!("for a file of the project write `{{ file: {text} }}`");
-                let message = format!("`{text}` is not an output of a step");
-                return self.report(span, "bad-source", message, Some(help));
-            }
-            return self.unknown_step(text, text, span);
-        };
-        let ports = self.drafts.list[*index].outputs.iter().flatten();
-        let names: Vec<String> = ports.map(|p| format!("{text}.{}", p.name)).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let help = (!names.is_empty()).then(|| format!("write {}", suggest::list(&names)));
-        let message = format!("which output of `{text}`?");
-        self.report(span, "bad-source", message, help);
-    }
-
-    /// `{ file: path }`
-    fn file(&mut self, node: &Node) -> Option<Supply> {
-        let file = node.get("file")?;
-        let path = file.as_text()?;
-        if has_expression(path) {
-            if !self.map.has_error_in(file.span) {
-                let message = "a file is known before the run; it cannot depend on `item`";
-                self.report(file.span, "bad-source", message.to_owned(), None);
-            }
-            return None;
-        }
-        if path.is_empty() || !self.drafts.root.join(path).exists() {
-            let help = format!("paths are relative to {}", shown_root(self.drafts.root));
-            self.report(
-                file.span,
-                "missing-file",
-                format!("there is no file `{path}`"),
-                Some(help),
-            );
-            return None;
-        }
-        Some(Supply {
-            source: Source::File(path.into()),
-            span: file.span,
-            shown: path.to_owned(),
-            ty: None,
-            many: false,
-        })
+        let help = "give it, or make the definition's input one that is not `optional`".to_owned();
+        self.report(span, "missing-input", message, Some(help));
     }
 
     // ---- foreach
@@ -412,8 +215,7 @@ impl Wirer<'_, '_> {
         {
             let message = format!("`{name}` has {other} values, but `{first}` has {length}");
             let help = "several variables are walked in step, so their lists are equally long";
-            self.map
-                .report(*at, "foreach-length", message, "", Some(help.to_owned()));
+            self.report(*at, "foreach-length", message, Some(help.to_owned()));
         }
         if entries.keys().all(|k| k == MAX_PARALLEL) {
             let at = self.step.key_of(&["foreach"]);
@@ -431,27 +233,31 @@ impl Wirer<'_, '_> {
     fn foreach_list(&mut self, name: &str, node: &Node) -> Option<ForeachList> {
         match &node.data {
             Data::Text(text) if has_expression(text) => {
-                if !self.map.has_error_in(node.span) {
+                if !self.sources.map.has_error_in(node.span) {
                     let message = "`foreach` walks a list known here".to_owned();
                     self.report(node.span, "bad-source", message, None);
                 }
                 None
             }
             Data::Text(text) => {
-                let supply = self.output(text, node.span)?;
-                if supply.ty.is_some() && !supply.many {
+                let supplies = self.sources.output(self.scope, text, node.span);
+                if let [supply] = supplies.as_slice()
+                    && supply.ty.is_some()
+                    && !supply.many
+                {
                     let message = format!("`{text}` is one artifact, not a list");
                     let help = format!("to walk just this one write `[{text}]`");
                     self.report(node.span, "foreach-single", message, Some(help));
                 }
-                Some(self.artifacts(name, vec![supply]))
+                Some(self.artifacts(name, supplies))
             }
             Data::List(items) if self.are_sources(items) => {
-                let supplies = items.iter().filter_map(|item| self.element(item)).collect();
+                let each = items.iter().map(|item| self.element(item));
+                let supplies = each.collect::<Vec<_>>().into_iter().flatten().collect();
                 Some(self.artifacts(name, supplies))
             }
             Data::List(items) => {
-                self.items.insert(name.to_owned(), Item::Value);
+                self.sources.items.insert(name.to_owned(), Item::Value);
                 let values: Vec<Value> = items.iter().map(Node::to_value).collect();
                 Some(ForeachList::Values(values))
             }
@@ -460,19 +266,29 @@ impl Wirer<'_, '_> {
     }
 
     /// One element of a list of artifacts.
-    fn element(&mut self, node: &Node) -> Option<Supply> {
+    fn element(&mut self, node: &Node) -> Vec<Supply> {
         if node.as_map().is_some() {
             let message = "`foreach` walks outputs of steps, not files".to_owned();
             let help = "walk the file names: they are plain values, for `with` or `run`".to_owned();
             self.report(node.span, "bad-source", message, Some(help));
-            return None;
+            return Vec::new();
         }
-        self.supply(node)
+        self.sources.supply(self.scope, node)
     }
 
     fn artifacts(&mut self, name: &str, supplies: Vec<Supply>) -> ForeachList {
+        let file = supplies
+            .iter()
+            .find(|s| matches!(s.source, Source::File(_)));
+        if let Some(supply) = file {
+            let (span, shown) = (supply.span, supply.shown.clone());
+            let message = format!("`foreach` walks outputs of steps, but `{shown}` is a file here");
+            self.report(span, "bad-source", message, None);
+        }
         let sources = supplies.iter().map(|s| s.source.clone()).collect();
-        self.items.insert(name.to_owned(), Item::Artifact(supplies));
+        self.sources
+            .items
+            .insert(name.to_owned(), Item::Artifact(supplies));
         ForeachList::Artifacts(sources)
     }
 
@@ -490,8 +306,10 @@ impl Wirer<'_, '_> {
                     if !is_port_name(output) {
                         return false;
                     }
-                    certain |= self.drafts.by_name.contains_key(step)
-                        || suggest::nearest(step, self.drafts.by_name.keys().copied()).is_some();
+                    let drafts = self.sources.drafts;
+                    certain |= drafts.named(self.scope, step).is_some()
+                        || (step == INPUTS && !self.scope.is_empty())
+                        || suggest::nearest(step, drafts.names(self.scope)).is_some();
                 }
                 _ => return false,
             }
@@ -501,50 +319,146 @@ impl Wirer<'_, '_> {
 
     // ---- needs
 
+    /// What the step must wait for, and what the uses around it must.
     fn needs(&mut self) {
-        let list = self
-            .step
-            .node
-            .get("needs")
-            .and_then(Node::as_list)
-            .unwrap_or_default();
-        for item in list {
-            let Some(name) = item.as_text().filter(|t| !has_expression(t)) else {
-                continue;
-            };
-            match self.drafts.by_name.get(name) {
-                Some(index) => {
-                    self.wiring.waits_for.push((*index, item.span));
-                    if !self.wiring.needs.iter().any(|n| n == name) {
-                        self.wiring.needs.push(name.to_owned());
-                    }
-                }
-                None => {
-                    let steps = self.drafts.list.iter().map(|d| d.name);
-                    let help = match name.split_once('.') {
-                        Some((step, _)) if self.drafts.by_name.contains_key(step) => {
-                            Some(format!("`needs` takes the step alone: `{step}`"))
-                        }
-                        _ => suggest::help(name, "steps", steps),
-                    };
-                    let message = format!("there is no step `{name}`");
-                    self.report(item.span, "unknown-step", message, help);
-                }
+        let mut wants = needs(&mut self.sources, self.scope, self.step.node);
+        let uses = self.sources.drafts.uses;
+        let mut around = self.scope.strip_suffix('/').and_then(|name| uses.get(name));
+        while let Some(used) = around {
+            // Told once, where the use is checked.
+            wants.extend(needs(&mut self.sources, &used.scope, &used.node));
+            around = used.scope.strip_suffix('/').and_then(|name| uses.get(name));
+        }
+        for (index, span) in wants {
+            self.sources.waits_for.push((index, span));
+            let name = self.sources.drafts.list[index].name;
+            if !self.wiring.needs.iter().any(|n| n == name) {
+                self.wiring.needs.push(name.to_owned());
             }
         }
     }
 }
 
+/// The steps that the `needs` of a step or a use name, and where.
+fn needs(sources: &mut Sources<'_, '_>, scope: &str, node: &Node) -> Vec<(usize, Span)> {
+    let list = node.get("needs").and_then(Node::as_list);
+    let mut found = Vec::new();
+    for item in list.unwrap_or_default() {
+        let Some(name) = item.as_text().filter(|t| !has_expression(t)) else {
+            continue;
+        };
+        if sources.is_inside(scope, name, item.span) {
+            continue;
+        }
+        match sources.drafts.named(scope, name) {
+            Some(steps) => found.extend(steps.into_iter().map(|step| (step, item.span))),
+            None => {
+                let names = sources.drafts.names(scope);
+                let help = match name.split_once('.') {
+                    Some((step, _)) if names.contains(&step) => {
+                        Some(format!("`needs` takes the step alone: `{step}`"))
+                    }
+                    _ => suggest::help(name, "steps", names),
+                };
+                let message = format!("there is no step `{name}`");
+                sources.report(item.span, "unknown-step", message, help);
+            }
+        }
+    }
+    found
+}
+
+fn unknown_port(sources: &mut Sources<'_, '_>, kind: &str, name: &str, at: Span, ports: &[Port]) {
+    let names = ports.iter().map(|p| p.name.as_str());
+    let help = suggest::help(name, "inputs", names).or_else(|| Some("it takes none".into()));
+    let message = format!("`{kind}` has no input `{name}`");
+    sources.report(at, "unknown-port", message, help);
+}
+
+/// `node` does not fill a port; `key` is where its name is written.
+fn missing(sources: &mut Sources<'_, '_>, kind: &str, port: &Port, node: &Node, key: Span) {
+    // `in` itself has a wrong shape: that was told already.
+    let shapeless = |n: &Node| n.as_map().is_none() && n.data != Data::Null;
+    if node.get("in").is_some_and(shapeless) {
+        return;
+    }
+    let at = node.place(&["in".to_owned()], true, key);
+    let message = format!("`{kind}` needs the input `{}`", port.name);
+    let help = if port.about.is_empty() {
+        format!("an artifact of type `{}`", port.ty)
+    } else {
+        format!("{} (type `{}`)", port.about, port.ty)
+    };
+    sources.report(at, "missing-input", message, Some(help));
+}
+
+fn check_port(
+    sources: &mut Sources<'_, '_>,
+    port: &Port,
+    is_list: bool,
+    supplies: &[Supply],
+    key: Span,
+) {
+    for supply in supplies {
+        check_type(sources, port, supply);
+    }
+    if port.many {
+        return;
+    }
+    if is_list && supplies.len() > 1 {
+        let message = format!("the input `{}` takes one artifact, not a list", port.name);
+        sources.report(key, "list-into-single", message, None);
+        return;
+    }
+    for supply in supplies.iter().filter(|s| s.many) {
+        let message = format!(
+            "`{}` is a list, but `{}` takes one artifact",
+            supply.shown, port.name
+        );
+        let help = format!(
+            "run the step once for each: `foreach: {{ item: {} }}` and `{}: ${{{{ item.item }}}}`",
+            supply.shown, port.name
+        );
+        sources.report(supply.span, "list-into-single", message, Some(help));
+    }
+}
+
+fn check_type(sources: &mut Sources<'_, '_>, port: &Port, supply: &Supply) {
+    let each = match &supply.source {
+        Source::Item(name) => match sources.items.get(name) {
+            Some(Item::Artifact(each)) => each.as_slice(),
+            _ => return,
+        },
+        _ => std::slice::from_ref(supply),
+    };
+    let Some(wrong) = each.iter().find(|s| !fits(s.ty.as_deref(), port)) else {
+        return;
+    };
+    let ty = wrong.ty.as_deref().unwrap_or_default();
+    let message = format!(
+        "`{}` is `{ty}`, but the input `{}` takes `{}`",
+        wrong.shown, port.name, port.ty
+    );
+    let help = outputs_of_type(sources.drafts, &port.ty);
+    sources.report(supply.span, "port-type", message, help);
+}
+
+/// Outputs that would fit, for help.
+fn outputs_of_type(drafts: &Drafts<'_>, ty: &str) -> Option<String> {
+    let mut found = Vec::new();
+    for draft in &drafts.list {
+        for port in draft.outputs.iter().flatten().filter(|p| p.ty == ty) {
+            found.push(format!("{}.{}", draft.name, port.name));
+        }
+        if found.len() > 12 {
+            break;
+        }
+    }
+    let found: Vec<&str> = found.iter().map(String::as_str).collect();
+    (!found.is_empty()).then(|| format!("outputs of type `{ty}`: {}", suggest::list(&found)))
+}
+
 /// Whether an artifact of type `ty` may be handed to `port`.
 fn fits(ty: Option<&str>, port: &Port) -> bool {
     ty.is_none_or(|ty| ty == port.ty || ty == "any" || port.ty == "any")
-}
-
-fn shown_root(root: &Path) -> String {
-    let text = root.display().to_string();
-    if text.is_empty() {
-        "the folder you are in".into()
-    } else {
-        format!("`{text}`")
-    }
 }

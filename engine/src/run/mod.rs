@@ -259,7 +259,7 @@ impl Selection {
         let all: BTreeSet<String> = pipeline.steps.iter().map(|s| s.name.clone()).collect();
         let named = [&options.from, &options.until, &options.only];
         for name in named.into_iter().flatten() {
-            if !all.contains(name) {
+            if pipeline.named(name).is_empty() {
                 return Err(RunError::NoStep {
                     name: name.clone(),
                     steps: pipeline.steps.iter().map(|s| s.name.clone()).collect(),
@@ -268,14 +268,17 @@ impl Selection {
         }
         let mut steps = all.clone();
         let mut forced = if options.force { all } else { BTreeSet::new() };
-        if let Some(from) = &options.from {
-            forced.extend(dag.cone(from));
+        // A name may stand for all steps of a use of a step definition.
+        let meant = |name: &String| pipeline.named(name).into_iter().map(|s| s.name.clone());
+        for from in options.from.iter().flat_map(meant) {
+            forced.extend(dag.cone(&from));
         }
         for last in options.until.iter().chain(&options.only) {
-            let needed = dag.needed_for(last);
+            let needed: BTreeSet<String> =
+                meant(last).flat_map(|step| dag.needed_for(&step)).collect();
             steps.retain(|step| needed.contains(step));
         }
-        forced.extend(options.only.clone());
+        forced.extend(options.only.iter().flat_map(meant));
         Ok(Self { steps, forced })
     }
 }

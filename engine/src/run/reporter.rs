@@ -14,6 +14,9 @@ use crate::step::StepReporter;
 /// At most ten progress events a second for each step.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
+/// Bytes of a line of a secret from which on it is hidden by itself.
+const LINE: usize = 4;
+
 /// Hides the values of secrets.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Mask(Arc<Vec<String>>);
@@ -21,6 +24,11 @@ pub(super) struct Mask(Arc<Vec<String>>);
 impl Mask {
     pub(super) fn new(values: impl IntoIterator<Item = String>) -> Self {
         let mut values: Vec<String> = values.into_iter().filter(|v| !v.is_empty()).collect();
+        // Logs are written line by line.
+        let several = values.iter().filter(|v| v.contains('\n'));
+        let lines = several.flat_map(|v| v.lines()).filter(|l| l.len() >= LINE);
+        let lines: Vec<String> = lines.map(str::to_owned).collect();
+        values.extend(lines);
         // A secret that holds another is hidden whole.
         values.sort_by_key(|v| std::cmp::Reverse(v.len()));
         values.dedup();
@@ -108,5 +116,7 @@ mod tests {
     fn a_longer_secret_is_hidden_whole() {
         let mask = Mask::new(["key".to_owned(), "key-2".to_owned(), String::new()]);
         assert_eq!(mask.apply("key-2, key, none"), "***, ***, none");
+        let mask = Mask::new(["first line\n}\nlast line".to_owned()]);
+        assert_eq!(mask.apply("a last line }"), "a *** }");
     }
 }

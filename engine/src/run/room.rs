@@ -14,8 +14,6 @@ pub struct Capacity {
     pub memory: u64,
     /// GPUs; zero means one.
     pub gpu: f64,
-    /// Places in a named pool; one that is not named here has one.
-    pub pools: BTreeMap<String, usize>,
 }
 
 /// What is in use.
@@ -24,11 +22,17 @@ pub(super) struct Room {
     capacity: Capacity,
     running: usize,
     used: Resources,
+    /// Places in each named pool.
+    places: BTreeMap<String, usize>,
     pools: BTreeMap<String, usize>,
 }
 
 impl Room {
-    pub(super) fn new(jobs: usize, mut capacity: Capacity) -> Self {
+    pub(super) fn new(
+        jobs: usize,
+        mut capacity: Capacity,
+        places: BTreeMap<String, usize>,
+    ) -> Self {
         let jobs = jobs.max(1);
         if capacity.cpu <= 0.0 {
             capacity.cpu = jobs as f64;
@@ -44,8 +48,28 @@ impl Room {
             capacity,
             running: 0,
             used: Resources::default(),
+            places,
             pools: BTreeMap::new(),
         }
+    }
+
+    /// What a step asks for beyond what there is, in words: it then runs alone. None when it fits.
+    pub(super) fn beyond(&self, node: &StepNode) -> Option<String> {
+        let want = &node.resources;
+        let mut parts = Vec::new();
+        if want.cpu > self.capacity.cpu {
+            parts.push(format!("{} cores of {}", want.cpu, self.capacity.cpu));
+        }
+        if want.gpu > self.capacity.gpu {
+            parts.push(format!("{} GPUs of {}", want.gpu, self.capacity.gpu));
+        }
+        if want.memory > self.capacity.memory {
+            let gb = |bytes: u64| bytes as f64 / 1e9;
+            let (want, have) = (gb(want.memory), gb(self.capacity.memory));
+            parts.push(format!("{want:.1} GB of memory of {have:.1} GB"));
+        }
+        let text = || format!("asks for {}; it runs alone", parts.join(" and "));
+        (!parts.is_empty()).then(text)
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -56,7 +80,7 @@ impl Room {
     pub(super) fn fits(&self, node: &StepNode, running: usize) -> bool {
         let max_parallel = node.foreach.as_ref().and_then(|f| f.max_parallel);
         let pool_is_free = node.pool.as_ref().is_none_or(|pool| {
-            let places = self.capacity.pools.get(pool).copied().unwrap_or(1).max(1);
+            let places = self.places.get(pool).copied().unwrap_or(1).max(1);
             self.pools.get(pool).copied().unwrap_or(0) < places
         });
         let share = |demand: f64, used: f64, all: f64| {
@@ -118,7 +142,7 @@ mod tests {
             memory: 100,
             ..Capacity::default()
         };
-        let mut room = Room::new(4, capacity);
+        let mut room = Room::new(4, capacity, BTreeMap::new());
         let (free, big) = (wanting(0.0, 0, 0.0), wanting(3.0, 60, 0.5));
         assert!(room.fits(&big, 0));
         room.take(&big);
@@ -134,12 +158,23 @@ mod tests {
     }
 
     #[test]
-    fn pools_and_jobs_have_places() {
+    fn what_is_asked_for_beyond_the_machine_is_told() {
         let capacity = Capacity {
-            pools: BTreeMap::from([("two".to_owned(), 2)]),
+            memory: 8_000_000_000,
             ..Capacity::default()
         };
-        let mut room = Room::new(3, capacity);
+        let room = Room::new(4, capacity, BTreeMap::new());
+        assert_eq!(room.beyond(&wanting(4.0, 8_000_000_000, 1.0)), None);
+        assert_eq!(
+            room.beyond(&wanting(64.0, 16_000_000_000, 0.0)).as_deref(),
+            Some("asks for 64 cores of 4 and 16.0 GB of memory of 8.0 GB; it runs alone")
+        );
+    }
+
+    #[test]
+    fn pools_and_jobs_have_places() {
+        let places = BTreeMap::from([("two".to_owned(), 2)]);
+        let mut room = Room::new(3, Capacity::default(), places);
         let pooled = |pool: &str| {
             let mut step = node("s");
             step.pool = Some(pool.to_owned());

@@ -65,6 +65,8 @@ pub(super) struct Scheduler {
     ready: VecDeque<Place>,
     lookers: usize,
     room: Room,
+    /// Steps of which it was said that they ask for more than there is.
+    beyond: BTreeSet<usize>,
     running: usize,
     /// Keys of attempts under way, and who else wants them.
     keys: BTreeMap<ActionKey, Vec<Place>>,
@@ -123,7 +125,11 @@ impl Scheduler {
             }
         }
         Self {
-            room: Room::new(options.jobs, options.capacity.clone()),
+            room: Room::new(
+                options.jobs,
+                options.capacity.clone(),
+                pipeline.pools.clone(),
+            ),
             pipeline,
             worker: Arc::new(worker),
             options,
@@ -133,6 +139,7 @@ impl Scheduler {
             looks: VecDeque::new(),
             ready: VecDeque::new(),
             lookers: 0,
+            beyond: BTreeSet::new(),
             running: 0,
             keys: BTreeMap::new(),
             settled: VecDeque::new(),
@@ -242,6 +249,7 @@ impl Scheduler {
 
     fn start_attempt(&mut self, place: Place) {
         let request = Arc::clone(&self.item(place).request);
+        self.tell_beyond(place.0);
         let Phase::Ready(keyed, why) = self.set_phase(place, Phase::Busy) else {
             return;
         };
@@ -268,6 +276,17 @@ impl Scheduler {
             // The scheduler listens while anything is under way.
             let _ = tell.send(Message::Ended(place, Box::new(end)));
         });
+    }
+
+    /// Says once of a step that it asks for more than the machine has.
+    fn tell_beyond(&mut self, i: usize) {
+        let node = Arc::clone(&self.steps[i].node);
+        if let Some(text) = self.room.beyond(&node)
+            && self.beyond.insert(i)
+        {
+            let step = Some(node.name.clone());
+            self.worker.send(RunEvent::Warning { step, text });
+        }
     }
 
     fn looked(&mut self, place: Place, looked: Looked) {

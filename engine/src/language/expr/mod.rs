@@ -207,6 +207,25 @@ pub(crate) fn condition<'a>(text: &'a str, scope: &Scope) -> Result<&'a str, Exp
     Ok(source)
 }
 
+/// A condition with all that is known filled in: `true`, `false`, or one that asks for `item`.
+///
+/// # Errors
+/// A mistake in it, or a value that is neither true nor false.
+pub(crate) fn close_condition(text: &str, scope: &Scope) -> Result<String, ExprError> {
+    let source = condition(text, scope)?;
+    if refers_to_item(source) {
+        return fill(source, &scope.context);
+    }
+    match evaluate(source, &scope.context)? {
+        Value::Bool(holds) => Ok(holds.to_string()),
+        other => {
+            let what = super::node::describe(&other);
+            let message = format!("`{source}` is {what}, not true or false");
+            Err(ExprError::new(source, "expression", message))
+        }
+    }
+}
+
 /// Checks names and form of an expression; true when it refers to `item`.
 fn check(source: &str, scope: &Scope) -> Result<bool, ExprError> {
     let tokens = tokens(source)?;

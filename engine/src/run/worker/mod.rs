@@ -19,7 +19,7 @@ use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
-use outputs::inside;
+use outputs::{command_metrics, inside};
 use watchdog::Watchdog;
 
 use super::reporter::{EventReporter, Mask};
@@ -27,8 +27,9 @@ use crate::event::RunEvent;
 use crate::expansion::{ActionRequest, Expressions, kind_of};
 use crate::history::History;
 use crate::lookup::{Found, Keyed, Lookup};
-use crate::pipeline::{Action, CachePolicy, Pipeline};
+use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
 use crate::record::{file_name, log_path, timestamp};
+use crate::runner::{panicked, runner_of};
 use crate::sandbox::{Sandbox, inherited, timed_out};
 use crate::step::{
     Cancel, InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
@@ -292,7 +293,12 @@ impl Worker {
         let outcome = match &request.node.action {
             Action::Run(_) => self
                 .run_command(request, inputs, &scratch, &cancel, &reporter)
-                .map(|()| StepOutcome::default()),
+                .map_err(|error| may_pass(error, &request.node))
+                .and_then(|()| command_metrics(request, &out_dir))
+                .map(|metrics| StepOutcome {
+                    metrics,
+                    ..StepOutcome::default()
+                }),
             Action::Uses(step) => {
                 let ctx = StepContext {
                     step: request.id.clone(),
@@ -308,7 +314,7 @@ impl Worker {
                     reporter,
                     cancel,
                 };
-                self.run_step(step.as_ref(), &ctx, request.node.timeout)
+                self.run_step(step.as_ref(), &ctx, &request.node)
             }
         };
         // First of all: a failure may come of an input that somebody spoilt.
@@ -335,11 +341,12 @@ impl Worker {
         &self,
         step: &dyn Step,
         ctx: &StepContext,
-        timeout: Option<Duration>,
+        node: &StepNode,
     ) -> Result<StepOutcome, StepError> {
-        let watch = timeout.map(|limit| Watchdog::start(limit, ctx.cancel.clone()));
-        let outcome = catch_unwind(AssertUnwindSafe(|| step.run(ctx)))
-            .unwrap_or_else(|panic| Err(panicked(&*panic)));
+        let watch = node
+            .timeout
+            .map(|limit| Watchdog::start(limit, ctx.cancel.clone()));
+        let outcome = runner_of(node, &ctx.world).run(step, ctx);
         let late = watch.and_then(Watchdog::stop);
         match outcome {
             Ok(outcome) => Ok(outcome),
@@ -488,14 +495,13 @@ fn folder(parent: &Path, name: &str) -> Result<PathBuf, StepError> {
     Ok(path)
 }
 
-fn panicked(panic: &(dyn std::any::Any + Send)) -> StepError {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("no message");
-    StepError::failed(format!("the step panicked: {text}"))
-        .help("this is a fault of the step, not of the pipeline")
+/// Nobody knows why a command failed: one that declares `retry` says itself that it may pass.
+fn may_pass(error: StepError, node: &StepNode) -> StepError {
+    let kind = match error.kind {
+        StepErrorKind::Failed if node.retry.times > 0 => StepErrorKind::Transient,
+        kind => kind,
+    };
+    StepError { kind, ..error }
 }
 
 fn cache_error(error: CacheError) -> StepError {

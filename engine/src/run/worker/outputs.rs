@@ -6,10 +6,12 @@ use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use flowrun_cache::{ActionResult, Artifact, ListItem, OutputRecord, OutputValue};
+use serde_json::Value;
 
 use super::{Trouble, Worker, broken_or_failed, cache_error};
 use crate::event::OutputInfo;
 use crate::expansion::ActionRequest;
+use crate::pipeline::METRICS;
 use crate::run::Outputs;
 use crate::step::{Port, StepError, StepOutcome};
 
@@ -120,6 +122,27 @@ impl Worker {
         let outputs = outputs.iter();
         outputs.map(|(port, o)| (port.clone(), info(o))).collect()
     }
+}
+
+/// The metrics of a command: the top level of its output `metrics`, a JSON file, if it has one.
+pub(super) fn command_metrics(
+    request: &ActionRequest,
+    out_dir: &Path,
+) -> Result<BTreeMap<String, Value>, StepError> {
+    let Some(path) = request.node.out_paths.get(METRICS) else {
+        return Ok(BTreeMap::new());
+    };
+    // One that was not written is told with the other outputs.
+    let Ok(text) = std::fs::read(inside(out_dir, path)?) else {
+        return Ok(BTreeMap::new());
+    };
+    serde_json::from_slice(&text).map_err(|e| {
+        let id = &request.id;
+        StepError::failed(format!(
+            "the output `{METRICS}` of `{id}` holds no metrics: {e}"
+        ))
+        .help("write a JSON object: `{\"accuracy\": 0.9}`")
+    })
 }
 
 /// `path` below `folder`; an error if it would leave it.

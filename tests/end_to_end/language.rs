@@ -1,0 +1,319 @@
+//! What the pipeline language promises, through the real binary.
+
+use std::path::{Path, PathBuf};
+
+use crate::project::{Project, Run};
+
+fn example(name: &str) -> Project {
+    let project = Project::new();
+    project.copy_example(name, "");
+    project
+}
+
+#[test]
+fn definitions_run_are_cached_and_shown_as_steps_of_their_use() {
+    let project = example("definitions");
+    let args = ["pipeline.yaml", "--json"];
+    let first = project.run(&args).ok();
+    let mut ran = first.steps("ran");
+    ran.sort();
+    let inner = ["fruit/rank", "fruit/split", "trees/rank", "trees/split"];
+    assert_eq!(ran[0], "both");
+    assert_eq!(ran[1..], inner);
+    let counts = |name: &str| {
+        project
+            .read(name)
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        counts("results/all.txt"),
+        ["3", "apple", "2", "and", "3", "oak"]
+    );
+    assert_eq!(counts("results/trees.txt"), ["3", "oak"]);
+    // Another name of the use is the same work.
+    project.edit("pipeline.yaml", "  fruit:\n", "  berries:\n");
+    project.edit("pipeline.yaml", "fruit: fruit.top", "fruit: berries.top");
+    let renamed = project.run(&args).ok();
+    assert!(
+        renamed.steps("ran").is_empty(),
+        "{:?}",
+        renamed.steps("ran")
+    );
+    // A param of one use touches that one alone, and only the step that reads it.
+    let changed = project
+        .run(&["pipeline.yaml", "--json", "--set", "n=1"])
+        .ok();
+    assert_eq!(changed.steps("ran"), ["berries/rank", "both"]);
+    let plan = project.run(&["plan", "pipeline.yaml"]).ok().stdout;
+    assert!(
+        plan.contains("berries/split") && plan.contains("trees/rank"),
+        "{plan}"
+    );
+    let why = project
+        .run(&["why", "berries", "pipeline.yaml", "--set", "n=3"])
+        .ok()
+        .stdout;
+    assert!(why.contains("berries/split: cached"), "{why}");
+    assert!(
+        why.contains("berries/rank: run\n    the command changed"),
+        "{why}"
+    );
+    let graph = project.run(&["graph", "pipeline.yaml"]).ok().stdout;
+    assert!(
+        graph.contains("trees/rank") && graph.contains("← trees/split"),
+        "{graph}"
+    );
+    let from = project
+        .run(&["pipeline.yaml", "--json", "--from", "trees"])
+        .ok();
+    let mut again = from.steps("ran");
+    again.sort();
+    assert_eq!(again, ["both", "trees/rank", "trees/split"]);
+}
+
+#[test]
+fn a_mistake_in_a_definition_is_shown_there_and_at_its_uses() {
+    let project = example("definitions");
+    project.edit("top-words.yaml", "words: split.words", "words: split.wrods");
+    let run = project.run(&["check", "pipeline.yaml"]);
+    assert_eq!(run.code, Some(3));
+    for part in [
+        "top-words.yaml:17:18: error: the step `split` has no output `wrods`",
+        "note: used by the step `fruit` at pipeline.yaml:8:11",
+        "note: used by the step `trees` at pipeline.yaml:13:11",
+        "did you mean `split.words`?",
+        "1 error; nothing was run",
+    ] {
+        assert!(run.stderr.contains(part), "{part} in\n{}", run.stderr);
+    }
+}
+
+#[test]
+fn the_pools_example_runs() {
+    let project = example("pools");
+    let run = project.run(&["pipeline.yaml", "--json", "-j", "4"]).ok();
+    assert_eq!(run.steps("ran").len(), 5);
+    assert_eq!(project.read("results/heaviest.txt").trim(), "apple 5");
+    let one_less = [
+        "pipeline.yaml",
+        "--json",
+        "--set",
+        "fruit=[pear, apple, plum]",
+    ];
+    let run = project.run(&one_less);
+    assert_eq!(run.code, Some(5), "the gate asks for four items");
+    assert_eq!(
+        run.steps("cached").len(),
+        3,
+        "items are cached one by one, in any order"
+    );
+    assert!(
+        run.stdout.contains("the gate `items == 4` was not met"),
+        "{}",
+        run.stdout
+    );
+}
+
+/// The most lines `start` without their `end` at once.
+fn most_at_once(log: &Path) -> usize {
+    let (mut now, mut most) = (0usize, 0);
+    for line in std::fs::read_to_string(log).unwrap().lines() {
+        match line {
+            "start" => now += 1,
+            _ => now -= 1,
+        }
+        most = most.max(now);
+    }
+    most
+}
+
+#[test]
+fn a_pool_bounds_what_runs_at_once_across_steps() {
+    let project = Project::new();
+    let log = project.path("log");
+    let step = |name: &str| {
+        format!(
+            "  {name}:\n    foreach: {{ i: [1, 2, 3] }}\n    pool: narrow\n    env: {{ LOG: {} }}\n    \
+             run: echo start >> $LOG; sleep 0.02; echo end >> $LOG; echo '${{{{ item.i }}}} {name}'\n",
+            log.display()
+        )
+    };
+    for places in [1, 2] {
+        let text = format!(
+            "pools: {{ narrow: {places} }}\nsteps:\n{}{}",
+            step("a"),
+            step("b")
+        );
+        project.write("p.yaml", &text);
+        let _ = std::fs::remove_file(&log);
+        let run = project
+            .run(&["p.yaml", "--json", "-j", "6", "--force"])
+            .ok();
+        assert_eq!(run.steps("ran").len(), 6);
+        assert!(most_at_once(&log) <= places, "{places}");
+    }
+}
+
+#[test]
+fn more_than_the_machine_has_is_told_and_runs_alone() {
+    let project = Project::new();
+    let text = "steps:\n  big: { run: \"true\", resources: { cpu: 9999, memory: 900TB } }\n";
+    project.write("p.yaml", text);
+    let run = project.run(&["p.yaml"]).ok();
+    assert!(
+        run.stderr.contains("asks for 9999 cores of"),
+        "{}",
+        run.stderr
+    );
+    assert!(run.stderr.contains("it runs alone"), "{}", run.stderr);
+}
+
+#[test]
+fn a_step_whose_when_is_false_takes_those_with_it_that_need_its_data() {
+    let project = Project::new();
+    let text = "\
+params: { deep: false }
+steps:
+  a: { run: \"echo a > $x\", out: { x: x } }
+  b:
+    when: ${{ params.deep and run.name == 'p' }}
+    run: echo b > $x
+    out: { x: x }
+  reads-b: { run: cat $x, in: { x: b.x } }
+  waits-for-b: { run: cat $x, in: { x: a.x }, needs: [b] }
+";
+    project.write("p.yaml", text);
+    let run = project.run(&["p.yaml", "--json"]).ok();
+    assert_eq!(run.steps("skipped"), ["b", "reads-b"]);
+    assert_eq!(run.steps("ran"), ["a", "waits-for-b"]);
+    let deep = project
+        .run(&["p.yaml", "--json", "--set", "deep=true"])
+        .ok();
+    assert!(deep.steps("skipped").is_empty());
+}
+
+#[test]
+fn a_command_that_declares_retry_is_tried_again_and_a_time_limit_ends_it() {
+    let project = Project::new();
+    let mark = project.path("mark");
+    let flaky = format!(
+        "steps:\n  flaky:\n    retry: {{ times: 2, backoff: 5ms }}\n    env: {{ MARK: {} }}\n    \
+         run: \"echo x >> $MARK; [ $(wc -l < $MARK) -ge 3 ]\"\n",
+        mark.display()
+    );
+    project.write("p.yaml", &flaky);
+    let run = project.run(&["p.yaml", "--json"]).ok();
+    let retries = run
+        .events()
+        .iter()
+        .filter(|e| e["event"] == "step_retry")
+        .count();
+    assert_eq!(retries, 2);
+    std::fs::remove_file(&mark).unwrap();
+    project.write(
+        "p.yaml",
+        &flaky.replace("    retry: { times: 2, backoff: 5ms }\n", ""),
+    );
+    let run = project.run(&["p.yaml", "--json", "--force"]);
+    assert_eq!(run.code, Some(4));
+    assert_eq!(std::fs::read_to_string(&mark).unwrap().lines().count(), 1);
+    project.write(
+        "p.yaml",
+        "steps:\n  slow: { run: sleep 60, timeout: 100ms }\n",
+    );
+    let slow = project.run(&["p.yaml"]);
+    assert_eq!(slow.code, Some(4));
+    assert!(
+        slow.stderr
+            .contains("took longer than its `timeout` of 100ms"),
+        "{}",
+        slow.stderr
+    );
+}
+
+#[test]
+fn a_published_output_is_put_back_when_it_is_missing_or_changed() {
+    let project = example("definitions");
+    let args = ["pipeline.yaml", "--json"];
+    project.run(&args).ok();
+    let kept = project.read("results/all.txt");
+    std::fs::remove_file(project.path("results/all.txt")).unwrap();
+    project.write("results/trees.txt", "something else");
+    let run = project.run(&args).ok();
+    assert!(run.steps("ran").is_empty());
+    assert_eq!(project.read("results/all.txt"), kept);
+    assert_eq!(project.read("results/trees.txt").trim(), "3 oak");
+}
+
+fn files_below(folder: &Path, into: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        match entry.file_type().unwrap() {
+            kind if kind.is_dir() => files_below(&entry.path(), into),
+            kind if kind.is_file() => into.push(entry.path()),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn the_value_of_a_secret_is_written_nowhere() {
+    const SECRET: &str = "hunter2-swordfish";
+    let project = Project::new();
+    let inside = "steps:\n  tell: { run: \"echo inner $TOKEN >&2; echo \\\"${#TOKEN}\\\" > $n\", out: { n: n } }\nout: { n: tell.n }\n";
+    project.write("inner.yaml", inside);
+    project.write(
+        "p.yaml",
+        "steps:
+  used: { uses: ./inner.yaml, secrets: [TOKEN] }
+  says: { run: \"echo $TOKEN; echo ok > $n\", secrets: [TOKEN], out: { n: n }, publish: { n: n.txt } }
+  fails: { run: \"echo the token is $TOKEN >&2; exit 3\", secrets: [TOKEN], needs: [used, says] }
+",
+    );
+    let mut shown = String::new();
+    let mut run = |args: &[&str], token: &str| {
+        let run = Run::of(project.command(args).env("TOKEN", token).output().unwrap());
+        shown.push_str(&run.stdout);
+        shown.push_str(&run.stderr);
+        run
+    };
+    assert_eq!(run(&["p.yaml", "--json", "-v"], SECRET).code, Some(4));
+    assert_eq!(run(&["p.yaml"], SECRET).code, Some(4));
+    for args in [
+        &["plan", "p.yaml", "--json"][..],
+        &["why", "fails", "p.yaml"],
+        &["graph", "p.yaml", "--status"],
+        &["graph", "p.yaml", "--status", "-o", "g.html"],
+        &["show"],
+        &["runs", "--json"],
+    ] {
+        assert_eq!(run(args, SECRET).code, Some(0), "{args:?}");
+    }
+    // Another value is the same key: it is in none.
+    let again = run(&["p.yaml", "--json"], "another-swordfish");
+    assert_eq!(again.steps("cached").len(), 2, "{}", again.stdout);
+    let unset = project
+        .command(&["check", "p.yaml"])
+        .env_remove("TOKEN")
+        .output()
+        .unwrap();
+    let unset = Run::of(unset);
+    assert_eq!(unset.code, Some(3));
+    assert!(
+        unset.stderr.contains("the secret `TOKEN` is not set"),
+        "{}",
+        unset.stderr
+    );
+    assert!(shown.contains("the token is ***"), "{shown}");
+    assert!(!shown.contains("swordfish"), "{shown}");
+    let mut files = Vec::new();
+    files_below(&project.path("."), &mut files);
+    assert!(files.len() > 10);
+    for file in files {
+        let bytes = std::fs::read(&file).unwrap();
+        let found = bytes.windows(9).any(|w| w == b"swordfish");
+        assert!(!found, "{}", file.display());
+    }
+}
