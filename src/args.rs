@@ -143,6 +143,21 @@ pub(crate) enum BenchCommand {
         #[arg(long, value_name = "FILE")]
         model: Option<PathBuf>,
     },
+    /// The engine: 10,000 steps with nothing to do, 1,000 steps to run, one source changed.
+    Engine(EngineBench),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct EngineBench {
+    /// A tenth of the work.
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Run this and print what it cost.
+    #[arg(long, hide = true, num_args = 1.., allow_hyphen_values = true)]
+    pub(crate) measure: Vec<String>,
+    /// Run so many steps inside this process.
+    #[arg(long, hide = true)]
+    pub(crate) in_process: Option<usize>,
 }
 
 #[derive(Debug, Subcommand)]

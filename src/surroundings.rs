@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use flowrun_cache::{Cache, LockWait, OpenOptions};
 use flowrun_engine::language::project_root;
 use flowrun_engine::pipeline::Pipeline;
+use flowrun_engine::premises::RunName;
 use flowrun_engine::run::{Capacity, Expressions, RunOptions};
 use flowrun_engine::step::World;
+use flowrun_engine::vocabulary::Vocabulary;
 use flowrun_engine::{LoadOptions, eval_bool, load_pipeline, resolve_item};
 
 use crate::args::{GlobalArgs, Scope, Select};
@@ -23,13 +25,20 @@ pub(crate) struct Surroundings {
     pub(crate) world: World,
 }
 
-/// Loads and checks the pipeline that is meant.
-pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings, Failure> {
+/// A pipeline that is meant, before its file is read.
+pub(crate) struct Asked {
+    pub(crate) file: PathBuf,
+    options: LoadOptions,
+    pub(crate) vocabulary: Vocabulary,
+    pub(crate) world: World,
+}
+
+/// Which pipeline is meant, and with what laid over it.
+pub(crate) fn ask(select: &Select, global: &GlobalArgs) -> Result<Asked, Failure> {
     let file = match &select.pipeline {
         Some(file) => file.clone(),
         None => find_pipeline(&global.cache_dir)?,
     };
-    let vocabulary = flowrun_steps::registry();
     let world = world(&project_root(&file), global)?;
     let options = LoadOptions {
         sets: select.set.clone(),
@@ -37,8 +46,33 @@ pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings,
         env: world.env.clone(),
         root: None,
     };
-    let pipeline = load_pipeline(&file, &vocabulary, &options)?;
-    Ok(Surroundings { pipeline, world })
+    Ok(Asked {
+        file,
+        options,
+        vocabulary: flowrun_steps::registry(),
+        world,
+    })
+}
+
+impl Asked {
+    /// Loads and checks it.
+    pub(crate) fn load(self) -> Result<Surroundings, Failure> {
+        let pipeline = load_pipeline(&self.file, &self.vocabulary, &self.options)?;
+        Ok(Surroundings {
+            pipeline,
+            world: self.world,
+        })
+    }
+
+    /// The name under which a run of it is remembered.
+    pub(crate) fn run_name(&self) -> Option<RunName> {
+        RunName::of(&self.file, &self.options, &self.world)
+    }
+}
+
+/// Loads and checks the pipeline that is meant.
+pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings, Failure> {
+    ask(select, global)?.load()
 }
 
 /// What the machine offers to what lies in `root`.
@@ -144,8 +178,8 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// Remembers the pipeline for the next call without one.
-pub(crate) fn remember(pipeline: &Pipeline, cache_dir: &Path) {
-    if let Ok(path) = std::path::absolute(&pipeline.file) {
+pub(crate) fn remember(file: &Path, cache_dir: &Path) {
+    if let Ok(path) = std::path::absolute(file) {
         // Without the note the next call asks for the file's name.
         let _ = std::fs::write(cache_dir.join(LAST), path.display().to_string());
     }

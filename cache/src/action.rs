@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::artifact::Artifact;
 use crate::digest::Digest;
+use crate::durability::Unsynced;
 use crate::error::CacheError;
 use crate::record::{folder, write_atomic};
 
@@ -113,17 +114,26 @@ impl OutputValue {
 pub struct ActionCache {
     root: Arc<PathBuf>,
     warnings: Arc<Mutex<Vec<String>>>,
+    /// Absent for readers.
+    unsynced: Option<Arc<Unsynced>>,
 }
 
 impl ActionCache {
-    pub(crate) fn new(root: PathBuf, warnings: Arc<Mutex<Vec<String>>>) -> Self {
+    pub(crate) fn new(
+        root: PathBuf,
+        warnings: Arc<Mutex<Vec<String>>>,
+        unsynced: Option<Arc<Unsynced>>,
+    ) -> Self {
         Self {
             root: Arc::new(root),
             warnings,
+            unsynced,
         }
     }
 
-    pub(crate) fn path(&self, key: &ActionKey) -> PathBuf {
+    /// Where the result of a key lies, or would lie.
+    #[must_use]
+    pub fn path(&self, key: &ActionKey) -> PathBuf {
         let hex = key.to_hex();
         self.root
             .join(&hex[..2])
@@ -146,12 +156,17 @@ impl ActionCache {
         }
     }
 
-    /// Stores a result. It is durable when this returns.
+    /// Stores a result. A kill does not lose it once this returned.
     ///
     /// # Errors
     /// When the cache cannot be written.
     pub fn put(&self, result: &ActionResult) -> Result<(), CacheError> {
-        write_atomic(&self.path(&result.key), to_text(result).as_bytes())
+        let path = self.path(&result.key);
+        write_atomic(&path, to_text(result).as_bytes())?;
+        if let Some(unsynced) = &self.unsynced {
+            unsynced.add(&path);
+        }
+        Ok(())
     }
 
     /// The newest results with this label.
@@ -252,7 +267,7 @@ mod tests {
     }
 
     fn cache(dir: &Path) -> ActionCache {
-        ActionCache::new(dir.to_owned(), Arc::default())
+        ActionCache::new(dir.to_owned(), Arc::default(), None)
     }
 
     #[test]

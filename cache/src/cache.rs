@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::action::{ActionCache, ActionKey};
 use crate::completion::CompletionCache;
+use crate::durability::Unsynced;
 use crate::error::CacheError;
 use crate::index::Index;
 use crate::lock::{Lock, LockWait, lock};
@@ -37,6 +38,7 @@ pub struct Cache {
     completions: Arc<CompletionCache>,
     index: Index,
     warnings: Arc<Mutex<Vec<String>>>,
+    unsynced: Arc<Unsynced>,
     _lock: Lock,
 }
 
@@ -61,9 +63,12 @@ impl Cache {
         remove_leftovers(&dir.join("tmp"));
         let warnings = Arc::new(Mutex::default());
         let completions = Arc::new(CompletionCache::open(dir.join("completions"))?);
+        let unsynced = Arc::new(Unsynced::new(dir));
+        let batch = || Some(Arc::clone(&unsynced));
         let cache = Self {
-            store: ArtifactStore::new(dir.join("objects")),
-            actions: ActionCache::new(dir.join("actions"), Arc::clone(&warnings)),
+            store: ArtifactStore::new(dir.join("objects"), batch()),
+            actions: ActionCache::new(dir.join("actions"), Arc::clone(&warnings), batch()),
+            unsynced: Arc::clone(&unsynced),
             completions,
             index: Index::new(dir.join("index.sled")),
             dir: dir.to_owned(),
@@ -76,7 +81,30 @@ impl Cache {
                 "{n} damaged lines of the completion cache were skipped"
             )),
         }
+        if let Some(since) = cache.unsynced.lost_since() {
+            let damaged = cache.store.verify_since(since);
+            cache.warn(format!(
+                "the machine stopped before everything was on the disk; {damaged} damaged objects were set aside"
+            ));
+            cache.unsynced.forget();
+        }
         Ok(cache)
+    }
+
+    /// Brings what was stored some time ago to the disk: called as results come in.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync_if_due(&self) -> Result<(), CacheError> {
+        self.unsynced.sync_if_due()
+    }
+
+    /// Brings everything that was stored to the disk.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync(&self) -> Result<(), CacheError> {
+        self.unsynced.sync()
     }
 
     /// The folder.
@@ -121,6 +149,14 @@ impl Cache {
             .push(text);
     }
 
+    /// Writes a small file of the caller's into the cache's folder: readers see the old one or the new one.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
+        crate::record::write_atomic(&self.dir.join(path), bytes)
+    }
+
     /// Makes the folder of a run.
     ///
     /// # Errors
@@ -148,8 +184,11 @@ impl Cache {
     /// When it cannot be made.
     pub fn scratch(&self) -> Result<Scratch, CacheError> {
         let folder = self.dir.join("tmp");
-        std::fs::create_dir_all(&folder).map_err(|e| CacheError::io(&folder, e))?;
         tempfile::tempdir_in(&folder)
+            .or_else(|_| {
+                std::fs::create_dir_all(&folder)?;
+                tempfile::tempdir_in(&folder)
+            })
             .map(Scratch)
             .map_err(|e| CacheError::io(&folder, e))
     }
@@ -185,8 +224,8 @@ impl CacheReader {
     #[must_use]
     pub fn open(dir: &Path) -> Self {
         Self {
-            store: ArtifactStore::new(dir.join("objects")),
-            actions: ActionCache::new(dir.join("actions"), Arc::default()),
+            store: ArtifactStore::new(dir.join("objects"), None),
+            actions: ActionCache::new(dir.join("actions"), Arc::default(), None),
             dir: dir.to_owned(),
         }
     }

@@ -52,6 +52,18 @@ impl Digest {
             .map(|h| Self(*h.as_bytes()))
     }
 
+    /// The 32 bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// A digest of these bytes; `None` unless there are 32.
+    #[must_use]
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
     /// The text form.
     #[must_use]
     pub fn to_hex(&self) -> String {

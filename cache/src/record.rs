@@ -1,20 +1,20 @@
-//! Small record files: written to a temporary name, synced, renamed.
+//! Small record files: written to a temporary name, renamed.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::error::CacheError;
 
-/// Writes `bytes` to `path` so that readers see the old file or the new one, never a part.
+/// Writes `bytes` to `path` so that readers see the old file or the new one, never a
+/// part. After a power cut it may be empty: its reader checks it.
 pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
-    let mut temp =
-        tempfile::NamedTempFile::new_in(folder).map_err(|e| CacheError::io(folder, e))?;
+    let temp = tempfile::NamedTempFile::new_in(folder).or_else(|_| {
+        std::fs::create_dir_all(folder)?;
+        tempfile::NamedTempFile::new_in(folder)
+    });
+    let mut temp = temp.map_err(|e| CacheError::io(folder, e))?;
     temp.write_all(bytes).map_err(|e| CacheError::io(path, e))?;
-    temp.as_file()
-        .sync_data()
-        .map_err(|e| CacheError::io(path, e))?;
     temp.persist(path)
         .map_err(|e| CacheError::io(path, e.error))?;
     Ok(())

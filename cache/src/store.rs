@@ -1,7 +1,8 @@
 //! [`ArtifactStore`]: files and folders by the digest of their bytes.
 //!
-//! Objects are written to a temporary name, synced and renamed, mode 0444, and
-//! verified whenever they are read. A damaged object is moved to `quarantine/`.
+//! Objects are written to a temporary name (or taken as they lie) and renamed, mode
+//! 0444, and verified whenever they are read. Large ones are synced at once, small
+//! ones in batches. A damaged object is moved to `quarantine/`.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata, Permissions};
@@ -9,9 +10,11 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::artifact::{Artifact, ArtifactKind, TREE_VERSION, TreeEntry, TreeObject};
 use crate::digest::Digest;
+use crate::durability::Unsynced;
 use crate::error::CacheError;
 use crate::record::folder;
 
@@ -19,17 +22,22 @@ use crate::record::folder;
 const TREE_START: [u8; 12] = *b"{\"entries\":[";
 /// Bytes moved at a time.
 const CHUNK: usize = 1 << 16;
+/// From this many bytes on, an object is synced by itself.
+const LARGE: u64 = 1 << 20;
 
 /// Files and folders by digest. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ArtifactStore {
     root: Arc<PathBuf>,
+    /// Absent for readers.
+    unsynced: Option<Arc<Unsynced>>,
 }
 
 impl ArtifactStore {
-    pub(crate) fn new(root: PathBuf) -> Self {
+    pub(crate) fn new(root: PathBuf, unsynced: Option<Arc<Unsynced>>) -> Self {
         Self {
             root: Arc::new(root),
+            unsynced,
         }
     }
 
@@ -69,6 +77,20 @@ impl ArtifactStore {
         })
     }
 
+    /// As [`ArtifactStore::put_path`], for a file or folder that nobody needs any
+    /// more: its files are moved, not copied, where that can be done.
+    ///
+    /// # Errors
+    /// As [`ArtifactStore::put_path`].
+    pub fn take_path(&self, path: &Path) -> Result<Artifact, CacheError> {
+        address(path, &mut |path, meta| self.take_file(path, meta)).and_then(|found| {
+            if let Some(tree) = &found.tree {
+                self.put_bytes(tree.as_bytes())?;
+            }
+            Ok(found.artifact)
+        })
+    }
+
     /// The address that [`ArtifactStore::put_path`] would give; nothing is stored.
     ///
     /// # Errors
@@ -89,6 +111,50 @@ impl ArtifactStore {
         Ok(digest)
     }
 
+    fn take_file(&self, path: &Path, meta: &Metadata) -> Result<Digest, CacheError> {
+        let fail = |e| CacheError::io(path, e);
+        let digest = Digest::of_file(path).map_err(fail)?;
+        if self.has_object(&digest, meta.len()) {
+            return Ok(digest);
+        }
+        let own = std::fs::symlink_metadata(path).map_err(fail)?;
+        // What has another name is not ours alone: it could change under it.
+        if !own.is_file() || own.nlink() > 1 {
+            let mut file = File::open(path).map_err(fail)?;
+            self.write_object(&digest, &mut file)?;
+            return Ok(digest);
+        }
+        std::fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(fail)?;
+        if own.len() >= LARGE {
+            File::open(path).and_then(|f| f.sync_data()).map_err(fail)?;
+        }
+        let object = self.object_path(&digest);
+        let moved = std::fs::rename(path, &object).or_else(|_| {
+            std::fs::create_dir_all(object.parent().unwrap_or(&self.root))?;
+            std::fs::rename(path, &object)
+        });
+        if moved.is_err() {
+            // Another file system.
+            let mut file = File::open(path).map_err(fail)?;
+            self.write_object(&digest, &mut file)?;
+            return Ok(digest);
+        }
+        let now = std::fs::metadata(&object).map_err(|e| CacheError::io(&object, e))?;
+        if Stamp::of(&now) != Stamp::of(meta) {
+            // Set aside: what it holds is not what was hashed.
+            let _ = self.quarantine(&digest);
+            return Err(changed(path));
+        }
+        self.written(&object);
+        Ok(digest)
+    }
+
+    fn written(&self, path: &Path) {
+        if let Some(unsynced) = &self.unsynced {
+            unsynced.add(path);
+        }
+    }
+
     /// An object of this length is there. A file cut short does not count.
     fn has_object(&self, digest: &Digest, size: u64) -> bool {
         std::fs::metadata(self.object_path(digest)).is_ok_and(|m| m.len() == size)
@@ -103,17 +169,17 @@ impl ArtifactStore {
         let fail = |e: io::Error| CacheError::io(&path, e);
         let written = copy_hashed(source, temp.as_file_mut()).map_err(fail)?;
         if written != *digest {
-            return Err(CacheError::Unstorable {
-                path: path.clone(),
-                reason: "the file changed while it was stored",
-            });
+            return Err(changed(&path));
         }
         temp.as_file()
             .set_permissions(Permissions::from_mode(0o444))
             .map_err(fail)?;
-        temp.as_file().sync_data().map_err(fail)?;
+        if temp.as_file().metadata().map_err(fail)?.len() >= LARGE {
+            temp.as_file().sync_data().map_err(fail)?;
+        }
         temp.persist(&path)
             .map_err(|e| CacheError::io(&path, e.error))?;
+        self.written(&path);
         Ok(())
     }
 
@@ -153,6 +219,29 @@ impl ArtifactStore {
         let tree = serde_json::from_slice::<TreeObject>(&bytes).ok();
         let entries = tree.into_iter().flat_map(|t| t.entries);
         entries.map(|entry| entry.digest).collect()
+    }
+
+    /// Hashes every object that was written since; the damaged ones are set aside. How many they were.
+    pub(crate) fn verify_since(&self, since: SystemTime) -> usize {
+        let folders = std::fs::read_dir(&*self.root)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let files = folders.flat_map(|folder| {
+            let name = folder.file_name();
+            let files = std::fs::read_dir(folder.path()).into_iter().flatten();
+            files.flatten().map(move |file| (name.clone(), file))
+        });
+        let mut damaged = 0;
+        for (folder, file) in files {
+            let hex = folder.to_string_lossy().into_owned() + &file.file_name().to_string_lossy();
+            let recent = file.metadata().and_then(|m| m.modified());
+            let recent = recent.map_or(true, |at| at >= since);
+            if let Some(digest) = Digest::parse(&hex).filter(|_| recent) {
+                damaged += usize::from(self.verify_object(&digest).is_err());
+            }
+        }
+        damaged
     }
 
     /// The object, and for a tree all its members, are there with the right
@@ -196,7 +285,23 @@ impl ArtifactStore {
         }
     }
 
-    fn verify_object(&self, digest: &Digest) -> Result<(), CacheError> {
+    /// The objects of an artifact: the file, or the tree and its members.
+    ///
+    /// # Errors
+    /// As [`ArtifactStore::read`], for the tree itself.
+    pub fn parts(&self, artifact: &Artifact) -> Result<Vec<Digest>, CacheError> {
+        let mut all = vec![artifact.digest];
+        if artifact.kind == ArtifactKind::Tree {
+            all.extend(self.objects_of(artifact)?);
+        }
+        Ok(all)
+    }
+
+    /// Hashes one object.
+    ///
+    /// # Errors
+    /// As [`ArtifactStore::read`].
+    pub fn verify_object(&self, digest: &Digest) -> Result<(), CacheError> {
         let path = self.object_path(digest);
         let actual = Digest::of_file(&path).map_err(|e| self.lookup_error(digest, &path, e))?;
         if actual == *digest {
@@ -264,10 +369,7 @@ impl ArtifactStore {
     fn stamp(&self, digest: &Digest) -> Result<Stamp, CacheError> {
         let path = self.object_path(digest);
         let meta = std::fs::metadata(&path).map_err(|e| self.lookup_error(digest, &path, e))?;
-        Ok(Stamp {
-            size: meta.len(),
-            mtime: (meta.mtime(), meta.mtime_nsec()),
-        })
+        Ok(Stamp::of(&meta))
     }
 
     fn place(&self, artifact: &Artifact, dest: &Path, how: Placement) -> Result<(), CacheError> {
@@ -354,8 +456,26 @@ impl ArtifactStore {
 /// What a write to an object changes, and another link to it does not.
 #[derive(Debug, PartialEq, Eq)]
 struct Stamp {
+    inode: u64,
     size: u64,
     mtime: (i64, i64),
+}
+
+impl Stamp {
+    fn of(meta: &Metadata) -> Self {
+        Self {
+            inode: meta.ino(),
+            size: meta.len(),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+        }
+    }
+}
+
+fn changed(path: &Path) -> CacheError {
+    CacheError::Unstorable {
+        path: path.to_owned(),
+        reason: "the file changed while it was stored",
+    }
 }
 
 /// Objects that were lent to somebody as hard links, which root can write through.
@@ -371,7 +491,12 @@ impl Lent {
     /// [`CacheError::Damaged`] or [`CacheError::Missing`].
     pub fn check(&self, store: &ArtifactStore) -> Result<(), CacheError> {
         for (digest, stamp) in &self.stamps {
-            if store.stamp(digest)? != *stamp {
+            let now = store.stamp(digest)?;
+            if now.inode != stamp.inode {
+                // What was lent was set aside meanwhile, and made anew.
+                return Err(CacheError::Missing { digest: *digest });
+            }
+            if now != *stamp {
                 store.verify_object(digest)?;
             }
         }
@@ -487,7 +612,7 @@ mod tests {
 
     fn store() -> (tempfile::TempDir, ArtifactStore) {
         let dir = tempfile::tempdir().unwrap();
-        let store = ArtifactStore::new(dir.path().join("objects"));
+        let store = ArtifactStore::new(dir.path().join("objects"), None);
         (dir, store)
     }
 
@@ -549,6 +674,54 @@ mod tests {
     }
 
     #[test]
+    fn what_is_taken_is_moved_and_what_has_another_name_is_copied() {
+        let (dir, store) = store();
+        let place = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(place("tree/sub")).unwrap();
+        for (name, text) in [
+            ("tree/a", "1"),
+            ("tree/sub/b", "2"),
+            ("own", "3"),
+            ("two", "4"),
+        ] {
+            std::fs::write(place(name), text).unwrap();
+        }
+        std::fs::hard_link(place("two"), place("names")).unwrap();
+        std::os::unix::fs::symlink(place("two"), place("link")).unwrap();
+        let expected = ArtifactStore::address_of(&place("tree")).unwrap();
+        assert_eq!(store.take_path(&place("tree")).unwrap(), expected);
+        let own = store.take_path(&place("own")).unwrap();
+        assert!(!place("own").exists() && !place("tree/a").exists());
+        assert_eq!(store.read(&own.digest).unwrap(), b"3");
+        store.verify(&expected).unwrap();
+        for name in ["link", "two"] {
+            let taken = store.take_path(&place(name)).unwrap();
+            std::fs::write(place("names"), "5").unwrap();
+            assert_eq!(store.read(&taken.digest).unwrap(), b"4");
+            std::fs::write(place("names"), "4").unwrap();
+        }
+    }
+
+    #[test]
+    fn what_a_power_cut_spoilt_is_found() {
+        let (_dir, store) = store();
+        let (old, new) = (
+            store.put_bytes(b"old").unwrap(),
+            store.put_bytes(b"new").unwrap(),
+        );
+        let hour = std::time::Duration::from_secs(3600);
+        let path = store.object_path(&old.digest);
+        std::fs::File::open(&path)
+            .unwrap()
+            .set_modified(SystemTime::now() - 2 * hour)
+            .unwrap();
+        damage(&store.object_path(&new.digest), b"\0\0\0");
+        assert!(store.contains(&new), "the length alone says nothing");
+        assert_eq!(store.verify_since(SystemTime::now() - hour), 1);
+        assert!(!store.contains(&new) && store.contains(&old));
+    }
+
+    #[test]
     fn a_write_through_a_link_is_noticed_and_another_link_is_not() {
         let (dir, store) = store();
         let artifact = store.put_bytes(b"0123456789").unwrap();
@@ -559,9 +732,13 @@ mod tests {
         let path = dir.path().join("first");
         std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
         std::fs::write(&path, b"0123456780").unwrap();
-        let error = first.check(&store).unwrap_err();
-        assert!(matches!(error, CacheError::Damaged { .. }), "{error}");
+        let second = lend("third").unwrap_err();
+        assert!(matches!(second, CacheError::Damaged { .. }), "{second}");
         assert!(!store.contains(&artifact));
+        // Made anew: whoever had the old one still had something else.
+        store.put_bytes(b"0123456789").unwrap();
+        assert!(first.check(&store).is_err());
+        lend("fourth").unwrap().check(&store).unwrap();
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod lookup;
 pub mod manifest;
 pub mod pipeline;
 pub mod plan;
+pub mod premises;
 pub mod record;
 pub mod retention;
 pub mod run;

@@ -2,12 +2,14 @@
 //! running share it, so that what a plan says is what a run does.
 
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::expansion::{ActionRequest, Entry, kind_of};
 use crate::manifest::{ActionManifest, InputKey, MANIFEST_VERSION, file_words};
 use crate::pipeline::Action;
+use crate::premises::{Memory, Observed};
 use crate::step::{StepError, World};
 use flowrun_cache::{
     ActionCache, ActionKey, ActionResult, Artifact, ArtifactKind, ArtifactStore, Cache, CacheError,
@@ -25,6 +27,8 @@ pub(crate) struct Lookup {
     actions: ActionCache,
     /// The cache, when it is held: project files are then stored while they are hashed.
     held: Option<Arc<Cache>>,
+    /// Hears what keys rest on.
+    pub(crate) memory: Option<Arc<Memory>>,
 }
 
 /// An action with its inputs' digests and its key.
@@ -52,13 +56,19 @@ pub(crate) enum Found {
 
 impl Lookup {
     /// For a run.
-    pub(crate) fn holding(root: &Path, world: World, cache: &Arc<Cache>) -> Self {
+    pub(crate) fn holding(
+        root: &Path,
+        world: World,
+        cache: &Arc<Cache>,
+        memory: Option<Arc<Memory>>,
+    ) -> Self {
         Self {
             root: root.to_owned(),
             world,
             store: cache.store().clone(),
             actions: cache.actions().clone(),
             held: Some(Arc::clone(cache)),
+            memory,
         }
     }
 
@@ -70,6 +80,7 @@ impl Lookup {
             store: cache.store().clone(),
             actions: cache.actions().clone(),
             held: None,
+            memory: None,
         }
     }
 
@@ -81,11 +92,17 @@ impl Lookup {
         let node = &request.node;
         let inputs = self.inputs(request)?;
         let (kind_version, observed, sees_labels) = match &node.action {
-            Action::Uses(step) => (
-                step.version(),
-                step.observe(&request.params, &self.world)?,
-                true,
-            ),
+            Action::Uses(step) => {
+                let facts = step.observe(&request.params, &self.world)?;
+                if let Some(memory) = &self.memory {
+                    memory.observed(Observed {
+                        kind: step.kind().to_owned(),
+                        params: request.params.clone(),
+                        facts: facts.clone(),
+                    });
+                }
+                (step.version(), facts, true)
+            }
             Action::Run(_) => (RUN_VERSION, BTreeMap::new(), false),
         };
         let key_of = |inputs: &Inputs| {
@@ -151,6 +168,9 @@ impl Lookup {
                             let id = &request.id;
                             StepError::invalid(format!("input `{port}` of `{id}`: {e}"))
                         })?;
+                        if let Some(memory) = &self.memory {
+                            memory.file(path, &artifact);
+                        }
                         (artifact, port.clone())
                     }
                 });
@@ -186,9 +206,20 @@ impl Lookup {
         let mut files = BTreeMap::new();
         for word in file_words(command.unwrap_or_default()) {
             let path = self.root.join(word);
-            if path.is_file() {
+            let meta = std::fs::metadata(&path).ok().filter(Metadata::is_file);
+            if let Some(meta) = &meta {
                 let digest = self.digest(&path).map_err(|e| StepError::io(&path, &e))?;
                 files.insert(word.to_owned(), digest);
+                if let Some(memory) = &self.memory {
+                    let artifact = Artifact {
+                        digest,
+                        kind: ArtifactKind::File,
+                        size: meta.len(),
+                    };
+                    memory.file(Path::new(word), &artifact);
+                }
+            } else if let Some(memory) = &self.memory {
+                memory.absent(word);
             }
         }
         Ok(files)

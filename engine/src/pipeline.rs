@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use flowrun_cache::Digest;
 use serde_json::Value;
 
 use crate::step::{Port, Step};
@@ -35,6 +36,8 @@ pub struct Pipeline {
     pub uses: BTreeMap<String, DefinitionUse>,
     /// Steps in topological order; ties keep the file's order.
     pub steps: Vec<StepNode>,
+    /// The files that it was read from, with the digests of their texts.
+    pub sources: Vec<(PathBuf, Digest)>,
 }
 
 /// A step that used a step definition, and was replaced by its steps.

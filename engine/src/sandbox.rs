@@ -64,7 +64,7 @@ impl Sandbox<'_> {
         cancel: &Cancel,
         reporter: &Arc<dyn StepReporter>,
     ) -> Result<(), StepError> {
-        let mut child = Command::new("sh")
+        let mut child = Command::new("/bin/sh")
             .args(["-eu", "-c", self.command])
             .current_dir(self.folder)
             .env_clear()

@@ -221,6 +221,7 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         pools: BTreeMap::new(),
         uses: BTreeMap::new(),
         steps,
+        sources: Vec::new(),
     }
 }
 

@@ -61,6 +61,7 @@ fn chain(root: &Path) -> Pipeline {
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
         uses: BTreeMap::new(),
+        sources: vec![],
         steps: vec![
             shell(
                 "strip",
@@ -94,6 +95,7 @@ fn options() -> RunOptions {
             resolve_item: |value, _| Ok(value.clone()),
             eval_bool: |_, _| Ok(true),
         },
+        remember: None,
     }
 }
 

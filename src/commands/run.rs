@@ -1,9 +1,12 @@
 //! `flowrun [PIPELINE]`.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
 use flowrun_cache::Cache;
+use flowrun_engine::event::RunEvent;
+use flowrun_engine::premises::{Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
 use flowrun_engine::run::{RunError, RunOptions, RunSummary, run as run_pipeline};
 use flowrun_engine::step::{Cancel, StepErrorKind};
@@ -17,18 +20,33 @@ use crate::surroundings::{self, Surroundings, wait};
 
 /// Runs a pipeline.
 pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let loaded = surroundings::load(&args.select, global)?;
+    let asked = surroundings::ask(&args.select, global)?;
+    let name = asked.run_name().filter(|_| is_plain(args));
+    let mut cache = None;
+    if let Some(name) = name.filter(|n| !global.verbose && n.is_known(&global.cache_dir)) {
+        let open = cache.insert(surroundings::hold_cache(global, wait(global))?);
+        if let Some(unchanged) = recall(open, name, &asked.vocabulary, &asked.world) {
+            surroundings::remember(&asked.file, open.dir());
+            let summary = finish(&unchanged, open, global)?;
+            tidy(open, args, &summary, global);
+            return Ok(exit_of(&summary));
+        }
+    }
+    let loaded = asked.load()?;
     let options = RunOptions {
+        remember: name,
         keep_going: args.keep_going,
         ..surroundings::run_options(args.jobs, &args.scope)
     };
     if args.dry_run {
         return plan::show(&loaded, &options, global);
     }
-    let cache = Arc::new(surroundings::hold_cache(global, wait(global))?);
-    surroundings::remember(&loaded.pipeline, cache.dir());
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    let cache = match cache {
+        Some(held) => Arc::new(held),
+        None => Arc::new(surroundings::hold_cache(global, wait(global))?),
+    };
+    surroundings::remember(&loaded.pipeline.file, cache.dir());
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(options.jobs + 8)
         .enable_all()
         .build()?;
@@ -36,6 +54,29 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     let summary = runtime.block_on(drive(loaded, held, options, global))?;
     tidy(&cache, args, &summary, global);
     Ok(exit_of(&summary))
+}
+
+/// All of the pipeline, and what is fresh stays.
+fn is_plain(args: &RunArgs) -> bool {
+    let scope = &args.scope;
+    let part = scope.from.is_some() || scope.until.is_some() || scope.only.is_some();
+    !(part || scope.force || args.dry_run)
+}
+
+/// A run that has nothing to do.
+fn finish(
+    unchanged: &Unchanged,
+    cache: &Cache,
+    global: &GlobalArgs,
+) -> Result<RunSummary, RunError> {
+    let mut reporter = Reporter::plain(global);
+    unchanged.run(cache, |event| {
+        reporter.show(event);
+        if global.json && matches!(event, RunEvent::RunStarted { .. }) {
+            // A reader that went away does not stop the run.
+            let _ = std::io::stdout().write_all(unchanged.step_events());
+        }
+    })
 }
 
 /// Removes what the bounds of the cache ask to. The run is over, so that it does not work is

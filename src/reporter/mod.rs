@@ -54,14 +54,28 @@ impl Reporter {
         }
     }
 
+    /// JSON when asked for; else plain lines.
+    pub(crate) fn plain(global: &GlobalArgs) -> Self {
+        if global.json {
+            Self::Json(JsonReporter)
+        } else {
+            Self::Plain(PlainReporter::new(global.quiet, global.verbose))
+        }
+    }
+
     /// Shows events until the run is over.
     pub(crate) fn follow(&mut self, mut events: UnboundedReceiver<RunEvent>) {
         while let Some(event) = events.blocking_recv() {
-            match self {
-                Self::Json(reporter) => reporter.show(&event),
-                Self::Plain(reporter) => reporter.show(&event),
-                Self::Terminal(reporter) => reporter.show(&event),
-            }
+            self.show(&event);
+        }
+    }
+
+    /// Shows one event.
+    pub(crate) fn show(&mut self, event: &RunEvent) {
+        match self {
+            Self::Json(reporter) => reporter.show(event),
+            Self::Plain(reporter) => reporter.show(event),
+            Self::Terminal(reporter) => reporter.show(event),
         }
     }
 }

@@ -102,5 +102,6 @@ impl PlainReporter {
 
 /// One line on stderr. A terminal that went away does not stop the run.
 fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    // In one piece: stderr is not buffered.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }

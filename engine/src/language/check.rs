@@ -83,6 +83,7 @@ pub(crate) fn check(
         pools,
         uses: definition::summary(&uses),
         steps,
+        sources: map.sources(),
     })
 }
 

@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use flowrun_cache::Digest;
+
 use super::diagnostic::{Diagnostic, Diagnostics};
 
 /// A place in one of the files, in bytes.
@@ -83,6 +85,14 @@ impl SourceMap {
             file = self.files.get(at.file as usize);
         }
         notes
+    }
+
+    /// The files that were read, with the digests of their texts.
+    pub(crate) fn sources(&self) -> Vec<(PathBuf, Digest)> {
+        let files = self.files.iter();
+        files
+            .map(|f| (f.path.clone(), Digest::of_bytes(f.text.as_bytes())))
+            .collect()
     }
 
     /// The text of `span` as written.

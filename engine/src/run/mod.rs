@@ -34,6 +34,7 @@ use crate::event::RunEvent;
 pub use crate::expansion::Expressions;
 use crate::expansion::kind_of;
 use crate::pipeline::Pipeline;
+use crate::premises::{Memory, RunName};
 use crate::record::{
     PLAN_VERSION, PlanSource, PlanStep, RunPlan, RunRecorder, next_run_id, timestamp,
 };
@@ -61,6 +62,8 @@ pub struct RunOptions {
     pub capacity: Capacity,
     /// How to evaluate expressions.
     pub expressions: Expressions,
+    /// Remember what the run rests on, if it ends whole: [`crate::premises`].
+    pub remember: Option<RunName>,
 }
 
 impl RunOptions {
@@ -76,6 +79,7 @@ impl RunOptions {
             keep_going: false,
             capacity: Capacity::default(),
             expressions,
+            remember: None,
         }
     }
 }
@@ -170,6 +174,10 @@ pub async fn run(
         steps: selection.steps.len(),
         at: timestamp(now),
     });
+    let memory = options
+        .remember
+        .map(|name| (name, Arc::new(Memory::default())));
+    let surroundings = world.clone();
     let worker = Worker::new(
         &pipeline,
         &cache,
@@ -178,9 +186,11 @@ pub async fn run(
         to_recorder.clone(),
         cancel,
         options.expressions,
+        memory.as_ref().map(|(_, memory)| Arc::clone(memory)),
     );
     let mut scheduler = Scheduler::new(Arc::clone(&pipeline), options, selection, worker);
     scheduler.run().await;
+    let synced = cache.sync();
     for text in cache.warnings() {
         send(RunEvent::Warning { step: None, text });
     }
@@ -198,6 +208,10 @@ pub async fn run(
     match writer.await {
         Ok(written) => written.map_err(record_error)?,
         Err(_) => return Err(record_error(std::io::Error::other("the recorder panicked"))),
+    }
+    synced?;
+    if let Some((name, memory)) = memory {
+        memory.keep(&cache, name, &pipeline, &plan, &summary, &surroundings);
     }
     Ok(summary)
 }

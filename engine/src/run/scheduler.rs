@@ -25,7 +25,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::room::Room;
 use super::state::{ItemState, Phase, State, StepState};
-use super::worker::{End, Looked, Trouble, Worker};
+use super::worker::{End, Looked, Trouble, UNCHANGED, Worker};
 use super::{Outputs, RunOptions, RunSummary, Selection};
 use crate::dag::{data_predecessors, predecessors};
 use crate::event::{RunEvent, StepStatus};
@@ -375,7 +375,7 @@ impl Scheduler {
             None => finished.push(summary),
         }
         self.count(place, status);
-        self.worker.send(RunEvent::StepFinished {
+        let event = |status, took_ms, why, metrics| RunEvent::StepFinished {
             step: request.id.clone(),
             kind: kind_of(&request.node).to_owned(),
             status,
@@ -383,9 +383,21 @@ impl Scheduler {
             took_ms,
             why,
             outputs: self.worker.infos(&result.outputs),
-            metrics: result.metrics,
+            metrics,
             help: None,
-        });
+        };
+        if let Some((memory, key)) = self.worker.memory().zip(key) {
+            let unchanged = UNCHANGED.to_owned();
+            memory.event(&event(
+                StepStatus::Cached,
+                0,
+                unchanged,
+                result.metrics.clone(),
+            ));
+            memory.outputs(&key, &result.outputs);
+        }
+        let ended = event(status, took_ms, why, result.metrics.clone());
+        self.worker.send(ended);
         self.set_phase(place, Phase::Ended(result.outputs));
     }
 
@@ -524,10 +536,14 @@ impl Scheduler {
         let step = &self.steps[i];
         if step.node.foreach.is_some() {
             let labels = step.items.iter().filter_map(|i| i.request.label.clone());
-            self.worker.send(RunEvent::StepExpanded {
+            let event = RunEvent::StepExpanded {
                 step: step.node.name.clone(),
                 items: labels.collect(),
-            });
+            };
+            if let Some(memory) = self.worker.memory() {
+                memory.event(&event);
+            }
+            self.worker.send(event);
         }
     }
 
@@ -576,6 +592,9 @@ impl Scheduler {
 
     /// An input of the item is damaged: has it made again, and waits for it.
     fn stall(&mut self, place: Place, digest: Digest) {
+        if let Some(memory) = self.worker.memory() {
+            memory.spoil();
+        }
         let item = self.item_mut(place);
         item.stalls += 1;
         let id = item.request.id.clone();
@@ -706,7 +725,7 @@ impl Scheduler {
     }
 
     fn skip_event(&self, i: usize, id: String, why: &str) {
-        self.worker.send(RunEvent::StepFinished {
+        let event = RunEvent::StepFinished {
             step: id,
             kind: kind_of(&self.steps[i].node).to_owned(),
             status: StepStatus::Skipped,
@@ -716,7 +735,11 @@ impl Scheduler {
             outputs: BTreeMap::new(),
             metrics: BTreeMap::new(),
             help: None,
-        });
+        };
+        if let Some(memory) = self.worker.memory() {
+            memory.event(&event);
+        }
+        self.worker.send(event);
     }
 
     fn set(&mut self, i: usize, state: State) {

@@ -1,5 +1,6 @@
 //! `flowrun bench`: one file a thing to measure.
 
+mod engine;
 mod model;
 
 use crate::args::{BenchCommand, GlobalArgs};
@@ -8,6 +9,7 @@ use crate::exit::{Exit, Failure};
 /// Measures this machine.
 pub(crate) fn bench(command: &BenchCommand, global: &GlobalArgs) -> Result<Exit, Failure> {
     match command {
+        BenchCommand::Engine(args) => engine::engine(args, global.json),
         BenchCommand::Model { model } => model::model(model.as_deref(), global),
     }
 }

@@ -28,6 +28,7 @@ use crate::expansion::{ActionRequest, Expressions, kind_of};
 use crate::history::History;
 use crate::lookup::{Found, Keyed, Lookup};
 use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
+use crate::premises::Memory;
 use crate::record::{file_name, log_path, timestamp};
 use crate::runner::{panicked, runner_of};
 use crate::sandbox::{Sandbox, inherited, timed_out};
@@ -43,6 +44,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 const ENTRY_NAME: usize = 60;
 /// Longest wait between two looks at the cancel flag.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Why an action is taken from the cache.
+pub(super) const UNCHANGED: &str = "nothing changed";
 
 /// What all actions of a run share.
 pub(super) struct Worker {
@@ -104,6 +108,7 @@ impl From<StepError> for Trouble {
 }
 
 impl Worker {
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn new(
         pipeline: &Pipeline,
         cache: &Arc<Cache>,
@@ -112,13 +117,14 @@ impl Worker {
         events: UnboundedSender<RunEvent>,
         cancel: Cancel,
         expressions: Expressions,
+        memory: Option<Arc<Memory>>,
     ) -> Self {
         let names = pipeline.steps.iter().flat_map(|s| &s.secrets);
         let mask = Mask::new(names.filter_map(|name| world.env.get(name).cloned()));
         Self {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),
-            lookup: Lookup::holding(&pipeline.root, world, cache),
+            lookup: Lookup::holding(&pipeline.root, world, cache, memory),
             history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
             run_dir,
             events,
@@ -126,6 +132,11 @@ impl Worker {
             expressions,
             mask,
         }
+    }
+
+    /// Hears what the run rests on, if it is to be remembered.
+    pub(super) fn memory(&self) -> Option<&Memory> {
+        self.lookup.memory.as_deref()
     }
 
     pub(super) fn send(&self, event: RunEvent) {
@@ -175,7 +186,7 @@ impl Worker {
                     } else {
                         return Ok(Looked::End(End {
                             key: Some(keyed.key),
-                            why: "nothing changed".to_owned(),
+                            why: UNCHANGED.to_owned(),
                             cached: true,
                             took_ms: 0,
                             result,
@@ -287,7 +298,11 @@ impl Worker {
         let scratch = self.cache.scratch().map_err(cache_error)?;
         let reporter: Arc<dyn StepReporter> = Arc::new(self.reporter(&request.id));
         let out_dir = folder(scratch.path(), "out")?;
-        let (inputs, loans) = self.link_inputs(keyed, &folder(scratch.path(), "in")?)?;
+        let (inputs, loans) = if keyed.inputs.is_empty() {
+            (BTreeMap::new(), Vec::new())
+        } else {
+            self.link_inputs(keyed, &folder(scratch.path(), "in")?)?
+        };
         let cancel = self.cancel.child();
         let resume_path = self.cache.partial_path(&keyed.key);
         let outcome = match &request.node.action {
@@ -332,6 +347,7 @@ impl Worker {
             label: History::label(&self.pipeline, &request.id),
         };
         self.cache.actions().put(&result).map_err(cache_error)?;
+        self.cache.sync_if_due().map_err(cache_error)?;
         // The result is recorded: what is left of earlier attempts serves nobody.
         let _ = std::fs::remove_dir_all(resume_path);
         Ok(result)
@@ -381,7 +397,7 @@ impl Worker {
         for (port, path) in &request.node.out_paths {
             env.insert(port.clone(), format!("out/{path}"));
             let place = inside(&scratch.path().join("out"), path)?;
-            if let Some(parent) = place.parent() {
+            if let Some(parent) = place.parent().filter(|_| path.contains('/')) {
                 std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
             }
         }
@@ -491,7 +507,7 @@ impl Worker {
 
 fn folder(parent: &Path, name: &str) -> Result<PathBuf, StepError> {
     let path = parent.join(name);
-    std::fs::create_dir_all(&path).map_err(|e| StepError::io(&path, &e))?;
+    std::fs::create_dir(&path).map_err(|e| StepError::io(&path, &e))?;
     Ok(path)
 }
 

@@ -23,13 +23,14 @@ impl Worker {
         outcome: &StepOutcome,
     ) -> Result<Outputs, StepError> {
         let mut outputs = BTreeMap::new();
+        let shared = overlap(&request.node.out_paths);
         for port in &request.node.outputs {
             let path = request.node.out_paths.get(&port.name).unwrap_or(&port.name);
             let place = inside(out_dir, path)?;
             let value = if port.many {
                 self.store_list(&request.id, port, &place, outcome)?
             } else if place.exists() {
-                OutputValue::One(self.store(&place)?)
+                OutputValue::One(self.store(&place, shared)?)
             } else if port.optional {
                 continue;
             } else {
@@ -61,15 +62,22 @@ impl Worker {
             if !path.exists() {
                 return Err(missing(id, &port.name, &format!("{}/{label}", port.name)));
             }
-            let artifact = self.store(&path)?;
+            let artifact = self.store(&path, false)?;
             let label = label.clone();
             items.push(ListItem { label, artifact });
         }
         Ok(OutputValue::List(items))
     }
 
-    fn store(&self, path: &Path) -> Result<Artifact, StepError> {
-        self.cache.store().put_path(path).map_err(cache_error)
+    /// `shared`: another output lies in this one, so its files stay.
+    fn store(&self, path: &Path, shared: bool) -> Result<Artifact, StepError> {
+        let store = self.cache.store();
+        let stored = if shared {
+            store.put_path(path)
+        } else {
+            store.take_path(path)
+        };
+        stored.map_err(cache_error)
     }
 
     /// Puts outputs into the project tree where they are missing or different.
@@ -81,10 +89,10 @@ impl Worker {
         for (port, path) in &request.publish {
             let dest = inside(&self.lookup.root, path)?;
             match result.outputs.get(port).map(|o| &o.value) {
-                Some(OutputValue::One(artifact)) => self.place(artifact, &dest)?,
+                Some(OutputValue::One(artifact)) => self.place_in_project(artifact, &dest)?,
                 Some(OutputValue::List(items)) => {
                     for item in items {
-                        self.place(&item.artifact, &inside(&dest, &item.label)?)?;
+                        self.place_in_project(&item.artifact, &inside(&dest, &item.label)?)?;
                     }
                 }
                 None => {}
@@ -93,6 +101,17 @@ impl Worker {
         let report = result.outputs.values().find(|o| o.ty == "report");
         if let Some(OutputValue::One(artifact)) = report.map(|o| &o.value) {
             self.place(artifact, &self.run_dir.join("report.html"))?;
+            if let Some(memory) = self.memory() {
+                memory.report(artifact);
+            }
+        }
+        Ok(())
+    }
+
+    fn place_in_project(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
+        self.place(artifact, dest)?;
+        if let Some(memory) = self.memory() {
+            memory.file(dest, artifact);
         }
         Ok(())
     }
@@ -145,6 +164,13 @@ pub(super) fn command_metrics(
     })
 }
 
+/// One output lies in the folder of another.
+fn overlap(paths: &BTreeMap<String, String>) -> bool {
+    let within = |a: &String, b: &String| a != b && Path::new(a).starts_with(b);
+    let paths = || paths.values();
+    paths().any(|a| paths().any(|b| within(a, b)))
+}
+
 /// `path` below `folder`; an error if it would leave it.
 pub(super) fn inside(folder: &Path, path: &str) -> Result<PathBuf, StepError> {
     let mut parts = Path::new(path).components().peekable();
@@ -163,6 +189,18 @@ fn missing(id: &str, port: &str, path: &str) -> StepError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn outputs_within_outputs_are_told() {
+        let paths = |list: &[&str]| -> BTreeMap<String, String> {
+            let paths = list.iter().enumerate();
+            paths
+                .map(|(i, p)| (i.to_string(), (*p).to_owned()))
+                .collect()
+        };
+        assert!(overlap(&paths(&["a", "b", "a/c"])));
+        assert!(!overlap(&paths(&["a", "ab", "b/c", "b/d"])));
+    }
 
     #[test]
     fn a_path_never_leaves_its_folder() {

@@ -1,0 +1,181 @@
+//! [`Premises`]: everything that a whole run rested on. While all of it holds, the
+//! next run of the same pipeline has nothing to do, and need not even read the file
+//! as YAML: it looks at what there is, and copies the record.
+//!
+//! | what a run rests on | how it is checked |
+//! |---|---|
+//! | this program, the folder, profiles, `--set`, options of the world | part of the name |
+//! | the texts of the pipeline and what it includes | hashed |
+//! | the environment (secrets: that they are there) | hashed |
+//! | project files that steps take, name in a command, or publish to | stamp, else hashed |
+//! | names in commands that are no files | still none |
+//! | what a step kind observes of the world | observed again |
+//! | results in the action cache | still there |
+//! | objects in the store | stamp, else hashed |
+//!
+//! A stamp counts only when it was taken of a file that was hashed and had been left
+//! alone for a while. Whatever does not hold, or cannot be told, leads to an ordinary run.
+//! Invariant: nothing is skipped but work whose result would be the same.
+
+mod check;
+mod memory;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use flowrun_cache::{Artifact, Cache, Digest, FileStamp};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use self::check::{Unchanged, recall};
+pub(crate) use self::memory::Memory;
+use crate::language::LoadOptions;
+use crate::step::World;
+
+/// Version of the file. Another one on disk is as good as none.
+const VERSION: u32 = 1;
+/// Folder in the cache.
+const FOLDER: &str = "premises";
+/// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.
+const ENTRY: usize = 32 + 8 * 6 + 1;
+
+/// Which run is meant: everything of a command line that decides what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunName(Digest);
+
+impl RunName {
+    /// The name; `None` when the program or the folder cannot be told.
+    #[must_use]
+    pub fn of(file: &Path, options: &LoadOptions, world: &World) -> Option<Self> {
+        let program = FileStamp::of(&std::fs::metadata(&world.exe).ok()?);
+        let name = (
+            (VERSION, env!("CARGO_PKG_VERSION"), &world.exe, program),
+            (
+                std::env::current_dir().ok()?,
+                file,
+                &options.root,
+                &world.root,
+            ),
+            (&options.profiles, &options.sets),
+            (world.offline, &world.distdir, &world.user_cache),
+        );
+        Some(Self(Digest::of_record("run-name", &name)))
+    }
+
+    /// Something is remembered under it. What, is not known yet.
+    #[must_use]
+    pub fn is_known(&self, cache_dir: &Path) -> bool {
+        cache_dir.join(self.path()).exists()
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new(FOLDER).join(self.0.to_hex())
+    }
+}
+
+/// What is checked, and what is told when it holds.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Premises {
+    version: u32,
+    pipeline: String,
+    steps: usize,
+    cached: usize,
+    skipped: usize,
+    root: PathBuf,
+    sources: Vec<(PathBuf, Digest)>,
+    secrets: Vec<String>,
+    environment: Digest,
+    files: Vec<FilePremise>,
+    absent: Vec<String>,
+    observed: Vec<Observed>,
+    report: Option<Artifact>,
+    /// Lengths of what follows: keys, objects, the plan, the events.
+    keys: usize,
+    objects: usize,
+    plan: usize,
+    events: usize,
+}
+
+/// A file or folder of the project.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct FilePremise {
+    path: PathBuf,
+    artifact: Artifact,
+    stamp: Option<FileStamp>,
+}
+
+/// What a step kind said of the world.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Observed {
+    pub(crate) kind: String,
+    pub(crate) params: Value,
+    pub(crate) facts: BTreeMap<String, Value>,
+}
+
+/// An object of the store.
+#[derive(Debug, Clone, Copy)]
+struct ObjectPremise {
+    digest: Digest,
+    stamp: FileStamp,
+    /// The object was hashed when it had this stamp, and had settled before.
+    trusted: bool,
+}
+
+impl ObjectPremise {
+    fn write(&self, out: &mut Vec<u8>) {
+        let FileStamp {
+            size,
+            mtime,
+            ctime,
+            inode,
+        } = self.stamp;
+        out.extend_from_slice(self.digest.as_bytes());
+        for number in [size, inode] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        for number in [mtime.0, mtime.1, ctime.0, ctime.1] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        out.push(u8::from(self.trusted));
+    }
+
+    fn read(entry: &[u8]) -> Option<Self> {
+        let word = |at: usize| -> Option<[u8; 8]> { entry.get(at..at + 8)?.try_into().ok() };
+        let signed = |at| word(at).map(i64::from_le_bytes);
+        Some(Self {
+            digest: Digest::from_slice(entry.get(..32)?)?,
+            stamp: FileStamp {
+                size: u64::from_le_bytes(word(32)?),
+                inode: u64::from_le_bytes(word(40)?),
+                mtime: (signed(48)?, signed(56)?),
+                ctime: (signed(64)?, signed(72)?),
+            },
+            trusted: *entry.get(80)? == 1,
+        })
+    }
+}
+
+/// The environment, less the values of secrets. A shell's `_` differs from call to call.
+fn environment(world: &World, secrets: &[String]) -> Digest {
+    let shown: BTreeMap<&String, Option<&String>> = world
+        .env
+        .iter()
+        .filter(|(name, _)| *name != "_")
+        .map(|(name, value)| (name, (!secrets.contains(name)).then_some(value)))
+        .collect();
+    Digest::of_record("environment", &shown)
+}
+
+/// Writes what is remembered under `name`.
+fn write(cache: &Cache, name: RunName, head: &Premises, parts: &[&[u8]]) {
+    let Ok(mut text) = serde_json::to_vec(head) else {
+        return;
+    };
+    text.push(b'\n');
+    parts.iter().for_each(|part| text.extend_from_slice(part));
+    let mut file = format!("{}\n", Digest::of_bytes(&text)).into_bytes();
+    file.append(&mut text);
+    // Without it the next run is an ordinary one.
+    let _ = cache.write_file(&name.path(), &file);
+}

@@ -1,0 +1,266 @@
+//! A run whose premises all hold does nothing, says what an ordinary run says, and
+//! is never mistaken: whatever changes, an ordinary run follows.
+
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::project::{Project, Run};
+
+const PIPELINE: &str = r#"
+name: unchanged
+include: [more.yaml]
+params: { greeting: hello }
+steps:
+  strip:
+    run: sh tool.sh "$words" > "$out"
+    in: { words: { file: words.txt }, tool: { file: tool.sh } }
+    out: { out: out.txt }
+  each:
+    foreach: { n: [1, 2] }
+    run: echo "${{ params.greeting }} $N" > "$out"; cat "$words" >> "$out"
+    in: { words: strip.out }
+    env: { N: "${{ item.n }}" }
+    out: { out: out.txt }
+  never:
+    when: ${{ params.greeting == "bye" }}
+    run: echo > "$out"
+    out: { out: out.txt }
+"#;
+
+const MORE: &str = r#"
+steps:
+  all:
+    run: cat "$parts"/* > "$out"; mkdir "$tree"; cp "$out" "$tree/copy"
+    in: { parts: each.out }
+    out: { out: all.txt, tree: tree }
+    publish: { out: results/all.txt, tree: results/tree }
+"#;
+
+fn project() -> Project {
+    let project = Project::new();
+    project.write(
+        "pipeline.yaml",
+        &PIPELINE.replace("sh tool.sh", "sh \"$tool\""),
+    );
+    project.write("more.yaml", MORE);
+    project.write("words.txt", "# fruit\napple\npear\n");
+    project.write("tool.sh", "grep -v '^#' \"$1\"\n");
+    project
+}
+
+/// One run, and whether it did without reading the pipeline.
+fn run(project: &Project) -> (Run, bool) {
+    let mut command = project.command(&["pipeline.yaml", "--json"]);
+    command.env("FLOWRUN_LOG", "flowrun_engine=debug");
+    let run = Run::of(command.output().unwrap()).ok();
+    let skipped = run.stderr.contains("all premises of the last run hold");
+    (run, skipped)
+}
+
+/// The events less what differs between any two runs.
+fn told(run: &Run) -> Vec<Value> {
+    let mut events = run.events();
+    for event in &mut events {
+        let event = event.as_object_mut().unwrap();
+        for name in ["run", "at", "took_ms", "run_dir"] {
+            event.remove(name);
+        }
+    }
+    let key = |event: &Value| event.to_string();
+    let last = events.len() - 1;
+    events[1..last].sort_by_key(key);
+    events
+}
+
+fn settle(project: &Project) -> Vec<Value> {
+    run(project);
+    let (second, _) = run(project);
+    told(&second)
+}
+
+#[test]
+fn it_tells_and_records_what_an_ordinary_run_does() {
+    let project = project();
+    run(&project);
+    let (quick, skipped) = run(&project);
+    assert!(skipped, "{}", quick.stderr);
+    std::fs::remove_dir_all(project.path(".flowrun/premises")).unwrap();
+    let (ordinary, skipped) = run(&project);
+    assert!(!skipped);
+    assert_eq!(told(&quick), told(&ordinary));
+    let record = |name: &str| {
+        let id = |run: &Run| run.events()[0]["run"].as_str().unwrap().to_owned();
+        let of = |run: &Run| project.read(&format!(".flowrun/runs/{}/{name}", id(run)));
+        (
+            of(&quick).replace(&id(&quick), ""),
+            of(&ordinary).replace(&id(&ordinary), ""),
+        )
+    };
+    let (plan, expected) = record("plan.json");
+    assert_eq!(plan, expected);
+    let (events, _) = record("events.jsonl");
+    assert_eq!(events.lines().count(), ordinary.events().len());
+    let plain = project.run(&["pipeline.yaml"]).ok();
+    assert!(plain.stderr.contains("0 ran, 4 cached"), "{}", plain.stderr);
+}
+
+#[test]
+fn whatever_changes_an_ordinary_run_follows() {
+    let project = project();
+    let expected = settle(&project);
+    let object = |port: &str| {
+        let event = expected
+            .iter()
+            .find(|e| e["step"] == "all" && e["outputs"].is_object());
+        let path = event.unwrap()["outputs"][port]["path"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        project.path(&path)
+    };
+    let keep_time = |path: &std::path::Path, bytes: &[u8]| {
+        let time = std::fs::metadata(path).unwrap().modified().unwrap();
+        let _ = std::fs::remove_file(path);
+        std::fs::write(path, bytes).unwrap();
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.set_modified(time).unwrap();
+    };
+    type Change<'a> = (&'a str, Box<dyn Fn() + 'a>, &'a [&'a str]);
+    let changes: Vec<Change<'_>> = vec![
+        (
+            "a comment in a source",
+            Box::new(|| project.edit("words.txt", "# fruit", "# fruits")),
+            &["strip"],
+        ),
+        (
+            "and back",
+            Box::new(|| project.edit("words.txt", "# fruits", "# fruit")),
+            &[],
+        ),
+        (
+            "the pipeline",
+            Box::new(|| project.edit("pipeline.yaml", "greeting: hello", "greeting: hi")),
+            &["all", "each[1]", "each[2]"],
+        ),
+        (
+            "and back",
+            Box::new(|| project.edit("pipeline.yaml", "greeting: hi", "greeting: hello")),
+            &[],
+        ),
+        (
+            "an included file",
+            Box::new(|| project.edit("more.yaml", "mkdir", "true; mkdir")),
+            &["all"],
+        ),
+        (
+            "and back",
+            Box::new(|| project.edit("more.yaml", "true; mkdir", "mkdir")),
+            &[],
+        ),
+        (
+            "a published file is gone",
+            Box::new(|| std::fs::remove_file(project.path("results/all.txt")).unwrap()),
+            &[],
+        ),
+        (
+            "a published file is another",
+            Box::new(|| keep_time(&project.path("results/all.txt"), b"xxxx")),
+            &[],
+        ),
+        (
+            "a published folder has one more",
+            Box::new(|| project.write("results/tree/more", "")),
+            &[],
+        ),
+        (
+            "an object is gone",
+            Box::new(|| std::fs::remove_file(object("out")).unwrap()),
+            &["all"],
+        ),
+        (
+            "an object has other bytes, its length and its time",
+            Box::new(|| {
+                let path = object("out");
+                let length = std::fs::read(&path).unwrap().len();
+                keep_time(&path, &vec![b'x'; length]);
+            }),
+            &["all"],
+        ),
+        (
+            "the results are gone",
+            Box::new(|| std::fs::remove_dir_all(project.path(".flowrun/actions")).unwrap()),
+            &["all", "each[1]", "each[2]", "strip"],
+        ),
+        (
+            "a file has the name of a word",
+            Box::new(|| project.write("cat", "x")),
+            &["all", "each[1]", "each[2]"],
+        ),
+        (
+            "and is gone",
+            Box::new(|| std::fs::remove_file(project.path("cat")).unwrap()),
+            &[],
+        ),
+    ];
+    for (what, change, ran) in changes {
+        change();
+        let (after, skipped) = run(&project);
+        assert!(!skipped, "{what}");
+        let mut found = after.steps("ran");
+        found.sort();
+        assert_eq!(found, ran, "{what}");
+        assert!(project.read("results/all.txt").contains("apple"), "{what}");
+        assert!(!project.path("results/tree/more").exists(), "{what}");
+        assert!(run(&project).1, "{what}: the next run has nothing to do");
+    }
+    let mut other = project.command(&["pipeline.yaml", "--json"]);
+    other
+        .env("FLOWRUN_LOG", "flowrun_engine=debug")
+        .env("SOMETHING", "new");
+    let other = Run::of(other.output().unwrap()).ok();
+    assert!(
+        !other.stderr.contains("all premises"),
+        "another environment"
+    );
+    // A damaged memory is as good as none.
+    let memory = std::fs::read_dir(project.path(".flowrun/premises"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let whole = std::fs::read(&memory).unwrap();
+    for eighth in 0..8 {
+        let mut bytes = whole.clone();
+        match eighth % 2 {
+            0 => bytes.truncate(whole.len() * eighth / 8),
+            _ => bytes[whole.len() * eighth / 8] ^= 1,
+        }
+        std::fs::write(&memory, bytes).unwrap();
+        let (after, skipped) = run(&project);
+        assert!(!skipped && after.steps("ran").is_empty());
+    }
+}
+
+#[test]
+fn a_stamp_counts_only_once_the_file_has_settled() {
+    let project = project();
+    settle(&project);
+    // Young files are hashed each time, so a change within the clock's grain is seen.
+    project.edit("words.txt", "apple", "grape");
+    assert_eq!(run(&project).0.steps("ran").len(), 4);
+    std::thread::sleep(Duration::from_millis(3100));
+    assert!(run(&project).1 && run(&project).1);
+    // Old by its own word only: the time of the change of the inode is now.
+    project.edit("words.txt", "grape", "apple");
+    let file = std::fs::File::options()
+        .write(true)
+        .open(project.path("words.txt"))
+        .unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(3600))
+        .unwrap();
+    let (after, skipped) = run(&project);
+    assert!(!skipped && after.steps("ran").is_empty());
+    assert!(project.read("results/all.txt").contains("apple"));
+}
