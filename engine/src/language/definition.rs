@@ -107,7 +107,7 @@ impl Inliner<'_> {
     fn step(&mut self, prefix: &str, name: &str, mut entry: Entry, scope: &mut Scope) {
         if !is_step_name(name) {
             let message = format!("`{name}` is not a step name");
-            let help = "lower-case letters, digits and `-`, a letter first".to_owned();
+            let help = "lower-case letters, digits, `-` and `_`, a letter first".to_owned();
             self.report(entry.key, "bad-name", message, Some(help));
         } else if name == INPUTS && !prefix.is_empty() {
             let message = "`in` stands for the inputs of the definition".to_owned();

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
-use flowrun_engine::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, StepNode};
+use flowrun_engine::pipeline::{
+    Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode,
+};
 use flowrun_engine::run::run as run_pipeline;
 use flowrun_engine::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World};
 use nix::sys::resource::{Usage, UsageWho, getrusage};
@@ -301,6 +303,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         timeout: None,
         resources: Resources::default(),
         pool: None,
+        runner: RunnerKind::default(),
         cache: CachePolicy::Reuse,
         publish: BTreeMap::new(),
         expect: Vec::new(),
@@ -313,6 +316,8 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         profiles: Vec::new(),
         params: BTreeMap::new(),
         models: BTreeMap::new(),
+        pools: BTreeMap::new(),
+        uses: BTreeMap::new(),
         steps: (0..steps).map(node).collect(),
         sources: Vec::new(),
     };
