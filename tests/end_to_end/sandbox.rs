@@ -59,7 +59,7 @@ fn a_command_sees_its_ports_and_nothing_else() {
 
 #[test]
 fn what_is_printed_is_in_the_log_and_its_end_is_shown() {
-    let script = "for i in $(seq 40); do echo line $i; done; echo trouble >&2; exit 7";
+    let script = "for i in $(seq 40); do echo line $i; done; sleep 0.5; echo trouble >&2; exit 7";
     let project = project(script, "");
     let run = project.run(&["pipeline.yaml", "--json"]);
     assert_eq!(run.code, Some(4));

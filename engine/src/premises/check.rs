@@ -250,7 +250,7 @@ impl Unchanged {
     ) -> std::io::Result<()> {
         use std::io::Write;
         let plan = String::from_utf8_lossy(self.plan());
-        // The run's own id stands once, in the second line.
+        // The run's own id stands once, at the beginning.
         let (before, after) = plan.split_once(PLACEHOLDER).unwrap_or((&plan, ""));
         let mut file = std::fs::File::create(run_dir.join("plan.json"))?;
         for part in [before, run_id, after] {

@@ -113,7 +113,7 @@ impl Memory {
             run: PLACEHOLDER.to_owned(),
             ..plan.clone()
         };
-        let Ok(mut plan) = serde_json::to_vec_pretty(&plan) else {
+        let Ok(mut plan) = serde_json::to_vec(&plan) else {
             return;
         };
         plan.push(b'\n');
