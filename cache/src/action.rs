@@ -131,6 +131,18 @@ impl ActionCache {
         }
     }
 
+    /// The results in a folder, for a process that does work for the one that holds the cache.
+    #[must_use]
+    pub fn open(root: PathBuf) -> Self {
+        Self::new(root, Arc::default(), None)
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.root
+    }
+
     /// Where the result of a key lies, or would lie.
     #[must_use]
     pub fn path(&self, key: &ActionKey) -> PathBuf {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::SystemTime;
 
-use flowrun_cache::{CompletionCache, Digest};
+use flowrun_cache::{ActionCache, CompletionCache, Digest};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -216,6 +216,9 @@ pub struct StepContext {
     pub started_at: SystemTime,
     /// Completed language-model calls, shared by all steps and runs.
     pub completions: Arc<CompletionCache>,
+    /// Results by action key, for parts of this step that are worth an action of their own
+    /// (a candidate of a search): a later attempt, or another step, finds them.
+    pub actions: ActionCache,
     /// Steps that finished before this one started, in order of finishing.
     pub finished: Arc<Vec<StepSummary>>,
     /// Where to report.

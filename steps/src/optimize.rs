@@ -1,11 +1,13 @@
 //! `optimize`: few-shot demos for a checkpoint, by random search.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
+use flowrun_engine::record::timestamp;
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
 use flowrun_lm::metric::MetricKind;
 use flowrun_lm::optimize::{
-    InstructionSearch, InstructionSettings, Optimizer, Progress, RandomSearch, Session,
+    InstructionSearch, InstructionSettings, KeptResults, Optimizer, Progress, RandomSearch, Session,
 };
 use flowrun_lm::program::SavedProgram;
 use schemars::JsonSchema;
@@ -73,7 +75,7 @@ impl Step for Optimize {
         "optimize"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Finds few-shot demos: DSPy's BootstrapFewShotWithRandomSearch, the nearest rows per query, or new instructions."
@@ -117,6 +119,7 @@ impl Step for Optimize {
         let (trainset, valset) = (examples(&train_rows, field), examples(&val_rows, field));
         let metric = params.metric.metric(field);
         let on_progress = |progress: Progress| tell(ctx, progress);
+        let kept = kept_results(ctx, params.metric);
         let session = Session {
             lm: &lm,
             sampling: &params.sampling.into(),
@@ -125,6 +128,7 @@ impl Step for Optimize {
             teacher: None,
             batch: BATCH,
             on_progress: Some(&on_progress),
+            kept: Some(&kept),
         };
         let mut search = params.search.clone();
         search.concurrency = search.concurrency.or(match params.model {
@@ -197,6 +201,7 @@ impl Step for Optimize {
             .metric("score", best.map_or(Value::Null, |best| best.score.into()))
             .metric("candidates", compiled.candidates.len())
             .metric("stopped_early", stopped)
+            .metric("known_before", kept.recalled())
             .metric("demos", demos);
         let mut usage = lm.totals();
         if let Some(proposer) = &proposer {
@@ -204,6 +209,18 @@ impl Step for Optimize {
         }
         Ok(with_usage(outcome, &usage))
     }
+}
+
+/// The action cache, for the candidates of the search.
+fn kept_results(ctx: &StepContext, metric: MetricKind) -> KeptResults {
+    let metric = serde_json::to_value(metric).unwrap_or_default();
+    let (began, started) = (ctx.started_at, Instant::now());
+    KeptResults::new(
+        ctx.actions.clone(),
+        metric.as_str().unwrap_or_default(),
+        &ctx.step,
+        move || timestamp(began + started.elapsed()),
+    )
 }
 
 fn tell(ctx: &StepContext, progress: Progress) {

@@ -2,51 +2,29 @@
 
 use serde_json::Value;
 
+use crate::classify::{self, run};
 use crate::oracle::{Oracle, query};
 use crate::project::Project;
 
-const PIPELINE: &str = "\
-name: label
-params: { url: none }
-models:
-  m: { provider: openai, base_url: \"${{ params.url }}\", model: m, max_retries: 0 }
-programs:
-  classify:
-    predict:
-      adapter: compact
-      instructions: One of {labels}.
-      inputs: [{ name: text }]
-      outputs: [{ name: label, type: label }]
-steps:
-  load:
-    uses: load
-    with: { name: d, train: { file: known.csv }, test: { file: queries.csv } }
-  labels:
-    uses: filter-top-n
-    in: { train: load.train, test: load.test }
-    with: { n: 2 }
-  label:
+const LABEL: &str = "  label:
     uses: bootstrap
     in: { unlabelled: load.test, labels: labels.labels }
     with: { program: classify, model: m }
     publish: { rows: rows.jsonl, dropped: dropped.jsonl }
 ";
 
-fn project(oracle: &Oracle, queries: usize) -> (Project, String) {
-    let project = Project::new();
-    project.write("p.yaml", PIPELINE);
-    project.write(
-        "known.csv",
-        "text,label\na known one,card_arrival\nanother,pin\n",
-    );
+fn project(queries: usize) -> Project {
+    let project = classify::project(&[LABEL]);
+    let known = [("a known one", "card_arrival"), ("another", "pin")];
+    let known = known.map(|(text, label)| (text.to_owned(), label));
+    classify::write_rows(&project, "train.csv", known);
     write_queries(&project, queries);
-    (project, format!("url={}", oracle.url))
+    project
 }
 
 fn write_queries(project: &Project, count: usize) {
-    let row = |i: usize| format!("query {i},card_arrival\n");
-    let rows: String = (0..count).map(row).collect();
-    project.write("queries.csv", &format!("text,label\n{rows}"));
+    let rows = (0..count).map(|i| (format!("query {i}"), "card_arrival"));
+    classify::write_rows(project, "test.csv", rows);
 }
 
 fn rows(project: &Project, name: &str) -> Vec<Value> {
@@ -59,12 +37,11 @@ fn rows(project: &Project, name: &str) -> Vec<Value> {
 #[test]
 fn a_hundred_new_rows_cost_a_hundred_calls() {
     let oracle = Oracle::start(|_| Some("pin".to_owned()));
-    let (project, url) = project(&oracle, 150);
-    let args = ["p.yaml", "--set", url.as_str()];
-    project.run(&args).ok();
+    let project = project(150);
+    run(&project, &oracle).ok();
     assert_eq!(oracle.calls(), 150);
     write_queries(&project, 250);
-    project.run(&args).ok();
+    run(&project, &oracle).ok();
     assert_eq!(oracle.calls(), 100);
     let ids: Vec<Value> = rows(&project, "rows.jsonl")
         .iter()
@@ -81,9 +58,8 @@ fn every_label_is_kept_as_written_and_every_dropped_row_has_its_reason() {
         let number: usize = query(body).trim_start_matches("query ").parse().unwrap();
         Some(answers[number].to_owned())
     });
-    let (project, url) = project(&oracle, 4);
-    let args = ["p.yaml", "--set", url.as_str()];
-    project.run(&args).ok();
+    let project = project(4);
+    run(&project, &oracle).ok();
     let kept = rows(&project, "rows.jsonl");
     assert_eq!(kept.len(), 2);
     assert_eq!(kept[0]["raw_label"], "Card Arrival");
@@ -103,7 +79,7 @@ fn every_label_is_kept_as_written_and_every_dropped_row_has_its_reason() {
         "model: m }\n    publish",
         "model: m, normalise_labels: true }\n    publish",
     );
-    project.run(&args).ok();
+    run(&project, &oracle).ok();
     let kept = rows(&project, "rows.jsonl");
     assert_eq!(kept.len(), 3);
     assert_eq!(
@@ -125,11 +101,10 @@ fn draws_are_counted_and_too_little_agreement_drops_a_row() {
         };
         Some(["pin", "card_arrival"][turn % 2].to_owned())
     });
-    let (project, url) = project(&oracle, 2);
+    let project = project(2);
     let with = "model: m, samples: 4, temperature: 0.9, min_confidence: 0.9 }\n    publish";
     project.edit("p.yaml", "model: m }\n    publish", with);
-    let args = ["p.yaml", "--set", url.as_str()];
-    project.run(&args).ok();
+    run(&project, &oracle).ok();
     assert_eq!(oracle.calls(), 8);
     let kept = rows(&project, "rows.jsonl");
     assert_eq!((kept.len(), &kept[0]["confidence"]), (1, &1.0.into()));

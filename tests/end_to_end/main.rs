@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, missing_docs)]
 
 mod cache;
+mod classify;
 mod data;
 mod deployed;
 mod deploying;
@@ -25,6 +26,7 @@ mod programs;
 mod project;
 mod sandbox;
 mod schema;
+mod search;
 mod server;
 mod serving;
 mod shell;

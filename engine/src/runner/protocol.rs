@@ -17,7 +17,7 @@ use crate::step::{
 };
 
 /// Version of the protocol; both ends must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// One attempt of a step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -42,6 +42,8 @@ pub struct StepRequest {
     pub resume_path: PathBuf,
     /// Folder of kept answers of language models.
     pub completions: Option<PathBuf>,
+    /// Folder of results by action key.
+    pub actions: PathBuf,
     /// Bytes of memory that the work may use; zero means no bound.
     pub memory: u64,
     /// No network may be used.
@@ -123,6 +125,7 @@ impl StepRequest {
             work_dir: ctx.work_dir.clone(),
             resume_path: ctx.resume_path.clone(),
             completions: ctx.completions.folder().map(PathBuf::from),
+            actions: ctx.actions.folder().to_owned(),
             memory,
             offline: ctx.world.offline,
             distdir: ctx.world.distdir.clone(),

@@ -146,6 +146,7 @@ fn run(what: &str, memory: u64, cancel: &Cancel) -> Ran {
         resume_path: dir.path().join("resume"),
         started_at: SystemTime::UNIX_EPOCH,
         completions: Arc::new(CompletionCache::in_memory()),
+        actions: flowrun_cache::ActionCache::open(dir.path().join("actions")),
         finished: Arc::default(),
         reporter: heard.clone(),
         cancel: cancel.clone(),

@@ -2,12 +2,14 @@
 //! gave on training rows that the metric likes, then labelled rows. Follows
 //! DSPy's draws and its order of calls.
 
+use super::kept::{DEMOS, Piece};
 use super::{Compiled, LabeledFewShot, OptimizeError, Optimizer, Progress, Session};
 use crate::adapter::Dialect;
 use crate::example::{Demo, Example};
 use crate::lm::{Lm, Sampling};
 use crate::program::{Program, RowErrorKind, RowResult, RunOptions, Tokens};
 use crate::python_random::PythonRandom;
+use serde_json::json;
 
 /// DSPy's `BootstrapFewShot`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,7 +49,16 @@ impl Optimizer for BootstrapFewShot {
         session: &Session<'_>,
     ) -> Result<Compiled, OptimizeError> {
         let mut run = Bootstrap::new(self, student, trainset, session);
-        run.work_out()?;
+        let piece = run.piece();
+        let known = piece.as_ref().and_then(Piece::recall);
+        if let Some((found, solved)) = known {
+            (run.found, run.solved) = (found, solved);
+        } else {
+            run.work_out()?;
+            if let Some(piece) = piece.filter(|_| !run.unanswered) {
+                piece.keep(&(&run.found, &run.solved));
+            }
+        }
         let tokens = run.tokens;
         Ok(Compiled::unscored(run.trained(student), tokens))
     }
@@ -64,6 +75,8 @@ struct Bootstrap<'a> {
     found: Vec<Vec<Demo>>,
     solved: Vec<bool>,
     errors: usize,
+    /// Whether the model left a row unanswered: another time there may be other demos.
+    unanswered: bool,
     tokens: Tokens,
 }
 
@@ -103,8 +116,21 @@ impl<'a> Bootstrap<'a> {
             teacher_lm,
             solved: vec![false; trainset.len()],
             errors: 0,
+            unanswered: false,
             tokens: Tokens::default(),
         }
+    }
+
+    /// What is worked out, as an action.
+    fn piece(&self) -> Option<Piece<'a>> {
+        let settings = json!({
+            "max_bootstrapped_demos": self.settings.max_bootstrapped_demos,
+            "max_rounds": self.settings.max_rounds,
+            "max_errors": self.settings.max_errors,
+            "metric_threshold": self.settings.metric_threshold,
+        });
+        let teacher = (&self.teacher, self.teacher_lm);
+        Piece::of_program(self.session, DEMOS, teacher, self.trainset, &settings)
     }
 
     fn is_full(&self) -> bool {
@@ -237,6 +263,7 @@ impl<'a> Bootstrap<'a> {
 
     fn count_error(&mut self, kind: RowErrorKind, last: String) -> Result<(), OptimizeError> {
         self.errors += 1;
+        self.unanswered |= kind == RowErrorKind::Lm;
         if self.errors < self.settings.max_errors {
             return Ok(());
         }

@@ -4,6 +4,7 @@
 //!
 //! Invariant: the student wins unless a proposal scores strictly more on the whole validation set.
 
+use super::kept::{CANDIDATE, PROPOSAL, Piece};
 use super::{Candidate, Compiled, OptimizeError, Optimizer, Progress, Session};
 use crate::evaluate::{Evaluate, EvaluateError, EvaluationResult};
 use crate::example::Example;
@@ -13,6 +14,7 @@ use crate::python_random::PythonRandom;
 use crate::value::Value;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 /// Mistakes that the proposer is shown at most.
 const SHOWN: usize = 8;
@@ -56,10 +58,32 @@ pub struct InstructionSearch<'a> {
 struct Member {
     program: Program,
     result: EvaluationResult,
+    /// Key of the action that its score is kept under, where it is.
+    key: Option<String>,
 }
 
 impl InstructionSearch<'_> {
+    /// The score of a program on rows, with the key that it is kept under; read back where it is
+    /// known.
     fn evaluate(
+        &self,
+        program: &Program,
+        rows: &[Example],
+        session: &Session<'_>,
+        seed: i64,
+    ) -> Result<(EvaluationResult, Option<String>), OptimizeError> {
+        let settings = json!({ "max_errors": self.settings.max_errors });
+        let piece = Piece::of_program(session, CANDIDATE, (program, session.lm), rows, &settings);
+        let known = piece.as_ref().and_then(Piece::recall_evaluation);
+        if let Some((known, piece)) = known.zip(piece.as_ref()) {
+            return Ok((known, Some(piece.key())));
+        }
+        let result = self.ask(program, rows, session, seed)?;
+        let key = piece.and_then(|piece| piece.keep_evaluation(&result));
+        Ok((result, key))
+    }
+
+    fn ask(
         &self,
         program: &Program,
         rows: &[Example],
@@ -90,6 +114,7 @@ impl InstructionSearch<'_> {
         place: usize,
         mistakes: &str,
         round: usize,
+        session: &Session<'_>,
     ) -> Result<Option<String>, OptimizeError> {
         let current = &program.predictors[place].signature.instructions;
         let text = format!(
@@ -111,15 +136,27 @@ impl InstructionSearch<'_> {
             },
             choices: None,
         };
-        let answer = self
-            .proposer
-            .complete(&[request], &|_, _| {})
-            .into_iter()
-            .next();
+        let answer = self.answer(request, session)?;
+        Ok(fenced(&answer)
+            .map(str::to_owned)
+            .filter(|text| text != current))
+    }
+
+    /// What the proposer says; read back where it is known.
+    fn answer(&self, request: Request, session: &Session<'_>) -> Result<String, OptimizeError> {
+        let asked = json!({ "model": self.proposer.id(), "request": &request });
+        let piece = Piece::of_params(session, PROPOSAL, &asked);
+        if let Some(known) = piece.as_ref().and_then(Piece::recall) {
+            return Ok(known);
+        }
+        let answer = self.proposer.complete(&[request], &|_, _| {}).pop();
         match answer {
-            Some(Ok(completion)) => Ok(fenced(&completion.text)
-                .map(str::to_owned)
-                .filter(|text| text != current)),
+            Some(Ok(completion)) => {
+                if let Some(piece) = piece {
+                    piece.keep(&completion.text);
+                }
+                Ok(completion.text)
+            }
             Some(Err(crate::lm::LmError::Cancelled)) => Err(OptimizeError::Cancelled),
             Some(Err(error)) => Err(OptimizeError::Proposer(error.to_string())),
             None => Err(OptimizeError::Proposer("no answer".to_owned())),
@@ -200,11 +237,12 @@ impl Optimizer for InstructionSearch<'_> {
         };
         let mut random = PythonRandom::new(self.settings.seed);
         let mut tokens = Tokens::default();
-        let first = self.evaluate(student, valset, session, 0)?;
+        let (first, key) = self.evaluate(student, valset, session, 0)?;
         tokens += first.tokens;
         let mut members = vec![Member {
             program: student.clone(),
             result: first,
+            key,
         }];
         let mut candidates = vec![candidate(0, &members[0])];
         let mut best = 0;
@@ -228,7 +266,7 @@ impl Optimizer for InstructionSearch<'_> {
             if batch.is_empty() {
                 break;
             }
-            let before = self.evaluate(parent, &batch, session, seed)?;
+            let (before, _) = self.evaluate(parent, &batch, session, seed)?;
             tokens += before.tokens;
             let told = mistakes(&batch, &before);
             if told.is_empty() {
@@ -236,19 +274,23 @@ impl Optimizer for InstructionSearch<'_> {
             }
             // One predictor at a time, in turn.
             let place = round % parent.predictors.len();
-            let Some(instructions) = self.propose(parent, place, &told, round)? else {
+            let Some(instructions) = self.propose(parent, place, &told, round, session)? else {
                 continue;
             };
             let mut program = parent.clone();
             program.predictors[place].signature.instructions = instructions;
-            let after = self.evaluate(&program, &batch, session, seed)?;
+            let (after, _) = self.evaluate(&program, &batch, session, seed)?;
             tokens += after.tokens;
             if after.correct <= before.correct {
                 continue;
             }
-            let result = self.evaluate(&program, valset, session, seed)?;
+            let (result, key) = self.evaluate(&program, valset, session, seed)?;
             tokens += result.tokens;
-            let member = Member { program, result };
+            let member = Member {
+                program,
+                result,
+                key,
+            };
             candidates.push(candidate(seed, &member));
             members.push(member);
             if members[members.len() - 1].result.score > members[best].result.score {
@@ -277,6 +319,7 @@ fn candidate(seed: i64, member: &Member) -> Candidate {
         parse_failures: member.result.parse_failures,
         demos: member.program.demos(),
         stopped_after: None,
+        key: member.key.clone(),
     }
 }
 
@@ -354,6 +397,7 @@ mod tests {
             teacher: None,
             batch: 8,
             on_progress: None,
+            kept: None,
         };
         let search = InstructionSearch {
             settings: InstructionSettings {

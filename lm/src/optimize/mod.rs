@@ -3,12 +3,14 @@
 
 mod bootstrap_few_shot;
 mod instruction_search;
+mod kept;
 mod knn_few_shot;
 mod labeled_few_shot;
 mod random_search;
 
 pub use bootstrap_few_shot::BootstrapFewShot;
 pub use instruction_search::{InstructionSearch, InstructionSettings};
+pub use kept::KeptResults;
 pub use knn_few_shot::KnnFewShot;
 pub use labeled_few_shot::LabeledFewShot;
 pub use random_search::RandomSearch;
@@ -37,6 +39,8 @@ pub struct Session<'a> {
     pub batch: usize,
     /// Hears how it goes.
     pub on_progress: Option<&'a OnProgress<'a>>,
+    /// Where what was worked out is kept, so that a search goes on where it was cut short.
+    pub kept: Option<&'a KeptResults>,
 }
 
 /// A program that works out demos for another one.
@@ -107,6 +111,9 @@ pub struct Candidate {
     /// still have reached, and `subscores` is empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped_after: Option<usize>,
+    /// Key of the action that its score is kept under, where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
 }
 
 /// What an optimizer found.

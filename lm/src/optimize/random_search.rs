@@ -5,6 +5,7 @@
 //! Invariant: early stopping and concurrency change which calls are made, never the winner (with
 //! a metric of at most 1, and no more failed rows than `max_errors`).
 
+use super::kept::{CANDIDATE, Piece};
 use super::{
     BootstrapFewShot, Candidate, Compiled, LabeledFewShot, OptimizeError, Optimizer, Progress,
     Session,
@@ -15,6 +16,7 @@ use crate::program::{Program, RunOptions, Tokens};
 use crate::python_random::PythonRandom;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -225,7 +227,7 @@ impl Search<'_> {
         })?;
         let demos = program.demos();
         let candidate = match scored {
-            Scored::Whole(result) => {
+            Scored::Whole(result, key) => {
                 tokens += result.tokens;
                 let subscores: Vec<f64> = result.rows.iter().map(|row| row.score).collect();
                 self.board.add(Finished {
@@ -240,6 +242,7 @@ impl Search<'_> {
                     parse_failures: result.parse_failures,
                     demos,
                     stopped_after: None,
+                    key,
                 }
             }
             Scored::Beaten { most, rows, spent } => {
@@ -251,6 +254,7 @@ impl Search<'_> {
                     parse_failures: 0,
                     demos,
                     stopped_after: Some(rows),
+                    key: None,
                 }
             }
         };
@@ -266,7 +270,27 @@ impl Search<'_> {
         })
     }
 
+    /// The score of a candidate, read back where it is known.
     fn score(&self, program: &Program, place: usize) -> Result<Scored, EvaluateError> {
+        let settings = json!({ "max_errors": self.settings.max_errors });
+        let answered = (program, self.session.lm);
+        let piece = Piece::of_program(self.session, CANDIDATE, answered, self.valset, &settings);
+        let Some(piece) = piece else {
+            return self.ask(program, place);
+        };
+        if let Some(known) = piece.recall_evaluation() {
+            return Ok(Scored::Whole(known, Some(piece.key())));
+        }
+        match self.ask(program, place)? {
+            Scored::Whole(result, _) => {
+                let key = piece.keep_evaluation(&result);
+                Ok(Scored::Whole(result, key))
+            }
+            beaten => Ok(beaten),
+        }
+    }
+
+    fn ask(&self, program: &Program, place: usize) -> Result<Scored, EvaluateError> {
         let (session, total) = (self.session, self.valset.len());
         let early = self.settings.early_stopping;
         let order = if early {
@@ -306,7 +330,8 @@ impl Search<'_> {
                 });
             }
         }
-        tally.finish_in(&order).map(Scored::Whole)
+        let whole = tally.finish_in(&order)?;
+        Ok(Scored::Whole(whole, None))
     }
 
     /// Tries the seeds, as many at once as wanted. Later ones are left out once one has reached
@@ -354,7 +379,8 @@ impl Search<'_> {
 
 /// How a candidate's scoring ended.
 enum Scored {
-    Whole(EvaluationResult),
+    /// To the end, with the key that it is kept under.
+    Whole(EvaluationResult, Option<String>),
     /// It cannot win any more.
     Beaten {
         /// The percent that it could have reached.

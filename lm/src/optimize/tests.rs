@@ -81,6 +81,7 @@ fn search(per_demo: u64, settings: &RandomSearch) -> (Compiled, usize) {
         teacher: None,
         batch: 4,
         on_progress: None,
+        kept: None,
     };
     let compiled = settings.compile(&student, &rows(0, 30), Some(&rows(30, 130)), &session);
     (compiled.unwrap(), lm.calls.into_inner())

@@ -105,6 +105,7 @@ impl Search {
             teacher: None,
             batch,
             on_progress: None,
+            kept: None,
         };
         let student = self.program(data, dialect);
         let compiled = self.search(early_stopping).compile(

@@ -325,6 +325,7 @@ impl Worker {
                     resume_path: resume_path.clone(),
                     started_at: SystemTime::now(),
                     completions: self.cache.completions(),
+                    actions: self.cache.actions().clone(),
                     finished: Arc::clone(finished),
                     reporter,
                     cancel,
