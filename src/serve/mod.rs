@@ -8,7 +8,7 @@
 //! | `guard` | who may ask |
 //! | `limits` | what a request's body may be; counting requests |
 //! | `service` | what answers, and how much may be asked at once |
-//! | `predict` | `POST /predict`: the program |
+//! | `predict`, `question` | `POST /predict`: the program; what it takes |
 //! | `openai` | `/v1/…`: the models, in OpenAI's shapes |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
 //! | `problem` | errors, in OpenAI's shape |
@@ -21,6 +21,7 @@ mod openai;
 mod openapi;
 mod predict;
 mod problem;
+mod question;
 mod routes;
 mod service;
 
@@ -31,7 +32,8 @@ use std::time::Duration;
 
 use flowrun_cache::ArtifactStore;
 use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
-use flowrun_steps::answer::Answerer;
+use flowrun_lm::program::RowInput;
+use flowrun_steps::answer::{Answerer, attach_encoders};
 use flowrun_steps::bundle::{self, Bundle};
 use flowrun_steps::deploy::API_KEY;
 use flowrun_steps::models::weights::WeightsRef;
@@ -121,6 +123,7 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
         model_id: manifest.model_id.clone(),
         digest: Some(ArtifactStore::address_of(&world.root)?.digest.to_hex()),
         label_field: bundle.program.label_field().to_owned(),
+        inputs: bundle.program.row_inputs().map_err(unusable)?,
         labels: bundle.program.labels().to_vec(),
         ..about(args)
     };
@@ -143,7 +146,8 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
             };
             let engine = engine(args, spec, base_id, pinned, &limits, &metrics);
             let engine = Engine::open(engine, &host).map_err(unusable)?;
-            let (_, program) = bundle.program.prompt().map_err(unusable)?;
+            let (saved, mut program) = bundle.program.prompt().map_err(unusable)?;
+            attach_encoders(saved, &mut program, &host).map_err(unusable)?;
             let model = engine.model(&about.model_id);
             let program = Deployed {
                 program: Arc::new(program),
@@ -240,6 +244,7 @@ fn about(args: &ServeArgs) -> About {
         model_id: String::new(),
         digest: None,
         label_field: String::new(),
+        inputs: vec![RowInput::text("text")],
         labels: Vec::new(),
         started: now.map_or(0, |since| since.as_secs()),
         adapters: args.adapters.clone(),
@@ -315,7 +320,8 @@ fn tell(address: SocketAddr, global: &GlobalArgs, service: &Service) {
         eprintln!("{name} ({model_id}) is served at http://{host}; Ctrl-C stops it");
         if digest.is_some() {
             eprintln!(
-                "  curl -s http://{host}/predict -H 'content-type: application/json' -d '{{\"text\": \"…\"}}'"
+                "  curl -s http://{host}/predict -H 'content-type: application/json' -d '{}'",
+                question::sample(&service.about.inputs)
             );
         }
     }

@@ -4,18 +4,19 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use flowrun_lm::program::RowInput;
 use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 
 use super::openai::{Chat, Load, Text, Unload};
-use super::predict::{Question, Questions};
+use super::question;
 use super::service::Service;
 
 pub(super) async fn document(State(service): State<Arc<Service>>) -> Json<Value> {
-    Json(describe(&service.about.name))
+    Json(describe(&service.about.name, &service.about.inputs))
 }
 
-fn describe(name: &str) -> Value {
+fn describe(name: &str, inputs: &[RowInput]) -> Value {
     let settings = SchemaSettings::openapi3();
     let mut types = settings.into_generator();
     let mut paths = Map::new();
@@ -45,28 +46,16 @@ fn describe(name: &str) -> Value {
         "name": "id", "in": "path", "required": true, "schema": {"type": "string"},
     }]);
     paths.insert("/v1/models/{id}".to_owned(), one);
-    let about = "The program's answer to one text";
+    let about = "The program's answer to one question";
     let answer = json!({"$ref": "#/components/schemas/Prediction"});
-    post::<Question>(
-        &mut paths,
-        &mut types,
-        "/predict",
-        about,
-        JSON,
-        answer.clone(),
-    );
+    let body = json!({"$ref": "#/components/schemas/Question"});
+    insert(&mut paths, "/predict", about, body, JSON, answer.clone());
     let answers = json!({"type": "object", "required": ["predictions"], "properties": {
         "predictions": {"type": "array", "items": answer},
     }});
-    let about = "The program's answers to several texts";
-    post::<Questions>(
-        &mut paths,
-        &mut types,
-        "/predict/batch",
-        about,
-        JSON,
-        answers,
-    );
+    let about = "The program's answers to several questions";
+    let body = json!({"$ref": "#/components/schemas/Questions"});
+    insert(&mut paths, "/predict/batch", about, body, JSON, answers);
     let about = "OpenAI's chat completions";
     post::<Chat>(
         &mut paths,
@@ -105,6 +94,8 @@ fn describe(name: &str) -> Value {
         text,
     );
     let mut schemas = types.take_definitions(true);
+    schemas.insert("Question".to_owned(), question::schema(inputs));
+    schemas.insert("Questions".to_owned(), questions(inputs));
     schemas.insert("Prediction".to_owned(), prediction());
     schemas.insert("Problem".to_owned(), problem_schema());
     json!({
@@ -132,6 +123,17 @@ fn post<T: JsonSchema>(
     answer: Value,
 ) {
     let body = types.subschema_for::<T>().to_value();
+    insert(paths, path, about, body, kind, answer);
+}
+
+fn insert(
+    paths: &mut Map<String, Value>,
+    path: &str,
+    about: &str,
+    body: Value,
+    kind: &str,
+    answer: Value,
+) {
     let operation = json!({"post": {
         "summary": about,
         "requestBody": {"required": true, "content": {JSON: {"schema": body}}},
@@ -159,6 +161,22 @@ fn problem_schema() -> Value {
     }}})
 }
 
+/// Either list; texts only where the program has one input.
+fn questions(inputs: &[RowInput]) -> Value {
+    let list = |name: &str, items: Value| {
+        json!({"type": "object", "required": [name], "additionalProperties": false,
+            "properties": {
+                (name): {"type": "array", "minItems": 1, "maxItems": 1000, "items": items},
+            },
+        })
+    };
+    let rows = list("rows", json!({"$ref": "#/components/schemas/Question"}));
+    match inputs {
+        [_] => json!({"oneOf": [list("texts", json!({"type": "string"})), rows]}),
+        _ => rows,
+    }
+}
+
 fn prediction() -> Value {
     json!({"type": "object", "required": ["label", "model"], "additionalProperties": true,
         "properties": {
@@ -179,7 +197,7 @@ mod tests {
 
     #[test]
     fn every_path_is_described_and_every_reference_leads_somewhere() {
-        let document = describe("test");
+        let document = describe("test", &[RowInput::text("text")]);
         let described: Vec<String> = document["paths"]
             .as_object()
             .unwrap()

@@ -1,6 +1,6 @@
 //! `POST /predict` and `POST /predict/batch`: the deployed program.
 //!
-//! A text that was let in always gets an answer: the label, or [`UNKNOWN`] with what the model
+//! A question that was let in always gets an answer: the label, or [`UNKNOWN`] with what the model
 //! said instead.
 
 use std::sync::Arc;
@@ -8,35 +8,48 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::extract::rejection::JsonRejection;
-use flowrun_lm::example::Example;
 use flowrun_lm::lm::LmError;
 use flowrun_lm::program::{RowError, RowResult};
 use flowrun_lm::value::Fields;
 use flowrun_steps::bundle::UNKNOWN;
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::problem::Problem;
+use super::question;
 use super::service::Service;
 
-/// Texts of one request at most.
-const TEXTS: usize = 1000;
+/// Questions of one request at most.
+const QUESTIONS: usize = 1000;
 
-/// The question.
-#[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Question {
-    /// The text to sort.
-    text: String,
-}
-
-/// Several questions.
-#[derive(Deserialize, JsonSchema)]
+/// Several questions: one of the two lists, of 1 to 1000 entries.
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Questions {
-    /// The texts to sort, 1 to 1000.
-    texts: Vec<String>,
+    /// The texts to sort, for a program of one input.
+    #[serde(default)]
+    texts: Option<Vec<String>>,
+    /// The program's inputs, one object a question.
+    #[serde(default)]
+    rows: Option<Vec<Map<String, Value>>>,
+}
+
+impl Questions {
+    /// One object a question, with the name of the list that they were in.
+    fn objects(self) -> Result<(&'static str, Vec<Map<String, Value>>), Problem> {
+        let (name, objects) = match (self.texts, self.rows) {
+            (Some(texts), None) => {
+                let object = |text: String| Map::from_iter([("text".to_owned(), text.into())]);
+                ("texts", texts.into_iter().map(object).collect())
+            }
+            (None, Some(rows)) => ("rows", rows),
+            _ => return Err(Problem::bad("give either `texts` or `rows`").of("texts")),
+        };
+        match objects.len() {
+            1..=QUESTIONS => Ok((name, objects)),
+            _ => Err(Problem::bad(format!("`{name}` is 1 to {QUESTIONS} entries")).of(name)),
+        }
+    }
 }
 
 /// The answer.
@@ -62,10 +75,10 @@ pub(super) struct Answer {
 
 pub(super) async fn predict(
     State(service): State<Arc<Service>>,
-    question: Result<Json<Question>, JsonRejection>,
+    question: Result<Json<Map<String, Value>>, JsonRejection>,
 ) -> Result<Json<Answer>, Problem> {
-    let Json(Question { text }) = question?;
-    let row = row(&text).ok_or_else(|| Problem::bad("`text` is empty").of("text"))?;
+    let Json(question) = question?;
+    let row = question::row(&service.about.inputs, question)?;
     let _place = service.admit(1)?;
     let mut results = service.run(vec![row]).await?;
     let result = results
@@ -83,12 +96,13 @@ pub(super) async fn batch(
     State(service): State<Arc<Service>>,
     questions: Result<Json<Questions>, JsonRejection>,
 ) -> Result<Json<Value>, Problem> {
-    let Json(Questions { texts }) = questions?;
-    if texts.is_empty() || texts.len() > TEXTS {
-        return Err(Problem::bad(format!("`texts` is 1 to {TEXTS} texts")).of("texts"));
+    let Json(questions) = questions?;
+    let (name, objects) = questions.objects()?;
+    let mut rows = Vec::with_capacity(objects.len());
+    for (at, object) in objects.into_iter().enumerate() {
+        let row = question::row(&service.about.inputs, object);
+        rows.push(row.map_err(|problem| problem.within(&format!("{name}[{at}]")))?);
     }
-    let rows: Option<Vec<Example>> = texts.iter().map(|text| row(text)).collect();
-    let rows = rows.ok_or_else(|| Problem::bad("one of `texts` is empty").of("texts"))?;
     let _place = service.admit(1)?;
     let results = service.run(rows).await?;
     let down = |result: &RowResult| {
@@ -107,10 +121,6 @@ pub(super) async fn batch(
     let answers = results.into_iter().map(|result| answer(&service, result));
     let answers: Vec<Answer> = answers.collect();
     Ok(Json(json!({ "predictions": answers })))
-}
-
-fn row(text: &str) -> Option<Example> {
-    (!text.trim().is_empty()).then(|| Example::of_texts("request", [("text", text)]))
 }
 
 fn answer(service: &Service, result: RowResult) -> Answer {

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 pub(super) struct Problem {
     status: StatusCode,
     message: String,
-    param: Option<&'static str>,
+    param: Option<String>,
     code: Option<&'static str>,
 }
 
@@ -74,8 +74,18 @@ impl Problem {
     }
 
     /// The same, with the field that is to blame.
-    pub(super) fn of(mut self, param: &'static str) -> Self {
-        self.param = Some(param);
+    pub(super) fn of(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    /// The same, with the entry of a list that it is in.
+    pub(super) fn within(mut self, entry: &str) -> Self {
+        self.message = format!("{entry}: {}", self.message);
+        self.param = Some(match self.param {
+            Some(field) => format!("{entry}.{field}"),
+            None => entry.to_owned(),
+        });
         self
     }
 

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::guard::{self, Guard};
 use super::problem::{Problem, Refused};
 use super::service::Service;
-use super::{limits, metrics, openai, openapi, predict};
+use super::{limits, metrics, openai, openapi, predict, question};
 
 const PAGE: &str = include_str!("page.html");
 /// The page's own script and style, requests to this server, and nothing else.
@@ -104,6 +104,7 @@ async fn health(State(service): State<Arc<Service>>) -> Result<Json<Value>, Prob
         "model": about.model_id,
         "bundle": about.digest,
         "pid": std::process::id(),
+        "inputs": question::describe(&about.inputs),
     })))
 }
 

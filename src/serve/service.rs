@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use flowrun_lm::example::Example;
 use flowrun_lm::lm::{Lm, LmError, Request, Sampling};
-use flowrun_lm::program::{Program, RowResult, RunOptions};
+use flowrun_lm::program::{Program, RowInput, RowResult, RunOptions};
 use flowrun_steps::answer::Answerer;
 use flowrun_steps::bundle::UNKNOWN;
 use flowrun_steps::serving::{Ask, Ended, Engine, Event, Loaded, ModelEntry, Piece, Prompt};
@@ -63,6 +63,8 @@ pub(super) struct About {
     pub(super) digest: Option<String>,
     /// The program's field of the label.
     pub(super) label_field: String,
+    /// What the program reads.
+    pub(super) inputs: Vec<RowInput>,
     /// The program's labels.
     pub(super) labels: Vec<String>,
     /// Seconds since 1970 when the server started.

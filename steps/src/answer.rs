@@ -1,6 +1,7 @@
 //! [`Answerer`]: a program with what it asks, ready for rows: a prompt with its model, or a
 //! classifier with its sentence encoder. Steps and the server do not see the difference.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,18 +9,17 @@ use flowrun_engine::step::{StepContext, StepError, StepErrorKind, StepOutcome};
 use flowrun_lm::classifier::{Classifier, Embedder};
 use flowrun_lm::example::{Example, Prediction};
 use flowrun_lm::lm::{LmError, Metered, Sampling, Usage};
-use flowrun_lm::program::{Program, RowError, RowResult, RunOptions, SavedProgram, Tokens};
+use flowrun_lm::program::{
+    Program, RowError, RowInput, RowResult, RunOptions, SavedProgram, Tokens,
+};
 use flowrun_lm::value::{Fields, Value};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
 use crate::models::{Host, ModelSpec, encoder_spec, open_encoder, open_lm};
-use crate::program_file::{FittedProgram, ProgramFile};
+use crate::program_file::{FittedProgram, ProgramFile, TEXT};
 use crate::rows::Row;
-
-/// Column of the text that classifiers read.
-const TEXT: &str = "text";
 
 /// How a model draws tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -214,6 +214,25 @@ pub fn attach_encoders(
         neighbours.embedder = Some(encoder);
     }
     Ok(())
+}
+
+/// What a server is asked for a row, by the names of the program's inputs; `None` where that is
+/// the text alone.
+#[must_use]
+pub fn question(inputs: &[RowInput], row: &Row) -> Option<BTreeMap<String, serde_json::Value>> {
+    if let [only] = inputs
+        && only.column == TEXT
+    {
+        return None;
+    }
+    let value = |input: &RowInput| match input.column.as_str() {
+        TEXT => Some(row.text.clone().into()),
+        column => row.extra.get(column).cloned(),
+    };
+    let given = inputs
+        .iter()
+        .filter_map(|input| Some((input.name.clone(), value(input)?)));
+    Some(given.collect())
 }
 
 /// Rows as programs see them, the label under the name that the program gives it.

@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::answer::{Answerer, SamplingSpec, check_answered, examples, question, with_usage};
 use crate::checkpoint::Checkpoint;
 use crate::leakage::{LeakageRule, guard, id_and_text, lineage_of};
 use crate::models::{Host, ModelSpec, observe};
@@ -69,7 +69,7 @@ impl Step for Evaluate {
         "evaluate"
     }
     fn version(&self) -> u32 {
-        4
+        5
     }
     fn about(&self) -> &'static str {
         "Measures a model's accuracy on labelled rows, plain and with the optimised program."
@@ -155,7 +155,7 @@ impl Step for Evaluate {
             };
             let result = score(ctx, &answerer, file, &params, &rows, &progress, &mut time)?;
             usage += answerer.usage();
-            let mut score = program_score(*kind, &params, &rows, file.labels(), result);
+            let mut score = program_score(*kind, &params, &rows, file, result)?;
             score.leakage = Some(leakage(overlaps[index].as_ref(), &score));
             all.push(score);
         }
@@ -280,18 +280,19 @@ fn program_score(
     kind: ProgramKind,
     params: &Params,
     rows: &[Row],
-    labels: &[String],
+    file: &ProgramFile,
     result: EvaluationResult,
-) -> ProgramScore {
+) -> Result<ProgramScore, StepError> {
+    let inputs = file.row_inputs()?;
     let prices = params.model.as_ref().and_then(ModelSpec::prices);
     let tokens = result.tokens;
     let correct = result.rows.iter().filter(|row| row.correct).count();
-    let per_label = per_label(labels, &result.rows);
+    let per_label = per_label(file.labels(), &result.rows);
     let seen: Vec<f64> = (per_label.iter().filter(|label| label.n > 0))
         .map(|label| label.f1)
         .collect();
     let sure = |row: &EvaluatedRow| Some((f64::from(row.confidence?), row.correct));
-    ProgramScore {
+    Ok(ProgramScore {
         interval: wilson95(correct, result.n),
         macro_f1: seen.iter().sum::<f64>() / seen.len().max(1) as f64,
         per_label,
@@ -312,6 +313,7 @@ fn program_score(
             .map(|(row, scored)| ScoredRow {
                 id: scored.id,
                 text: row.text.clone(),
+                inputs: question(&inputs, row),
                 gold: scored.gold.unwrap_or_default(),
                 raw: scored.pred.is_none().then_some(scored.raw).flatten(),
                 predicted: scored.pred,
@@ -319,7 +321,7 @@ fn program_score(
                 confidence: scored.confidence,
             })
             .collect(),
-    }
+    })
 }
 
 /// Label by label; over the labels that rows have when the program names none.

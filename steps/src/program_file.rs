@@ -6,7 +6,7 @@ use flowrun_engine::step::StepError;
 use flowrun_lm::classifier::{Classifier, ClassifierError, ClassifierSpec, Method, fit};
 use flowrun_lm::lineage::Lineage;
 use flowrun_lm::optimize::KnnFewShot;
-use flowrun_lm::program::{Program, ProgramSpec, SavedProgram};
+use flowrun_lm::program::{Program, ProgramSpec, RowInput, SavedProgram};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,9 @@ use crate::rows::{Row, read_json, write_json};
 
 /// Column and field of the label of programs that have no fields of their own.
 const LABEL: &str = "label";
+
+/// Column of the text that classifiers read.
+pub(crate) const TEXT: &str = "text";
 
 /// Labelled rows that are most like a query as its demos.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -180,6 +183,17 @@ impl ProgramFile {
             Self::Classifier(_) => Err(StepError::invalid(
                 "an `embedding_classifier` has no prompt",
             )),
+        }
+    }
+
+    /// What it reads of a row.
+    ///
+    /// # Errors
+    /// Invalid when the saved form does not fit.
+    pub fn row_inputs(&self) -> Result<Vec<RowInput>, StepError> {
+        match self {
+            Self::Prompt(_) => Ok(self.prompt()?.1.row_inputs()),
+            Self::Classifier(_) => Ok(vec![RowInput::text(TEXT)]),
         }
     }
 

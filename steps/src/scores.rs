@@ -1,8 +1,11 @@
 //! [`Scores`]: the `scores` artifact: how a model did on a set of rows, row by row.
 
+use std::collections::BTreeMap;
+
 use flowrun_lm::calibration::Calibration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 /// How one model did, with one or two programs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -124,6 +127,9 @@ pub struct ScoredRow {
     pub id: String,
     /// The query.
     pub text: String,
+    /// What the program was given, by the names of its inputs, where that is not the text alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inputs: Option<BTreeMap<String, Value>>,
     /// Expected label.
     pub gold: String,
     /// Given label; none when the answer could not be read.
@@ -136,6 +142,23 @@ pub struct ScoredRow {
     /// The answer as it came, where it could not be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw: Option<String>,
+}
+
+impl ScoredRow {
+    /// The row as a server is asked.
+    #[must_use]
+    pub fn question(&self) -> Value {
+        question(&self.text, self.inputs.as_ref())
+    }
+}
+
+/// What a server is asked: the program's inputs, or the short form for a text alone.
+#[must_use]
+pub fn question(text: &str, inputs: Option<&BTreeMap<String, Value>>) -> Value {
+    match inputs {
+        Some(inputs) => json!(inputs),
+        None => json!({ "text": text }),
+    }
 }
 
 /// Which prompt a model ran with.

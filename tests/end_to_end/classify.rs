@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::oracle::Oracle;
 use crate::project::{Project, Run};
+use crate::server::Server;
 
 /// Up to the rows and their labels; each test adds its steps.
 const HEAD: &str = "\
@@ -55,6 +56,21 @@ pub(crate) const TEST: &str = "  test:
     with: { model: m, role: best }
     publish: { scores: scores.json }
 ";
+
+/// A bundle of what was tested.
+pub(crate) const DEPLOY: &str = "  deploy:
+    uses: deploy
+    in: { program: optimize.program, scores: test.scores }
+    with: { name: d, model: m }
+    publish: { bundle: bundle }
+";
+
+/// Serves the project's bundle.
+pub(crate) fn serve(project: &Project) -> Server {
+    let mut command = project.command(&["serve", "bundle"]);
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
+    Server::start(command)
+}
 
 /// A project of these steps, `p.yaml`; its rows are yet to be written.
 pub(crate) fn project(steps: &[&str]) -> Project {

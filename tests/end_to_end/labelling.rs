@@ -1,8 +1,8 @@
 //! What labelling costs and records, by an oracle that counts its calls.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::classify::{self, run};
+use crate::classify::{self, TEST, run, scores, serve, shown};
 use crate::oracle::{Oracle, query};
 use crate::project::Project;
 
@@ -110,4 +110,60 @@ fn draws_are_counted_and_too_little_agreement_drops_a_row() {
     assert_eq!((kept.len(), &kept[0]["confidence"]), (1, &1.0.into()));
     let dropped = rows(&project, "dropped.jsonl");
     assert_eq!(dropped[0]["dropped"], "confidence 0.50 is below 0.9");
+}
+
+#[test]
+fn a_teacher_sees_the_labelled_rows_most_like_each_query_also_when_it_is_served() {
+    // Repeats the last example, which is the most similar one.
+    let oracle = Oracle::start(|body| {
+        let shown = shown(body);
+        assert_eq!(shown.len(), 2);
+        Some(shown[1].to_owned())
+    });
+    let deploy = classify::DEPLOY.replace("optimize.program", "label.teacher");
+    let test = TEST
+        .replace("optimize.program", "label.teacher")
+        .replace("labels.test", "labels.train");
+    let project = classify::project(&[LABEL, &test, &deploy]);
+    project.edit(
+        "p.yaml",
+        "unlabelled: load.test, labels: labels.labels }\n    with: { program: classify, model: m }",
+        "unlabelled: load.test, labelled: labels.train, labels: labels.labels }\n    with: { program: classify, model: m, knn: { k: 2, embedder: embedder } }",
+    );
+    // The teacher is scored on the very rows that it chooses its demos from.
+    project.edit("p.yaml", "role: best }", "role: best, leakage: allow }");
+    let owned = |rows: &[(&str, &'static str)]| -> Vec<(String, &'static str)> {
+        rows.iter()
+            .map(|(text, label)| ((*text).to_owned(), *label))
+            .collect()
+    };
+    let known = owned(&[
+        ("Where is my new card?", "card"),
+        ("I forgot my PIN", "pin"),
+        ("My card has not come yet", "card"),
+        ("How do I change my PIN code?", "pin"),
+    ]);
+    classify::write_rows(&project, "train.csv", known);
+    let queries = owned(&[
+        ("When will the card arrive?", "card"),
+        ("Can I have another PIN?", "pin"),
+    ]);
+    classify::write_rows(&project, "test.csv", queries);
+    run(&project, &oracle).ok();
+    let labels: Vec<Value> = (rows(&project, "rows.jsonl").iter())
+        .map(|row| row["label"].clone())
+        .collect();
+    assert_eq!(labels, ["card", "pin"]);
+    let leakage = &scores(&project)["programs"][0]["leakage"];
+    assert_eq!(
+        (&leakage["trained"], &leakage["clean_rows"]),
+        (&4.into(), &0.into())
+    );
+    oracle.calls();
+    let server = serve(&project);
+    let answer = server.json(
+        "/predict",
+        &json!({"text": "I do not know my PIN any more"}),
+    );
+    assert_eq!((&answer["label"], oracle.calls()), (&"pin".into(), 1));
 }

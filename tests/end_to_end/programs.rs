@@ -2,11 +2,12 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::classify::{self, CONVERT, TEST, run, scores, shown};
+use crate::classify::{self, CONVERT, DEPLOY, TEST, run, scores, serve, shown};
 use crate::oracle::{Oracle, query};
 use crate::project::Project;
+use crate::tiny::write_model;
 
 const OPTIMIZE: &str = "  optimize:
     uses: optimize
@@ -46,13 +47,7 @@ fn demos_are_the_rows_most_like_each_query_and_a_bundle_serves_them() {
     // Repeats the last example, which is the most similar one.
     let oracle = Oracle::start(|body| Some((*shown(body).last().unwrap_or(&"none")).to_owned()));
     let project = project("      knn_few_shot: { k: 2, embedder: embedder }\n");
-    let deploy = "  deploy:
-    uses: deploy
-    in: { program: optimize.program, scores: test.scores }
-    with: { name: d, model: m }
-    publish: { bundle: bundle }
-";
-    project.write("p.yaml", &format!("{}{deploy}", project.read("p.yaml")));
+    project.write("p.yaml", &format!("{}{DEPLOY}", project.read("p.yaml")));
     run(&project, &oracle).ok();
     let scores = scores(&project);
     assert_eq!(scores["programs"][0]["accuracy"], 1.0);
@@ -62,7 +57,42 @@ fn demos_are_the_rows_most_like_each_query_and_a_bundle_serves_them() {
     let neighbours = &program["prompt"]["neighbours"]["predict"];
     assert_eq!(neighbours["rows"].as_array().unwrap().len(), 6);
     assert!(neighbours["embedder"]["weights"]["sha256"].is_string());
-    assert!(project.path("bundle/program.json").is_file());
+    let server = serve(&project);
+    let asked = json!({"text": "My card is not here yet"});
+    assert_eq!(server.json("/predict", &asked)["label"], "card");
+    let short = json!({"texts": ["Which PIN do I have?", "Has my card come?"]});
+    let answers = server.json("/predict/batch", &short);
+    assert_eq!(answers["predictions"][0]["label"], "pin");
+    // Two demos a question, chosen for it.
+    assert_eq!(oracle.calls(), 3);
+}
+
+#[test]
+fn a_model_in_the_server_sees_the_demos_that_it_was_evaluated_with() {
+    let nobody = Oracle::start(|_| None);
+    let project = project("      knn_few_shot: { k: 2, embedder: embedder }\n");
+    write_model(&project.path("tiny"), 1);
+    project.write("p.yaml", &format!("{}{DEPLOY}", project.read("p.yaml")));
+    let remote = "{ provider: openai, base_url: \"${{ params.url }}\", model: m, max_retries: 0, concurrency: 1 }";
+    project.edit(
+        "p.yaml",
+        remote,
+        "{ provider: embedded, weights: { file: tiny } }",
+    );
+    project.edit(
+        "p.yaml",
+        "type: label }]",
+        "type: label }]\n      constrain: true",
+    );
+    run(&project, &nobody).ok();
+    let server = serve(&project);
+    for row in scores(&project)["programs"][0]["rows"].as_array().unwrap() {
+        let answer = server.json("/predict", &json!({"text": row["text"]}));
+        assert_eq!(answer["label"], row["predicted"]);
+        let sure = |value: &Value| value["confidence"].as_f64().unwrap();
+        assert!((sure(&answer) - sure(row)).abs() < 1e-5, "{answer} {row}");
+    }
+    assert_eq!(nobody.calls(), 0);
 }
 
 #[test]
@@ -152,6 +182,7 @@ fn several_prompts_and_typed_columns_make_one_program() {
         })
     });
     let project = project("      search: { restrict: [-3] }\n");
+    project.write("p.yaml", &format!("{}{DEPLOY}", project.read("p.yaml")));
     let stages = "programs:
   classify:
     stages:
@@ -181,8 +212,37 @@ fn several_prompts_and_typed_columns_make_one_program() {
     run(&project, &oracle).ok();
     let scores = scores(&project);
     assert_eq!(scores["programs"][0]["accuracy"], 1.0);
-    // Two prompts for each of two rows, validated and tested.
-    assert_eq!(oracle.calls(), 8);
+    // Two prompts for each of two rows: validated, tested, and asked by the bundle's smoke test.
+    assert_eq!(oracle.calls(), 12);
+
+    let server = serve(&project);
+    let answer = server.json("/predict", &json!({"text": "My PIN", "tags": ["b", 2]}));
+    assert_eq!(answer["label"], "pin");
+    for (question, field) in [
+        (json!({"text": "My PIN"}), "tags"),
+        (json!({"tags": ["b", 2]}), "text"),
+        (json!({"text": "My PIN", "tags": [], "topic": "x"}), "topic"),
+        (json!({"text": 7, "tags": []}), "text"),
+    ] {
+        let (status, problem) = server.problem("/predict", &question);
+        assert_eq!((status, &problem["param"]), (400, &field.into()));
+        assert!(problem["message"].as_str().unwrap().contains(field));
+    }
+    let rows = json!([{"text": "My PIN", "tags": ["b", 2]}, {"text": "My card", "tags": ["a", 1]}]);
+    let answers = server.json("/predict/batch", &json!({ "rows": rows }));
+    let labels: Vec<&Value> = (answers["predictions"].as_array().unwrap().iter())
+        .map(|answer| &answer["label"])
+        .collect();
+    assert_eq!(labels, ["pin", "card"]);
+    let wrong = json!({"rows": [{"text": "My PIN", "tags": []}, {"text": "My card"}]});
+    let (status, problem) = server.problem("/predict/batch", &wrong);
+    assert_eq!((status, &problem["param"]), (400, &"rows[1].tags".into()));
+    let document: Value = server.get("/openapi.json").json().unwrap();
+    let question = &document["components"]["schemas"]["Question"];
+    assert_eq!(question["required"], json!(["text", "tags"]));
+    assert_eq!(question["properties"]["text"]["type"], "string");
+    let health: Value = server.get("/health").json().unwrap();
+    assert_eq!(health["inputs"][1]["name"], "tags");
 }
 
 #[test]

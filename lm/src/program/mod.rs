@@ -5,6 +5,7 @@
 mod chain_of_thought;
 mod neighbours;
 mod predictor;
+mod row_inputs;
 mod saved;
 mod spec;
 mod trace;
@@ -13,6 +14,7 @@ mod votes;
 pub use chain_of_thought::{EXPERIMENTAL_REASONING_DESC, REASONING, chain_of_thought};
 pub use neighbours::{Neighbours, embedded_text};
 pub use predictor::{LabelRule, Predictor};
+pub use row_inputs::RowInput;
 pub use saved::{SavedError, SavedNeighbours, SavedProgram, load_dspy_json, to_dspy_json};
 pub use spec::{
     BuildError, InputSpec, MajoritySpec, OutputSpec, OutputType, ProgramSpec, PromptSpec, StageSpec,

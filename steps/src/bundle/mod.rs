@@ -12,6 +12,7 @@
 
 mod card;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::{StepError, World};
@@ -25,7 +26,7 @@ use crate::models::weights::WeightsRef;
 use crate::models::{EncoderSpec, Host, ModelSpec, encoder_spec};
 use crate::program_file::{FittedProgram, ProgramFile};
 use crate::rows::{read_json, read_jsonl, write_json, write_jsonl};
-use crate::scores::{ProgramKind, ProgramScore, Scores};
+use crate::scores::{ProgramKind, ProgramScore, Scores, question};
 
 /// Format of the folder that this program writes and reads.
 const VERSION: u32 = 1;
@@ -90,8 +91,19 @@ pub struct SmokeRow {
     pub id: String,
     /// The query.
     pub text: String,
+    /// What the program is given, by the names of its inputs, where that is not the text alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inputs: Option<BTreeMap<String, serde_json::Value>>,
     /// The label that was given, right or wrong; [`UNKNOWN`] when the answer could not be read.
     pub label: String,
+}
+
+impl SmokeRow {
+    /// The row as a server is asked.
+    #[must_use]
+    pub fn question(&self) -> serde_json::Value {
+        question(&self.text, self.inputs.as_ref())
+    }
 }
 
 /// What goes into a bundle.
@@ -264,6 +276,7 @@ fn smoke_rows(score: &ProgramScore, count: usize) -> Vec<SmokeRow> {
         SmokeRow {
             id: row.id.clone(),
             text: row.text.clone(),
+            inputs: row.inputs.clone(),
             label: row.predicted.clone().unwrap_or_else(|| UNKNOWN.to_owned()),
         }
     };

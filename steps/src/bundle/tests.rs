@@ -23,6 +23,7 @@ fn scores(dataset: &str) -> Scores {
     let row = |at: usize| ScoredRow {
         id: format!("d:test:{at}"),
         text: format!("text {at}"),
+        inputs: None,
         gold: "a".to_owned(),
         predicted: (at < 9).then(|| "a".to_owned()),
         correct: at < 9,

@@ -117,7 +117,7 @@ impl Canary {
 }
 
 fn label(endpoint: &Endpoint, row: &ScoredRow, which: &str) -> Result<String, StepError> {
-    endpoint.predict(&row.text).map_err(|why| {
+    endpoint.predict(&row.question()).map_err(|why| {
         missed(format!(
             "the {which} bundle did not answer row `{}`: {why}",
             row.id

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use reqwest::blocking::Client;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::API_KEY;
 
@@ -72,15 +72,15 @@ struct Serving {
 }
 
 impl Endpoint {
-    /// The label that it gives a text.
+    /// The label that it gives a row, as [`crate::scores::question`] writes it.
     ///
     /// # Errors
     /// The reason, when it does not answer.
-    pub(super) fn predict(&self, text: &str) -> Result<String, String> {
+    pub(super) fn predict(&self, question: &Value) -> Result<String, String> {
         let mut request = self
             .client
             .post(format!("{}/predict", self.url))
-            .json(&json!({ "text": text }));
+            .json(question);
         if let Some(key) = &self.key {
             request = request.bearer_auth(key);
         }

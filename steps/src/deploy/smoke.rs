@@ -48,7 +48,7 @@ pub(super) fn check(
         }
         let asked = Instant::now();
         let label = endpoint
-            .predict(&row.text)
+            .predict(&row.question())
             .map_err(|why| failed(format!("row `{}` got no answer: {why}", row.id)))?;
         times.push(asked.elapsed());
         if label == row.label {
