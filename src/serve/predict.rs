@@ -22,6 +22,9 @@ use super::service::Service;
 /// Questions of one request at most.
 const QUESTIONS: usize = 1000;
 
+/// A question: the program's inputs.
+type Object = Map<String, Value>;
+
 /// Several questions: one of the two lists, of 1 to 1000 entries.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -31,12 +34,12 @@ pub(super) struct Questions {
     texts: Option<Vec<String>>,
     /// The program's inputs, one object a question.
     #[serde(default)]
-    rows: Option<Vec<Map<String, Value>>>,
+    rows: Option<Vec<Object>>,
 }
 
 impl Questions {
     /// One object a question, with the name of the list that they were in.
-    fn objects(self) -> Result<(&'static str, Vec<Map<String, Value>>), Problem> {
+    fn objects(self) -> Result<(&'static str, Vec<Object>), Problem> {
         let (name, objects) = match (self.texts, self.rows) {
             (Some(texts), None) => {
                 let object = |text: String| Map::from_iter([("text".to_owned(), text.into())]);
@@ -75,7 +78,7 @@ pub(super) struct Answer {
 
 pub(super) async fn predict(
     State(service): State<Arc<Service>>,
-    question: Result<Json<Map<String, Value>>, JsonRejection>,
+    question: Result<Json<Object>, JsonRejection>,
 ) -> Result<Json<Answer>, Problem> {
     let Json(question) = question?;
     let row = question::row(&service.about.inputs, question)?;
