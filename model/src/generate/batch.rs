@@ -263,15 +263,12 @@ impl Batch {
             let token = row.sampler.next(logits);
             let prob = row.token_prob(token, logits, base);
             match row.take(token, base) {
-                Ok(None) => match row.fresh_piece(prob, base) {
-                    Ok(piece) => {
-                        if let Some(piece) = piece {
-                            tell(row.index, Said::Piece(piece));
-                        }
-                        self.active.push(row);
+                Ok(None) => {
+                    if let Some(piece) = row.fresh_piece(prob) {
+                        tell(row.index, Said::Piece(piece));
                     }
-                    Err(error) => tell(row.index, Said::End(Err(error))),
-                },
+                    self.active.push(row);
+                }
                 Ok(Some(answer)) => {
                     // The token that ends a turn is no part of the answer.
                     let prob = prob.filter(|_| !base.tokenizer.eos().contains(&token));

@@ -7,6 +7,7 @@ use super::{ChoiceSet, Finish, GenerateRequest, Generated, Piece, TokenProb};
 use crate::base_model::BaseModel;
 use crate::error::ModelError;
 use crate::llama::{KvCache, Llama};
+use crate::tokenizer::TextStream;
 
 /// A request with what was computed for it.
 pub(super) struct Row {
@@ -30,7 +31,10 @@ pub(super) struct Row {
     pub(super) sampler: Sampler,
     prompt_tokens: usize,
     cached_tokens: usize,
-    generated: Vec<u32>,
+    /// The answer so far.
+    said: TextStream,
+    /// Its tokens.
+    spent: usize,
     most: usize,
     stop: Vec<String>,
     watched: Option<Watched>,
@@ -80,7 +84,8 @@ impl Row {
             prompt_tokens: pending.len(),
             cached_tokens: 0,
             watched: None,
-            generated: Vec::new(),
+            said: TextStream::default(),
+            spent: 0,
             most: request.max_tokens.min(context - pending.len()),
             stop: request.stop.clone(),
             pending,
@@ -108,23 +113,22 @@ impl Row {
         token: u32,
         base: &BaseModel,
     ) -> Result<Option<Generated>, ModelError> {
-        self.generated.push(token);
+        self.spent += 1;
         if base.tokenizer.eos().contains(&token) {
-            let text = base.tokenizer.decode(&self.generated)?;
+            let text = self.said.finish(&base.tokenizer)?;
             return Ok(Some(self.answer(text, Finish::Stop)));
         }
-        let after = self.choices.as_ref().and_then(|set| set.after.as_deref());
-        if !self.stop.is_empty() || after.is_some() {
-            let text = base.tokenizer.decode(&self.generated)?;
-            let starts = self.stop.iter().filter(|stop| !stop.is_empty());
-            if let Some(start) = starts.filter_map(|stop| text.find(stop)).min() {
-                return Ok(Some(self.answer(text[..start].to_owned(), Finish::Stop)));
-            }
-            // A space there comes with the value's first token in most vocabularies.
-            self.choosing = after.is_some_and(|after| text.ends_with(after.trim_end_matches(' ')));
+        let before = self.said.text().len();
+        self.said.push(token, &base.tokenizer)?;
+        let text = self.said.text();
+        if let Some(start) = stopped(text, before, &self.stop) {
+            return Ok(Some(self.answer(text[..start].to_owned(), Finish::Stop)));
         }
-        if self.generated.len() >= self.most && !self.choosing {
-            let text = base.tokenizer.decode(&self.generated)?;
+        let after = self.choices.as_ref().and_then(|set| set.after.as_deref());
+        // A space there comes with the value's first token in most vocabularies.
+        self.choosing = after.is_some_and(|after| text.ends_with(after.trim_end_matches(' ')));
+        if self.spent >= self.most && !self.choosing {
+            let text = self.said.finish(&base.tokenizer)?;
             return Ok(Some(self.answer(text, Finish::Length)));
         }
         self.pending = vec![token];
@@ -139,13 +143,13 @@ impl Row {
         probs: Vec<f32>,
         base: &BaseModel,
     ) -> Result<Generated, ModelError> {
-        let mut text = base.tokenizer.decode(&self.generated)?;
+        let mut text = self.said.finish(&base.tokenizer)?;
         if let Some(set) = &self.choices {
             text.push_str(set.spaces());
             text.push_str(&set.values[value]);
             text.push_str(&set.then);
         }
-        self.generated.extend_from_slice(tokens);
+        self.spent += tokens.len();
         Ok(Generated {
             choice_probs: Some(probs),
             ..self.answer(text, Finish::Stop)
@@ -158,7 +162,7 @@ impl Row {
             finish,
             prompt_tokens: self.prompt_tokens,
             cached_tokens: self.cached_tokens,
-            completion_tokens: self.generated.len(),
+            completion_tokens: self.spent,
             choice_probs: None,
         }
     }
@@ -212,22 +216,16 @@ impl Row {
     }
 
     /// What the last token adds for certain: nothing that a later one may complete or cut off.
-    pub(super) fn fresh_piece(
-        &mut self,
-        token: Option<TokenProb>,
-        base: &BaseModel,
-    ) -> Result<Option<Piece>, ModelError> {
-        let Some(watched) = &mut self.watched else {
-            return Ok(None);
-        };
-        let text = base.tokenizer.decode(&self.generated)?;
-        let certain = certain(&text, &self.stop);
+    pub(super) fn fresh_piece(&mut self, token: Option<TokenProb>) -> Option<Piece> {
+        let watched = self.watched.as_mut()?;
+        let text = self.said.text();
+        let certain = certain(text, &self.stop);
         let fresh = text.get(watched.told..certain).unwrap_or_default();
         watched.told += fresh.len();
-        Ok(Some(Piece {
+        Some(Piece {
             text: fresh.to_owned(),
             token,
-        }))
+        })
     }
 
     /// What is left of the answer's whole text.
@@ -238,33 +236,50 @@ impl Row {
     }
 }
 
-/// Bytes of `text` that stay whatever comes: not half a character, not the start of a stop text.
+/// Where the first stop text starts, given that none is in the first `before` bytes of `text`.
+fn stopped(text: &str, before: usize, stops: &[String]) -> Option<usize> {
+    let stops = stops.iter().filter(|stop| !stop.is_empty());
+    let starts = stops.filter_map(|stop| {
+        let mut from = before.saturating_sub(stop.len());
+        while !text.is_char_boundary(from) {
+            from -= 1;
+        }
+        text[from..].find(stop.as_str()).map(|at| from + at)
+    });
+    starts.min()
+}
+
+/// Bytes of `text` that stay whatever comes: not the start of a stop text.
 fn certain(text: &str, stops: &[String]) -> usize {
-    let whole = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
-    let begins_stop = |at: &usize| {
-        let rest = &whole[*at..];
-        stops.iter().any(|stop| stop.starts_with(rest))
-    };
     let longest = stops.iter().map(String::len).max().unwrap_or(0);
-    let from = whole.len().saturating_sub(longest);
-    (from..whole.len())
-        .filter(|at| whole.is_char_boundary(*at))
-        .find(begins_stop)
-        .unwrap_or(whole.len())
+    let from = text.len().saturating_sub(longest);
+    (from..text.len())
+        .filter(|at| text.is_char_boundary(*at))
+        .find(|at| stops.iter().any(|stop| stop.starts_with(&text[*at..])))
+        .unwrap_or(text.len())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::certain;
+    use super::{certain, stopped};
 
     #[test]
-    fn what_may_be_cut_off_or_completed_is_held_back() {
+    fn what_may_be_cut_off_is_held_back() {
         let stops = ["END".to_owned(), "\n\n".to_owned()];
         assert_eq!(certain("hello", &stops), 5);
         assert_eq!(certain("helloE", &stops), 5);
         assert_eq!(certain("helloEN\n", &stops), 7);
         assert_eq!(certain("é\n", &stops), 2);
-        assert_eq!(certain("caf\u{fffd}", &[]), 3);
         assert_eq!(certain("END", &stops), 0);
+    }
+
+    #[test]
+    fn a_stop_text_is_found_although_it_came_in_parts() {
+        let stops = ["END".to_owned(), "é!".to_owned()];
+        assert_eq!(stopped("helloEND", 7, &stops), Some(5));
+        assert_eq!(stopped("caféé!", 5, &stops), Some(5));
+        assert_eq!(stopped("é!END", 0, &stops), Some(0));
+        assert_eq!(stopped("hello", 0, &stops), None);
+        assert_eq!(stopped("hello", 0, &[String::new()]), None);
     }
 }

@@ -58,8 +58,9 @@ impl Sampler {
             left -= weight;
             left < 0.0
         });
-        // Rounding may leave a little after the last one.
-        place.unwrap_or(weights.len() - 1)
+        // Rounding may leave a little after the last one that may be drawn.
+        let last = || weights.iter().rposition(|weight| *weight > 0.0);
+        place.or_else(last).unwrap_or(0)
     }
 }
 

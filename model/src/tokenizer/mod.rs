@@ -5,10 +5,12 @@
 
 mod gguf;
 mod pre_tokenizer;
+mod stream;
 
 use std::path::Path;
 
 pub(crate) use gguf::{from_gguf, integer, string};
+pub(crate) use stream::TextStream;
 
 use crate::error::ModelError;
 
