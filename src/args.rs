@@ -145,6 +145,25 @@ pub(crate) enum BenchCommand {
     },
     /// The engine: 10,000 steps with nothing to do, 1,000 steps to run, one source changed.
     Engine(EngineBench),
+    /// A server that is up, at several numbers of clients: queries a second, how long they take,
+    /// how many are refused, the server's memory and processor time.
+    Serve(ServeBench),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ServeBench {
+    /// The server's address, `http://127.0.0.1:8000`; its key is taken from `FLOWRUN_API_KEY`.
+    pub(crate) url: String,
+    /// Clients at once, one measurement each; a client asks again as soon as it was answered.
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', default_value = "1,4,16,64",
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) clients: Vec<u16>,
+    /// Seconds of each measurement.
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) seconds: u64,
+    /// A file of texts to ask, one a line.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) texts: Option<PathBuf>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -137,9 +137,8 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
     let (backend, limits) = match (&manifest.model, &bundle.program) {
         (Some(ModelSpec::Embedded(spec)), ProgramFile::Prompt(_)) => {
             let limits = limits(args, spec.batch);
-            let pinned = bundle
-                .adapter()
-                .map(|folder| (about.model_id.clone(), folder));
+            let adapter = bundle.adapter().map_err(unusable)?;
+            let pinned = adapter.map(|folder| (about.model_id.clone(), folder));
             let base_id = match &pinned {
                 Some(_) => spec.weights.name(),
                 None => about.model_id.clone(),

@@ -81,7 +81,7 @@ pub(crate) struct Service {
     pub(super) metrics: Arc<Metrics>,
     places: Arc<Semaphore>,
     /// Calls of an [`Answerer`] at once.
-    callers: Semaphore,
+    callers: Arc<Semaphore>,
     draining: AtomicBool,
 }
 
@@ -116,18 +116,24 @@ impl Service {
             limits,
             metrics,
             places: Arc::new(Semaphore::new(limits.batch + limits.queue)),
-            callers: Semaphore::new(callers.max(1)),
+            callers: Arc::new(Semaphore::new(callers.max(1))),
             draining: AtomicBool::new(false),
         }
     }
 
     /// Places for `count` requests, until what this returns is dropped.
-    pub(super) fn admit(&self, count: usize) -> Result<OwnedSemaphorePermit, Refused> {
-        let count = u32::try_from(count).map_err(|_| Refused::Full)?;
+    pub(super) fn admit(&self, count: usize) -> Result<OwnedSemaphorePermit, Problem> {
+        let most = self.limits.batch + self.limits.queue;
+        let count = u32::try_from(count)
+            .ok()
+            .filter(|count| *count as usize <= most);
+        let count = count.ok_or_else(|| {
+            Problem::bad(format!("this server takes {most} answers at once, at most"))
+        })?;
         let places = Arc::clone(&self.places).try_acquire_many_owned(count);
         places.map_err(|_| {
             self.metrics.refused("queue_full");
-            Refused::Full
+            Refused::Full.into()
         })
     }
 
@@ -273,9 +279,13 @@ impl Service {
                 tokio::task::spawn_blocking(run).await
             }
             Backend::Answerer(answerer) => {
-                let _turn = self.callers.acquire().await;
+                // The call goes on when nobody waits any more: its turn ends with it.
+                let turn = Arc::clone(&self.callers).acquire_owned().await;
                 let (answerer, field) = (Arc::clone(answerer), self.about.label_field.clone());
-                let run = move || answerer.run(&rows, &field, &|_| {}).map_err(|e| e.message);
+                let run = move || {
+                    let _turn = turn;
+                    answerer.run(&rows, &field, &|_| {}).map_err(|e| e.message)
+                };
                 tokio::task::spawn_blocking(run).await
             }
         };

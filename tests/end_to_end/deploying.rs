@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::mount::Mount;
 use crate::project::{Project, Run};
-use crate::server::client;
+use crate::server::{Server, client, free_port};
 use crate::tiny::{self, write_model};
 
 const PIPELINE: &str = "pipeline.yaml";
@@ -121,12 +122,6 @@ fn versions_are_switched_on_one_port_and_switched_back() {
     assert_eq!(down.code, Some(5), "{}", down.stderr);
 }
 
-/// A port that nobody has right now.
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
-
 #[test]
 fn what_is_expected_must_hold_or_the_old_version_stays() {
     let local = Local::new();
@@ -172,6 +167,125 @@ fn what_is_expected_must_hold_or_the_old_version_stays() {
     );
     assert_eq!(local.current(), second);
     assert!(is_up(&second));
+}
+
+/// A project whose test set has the labels that its model gives: it is right on all of them, and
+/// another model is not.
+fn all_right() -> Local {
+    let local = Local::new();
+    local.0.run(&[PIPELINE]).ok();
+    let mut command = local.0.command(&["serve", "bundle"]);
+    command.env_remove("FLOWRUN_API_KEY");
+    let server = Server::start(command);
+    let texts: Vec<String> = (0..60)
+        .map(|i| {
+            format!(
+                "query {} about {}",
+                i * 7919,
+                ["cards", "PINs", "rates"][i % 3]
+            )
+        })
+        .collect();
+    let answers = server.json("/predict/batch", &serde_json::json!({"texts": texts}));
+    let rows = texts.iter().zip(answers["predictions"].as_array().unwrap());
+    let rows = rows.map(|(text, answer)| format!("{text},{}\n", answer["label"].as_str().unwrap()));
+    let csv = format!("text,label\n{}", rows.collect::<String>());
+    local.0.write("data/queries.csv", &csv);
+    local
+}
+
+#[test]
+fn a_worse_bundle_is_refused_with_the_rows_it_loses() {
+    let local = all_right();
+    local.set("canary: { rows: 60 }");
+    local.run(&[]).ok();
+    let first = local.current();
+    write_model(&local.0.path("tiny"), 2);
+    let refused = local.run(&[]);
+    assert_eq!(refused.code, Some(5), "{}", refused.stdout);
+    assert!(
+        refused.stdout.contains("the new bundle is worse"),
+        "{}",
+        refused.stdout
+    );
+    // Row by row: what it is, what each says.
+    assert!(
+        refused.stdout.contains("Lost: `queries:test:"),
+        "{}",
+        refused.stdout
+    );
+    let events = refused.events();
+    let started = events.iter().find(|e| e["event"] == "run_started").unwrap();
+    let log = format!(
+        ".flowrun/runs/{}/logs/deploy.log",
+        started["run"].as_str().unwrap()
+    );
+    let log = local.0.read(&log);
+    let differences: Vec<Value> = log
+        .lines()
+        .filter_map(|line| serde_json::from_str(&line[line.find('{')?..]).ok())
+        .filter(|row: &Value| row["deployed"].is_string())
+        .collect();
+    assert!(differences.len() > 10, "{log}");
+    for row in &differences {
+        assert!(row["text"].as_str().unwrap().starts_with("query "));
+        assert_eq!(row["deployed"], row["gold"]);
+        assert_ne!(row["new"], row["gold"]);
+    }
+    assert_eq!(local.current(), first);
+    assert!(is_up(&first));
+
+    local.0.edit(
+        PIPELINE,
+        "canary: { rows: 60 }",
+        "expect: { max_drop: 0.02 }",
+    );
+    let refused = local.run(&[]);
+    assert_eq!(refused.code, Some(5), "{}", refused.stdout);
+    assert!(
+        refused
+            .stdout
+            .contains("that of the deployed bundle 1.0000: the drop of"),
+        "{}",
+        refused.stdout
+    );
+    assert_eq!(local.current(), first);
+    assert!(is_up(&first));
+    local.0.edit(PIPELINE, "max_drop: 0.02", "max_drop: 1");
+    local.run(&[]).ok();
+    assert_ne!(local.current()["bundle"], first["bundle"]);
+}
+
+#[test]
+fn a_full_disk_leaves_the_old_version_serving() {
+    let local = Local::new();
+    let deployed = local.0.path("deployed");
+    let Some(_mount) = Mount::tmpfs(&deployed, "size=1m") else {
+        return;
+    };
+    local.run(&[]).ok();
+    let first = local.current();
+    let filler = deployed.join("filler");
+    let full = std::fs::write(&filler, vec![0; 1 << 20]);
+    assert!(full.is_err(), "there is room left");
+    write_model(&local.0.path("tiny"), 2);
+    let refused = local.run(&[]);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    assert!(
+        refused.stdout.to_lowercase().contains("no space left"),
+        "{}",
+        refused.stdout
+    );
+    assert_eq!(local.current(), first);
+    assert!(is_up(&first));
+    // Nothing half-made is left, and with room again it goes on.
+    std::fs::remove_file(&filler).unwrap();
+    local.run(&[]).ok();
+    let second = local.current();
+    assert!(is_up(&second) && second["bundle"] != first["bundle"]);
+    let versions = std::fs::read_dir(deployed.join("tiny")).unwrap();
+    let versions = versions.filter(|entry| entry.as_ref().unwrap().path().is_dir());
+    assert_eq!(versions.count(), 2);
 }
 
 #[test]

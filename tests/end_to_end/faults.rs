@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::mount::Mount;
 use crate::project::{Project, Run};
 
 const RUN: &[&str] = &["pipeline.yaml", "--json", "-j", "3"];
@@ -301,39 +302,6 @@ fn an_index_that_would_make_sled_spin_or_panic_never_reaches_it() {
     std::fs::remove_dir_all(project.path(".flowrun/index.sled")).unwrap();
     project.write(".flowrun/index.sled", "not even a folder");
     assert_eq!(project.run(RUN).ok().steps("ran"), Vec::<String>::new());
-}
-
-/// A small file system of its own; none without the right to mount.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn tmpfs(at: &Path, options: &str) -> Option<Self> {
-        std::fs::create_dir_all(at).unwrap();
-        let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", options, "flowrun-test"])
-            .arg(at)
-            .stderr(Stdio::null())
-            .status();
-        let mounted = status.is_ok_and(|s| s.success());
-        if !mounted {
-            println!("skipped: no right to mount a file system here");
-        }
-        mounted.then(|| Self(at.to_owned()))
-    }
-
-    fn remount(&self, options: &str) {
-        let status = Command::new("mount")
-            .args(["-o", &format!("remount,{options}")])
-            .arg(&self.0)
-            .status();
-        assert!(status.unwrap().success());
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test]

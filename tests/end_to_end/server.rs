@@ -138,6 +138,12 @@ impl Drop for Server {
     }
 }
 
+/// A port that nobody has right now.
+pub(crate) fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
 pub(crate) fn client() -> Client {
     Client::builder().no_proxy().build().unwrap()
 }

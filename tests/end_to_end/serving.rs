@@ -400,6 +400,10 @@ fn a_full_queue_refuses_and_a_client_that_leaves_makes_room() {
         answer.json::<Value>().unwrap()
     });
     server.wait_for("flowrun_waiting", 1.0);
+    // What never fits is no matter of waiting.
+    let mut many = chat("tiny", "no", 3);
+    many["n"] = 4.into();
+    assert_eq!(server.problem("/v1/chat/completions", &many).0, 400);
     let refused = server.ask("/v1/chat/completions", &chat("tiny", "no", 3));
     assert_eq!(refused.status(), 429);
     assert_eq!(refused.headers()["retry-after"], "1");
@@ -607,4 +611,49 @@ fn a_key_is_never_logged() {
         !text.contains("sk-secret") && !text.contains("sk-wrong"),
         "{text}"
     );
+}
+
+#[test]
+fn a_load_is_measured() {
+    let bundle = serve(
+        &DEPLOYED,
+        &["bundle", "--max-batch", "2", "--max-queue", "1"],
+    );
+    let bench = |url: &str, more: &[&str]| {
+        let args = [&["bench", "serve", url, "--seconds", "1"], more].concat();
+        DEPLOYED.run(&args)
+    };
+    let run = bench(&bundle.url, &["--clients", "1,8", "--json"]).ok();
+    let said: Value = serde_json::from_str(&run.stdout).unwrap();
+    let rows = said["measured"].as_array().unwrap();
+    assert_eq!((rows.len(), &rows[1]["clients"]), (2, &json!(8)));
+    let asked = bundle.metric("flowrun_requests_total{path=\"/predict\",status=\"200\"}");
+    let answered: f64 = rows
+        .iter()
+        .map(|row| row["answered"].as_f64().unwrap())
+        .sum();
+    assert!(
+        answered > 1.0 && (asked - answered).abs() < 0.5,
+        "{asked} {said}"
+    );
+    // Eight clients and three places.
+    let refused = bundle.metric("flowrun_refused_total{reason=\"queue_full\"}");
+    let told = rows[1]["refused"].as_f64().unwrap();
+    assert!(
+        told > 0.0 && (refused - told).abs() < 0.5,
+        "{refused} {said}"
+    );
+    for row in rows {
+        assert_eq!(row["failed"], 0, "{row}");
+        let at = |name: &str| row[name].as_f64().unwrap();
+        assert!(at("p50_ms") > 0.0 && at("p50_ms") <= at("p95_ms") && at("p95_ms") <= at("p99_ms"));
+        assert!(at("memory_most_mb") > 1.0 && at("cpu_ms_per_query") > 0.0);
+    }
+    // A base model alone is chatted with.
+    let (_project, server) = with_adapters(&[]);
+    let run = bench(&server.url, &["--clients", "2"]).ok();
+    assert!(run.stdout.starts_with("| clients |"), "{}", run.stdout);
+    assert!(run.stdout.contains("\n| 2 | "), "{}", run.stdout);
+    let nobody = bench("http://127.0.0.1:9", &[]);
+    assert_eq!(nobody.code, Some(2), "{}", nobody.stderr);
 }

@@ -2,6 +2,7 @@
 
 mod engine;
 mod model;
+mod serve;
 
 use crate::args::{BenchCommand, GlobalArgs};
 use crate::exit::{Exit, Failure};
@@ -10,6 +11,7 @@ use crate::exit::{Exit, Failure};
 pub(crate) fn bench(command: &BenchCommand, global: &GlobalArgs) -> Result<Exit, Failure> {
     match command {
         BenchCommand::Engine(args) => engine::engine(args, global.json),
+        BenchCommand::Serve(args) => serve::serve(args, global),
         BenchCommand::Model { model } => model::model(model.as_deref(), global),
     }
 }

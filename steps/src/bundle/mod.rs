@@ -251,11 +251,16 @@ impl Bundle {
     }
 
     /// The folder of its adapter, if its model has one.
-    #[must_use]
-    pub fn adapter(&self) -> Option<PathBuf> {
+    ///
+    /// # Errors
+    /// When it says what it is and that cannot be read.
+    pub fn adapter(&self) -> Result<Option<PathBuf>, StepError> {
         let folder = self.folder.join(ADAPTER);
-        let checkpoint = Checkpoint::load(&folder).ok()?;
-        checkpoint.adapter.map(|_| folder)
+        if !folder.is_dir() {
+            return Ok(None);
+        }
+        let checkpoint = Checkpoint::load(&folder)?;
+        Ok(checkpoint.adapter.map(|_| folder))
     }
 
     /// The rows to ask before it is used.

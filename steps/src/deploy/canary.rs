@@ -33,6 +33,9 @@ impl Default for Canary {
     }
 }
 
+/// Rows that a refusal names; the log has all.
+const NAMED: usize = 5;
+
 /// A row that the two answer differently.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Difference {
@@ -61,6 +64,30 @@ impl fmt::Display for Compared {
             self.differences.len(),
             self.rows
         )
+    }
+}
+
+impl Compared {
+    /// The first rows that only the deployed one answers right, in words.
+    fn lost(&self) -> Vec<String> {
+        let lost = self
+            .differences
+            .iter()
+            .filter(|row| row.deployed == row.gold);
+        let (count, words) = (lost.clone().count(), |row: &Difference| {
+            format!(
+                "`{}` is `{}`, now `{}` (`{}`)",
+                row.id, row.gold, row.new, row.text
+            )
+        });
+        let mut named: Vec<String> = lost.take(NAMED).map(words).collect();
+        if count > NAMED {
+            named.push(format!(
+                "and {} more, in the log of the step",
+                count - NAMED
+            ));
+        }
+        named
     }
 }
 
@@ -110,7 +137,10 @@ impl Canary {
     pub(super) fn check(&self, compared: &Compared) -> Result<(), StepError> {
         let McNemar { only_a, only_b, p } = compared.test;
         match only_b > only_a && p < self.alpha {
-            true => Err(missed(format!("the new bundle is worse: {compared}"))),
+            true => Err(missed(format!(
+                "the new bundle is worse: {compared}. Lost: {}",
+                compared.lost().join("; ")
+            ))),
             false => Ok(()),
         }
     }

@@ -125,6 +125,10 @@ impl Place {
             .folder
             .join(&digest[..SHORT.min(digest.len())])
             .join("bundle");
+        // A copy that is not what was tested is made anew.
+        if bundle.is_dir() && super::digest(&bundle)? != digest {
+            std::fs::remove_dir_all(&bundle).map_err(|e| StepError::io(&bundle, &e))?;
+        }
         if !bundle.is_dir() {
             place(from, &bundle)?;
         }

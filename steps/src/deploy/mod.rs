@@ -9,10 +9,14 @@
 //! | `canary` | the new bundle beside the one in use |
 //! | `local` | the target `local`: leaves the server running |
 //! | `targets` | files for other places to run |
+//! | `ray` | the target `ray-serve`: serves the files on a cluster |
+//! | `package` | files as Ray takes them |
 
 mod canary;
 mod expect;
 pub mod local;
+mod package;
+mod ray;
 mod server;
 mod smoke;
 pub mod targets;
@@ -37,6 +41,7 @@ use crate::schema_of;
 use crate::scores::{ProgramScore, Scores};
 use canary::{Canary, Compared};
 use expect::Expect;
+use ray::ClusterSpec;
 use server::{Endpoint, Life, Server};
 pub use smoke::Agreed;
 use targets::Settings;
@@ -85,6 +90,9 @@ struct Params {
     /// Target `local`: the folder of the project where deployed bundles lie.
     #[serde(default = "deployed")]
     folder: PathBuf,
+    /// Target `ray-serve`: the cluster to serve it on; without one, only its files are written.
+    #[serde(default)]
+    ray: Option<ClusterSpec>,
 }
 
 fn deployed() -> PathBuf {
@@ -102,7 +110,7 @@ enum Target {
     Local,
     /// Files for vLLM, with the program in front of it.
     Vllm,
-    /// Files for Ray Serve.
+    /// Files for Ray Serve; where a cluster is named, it is also served there from then on.
     RayServe,
     /// Manifests for Kubernetes.
     Kubernetes,
@@ -197,6 +205,10 @@ impl Step for Deploy {
         if params.target == Target::Local {
             seen.insert("serving".to_owned(), params.place(world).observe());
         }
+        if let Some(cluster) = params.cluster() {
+            let name = targets::dns_name(&params.name)?;
+            seen.insert("serving".to_owned(), cluster.open(world)?.observe(&name));
+        }
         if let Some(against) = &params.against {
             let digest = digest(&world.root.join(against))?;
             seen.insert("against".to_owned(), digest.into());
@@ -256,11 +268,44 @@ impl Step for Deploy {
                 .metric("url", current.url)
                 .metric("stop", format!("kill {}", current.pid));
         }
+        if let Some(cluster) = params.cluster() {
+            let url = serve_on_ray(&cluster.open(&ctx.world)?, &params, &bundle, ctx)?;
+            outcome = outcome.metric("url", url);
+        }
         Ok(outcome)
     }
 }
 
+/// Serves the written files on a cluster, once they answer the smoke rows there.
+fn serve_on_ray(
+    cluster: &ray::Cluster,
+    params: &Params,
+    bundle: &Bundle,
+    ctx: &StepContext,
+) -> Result<String, StepError> {
+    let package = ctx.work_dir.join("package.zip");
+    let version = ray::Version::pack(&ctx.output("files"), &package)?;
+    let rows = bundle.smoke_rows()?;
+    let told = |done, total| {
+        ctx.reporter
+            .progress(done, total, "rows", "smoke test on Ray");
+    };
+    let smoke = |endpoint: &Endpoint| {
+        let agreement = params.smoke.agreement;
+        let agreed = smoke::check(endpoint, &rows, agreement, &ctx.cancel, &told)?;
+        params.expect.check_speed(&agreed)
+    };
+    cluster.deploy(&version, &ctx.world, &ctx.cancel, &smoke)
+}
+
 impl Params {
+    /// The cluster to serve on, if any.
+    fn cluster(&self) -> Option<&ClusterSpec> {
+        self.ray
+            .as_ref()
+            .filter(|_| self.target == Target::RayServe)
+    }
+
     fn place(&self, world: &World) -> local::Place {
         local::Place::new(&world.root.join(&self.folder), &self.name)
     }
@@ -367,4 +412,18 @@ pub fn check(url: &str, bundle: Option<&Path>, world: &World) -> Result<Option<A
     };
     let rows = Bundle::open(folder)?.smoke_rows()?;
     smoke::check(&endpoint, &rows, 1.0, &Cancel::default(), &|_, _| {}).map(Some)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_of_the_list_is_one_of_the_step() {
+        for target in &targets::TARGETS {
+            let named: Target = serde_json::from_value(target.name.into()).unwrap();
+            assert_eq!(named.files(), Some(target.name));
+        }
+    }
 }

@@ -141,6 +141,7 @@ impl Server {
             // Ctrl-C in the terminal of the run is not meant for it.
             Life::OnItsOwn => command.process_group(0).stdin(Stdio::null()),
         };
+        let endpoint = Endpoint::new("", world)?;
         let child = command.spawn().map_err(|e| {
             StepError::failed(format!("`{}` cannot be started: {e}", world.exe.display()))
         })?;
@@ -148,7 +149,7 @@ impl Server {
             child,
             life,
             log,
-            endpoint: Endpoint::new("", world)?,
+            endpoint,
         };
         match server.wait_until_up(&said, cancel) {
             Ok(url) => {
@@ -207,8 +208,11 @@ impl Server {
     }
 
     fn end(&mut self) {
+        // Once it was waited for, its id may be another process's.
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
         if let Ok(pid) = i32::try_from(self.child.id()) {
-            // It may have ended by itself, but it was not waited for, so the id is still its own.
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
         let deadline = Instant::now() + DRAIN;

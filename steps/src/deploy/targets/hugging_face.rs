@@ -23,6 +23,7 @@ const TOKENIZER: [&str; 4] = [
 
 fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     let bundle = facts.bundle;
+    let adapter = bundle.adapter()?;
     let model = bundle.manifest.model.as_ref();
     let weights = match model {
         Some(ModelSpec::Embedded(spec)) => Some(&spec.weights),
@@ -33,7 +34,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     let more = [
         ("base", json!(base)),
         ("weights", json!(weights)),
-        ("adapter", json!(bundle.adapter().is_some())),
+        ("adapter", json!(adapter.is_some())),
         ("labels", json!(bundle.program.labels())),
     ];
     let card = facts.fill(
@@ -49,7 +50,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
         copy("program.json", bundle.folder.join("program.json")),
         copy("bundle.json", bundle.folder.join("bundle.json")),
     ];
-    if let Some(adapter) = bundle.adapter() {
+    if let Some(adapter) = adapter {
         for name in ["adapter_config.json", "adapter_model.safetensors"] {
             files.push(copy(name, adapter.join(name)));
         }

@@ -12,6 +12,12 @@ pub(super) const TARGET: Target = Target {
 };
 
 fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
+    if let Some(namespace) = &facts.settings.namespace
+        && super::dns_name(namespace)? != *namespace
+    {
+        let text = format!("`namespace`: `{namespace}` is no DNS label");
+        return Err(StepError::invalid(text));
+    }
     let more = [
         ("app", json!(facts.dns_name()?)),
         ("image", json!(facts.image()?)),

@@ -23,7 +23,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::{Bundle, Manifest};
 use crate::folder;
-use crate::models::ModelSpec;
+use crate::models::{ModelSpec, encoder_spec};
+use crate::program_file::ProgramFile;
 
 /// How a bundle is to run elsewhere.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -50,6 +51,8 @@ pub struct Settings {
     /// The base model as vLLM and Ray load it: a repository of the Hugging Face hub, or a folder.
     /// Needed where the bundle's weights are no such thing (a GGUF file).
     pub base_model: Option<String>,
+    /// Ray Serve: this program on the nodes.
+    pub program: String,
     /// Ray Serve LLM: where adapters are loaded from, `s3://…` or `gs://…`.
     pub adapters_url: Option<String>,
 }
@@ -65,6 +68,7 @@ impl Default for Settings {
             cpu: "2".to_owned(),
             memory: "2Gi".to_owned(),
             base_model: None,
+            program: "flowrun".to_owned(),
             adapters_url: None,
         }
     }
@@ -155,6 +159,37 @@ pub fn write(files: &[File], folder: &Path) -> Result<(), StepError> {
     Ok(())
 }
 
+/// What stands between quotes in scripts and YAML.
+///
+/// # Errors
+/// Invalid when it would end them, or be read as more than a text.
+fn plain(name: &str, text: &str) -> Result<(), StepError> {
+    let odd = |c: char| c.is_control() || "'\"`$\\".contains(c);
+    match text.is_empty() || text.chars().any(odd) {
+        true => Err(StepError::invalid(format!(
+            "{name}: `{text}` cannot stand in the target's files; it has no quotes, `$` or `\\`"
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// A name as a DNS label.
+///
+/// # Errors
+/// Invalid when it has none.
+pub(super) fn dns_name(name: &str) -> Result<String, StepError> {
+    let name: String = name.replace(['.', '_'], "-");
+    let name = name.trim_end_matches('-').to_owned();
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.len() > 50 || !name.chars().all(fits) || name.starts_with('-') {
+        return Err(StepError::invalid(format!(
+            "`{name}` is no name for a service: it has 1 to 50 lower-case letters, digits and `-`"
+        ))
+        .help("choose another `name` of `deploy`"));
+    }
+    Ok(name)
+}
+
 fn text(path: &str, content: String) -> File {
     File {
         path: path.into(),
@@ -198,24 +233,16 @@ impl Facts<'_> {
 
     /// The name as a DNS label, which most targets want.
     fn dns_name(&self) -> Result<String, StepError> {
-        let name: String = self.manifest().name.replace(['.', '_'], "-");
-        let name = name.trim_end_matches('-').to_owned();
-        if name.is_empty() || name.len() > 50 {
-            return Err(StepError::invalid(format!(
-                "`{name}` is no name for a service: it has 1 to 50 letters, digits and `-`"
-            ))
-            .help("choose another `name` of `deploy`"));
-        }
-        Ok(name)
+        dns_name(&self.manifest().name)
     }
 
     /// The container image.
     fn image(&self) -> Result<String, StepError> {
         match &self.settings.image {
-            Some(image) if image.chars().any(|c| c.is_whitespace() || c == '"') => Err(
-                StepError::invalid(format!("`image`: `{image}` is no image")),
-            ),
-            Some(image) => Ok(image.clone()),
+            Some(image) if image.chars().any(char::is_whitespace) => Err(StepError::invalid(
+                format!("`image`: `{image}` is no image"),
+            )),
+            Some(image) => plain("`image`", image).map(|()| image.clone()),
             None => Ok(format!(
                 "{}:{}",
                 self.dns_name()?,
@@ -245,25 +272,19 @@ impl Facts<'_> {
             ))
             .help("set `settings.base_model` to the model on the Hugging Face hub that they were made from, or to its folder")
         })?;
-        if base
-            .chars()
-            .any(|c| c.is_control() || c == '\'' || c == '"')
-        {
-            return Err(StepError::invalid(format!(
-                "`base_model`: `{base}` is no model"
-            )));
-        }
         // Ray and vLLM split an adapter's id at the first colon.
         let id = match self.manifest().model_id.split_once(':') {
             Some((base, _)) => base.to_owned(),
             None => self.manifest().model_id.clone(),
         };
+        plain("base_model", &base)?;
+        plain("the model's id", &self.manifest().model_id)?;
         Ok((base, id))
     }
 
     /// Rank of the adapter, if there is one.
     fn rank(&self) -> Result<Option<u64>, StepError> {
-        let Some(folder) = self.bundle.adapter() else {
+        let Some(folder) = self.bundle.adapter()? else {
             return Ok(None);
         };
         let config: serde_json::Value =
@@ -292,10 +313,35 @@ impl Facts<'_> {
             path: Path::new("gateway").join(name),
             content: Content::CopyOf(self.bundle.folder.join(name)),
         };
-        Ok(vec![
+        let mut files = vec![
             text("gateway/bundle.json", json + "\n"),
             copy("program.json"),
             copy("smoke.jsonl"),
-        ])
+        ];
+        files.extend(self.encoders()?);
+        Ok(files)
+    }
+
+    /// Files of the bundle that the encoders of the program's demos need, for the gateway.
+    fn encoders(&self) -> Result<Vec<File>, StepError> {
+        let ProgramFile::Prompt(program) = &self.bundle.program else {
+            return Ok(Vec::new());
+        };
+        let mut files = Vec::new();
+        for neighbours in program.neighbours.values() {
+            let encoder = encoder_spec(&neighbours.embedder)?;
+            let parts = [&encoder.weights, &encoder.tokenizer];
+            for part in parts.into_iter().chain(&encoder.config) {
+                let inside = part
+                    .file
+                    .as_ref()
+                    .filter(|_| part.pip.is_none() && part.hf.is_none());
+                files.extend(inside.map(|inside| File {
+                    path: Path::new("gateway").join(inside),
+                    content: Content::CopyOf(self.bundle.folder.join(inside)),
+                }));
+            }
+        }
+        Ok(files)
     }
 }

@@ -63,7 +63,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     )?;
     files.push(text("serve_llm.yaml", llm));
     if let (Some(adapter), Some((_, checkpoint))) = (
-        facts.bundle.adapter(),
+        facts.bundle.adapter()?,
         facts.manifest().model_id.split_once(':'),
     ) {
         // As it has to lie below `adapters_url`.

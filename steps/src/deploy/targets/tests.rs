@@ -219,6 +219,19 @@ fn what_a_target_cannot_load_is_found_here() {
     let mut quoted = settings();
     quoted.base_model = Some("a' ; rm -rf /; '".to_owned());
     assert!(render("vllm", &bundle, &quoted).is_err());
+    let mut namespace = settings();
+    namespace.namespace = Some("a: b".to_owned());
+    assert!(render("kubernetes", &bundle, &namespace).is_err());
+    // Names come from file names, and data sets are named freely.
+    let mut odd = bundle;
+    odd.manifest.model_id = "it's; $(reboot)".to_owned();
+    assert!(render("vllm", &odd, &settings()).is_err());
+    odd.manifest.measured.dataset = "the \"best\" rows: 1".to_owned();
+    let files = render("kubernetes", &odd, &settings()).unwrap();
+    let manifests = yaml(file(&files, "kubernetes.yaml"));
+    let said = &manifests[0]["metadata"]["annotations"];
+    assert_eq!(said["flowrun/accuracy"], "9 of 10 on the \"best\" rows: 1");
+    let bundle = odd;
     let mut image = settings();
     image.image = Some("a b".to_owned());
     assert!(render("kubernetes", &bundle, &image).is_err());

@@ -42,7 +42,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     ];
     let start = facts.fill(include_str!("../../../templates/deploy/vllm.sh"), &more)?;
     let mut files = vec![script("serve.sh", start)];
-    if let Some(adapter) = facts.bundle.adapter() {
+    if let Some(adapter) = facts.bundle.adapter()? {
         files.push(File {
             path: "adapter".into(),
             content: Content::CopyOf(adapter),

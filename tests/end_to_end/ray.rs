@@ -1,0 +1,204 @@
+//! The target `ray-serve` on a real Ray of this machine. `FLOWRUN_RAY_PYTHON` names a Python with
+//! `ray[default,serve]`; else `python3` is tried.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::project::Run;
+use crate::server::{client, free_port};
+use crate::tiny::{self, write_model};
+
+/// A Python that has Ray.
+fn python() -> Option<PathBuf> {
+    let named = std::env::var_os("FLOWRUN_RAY_PYTHON").map(PathBuf::from);
+    let python = named.clone().unwrap_or_else(|| "python3".into());
+    let find = "import importlib.util as u, sys; sys.exit(u.find_spec('ray') is None or u.find_spec('ray.serve') is None)";
+    let found = Command::new(&python)
+        .args(["-c", find])
+        .stderr(Stdio::null())
+        .status();
+    let found = found.is_ok_and(|status| status.success());
+    assert!(
+        found || named.is_none(),
+        "FLOWRUN_RAY_PYTHON has no `ray[default,serve]`"
+    );
+    found.then_some(python)
+}
+
+/// A Ray of one node, which ends with the test.
+struct Ray {
+    child: Child,
+    dashboard: String,
+    _scratch: tempfile::TempDir,
+}
+
+impl Ray {
+    fn start(python: &std::path::Path) -> Self {
+        // Its sockets' paths must be short.
+        let scratch = tempfile::Builder::new()
+            .prefix("fr")
+            .tempdir_in("/tmp")
+            .unwrap();
+        let port = free_port();
+        let flag = |name: &str| format!("--{name}={}", free_port());
+        let child = Command::new(python)
+            .args(["-m", "ray.scripts.scripts", "start", "--head", "--block"])
+            .args(["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"])
+            .arg(format!("--dashboard-port={port}"))
+            .args([
+                flag("port"),
+                flag("ray-client-server-port"),
+                flag("dashboard-agent-listen-port"),
+            ])
+            .args(["--num-cpus=4", "--object-store-memory=100000000"])
+            .arg("--disable-usage-stats")
+            .arg(format!("--temp-dir={}", scratch.path().display()))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut ray = Self {
+            child,
+            dashboard: format!("http://127.0.0.1:{port}"),
+            _scratch: scratch,
+        };
+        let version = format!("{}/api/version", ray.dashboard);
+        let deadline = Instant::now() + Duration::from_secs(180);
+        while client().get(&version).send().is_err() {
+            let ended = ray.child.try_wait().unwrap();
+            assert!(ended.is_none(), "ray ended: {ended:?}");
+            assert!(Instant::now() < deadline, "ray did not come up");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        ray
+    }
+
+    /// Names, states and routes of its applications.
+    fn applications(&self) -> Vec<(String, Value, Value)> {
+        let url = format!("{}/api/serve/applications/", self.dashboard);
+        let served: Value = client().get(url).send().unwrap().json().unwrap();
+        let all = served["applications"].as_object().unwrap();
+        all.iter()
+            .map(|(name, app)| {
+                let (status, route) = (app["status"].clone(), app["route_prefix"].clone());
+                (name.clone(), status, route)
+            })
+            .collect()
+    }
+
+    /// Waits until what goes is gone.
+    fn settled(&self) -> Vec<(String, Value, Value)> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let all = self.applications();
+            if all.iter().all(|(_, status, _)| status == "RUNNING") {
+                return all;
+            }
+            assert!(Instant::now() < deadline, "{all:?}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
+
+impl Drop for Ray {
+    fn drop(&mut self) {
+        // It ends its own processes.
+        let pid = self.child.id().to_string();
+        let _ = Command::new("kill").arg(pid).status();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+#[test]
+fn a_bundle_is_served_on_ray_and_one_that_fails_leaves_the_old_one() {
+    let Some(python) = python() else {
+        eprintln!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
+        return;
+    };
+    let ray = Ray::start(&python);
+    let port = free_port();
+    let project = tiny::project();
+    let program = env!("CARGO_BIN_EXE_flowrun");
+    let deploy = format!(
+        "      ray: {{ dashboard: '{}' }}\n      settings: {{ port: {port}, cpu: '1', replicas: 1, max_replicas: 1, program: '{program}' }}\n",
+        ray.dashboard
+    );
+    let target = "      target: ${{ params.target }}\n";
+    project.edit("pipeline.yaml", target, &format!("{target}{deploy}"));
+    let run = || -> Run { project.run(&["pipeline.yaml", "--json", "--set", "target=ray-serve"]) };
+    let url = |run: &Run| -> String {
+        let events = run.events();
+        let done = events
+            .iter()
+            .find(|e| e["event"] == "step_finished" && e["step"] == "deploy")
+            .unwrap();
+        done["metrics"]["url"].as_str().unwrap().to_owned()
+    };
+
+    let first = run().ok();
+    let url = url(&first);
+    assert_eq!(url, format!("http://127.0.0.1:{port}"));
+    let rows = project.read("bundle/smoke.jsonl");
+    let rows: Vec<Value> = rows
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let asked_all = || {
+        rows.iter().all(|row| {
+            let body = json!({"text": row["text"]});
+            let answer = client().post(format!("{url}/predict")).json(&body).send();
+            let answer: Value = answer.unwrap().json().unwrap();
+            answer["label"] == row["label"]
+        })
+    };
+    assert!(asked_all());
+    let page = client().get(format!("{url}/")).send().unwrap();
+    assert!(page.text().unwrap().contains("</html>"));
+    let one = ray.settled();
+    assert!(one.len() == 1 && one[0].2 == "/", "{one:?}");
+
+    // A version that cannot start there: the old one answers on, and the reason is told.
+    write_model(&project.path("tiny"), 2);
+    project.edit("pipeline.yaml", program, "/nowhere/flowrun");
+    let refused = run();
+    assert_eq!(refused.code, Some(5), "{}", refused.stdout);
+    assert!(
+        refused.stdout.contains("nothing was deployed") && refused.stdout.contains("/nowhere"),
+        "{}",
+        refused.stdout
+    );
+    assert_eq!(ray.settled(), one);
+    assert!(asked_all());
+
+    // One that can takes its place.
+    project.edit("pipeline.yaml", "/nowhere/flowrun", program);
+    run().ok();
+    let other = ray.settled();
+    assert!(other.len() == 1 && other[0].2 == "/", "{other:?}");
+    assert_ne!(other[0].0, one[0].0);
+}
+
+#[test]
+fn a_cluster_that_is_not_there_is_named() {
+    let project = tiny::project();
+    let target = "      target: ${{ params.target }}\n";
+    let nobody = format!("http://127.0.0.1:{}", free_port());
+    let ray = format!("{target}      ray: {{ dashboard: '{nobody}' }}\n");
+    project.edit("pipeline.yaml", target, &ray);
+    let refused = project.run(&["pipeline.yaml", "--set", "target=ray-serve"]);
+    assert_eq!(refused.code, Some(4), "{}", refused.stderr);
+    let said = format!("{}{}", refused.stdout, refused.stderr);
+    assert!(
+        said.contains(&nobody) && said.contains("ray start"),
+        "{said}"
+    );
+}
