@@ -121,7 +121,7 @@ impl Drop for Ray {
 #[test]
 fn a_bundle_is_served_on_ray_and_one_that_fails_leaves_the_old_one() {
     let Some(python) = python() else {
-        eprintln!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
+        println!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
         return;
     };
     let ray = Ray::start(&python);
