@@ -1,5 +1,6 @@
-//! [`Lineage`]: which rows a program or model learned from, and which chose it. It travels with
-//! the program and the checkpoint, so that a score can say whether its rows took part.
+//! [`Lineage`]: which rows a program or model learned from, which chose it, and which rows its
+//! teachers came from. It travels with the program and the checkpoint, so that a score can say
+//! whether its rows took part.
 //!
 //! Knows no step and no data set. Rows are told apart by id; a row of another id with an equal
 //! text is reported apart, because real data may hold one text twice on purpose.
@@ -22,6 +23,24 @@ pub struct Lineage {
     /// Rows whose scores chose between programs or checkpoints.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     selected: Rows,
+    /// Rows that a teacher came from in any of these ways, whose labels it learned.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    taught: Rows,
+    /// Teachers whose labels it learned, and whose rows are not known.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    unknown_teachers: BTreeSet<String>,
+}
+
+/// A row to be scored.
+#[derive(Debug, Clone, Copy)]
+pub struct ScoredRow<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its text.
+    pub text: &'a str,
+    /// Whether its label is a teacher's own: then the score is the agreement with that teacher,
+    /// and what the teacher came from is no leak.
+    pub by_teacher: bool,
 }
 
 /// Rows to be scored that had a part in what is scored, by id and in their order.
@@ -31,8 +50,12 @@ pub struct Overlap {
     pub trained: Vec<String>,
     /// Rows that it was selected by and not trained on.
     pub selected: Vec<String>,
+    /// Rows that neither trained nor selected it, but that a teacher of it came from.
+    pub taught: Vec<String>,
     /// Rows that took no part themselves, but whose text did under another id.
     pub same_text: Vec<String>,
+    /// Whether a teacher's rows are not known: then there may be more.
+    pub unknown_teacher: bool,
 }
 
 impl Lineage {
@@ -50,6 +73,21 @@ impl Lineage {
     pub fn merge(&mut self, other: &Self) {
         self.trained.extend(other.trained.clone());
         self.selected.extend(other.selected.clone());
+        self.taught.extend(other.taught.clone());
+        (self.unknown_teachers).extend(other.unknown_teachers.iter().cloned());
+    }
+
+    /// Adds the rows that a teacher came from, whose labels something is made from or chosen by.
+    pub fn learn_from(&mut self, teacher: &Self) {
+        for rows in [&teacher.trained, &teacher.selected, &teacher.taught] {
+            self.taught.extend(rows.clone());
+        }
+        (self.unknown_teachers).extend(teacher.unknown_teachers.iter().cloned());
+    }
+
+    /// Adds a teacher whose rows are not known.
+    pub fn learn_from_unknown(&mut self, teacher: impl Into<String>) {
+        self.unknown_teachers.insert(teacher.into());
     }
 
     /// Rows that it was made from, and rows that it was chosen by.
@@ -57,18 +95,32 @@ impl Lineage {
         (self.trained.len(), self.selected.len())
     }
 
-    /// Which of these rows, given as (id, text), had a part in it.
-    pub fn overlap<'a>(&self, rows: impl IntoIterator<Item = (&'a str, &'a str)>) -> Overlap {
-        let texts: BTreeSet<&str> = (self.trained.values().chain(self.selected.values()))
+    /// Which of these rows had a part in it.
+    pub fn overlap<'a>(&self, rows: impl IntoIterator<Item = ScoredRow<'a>>) -> Overlap {
+        let own: BTreeSet<&str> = (self.trained.values().chain(self.selected.values()))
             .map(String::as_str)
             .collect();
-        let mut overlap = Overlap::default();
-        for (id, text) in rows {
+        let taught: BTreeSet<&str> = self.taught.values().map(String::as_str).collect();
+        let mut overlap = Overlap {
+            unknown_teacher: !self.unknown_teachers.is_empty(),
+            ..Overlap::default()
+        };
+        for ScoredRow {
+            id,
+            text,
+            by_teacher,
+        } in rows
+        {
+            let digest = text_digest(text);
             let list = if self.trained.contains_key(id) {
                 &mut overlap.trained
             } else if self.selected.contains_key(id) {
                 &mut overlap.selected
-            } else if texts.contains(text_digest(text).as_str()) {
+            } else if !by_teacher && self.taught.contains_key(id) {
+                &mut overlap.taught
+            } else if own.contains(digest.as_str())
+                || !by_teacher && taught.contains(digest.as_str())
+            {
                 &mut overlap.same_text
             } else {
                 continue;
@@ -80,15 +132,16 @@ impl Lineage {
 }
 
 impl Overlap {
-    /// Whether no row had a part in it.
+    /// Whether no row is known to have had a part in it.
     pub fn is_empty(&self) -> bool {
-        self.trained.is_empty() && self.selected.is_empty() && self.same_text.is_empty()
+        self.ids().is_empty()
     }
 
     /// The ids of all rows that are not clean.
     pub fn ids(&self) -> BTreeSet<&str> {
         (self.trained.iter())
             .chain(&self.selected)
+            .chain(&self.taught)
             .chain(&self.same_text)
             .map(String::as_str)
             .collect()
@@ -111,22 +164,58 @@ fn text_digest(text: &str) -> String {
 mod tests {
     use super::*;
 
+    fn gold<'a>(rows: &[(&'a str, &'a str)]) -> Vec<ScoredRow<'a>> {
+        let row = |&(id, text): &(&'a str, &'a str)| ScoredRow {
+            id,
+            text,
+            by_teacher: false,
+        };
+        rows.iter().map(row).collect()
+    }
+
+    #[test]
+    fn what_a_teacher_came_from_counts_for_gold_labels_and_not_for_its_own() {
+        let mut first = Lineage::default();
+        first.train([("d:test:0", "a")]);
+        let mut teacher = Lineage::default();
+        teacher.select([("d:train:0", "b")]);
+        teacher.learn_from(&first);
+        let mut student = Lineage::default();
+        student.train([("d:train:1", "c")]);
+        student.learn_from(&teacher);
+        let rows = [("d:test:0", "a"), ("d:train:0", "b"), ("d:test:1", "A")];
+        let found = student.overlap(gold(&rows));
+        assert_eq!(found.taught, ["d:test:0", "d:train:0"]);
+        assert_eq!(found.same_text, ["d:test:1"]);
+        assert!(!found.unknown_teacher);
+        let own = gold(&rows).into_iter().map(|row| ScoredRow {
+            by_teacher: true,
+            ..row
+        });
+        assert!(student.overlap(own).is_empty());
+
+        let mut other = Lineage::default();
+        other.learn_from_unknown("ab12");
+        student.merge(&other);
+        assert!(student.overlap(gold(&rows)).unknown_teacher);
+    }
+
     #[test]
     fn rows_are_told_apart_by_id_and_equal_texts_apart() {
         let mut lineage = Lineage::default();
         lineage.train([("d:train:0", "Where is  my card?"), ("d:train:1", "b")]);
         lineage.select([("d:train:1", "b"), ("d:train:2", "c")]);
-        let found = lineage.overlap([
+        let found = lineage.overlap(gold(&[
             ("d:train:2", "c"),
             ("d:test:0", "where is my card?"),
             ("d:test:1", "new"),
             ("d:train:1", "b"),
-        ]);
+        ]));
         assert_eq!(found.trained, ["d:train:1"]);
         assert_eq!(found.selected, ["d:train:2"]);
         assert_eq!(found.same_text, ["d:test:0"]);
         assert_eq!(found.ids().len(), 3);
-        assert!(lineage.overlap([("d:test:1", "new")]).is_empty());
+        assert!(lineage.overlap(gold(&[("d:test:1", "new")])).is_empty());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
-use crate::leakage::id_and_text;
+use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::{KnnSpec, ProgramFile};
 use crate::rows::{Row, read_json, read_rows, write_rows};
@@ -66,7 +66,7 @@ impl Step for Bootstrap {
         "bootstrap"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "A teacher (a large model, or a classifier fitted on a few labels) labels the unlabelled rows."
@@ -84,6 +84,7 @@ impl Step for Bootstrap {
                 "Rows with gold labels: a classifier is fitted on them, and `knn` takes demos from them.",
             )
             .optional(),
+            teachers_port(),
         ]
     }
     fn outputs(&self) -> Vec<Port> {
@@ -109,7 +110,7 @@ impl Step for Bootstrap {
             Some(input) => read_rows(&input.path)?,
             None => Vec::new(),
         };
-        let teacher = match &params.program {
+        let mut teacher = match &params.program {
             ProgramSpec::EmbeddingClassifier(spec) => {
                 ctx.reporter
                     .progress(0, rows.len() as u64, "rows", "fitting the teacher");
@@ -117,6 +118,11 @@ impl Step for Bootstrap {
             }
             prompt => prompted(prompt, &params, &labels, &gold, &host)?,
         };
+        if let Some(lineage) = teacher.lineage_mut() {
+            learn_from_teachers(ctx, lineage, &gold)?;
+        }
+        teacher.save(&ctx.output("teacher"))?;
+        let mark = mark(&ctx.output("teacher"))?;
         let field = teacher.label_field().to_owned();
         let answerer = Answerer::open(
             &teacher,
@@ -134,7 +140,8 @@ impl Step for Bootstrap {
         check_answered(ctx, &results)?;
         let (mut kept, mut dropped) = (Vec::new(), Vec::new());
         for (row, result) in rows.into_iter().zip(results) {
-            let row = labelled(row, result, &field, &labels, &params);
+            let mut row = labelled(row, result, &field, &labels, &params);
+            row.teacher = row.label.is_some().then(|| mark.clone());
             let to = if row.dropped.is_none() {
                 &mut kept
             } else {
@@ -150,7 +157,6 @@ impl Step for Bootstrap {
         }
         write_rows(&ctx.output("rows"), &kept)?;
         write_rows(&ctx.output("dropped"), &dropped)?;
-        teacher.save(&ctx.output("teacher"))?;
         let outcome = StepOutcome::default()
             .metric("labelled", kept.len())
             .metric("dropped", dropped.len());

@@ -36,7 +36,7 @@ impl Step for ConvertToMessages {
         "convert-to-messages"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Turns labelled rows into chats (OpenAI's fine-tuning JSONL) with the student's program."
@@ -54,6 +54,7 @@ impl Step for ConvertToMessages {
             .many()
             .optional(),
             Port::new("labels", "labels", "The labels to choose from."),
+            leakage::teachers_port(),
             Port::new(
                 "test",
                 "examples",
@@ -87,6 +88,7 @@ impl Step for ConvertToMessages {
         for input in ctx.input_list("rows") {
             let mut rows = read_rows(&input.path)?;
             lineage.train(leakage::id_and_text(&rows));
+            leakage::learn_from_teachers(ctx, &mut lineage, &rows)?;
             if params.raw_targets {
                 rows.iter_mut().for_each(take_raw_label);
             }
@@ -97,7 +99,7 @@ impl Step for ConvertToMessages {
         }
         if let Some(input) = ctx.input_opt("test") {
             let test = read_rows(&input.path)?;
-            let overlap = lineage.overlap(leakage::id_and_text(&test));
+            let overlap = lineage.overlap(leakage::scored_rows(&test));
             let what = "test rows are among the rows to train on";
             leakage::guard(ctx, params.leakage, &overlap, what)?;
         }

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, examples, question, with_usage};
 use crate::checkpoint::Checkpoint;
-use crate::leakage::{LeakageRule, guard, id_and_text, lineage_of};
+use crate::leakage::{LeakageRule, guard, lineage_of, scored_rows};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
 use crate::rows::{Row, read_json, read_rows, write_json};
@@ -69,7 +69,7 @@ impl Step for Evaluate {
         "evaluate"
     }
     fn version(&self) -> u32 {
-        5
+        6
     }
     fn about(&self) -> &'static str {
         "Measures a model's accuracy on labelled rows, plain and with the optimised program."
@@ -126,7 +126,7 @@ impl Step for Evaluate {
             .iter()
             .map(|(_, file)| {
                 let lineage = lineage_of(file, checkpoint.as_ref())?;
-                Some(lineage.overlap(id_and_text(&rows)))
+                Some(lineage.overlap(scored_rows(&rows)))
             })
             .collect();
         for overlap in &overlaps {
@@ -354,9 +354,10 @@ fn leakage(overlap: Option<&Overlap>, score: &ProgramScore) -> Leakage {
     let tainted = overlap.ids();
     let clean = |row: &&ScoredRow| !tainted.contains(row.id.as_str());
     Leakage {
-        known: true,
+        known: !overlap.unknown_teacher,
         trained: overlap.trained.len(),
         selected: overlap.selected.len(),
+        taught: overlap.taught.len(),
         same_text: overlap.same_text.len(),
         clean_rows: score.rows.iter().filter(clean).count(),
         clean_correct: score

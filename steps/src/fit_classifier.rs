@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::leakage::{learn_from_teachers, teachers_port};
 use crate::models::{Host, observe};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_json, read_rows};
@@ -29,7 +30,7 @@ impl Step for FitClassifier {
         "fit-classifier"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "Fits an embedding classifier on labelled rows: a baseline that calls no language model."
@@ -42,6 +43,7 @@ impl Step for FitClassifier {
             Port::new("labelled", "examples", "Rows with their label."),
             Port::new("labels", "labels", "The labels to choose from."),
             Port::new("unlabelled", "examples", "Rows for self-training.").optional(),
+            teachers_port(),
         ]
     }
     fn outputs(&self) -> Vec<Port> {
@@ -64,7 +66,10 @@ impl Step for FitClassifier {
             None => Vec::new(),
         };
         let host = Host::from(ctx);
-        let fitted = ProgramFile::fit(&spec, &labels, &labelled, &unlabelled, &host)?;
+        let mut fitted = ProgramFile::fit(&spec, &labels, &labelled, &unlabelled, &host)?;
+        if let Some(lineage) = fitted.lineage_mut() {
+            learn_from_teachers(ctx, lineage, &labelled)?;
+        }
         fitted.save(&ctx.output("program"))?;
         Ok(StepOutcome::default().metric("labelled", labelled.len()))
     }

@@ -2,11 +2,16 @@
 //!
 //! A row is itself by its id. A row of another id with an equal text is counted and reported, and
 //! refused only where that is asked for: real data holds some texts in train and test alike.
+//!
+//! Influence goes through teachers: a row that a teacher labelled bears its mark, and what is made
+//! from such rows, or chosen by them, counts the rows that the teacher came from as its own.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use flowrun_engine::step::{StepContext, StepError};
-use flowrun_lm::lineage::{Lineage, Overlap};
+use flowrun_cache::Digest;
+use flowrun_engine::step::{Port, StepContext, StepError};
+use flowrun_lm::lineage::{Lineage, Overlap, ScoredRow};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +38,72 @@ pub enum LeakageRule {
 /// Rows as a lineage takes them: id and text.
 pub(crate) fn id_and_text(rows: &[Row]) -> impl Iterator<Item = (&str, &str)> {
     rows.iter().map(|row| (row.id.as_str(), row.text.as_str()))
+}
+
+/// Rows as they are scored.
+pub(crate) fn scored_rows(rows: &[Row]) -> impl Iterator<Item = ScoredRow<'_>> {
+    rows.iter().map(|row| ScoredRow {
+        id: &row.id,
+        text: &row.text,
+        by_teacher: row.teacher.is_some(),
+    })
+}
+
+/// Digits of a teacher's mark.
+const MARK: usize = 16;
+
+/// The mark on rows that a teacher labels: the first digits of its program's digest.
+///
+/// # Errors
+/// When its file cannot be read.
+pub(crate) fn mark(teacher: &Path) -> Result<String, StepError> {
+    let digest = Digest::of_file(teacher).map_err(|e| StepError::io(teacher, &e))?;
+    Ok(digest.to_hex().chars().take(MARK).collect())
+}
+
+/// The port for the teachers of a step's rows.
+pub(crate) fn teachers_port() -> Port {
+    Port::new(
+        "teachers",
+        "program",
+        "The teachers that labelled the rows: what they came from counts as taken part.",
+    )
+    .many()
+    .optional()
+}
+
+/// Adds what the teachers of `rows` came from, by the programs of the port `teachers`. Of one that
+/// is not there it is said that its rows are not known.
+///
+/// # Errors
+/// When a program cannot be read.
+pub(crate) fn learn_from_teachers(
+    ctx: &StepContext,
+    lineage: &mut Lineage,
+    rows: &[Row],
+) -> Result<(), StepError> {
+    let marks: BTreeSet<&str> = rows.iter().filter_map(|r| r.teacher.as_deref()).collect();
+    if marks.is_empty() {
+        return Ok(());
+    }
+    let mut given = BTreeMap::new();
+    for input in ctx.input_list("teachers") {
+        given.insert(mark(&input.path)?, ProgramFile::load(&input.path)?);
+    }
+    for mark in marks {
+        match given.get(mark).and_then(ProgramFile::lineage) {
+            Some(teacher) => lineage.learn_from(teacher),
+            None => {
+                ctx.reporter.warning(
+                    "rows bear the labels of a teacher that `teachers` does not give: scores \
+                     cannot say whether their rows taught it; connect it, such as \
+                     `teachers: bootstrap.teacher`",
+                );
+                lineage.learn_from_unknown(mark);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// All that is known of the rows that a program with its checkpoint came from; `None` when one
@@ -63,7 +134,8 @@ pub(crate) fn guard(
             ctx.reporter.log(&format!("{part}: {}", ids.join(", ")));
         }
     }
-    let by_id = !overlap.trained.is_empty() || !overlap.selected.is_empty();
+    let by_id =
+        !(overlap.trained.is_empty() && overlap.selected.is_empty() && overlap.taught.is_empty());
     let by_text = !overlap.same_text.is_empty();
     let refused = match rule {
         LeakageRule::Refuse => by_id,
@@ -83,10 +155,11 @@ pub(crate) fn guard(
     Ok(())
 }
 
-fn parts(overlap: &Overlap) -> [(&'static str, &[String]); 3] {
+fn parts(overlap: &Overlap) -> [(&'static str, &[String]); 4] {
     [
         ("trained on", &overlap.trained),
         ("selected by", &overlap.selected),
+        ("known to its teacher", &overlap.taught),
         ("equal text under another id", &overlap.same_text),
     ]
 }
@@ -124,7 +197,7 @@ mod tests {
         let overlap = Overlap {
             trained: (0..22).map(|i| format!("d:{i}")).collect(),
             selected: vec!["e".into()],
-            same_text: Vec::new(),
+            ..Overlap::default()
         };
         let text = describe(&overlap);
         assert!(text.starts_with("22 rows trained on (`d:0`, "), "{text}");

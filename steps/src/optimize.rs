@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::answer::{SamplingSpec, attach_encoders, examples, with_usage};
 use crate::checkpoint::Checkpoint;
-use crate::leakage::id_and_text;
+use crate::leakage::{id_and_text, learn_from_teachers, teachers_port};
 use crate::models::{Host, ModelSpec, observe, open_lm};
 use crate::program_file::{KnnSpec, ProgramFile};
 use crate::rows::{read_rows, write_json};
@@ -75,7 +75,7 @@ impl Step for Optimize {
         "optimize"
     }
     fn version(&self) -> u32 {
-        3
+        4
     }
     fn about(&self) -> &'static str {
         "Finds few-shot demos: DSPy's BootstrapFewShotWithRandomSearch, the nearest rows per query, or new instructions."
@@ -93,6 +93,7 @@ impl Step for Optimize {
                 "Labelled rows that demos come from.",
             ),
             Port::new("valset", "examples", "Labelled rows that score candidates."),
+            teachers_port(),
         ]
     }
     fn outputs(&self) -> Vec<Port> {
@@ -186,11 +187,13 @@ impl Step for Optimize {
         optimised
             .keep_instructions(&compiled.program)
             .map_err(|e| StepError::failed(e.to_string()))?;
-        optimised.lineage = saved.lineage.clone().map(|mut lineage| {
+        optimised.lineage.clone_from(&saved.lineage);
+        if let Some(lineage) = &mut optimised.lineage {
             lineage.train(id_and_text(&train_rows));
             lineage.select(id_and_text(&val_rows));
-            lineage
-        });
+            let labelled = [train_rows, val_rows].concat();
+            learn_from_teachers(ctx, lineage, &labelled)?;
+        }
         let stopped = (compiled.candidates.iter())
             .filter(|candidate| candidate.stopped_after.is_some())
             .count();

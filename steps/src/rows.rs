@@ -22,6 +22,9 @@ pub struct Row {
     /// Its label: gold, or the teacher's; absent when it was deleted or never known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+    /// The [`mark`](crate::leakage::mark) of the teacher that gave `label`; absent where the label is gold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
     /// What the teacher wrote before it was sanitised.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw_label: Option<String>,
@@ -50,6 +53,7 @@ impl Row {
             id,
             text,
             label,
+            teacher: None,
             raw_label: None,
             sanitised_label: None,
             confidence: None,

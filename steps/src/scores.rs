@@ -44,7 +44,10 @@ pub struct Leakage {
     pub trained: usize,
     /// Rows that it was selected by, and not trained on.
     pub selected: usize,
-    /// Rows whose text it was trained on or selected by, under another id.
+    /// Rows that a teacher of it came from, and that neither trained nor selected it.
+    #[serde(default)]
+    pub taught: usize,
+    /// Rows whose text had one of these parts, under another id.
     pub same_text: usize,
     /// Rows that are none of these …
     pub clean_rows: usize,
@@ -56,7 +59,7 @@ impl Leakage {
     /// Whether no row is known, and none can be unknown, to have had a part.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.known && self.trained + self.selected + self.same_text == 0
+        self.known && self.trained + self.selected + self.taught + self.same_text == 0
     }
 }
 

@@ -105,3 +105,96 @@ fn test_rows_are_refused_before_they_are_trained_on() {
     assert!(refused.stdout.contains(said), "{}", refused.stdout);
     assert_eq!(oracle.calls(), 0);
 }
+
+/// The teacher chooses its demos from the rows of `LABELLED`, the student learns from its labels.
+const TAUGHT: &str = "  label:
+    uses: bootstrap
+    in: { unlabelled: labels.train, labelled: LABELLED, labels: labels.labels }
+    with: { program: classify, model: m, knn: { k: 1, embedder: embedder } }
+  convert:
+    uses: convert-to-messages
+    in: { rows: [label.rows], labels: labels.labels, teachers: [label.teacher], test: labels.test }
+    with: { program: classify }
+    publish: { lineage: lineage.json }
+  optimize:
+    uses: optimize
+    in: { program: convert.program, trainset: label.rows, valset: label.rows, teachers: [label.teacher] }
+    with:
+      model: m
+      search: { restrict: [-2], max_labeled_demos: 1 }
+";
+
+#[test]
+fn a_test_row_that_the_teacher_came_from_is_found_in_the_students_score() {
+    let oracle = Oracle::start(last_word);
+    let project = project();
+    let text = project.read("p.yaml");
+    let (head, _) = text.split_once("  convert:\n").unwrap();
+    let steps = TAUGHT.replace("LABELLED", "labels.test");
+    project.write("p.yaml", &format!("{head}{steps}{TEST}"));
+
+    // Refused before it is trained on, and for a program before it is scored.
+    let said = "9 rows known to its teacher (`d:test:0`, `d:test:1`, ";
+    let refused = run(&project, &oracle);
+    assert_eq!(refused.code, Some(4));
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+    assert!(
+        refused
+            .stdout
+            .contains("test rows are among the rows to train on")
+    );
+    project.edit("p.yaml", ", test: labels.test }", " }");
+    let refused = run(&project, &oracle);
+    assert_eq!(refused.code, Some(4));
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+    let lineage: Value = serde_json::from_str(&project.read("lineage.json")).unwrap();
+    assert_eq!(lineage["taught"].as_object().unwrap().len(), 9);
+
+    project.edit("p.yaml", "role: best }", "role: best, leakage: allow }");
+    run(&project, &oracle).ok();
+    let leakage = &scores(&project)["programs"][0]["leakage"];
+    assert_eq!(
+        (&leakage["taught"], &leakage["clean_rows"]),
+        (&9.into(), &0.into())
+    );
+    assert_eq!(leakage["known"], true);
+
+    // The labels that the teacher gave measure the agreement with it: nothing is refused there.
+    let rest = "in: { rows: labels.test, program: optimize.program }\n    with: { model: m, role: best, leakage: allow }";
+    let dev =
+        "in: { rows: label.rows, program: convert.program }\n    with: { model: m, role: best }";
+    project.edit("p.yaml", rest, dev);
+    run(&project, &oracle).ok();
+    let clean = scores(&project)["programs"][0]["leakage"].clone();
+    assert_eq!(
+        (&clean["taught"], &clean["clean_rows"]),
+        (&0.into(), &8.into())
+    );
+
+    // Taught by training rows, the test is clean but for the text that it shares with them; and
+    // a teacher that is not given leaves it open.
+    project.edit("p.yaml", dev, &rest.replace(", leakage: allow", ""));
+    project.edit("p.yaml", "labelled: labels.test", "labelled: labels.train");
+    run(&project, &oracle).ok();
+    let clean = scores(&project)["programs"][0]["leakage"].clone();
+    assert_eq!(
+        (&clean["known"], &clean["taught"]),
+        (&true.into(), &0.into())
+    );
+    assert_eq!(
+        (&clean["same_text"], &clean["clean_rows"]),
+        (&1.into(), &8.into())
+    );
+    project.edit(
+        "p.yaml",
+        "valset: label.rows, teachers: [label.teacher] }",
+        "valset: label.rows }",
+    );
+    let warned = run(&project, &oracle).ok();
+    assert!(
+        warned
+            .stdout
+            .contains("a teacher that `teachers` does not give")
+    );
+    assert_eq!(scores(&project)["programs"][0]["leakage"]["known"], false);
+}

@@ -91,6 +91,10 @@ impl Plan {
                 "messages_rows",
                 either("[holdout.finetune, split.labelled]", "[holdout.finetune]"),
             ),
+            (
+                "teachers",
+                either("      teachers: [bootstrap.teacher]\n", ""),
+            ),
             ("test_oracle", either(TEST_ORACLE, "")),
             ("report_oracle", either(REPORT_ORACLE, "")),
             ("report_test", either("        - test-teacher.scores\n", "")),

@@ -497,7 +497,7 @@ fn the_shape_of_report_json_is_kept() {
         if role {
             score["role"] = json!("text");
             score["leakage"] = json!({
-                "known": "bool", "trained": "count", "selected": "count", "same_text": "count",
+                "known": "bool", "trained": "count", "selected": "count", "taught": "count", "same_text": "count",
                 "clean_rows": "count", "clean_correct": "count",
             });
         }

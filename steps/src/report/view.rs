@@ -382,6 +382,7 @@ fn clean(leakage: Option<&Leakage>) -> String {
     let parts = [
         (leakage.trained, "trained on"),
         (leakage.selected, "selected by"),
+        (leakage.taught, "known to its teacher"),
         (leakage.same_text, "of a known text"),
     ];
     let parts: Vec<String> = parts
