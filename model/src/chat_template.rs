@@ -12,6 +12,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::ModelError;
 
 const NAME: &str = "chat";
+/// The template of models that bring none.
+pub(crate) const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' \
+    + m['content'] + '<|im_end|>\\n' }}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,9 +75,6 @@ impl ChatTemplate {
 
     /// ChatML: the template of a model that brings none.
     pub fn chatml() -> Result<Self, ModelError> {
-        const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' \
-            + m['content'] + '<|im_end|>\\n' }}{% endfor %}\
-            {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
         Self::new(CHATML, "<|im_start|>", "<|im_end|>")
     }
 

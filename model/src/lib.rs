@@ -32,5 +32,5 @@ pub use generate::{
 };
 pub use llama::Precision;
 pub use lora::{LoraAdapter, LoraConfig, LoraPair};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Tokenizer, files_of_gguf};
 pub use weights::{LayerWeights, LlamaWeights};

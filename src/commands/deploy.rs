@@ -117,8 +117,9 @@ fn render(
     set: &[(String, String)],
     global: &GlobalArgs,
 ) -> Result<Exit, Failure> {
+    let world = surroundings::world(Path::new("."), global)?;
     let bundle = Bundle::open(bundle)?;
-    let files = targets::render(target, &bundle, &settings(set)?)?;
+    let files = targets::render(target, &bundle, &settings(set)?, &world)?;
     targets::write(&files, output)?;
     if !global.quiet {
         for file in &files {

@@ -12,6 +12,7 @@ mod faults;
 mod graph;
 mod history;
 mod hostile;
+mod hub_export;
 mod interfaces;
 mod killed;
 mod labelling;

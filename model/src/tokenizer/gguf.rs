@@ -144,7 +144,7 @@ pub(crate) mod tests {
     }
 
     /// A vocabulary of the byte letters and a few merges, ChatML's tokens first.
-    fn tiny_metadata() -> HashMap<String, Value> {
+    pub(crate) fn tiny_metadata() -> HashMap<String, Value> {
         let mut tokens = vec![
             "<|endoftext|>".to_owned(),
             "<|im_start|>".into(),

@@ -4,12 +4,14 @@
 //! carries its own.
 
 mod gguf;
+mod hugging_face;
 mod pre_tokenizer;
 mod stream;
 
 use std::path::Path;
 
 pub(crate) use gguf::{from_gguf, integer, string};
+pub use hugging_face::files_of_gguf;
 pub(crate) use stream::TextStream;
 
 use crate::error::ModelError;

@@ -43,7 +43,7 @@ pub(in crate::serve) struct Chat {
     logprobs: Option<bool>,
     /// Alternatives of each token to tell.
     top_logprobs: Option<usize>,
-    /// `text`, or `json_schema` with a schema that has finitely many answers.
+    /// `text`, or `json_schema` with a schema that has at most 1,000 answers.
     response_format: Option<ResponseFormat>,
     #[serde(default)]
     stream: Option<bool>,

@@ -1,77 +1,191 @@
 //! JSON Schemas with finitely many answers, as a closed list of JSON texts.
 //!
+//! | taken | |
+//! |---|---|
+//! | `enum`, `const`, `boolean`, `null` | |
+//! | `integer` | with `minimum` and `maximum` (or their exclusive forms) |
+//! | `object` | its `properties`, all of them, in the order of their names |
+//! | `array` | with `maxItems` |
+//! | `anyOf`, `oneOf`, a list of types, `$ref` into `$defs` | of these |
+//!
 //! A schema that allows anything else is refused: the model could not be held to it.
 
 use serde_json::{Map, Value};
 
 /// Answers at most.
 const MOST: usize = 1000;
+/// Schemas within schemas; a `$ref` may lead to itself.
+const DEEP: usize = 16;
 
 /// All JSON texts that `schema` allows, without spaces but those after `:` and `,` in objects
-/// that models are used to.
+/// and lists that models are used to.
 ///
 /// # Errors
 /// What in the schema has no finite list, and what is possible.
 pub(super) fn answers(schema: &Value) -> Result<Vec<String>, String> {
-    let Some(schema) = schema.as_object() else {
-        return Err("`schema` is no object".to_owned());
-    };
-    let texts = if let Some(values) = schema.get("enum").and_then(Value::as_array) {
-        values.iter().map(Value::to_string).collect()
-    } else if let Some(value) = schema.get("const") {
-        vec![value.to_string()]
-    } else {
-        match schema.get("type").and_then(Value::as_str) {
-            Some("boolean") => vec!["true".to_owned(), "false".to_owned()],
-            Some("null") => vec!["null".to_owned()],
-            Some("object") => objects(schema)?,
-            _ => {
-                return Err(format!(
-                    "{} allows answers without end; `enum`, `const`, booleans, and objects of \
-                     these are supported",
-                    Value::Object(schema.clone())
-                ));
-            }
-        }
-    };
-    match texts.len() {
-        0 => Err("the schema allows no answer".to_owned()),
-        n if n > MOST => Err(format!(
-            "the schema allows {n} answers, at most {MOST} are supported"
-        )),
-        _ => Ok(texts),
+    let texts = Root(schema).answers(schema, 0)?;
+    match texts.is_empty() {
+        true => Err("the schema allows no answer".to_owned()),
+        false => Ok(texts),
     }
 }
 
-/// Every combination of the properties' values.
-fn objects(schema: &Map<String, Value>) -> Result<Vec<String>, String> {
-    let empty = Map::new();
-    let properties = schema.get("properties").and_then(Value::as_object);
-    let mut all = vec![String::new()];
-    for (name, property) in properties.unwrap_or(&empty) {
-        let values = answers(property).map_err(|e| format!("`{name}`: {e}"))?;
-        if all.len() * values.len() > MOST {
-            return Err(format!("the schema allows more than {MOST} answers"));
-        }
-        let name = Value::String(name.clone());
-        let with = |before: &String, value: &String| {
-            let comma = if before.is_empty() { "" } else { ", " };
-            format!("{before}{comma}{name}: {value}")
+/// The whole schema, which `$ref` points into.
+struct Root<'a>(&'a Value);
+
+impl Root<'_> {
+    fn answers(&self, schema: &Value, depth: usize) -> Result<Vec<String>, String> {
+        let Some(schema) = schema.as_object() else {
+            return Err("`schema` is no object".to_owned());
         };
-        all = all
-            .iter()
-            .flat_map(|before| {
-                values
-                    .iter()
-                    .map(|value| with(before, value))
-                    .collect::<Vec<_>>()
-            })
-            .collect();
+        if depth > DEEP {
+            return Err(format!("schemas lie more than {DEEP} deep in each other"));
+        }
+        if let Some(values) = schema.get("enum").and_then(Value::as_array) {
+            return bounded(values.iter().map(Value::to_string).collect());
+        }
+        if let Some(value) = schema.get("const") {
+            return Ok(vec![value.to_string()]);
+        }
+        if let Some(path) = schema.get("$ref").and_then(Value::as_str) {
+            let found = path.strip_prefix('#').and_then(|at| self.0.pointer(at));
+            let found =
+                found.ok_or_else(|| format!("`$ref`: there is no `{path}` in the schema"))?;
+            return self.answers(found, depth + 1);
+        }
+        let any = schema.get("anyOf").or_else(|| schema.get("oneOf"));
+        if let Some(all) = any.and_then(Value::as_array) {
+            return self.any(all.iter().map(|one| self.answers(one, depth + 1)));
+        }
+        match schema.get("type") {
+            Some(Value::String(kind)) => self.typed(kind, schema, depth),
+            Some(Value::Array(kinds)) => {
+                let kinds = kinds.iter().filter_map(Value::as_str);
+                self.any(kinds.map(|kind| self.typed(kind, schema, depth)))
+            }
+            _ => Err(open(schema)),
+        }
     }
-    Ok(all
-        .into_iter()
-        .map(|inside| format!("{{{inside}}}"))
-        .collect())
+
+    /// What one of several schemas allows; what two allow is there once.
+    fn any(
+        &self,
+        all: impl Iterator<Item = Result<Vec<String>, String>>,
+    ) -> Result<Vec<String>, String> {
+        let mut texts: Vec<String> = Vec::new();
+        for more in all {
+            for text in more? {
+                if !texts.contains(&text) {
+                    texts.push(text);
+                }
+            }
+        }
+        bounded(texts)
+    }
+
+    fn typed(
+        &self,
+        kind: &str,
+        schema: &Map<String, Value>,
+        depth: usize,
+    ) -> Result<Vec<String>, String> {
+        match kind {
+            "boolean" => Ok(vec!["true".to_owned(), "false".to_owned()]),
+            "null" => Ok(vec!["null".to_owned()]),
+            "integer" => integers(schema),
+            "object" => self.objects(schema, depth),
+            "array" => self.arrays(schema, depth),
+            _ => Err(open(schema)),
+        }
+    }
+
+    /// Every combination of the properties' values.
+    fn objects(&self, schema: &Map<String, Value>, depth: usize) -> Result<Vec<String>, String> {
+        let properties = schema.get("properties").and_then(Value::as_object);
+        let properties = properties.filter(|all| !all.is_empty());
+        let mut all = vec![String::new()];
+        for (name, property) in properties.ok_or_else(|| open(schema))? {
+            let values = self.answers(property, depth + 1);
+            let values = values.map_err(|why| format!("`{name}`: {why}"))?;
+            let name = Value::String(name.clone());
+            let values: Vec<String> = values
+                .iter()
+                .map(|value| format!("{name}: {value}"))
+                .collect();
+            all = extended(&all, &values)?;
+        }
+        Ok(all.iter().map(|inside| format!("{{{inside}}}")).collect())
+    }
+
+    /// Every list of as many items as are allowed.
+    fn arrays(&self, schema: &Map<String, Value>, depth: usize) -> Result<Vec<String>, String> {
+        let (Some(items), Some(most)) = (
+            schema.get("items"),
+            schema.get("maxItems").and_then(Value::as_u64),
+        ) else {
+            return Err(open(schema));
+        };
+        let least = schema.get("minItems").and_then(Value::as_u64).unwrap_or(0);
+        let values = self.answers(items, depth + 1);
+        let values = values.map_err(|why| format!("`items`: {why}"))?;
+        let (mut all, mut of_length) = (Vec::new(), vec![String::new()]);
+        for length in 0..=most {
+            if length > 0 {
+                of_length = extended(&of_length, &values)?;
+            }
+            if length >= least {
+                all.extend(of_length.iter().map(|inside| format!("[{inside}]")));
+                all = bounded(all)?;
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// All of `before`, each with all of `values` after it.
+fn extended(before: &[String], values: &[String]) -> Result<Vec<String>, String> {
+    if before.len().saturating_mul(values.len()) > MOST {
+        return Err(format!("the schema allows more than {MOST} answers"));
+    }
+    let mut all = Vec::with_capacity(before.len() * values.len());
+    for start in before {
+        let comma = if start.is_empty() { "" } else { ", " };
+        all.extend(values.iter().map(|value| format!("{start}{comma}{value}")));
+    }
+    Ok(all)
+}
+
+fn integers(schema: &Map<String, Value>) -> Result<Vec<String>, String> {
+    let bound = |name: &str| schema.get(name).and_then(Value::as_i64);
+    let least = bound("minimum").or_else(|| bound("exclusiveMinimum")?.checked_add(1));
+    let most = bound("maximum").or_else(|| bound("exclusiveMaximum")?.checked_sub(1));
+    let (Some(least), Some(most)) = (least, most) else {
+        return Err(open(schema));
+    };
+    if most
+        .checked_sub(least)
+        .is_none_or(|more| more >= MOST as i64)
+    {
+        return Err(format!("the schema allows more than {MOST} answers"));
+    }
+    let step = bound("multipleOf").unwrap_or(1).max(1);
+    let all = (least..=most).filter(|number| number % step == 0);
+    Ok(all.map(|number| number.to_string()).collect())
+}
+
+fn bounded(texts: Vec<String>) -> Result<Vec<String>, String> {
+    match texts.len() > MOST {
+        true => Err(format!("the schema allows more than {MOST} answers")),
+        false => Ok(texts),
+    }
+}
+
+fn open(schema: &Map<String, Value>) -> String {
+    format!(
+        "{} allows answers without end; taken are `enum`, `const`, booleans, null, integers with \
+         `minimum` and `maximum`, arrays with `maxItems`, and objects, `anyOf` and `$ref` of these",
+        Value::Object(schema.clone())
+    )
 }
 
 #[cfg(test)]
@@ -94,6 +208,68 @@ mod tests {
         assert_eq!(all[0], r#"{"label": "x", "sure": true}"#);
         for text in all {
             serde_json::from_str::<Value>(&text).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_bounded_is_closed() {
+        let list = |schema: Value| answers(&schema).unwrap();
+        let number = json!({"type": "integer", "minimum": -1, "exclusiveMaximum": 3});
+        assert_eq!(list(number), ["-1", "0", "1", "2"]);
+        let either = json!({"anyOf": [{"enum": ["a"]}, {"type": "null"}, {"const": "a"}]});
+        assert_eq!(list(either), ["\"a\"", "null"]);
+        let kinds = json!({"type": ["boolean", "null"]});
+        assert_eq!(list(kinds), ["true", "false", "null"]);
+        let array =
+            json!({"type": "array", "items": {"enum": [1, 2]}, "minItems": 1, "maxItems": 2});
+        assert_eq!(
+            list(array),
+            ["[1]", "[2]", "[1, 1]", "[1, 2]", "[2, 1]", "[2, 2]"]
+        );
+        // As pydantic writes an `Enum` in a model.
+        let model = json!({
+            "$defs": {"Intent": {"enum": ["card", "pin"], "title": "Intent", "type": "string"}},
+            "properties": {"intent": {"$ref": "#/$defs/Intent"}, "sure": {"type": "boolean"}},
+            "required": ["intent", "sure"], "title": "Answer", "type": "object",
+        });
+        assert_eq!(list(model)[0], r#"{"intent": "card", "sure": true}"#);
+    }
+
+    #[test]
+    fn what_has_no_end_says_why() {
+        for (schema, why) in [
+            (json!({"type": "string"}), "without end"),
+            (json!({"type": "integer", "minimum": 0}), "without end"),
+            (
+                json!({"type": "number", "minimum": 0, "maximum": 1}),
+                "without end",
+            ),
+            (
+                json!({"type": "array", "items": {"const": 1}}),
+                "without end",
+            ),
+            (json!({"type": "object"}), "without end"),
+            (
+                json!({"type": "integer", "minimum": 0, "maximum": 1_000_000}),
+                "more than 1000",
+            ),
+            (
+                json!({"type": "integer", "minimum": i64::MIN, "maximum": i64::MAX}),
+                "more than",
+            ),
+            (
+                json!({"type": "array", "items": {"enum": [1, 2]}, "maxItems": 90}),
+                "more than",
+            ),
+            (json!({"$ref": "#/$defs/gone"}), "there is no"),
+            (json!({"$ref": "#"}), "deep in each other"),
+            (
+                json!({"type": "array", "items": {"const": 1}, "maxItems": u64::MAX}),
+                "more than",
+            ),
+        ] {
+            let said = answers(&schema).unwrap_err();
+            assert!(said.contains(why), "{schema}: {said}");
         }
     }
 

@@ -234,7 +234,7 @@ impl Step for Deploy {
         let digest = digest(&folder)?;
         // What cannot be rendered is found before anything is served.
         let files = match params.target.files() {
-            Some(name) => targets::render(name, &bundle, &params.settings)?,
+            Some(name) => targets::render(name, &bundle, &params.settings, &ctx.world)?,
             None => Vec::new(),
         };
         let in_use = params.in_use(&ctx.world)?;

@@ -27,6 +27,10 @@ pub(crate) fn open_encoder(
     Err(left_out())
 }
 
+pub(crate) fn tokenizer_files(_: &Path) -> Result<Vec<(&'static str, String)>, StepError> {
+    Err(left_out())
+}
+
 pub(super) fn open_lm(
     _: &EmbeddedSpec,
     _: Option<(&Path, &Checkpoint)>,

@@ -64,6 +64,17 @@ pub(crate) fn open_base(spec: &EmbeddedSpec, host: &Host<'_>) -> Result<Arc<Base
     })
 }
 
+/// The tokenizer of a GGUF file in Hugging Face's files: names and texts.
+///
+/// # Errors
+/// Invalid when the file has no tokenizer that is understood.
+pub(crate) fn tokenizer_files(weights: &Path) -> Result<Vec<(&'static str, String)>, StepError> {
+    let files = flowrun_model::files_of_gguf(weights);
+    files
+        .map(Vec::from)
+        .map_err(|e| StepError::invalid(e.to_string()))
+}
+
 /// The sentence encoder of an entry.
 ///
 /// # Errors

@@ -1,11 +1,11 @@
-//! The layout of a model on the Hugging Face hub: adapter, tokenizer where the bundle has it,
-//! program, and a card with the scores and where they come from.
+//! The layout of a model on the Hugging Face hub: adapter, tokenizer (made from the weights where
+//! they are a GGUF file), program, and a card with the scores and where they come from.
 
-use flowrun_engine::step::StepError;
+use flowrun_engine::step::{Cancel, StepError, World};
 use serde_json::json;
 
 use super::{Content, Facts, File, Target, text};
-use crate::models::ModelSpec;
+use crate::models::{ModelSpec, local};
 
 pub(super) const TARGET: Target = Target {
     name: "hugging-face",
@@ -55,10 +55,19 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
             files.push(copy(name, adapter.join(name)));
         }
     }
-    if let Some(own) = weights.and_then(|weights| weights.file.as_ref()) {
-        let folder = bundle.folder.join(own);
-        let there = TOKENIZER.iter().filter(|name| folder.join(name).is_file());
-        files.extend(there.map(|name| copy(name, folder.join(name))));
+    if let Some(weights) = weights {
+        let world = World {
+            root: bundle.folder.clone(),
+            ..facts.world.clone()
+        };
+        let found = weights.locate(&world, &Cancel::default())?.path;
+        if found.is_dir() {
+            let there = TOKENIZER.iter().filter(|name| found.join(name).is_file());
+            files.extend(there.map(|name| copy(name, found.join(name))));
+        } else {
+            let made = local::tokenizer_files(&found)?;
+            files.extend(made.into_iter().map(|(name, content)| text(name, content)));
+        }
     }
     Ok(files)
 }

@@ -1,7 +1,7 @@
 //! What a bundle needs to run elsewhere: files rendered from templates. One file a target, and
 //! [`TARGETS`], the visible list of them.
 //!
-//! Invariant: rendering reads the bundle and writes nothing; equal bundles and settings give equal
+//! Invariant: rendering reads the bundle (and the weights that it names) and writes nothing; equal bundles and settings give equal
 //! files. What is known to be wrong (a name that a target cannot take, a model that it cannot load)
 //! is an error here and not at the target.
 
@@ -17,7 +17,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
-use flowrun_engine::step::StepError;
+use flowrun_engine::step::{StepError, World};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -118,13 +118,19 @@ pub enum Content {
 struct Facts<'a> {
     bundle: &'a Bundle,
     settings: &'a Settings,
+    world: &'a World,
 }
 
 /// Renders a target's files.
 ///
 /// # Errors
 /// Invalid when the bundle cannot run there, or a setting is missing.
-pub fn render(name: &str, bundle: &Bundle, settings: &Settings) -> Result<Vec<File>, StepError> {
+pub fn render(
+    name: &str,
+    bundle: &Bundle,
+    settings: &Settings,
+    world: &World,
+) -> Result<Vec<File>, StepError> {
     let target = TARGETS.iter().find(|target| target.name == name);
     let target = target.ok_or_else(|| {
         let names = TARGETS.iter().map(|target| target.name);
@@ -132,7 +138,11 @@ pub fn render(name: &str, bundle: &Bundle, settings: &Settings) -> Result<Vec<Fi
         StepError::invalid(format!("there is no target `{name}`"))
             .help(format!("there are {}", names.join(", ")))
     })?;
-    (target.render)(&Facts { bundle, settings })
+    (target.render)(&Facts {
+        bundle,
+        settings,
+        world,
+    })
 }
 
 /// Writes files into `folder`, which is made.

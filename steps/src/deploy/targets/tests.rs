@@ -10,7 +10,11 @@ use crate::checkpoint::{Adapter, Checkpoint};
 
 /// A bundle with an adapter, in `dir`.
 fn bundle(dir: &Path) -> Bundle {
-    std::fs::write(dir.join("w.gguf"), "weights").unwrap();
+    let weights = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../model/parity/tiny/mixed.gguf"
+    );
+    std::fs::copy(weights, dir.join("w.gguf")).unwrap();
     let model = json!({"provider": "embedded", "weights": {"file": "w.gguf"}});
     let bundle = test_bundle(&dir.join("bundle"), model, dir);
     let adapter = bundle.folder.join(ADAPTER);
@@ -60,24 +64,37 @@ fn every_target_renders_the_same_files_again_and_leaves_nothing_unfilled() {
     let dir = tempfile::tempdir().unwrap();
     let bundle = bundle(dir.path());
     for target in &TARGETS {
-        let files = render(target.name, &bundle, &settings()).unwrap();
-        assert_eq!(files, render(target.name, &bundle, &settings()).unwrap());
+        let files = render(target.name, &bundle, &settings(), &World::default()).unwrap();
+        assert_eq!(
+            files,
+            render(target.name, &bundle, &settings(), &World::default()).unwrap()
+        );
         let folder = dir.path().join(target.name);
         write(&files, &folder).unwrap();
         for file in &files {
             assert!(folder.join(&file.path).exists(), "{:?}", file.path);
+            // A chat template is one itself.
+            if file.path == Path::new("tokenizer_config.json") {
+                continue;
+            }
             if let Content::Text(text) | Content::Script(text) = &file.content {
                 assert!(!text.contains("{%") && !text.contains("{{"), "{text}");
             }
         }
     }
-    assert!(render("mainframe", &bundle, &settings()).is_err());
+    assert!(render("mainframe", &bundle, &settings(), &World::default()).is_err());
 }
 
 #[test]
 fn kubernetes_manifests_belong_together() {
     let dir = tempfile::tempdir().unwrap();
-    let files = render("kubernetes", &bundle(dir.path()), &settings()).unwrap();
+    let files = render(
+        "kubernetes",
+        &bundle(dir.path()),
+        &settings(),
+        &World::default(),
+    )
+    .unwrap();
     let all = yaml(file(&files, "kubernetes.yaml"));
     let kinds: Vec<&str> = all.iter().map(|m| m["kind"].as_str().unwrap()).collect();
     assert_eq!(
@@ -122,7 +139,7 @@ fn kubernetes_manifests_belong_together() {
 #[test]
 fn vllm_gets_the_adapter_with_room_for_its_rank_and_the_program_in_front() {
     let dir = tempfile::tempdir().unwrap();
-    let files = render("vllm", &bundle(dir.path()), &settings()).unwrap();
+    let files = render("vllm", &bundle(dir.path()), &settings(), &World::default()).unwrap();
     let script = file(&files, "serve.sh");
     assert!(
         script.contains("vllm serve 'org/base' --served-model-name 'w'"),
@@ -148,7 +165,13 @@ fn vllm_gets_the_adapter_with_room_for_its_rank_and_the_program_in_front() {
 #[test]
 fn ray_gets_an_application_and_its_adapters_where_it_looks_for_them() {
     let dir = tempfile::tempdir().unwrap();
-    let files = render("ray-serve", &bundle(dir.path()), &settings()).unwrap();
+    let files = render(
+        "ray-serve",
+        &bundle(dir.path()),
+        &settings(),
+        &World::default(),
+    )
+    .unwrap();
     let serve = &yaml(file(&files, "serve.yaml"))[0];
     assert_eq!(serve["applications"][0]["import_path"], "flowrun_app:build");
     // Ray takes no other kind of folder in a file.
@@ -163,21 +186,21 @@ fn ray_gets_an_application_and_its_adapters_where_it_looks_for_them() {
     assert!(files.iter().any(|file| file.path == Path::new(adapter)));
     let mut local = settings();
     local.adapters_url = Some("/disk".to_owned());
-    assert!(render("ray-serve", &bundle(dir.path()), &local).is_err());
+    assert!(render("ray-serve", &bundle(dir.path()), &local, &World::default()).is_err());
 }
 
 #[test]
 fn containers_and_units_say_what_they_run() {
     let dir = tempfile::tempdir().unwrap();
     let bundle = bundle(dir.path());
-    let files = render("docker-compose", &bundle, &settings()).unwrap();
+    let files = render("docker-compose", &bundle, &settings(), &World::default()).unwrap();
     let compose = &yaml(file(&files, "compose.yaml"))[0];
     let service = &compose["services"]["intents"];
     assert_eq!(service["read_only"], true);
     let key = service["environment"]["FLOWRUN_API_KEY"].as_str().unwrap();
     assert!(key.starts_with("${FLOWRUN_API_KEY:?"), "{key}");
     assert!(file(&files, "Dockerfile").contains("USER 10001:10001"));
-    let files = render("systemd", &bundle, &settings()).unwrap();
+    let files = render("systemd", &bundle, &settings(), &World::default()).unwrap();
     let unit = file(&files, "flowrun-intents.service");
     assert!(unit.contains("ExecStart=/usr/local/bin/flowrun serve /opt/flowrun/intents/bundle"));
     assert!(unit.contains("DynamicUser=yes"));
@@ -186,7 +209,13 @@ fn containers_and_units_say_what_they_run() {
 #[test]
 fn a_model_repository_has_its_card_and_peft_files() {
     let dir = tempfile::tempdir().unwrap();
-    let files = render("hugging-face", &bundle(dir.path()), &settings()).unwrap();
+    let files = render(
+        "hugging-face",
+        &bundle(dir.path()),
+        &settings(),
+        &World::default(),
+    )
+    .unwrap();
     let card = file(&files, "README.md");
     let head = card.split("---\n").nth(1).unwrap();
     let head: serde_json::Value = serde_yaml::from_str(head).unwrap();
@@ -198,6 +227,8 @@ fn a_model_repository_has_its_card_and_peft_files() {
         "adapter_config.json",
         "adapter_model.safetensors",
         "program.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ] {
         assert!(
             files.iter().any(|file| file.path == Path::new(name)),
@@ -210,7 +241,7 @@ fn a_model_repository_has_its_card_and_peft_files() {
 fn what_a_target_cannot_load_is_found_here() {
     let dir = tempfile::tempdir().unwrap();
     let bundle = bundle(dir.path());
-    let error = render("vllm", &bundle, &Settings::default()).unwrap_err();
+    let error = render("vllm", &bundle, &Settings::default(), &World::default()).unwrap_err();
     assert!(
         error.message.contains("cannot load the weights `w`"),
         "{}",
@@ -218,21 +249,21 @@ fn what_a_target_cannot_load_is_found_here() {
     );
     let mut quoted = settings();
     quoted.base_model = Some("a' ; rm -rf /; '".to_owned());
-    assert!(render("vllm", &bundle, &quoted).is_err());
+    assert!(render("vllm", &bundle, &quoted, &World::default()).is_err());
     let mut namespace = settings();
     namespace.namespace = Some("a: b".to_owned());
-    assert!(render("kubernetes", &bundle, &namespace).is_err());
+    assert!(render("kubernetes", &bundle, &namespace, &World::default()).is_err());
     // Names come from file names, and data sets are named freely.
     let mut odd = bundle;
     odd.manifest.model_id = "it's; $(reboot)".to_owned();
-    assert!(render("vllm", &odd, &settings()).is_err());
+    assert!(render("vllm", &odd, &settings(), &World::default()).is_err());
     odd.manifest.measured.dataset = "the \"best\" rows: 1".to_owned();
-    let files = render("kubernetes", &odd, &settings()).unwrap();
+    let files = render("kubernetes", &odd, &settings(), &World::default()).unwrap();
     let manifests = yaml(file(&files, "kubernetes.yaml"));
     let said = &manifests[0]["metadata"]["annotations"];
     assert_eq!(said["flowrun/accuracy"], "9 of 10 on the \"best\" rows: 1");
     let bundle = odd;
     let mut image = settings();
     image.image = Some("a b".to_owned());
-    assert!(render("kubernetes", &bundle, &image).is_err());
+    assert!(render("kubernetes", &bundle, &image, &World::default()).is_err());
 }

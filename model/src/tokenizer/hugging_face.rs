@@ -1,0 +1,115 @@
+//! A GGUF file's tokenizer in the files of the Hugging Face hub, so that `transformers` and vLLM
+//! give texts the ids that this program does.
+//!
+//! Texts are not begun with a begin token, whatever the metadata ask for: a chat's template writes
+//! its own, and a second one would be other ids than those that were trained on.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{Content, Value};
+use serde_json::json;
+
+use super::gguf::{from_gguf, integer, string};
+use crate::chat_template::CHATML;
+use crate::error::ModelError;
+
+/// `tokenizer.json` and `tokenizer_config.json`, the latter with the chat template: names and
+/// texts.
+///
+/// # Errors
+/// [`ModelError::Io`] or [`ModelError::Format`] when the file has no tokenizer that is understood.
+pub fn files_of_gguf(path: &Path) -> Result<[(&'static str, String); 2], ModelError> {
+    let file = File::open(path).map_err(ModelError::io(path))?;
+    let content = Content::read(&mut BufReader::new(file));
+    let content = content.map_err(|e| ModelError::format(path, e))?;
+    files(&content.metadata).map_err(|why| ModelError::format(path, why))
+}
+
+fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2], String> {
+    let tokenizer = from_gguf(metadata)?;
+    let json = tokenizer.special.to_string(true);
+    let json = json.map_err(|e| format!("its tokenizer cannot be written: {e}"))?;
+    let template = string(metadata, "tokenizer.chat_template").unwrap_or(CHATML);
+    let mut config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": false,
+        "add_bos_token": false,
+        "chat_template": template,
+    });
+    let mut tokens = vec![
+        ("bos_token", named(metadata, "tokenizer.ggml.bos_token_id")),
+        ("eos_token", named(metadata, "tokenizer.ggml.eos_token_id")),
+        (
+            "unk_token",
+            named(metadata, "tokenizer.ggml.unknown_token_id"),
+        ),
+        (
+            "pad_token",
+            named(metadata, "tokenizer.ggml.padding_token_id"),
+        ),
+    ];
+    tokens.retain(|(_, token)| token.is_some());
+    for (name, token) in tokens {
+        config[name] = json!(token);
+    }
+    let architecture = string(metadata, "general.architecture").unwrap_or("llama");
+    let context = metadata.get(&format!("{architecture}.context_length"));
+    if let Some(context) = context.and_then(integer) {
+        config["model_max_length"] = context.into();
+    }
+    Ok([
+        ("tokenizer.json", json + "\n"),
+        ("tokenizer_config.json", format!("{config:#}\n")),
+    ])
+}
+
+/// The token whose id an entry gives.
+fn named<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Option<&'a str> {
+    let id = metadata.get(key).and_then(integer)?;
+    let Some(Value::Array(tokens)) = metadata.get("tokenizer.ggml.tokens") else {
+        return None;
+    };
+    match tokens.get(usize::try_from(id).ok()?) {
+        Some(Value::String(text)) => Some(text),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::Tokenizer;
+    use crate::tokenizer::gguf::tests::tiny_metadata;
+
+    #[test]
+    fn the_files_give_the_same_ids() {
+        let mut metadata = tiny_metadata();
+        let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+        metadata.insert(
+            "tokenizer.chat_template".to_owned(),
+            Value::String(template.to_owned()),
+        );
+        metadata.insert("llama.context_length".to_owned(), Value::U32(2048));
+        let [(_, tokenizer), (_, config)] = files(&metadata).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, tokenizer).unwrap();
+        let read = Tokenizer::from_file(&path, &[]).unwrap();
+        let ours = from_gguf(&metadata).unwrap();
+        for text in ["<|im_start|>user\nmy card, 1234é<|im_end|>", " card", "😀"] {
+            for special in [true, false] {
+                let ids = ours.encode(text, special).unwrap();
+                assert_eq!(read.encode(text, special).unwrap(), ids, "{text}");
+            }
+        }
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["eos_token"], "<|im_end|>");
+        assert_eq!(config["chat_template"], template);
+        assert_eq!(config["model_max_length"], 2048);
+        assert!(config.get("pad_token").is_none());
+    }
+}
