@@ -21,8 +21,6 @@ pub struct ChatRow {
 pub struct MessageOptions {
     /// Whether to leave the predictors' demos out of the prompts.
     pub exclude_demos: bool,
-    /// Whether to write labels sanitised instead of as the teacher spelled them.
-    pub normalize_targets: bool,
 }
 
 impl Default for MessageOptions {
@@ -30,7 +28,6 @@ impl Default for MessageOptions {
     fn default() -> Self {
         Self {
             exclude_demos: true,
-            normalize_targets: false,
         }
     }
 }
@@ -137,11 +134,7 @@ fn conversation(
         });
     }
     let mut messages = adapter.format(signature, &demos, inputs)?;
-    let content = if options.normalize_targets {
-        adapter.format_assistant(signature, &predictor.sanitized(outputs))?
-    } else {
-        adapter.format_assistant(signature, outputs)?
-    };
+    let content = adapter.format_assistant(signature, outputs)?;
     messages.push(Message {
         role: Role::Assistant,
         content,
@@ -165,17 +158,12 @@ mod tests {
         .unwrap();
         let program = spec.build(&[]).unwrap();
         let row = Example::of_texts("7", [("text", "where?"), ("label", "Card Arrival")]);
-        let options = MessageOptions {
-            normalize_targets: true,
-            ..Default::default()
-        };
+        let options = MessageOptions::default();
         let converted = row_to_messages(&program, &row, options).unwrap();
         assert_eq!(
             serde_json::to_string(&converted[0]).unwrap(),
-            r#"{"messages":[{"role":"system","content":"Sort."},{"role":"user","content":"where?"},{"role":"assistant","content":"card_arrival"}]}"#
+            r#"{"messages":[{"role":"system","content":"Sort."},{"role":"user","content":"where?"},{"role":"assistant","content":"Card Arrival"}]}"#
         );
-        let raw = row_to_messages(&program, &row, MessageOptions::default()).unwrap();
-        assert_eq!(raw[0].messages[2].content, "Card Arrival");
         let error = row_to_messages(&program, &Example::of_texts("8", [("text", "x")]), options);
         assert_eq!(
             error.unwrap_err().to_string(),

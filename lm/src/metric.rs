@@ -52,32 +52,37 @@ pub fn sanitize_label(text: &str) -> String {
 }
 
 /// The label that an answer means although it is spelled otherwise: equal in letters and digits
-/// (`Card Arrival.` for `card_arrival`), else the only label that the answer holds. `None` when
-/// there is none or the answer holds several.
+/// (`Card Arrival.` for `card_arrival`), else the only label whose words the answer holds in a row.
+/// `None` when there is none or the answer holds several.
 pub fn normalize_label<'a>(answer: &str, labels: &'a [String]) -> Option<&'a str> {
-    let plain = |text: &str| -> String {
-        let letters = text.chars().filter(|c| c.is_alphanumeric());
-        letters.flat_map(char::to_lowercase).collect()
-    };
-    let answer = plain(answer);
-    let all: Vec<(String, &str)> = (labels.iter())
-        .map(|label| (plain(label), label.as_str()))
-        .filter(|(plain, _)| !plain.is_empty())
+    let answer = words_of(answer);
+    let all: Vec<(Vec<String>, &str)> = (labels.iter())
+        .map(|label| (words_of(label), label.as_str()))
+        .filter(|(words, _)| !words.is_empty())
         .collect();
-    if let Some((_, label)) = all.iter().find(|(plain, _)| *plain == answer) {
+    if let Some((_, label)) = all.iter().find(|(w, _)| w.concat() == answer.concat()) {
         return Some(label);
     }
-    let held: Vec<&(String, &str)> = all.iter().filter(|(p, _)| answer.contains(p)).collect();
+    let holds = |text: &[String], words: &[String]| text.windows(words.len()).any(|w| w == words);
+    let held: Vec<&(Vec<String>, &str)> = all.iter().filter(|(w, _)| holds(&answer, w)).collect();
     // A label within another one that the answer holds is not meant by itself.
-    let own = |(plain, _): &&&(String, &str)| {
+    let own = |(words, _): &&&(Vec<String>, &str)| {
         !held
             .iter()
-            .any(|(other, _)| other != plain && other.contains(plain.as_str()))
+            .any(|(other, _)| other != words && holds(other, words))
     };
     match held.iter().filter(own).collect::<Vec<_>>().as_slice() {
         [(_, label)] => Some(label),
         _ => None,
     }
+}
+
+/// Runs of letters and digits, in lower case.
+fn words_of(text: &str) -> Vec<String> {
+    text.split(|c: char| !c.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .map(str::to_lowercase)
+        .collect()
 }
 
 /// DSPy's `answer_exact_match`: equality of [`normalize_text`].
@@ -141,6 +146,10 @@ mod tests {
         assert_eq!(meant("The label is `card_arrival`"), Some("card_arrival"));
         assert_eq!(meant("pin or arrival"), None);
         assert_eq!(meant("refund"), None);
+        assert_eq!(meant("Cardarrival"), Some("card_arrival"));
+        // A label within a word is none.
+        assert_eq!(meant("in my opinion"), None);
+        assert_eq!(meant("not helping"), None);
     }
 
     #[test]

@@ -283,7 +283,8 @@ pub fn check_answered(ctx: &StepContext, results: &[RowResult]) -> Result<(), St
     }) {
         return Err(
             StepError::invalid(format!("row `{id}` cannot be asked: {why}")).help(
-                "check the program's `inputs`: `from` names the column of the row, such as `text`",
+                "check the program's `inputs` (`from` names the column of the row, such as `text`), and \
+                 for demos by similarity its sentence encoder",
             ),
         );
     }

@@ -1,13 +1,15 @@
 //! `optimize`: few-shot demos for a checkpoint, by random search.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use flowrun_engine::record::timestamp;
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
 use flowrun_lm::metric::MetricKind;
 use flowrun_lm::optimize::{
-    InstructionSearch, InstructionSettings, KeptResults, Optimizer, Progress, RandomSearch, Session,
+    InstructionSearch, InstructionSettings, KeptResults, Optimizer, Progress, Proposed,
+    RandomSearch, Session,
 };
 use flowrun_lm::program::SavedProgram;
 use schemars::JsonSchema;
@@ -119,7 +121,14 @@ impl Step for Optimize {
         let val_rows = read_rows(&ctx.input("valset")?.path)?;
         let (trainset, valset) = (examples(&train_rows, field), examples(&val_rows, field));
         let metric = params.metric.metric(field);
-        let on_progress = |progress: Progress| tell(ctx, progress);
+        let proposals: Mutex<BTreeMap<&str, usize>> = Mutex::default();
+        let on_progress = |progress: Progress| {
+            tell(ctx, progress);
+            if let Progress::Proposed { became, .. } = progress {
+                let mut all = proposals.lock().unwrap_or_else(PoisonError::into_inner);
+                *all.entry(outcome_of(became)).or_default() += 1;
+            }
+        };
         let kept = kept_results(ctx, params.metric);
         let session = Session {
             lm: &lm,
@@ -161,7 +170,8 @@ impl Step for Optimize {
         };
         let compiled = optimizer.compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
-        let unavailable = lm.totals().unavailable;
+        let unavailable =
+            lm.totals().unavailable + proposer.as_ref().map_or(0, |p| p.totals().unavailable);
         if unavailable > 0 {
             let text =
                 format!("the model could not be reached for {unavailable} calls of the search");
@@ -206,6 +216,10 @@ impl Step for Optimize {
             .metric("stopped_early", stopped)
             .metric("known_before", kept.recalled())
             .metric("demos", demos);
+        let outcome = match tally(&proposals) {
+            tally if tally.is_empty() => outcome,
+            tally => outcome.metric("proposals", tally),
+        };
         let mut usage = lm.totals();
         if let Some(proposer) = &proposer {
             usage += proposer.totals();
@@ -226,6 +240,25 @@ fn kept_results(ctx: &StepContext, metric: MetricKind) -> KeptResults {
     )
 }
 
+/// What became of a proposal, in a word or two.
+fn outcome_of(became: Proposed) -> &'static str {
+    match became {
+        Proposed::NotAsked => "no mistakes to learn from",
+        Proposed::Empty => "empty",
+        Proposed::CutOff => "cut off by `max_tokens`",
+        Proposed::Known => "tried before",
+        Proposed::NoBetter { .. } => "no better on the minibatch",
+        Proposed::Scored => "scored",
+    }
+}
+
+/// `5 no better on the minibatch, 1 scored`.
+fn tally(proposals: &Mutex<BTreeMap<&str, usize>>) -> String {
+    let all = proposals.lock().unwrap_or_else(PoisonError::into_inner);
+    let parts: Vec<String> = all.iter().map(|(what, n)| format!("{n} {what}")).collect();
+    parts.join(", ")
+}
+
 fn tell(ctx: &StepContext, progress: Progress) {
     match progress {
         Progress::Candidate { seed, done, total } => {
@@ -236,6 +269,17 @@ fn tell(ctx: &StepContext, progress: Progress) {
         Progress::Scored { seed, score, best } => {
             ctx.reporter
                 .log(&format!("candidate {seed}: {score} % (best {best} %)"));
+        }
+        Progress::Proposed { seed, became } => {
+            let said = outcome_of(became);
+            let points = match became {
+                Proposed::NoBetter { points, parent } => {
+                    format!(" ({points}, its parent {parent})")
+                }
+                _ => String::new(),
+            };
+            ctx.reporter
+                .log(&format!("proposal {seed}: {said}{points}"));
         }
         Progress::Bootstrapping { .. } | Progress::Evaluating { .. } => {}
     }

@@ -38,7 +38,7 @@ impl Step for Split {
         "split"
     }
     fn version(&self) -> u32 {
-        3
+        4
     }
     fn about(&self) -> &'static str {
         "Shuffles rows; the last `labelled` with a label keep it, from the rest it is deleted."
@@ -96,13 +96,12 @@ fn last_labelled(rows: Vec<Row>, skip: usize) -> (Vec<Row>, Vec<Row>) {
     })
 }
 
-/// Takes the label, and further columns with it: some data sets spell the label there once more.
+/// Takes the label, and all but the text with it: a teacher's spelling, its reason or further columns
+/// may say the label once more.
 fn hide_label(row: &mut Row) -> Option<Gold> {
-    row.extra.clear();
-    row.label.take().map(|label| Gold {
-        id: row.id.clone(),
-        label,
-    })
+    let bare = Row::new(row.id.clone(), row.text.clone(), None);
+    let Row { id, label, .. } = std::mem::replace(row, bare);
+    label.map(|label| Gold { id, label })
 }
 
 #[cfg(test)]

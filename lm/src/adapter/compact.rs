@@ -11,6 +11,7 @@
 use super::{Adapter, Dialect, FormatError, ParseError, message, output_names};
 use crate::adapter::field_text::value_text;
 use crate::example::Demo;
+use crate::field_type::FieldType;
 use crate::lm::{Choices, Message, Role};
 use crate::python_text::strip;
 use crate::signature::{Field, Signature};
@@ -151,7 +152,11 @@ impl Adapter for CompactAdapter {
 }
 
 fn parse_field(field: &Field, text: &str) -> Result<Value, ParseError> {
-    field.ty.parse_v2(text).map_err(|reason| ParseError::Field {
+    if matches!(field.ty, FieldType::Optional(_)) && text == "None" {
+        return Ok(Value::Null);
+    }
+    // Texts of an enum may look like numbers: they are read as what the type says.
+    field.ty.parse_v3(text).map_err(|reason| ParseError::Field {
         field: field.name.clone(),
         reason,
     })
@@ -161,6 +166,18 @@ fn parse_field(field: &Field, text: &str) -> Result<Value, ParseError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn texts_that_look_like_other_types_stay_texts() {
+        let texts = ["1", "true", "null", "x"];
+        let field = Field::text("stars").with_type(FieldType::one_of(texts));
+        for text in texts {
+            assert_eq!(parse_field(&field, text), Ok(text.into()));
+        }
+        let field = Field::text("note").with_type(FieldType::Optional(Box::new(FieldType::Str)));
+        assert_eq!(parse_field(&field, "5"), Ok("5".into()));
+        assert_eq!(parse_field(&field, "None"), Ok(Value::Null));
+    }
 
     fn with_outputs(names: &[&str]) -> Signature {
         let outputs = names.iter().copied().map(Field::text).collect();

@@ -76,6 +76,9 @@ fn keep_factor(keep: &[u32], rows: usize, classes: usize) -> f64 {
     (MOST * rows as f64 / (classes as f64 * f64::from(most))).min(1.0)
 }
 
+/// A column is scaled by this at most: finite, whatever it is multiplied with.
+const MOST_SCALED: f64 = 1e30;
+
 /// Scales rows and columns in turn: each column's sum becomes its share of the rows, each row's
 /// sum 1 (exactly, as rows come last).
 pub(super) fn balance(probabilities: &mut Array2<f32>, shares: &[f64], steps: u32) {
@@ -85,7 +88,9 @@ pub(super) fn balance(probabilities: &mut Array2<f32>, shares: &[f64], steps: u3
         let factors: Vec<f32> = sums
             .iter()
             .zip(shares)
-            .map(|(sum, share)| (share * rows / f64::from(sum.max(f32::MIN_POSITIVE))) as f32)
+            .map(|(sum, share)| share * rows / f64::from(sum.max(f32::MIN_POSITIVE)))
+            // Of a class that no row has, nothing is left to scale: 0 must stay 0.
+            .map(|factor| factor.min(MOST_SCALED) as f32)
             .collect();
         for mut row in probabilities.axis_iter_mut(Axis(0)) {
             row.iter_mut().zip(&factors).for_each(|(p, f)| *p *= f);

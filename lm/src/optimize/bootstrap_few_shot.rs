@@ -98,7 +98,7 @@ impl<'a> Bootstrap<'a> {
             && teacher
                 .predictors
                 .iter()
-                .any(|predictor| !predictor.demos.is_empty());
+                .any(|predictor| !predictor.demos.is_empty() || predictor.neighbours.is_some());
         if settings.max_labeled_demos > 0 && !compiled {
             let labeled = LabeledFewShot {
                 k: settings.max_labeled_demos,
@@ -218,6 +218,10 @@ impl<'a> Bootstrap<'a> {
                 sampling.rollout = Some(round as u64);
             } else {
                 sampling.temperature = 0.7 + 0.001 * round as f64;
+                // Votes draw at a temperature of their own.
+                if self.teacher.votes.is_some() {
+                    sampling.rollout = Some(round as u64);
+                }
             }
         }
         sampling

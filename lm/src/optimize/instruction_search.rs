@@ -8,13 +8,14 @@ use super::kept::{CANDIDATE, PROPOSAL, Piece};
 use super::{Candidate, Compiled, OptimizeError, Optimizer, Progress, Session};
 use crate::evaluate::{Evaluate, EvaluateError, EvaluationResult};
 use crate::example::Example;
-use crate::lm::{Lm, Message, Request, Role, Sampling};
+use crate::lm::{FinishReason, Lm, Message, Request, Role, Sampling};
 use crate::program::{Program, RunOptions, Tokens};
 use crate::python_random::PythonRandom;
 use crate::value::Value;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use std::collections::BTreeSet;
 
 /// Mistakes that the proposer is shown at most.
 const SHOWN: usize = 8;
@@ -42,6 +43,29 @@ impl Default for InstructionSettings {
             max_errors: 10_000,
         }
     }
+}
+
+/// What became of a round of the search.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proposed {
+    /// The parent made no mistake on the minibatch: nothing was asked.
+    NotAsked,
+    /// The answer held no instructions.
+    Empty,
+    /// The answer was cut off by the proposer's `max_tokens`.
+    CutOff,
+    /// The same instructions were tried before.
+    Known,
+    /// On the minibatch it did no better than its parent.
+    NoBetter {
+        /// Its points.
+        points: f64,
+        /// The parent's.
+        parent: f64,
+    },
+    /// It did better there and was scored on the whole validation set.
+    Scored,
 }
 
 /// The search, with the model that proposes.
@@ -107,7 +131,7 @@ impl InstructionSearch<'_> {
             })
     }
 
-    /// New instructions for the predictor at `place`; `None` when the answer holds none.
+    /// New instructions for the predictor at `place`, or why the answer holds none.
     fn propose(
         &self,
         program: &Program,
@@ -115,7 +139,7 @@ impl InstructionSearch<'_> {
         mistakes: &str,
         round: usize,
         session: &Session<'_>,
-    ) -> Result<Option<String>, OptimizeError> {
+    ) -> Result<Result<String, Proposed>, OptimizeError> {
         let current = &program.predictors[place].signature.instructions;
         let text = format!(
             "You improve the instructions of a program that asks a language model.\n\nCurrent \
@@ -136,14 +160,21 @@ impl InstructionSearch<'_> {
             },
             choices: None,
         };
-        let answer = self.answer(request, session)?;
-        Ok(fenced(&answer)
-            .map(str::to_owned)
-            .filter(|text| text != current))
+        let (answer, cut_off) = self.answer(request, session)?;
+        Ok(match instructions_of(&answer) {
+            // What is closed is whole.
+            (text, closed) if cut_off && !closed && !text.is_empty() => Err(Proposed::CutOff),
+            ("", _) => Err(Proposed::Empty),
+            (text, _) => Ok(text.to_owned()),
+        })
     }
 
-    /// What the proposer says; read back where it is known.
-    fn answer(&self, request: Request, session: &Session<'_>) -> Result<String, OptimizeError> {
+    /// What the proposer says, and whether it was cut off; read back where it is known.
+    fn answer(
+        &self,
+        request: Request,
+        session: &Session<'_>,
+    ) -> Result<(String, bool), OptimizeError> {
         let asked = json!({ "model": self.proposer.id(), "request": &request });
         let piece = Piece::of_params(session, PROPOSAL, &asked);
         if let Some(known) = piece.as_ref().and_then(Piece::recall) {
@@ -152,10 +183,11 @@ impl InstructionSearch<'_> {
         let answer = self.proposer.complete(&[request], &|_, _| {}).pop();
         match answer {
             Some(Ok(completion)) => {
+                let answer = (completion.text, completion.finish == FinishReason::Length);
                 if let Some(piece) = piece {
-                    piece.keep(&completion.text);
+                    piece.keep(&answer);
                 }
-                Ok(completion.text)
+                Ok(answer)
             }
             Some(Err(crate::lm::LmError::Cancelled)) => Err(OptimizeError::Cancelled),
             Some(Err(error)) => Err(OptimizeError::Proposer(error.to_string())),
@@ -164,12 +196,27 @@ impl InstructionSearch<'_> {
     }
 }
 
-/// The text between the first and the last ``` line.
-fn fenced(text: &str) -> Option<&str> {
-    let start = text.find("```")?;
-    let start = start + text[start..].find('\n')? + 1;
-    let end = text.rfind("```").filter(|end| *end >= start)?;
-    Some(text[start..end].trim()).filter(|text| !text.is_empty())
+/// The text between the first and the last ``` line, and whether there are both. As in GEPA, an
+/// answer without them is taken whole: many models do not keep to it.
+fn instructions_of(answer: &str) -> (&str, bool) {
+    const FENCE: &str = "```";
+    let Some(start) = answer.find(FENCE) else {
+        return (answer.trim(), false);
+    };
+    // Behind the fence there may be the name of a language.
+    let rest = &answer[start + FENCE.len()..];
+    let body = rest.split_once('\n').map_or("", |(_, body)| body);
+    match body.rfind(FENCE) {
+        Some(end) => (body[..end].trim(), true),
+        // One fence alone opens the instructions, or closes them.
+        None if body.trim().is_empty() => (answer[..start].trim(), true),
+        None => (body.trim(), false),
+    }
+}
+
+/// Instructions as far as they say something: without their line breaks and spaces.
+fn words(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// What went wrong, row by row.
@@ -208,13 +255,13 @@ fn frontier(members: &[Member]) -> Vec<usize> {
         .filter(|&at| !members.iter().any(|other| dominates(other, &members[at])))
         .collect();
     let best = |row: usize| {
-        let score = |at: &usize| members[*at].result.rows[row].score;
-        let most = open.iter().map(score).max_by(f64::total_cmp)?;
-        let at = open.iter().copied().find(|at| score(at) == most)?;
+        let score = move |at: &usize| members[*at].result.rows[row].score;
+        let most = open.iter().map(score).fold(0.0, f64::max);
         // A row that nobody gets right says nothing.
-        (most > 0.0).then_some(at)
+        let is_best = move |at: &usize| most > 0.0 && score(at) == most;
+        open.iter().copied().filter(is_best)
     };
-    let mut all: Vec<usize> = (0..rows).filter_map(best).collect();
+    let mut all: Vec<usize> = (0..rows).flat_map(best).collect();
     if all.is_empty() {
         all.extend(open.first());
     }
@@ -235,17 +282,25 @@ impl Optimizer for InstructionSearch<'_> {
                 on_progress(progress);
             }
         };
-        let mut random = PythonRandom::new(self.settings.seed);
-        let mut tokens = Tokens::default();
         let (first, key) = self.evaluate(student, valset, session, 0)?;
-        tokens += first.tokens;
-        let mut members = vec![Member {
-            program: student.clone(),
-            result: first,
-            key,
-        }];
-        let mut candidates = vec![candidate(0, &members[0])];
-        let mut best = 0;
+        let mut found = Found {
+            student,
+            tokens: first.tokens,
+            members: vec![Member {
+                program: student.clone(),
+                result: first,
+                key,
+            }],
+            candidates: Vec::new(),
+            best: 0,
+            tried: BTreeSet::new(),
+        };
+        found.candidates.push(found.candidate(0));
+        for (place, predictor) in student.predictors.iter().enumerate() {
+            let given = words(&predictor.signature.instructions);
+            found.tried.insert((place, given));
+        }
+        let mut random = PythonRandom::new(self.settings.seed);
         let total = self.settings.rounds;
         for round in 0..total {
             let seed = i64::try_from(round + 1).unwrap_or(i64::MAX);
@@ -254,11 +309,10 @@ impl Optimizer for InstructionSearch<'_> {
                 done: round,
                 total,
             });
-            let frontier = frontier(&members);
-            let drawn = random.below(frontier.len() as u64);
-            let drawn = usize::try_from(drawn).unwrap_or(0);
-            let parent = &members[frontier[drawn]].program;
             let size = self.settings.minibatch.min(trainset.len());
+            let frontier = frontier(&found.members);
+            let drawn = random.below(frontier.len() as u64);
+            let parent = frontier[usize::try_from(drawn).unwrap_or(0)];
             let drawn = random
                 .sample_indices(trainset.len(), size)
                 .unwrap_or_default();
@@ -266,60 +320,118 @@ impl Optimizer for InstructionSearch<'_> {
             if batch.is_empty() {
                 break;
             }
-            let (before, _) = self.evaluate(parent, &batch, session, seed)?;
-            tokens += before.tokens;
-            let told = mistakes(&batch, &before);
-            if told.is_empty() {
-                continue;
+            let became = self.round(round, parent, &batch, valset, session, &mut found)?;
+            tell(Progress::Proposed { seed, became });
+            if became == Proposed::Scored {
+                let score = |at: usize| found.members[at].result.score;
+                tell(Progress::Scored {
+                    seed,
+                    score: score(found.members.len() - 1),
+                    best: score(found.best),
+                });
             }
-            // One predictor at a time, in turn.
-            let place = round % parent.predictors.len();
-            let Some(instructions) = self.propose(parent, place, &told, round, session)? else {
-                continue;
-            };
-            let mut program = parent.clone();
-            program.predictors[place].signature.instructions = instructions;
-            let (after, _) = self.evaluate(&program, &batch, session, seed)?;
-            tokens += after.tokens;
-            if after.correct <= before.correct {
-                continue;
-            }
-            let (result, key) = self.evaluate(&program, valset, session, seed)?;
-            tokens += result.tokens;
-            let member = Member {
-                program,
-                result,
-                key,
-            };
-            candidates.push(candidate(seed, &member));
-            members.push(member);
-            if members[members.len() - 1].result.score > members[best].result.score {
-                best = members.len() - 1;
-            }
-            tell(Progress::Scored {
-                seed,
-                score: members[members.len() - 1].result.score,
-                best: members[best].result.score,
-            });
         }
         Ok(Compiled {
-            program: members.swap_remove(best).program,
-            candidates,
-            best: Some(best),
-            tokens,
+            program: found.members.swap_remove(found.best).program,
+            candidates: found.candidates,
+            best: Some(found.best),
+            tokens: found.tokens,
         })
     }
 }
 
-fn candidate(seed: i64, member: &Member) -> Candidate {
-    Candidate {
-        seed,
-        score: member.result.score,
-        subscores: member.result.rows.iter().map(|row| row.score).collect(),
-        parse_failures: member.result.parse_failures,
-        demos: member.program.demos(),
-        stopped_after: None,
-        key: member.key.clone(),
+/// What was found so far.
+struct Found<'a> {
+    student: &'a Program,
+    members: Vec<Member>,
+    candidates: Vec<Candidate>,
+    best: usize,
+    /// Predictor → instructions that were tried.
+    tried: BTreeSet<(usize, String)>,
+    tokens: Tokens,
+}
+
+impl Found<'_> {
+    /// The newest member as it is reported.
+    fn candidate(&self, seed: i64) -> Candidate {
+        let member = &self.members[self.members.len() - 1];
+        let pairs = member
+            .program
+            .predictors
+            .iter()
+            .zip(&self.student.predictors);
+        let instructions = pairs
+            .filter(|(own, given)| own.signature.instructions != given.signature.instructions)
+            .map(|(own, _)| (own.name.clone(), own.signature.instructions.clone()))
+            .collect();
+        Candidate {
+            seed,
+            score: member.result.score,
+            subscores: member.result.rows.iter().map(|row| row.score).collect(),
+            parse_failures: member.result.parse_failures,
+            demos: member.program.demos(),
+            instructions,
+            stopped_after: None,
+            key: member.key.clone(),
+        }
+    }
+
+    fn add(&mut self, seed: i64, member: Member) {
+        self.members.push(member);
+        self.candidates.push(self.candidate(seed));
+        let newest = self.members.len() - 1;
+        if self.members[newest].result.score > self.members[self.best].result.score {
+            self.best = newest;
+        }
+    }
+}
+
+impl InstructionSearch<'_> {
+    /// One proposal for the parent, tried on the minibatch and, if it helps there, in full.
+    fn round(
+        &self,
+        round: usize,
+        parent: usize,
+        batch: &[Example],
+        valset: &[Example],
+        session: &Session<'_>,
+        found: &mut Found<'_>,
+    ) -> Result<Proposed, OptimizeError> {
+        let seed = i64::try_from(round + 1).unwrap_or(i64::MAX);
+        let mut program = found.members[parent].program.clone();
+        let (before, _) = self.evaluate(&program, batch, session, seed)?;
+        found.tokens += before.tokens;
+        let told = mistakes(batch, &before);
+        if told.is_empty() {
+            return Ok(Proposed::NotAsked);
+        }
+        // One predictor at a time, in turn.
+        let place = round % program.predictors.len();
+        let instructions = match self.propose(&program, place, &told, round, session)? {
+            Ok(instructions) => instructions,
+            Err(unusable) => return Ok(unusable),
+        };
+        if !found.tried.insert((place, words(&instructions))) {
+            return Ok(Proposed::Known);
+        }
+        program.predictors[place].signature.instructions = instructions;
+        let (after, _) = self.evaluate(&program, batch, session, seed)?;
+        found.tokens += after.tokens;
+        if after.correct <= before.correct {
+            return Ok(Proposed::NoBetter {
+                points: after.correct,
+                parent: before.correct,
+            });
+        }
+        let (result, key) = self.evaluate(&program, valset, session, seed)?;
+        found.tokens += result.tokens;
+        let member = Member {
+            program,
+            result,
+            key,
+        };
+        found.add(seed, member);
+        Ok(Proposed::Scored)
     }
 }
 
@@ -413,6 +525,60 @@ mod tests {
     }
 
     #[test]
+    fn the_frontier_counts_a_member_for_each_row_that_it_is_best_on() {
+        let spec: ProgramSpec = serde_json::from_str(
+            r#"{"predict": {"inputs": [{"name": "text"}], "outputs": [{"name": "label"}]}}"#,
+        )
+        .unwrap();
+        let metric = MetricKind::LabelEquality.metric("label");
+        let member = |scores: [f64; 3]| {
+            let row = |score: f64| crate::program::RowResult {
+                id: String::new(),
+                prediction: Ok(crate::example::Prediction {
+                    fields: [("label".to_owned(), score.to_string().as_str().into())].into(),
+                }),
+                trace: Vec::new(),
+                raw: None,
+                tokens: Tokens::default(),
+                probs: None,
+                confidence: None,
+            };
+            let gold = vec![Example::of_texts("", [("label", "1")]); 3];
+            let evaluate = Evaluate {
+                metric: &metric,
+                label: "label",
+                max_errors: 9,
+            };
+            Member {
+                program: spec.build(&[]).unwrap(),
+                result: evaluate.score(&gold, scores.map(row)).unwrap(),
+                key: None,
+            }
+        };
+        let all = [[1., 1., 0.], [0., 1., 1.], [0., 1., 0.]].map(member);
+        assert_eq!(frontier(&all), [0, 0, 1, 1]);
+    }
+
+    #[test]
+    fn instructions_are_found_in_answers_of_any_shape() {
+        for (answer, instructions, closed) in [
+            ("Here:\n```text\nSort.\n```\nDone.", "Sort.", true),
+            ("Sort.\n", "Sort.", false),
+            ("```\nSort.", "Sort.", false),
+            ("Sort.\n```", "Sort.", true),
+            ("```\n```", "", true),
+            ("```", "", true),
+            (" \n", "", false),
+        ] {
+            assert_eq!(
+                instructions_of(answer),
+                (instructions, closed),
+                "{answer:?}"
+            );
+        }
+    }
+
+    #[test]
     fn instructions_that_help_are_kept() {
         let (compiled, asked) = search("Here:\n```text\nSort; even lengths are b.\n```");
         let instructions = &compiled.program.predictors[0].signature.instructions;
@@ -429,8 +595,14 @@ mod tests {
 
     #[test]
     fn instructions_that_do_not_help_are_not() {
-        for proposal in ["```\nSort well.\n```", "I would rather not.", "```\n```"] {
-            let (compiled, _) = search(proposal);
+        for (proposal, asked_for) in [
+            ("```\nSort well.\n```", 2),
+            ("I would rather not.", 2),
+            ("```\n```", 2),
+            ("``` \n Sort. \n```", 2),
+        ] {
+            let (compiled, asked) = search(proposal);
+            assert_eq!(asked.len(), asked_for);
             assert_eq!(
                 compiled.program.predictors[0].signature.instructions,
                 "Sort."

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Compiled, OptimizeError, Optimizer, Session};
 use crate::classifier::Embedder;
 use crate::example::{Demo, Example};
-use crate::program::{Neighbours, Predictor, Program, RunOptions, Tokens, embedded_text};
+use crate::program::{Neighbours, Program, RunOptions, Tokens, embedded_text};
 
 /// What a predictor chooses from: one for each row that can be shown.
 type Pool = Vec<Option<Demo>>;
@@ -31,12 +31,7 @@ impl KnnFewShot {
     /// When the encoder fails.
     pub fn apply(&self, student: &Program, trainset: &[Example]) -> Result<Program, OptimizeError> {
         let pools = (student.predictors.iter())
-            .map(|predictor| {
-                trainset
-                    .iter()
-                    .map(|row| labelled(predictor, row))
-                    .collect()
-            })
+            .map(|predictor| trainset.iter().map(|row| predictor.labelled(row)).collect())
             .collect();
         self.with_pools(student, pools)
     }
@@ -81,6 +76,8 @@ impl KnnFewShot {
         };
         let options = RunOptions {
             batch: session.batch,
+            // Shown its own label it would only repeat it.
+            hide_own_demo: true,
             ..RunOptions::default()
         };
         let results = teacher.run(lm, session.sampling, trainset, &options);
@@ -100,28 +97,12 @@ impl KnnFewShot {
                     .find(|s| right && Some(s.predictor.as_str()) == name);
                 pool.push(match step {
                     Some(step) => Some(Demo::augmented(&step.inputs, &step.outputs)),
-                    None => labelled(predictor, row),
+                    None => predictor.labelled(row),
                 });
             }
         }
         Ok((pools, tokens))
     }
-}
-
-/// The row by the names of the predictor's fields; `None` when it has no input or no output of it.
-fn labelled(predictor: &Predictor, row: &Example) -> Option<Demo> {
-    let inputs = predictor.inputs(&row.fields);
-    let outputs = predictor.signature.outputs.iter();
-    let outputs: crate::value::Fields = outputs
-        .filter_map(|field| Some((field.name.clone(), row.fields.get(&field.name)?.clone())))
-        .collect();
-    let fields = inputs.iter().chain(&outputs);
-    (!inputs.is_empty() && !outputs.is_empty()).then(|| Demo {
-        augmented: false,
-        fields: fields
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect(),
-    })
 }
 
 impl Optimizer for KnnFewShot {

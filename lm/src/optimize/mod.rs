@@ -9,7 +9,7 @@ mod labeled_few_shot;
 mod random_search;
 
 pub use bootstrap_few_shot::BootstrapFewShot;
-pub use instruction_search::{InstructionSearch, InstructionSettings};
+pub use instruction_search::{InstructionSearch, InstructionSettings, Proposed};
 pub use kept::KeptResults;
 pub use knn_few_shot::KnnFewShot;
 pub use labeled_few_shot::LabeledFewShot;
@@ -82,6 +82,13 @@ pub enum Progress {
         /// Rows in all.
         total: usize,
     },
+    /// It is known what became of a proposal of instructions.
+    Proposed {
+        /// The seed of the candidate that it would be.
+        seed: i64,
+        /// What became of it.
+        became: Proposed,
+    },
     /// A candidate has a score.
     Scored {
         /// Its seed.
@@ -107,6 +114,9 @@ pub struct Candidate {
     pub parse_failures: usize,
     /// Its demos by predictor.
     pub demos: Vec<(String, Vec<Demo>)>,
+    /// Its instructions by predictor, where they are not the student's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub instructions: Vec<(String, String)>,
     /// Rows after which it could not win any more and was left; `score` is then what it could
     /// still have reached, and `subscores` is empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]

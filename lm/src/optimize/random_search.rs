@@ -241,6 +241,7 @@ impl Search<'_> {
                     subscores,
                     parse_failures: result.parse_failures,
                     demos,
+                    instructions: Vec::new(),
                     stopped_after: None,
                     key,
                 }
@@ -253,6 +254,7 @@ impl Search<'_> {
                     subscores: Vec::new(),
                     parse_failures: 0,
                     demos,
+                    instructions: Vec::new(),
                     stopped_after: Some(rows),
                     key: None,
                 }

@@ -125,6 +125,7 @@ fn candidates_at_the_same_time_are_those_one_after_another() {
     };
     let (one, _) = search(5, &settings(1));
     let (four, _) = search(5, &settings(4));
+    assert!(one.candidates.len() < 8, "`stop_at_score` stopped it");
     assert_eq!(one.candidates, four.candidates);
     assert_eq!(one.best, four.best);
 }

@@ -115,10 +115,10 @@ impl<'a> Job<'a> {
                 reason: error.to_string(),
                 raw: completion.text.clone(),
             })?;
-        if let Some(probs) = &completion.choice_probs {
-            self.result.confidence = probs.iter().copied().max_by(f32::total_cmp);
-            self.result.probs = Some(probs.clone());
-        }
+        // Those of an earlier step say nothing about this one's answer.
+        let probs = completion.choice_probs.clone();
+        self.result.confidence = (probs.iter().flatten().copied()).max_by(f32::total_cmp);
+        self.result.probs = probs;
         self.available.extend(outputs.clone());
         self.result.prediction = Ok(Prediction {
             fields: predictor.sanitized(&outputs),

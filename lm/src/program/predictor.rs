@@ -72,6 +72,22 @@ impl Predictor {
             .collect()
     }
 
+    /// The row as a demo by the names of the predictor's fields; `None` when it has no input or no
+    /// output of it.
+    pub fn labelled(&self, row: &Example) -> Option<Demo> {
+        let mut fields = self.inputs(&row.fields);
+        let given = fields.len();
+        for field in &self.signature.outputs {
+            if let Some(value) = row.fields.get(&field.name) {
+                fields.insert(field.name.clone(), value.clone());
+            }
+        }
+        (given > 0 && fields.len() > given).then_some(Demo {
+            augmented: false,
+            fields,
+        })
+    }
+
     /// The demos as the adapter is to see them, without those equal to the row `but`.
     pub fn demos_but(&self, but: Option<&Example>) -> Vec<Demo> {
         self.shown(&[], but)
@@ -79,6 +95,9 @@ impl Predictor {
 
     /// Its own demos, then those chosen for the query.
     fn shown(&self, near: &[Demo], but: Option<&Example>) -> Vec<Demo> {
+        // Demos chosen for the query bear the names of the predictor's fields.
+        let own = but.and_then(|row| self.labelled(row));
+        let near = near.iter().filter(|demo| own.as_ref() != Some(*demo));
         let all = self.demos.iter().chain(near);
         let kept = all.filter(|demo| !but.is_some_and(|row| demo.is(row)));
         if !self.adapter.maps_columns() {

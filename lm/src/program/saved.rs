@@ -7,9 +7,9 @@ use crate::example::Demo;
 use crate::lineage::Lineage;
 use crate::signature::{Field, Signature};
 use crate::value::{Fields, Value};
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::path::Path;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The version that this code writes.
 const VERSION: u32 = 1;
@@ -19,6 +19,7 @@ const VERSION: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub struct SavedProgram {
     /// Version of this format.
+    #[serde(deserialize_with = "known_version")]
     pub version: u32,
     /// The declaration.
     pub spec: ProgramSpec,
@@ -54,20 +55,19 @@ pub struct SavedNeighbours {
 /// Why a saved program cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum SavedError {
-    /// The file cannot be read or written.
-    #[error("`{path}`: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// What went wrong.
-        source: std::io::Error,
-    },
     /// Not JSON of the expected shape.
     #[error("not a saved program: {0}")]
     Json(#[from] serde_json::Error),
-    /// Written by other code.
-    #[error("saved program has version {0}; this flowrun reads version {VERSION}")]
-    Version(u64),
+    /// Rows to choose demos from, without a vector each.
+    #[error("saved predictor `{name}` has {rows} rows to choose demos from and {vectors} vectors")]
+    Vectors {
+        /// The predictor.
+        name: String,
+        /// Rows.
+        rows: usize,
+        /// Vectors.
+        vectors: usize,
+    },
     /// The declaration contradicts itself.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -112,16 +112,11 @@ impl SavedProgram {
     /// When the declaration contradicts itself or the demos are another program's.
     pub fn build(&self) -> Result<Program, SavedError> {
         let mut program = self.spec.build(&self.labels)?;
-        for (name, demos) in &self.demos {
-            let there = || program.predictors.iter().map(|p| p.name.clone()).collect();
-            let missing = SavedError::Predictor {
-                name: name.clone(),
-                there: there(),
-            };
-            let predictor = program.predictors.iter_mut().find(|p| p.name == *name);
-            predictor.ok_or(missing)?.demos.clone_from(demos);
-        }
+        self.check(&program)?;
         for predictor in &mut program.predictors {
+            if let Some(demos) = self.demos.get(&predictor.name) {
+                predictor.demos.clone_from(demos);
+            }
             if let Some(instructions) = self.instructions.get(&predictor.name) {
                 predictor.signature.instructions.clone_from(instructions);
             }
@@ -136,6 +131,29 @@ impl SavedProgram {
                 });
         }
         Ok(program)
+    }
+
+    /// Whether all that is saved belongs to a predictor of the program.
+    fn check(&self, program: &Program) -> Result<(), SavedError> {
+        let there: Vec<String> = program.predictors.iter().map(|p| p.name.clone()).collect();
+        let saved = self.demos.keys().chain(self.instructions.keys());
+        let saved: BTreeSet<&String> = saved.chain(self.neighbours.keys()).collect();
+        if let Some(name) = saved.into_iter().find(|name| !there.contains(name)) {
+            let name = name.clone();
+            return Err(SavedError::Predictor { name, there });
+        }
+        for (name, saved) in &self.neighbours {
+            let (rows, vectors) = (saved.rows.len(), saved.vectors.len());
+            if rows != vectors {
+                let name = name.clone();
+                return Err(SavedError::Vectors {
+                    name,
+                    rows,
+                    vectors,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Keeps what a program's demos are chosen from, with the encoder of its vectors.
@@ -167,52 +185,15 @@ impl SavedProgram {
         }
         Ok(())
     }
-
-    /// As pretty JSON with a line end.
-    ///
-    /// # Errors
-    /// Never for programs that this crate made.
-    pub fn to_json(&self) -> Result<String, SavedError> {
-        Ok(serde_json::to_string_pretty(self)? + "\n")
-    }
-
-    /// Reads what [`Self::to_json`] wrote.
-    ///
-    /// # Errors
-    /// When the text is something else or has an unknown version.
-    pub fn from_json(text: &str) -> Result<Self, SavedError> {
-        #[derive(Deserialize)]
-        struct Head {
-            version: u64,
-        }
-        let head: Head = serde_json::from_str(text)?;
-        if head.version != u64::from(VERSION) {
-            return Err(SavedError::Version(head.version));
-        }
-        Ok(serde_json::from_str(text)?)
-    }
-
-    /// Reads a file.
-    ///
-    /// # Errors
-    /// When it cannot be read or is no saved program.
-    pub fn load(path: &Path) -> Result<Self, SavedError> {
-        Self::from_json(&std::fs::read_to_string(path).map_err(|source| io_error(path, source))?)
-    }
-
-    /// Writes a file.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn save(&self, path: &Path) -> Result<(), SavedError> {
-        std::fs::write(path, self.to_json()?).map_err(|source| io_error(path, source))
-    }
 }
 
-fn io_error(path: &Path, source: std::io::Error) -> SavedError {
-    SavedError::Io {
-        path: path.display().to_string(),
-        source,
+/// Refuses what other code wrote, wherever a saved program is read.
+fn known_version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    match u32::deserialize(deserializer)? {
+        VERSION => Ok(VERSION),
+        other => Err(D::Error::custom(format!(
+            "saved program has version {other}; this flowrun reads version {VERSION}"
+        ))),
     }
 }
 
@@ -413,12 +394,16 @@ mod tests {
         SavedProgram::new(spec, labels, &program)
     }
 
+    fn read(text: &str) -> Result<SavedProgram, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+
     #[test]
     fn a_saved_program_is_rebuilt_with_its_demos() {
         let saved = saved();
-        let read = SavedProgram::from_json(&saved.to_json().unwrap()).unwrap();
-        assert_eq!(read, saved);
-        assert_eq!(read.build().unwrap().predictors[0].demos.len(), 1);
+        let again = read(&serde_json::to_string(&saved).unwrap()).unwrap();
+        assert_eq!(again, saved);
+        assert_eq!(again.build().unwrap().predictors[0].demos.len(), 1);
     }
 
     #[test]
@@ -428,20 +413,28 @@ mod tests {
                 "inputs": [{"name": "intent", "from": "text"}],
                 "outputs": [{"name": "label", "type": "label"}], "constrain": true}},
             "labels": ["a", "b"], "demos": {"predict": [{"text": "t", "label": "a"}]}}"#;
-        let program = SavedProgram::from_json(text).unwrap().build().unwrap();
+        let program = read(text).unwrap().build().unwrap();
         assert!(!program.predictors[0].demos[0].augmented);
     }
 
     #[test]
     fn unknown_versions_and_predictors_are_refused() {
-        let text = saved()
-            .to_json()
-            .unwrap()
-            .replace("\"version\": 1", "\"version\": 2");
-        assert!(matches!(
-            SavedProgram::from_json(&text),
-            Err(SavedError::Version(2))
-        ));
+        let text = serde_json::to_string(&saved()).unwrap();
+        let error = read(&text.replace("\"version\":1", "\"version\":2")).unwrap_err();
+        let said = "saved program has version 2; this flowrun reads version 1";
+        assert!(error.to_string().starts_with(said), "{error}");
+        let mut other = saved();
+        other.instructions.insert("other".into(), String::new());
+        assert!(matches!(other.build(), Err(SavedError::Predictor { .. })));
+        let mut short = saved();
+        let neighbours = SavedNeighbours {
+            k: 1,
+            embedder: serde_json::Value::Null,
+            rows: vec![Demo::default()],
+            vectors: Vec::new(),
+        };
+        short.neighbours.insert("predict".into(), neighbours);
+        assert!(matches!(short.build(), Err(SavedError::Vectors { .. })));
         let mut saved = saved();
         saved.demos.insert("other".into(), Vec::new());
         assert!(matches!(saved.build(), Err(SavedError::Predictor { .. })));

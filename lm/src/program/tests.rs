@@ -281,7 +281,8 @@ fn demos_are_chosen_for_each_query_the_most_similar_last() {
             "outputs": [{"name": "label", "type": "label"}], "constrain": true}}"#;
     let mut saved = SavedProgram::new(spec(json), vec!["a".into(), "b".into()], &program);
     saved.keep_neighbours(&program, &serde_json::json!("encoder"));
-    let mut loaded = SavedProgram::from_json(&saved.to_json().unwrap())
+    let text = serde_json::to_string(&saved).unwrap();
+    let mut loaded = serde_json::from_str::<SavedProgram>(&text)
         .unwrap()
         .build()
         .unwrap();

@@ -26,8 +26,8 @@ impl Votes {
         Sampling {
             temperature: self.temperature,
             // The same seed would give the same answer again.
-            seed: base.seed.map(|seed| seed + sample as u64),
-            rollout: Some(sample as u64),
+            seed: base.seed.map(|seed| seed.wrapping_add(sample as u64)),
+            rollout: Some(base.rollout.unwrap_or(0) * self.samples as u64 + sample as u64),
             ..base.clone()
         }
     }
@@ -117,6 +117,28 @@ mod tests {
         assert_eq!((found.confidence, found.tokens.calls), (Some(0.5), 4));
         let tie = majority(vec![ballot(Ok("x")), ballot(Ok("y"))], "label").unwrap();
         assert_eq!(tie.raw.as_deref(), Some("x"));
+    }
+
+    #[test]
+    fn every_round_and_draw_is_another_request() {
+        let votes = Votes {
+            members: vec![1],
+            samples: 2,
+            temperature: 0.7,
+        };
+        let base = |rollout| Sampling {
+            rollout,
+            seed: Some(u64::MAX),
+            ..Sampling::default()
+        };
+        let drawn = |round, sample| votes.sampling(&base(round), sample).rollout;
+        let all = [
+            drawn(None, 0),
+            drawn(None, 1),
+            drawn(Some(1), 0),
+            drawn(Some(1), 1),
+        ];
+        assert_eq!(all, [Some(0), Some(1), Some(2), Some(3)]);
     }
 
     #[test]

@@ -38,11 +38,18 @@ pub(crate) fn folder() -> Option<PathBuf> {
     if folder.is_dir() {
         return Some(folder);
     }
-    say(&format!(
-        "skipped: no recordings of DSPy in `{}` (`DSPY_GOLDEN_DIR`)",
+    skip(&format!(
+        "no recordings of DSPy in `{}` (`DSPY_GOLDEN_DIR`)",
         folder.display()
     ));
     None
+}
+
+/// Says that something is not compared; fails where `FLOWRUN_REQUIRE_GOLDEN` is set.
+fn skip(why: &str) {
+    let required = std::env::var_os("FLOWRUN_REQUIRE_GOLDEN").is_some();
+    assert!(!required, "{why}");
+    say(&format!("skipped: {why}"));
 }
 
 fn cases<I: DeserializeOwned>(folder: &Path, set: &str, version: &str) -> Vec<Case<I>> {
@@ -75,7 +82,7 @@ pub(crate) fn compare<I: DeserializeOwned>(
     for (version, dialect) in VERSIONS {
         let cases = cases::<I>(&folder, set, version);
         if cases.is_empty() {
-            say(&format!("skipped: no recordings `{set}` of {version}"));
+            skip(&format!("no recordings `{set}` of {version}"));
             continue;
         }
         let mut agree = 0;
