@@ -10,12 +10,16 @@
 //!
 //! A schema that allows anything else is refused: the model could not be held to it.
 
+use std::cell::Cell;
+
 use serde_json::{Map, Value};
 
 /// Answers at most.
 const MOST: usize = 1000;
 /// Schemas within schemas; a `$ref` may lead to itself.
 const DEEP: usize = 16;
+/// Schemas that are looked at: references may lead to one many times.
+const LOOKS: usize = 10_000;
 
 /// All JSON texts that `schema` allows, without spaces but those after `:` and `,` in objects
 /// and lists that models are used to.
@@ -23,7 +27,11 @@ const DEEP: usize = 16;
 /// # Errors
 /// What in the schema has no finite list, and what is possible.
 pub(super) fn answers(schema: &Value) -> Result<Vec<String>, String> {
-    let texts = Root(schema).answers(schema, 0)?;
+    let root = Root {
+        schema,
+        looks: Cell::new(0),
+    };
+    let texts = root.answers(schema, 0)?;
     match texts.is_empty() {
         true => Err("the schema allows no answer".to_owned()),
         false => Ok(texts),
@@ -31,13 +39,20 @@ pub(super) fn answers(schema: &Value) -> Result<Vec<String>, String> {
 }
 
 /// The whole schema, which `$ref` points into.
-struct Root<'a>(&'a Value);
+struct Root<'a> {
+    schema: &'a Value,
+    looks: Cell<usize>,
+}
 
 impl Root<'_> {
     fn answers(&self, schema: &Value, depth: usize) -> Result<Vec<String>, String> {
         let Some(schema) = schema.as_object() else {
             return Err("`schema` is no object".to_owned());
         };
+        self.looks.set(self.looks.get() + 1);
+        if self.looks.get() > LOOKS {
+            return Err(format!("the schema refers to more than {LOOKS} schemas"));
+        }
         if depth > DEEP {
             return Err(format!("schemas lie more than {DEEP} deep in each other"));
         }
@@ -48,7 +63,9 @@ impl Root<'_> {
             return Ok(vec![value.to_string()]);
         }
         if let Some(path) = schema.get("$ref").and_then(Value::as_str) {
-            let found = path.strip_prefix('#').and_then(|at| self.0.pointer(at));
+            let found = path
+                .strip_prefix('#')
+                .and_then(|at| self.schema.pointer(at));
             let found =
                 found.ok_or_else(|| format!("`$ref`: there is no `{path}` in the schema"))?;
             return self.answers(found, depth + 1);
@@ -79,8 +96,9 @@ impl Root<'_> {
                     texts.push(text);
                 }
             }
+            texts = bounded(texts)?;
         }
-        bounded(texts)
+        Ok(texts)
     }
 
     fn typed(
@@ -271,6 +289,13 @@ mod tests {
             let said = answers(&schema).unwrap_err();
             assert!(said.contains(why), "{schema}: {said}");
         }
+        // Small to write, without end to follow.
+        let fan = |to: usize| vec![json!({"$ref": format!("#/$defs/{to}")}); 50];
+        let level = |at: usize| (at.to_string(), json!({"anyOf": fan(at + 1)}));
+        let mut defs: Map<String, Value> = (0..7).map(level).collect();
+        defs.insert("7".to_owned(), json!({"const": 1}));
+        let said = answers(&json!({"$defs": defs, "$ref": "#/$defs/0"})).unwrap_err();
+        assert!(said.contains("more than 10000 schemas"), "{said}");
     }
 
     #[test]
