@@ -12,14 +12,17 @@ use crate::surroundings::find_pipeline;
 /// The environment variable by which a script asks.
 pub(crate) const VARIABLE: &str = "FLOWRUN_COMPLETE";
 
-/// Steps of the pipeline that a command without a file would take.
+/// Steps of the pipeline that the command line names, or that it would take without a file.
 pub(crate) fn steps() -> Vec<String> {
-    let Ok(file) = find_pipeline(&cache_dir()) else {
+    let words = words();
+    let Some(file) = named_pipeline(&words).or_else(|| find_pipeline(&cache_dir(&words)).ok())
+    else {
         return Vec::new();
     };
     let options = LoadOptions {
         env: std::env::vars().collect(),
         root: Some(project_root(&file)),
+        profiles: values(&words, "--profile"),
         ..LoadOptions::default()
     };
     let pipeline = load_pipeline(&file, &flowrun_steps::registry(), &options);
@@ -29,7 +32,7 @@ pub(crate) fn steps() -> Vec<String> {
 
 /// Runs, newest first.
 pub(crate) fn runs() -> Vec<String> {
-    let runs = CacheReader::open(&cache_dir()).runs();
+    let runs = CacheReader::open(&cache_dir(&words())).runs();
     let names = runs.iter().filter_map(|dir| dir.file_name());
     names
         .map(|name| name.to_string_lossy().into_owned())
@@ -41,8 +44,51 @@ pub(crate) fn kinds() -> Vec<String> {
     flowrun_steps::registry().steps.into_keys().collect()
 }
 
-/// The cache folder without its flag, which cannot be seen from here.
-fn cache_dir() -> PathBuf {
-    let named = std::env::var_os("FLOWRUN_CACHE_DIR").map(PathBuf::from);
+/// The words of the line that is completed: the script passes them after `--`.
+fn words() -> Vec<String> {
+    let words = std::env::args().skip_while(|word| word != "--");
+    // The program itself is one of them.
+    words.skip(2).collect()
+}
+
+/// The first word that is a pipeline's file.
+fn named_pipeline(words: &[String]) -> Option<PathBuf> {
+    let files = words.iter().map(Path::new);
+    let mut pipelines = files.filter(|file| {
+        let is_yaml = file.extension().is_some_and(|e| e == "yaml" || e == "yml");
+        is_yaml && file.is_file()
+    });
+    pipelines.next().map(Path::to_owned)
+}
+
+/// The values of an option, written `--name value` or `--name=value`.
+fn values(words: &[String], name: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        match word.strip_prefix(name).map(|rest| rest.strip_prefix('=')) {
+            Some(Some(value)) => found.push(value.to_owned()),
+            Some(None) if word == name => found.extend(words.next().cloned()),
+            _ => {}
+        }
+    }
+    found
+}
+
+fn cache_dir(words: &[String]) -> PathBuf {
+    let named = values(words, "--cache-dir").pop().map(PathBuf::from);
+    let named = named.or_else(|| std::env::var_os("FLOWRUN_CACHE_DIR").map(PathBuf::from));
     named.unwrap_or_else(|| Path::new(".flowrun").to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_found_in_both_spellings() {
+        let line = "run --profile=a --profiles x --profile b --profile";
+        let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        assert_eq!(values(&words, "--profile"), ["a", "b"]);
+    }
 }

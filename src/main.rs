@@ -12,13 +12,15 @@ mod reporter;
 mod serve;
 mod surroundings;
 
+use std::io::Write;
+
 use clap::{CommandFactory, Parser};
 
 use crate::args::{Args, Command, StepCommand};
 use crate::exit::{Exit, Failure};
 
 fn main() -> std::process::ExitCode {
-    end_quietly_with_the_reader();
+    end_with_the_reader();
     clap_complete::CompleteEnv::with_factory(Args::command)
         .var(completion::VARIABLE)
         .complete();
@@ -41,16 +43,23 @@ fn main() -> std::process::ExitCode {
     exit.into()
 }
 
-/// `flowrun runs | head -1`: when nobody reads on, there is nothing more to say.
+/// `flowrun runs | head -1`: when nobody reads on, there is nothing more to say. What else
+/// keeps a stream from being written is told like any other failure.
 #[allow(clippy::exit)]
-fn end_quietly_with_the_reader() {
+fn end_with_the_reader() {
     let told = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let text = panic.payload().downcast_ref::<String>();
-        if text.is_some_and(|t| t.starts_with("failed printing to std")) {
-            std::process::exit(Exit::Ok as i32);
+        match text.filter(|t| t.starts_with("failed printing to std")) {
+            Some(text) if text.contains("Broken pipe") => std::process::exit(Exit::Ok as i32),
+            Some(text) => {
+                let stderr = std::io::stderr();
+                // Standard error may be the stream that failed.
+                let _ = writeln!(stderr.lock(), "error: {text}");
+                std::process::exit(Exit::Internal as i32);
+            }
+            None => told(panic),
         }
-        told(panic);
     }));
 }
 

@@ -1,6 +1,6 @@
 //! What commands print on stdout. A reader that went away (`flowrun runs | head -1`) is no error.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
 use serde::Serialize;
 
@@ -10,9 +10,15 @@ use crate::exit::{Exit, Failure};
 pub(crate) fn print(text: &str) -> Result<Exit, Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(unwritable(&e)),
         _ => Ok(Exit::Ok),
     }
+}
+
+/// Standard output cannot be written, for another reason than that nobody reads it.
+pub(crate) fn unwritable(error: &std::io::Error) -> Failure {
+    let text = format!("standard output cannot be written: {error}");
+    Failure::new(Exit::Internal, text)
 }
 
 /// Prints a value as one line of JSON.

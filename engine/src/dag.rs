@@ -145,6 +145,15 @@ pub fn data_predecessors(step: &StepNode) -> BTreeSet<String> {
         .collect()
 }
 
+/// The steps that `step` takes data from and cannot do without: when one of them is skipped,
+/// so is `step`. What only an optional port reads may be missing.
+#[must_use]
+pub fn required_predecessors(step: &StepNode) -> BTreeSet<String> {
+    let mut required = step.clone();
+    required.inputs.retain(|port, _| !step.may_lack(port));
+    data_predecessors(&required)
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

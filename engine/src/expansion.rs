@@ -288,11 +288,14 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                 .map(|(name, text)| Ok((name.clone(), resolve_text(text)?)))
                 .collect::<Result<BTreeMap<_, _>, StepError>>()
         };
-        let inputs = node
-            .inputs
-            .iter()
-            .map(|(port, sources)| Ok((port.clone(), self.port(port, sources, binding)?)))
-            .collect::<Result<_, StepError>>()?;
+        let mut inputs = BTreeMap::new();
+        for (port, sources) in &node.inputs {
+            let given = self.port(port, sources, binding)?;
+            // What it reads was not made: it works without.
+            if !given.entries.is_empty() || given.list || !node.may_lack(port) {
+                inputs.insert(port.clone(), given);
+            }
+        }
         let label = self.label(binding, ids);
         Ok(ActionRequest {
             id: match &label {
@@ -338,6 +341,8 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                         )));
                     }
                 },
+                Source::Output { step, output }
+                    if self.node.may_lack(port) && (self.output)(step, output).is_none() => {}
                 Source::Output { step, output } => {
                     if matches!(self.record(step, output)?.value, OutputValue::List(_)) {
                         list = true;

@@ -3,6 +3,7 @@
 //! Knows no step kind, no language model and no tensor: the vocabulary comes
 //! from outside.
 
+mod child;
 pub mod dag;
 pub mod diff;
 pub mod event;
@@ -25,6 +26,7 @@ pub mod step;
 #[cfg(test)]
 mod testing;
 pub mod vocabulary;
+mod warden;
 mod why;
 
 pub use language::{

@@ -115,6 +115,17 @@ pub struct StepNode {
     pub expect: Vec<String>,
 }
 
+impl StepNode {
+    /// It works without this input port.
+    #[must_use]
+    pub fn may_lack(&self, port: &str) -> bool {
+        match &self.action {
+            Action::Uses(step) => step.inputs().iter().any(|p| p.name == port && p.optional),
+            Action::Run(_) => false,
+        }
+    }
+}
+
 /// Where a step kind runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RunnerKind {

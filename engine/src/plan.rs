@@ -10,7 +10,7 @@ use std::sync::Arc;
 use flowrun_cache::{CacheReader, OutputRecord};
 use serde::Serialize;
 
-use crate::dag::{data_predecessors, predecessors};
+use crate::dag::{predecessors, required_predecessors};
 use crate::expansion::{ActionRequest, expand, gather, kind_of};
 use crate::history::History;
 use crate::lookup::{Found, Lookup};
@@ -201,7 +201,7 @@ impl Planner<'_> {
             status,
         };
         let is = |name: &String, wanted: fn(&Known) -> bool| known.get(name).is_some_and(wanted);
-        let skipped = data_predecessors(node)
+        let skipped = required_predecessors(node)
             .into_iter()
             .find(|b| is(b, |k| matches!(k, Known::Skipped)));
         if let Some(before) = skipped {

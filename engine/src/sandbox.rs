@@ -6,34 +6,21 @@
 //! Invariant: when [`Sandbox::run`] returns, the command's whole process group
 //! was killed.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::io::Read;
+use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
+use crate::child::{Streams, Tail, ended_within, signal};
 use crate::step::{Cancel, StepError, StepReporter};
+use crate::warden::Warden;
 
 /// How long a stopped command has to clean up before it is killed.
 const GRACE: Duration = Duration::from_secs(2);
-/// How long to listen for the last output once the process group is gone.
-pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Lines of output shown when a command fails.
-const TAIL: usize = 20;
-/// Bytes of a line; a longer one is cut into several.
-const LINE: usize = 8 << 10;
-/// Longest wait between two looks at the command.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
-
-/// The last lines of a process's output.
-pub(crate) type Tail = Arc<Mutex<VecDeque<String>>>;
 
 /// A command and what it may see.
 pub(crate) struct Sandbox<'a> {
@@ -45,6 +32,8 @@ pub(crate) struct Sandbox<'a> {
     pub(crate) env: BTreeMap<String, String>,
     /// Time limit.
     pub(crate) timeout: Option<Duration>,
+    /// Ends it when flowrun is killed.
+    pub(crate) warden: &'a Warden,
 }
 
 /// The variables of the surrounding environment that a command may see.
@@ -75,33 +64,32 @@ impl Sandbox<'_> {
             .process_group(0)
             .spawn()
             .map_err(|e| StepError::failed(format!("`sh` cannot be started: {e}")))?;
-        let tail = Arc::new(Mutex::new(VecDeque::new()));
-        let readers = [
-            child.stdout.take().map(|out| follow(out, reporter, &tail)),
-            child.stderr.take().map(|err| follow(err, reporter, &tail)),
-        ];
-        let status = self.wait(&mut child, cancel);
-        for reader in readers.into_iter().flatten() {
-            // Only a process that left the group can hold the pipe open longer.
-            if reader.recv_timeout(LAST_WORDS) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-                reporter.warning("the command left a process behind that still holds its output");
-            }
+        let tail = Arc::new(Tail::default());
+        let mut streams = Streams::of(&mut child, reporter, &tail);
+        let status = self.wait(&mut child, &mut streams, cancel);
+        if !streams.drain() {
+            // Only a process that left the group can hold them longer.
+            reporter.warning("the command left a process behind that still holds its output");
         }
         let status = status?;
         if status.success() {
             return Ok(());
         }
-        let tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-        let tail: Vec<&str> = tail.iter().map(String::as_str).collect();
-        let text = format!("the command failed ({status})\n{}", tail.join("\n"));
+        let text = format!("the command failed ({status})\n{}", tail.text());
         Err(StepError::failed(text.trim_end()))
     }
 
     /// Waits for the command, stops it when asked or when time is up, and ends
     /// whatever it left running in its group.
-    fn wait(&self, child: &mut Child, cancel: &Cancel) -> Result<ExitStatus, StepError> {
+    fn wait(
+        &self,
+        child: &mut Child,
+        streams: &mut Streams,
+        cancel: &Cancel,
+    ) -> Result<ExitStatus, StepError> {
+        let guarded = self.warden.guard(child.id());
         let started = Instant::now();
-        let stopped = ended_within(child, None, || {
+        let stopped = ended_within(child, Some(&mut *streams), None, || {
             if cancel.is_cancelled() {
                 return Some(StepError::cancelled());
             }
@@ -110,10 +98,12 @@ impl Sandbox<'_> {
         });
         if stopped.is_some() {
             signal(child, Signal::SIGTERM);
-            ended_within(child, Some(GRACE), || cancel.is_killed().then_some(()));
+            let killed = || cancel.is_killed().then_some(());
+            ended_within(child, Some(streams), Some(GRACE), killed);
         }
         // The leader was not reaped yet, so its group's number is still its own.
         signal(child, Signal::SIGKILL);
+        drop(guarded);
         let status = child
             .wait()
             .map_err(|e| StepError::failed(format!("cannot wait for the command: {e}")))?;
@@ -121,31 +111,6 @@ impl Sandbox<'_> {
             Some(error) => Err(error),
             None => Ok(status),
         }
-    }
-}
-
-/// Waits until the child ended, without reaping it, or `until` passed, or `stop` gives something.
-pub(crate) fn ended_within<T>(
-    child: &Child,
-    until: Option<Duration>,
-    mut stop: impl FnMut() -> Option<T>,
-) -> Option<T> {
-    let started = Instant::now();
-    let mut pause = Duration::from_micros(200);
-    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    loop {
-        match waitid(Id::Pid(pid(child)), flags) {
-            Ok(WaitStatus::StillAlive) | Err(nix::errno::Errno::EINTR) => {}
-            Ok(_) | Err(_) => return None,
-        }
-        if let Some(stopped) = stop() {
-            return Some(stopped);
-        }
-        if until.is_some_and(|until| started.elapsed() > until) {
-            return None;
-        }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(LOOK_EVERY);
     }
 }
 
@@ -157,72 +122,14 @@ pub(crate) fn timed_out(limit: Duration) -> StepError {
     ))
 }
 
-/// Sends a signal to a child's process group.
-pub(crate) fn signal(child: &Child, signal: Signal) {
-    // The group may be gone already.
-    let _ = killpg(pid(child), signal);
-}
-
-fn pid(child: &Child) -> Pid {
-    // The system's own type for a process id is i32.
-    Pid::from_raw(child.id().cast_signed())
-}
-
-/// Logs what comes through the pipe, line by line. The receiver hears when it closes.
-pub(crate) fn follow(
-    mut pipe: impl Read + Send + 'static,
-    reporter: &Arc<dyn StepReporter>,
-    tail: &Tail,
-) -> Receiver<()> {
-    let (reporter, tail) = (Arc::clone(reporter), Arc::clone(tail));
-    let (closed, hears) = channel();
-    std::thread::spawn(move || {
-        let emit = |line: &[u8]| {
-            let line = String::from_utf8_lossy(line).into_owned();
-            reporter.log(&line);
-            let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-            if tail.len() == TAIL {
-                tail.pop_front();
-            }
-            tail.push_back(line);
-        };
-        let mut line: Vec<u8> = Vec::new();
-        let mut chunk = vec![0; LINE];
-        loop {
-            let n = match pipe.read(&mut chunk) {
-                Ok(0) => break,
-                Ok(n) => n,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(_) => break,
-            };
-            for &byte in &chunk[..n] {
-                // A progress bar goes back to the start of its line.
-                if matches!(byte, b'\n' | b'\r') {
-                    if !line.is_empty() || byte == b'\n' {
-                        emit(&line);
-                    }
-                    line.clear();
-                } else {
-                    line.push(byte);
-                    if line.len() >= LINE {
-                        emit(&line);
-                        line.clear();
-                    }
-                }
-            }
-        }
-        if !line.is_empty() {
-            emit(&line);
-        }
-        // The command may have been given up.
-        let _ = closed.send(());
-    });
-    hears
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::sync::Mutex;
+
+    use flowrun_cache::{Cache, LockWait, OpenOptions};
+    use nix::unistd::Pid;
+
     use super::*;
 
     #[derive(Default)]
@@ -244,6 +151,13 @@ mod tests {
         cancel: &Cancel,
     ) -> (Result<(), StepError>, Vec<String>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
+        let options = OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".into(),
+            on_wait: None,
+        };
+        let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
+        let warden = Warden::new(&Arc::new(cache));
         let lines = Arc::new(Lines::default());
         let reporter: Arc<dyn StepReporter> = lines.clone();
         let mut env = BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]);
@@ -253,6 +167,7 @@ mod tests {
             folder: dir.path(),
             env,
             timeout,
+            warden: &warden,
         };
         let result = sandbox.run(cancel, &reporter);
         let lines = lines.0.lock().unwrap().clone();

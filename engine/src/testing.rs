@@ -19,11 +19,12 @@ use crate::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World
 
 type Work = dyn Fn(&StepContext) -> Result<StepOutcome, StepError> + Send + Sync;
 
-/// A step kind made of a closure. Has the optional list input `parts`, the
-/// optional inputs `x` and `y`, and whatever outputs it is given.
+/// A step kind made of a closure. Has the optional list input `parts`, the inputs `x` and `y`
+/// unless it is given others, and whatever outputs it is given.
 pub(crate) struct Toy {
     pub(crate) kind: &'static str,
     pub(crate) version: u32,
+    pub(crate) inputs: Vec<Port>,
     pub(crate) outputs: Vec<Port>,
     pub(crate) work: Box<Work>,
     pub(crate) runs: AtomicUsize,
@@ -37,6 +38,11 @@ impl Toy {
         Self {
             kind,
             version: 1,
+            inputs: vec![
+                Port::new("parts", "any", "").optional().many(),
+                Port::new("x", "any", ""),
+                Port::new("y", "any", ""),
+            ],
             outputs: vec![Port::new("out", "file", "")],
             work: Box::new(work),
             runs: AtomicUsize::new(0),
@@ -96,11 +102,7 @@ impl Step for Toy {
         json!({})
     }
     fn inputs(&self) -> Vec<Port> {
-        vec![
-            Port::new("parts", "any", "").optional().many(),
-            Port::new("x", "any", "").optional(),
-            Port::new("y", "any", "").optional(),
-        ]
+        self.inputs.clone()
     }
     fn outputs(&self) -> Vec<Port> {
         self.outputs.clone()

@@ -1,6 +1,5 @@
 //! `flowrun [PIPELINE]`.
 
-use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,13 +7,14 @@ use flowrun_cache::Cache;
 use flowrun_engine::event::RunEvent;
 use flowrun_engine::premises::{Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
-use flowrun_engine::run::{RunError, RunOptions, RunSummary, run as run_pipeline};
+use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline};
 use flowrun_engine::step::{Cancel, StepErrorKind};
 
 use crate::args::{GlobalArgs, RunArgs};
 use crate::commands::cache::{removed, retention};
 use crate::commands::plan;
 use crate::exit::{Exit, Failure};
+use crate::output::unwritable;
 use crate::reporter::{Reporter, Teller};
 use crate::surroundings::{self, Surroundings, wait};
 
@@ -68,15 +68,16 @@ fn finish(
     unchanged: &Unchanged,
     cache: &Cache,
     global: &GlobalArgs,
-) -> Result<RunSummary, RunError> {
+) -> Result<RunSummary, Failure> {
     let mut reporter = Reporter::plain(global);
-    unchanged.run(cache, |event| {
+    let summary = unchanged.run(cache, |event| {
         reporter.show(event);
-        if global.json && matches!(event, RunEvent::RunStarted { .. }) {
-            // A reader that went away does not stop the run.
-            let _ = std::io::stdout().write_all(unchanged.step_events());
+        if matches!(event, RunEvent::RunStarted { .. }) {
+            reporter.show_recorded(unchanged.step_events());
         }
-    })
+    })?;
+    reporter.end().map_err(|e| unwritable(&e))?;
+    Ok(summary)
 }
 
 /// Removes what the bounds of the cache ask to. The run is over, so that it does not work is
@@ -98,17 +99,19 @@ async fn drive(
     cache: Arc<Cache>,
     options: RunOptions,
     global: &GlobalArgs,
-) -> Result<RunSummary, RunError> {
+) -> Result<RunSummary, Failure> {
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
-    let mut reporter = Reporter::new(global, &loaded.pipeline);
+    let reporter = Reporter::new(global, &loaded.pipeline);
     let cancel = Cancel::default();
     tokio::spawn(stop_on_signal(cancel.clone(), reporter.teller()));
     let pipeline = Arc::new(loaded.pipeline);
     let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
     let summary = run_pipeline(pipeline, cache, loaded.world, options, cancel, events).await;
     // The reporter ends when the run's last sender is gone; its panic would be a bug of ours alone.
-    let _ = reporting.await;
-    summary
+    let reported = reporting.await.unwrap_or(Ok(()));
+    let summary = summary?;
+    reported.map_err(|e| unwritable(&e))?;
+    Ok(summary)
 }
 
 /// How long killed commands have to be gone once the second signal came.

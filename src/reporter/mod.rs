@@ -6,8 +6,8 @@ mod table;
 mod terminal;
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
-use std::io::Write;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use flowrun_cache::CacheReader;
@@ -38,7 +38,7 @@ impl Reporter {
     /// a dumb terminal and in continuous integration.
     pub(crate) fn new(global: &GlobalArgs, pipeline: &Pipeline) -> Self {
         if global.json {
-            Self::Json(JsonReporter)
+            Self::Json(JsonReporter::default())
         } else if draws() && !global.quiet {
             Self::Terminal(TerminalReporter::new(Earlier::of(pipeline, global)))
         } else {
@@ -57,16 +57,36 @@ impl Reporter {
     /// JSON when asked for; else plain lines.
     pub(crate) fn plain(global: &GlobalArgs) -> Self {
         if global.json {
-            Self::Json(JsonReporter)
+            Self::Json(JsonReporter::default())
         } else {
             Self::Plain(PlainReporter::new(global.quiet, global.verbose))
         }
     }
 
     /// Shows events until the run is over.
-    pub(crate) fn follow(&mut self, mut events: UnboundedReceiver<RunEvent>) {
+    ///
+    /// # Errors
+    /// As [`Reporter::end`].
+    pub(crate) fn follow(mut self, mut events: UnboundedReceiver<RunEvent>) -> io::Result<()> {
         while let Some(event) = events.blocking_recv() {
             self.show(&event);
+        }
+        self.end()
+    }
+
+    /// Shows events that were recorded, one JSON object a line, to a program.
+    pub(crate) fn show_recorded(&mut self, lines: &[u8]) {
+        if let Self::Json(reporter) = self {
+            reporter.write(lines);
+        }
+    }
+
+    /// # Errors
+    /// When a program asked for events, and they could not be written although it reads them.
+    pub(crate) fn end(self) -> io::Result<()> {
+        match self {
+            Self::Json(reporter) => reporter.end(),
+            Self::Plain(_) | Self::Terminal(_) => Ok(()),
         }
     }
 
@@ -103,6 +123,8 @@ fn draws() -> bool {
 /// of large runs are long, and a run that does nothing needs none.
 pub(crate) struct Earlier {
     pipeline: String,
+    /// Its steps.
+    steps: BTreeSet<String>,
     cache_dir: PathBuf,
     took: OnceCell<BTreeMap<String, u64>>,
 }
@@ -111,9 +133,26 @@ impl Earlier {
     fn of(pipeline: &Pipeline, global: &GlobalArgs) -> Self {
         Self {
             pipeline: pipeline.name.clone(),
+            steps: pipeline.steps.iter().map(|s| s.name.clone()).collect(),
             cache_dir: global.cache_dir.clone(),
             took: OnceCell::new(),
         }
+    }
+
+    /// Milliseconds that the steps and items which did not end yet took, where they are known,
+    /// and the longest of them.
+    fn rest(&self, ended: &BTreeSet<String>) -> (u64, u64) {
+        let took = self.took.get_or_init(|| self.read()).iter();
+        let rest = took.filter(|(id, _)| !ended.contains(*id) && self.has(id));
+        rest.fold((0, 0), |(all, longest), (_, &ms)| {
+            (all + ms, longest.max(ms))
+        })
+    }
+
+    /// The step, or the item of a step, is still in the pipeline.
+    fn has(&self, id: &str) -> bool {
+        let step = id.split_once('[').map_or(id, |(step, _)| step);
+        self.steps.contains(step)
     }
 
     /// Milliseconds, where one of the newest runs did the step.
@@ -182,6 +221,29 @@ pub(crate) fn metric_text(metrics: &BTreeMap<String, Value>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_is_known_from_earlier_runs() {
+        let took = [
+            ("a", 100),
+            ("b[1]", 2_000),
+            ("b[2]", 3_000),
+            ("gone", 9_000),
+        ];
+        let earlier = Earlier {
+            pipeline: "p".into(),
+            steps: ["a", "b", "c"].map(str::to_owned).into(),
+            cache_dir: PathBuf::new(),
+            took: OnceCell::from(BTreeMap::from(took.map(|(id, ms)| (id.to_owned(), ms)))),
+        };
+        let rest = |ended: &[&str]| {
+            let ended = ended.iter().map(|id| (*id).to_owned());
+            earlier.rest(&ended.collect())
+        };
+        assert_eq!(rest(&[]), (5_100, 3_000));
+        assert_eq!(rest(&["a", "b[2]"]), (2_000, 2_000));
+        assert_eq!(rest(&["a", "b[1]", "b[2]"]), (0, 0));
+    }
 
     #[test]
     fn durations_are_short() {

@@ -1,7 +1,7 @@
 //! What runs now, on a terminal: a line for the run, a line for each step under way, and the
 //! final table. Finished steps scroll away above.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use console::{Term, pad_str, style, truncate_str};
@@ -32,11 +32,14 @@ pub(crate) struct TerminalReporter {
     /// Under way, but there is no room for a line: since when, and why.
     hidden: BTreeMap<String, (Instant, String)>,
     earlier: Earlier,
+    /// Steps and items that ended.
+    ended: BTreeSet<String>,
     failed: usize,
     table: Table,
 }
 
 struct Running {
+    since: Instant,
     bar: ProgressBar,
     /// Total and unit of the phase that it is in.
     phase: (u64, String),
@@ -52,6 +55,7 @@ impl TerminalReporter {
             running: BTreeMap::new(),
             hidden: BTreeMap::new(),
             earlier,
+            ended: BTreeSet::new(),
             failed: 0,
             table: Table::default(),
         }
@@ -128,7 +132,8 @@ impl TerminalReporter {
             ));
             bar.enable_steady_tick(TICK);
             let phase = (0, String::new());
-            self.running.insert(step.to_owned(), Running { bar, phase });
+            self.running
+                .insert(step.to_owned(), Running { since, bar, phase });
         }
         self.summarise();
     }
@@ -163,6 +168,7 @@ impl TerminalReporter {
 
     fn finished(&mut self, step: &str) {
         self.run.inc(1);
+        self.ended.insert(step.to_owned());
         self.hidden.remove(step);
         if let Some(running) = self.running.remove(step) {
             running.bar.finish_and_clear();
@@ -221,11 +227,35 @@ impl TerminalReporter {
         if !self.hidden.is_empty() {
             text.push_str(&format!(" ({} without a line)", self.hidden.len()));
         }
+        if let Some(left) = self.left(under_way) {
+            text.push_str(&format!(", ETA {}", seconds(left)));
+        }
         if self.failed > 0 {
             let failed = format!(", {} failed", count(self.failed, "step"));
             text.push_str(&style(failed).for_stderr().red().to_string());
         }
         self.run.set_message(text);
+    }
+
+    /// How long the run has yet to go, by what its steps took before: what is left is shared
+    /// by as many as run now, and no shorter than its longest step. `None` when nothing that
+    /// is left ever ran, or nothing runs.
+    fn left(&self, under_way: usize) -> Option<Duration> {
+        if under_way == 0 {
+            return None;
+        }
+        let (all, longest) = self.earlier.rest(&self.ended);
+        let spent = |(id, since): (&String, Instant)| {
+            let took = self.earlier.took(id).unwrap_or_default();
+            took.min(u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX))
+        };
+        let running = self.running.iter().map(|(id, r)| (id, r.since));
+        let hidden = self.hidden.iter().map(|(id, (since, _))| (id, *since));
+        let spent: Vec<u64> = running.chain(hidden).map(spent).collect();
+        let left = all.saturating_sub(spent.iter().sum()) / under_way as u64;
+        let most = longest.saturating_sub(spent.into_iter().max().unwrap_or_default());
+        let left = Duration::from_millis(left.max(most));
+        (left >= Duration::from_secs(1)).then_some(left)
     }
 
     fn line(&self, text: &str) {

@@ -132,9 +132,48 @@ fn the_shell_completes_steps_runs_and_kinds() {
     has(&["--from", ""], "count");
     has(&["why", "s"], "strip");
     has(&["steps", "fin"], "finetune");
+    project.write(
+        "other.yaml",
+        "name: o\nsteps:\n  elsewhere:\n    run: echo > \"$out\"\n    out: { out: out }\n",
+    );
+    has(&["other.yaml", "--from", ""], "elsewhere");
+    has(&["why", "else", "other.yaml"], "elsewhere");
     has(&["cache", ""], "verify");
     let run = project.run(&["runs", "--json"]).events()[0]["run"].clone();
     has(&["show", ""], run.as_str().unwrap());
+}
+
+#[test]
+fn a_full_output_is_an_error_with_a_message() {
+    let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
+        eprintln!("skipped: there is no /dev/full");
+        return;
+    };
+    let project = Project::shell();
+    project.run(&["pipeline.yaml"]).ok();
+    let commands: [&[&str]; 8] = [
+        &["pipeline.yaml", "--json"],
+        &["pipeline.yaml", "--json", "--force"],
+        &["runs"],
+        &["show"],
+        &["graph"],
+        &["steps"],
+        &["schema"],
+        &["deploy", "targets"],
+    ];
+    for args in commands {
+        let mut command = project.command(args);
+        let run = command.stdout(full.try_clone().unwrap()).output().unwrap();
+        let run = Run::of(run);
+        assert_eq!(run.code, Some(1), "{args:?}: {}", run.stderr);
+        assert!(
+            run.stderr.contains("No space left on device"),
+            "{args:?}: {}",
+            run.stderr
+        );
+        assert!(!run.stderr.contains("panicked"), "{args:?}: {}", run.stderr);
+    }
+    assert_eq!(project.run(&["runs", "--json"]).ok().events().len(), 3);
 }
 
 #[test]

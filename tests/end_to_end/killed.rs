@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use crate::project::{Project, Run};
 
-/// A command that a kill leaves behind ends with the project's folder.
 const SLOW: &str = "\
 name: slow
 steps:
@@ -65,6 +64,35 @@ fn a_killed_run_goes_on_where_it_was() {
     assert_eq!(run.steps("cached"), ["quick"]);
     assert_eq!(run.steps("ran"), ["slow"]);
     assert_eq!(project.read("result.txt"), "done\nend\n");
+}
+
+#[test]
+fn the_command_of_a_killed_run_does_not_live_on() {
+    let project = Project::new();
+    let pid = project.path("pid");
+    let text = format!(
+        "name: k\nsteps:\n  s:\n    run: echo $$ > \"$PID.new\"; mv \"$PID.new\" \"$PID\"; sleep 100 & wait\n    out: {{ out: out }}\n    env: {{ PID: {} }}\n",
+        pid.display()
+    );
+    project.write("pipeline.yaml", &text);
+    let mut child = project
+        .command(&["pipeline.yaml"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !pid.exists() {
+        assert!(Instant::now() < deadline, "the command did not start");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    signal(&child, "-KILL");
+    child.wait().unwrap();
+    let stat = format!("/proc/{}/stat", project.read("pid").trim());
+    let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+    while lives() {
+        assert!(Instant::now() < deadline, "the command lives on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

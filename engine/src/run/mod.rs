@@ -21,7 +21,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::{Cache, CacheError, CacheReader};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -42,6 +42,9 @@ use crate::step::{Cancel, StepError, StepSummary, World};
 
 /// Events written at once, when they come faster than they can be written.
 const EVENTS_AT_ONCE: usize = 256;
+/// While events come faster than this, they are gathered for so long before they are written:
+/// each write wakes two threads.
+const GATHER: Duration = Duration::from_millis(10);
 
 /// What to run and how.
 #[derive(Debug, Clone)]
@@ -248,7 +251,17 @@ fn record(
 ) -> std::io::Result<()> {
     let mut written = Ok(());
     let mut batch = Vec::new();
+    let mut last = None;
     while from_run.blocking_recv_many(&mut batch, EVENTS_AT_ONCE) > 0 {
+        if last.is_some_and(|at: Instant| at.elapsed() < GATHER) {
+            std::thread::sleep(GATHER);
+            while batch.len() < EVENTS_AT_ONCE
+                && let Ok(event) = from_run.try_recv()
+            {
+                batch.push(event);
+            }
+        }
+        last = Some(Instant::now());
         if written.is_ok() {
             written = recorder.append(&batch);
         }

@@ -1,11 +1,13 @@
 //! [`EventReporter`]: turns what a step reports into events and log lines.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::event::RunEvent;
@@ -44,6 +46,31 @@ impl Mask {
             }
         }
         text
+    }
+
+    /// The metrics with every secret's value replaced in their texts and names.
+    pub(super) fn metrics(&self, metrics: BTreeMap<String, Value>) -> BTreeMap<String, Value> {
+        if self.0.is_empty() {
+            return metrics;
+        }
+        let entries = metrics.into_iter();
+        entries
+            .map(|(name, value)| (self.apply(&name), self.value(value)))
+            .collect()
+    }
+
+    fn value(&self, value: Value) -> Value {
+        match value {
+            Value::String(text) => Value::String(self.apply(&text)),
+            Value::Array(items) => items.into_iter().map(|v| self.value(v)).collect(),
+            Value::Object(entries) => entries
+                .into_iter()
+                .map(|(name, value)| (self.apply(&name), self.value(value)))
+                .collect(),
+            // A secret of digits alone is a number here.
+            Value::Number(n) if self.0.contains(&n.to_string()) => Value::from("***"),
+            other => other,
+        }
     }
 }
 
@@ -118,5 +145,19 @@ mod tests {
         assert_eq!(mask.apply("key-2, key, none"), "***, ***, none");
         let mask = Mask::new(["first line\n}\nlast line".to_owned()]);
         assert_eq!(mask.apply("a last line }"), "a *** }");
+    }
+
+    #[test]
+    fn metrics_hide_secrets_wherever_they_stand() {
+        let mask = Mask::new(["key".to_owned(), "12345".to_owned()]);
+        let shown = |value: serde_json::Value| {
+            let metrics = BTreeMap::from([("a key".to_owned(), value)]);
+            serde_json::to_string(&mask.metrics(metrics)).unwrap_or_default()
+        };
+        let nested = serde_json::json!({ "key": ["my key", 12345, 0.5, null] });
+        assert_eq!(
+            shown(nested),
+            r#"{"a ***":{"***":["my ***","***",0.5,null]}}"#
+        );
     }
 }

@@ -27,7 +27,7 @@ use super::room::Room;
 use super::state::{ItemState, Phase, State, StepState};
 use super::worker::{End, Looked, Trouble, UNCHANGED, Worker};
 use super::{Outputs, RunOptions, RunSummary, Selection};
-use crate::dag::{data_predecessors, predecessors};
+use crate::dag::{data_predecessors, predecessors, required_predecessors};
 use crate::event::{RunEvent, StepStatus};
 use crate::expansion::{ActionRequest, expand, gather, kind_of};
 use crate::pipeline::{Action, Pipeline, StepNode};
@@ -110,6 +110,7 @@ impl Scheduler {
                 state: State::Waiting,
                 missing: places(predecessors(step)),
                 data: places(data_predecessors(step)),
+                required: places(required_predecessors(step)),
                 after: Vec::new(),
                 items: Vec::new(),
                 left: 0,
@@ -455,7 +456,7 @@ impl Scheduler {
                     State::Failed => {
                         self.give_up(i, &format!("needs `{name}`, which did not finish"), true);
                     }
-                    State::Unwanted if self.steps[i].data.contains(&before) => {
+                    State::Unwanted if self.steps[i].required.contains(&before) => {
                         self.give_up(i, &format!("needs `{name}`, which was skipped"), false);
                     }
                     State::Done | State::Unwanted => self.arrived(i, before),

@@ -62,6 +62,8 @@ pub(super) struct StepState {
     pub(super) missing: BTreeSet<usize>,
     /// Steps before it that give it data.
     pub(super) data: BTreeSet<usize>,
+    /// Those of them that it cannot do without.
+    pub(super) required: BTreeSet<usize>,
     pub(super) after: Vec<usize>,
     pub(super) items: Vec<ItemState>,
     /// Items that are not over.

@@ -22,6 +22,7 @@ pub use process::Process;
 
 use crate::pipeline::{RunnerKind, StepNode};
 use crate::step::{Step, StepContext, StepError, StepOutcome, World};
+use crate::warden::Warden;
 
 /// Where the work of a step kind is done.
 pub trait Runner {
@@ -33,10 +34,17 @@ pub trait Runner {
 }
 
 /// The runner that a step asks for.
-pub(crate) fn runner_of(node: &StepNode, world: &World) -> Box<dyn Runner> {
+pub(crate) fn runner_of<'a>(
+    node: &StepNode,
+    world: &World,
+    warden: &'a Warden,
+) -> Box<dyn Runner + 'a> {
     match node.runner {
         RunnerKind::Inline => Box::new(Inline),
-        RunnerKind::Process => Box::new(Process::new(&world.exe, node.resources.memory)),
+        RunnerKind::Process => {
+            let process = Process::new(&world.exe, node.resources.memory);
+            Box::new(process.guarded_by(warden))
+        }
     }
 }
 

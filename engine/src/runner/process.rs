@@ -2,22 +2,22 @@
 //!
 //! Invariant: when [`Process::run`] returns, the process and what it started in its group are gone.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use super::Runner;
 use super::protocol::{StepMessage, StepRequest};
-use crate::sandbox::{LAST_WORDS, Tail, ended_within, follow, signal};
+use crate::child::{LAST_WORDS, Tail, ended_within, follow, signal};
 use crate::step::{Step, StepContext, StepError, StepOutcome, StepReporter};
+use crate::warden::Warden;
 
 /// How long work that was asked to stop has to do so.
 pub(super) const GRACE: Duration = Duration::from_secs(5);
@@ -25,14 +25,16 @@ pub(super) const GRACE: Duration = Duration::from_secs(5);
 const OUT_OF_MEMORY: &str = "memory allocation of";
 
 /// Works in a process of its own.
-pub struct Process {
+pub struct Process<'a> {
     program: PathBuf,
     args: Vec<OsString>,
     /// Bytes; zero means no bound.
     memory: u64,
+    /// Ends it when this process is killed.
+    warden: Option<&'a Warden>,
 }
 
-impl Process {
+impl<'a> Process<'a> {
     /// Starts `program step exec`. `memory` in bytes; zero means no bound.
     #[must_use]
     pub fn new(program: &Path, memory: u64) -> Self {
@@ -44,6 +46,14 @@ impl Process {
             program: program.to_owned(),
             args: args.iter().map(OsString::from).collect(),
             memory,
+            warden: None,
+        }
+    }
+
+    pub(super) fn guarded_by(self, warden: &'a Warden) -> Self {
+        Self {
+            warden: Some(warden),
+            ..self
         }
     }
 
@@ -64,9 +74,7 @@ impl Process {
 
     /// The error of a process that gave no response.
     fn crashed(&self, status: ExitStatus, tail: &Tail) -> StepError {
-        let tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-        let last: Vec<&str> = tail.iter().map(String::as_str).collect();
-        let last = last.join("\n");
+        let last = tail.text();
         if self.memory > 0 && last.contains(OUT_OF_MEMORY) {
             let bound = self.memory as f64 / 1e6;
             let text = format!("needs more memory than its `resources.memory` of {bound:.0} MB");
@@ -77,12 +85,13 @@ impl Process {
     }
 }
 
-impl Runner for Process {
+impl Runner for Process<'_> {
     fn run(&self, step: &dyn Step, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let request = serde_json::to_string(&StepRequest::new(step, ctx, self.memory))
             .map_err(|e| StepError::failed(format!("the request cannot be written: {e}")))?;
         let mut child = self.spawn(ctx)?;
-        let tail: Tail = Arc::new(Mutex::new(VecDeque::new()));
+        let guarded = self.warden.map(|warden| warden.guard(child.id()));
+        let tail = Arc::new(Tail::default());
         let logged = child
             .stderr
             .take()
@@ -94,14 +103,15 @@ impl Runner for Process {
             let _ = writeln!(stdin, "{request}");
         }
         let asked = || ctx.cancel.is_cancelled().then_some(());
-        let stopped = ended_within(&child, None, asked).is_some();
+        let stopped = ended_within(&child, None, None, asked).is_some();
         drop(stdin);
         if stopped {
             let killed = || ctx.cancel.is_killed().then_some(());
-            ended_within(&child, Some(GRACE), killed);
+            ended_within(&child, None, Some(GRACE), killed);
         }
         // It was not reaped yet, so its group's number is still its own.
         signal(&child, Signal::SIGKILL);
+        drop(guarded);
         let status = child
             .wait()
             .map_err(|e| StepError::failed(format!("cannot wait for the step's process: {e}")))?;

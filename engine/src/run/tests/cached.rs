@@ -7,7 +7,7 @@ use serde_json::json;
 use super::diamond;
 use crate::pipeline::{CachePolicy, StepNode};
 use crate::plan::{Plan, PlanStatus};
-use crate::step::StepError;
+use crate::step::{Port, StepError};
 use crate::testing::{Bench, Toy, node, uses};
 
 /// Stale for one reason.
@@ -314,4 +314,37 @@ fn when_skips_a_step_and_those_that_need_its_outputs() {
     assert!(ran.summary.ok && ran.summary.skipped == 2);
     assert_eq!(ran.why("a"), "its `when` is false");
     assert_eq!(ran.why("b"), "needs `a`, which was skipped");
+}
+
+#[test]
+fn a_step_runs_without_what_only_an_optional_port_would_read() {
+    let bench = Bench::new().unwrap();
+    let mut join = Toy::join();
+    join.inputs = vec![
+        Port::new("x", "any", "").optional(),
+        Port::new("y", "any", ""),
+    ];
+    let join = Arc::new(join);
+    let step = |name: &str, action: &Arc<Toy>| uses(name, action.clone());
+    let skipped = |name: &str| node(name).change(|s| s.when = Some("false".into()));
+    let steps = [
+        skipped("gone"),
+        node("there").text("t"),
+        step("lacks", &join)
+            .input("x", "gone.out")
+            .input("y", "there.out"),
+        step("needs", &join)
+            .input("x", "there.out")
+            .input("y", "gone.out"),
+    ];
+    let status = |at: usize| bench.plan(&steps).steps[at].status.clone();
+    assert!(matches!(status(2), PlanStatus::Pending { .. }));
+    let ran = bench.run(&steps);
+    assert_eq!(
+        ran.ends(),
+        ["gone skipped", "lacks ran", "needs skipped", "there ran"]
+    );
+    assert!(ran.summary.ok);
+    assert_eq!(status(2), PlanStatus::Fresh);
+    assert_eq!(bench.run(&steps).summary.cached, 2);
 }

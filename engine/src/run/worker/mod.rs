@@ -7,6 +7,7 @@
 
 mod outputs;
 mod watchdog;
+mod workplace;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,12 +16,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
-use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, Scratch};
+use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent};
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
 use outputs::{command_metrics, inside};
 use watchdog::Watchdog;
+use workplace::{Shape, Workplaces};
 
 use super::reporter::{EventReporter, Mask};
 use crate::event::RunEvent;
@@ -36,6 +38,7 @@ use crate::step::{
     Cancel, InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
     StepSummary, World,
 };
+use crate::warden::Warden;
 use crate::why::{Cause, why};
 
 /// Longest wait between two attempts.
@@ -59,6 +62,8 @@ pub(super) struct Worker {
     pub(super) cancel: Cancel,
     expressions: Expressions,
     mask: Mask,
+    warden: Warden,
+    workplaces: Workplaces,
 }
 
 /// Inputs by port, where a step finds them.
@@ -131,6 +136,8 @@ impl Worker {
             cancel,
             expressions,
             mask,
+            warden: Warden::new(cache),
+            workplaces: Workplaces::new(cache),
         }
     }
 
@@ -295,19 +302,19 @@ impl Worker {
         finished: &Arc<Vec<StepSummary>>,
     ) -> Result<ActionResult, Trouble> {
         let started = Instant::now();
-        let scratch = self.cache.scratch().map_err(cache_error)?;
-        let reporter: Arc<dyn StepReporter> = Arc::new(self.reporter(&request.id));
-        let out_dir = folder(scratch.path(), "out")?;
-        let (inputs, loans) = if keyed.inputs.is_empty() {
-            (BTreeMap::new(), Vec::new())
-        } else {
-            self.link_inputs(keyed, &folder(scratch.path(), "in")?)?
+        let shape = Shape {
+            inputs: !keyed.inputs.is_empty(),
+            work: matches!(request.node.action, Action::Uses(_)),
         };
+        let place = self.workplaces.take(shape).map_err(cache_error)?;
+        let reporter: Arc<dyn StepReporter> = Arc::new(self.reporter(&request.id));
+        let out_dir = place.path().join("out");
+        let (inputs, loans) = self.link_inputs(keyed, &place.path().join("in"))?;
         let cancel = self.cancel.child();
         let resume_path = self.cache.partial_path(&keyed.key);
         let outcome = match &request.node.action {
             Action::Run(_) => self
-                .run_command(request, inputs, &scratch, &cancel, &reporter)
+                .run_command(request, inputs, place.path(), &cancel, &reporter)
                 .map_err(|error| may_pass(error, &request.node))
                 .and_then(|()| command_metrics(request, &out_dir))
                 .map(|metrics| StepOutcome {
@@ -321,7 +328,7 @@ impl Worker {
                     world: self.lookup.world.clone(),
                     inputs,
                     out_dir: out_dir.clone(),
-                    work_dir: folder(scratch.path(), "work")?,
+                    work_dir: place.path().join("work"),
                     resume_path: resume_path.clone(),
                     started_at: SystemTime::now(),
                     completions: self.cache.completions(),
@@ -342,7 +349,7 @@ impl Worker {
             key: keyed.key,
             manifest: keyed.manifest.to_value(),
             outputs,
-            metrics: outcome.metrics,
+            metrics: self.mask.metrics(outcome.metrics),
             took_ms: millis(started),
             finished_at: timestamp(SystemTime::now()),
             label: History::label(&self.pipeline, &request.id),
@@ -363,7 +370,7 @@ impl Worker {
         let watch = node
             .timeout
             .map(|limit| Watchdog::start(limit, ctx.cancel.clone()));
-        let outcome = runner_of(node, &ctx.world).run(step, ctx);
+        let outcome = runner_of(node, &ctx.world, &self.warden).run(step, ctx);
         let late = watch.and_then(Watchdog::stop);
         match outcome {
             Ok(outcome) => Ok(outcome),
@@ -382,7 +389,7 @@ impl Worker {
         &self,
         request: &ActionRequest,
         inputs: Placed,
-        scratch: &Scratch,
+        folder: &Path,
         cancel: &Cancel,
         reporter: &Arc<dyn StepReporter>,
     ) -> Result<(), StepError> {
@@ -397,16 +404,17 @@ impl Worker {
         }));
         for (port, path) in &request.node.out_paths {
             env.insert(port.clone(), format!("out/{path}"));
-            let place = inside(&scratch.path().join("out"), path)?;
+            let place = inside(&folder.join("out"), path)?;
             if let Some(parent) = place.parent().filter(|_| path.contains('/')) {
                 std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
             }
         }
         Sandbox {
             command: request.command.as_deref().unwrap_or_default(),
-            folder: scratch.path(),
+            folder,
             env,
             timeout: request.node.timeout,
+            warden: &self.warden,
         }
         .run(cancel, reporter)
     }
@@ -504,12 +512,6 @@ impl Worker {
         }
         Ok(())
     }
-}
-
-fn folder(parent: &Path, name: &str) -> Result<PathBuf, StepError> {
-    let path = parent.join(name);
-    std::fs::create_dir(&path).map_err(|e| StepError::io(&path, &e))?;
-    Ok(path)
 }
 
 /// Nobody knows why a command failed: one that declares `retry` says itself that it may pass.

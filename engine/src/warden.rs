@@ -1,0 +1,155 @@
+//! [`Warden`]: ends the commands of a run that was itself killed.
+//!
+//! Nothing can act when it is killed with SIGKILL. So with the first command a shell is
+//! started that waits for a pipe which this process alone holds open. The pipe closes
+//! when this process ends, however it does; then the shell kills the process groups that
+//! a table still names. The table is a file of places of one length: a command costs
+//! two small writes to it, and wakes nobody.
+//!
+//! Knows no step. Invariant: a group stands in the table from just after its start until
+//! just before its leader is reaped, so the number in it is never another's.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use flowrun_cache::{Cache, Scratch};
+
+/// Reads the table once standard input is at its end.
+const SCRIPT: &str = "exec 3< \"$1\"; read -r _; while read -r group <&3; do \
+case $group in [1-9]*) kill -s KILL -- \"-$group\";; esac; done";
+/// Bytes of a place in the table, with its line's end.
+const PLACE: usize = 12;
+
+/// Ends what still runs when this process is killed.
+#[derive(Debug)]
+pub(crate) struct Warden {
+    cache: Arc<Cache>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Asleep,
+    Awake(Watch),
+    /// It could not be started: commands outlive a killed run.
+    Missing,
+}
+
+#[derive(Debug)]
+struct Watch {
+    table: File,
+    /// Places that were used and are free.
+    free: Vec<u64>,
+    places: u64,
+    shell: Child,
+    /// Holds the table.
+    _folder: Scratch,
+}
+
+/// A process group is watched until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Guarded<'a> {
+    warden: &'a Warden,
+    place: Option<u64>,
+}
+
+impl Warden {
+    /// Its table lies in this cache.
+    pub(crate) fn new(cache: &Arc<Cache>) -> Self {
+        Self {
+            cache: Arc::clone(cache),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Begins to watch a process group that was just started. To be dropped before its
+    /// leader is reaped.
+    pub(crate) fn guard(&self, group: u32) -> Guarded<'_> {
+        let mut state = self.lock();
+        if matches!(*state, State::Asleep) {
+            *state = Watch::start(&self.cache).map_or_else(
+                |error| {
+                    tracing::warn!("commands would outlive a killed run: {error}");
+                    State::Missing
+                },
+                State::Awake,
+            );
+        }
+        let place = match &mut *state {
+            State::Awake(watch) => watch.add(group),
+            State::Asleep | State::Missing => None,
+        };
+        Guarded {
+            warden: self,
+            place,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Guarded<'_> {
+    fn drop(&mut self) {
+        if let (Some(place), State::Awake(watch)) = (self.place, &mut *self.warden.lock()) {
+            watch.write(place, "");
+            watch.free.push(place);
+        }
+    }
+}
+
+impl Watch {
+    fn start(cache: &Cache) -> io::Result<Self> {
+        let folder = cache.scratch().map_err(io::Error::other)?;
+        let path = std::path::absolute(folder.path().join("groups"))?;
+        let table = File::create(&path)?;
+        let shell = Command::new("/bin/sh")
+            .args(["-c", SCRIPT, "flowrun-warden"])
+            .arg(&path)
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            // What a terminal sends to this process's group is not for it.
+            .process_group(0)
+            .spawn()?;
+        Ok(Self {
+            table,
+            free: Vec::new(),
+            places: 0,
+            shell,
+            _folder: folder,
+        })
+    }
+
+    fn add(&mut self, group: u32) -> Option<u64> {
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.places += 1;
+            self.places - 1
+        });
+        self.write(place, &group.to_string()).then_some(place)
+    }
+
+    fn write(&self, place: u64, text: &str) -> bool {
+        let line = format!("{text:<0$}\n", PLACE - 1);
+        let at = place * PLACE as u64;
+        // A disk that is full fails the step by itself.
+        self.table.write_all_at(line.as_bytes(), at).is_ok()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // The pipe closes, and with an empty table the shell has nothing to do.
+        drop(self.shell.stdin.take());
+        // It is ours and there: there is nothing to tell.
+        let _ = self.shell.wait();
+    }
+}
