@@ -53,6 +53,7 @@ impl Sandbox<'_> {
         cancel: &Cancel,
         reporter: &Arc<dyn StepReporter>,
     ) -> Result<(), StepError> {
+        self.warden.wake();
         let mut child = Command::new("/bin/sh")
             .args(["-eu", "-c", self.command])
             .current_dir(self.folder)

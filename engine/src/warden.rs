@@ -1,16 +1,17 @@
 //! [`Warden`]: ends the commands of a run that was itself killed.
 //!
-//! Nothing can act when it is killed with SIGKILL. So with the first command a shell is
-//! started that waits for a pipe which this process alone holds open. The pipe closes
-//! when this process ends, however it does; then the shell kills the process groups that
-//! a table still names. The table is a file of places of one length: a command costs
-//! two small writes to it, and wakes nobody.
+//! Nothing can act when it is killed with SIGKILL. So before the first command a shell is
+//! started that waits for a pipe which this process alone holds open. When the pipe closes
+//! without a word, this process was killed: the shell kills the process groups that a table
+//! names, and whatever works in a folder of the cache, which finds a command that was not
+//! entered yet. The table is a file of places of one length: a command costs two small
+//! writes to it, and wakes nobody.
 //!
 //! Knows no step. Invariant: a group stands in the table from just after its start until
 //! just before its leader is reaped, so the number in it is never another's.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -18,9 +19,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::{Cache, Scratch};
 
-/// Reads the table once standard input is at its end.
-const SCRIPT: &str = "exec 3< \"$1\"; read -r _; while read -r group <&3; do \
-case $group in [1-9]*) kill -s KILL -- \"-$group\";; esac; done";
+/// What the shell does: `$1` is the table, `$2` the folder in which commands work. It looks
+/// several times: a command may be between its start and its folder.
+const SCRIPT: &str = r#"
+exec 3< "$1"
+read -r word && exit
+while read -r group <&3; do
+    case $group in [1-9]*) kill -s KILL -- "-$group" ;; esac
+done
+for round in 1 2 3; do
+    for process in /proc/[1-9]*; do
+        case $(readlink "$process/cwd") in
+        "$2"/*) kill -s KILL -- "-${process#/proc/}" "${process#/proc/}" ;;
+        esac
+    done
+    sleep 0.2
+done
+"#;
 /// Bytes of a place in the table, with its line's end.
 const PLACE: usize = 12;
 
@@ -67,9 +82,8 @@ impl Warden {
         }
     }
 
-    /// Begins to watch a process group that was just started. To be dropped before its
-    /// leader is reaped.
-    pub(crate) fn guard(&self, group: u32) -> Guarded<'_> {
+    /// To be called before a process is started that is to be guarded.
+    pub(crate) fn wake(&self) {
         let mut state = self.lock();
         if matches!(*state, State::Asleep) {
             *state = Watch::start(&self.cache).map_or_else(
@@ -80,6 +94,12 @@ impl Warden {
                 State::Awake,
             );
         }
+    }
+
+    /// Begins to watch a process group that was just started. To be dropped before its
+    /// leader is reaped.
+    pub(crate) fn guard(&self, group: u32) -> Guarded<'_> {
+        let mut state = self.lock();
         let place = match &mut *state {
             State::Awake(watch) => watch.add(group),
             State::Asleep | State::Missing => None,
@@ -107,12 +127,15 @@ impl Drop for Guarded<'_> {
 impl Watch {
     fn start(cache: &Cache) -> io::Result<Self> {
         let folder = cache.scratch().map_err(io::Error::other)?;
-        let path = std::path::absolute(folder.path().join("groups"))?;
+        let place = folder.path().canonicalize()?;
+        let path = place.join("groups");
         let table = File::create(&path)?;
         let shell = Command::new("/bin/sh")
             .args(["-c", SCRIPT, "flowrun-warden"])
             .arg(&path)
+            .arg(place.parent().unwrap_or(&place))
             .env_clear()
+            .env("PATH", "/usr/bin:/bin")
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -147,8 +170,10 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // The pipe closes, and with an empty table the shell has nothing to do.
-        drop(self.shell.stdin.take());
+        if let Some(mut stdin) = self.shell.stdin.take() {
+            // If it does not hear this, it looks for processes that are not there.
+            let _ = stdin.write_all(b"over\n");
+        }
         // It is ours and there: there is nothing to tell.
         let _ = self.shell.wait();
     }

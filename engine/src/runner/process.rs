@@ -89,6 +89,9 @@ impl Runner for Process<'_> {
     fn run(&self, step: &dyn Step, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let request = serde_json::to_string(&StepRequest::new(step, ctx, self.memory))
             .map_err(|e| StepError::failed(format!("the request cannot be written: {e}")))?;
+        if let Some(warden) = self.warden {
+            warden.wake();
+        }
         let mut child = self.spawn(ctx)?;
         let guarded = self.warden.map(|warden| warden.guard(child.id()));
         let tail = Arc::new(Tail::default());
