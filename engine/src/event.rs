@@ -101,6 +101,13 @@ pub enum RunEvent {
         #[serde(skip_serializing_if = "Option::is_none", default)]
         help: Option<String>,
     },
+    /// Steps that ended as an earlier run recorded it, one event in JSON a line. In a record
+    /// and on standard output these lines stand in its place.
+    #[serde(skip)]
+    Recorded {
+        /// The lines.
+        lines: Vec<u8>,
+    },
     /// Last event.
     RunFinished {
         /// All steps ended well.

@@ -127,7 +127,7 @@ impl Lookup {
             observed,
             env: request.env.clone(),
             command: request.command.clone(),
-            files: self.named_files(request.command.as_deref())?,
+            files: self.named_files(&node.name, request.command.as_deref())?,
             out_paths: node.out_paths.clone(),
         };
         Ok(Keyed {
@@ -169,7 +169,7 @@ impl Lookup {
                             StepError::invalid(format!("input `{port}` of `{id}`: {e}"))
                         })?;
                         if let Some(memory) = &self.memory {
-                            memory.file(path, &artifact);
+                            memory.file(&request.node.name, path, &artifact);
                         }
                         (artifact, port.clone())
                     }
@@ -202,7 +202,11 @@ impl Lookup {
         self.store.put_path(&path)
     }
 
-    fn named_files(&self, command: Option<&str>) -> Result<BTreeMap<String, Digest>, StepError> {
+    fn named_files(
+        &self,
+        step: &str,
+        command: Option<&str>,
+    ) -> Result<BTreeMap<String, Digest>, StepError> {
         let mut files = BTreeMap::new();
         for word in file_words(command.unwrap_or_default()) {
             let path = self.root.join(word);
@@ -216,7 +220,7 @@ impl Lookup {
                         kind: ArtifactKind::File,
                         size: meta.len(),
                     };
-                    memory.file(Path::new(word), &artifact);
+                    memory.file(step, Path::new(word), &artifact);
                 }
             } else if let Some(memory) = &self.memory {
                 memory.absent(word);

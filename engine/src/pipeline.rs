@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use flowrun_cache::Digest;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::step::{Port, Step};
@@ -68,14 +69,22 @@ pub enum Action {
     Run(String),
 }
 
+impl Default for Action {
+    /// A command that does nothing.
+    fn default() -> Self {
+        Self::Run(String::new())
+    }
+}
+
 /// One step of a checked pipeline.
-#[derive(Clone)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct StepNode {
     /// Name, unique in the pipeline.
     pub name: String,
     /// `about:`.
     pub about: Option<String>,
-    /// What it does.
+    /// What it does. Written apart: a kind is found by its name.
+    #[serde(skip)]
     pub action: Action,
     /// `with`, resolved; defaults of the schema filled in; only `${{ … item … }}` is left as text.
     pub params: Value,
@@ -127,7 +136,7 @@ impl StepNode {
 }
 
 /// Where a step kind runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum RunnerKind {
     /// In flowrun's own process.
     #[default]
@@ -137,7 +146,7 @@ pub enum RunnerKind {
 }
 
 /// Where an input comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
     /// An output of another step. Of a `foreach` step, or of a list output: all items, in order.
     Output {
@@ -153,7 +162,7 @@ pub enum Source {
 }
 
 /// Fan-out: several variables are walked in step (zipped), so their lists must be of equal length.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Foreach {
     /// Variable to what it walks.
     pub vars: BTreeMap<String, ForeachList>,
@@ -162,7 +171,7 @@ pub struct Foreach {
 }
 
 /// What a `foreach` variable walks.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum ForeachList {
     /// Artifacts: outputs (lists are flattened) in the order given.
     Artifacts(Vec<Source>),
@@ -171,7 +180,7 @@ pub enum ForeachList {
 }
 
 /// Retry of transient errors with exponential backoff and jitter.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Retry {
     /// Further attempts after the first.
     pub times: u32,
@@ -180,7 +189,7 @@ pub struct Retry {
 }
 
 /// Demand on the machine. Zero means none declared.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Resources {
     /// CPU cores.
     pub cpu: f64,
@@ -191,7 +200,7 @@ pub struct Resources {
 }
 
 /// Whether results are reused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum CachePolicy {
     /// A result with the same action key is taken.
     #[default]

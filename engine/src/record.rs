@@ -110,6 +110,11 @@ impl RunRecorder {
     pub fn create(run_dir: &Path, plan: &RunPlan) -> std::io::Result<Self> {
         let mut text = serde_json::to_vec(plan)?;
         text.push(b'\n');
+        Self::with_plan(run_dir, &text)
+    }
+
+    /// The same with the text of a plan.
+    pub(crate) fn with_plan(run_dir: &Path, text: &[u8]) -> std::io::Result<Self> {
         std::fs::write(run_dir.join("plan.json"), text)?;
         File::create(run_dir.join("events.jsonl")).map(|file| Self { file })
     }
@@ -121,6 +126,10 @@ impl RunRecorder {
     pub fn append(&mut self, events: &[RunEvent]) -> std::io::Result<()> {
         let mut lines = Vec::new();
         for event in events {
+            if let RunEvent::Recorded { lines: earlier } = event {
+                lines.extend_from_slice(earlier);
+                continue;
+            }
             serde_json::to_writer(&mut lines, event)?;
             lines.push(b'\n');
         }
@@ -259,6 +268,7 @@ impl RunRecord {
                 self.took_ms = Some(took_ms);
             }
             RunEvent::StepExpanded { .. }
+            | RunEvent::Recorded { .. }
             | RunEvent::Progress { .. }
             | RunEvent::StepRetry { .. } => {}
         }

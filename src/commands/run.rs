@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use flowrun_cache::Cache;
 use flowrun_engine::event::RunEvent;
-use flowrun_engine::premises::{Unchanged, recall};
+use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
-use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline};
-use flowrun_engine::step::{Cancel, StepErrorKind};
+use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline, run_changed};
+use flowrun_engine::step::{Cancel, StepErrorKind, World};
 
 use crate::args::{GlobalArgs, RunArgs};
 use crate::commands::cache::{removed, retention};
@@ -23,35 +23,43 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     let asked = surroundings::ask(&args.select, global)?;
     let name = asked.run_name().filter(|_| is_plain(args));
     let mut cache = None;
+    let mut changed = None;
     if let Some(name) = name.filter(|n| !global.verbose && n.is_known(&global.cache_dir)) {
         let open = cache.insert(surroundings::hold_cache(global, wait(global))?);
-        if let Some(unchanged) = recall(open, name, &asked.vocabulary, &asked.world) {
-            surroundings::remember(&asked.file, open.dir());
-            let summary = finish(&unchanged, open, global)?;
-            tidy(open, args, &summary, global);
-            return Ok(exit_of(&summary));
+        match recall(open, name, &asked.vocabulary, &asked.world) {
+            Some(Recalled::Unchanged(unchanged)) => {
+                surroundings::remember(&asked.file, open.dir());
+                let summary = finish(&unchanged, open, global)?;
+                tidy(open, args, &summary, global);
+                return Ok(exit_of(&summary));
+            }
+            found => changed = found,
         }
     }
-    let loaded = asked.load()?;
     let options = RunOptions {
         remember: name,
         keep_going: args.keep_going,
         ..surroundings::run_options(args.jobs, &args.scope)
     };
-    if args.dry_run {
-        return plan::show(&loaded, &options, global);
+    let file = asked.file.clone();
+    let work = match changed {
+        Some(Recalled::Changed(changed)) => Work::Changed(Box::new(changed), asked.world),
+        _ => Work::Whole(asked.load()?),
+    };
+    if let (Work::Whole(loaded), true) = (&work, args.dry_run) {
+        return plan::show(loaded, &options, global);
     }
     let cache = match cache {
         Some(held) => Arc::new(held),
         None => Arc::new(surroundings::hold_cache(global, wait(global))?),
     };
-    surroundings::remember(&loaded.pipeline.file, cache.dir());
+    surroundings::remember(&file, cache.dir());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(options.jobs + 8)
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);
-    let summary = runtime.block_on(drive(loaded, held, options, global))?;
+    let summary = runtime.block_on(drive(work, held, options, global))?;
     tidy(&cache, args, &summary, global);
     Ok(exit_of(&summary))
 }
@@ -94,19 +102,35 @@ fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs
     }
 }
 
+/// What is to be run.
+enum Work {
+    Whole(Surroundings),
+    /// What changed files reach; and the world.
+    Changed(Box<Changed>, World),
+}
+
 async fn drive(
-    loaded: Surroundings,
+    work: Work,
     cache: Arc<Cache>,
     options: RunOptions,
     global: &GlobalArgs,
 ) -> Result<RunSummary, Failure> {
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
-    let reporter = Reporter::new(global, &loaded.pipeline);
+    let reporter = match &work {
+        Work::Whole(loaded) => Reporter::new(global, &loaded.pipeline),
+        Work::Changed(changed, _) => Reporter::new(global, &changed.pipeline()),
+    };
     let cancel = Cancel::default();
     tokio::spawn(stop_on_signal(cancel.clone(), reporter.teller()));
-    let pipeline = Arc::new(loaded.pipeline);
     let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
-    let summary = run_pipeline(pipeline, cache, loaded.world, options, cancel, events).await;
+    let summary = match work {
+        Work::Whole(Surroundings { pipeline, world }) => {
+            run_pipeline(Arc::new(pipeline), cache, world, options, cancel, events).await
+        }
+        Work::Changed(changed, world) => {
+            run_changed(*changed, cache, world, options, cancel, events).await
+        }
+    };
     // The reporter ends when the run's last sender is gone; its panic would be a bug of ours alone.
     let reported = reporting.await.unwrap_or(Ok(()));
     let summary = summary?;

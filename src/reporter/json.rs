@@ -13,7 +13,9 @@ pub(crate) struct JsonReporter {
 
 impl JsonReporter {
     pub(super) fn show(&mut self, event: &RunEvent) {
-        if let Ok(mut line) = serde_json::to_vec(event) {
+        if let RunEvent::Recorded { lines } = event {
+            self.write(lines);
+        } else if let Ok(mut line) = serde_json::to_vec(event) {
             line.push(b'\n');
             self.write(&line);
         }

@@ -104,6 +104,10 @@ impl TerminalReporter {
                 self.finished(step);
                 self.ended(event);
             }
+            RunEvent::Recorded { lines } => {
+                let lines = lines.iter().filter(|b| **b == b'\n').count();
+                self.run.inc(lines as u64);
+            }
             RunEvent::RunFinished { .. } => {
                 self.run.finish_and_clear();
                 eprint!("\n{}", self.table.render(Some(columns())));

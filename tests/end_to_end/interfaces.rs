@@ -137,7 +137,10 @@ fn the_shell_completes_steps_runs_and_kinds() {
         "name: o\nsteps:\n  elsewhere:\n    run: echo > \"$out\"\n    out: { out: out }\n",
     );
     has(&["other.yaml", "--from", ""], "elsewhere");
-    has(&["--cache-dir=x", "other.yaml", "--until", "else"], "elsewhere");
+    has(
+        &["--cache-dir=x", "other.yaml", "--until", "else"],
+        "elsewhere",
+    );
     has(&["cache", ""], "verify");
     let run = project.run(&["runs", "--json"]).events()[0]["run"].clone();
     has(&["show", ""], run.as_str().unwrap());

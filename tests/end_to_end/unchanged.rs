@@ -264,3 +264,98 @@ fn a_stamp_counts_only_once_the_file_has_settled() {
     assert!(!skipped && after.steps("ran").is_empty());
     assert!(project.read("results/all.txt").contains("apple"));
 }
+
+/// As an ordinary run goes, which knows nothing of the last one.
+fn ordinary(project: &Project) -> Run {
+    let _ = std::fs::remove_dir_all(project.path(".flowrun/premises"));
+    let run = project.run(&["pipeline.yaml", "--json"]);
+    assert!(run.code == Some(0) || run.code == Some(4), "{}", run.stderr);
+    run
+}
+
+#[test]
+fn a_changed_file_reaches_what_it_must_and_nothing_else() {
+    let (quick, plain) = (project(), project());
+    settle(&quick);
+    ordinary(&plain);
+    // What is changed, whether the run fails of it, and what runs again.
+    let edits: [(&str, &str, bool, &[&str]); 9] = [
+        (
+            "words.txt",
+            "# just a comment\napple\npear\n",
+            false,
+            &["strip"],
+        ),
+        (
+            "words.txt",
+            "apple\nplum\n",
+            false,
+            &["all", "each[1]", "each[2]", "strip"],
+        ),
+        ("words.txt", "# back\napple\npear\n", false, &["strip"]),
+        ("tool.sh", "exit 3\n", true, &[]),
+        ("tool.sh", "grep -v '^#' \"$1\" | sort\n", false, &["strip"]),
+        ("results/all.txt", "tampered\n", false, &[]),
+        ("results/tree/copy", "tampered\n", false, &[]),
+        (
+            "words.txt",
+            "pear\n",
+            false,
+            &["all", "each[1]", "each[2]", "strip"],
+        ),
+        ("words.txt", "# back\napple\npear\n", false, &[]),
+    ];
+    for (file, text, fails, ran) in edits {
+        for project in [&quick, &plain] {
+            project.write(file, text);
+        }
+        let mut command = quick.command(&["pipeline.yaml", "--json"]);
+        command.env("FLOWRUN_LOG", "flowrun_engine=debug");
+        let run = Run::of(command.output().unwrap());
+        let expected = ordinary(&plain);
+        assert_eq!(run.code, Some(if fails { 4 } else { 0 }), "{}", run.stderr);
+        let mut steps = run.steps("ran");
+        steps.sort();
+        assert_eq!(steps, ran, "{file}: {text}");
+        assert!(run.stderr.contains("only files changed"), "{file}: {text}");
+        assert_eq!(told(&run), told(&expected), "{file}: {text}");
+        for result in ["results/all.txt", "results/tree/copy"] {
+            assert_eq!(quick.read(result), plain.read(result), "{file}: {text}");
+        }
+        let id = run.events()[0]["run"].as_str().unwrap().to_owned();
+        let shown = |project: &Project| project.run(&["show"]).ok().stdout.lines().count();
+        assert_eq!(shown(&quick), shown(&plain));
+        let record = quick.read(&format!(".flowrun/runs/{id}/events.jsonl"));
+        assert_eq!(record, run.stdout);
+        if !fails {
+            assert!(self::run(&quick).1, "{file}: {text}");
+        }
+    }
+}
+
+#[test]
+fn a_step_that_lost_its_input_has_it_made_again() {
+    let project = Project::new();
+    project.write(
+        "pipeline.yaml",
+        "name: lost\nsteps:\n  first:\n    run: echo first > \"$out\"\n    out: { out: out }\n  last:\n    run: cat \"$one\" \"$two\" > \"$out\"\n    in: { one: first.out, two: { file: two.txt } }\n    out: { out: out }\n    publish: { out: result.txt }\n",
+    );
+    project.write("two.txt", "2\n");
+    settle(&project);
+    project.write("two.txt", "3\n");
+    let (run, _) = self::run(&project);
+    assert_eq!(run.steps("ran"), ["last"]);
+    let first = run.events();
+    let first = first
+        .iter()
+        .find(|e| e["step"] == "first" && e["outputs"].is_object());
+    let path = first.unwrap()["outputs"]["out"]["path"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    std::fs::remove_file(project.path(&path)).unwrap();
+    project.write("two.txt", "4\n");
+    let (run, _) = self::run(&project);
+    assert_eq!(run.steps("ran"), ["first", "last"]);
+    assert_eq!(project.read("result.txt"), "first\n4\n");
+}

@@ -1,12 +1,15 @@
 //! [`recall`]: whether everything that a run rested on still holds, and the run that
 //! has nothing to do.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
 use flowrun_cache::{ArtifactKind, ArtifactStore, Cache, CacheReader, Digest, FileStamp};
 
-use super::{ENTRY, FilePremise, ObjectPremise, Premises, RunName, VERSION, environment, write};
+use super::{
+    Changed, ENTRY, FilePremise, ObjectPremise, Premises, Remembered, RunName, environment, write,
+};
 use crate::event::RunEvent;
 use crate::record::{next_run_id, timestamp};
 use crate::run::{RunError, RunSummary};
@@ -15,64 +18,70 @@ use crate::vocabulary::Vocabulary;
 
 /// A run that has nothing to do.
 pub struct Unchanged {
-    head: Premises,
-    bytes: Vec<u8>,
+    remembered: Remembered,
     started: Instant,
 }
 
-/// The run of this name has nothing to do; `None` when it has, or that cannot be told.
+/// What is known of a run before its pipeline is read.
+pub enum Recalled {
+    /// It has nothing to do.
+    Unchanged(Unchanged),
+    /// Some files changed, and nothing else.
+    Changed(Changed),
+}
+
+/// What is known of the run of this name; `None` when it is to be an ordinary one.
 #[must_use]
 pub fn recall(
     cache: &Cache,
     name: RunName,
     vocabulary: &Vocabulary,
     world: &World,
-) -> Option<Unchanged> {
+) -> Option<Recalled> {
     let started = Instant::now();
     let bytes = std::fs::read(cache.dir().join(name.path())).ok()?;
-    let (head, rest) = parse(&bytes)?;
-    let (keys, rest) = rest.split_at_checked(head.keys)?;
-    let (objects, rest) = rest.split_at_checked(head.objects)?;
-    let (plan, events) = rest.split_at_checked(head.plan)?;
-    if events.len() != head.events {
-        return None;
-    }
+    let mut remembered = Remembered::parse(name, bytes)?;
     let mut checker = Checker {
         cache,
         world,
         now: SystemTime::now(),
         renewed: false,
+        changed: BTreeSet::new(),
     };
-    let files = checker.files(&head)?;
-    let holds = checker.sources(&head)
-        && checker.environment(&head)
-        && checker.absent(&head)
-        && observed(&head, vocabulary, world)
-        && checker.results(keys);
-    let table = holds.then(|| checker.objects(objects)).flatten()?;
+    let head = &remembered.head;
+    let files = checker.files(head)?;
+    let holds = checker.sources(head)
+        && checker.environment(head)
+        && checker.absent(head)
+        && observed(head, vocabulary, world)
+        && checker.results(remembered.keys());
+    let table = holds
+        .then(|| checker.objects(remembered.objects()))
+        .flatten()?;
+    remembered.head.files = files;
+    if !checker.changed.is_empty() {
+        tracing::debug!("only files changed since the last run");
+        let changed = Changed::read(cache, remembered, table, checker.changed, vocabulary);
+        return changed.map(Recalled::Changed);
+    }
     tracing::debug!("all premises of the last run hold");
-    let head = Premises { files, ..head };
     if checker.renewed {
         // What had to be hashed this time need not be the next.
-        write(cache, name, &head, &[keys, &table, plan, events]);
+        let old = &remembered;
+        let sections = [
+            old.table(),
+            old.keys(),
+            old.took(),
+            &table,
+            old.plan(),
+            old.events(),
+        ];
+        write(cache, name, &old.head, &sections);
     }
-    Some(Unchanged {
-        head,
-        bytes,
+    Some(Recalled::Unchanged(Unchanged {
+        remembered,
         started,
-    })
-}
-
-/// The head, and what follows it; `None` when a byte is wrong.
-fn parse(bytes: &[u8]) -> Option<(Premises, &[u8])> {
-    let (sum, body) = bytes.split_at_checked(65)?;
-    let sum = Digest::parse(std::str::from_utf8(sum.get(..64)?).ok()?)?;
-    if sum != Digest::of_bytes(body) {
-        return None;
-    }
-    let end = body.iter().position(|b| *b == b'\n')?;
-    let head: Premises = serde_json::from_slice(body.get(..end)?).ok()?;
-    (head.version == VERSION).then_some((head, body.get(end + 1..)?))
+    }))
 }
 
 fn observed(head: &Premises, vocabulary: &Vocabulary, world: &World) -> bool {
@@ -89,6 +98,8 @@ struct Checker<'a> {
     now: SystemTime,
     /// Something was hashed, and its stamp may count from now on.
     renewed: bool,
+    /// The steps of files that hold something else now.
+    changed: BTreeSet<usize>,
 }
 
 impl Checker<'_> {
@@ -115,24 +126,37 @@ impl Checker<'_> {
         files.map(|file| self.file(&head.root, file)).collect()
     }
 
+    /// The file with its stamp as it is now; `None` when it is gone.
     fn file(&mut self, root: &Path, file: &FilePremise) -> Option<FilePremise> {
         let path = root.join(&file.path);
         if file.artifact.kind == ArtifactKind::Tree {
-            let same = ArtifactStore::address_of(&path).is_ok_and(|a| a == file.artifact);
-            return same.then(|| file.clone());
+            let now = ArtifactStore::address_of(&path).ok()?;
+            self.compare(file, now == file.artifact);
+            return Some(file.clone());
         }
-        let stamp = FileStamp::of(&std::fs::metadata(&path).ok()?);
+        let meta = std::fs::metadata(&path).ok()?;
+        let stamp = FileStamp::of(&meta);
         if file.stamp == Some(stamp) {
             return Some(file.clone());
         }
-        let same = Digest::of_file(&path).is_ok_and(|d| d == file.artifact.digest);
+        if !meta.is_file() {
+            return None;
+        }
+        let same = Digest::of_file(&path).ok()? == file.artifact.digest;
+        self.compare(file, same);
         let settled = stamp.is_settled(self.now)
             && std::fs::metadata(&path).is_ok_and(|m| FileStamp::of(&m) == stamp);
-        self.renewed |= settled;
-        same.then(|| FilePremise {
-            stamp: settled.then_some(stamp),
+        self.renewed |= same && settled;
+        Some(FilePremise {
+            stamp: (same && settled).then_some(stamp),
             ..file.clone()
         })
+    }
+
+    fn compare(&mut self, file: &FilePremise, same: bool) {
+        if !same {
+            self.changed.extend(&file.steps);
+        }
     }
 
     fn results(&self, keys: &[u8]) -> bool {
@@ -177,12 +201,7 @@ impl Unchanged {
     /// The events of the steps, one JSON object a line.
     #[must_use]
     pub fn step_events(&self) -> &[u8] {
-        &self.bytes[self.bytes.len() - self.head.events..]
-    }
-
-    fn plan(&self) -> &[u8] {
-        let end = self.bytes.len() - self.head.events;
-        &self.bytes[end - self.head.plan..end]
+        self.remembered.events()
     }
 
     /// Writes the run's record. `tell` hears the first and the last event.
@@ -199,7 +218,7 @@ impl Unchanged {
         let newest = earlier.first().and_then(|dir| dir.file_name()?.to_str());
         let run_id = next_run_id(now, newest);
         let run_dir = cache.new_run_dir(&run_id)?;
-        let head = &self.head;
+        let head = &self.remembered.head;
         if let Some(report) = &head.report {
             let place = run_dir.join("report.html");
             cache.store().materialize(report, &place)?;
@@ -249,13 +268,7 @@ impl Unchanged {
         last: &RunEvent,
     ) -> std::io::Result<()> {
         use std::io::Write;
-        let plan = String::from_utf8_lossy(self.plan());
-        // The run's own id stands once, at the beginning.
-        let (before, after) = plan.split_once(PLACEHOLDER).unwrap_or((&plan, ""));
-        let mut file = std::fs::File::create(run_dir.join("plan.json"))?;
-        for part in [before, run_id, after] {
-            file.write_all(part.as_bytes())?;
-        }
+        std::fs::write(run_dir.join("plan.json"), self.remembered.plan_of(run_id))?;
         let mut file = std::fs::File::create(run_dir.join("events.jsonl"))?;
         let line = |event| {
             serde_json::to_vec(event).map(|mut l| {

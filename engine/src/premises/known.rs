@@ -16,6 +16,7 @@ use serde_json::Value;
 use crate::dag::predecessors;
 use crate::pipeline::{Action, Pipeline, StepNode};
 use crate::run::Outputs;
+use crate::step::Step;
 use crate::vocabulary::Vocabulary;
 
 /// The pipeline without its steps.
@@ -57,7 +58,7 @@ pub(crate) struct Known {
     bytes: Vec<u8>,
     head: Head,
     places: Vec<Place>,
-    kinds: Vocabulary,
+    kinds: BTreeMap<String, Arc<dyn Step>>,
 }
 
 struct Place {
@@ -104,7 +105,7 @@ impl Known {
         whole.then(|| Self {
             head,
             places,
-            kinds: kinds.clone(),
+            kinds: kinds.steps.clone(),
             bytes,
         })
     }
@@ -134,7 +135,10 @@ impl Known {
 
     /// The steps before a step.
     pub(crate) fn before(&self, step: usize) -> impl Iterator<Item = usize> {
-        self.places[step].before.iter().map(|&before| before as usize)
+        self.places[step]
+            .before
+            .iter()
+            .map(|&before| before as usize)
     }
 
     /// A step; `None` when its kind is not known here.
@@ -142,7 +146,7 @@ impl Known {
         let text = &self.bytes[self.places[step].node.clone()];
         let stored: Stored<StepNode> = serde_json::from_slice(text).ok()?;
         let action = match (stored.uses, stored.run) {
-            (Some(kind), None) => Action::Uses(Arc::clone(self.kinds.steps.get(kind.as_str())?)),
+            (Some(kind), None) => Action::Uses(Arc::clone(self.kinds.get(kind.as_str())?)),
             (None, Some(command)) => Action::Run(command),
             _ => return None,
         };
@@ -159,7 +163,10 @@ impl Known {
 
     /// The same, with other ends for some steps; `None` when none of them is another.
     pub(super) fn with(&self, ends: &BTreeMap<usize, Ended>) -> Option<Vec<u8>> {
-        if ends.iter().all(|(step, end)| self.ended(*step).as_ref() == Some(end)) {
+        if ends
+            .iter()
+            .all(|(step, end)| self.ended(*step).as_ref() == Some(end))
+        {
             return None;
         }
         let mut file = File::new(&self.head)?;

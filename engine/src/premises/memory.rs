@@ -7,7 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::{Artifact, Cache, Digest, FileStamp};
 
+use super::changed::Changed;
 use super::check::PLACEHOLDER;
+use super::known::{self, Ended};
 use super::{FilePremise, ObjectPremise, Observed, Premises, RunName, VERSION, environment, write};
 use crate::event::RunEvent;
 use crate::pipeline::{CachePolicy, Pipeline};
@@ -21,24 +23,48 @@ pub(crate) struct Memory(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    files: BTreeMap<PathBuf, Artifact>,
+    steps: BTreeMap<String, OfStep>,
+    files: BTreeMap<PathBuf, OfFile>,
     absent: BTreeSet<String>,
     observed: BTreeMap<Digest, Observed>,
     report: Option<Artifact>,
-    events: Vec<u8>,
-    keys: Vec<u8>,
-    objects: BTreeMap<Digest, Artifact>,
     /// Something happened that is not to be repeated.
     spoilt: bool,
 }
 
+/// What a step did.
+#[derive(Default)]
+struct OfStep {
+    events: Vec<u8>,
+    keys: Vec<u8>,
+    took: Vec<u8>,
+    objects: BTreeMap<Digest, Artifact>,
+    ended: Option<Ended>,
+}
+
+/// What a file held, and which steps saw it.
+struct OfFile {
+    artifact: Artifact,
+    steps: BTreeSet<String>,
+}
+
 impl Memory {
-    /// A file of the project was taken, or put there.
-    pub(crate) fn file(&self, path: &Path, artifact: &Artifact) {
+    /// A step took a file of the project, or put it there.
+    pub(crate) fn file(&self, step: &str, path: &Path, artifact: &Artifact) {
         let mut state = self.lock();
-        let before = state.files.insert(path.to_owned(), artifact.clone());
+        let known = state
+            .files
+            .entry(path.to_owned())
+            .or_insert_with(|| OfFile {
+                artifact: artifact.clone(),
+                steps: BTreeSet::new(),
+            });
+        if !known.steps.contains(step) {
+            known.steps.insert(step.to_owned());
+        }
         // It changed while the run went on.
-        state.spoilt |= before.is_some_and(|before| before != *artifact);
+        let changed = known.artifact != *artifact;
+        state.spoilt |= changed;
     }
 
     /// A word of a command names no file.
@@ -68,22 +94,32 @@ impl Memory {
         self.lock().spoilt = true;
     }
 
-    /// An event that the next run tells too.
-    pub(crate) fn event(&self, event: &RunEvent) {
+    /// An event of a step that the next run tells too.
+    pub(crate) fn event(&self, step: &str, event: &RunEvent) {
         let mut state = self.lock();
-        if serde_json::to_writer(&mut state.events, event).is_err() {
-            state.spoilt = true;
-        }
-        state.events.push(b'\n');
+        let events = &mut state.of(step).events;
+        let written = serde_json::to_writer(&mut *events, event).is_ok();
+        events.push(b'\n');
+        state.spoilt |= !written;
     }
 
-    /// An action ended with these outputs.
-    pub(crate) fn outputs(&self, key: &Digest, outputs: &Outputs) {
+    /// An action of a step ended with these outputs; its work took so long.
+    pub(crate) fn outputs(&self, step: &str, key: &Digest, outputs: &Outputs, took_ms: u64) {
         let mut state = self.lock();
-        state.keys.extend_from_slice(key.as_bytes());
+        let step = state.of(step);
+        step.keys.extend_from_slice(key.as_bytes());
+        step.took.extend_from_slice(&took_ms.to_le_bytes());
         for artifact in outputs.values().flat_map(|o| o.value.artifacts()) {
-            state.objects.insert(artifact.digest, artifact.clone());
+            step.objects.insert(artifact.digest, artifact.clone());
         }
+    }
+
+    /// A step ended with these outputs, or was skipped.
+    pub(crate) fn ended(&self, step: &str, outputs: Option<&Outputs>) {
+        self.lock().of(step).ended = Some(Ended {
+            name: step.to_owned(),
+            outputs: outputs.cloned(),
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -100,26 +136,15 @@ impl Memory {
         summary: &RunSummary,
         world: &World,
     ) {
-        let mut state = self.lock();
         let always = |s: &crate::pipeline::StepNode| s.cache == CachePolicy::Never;
         let whole = summary.ok
-            && !state.spoilt
             && plan.steps.len() == pipeline.steps.len()
             && !pipeline.steps.iter().any(always);
-        let Some(objects) = whole.then(|| objects(cache, &state.objects)).flatten() else {
+        let mut state = self.lock();
+        if !whole || state.spoilt {
             return;
-        };
-        let plan = RunPlan {
-            run: PLACEHOLDER.to_owned(),
-            ..plan.clone()
-        };
-        let Ok(mut plan) = serde_json::to_vec(&plan) else {
-            return;
-        };
-        plan.push(b'\n');
+        }
         let secrets: BTreeSet<&String> = pipeline.steps.iter().flat_map(|s| &s.secrets).collect();
-        let secrets: Vec<String> = secrets.into_iter().cloned().collect();
-        let files = std::mem::take(&mut state.files).into_iter();
         let head = Premises {
             version: VERSION,
             pipeline: pipeline.name.clone(),
@@ -128,39 +153,253 @@ impl Memory {
             skipped: summary.skipped,
             root: pipeline.root.clone(),
             sources: pipeline.sources.clone(),
-            environment: environment(world, &secrets),
-            secrets,
-            files: files
-                .map(|(path, artifact)| FilePremise {
-                    path,
-                    artifact,
-                    stamp: None,
-                })
-                .collect(),
-            absent: std::mem::take(&mut state.absent).into_iter().collect(),
-            observed: std::mem::take(&mut state.observed).into_values().collect(),
-            report: state.report.take(),
-            keys: state.keys.len(),
-            objects: objects.len(),
-            plan: plan.len(),
-            events: state.events.len(),
+            environment: Digest::of_bytes(&[]),
+            secrets: secrets.into_iter().cloned().collect(),
+            files: Vec::new(),
+            absent: Vec::new(),
+            observed: Vec::new(),
+            report: None,
+            graph: Digest::of_bytes(&[]),
+            keys: 0,
+            objects: 0,
+            plan: 0,
+            events: 0,
         };
-        write(
-            cache,
-            name,
-            &head,
-            &[&state.keys, &objects, &plan, &state.events],
-        );
+        let plan = RunPlan {
+            run: PLACEHOLDER.to_owned(),
+            ..plan.clone()
+        };
+        let numbers: BTreeMap<&str, usize> = pipeline
+            .steps
+            .iter()
+            .enumerate()
+            .map(|(at, step)| (step.name.as_str(), at))
+            .collect();
+        // What cannot be written leads to an ordinary run.
+        let _ = (|| {
+            let mut plan = serde_json::to_vec(&plan).ok()?;
+            plan.push(b'\n');
+            let mut sections = Sections::default();
+            for step in &pipeline.steps {
+                sections.add(cache, state.steps.get(&step.name)?)?;
+            }
+            let ends = state.steps.iter_mut();
+            let ends = ends.filter_map(|(name, step)| Some((name.clone(), step.ended.take()?)));
+            let steps = known::text(pipeline, &ends.collect())?;
+            let files = state.files.iter().map(|(path, file)| {
+                let steps = file.steps.iter();
+                FilePremise {
+                    path: path.clone(),
+                    artifact: file.artifact.clone(),
+                    stamp: None,
+                    steps: steps
+                        .filter_map(|s| numbers.get(s.as_str()).copied())
+                        .collect(),
+                }
+            });
+            let head = Premises {
+                environment: environment(world, &head.secrets),
+                files: files.collect(),
+                absent: std::mem::take(&mut state.absent).into_iter().collect(),
+                observed: std::mem::take(&mut state.observed).into_values().collect(),
+                report: state.report.take(),
+                graph: Digest::of_bytes(&steps),
+                ..head
+            };
+            cache.write_file(&name.steps_path(), &steps).ok()?;
+            sections.write(cache, name, head, &plan);
+            Some(())
+        })();
+    }
+
+    /// The same after a run in which only some files had changed.
+    pub(crate) fn keep_changed(&self, cache: &Cache, changed: &Changed, summary: &RunSummary) {
+        let mut state = self.lock();
+        if !summary.ok || state.spoilt {
+            return;
+        }
+        // What cannot be written leads to an ordinary run.
+        let _ = state.keep_changed(cache, changed, summary);
     }
 }
 
-/// The table of objects. None of them is trusted yet: the next run hashes each once.
-fn objects(cache: &Cache, artifacts: &BTreeMap<Digest, Artifact>) -> Option<Vec<u8>> {
+impl State {
+    fn of(&mut self, step: &str) -> &mut OfStep {
+        if !self.steps.contains_key(step) {
+            self.steps.insert(step.to_owned(), OfStep::default());
+        }
+        self.steps.entry(step.to_owned()).or_default()
+    }
+
+    fn keep_changed(
+        &mut self,
+        cache: &Cache,
+        changed: &Changed,
+        summary: &RunSummary,
+    ) -> Option<()> {
+        let old = &changed.remembered;
+        let reached = changed.reached().clone();
+        let names: BTreeMap<usize, &String> = reached.iter().map(|(n, i)| (*i, n)).collect();
+        let mut sections = Sections::default();
+        for step in 0..old.head.steps {
+            match names.get(&step) {
+                Some(name) => sections.add(cache, self.steps.get(*name)?)?,
+                None => sections.copy(changed, step),
+            }
+        }
+        let mut ends = BTreeMap::new();
+        for (step, name) in &names {
+            ends.insert(*step, self.steps.get_mut(*name)?.ended.take()?);
+        }
+        let steps = changed.ends(&ends);
+        let graph = steps.as_ref().map(|steps| Digest::of_bytes(steps));
+        let (observed, absent) = changed.outside();
+        self.absent.extend(absent.iter().cloned());
+        for one in observed {
+            let key = Digest::of_record("observed", &(&one.kind, &one.params));
+            self.observed.entry(key).or_insert_with(|| one.clone());
+        }
+        let head = Premises {
+            cached: summary.ran + summary.cached,
+            skipped: summary.skipped,
+            files: self.files(&old.head.files, &reached)?,
+            absent: std::mem::take(&mut self.absent).into_iter().collect(),
+            observed: std::mem::take(&mut self.observed).into_values().collect(),
+            report: self.report.take().or_else(|| old.head.report.clone()),
+            graph: graph.unwrap_or(old.head.graph),
+            ..old.head.clone()
+        };
+        if let Some(steps) = steps {
+            cache.write_file(&old.name.steps_path(), &steps).ok()?;
+        }
+        sections.write(cache, old.name, head, old.plan());
+        Some(())
+    }
+
+    /// The files of the steps that were not reached as they were, and those of the others anew.
+    fn files(
+        &mut self,
+        old: &[FilePremise],
+        reached: &BTreeMap<String, usize>,
+    ) -> Option<Vec<FilePremise>> {
+        let again: BTreeSet<usize> = reached.values().copied().collect();
+        let mut files = Vec::with_capacity(old.len());
+        for file in old {
+            let mut file = file.clone();
+            file.steps.retain(|step| !again.contains(step));
+            if let Some(new) = self.files.remove(&file.path) {
+                if new.artifact != file.artifact {
+                    // A step that was not reached saw something else.
+                    if !file.steps.is_empty() {
+                        return None;
+                    }
+                    file.artifact = new.artifact;
+                    file.stamp = None;
+                }
+                file.steps
+                    .extend(new.steps.iter().filter_map(|s| reached.get(s)));
+            }
+            if !file.steps.is_empty() {
+                files.push(file);
+            }
+        }
+        for (path, new) in std::mem::take(&mut self.files) {
+            files.push(FilePremise {
+                path,
+                artifact: new.artifact,
+                stamp: None,
+                steps: new
+                    .steps
+                    .iter()
+                    .filter_map(|s| reached.get(s).copied())
+                    .collect(),
+            });
+        }
+        Some(files)
+    }
+}
+
+/// The sections of the file, as they are put together.
+#[derive(Default)]
+struct Sections {
+    table: Vec<u8>,
+    keys: Vec<u8>,
+    took: Vec<u8>,
+    objects: Vec<u8>,
+    events: Vec<u8>,
+}
+
+impl Sections {
+    /// None of its objects is trusted yet: the next run hashes each once.
+    fn add(&mut self, cache: &Cache, step: &OfStep) -> Option<()> {
+        let ended = step.ended.as_ref()?;
+        let start = self.objects.len();
+        objects(cache, &step.objects, &mut self.objects)?;
+        self.keys.extend_from_slice(&step.keys);
+        self.took.extend_from_slice(&step.took);
+        self.events.extend_from_slice(&step.events);
+        self.enter([
+            step.keys.len() / super::KEY,
+            self.objects.len() - start,
+            step.events.len(),
+            usize::from(ended.outputs.is_none()),
+        ]);
+        Some(())
+    }
+
+    /// As it was.
+    fn copy(&mut self, changed: &Changed, step: usize) {
+        let (old, parts) = (&changed.remembered, changed.parts(step));
+        self.keys.extend_from_slice(&old.keys()[parts.keys.clone()]);
+        self.took.extend_from_slice(&old.took()[parts.took.clone()]);
+        let objects = &changed.objects[parts.objects.clone()];
+        self.objects.extend_from_slice(objects);
+        let events = &old.events()[parts.events.clone()];
+        self.events.extend_from_slice(events);
+        self.enter([
+            changed.results(step),
+            objects.len(),
+            events.len(),
+            usize::from(parts.skipped),
+        ]);
+    }
+
+    fn enter(&mut self, numbers: [usize; 4]) {
+        for number in numbers {
+            // A section of 4 GiB does not come of a file of some MiB.
+            self.table.extend_from_slice(&(number as u32).to_le_bytes());
+        }
+    }
+
+    fn write(&self, cache: &Cache, name: RunName, head: Premises, plan: &[u8]) {
+        let head = Premises {
+            keys: self.keys.len(),
+            objects: self.objects.len(),
+            plan: plan.len(),
+            events: self.events.len(),
+            ..head
+        };
+        let sections = [
+            &self.table,
+            &self.keys,
+            &self.took,
+            &self.objects,
+            plan,
+            &self.events,
+        ];
+        write(cache, name, &head, &sections);
+    }
+}
+
+fn objects(
+    cache: &Cache,
+    artifacts: &BTreeMap<Digest, Artifact>,
+    table: &mut Vec<u8>,
+) -> Option<()> {
     let mut digests = BTreeSet::new();
     for artifact in artifacts.values() {
         digests.extend(cache.store().parts(artifact).ok()?);
     }
-    let mut table = Vec::new();
     for digest in digests {
         let meta = std::fs::metadata(cache.store().object_path(&digest)).ok()?;
         let object = ObjectPremise {
@@ -168,7 +407,7 @@ fn objects(cache: &Cache, artifacts: &BTreeMap<Digest, Artifact>) -> Option<Vec<
             stamp: FileStamp::of(&meta),
             trusted: false,
         };
-        object.write(&mut table);
+        object.write(table);
     }
-    Some(table)
+    Some(())
 }

@@ -7,7 +7,7 @@
 //! | this program, the folder, profiles, `--set`, options of the world | part of the name |
 //! | the texts of the pipeline and what it includes | hashed |
 //! | the environment (secrets: that they are there) | hashed |
-//! | project files that steps take, name in a command, or publish to | stamp, else hashed |
+//! | project files that steps take, name in a command, or publish to | stamp, else hashed; when only these changed, only what they reach is looked at: [`Changed`] |
 //! | names in commands that are no files | still none |
 //! | what a step kind observes of the world | observed again |
 //! | results in the action cache | still there |
@@ -17,7 +17,9 @@
 //! alone for a while. Whatever does not hold, or cannot be told, leads to an ordinary run.
 //! Invariant: nothing is skipped but work whose result would be the same.
 
+mod changed;
 mod check;
+mod known;
 mod memory;
 
 use std::collections::BTreeMap;
@@ -27,17 +29,24 @@ use flowrun_cache::{Artifact, Cache, Digest, FileStamp};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use self::check::{Unchanged, recall};
+pub use self::changed::Changed;
+pub use self::check::{Recalled, Unchanged, recall};
 pub(crate) use self::memory::Memory;
 use crate::language::LoadOptions;
 use crate::step::World;
 
 /// Version of the file. Another one on disk is as good as none.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Folder in the cache.
 const FOLDER: &str = "premises";
 /// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.
 const ENTRY: usize = 32 + 8 * 6 + 1;
+/// Bytes of a key.
+const KEY: usize = 32;
+/// Bytes of the time that an action took.
+const TOOK: usize = 8;
+/// Bytes of a step's entry: how many keys, bytes of objects, bytes of events, whether skipped.
+const STEP: usize = 4 * 4;
 
 /// Which run is meant: everything of a command line that decides what it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,10 +80,14 @@ impl RunName {
     fn path(&self) -> PathBuf {
         Path::new(FOLDER).join(self.0.to_hex())
     }
+
+    fn steps_path(&self) -> PathBuf {
+        self.path().with_extension("steps")
+    }
 }
 
 /// What is checked, and what is told when it holds.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Premises {
     version: u32,
@@ -90,7 +103,10 @@ struct Premises {
     absent: Vec<String>,
     observed: Vec<Observed>,
     report: Option<Artifact>,
-    /// Lengths of what follows: keys, objects, the plan, the events.
+    /// Digest of what [`Known`] reads.
+    graph: Digest,
+    /// Lengths of what follows a table of the steps: keys (then how long each action took),
+    /// objects, the plan, the events; each step by step.
     keys: usize,
     objects: usize,
     plan: usize,
@@ -103,6 +119,79 @@ struct FilePremise {
     path: PathBuf,
     artifact: Artifact,
     stamp: Option<FileStamp>,
+    /// The steps that saw it, or put it there.
+    steps: Vec<usize>,
+}
+
+/// The file as it was read.
+struct Remembered {
+    name: RunName,
+    head: Premises,
+    bytes: Vec<u8>,
+}
+
+impl Remembered {
+    /// `None` when a byte is wrong.
+    fn parse(name: RunName, bytes: Vec<u8>) -> Option<Self> {
+        let (sum, body) = bytes.split_at_checked(65)?;
+        let sum = Digest::parse(std::str::from_utf8(sum.get(..64)?).ok()?)?;
+        if sum != Digest::of_bytes(body) {
+            return None;
+        }
+        let end = body.iter().position(|b| *b == b'\n')?;
+        let head: Premises = serde_json::from_slice(body.get(..end)?).ok()?;
+        let sections = [
+            STEP * head.steps,
+            head.keys,
+            head.keys / KEY * TOOK,
+            head.objects,
+            head.plan,
+            head.events,
+        ];
+        let whole = head.version == VERSION
+            && sections.iter().sum::<usize>() == body.len().checked_sub(end + 1)?;
+        whole.then_some(Self { name, head, bytes })
+    }
+
+    /// The section that ends so many bytes before the end.
+    fn section(&self, length: usize, after: usize) -> &[u8] {
+        let end = self.bytes.len() - after;
+        &self.bytes[end - length..end]
+    }
+
+    fn events(&self) -> &[u8] {
+        self.section(self.head.events, 0)
+    }
+
+    fn plan(&self) -> &[u8] {
+        self.section(self.head.plan, self.head.events)
+    }
+
+    fn objects(&self) -> &[u8] {
+        self.section(self.head.objects, self.head.events + self.head.plan)
+    }
+
+    fn took(&self) -> &[u8] {
+        let after = self.head.events + self.head.plan + self.head.objects;
+        self.section(self.head.keys / KEY * TOOK, after)
+    }
+
+    fn keys(&self) -> &[u8] {
+        let after = self.head.events + self.head.plan + self.head.objects + self.took().len();
+        self.section(self.head.keys, after)
+    }
+
+    fn table(&self) -> &[u8] {
+        let after = self.head.events + self.head.plan + self.head.objects + self.took().len();
+        self.section(STEP * self.head.steps, after + self.head.keys)
+    }
+
+    /// The plan's text, for a run of this id: it stands once, at the beginning.
+    fn plan_of(&self, run_id: &str) -> String {
+        let plan = String::from_utf8_lossy(self.plan());
+        let (before, after) = plan.split_once(check::PLACEHOLDER).unwrap_or((&plan, ""));
+        [before, run_id, after].concat()
+    }
 }
 
 /// What a step kind said of the world.

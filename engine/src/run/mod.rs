@@ -34,7 +34,7 @@ use crate::event::RunEvent;
 pub use crate::expansion::Expressions;
 use crate::expansion::kind_of;
 use crate::pipeline::Pipeline;
-use crate::premises::{Memory, RunName};
+use crate::premises::{Changed, Memory, RunName};
 use crate::record::{
     PLAN_VERSION, PlanSource, PlanStep, RunPlan, RunRecorder, next_run_id, timestamp,
 };
@@ -152,9 +152,45 @@ pub async fn run(
     cancel: Cancel,
     events: UnboundedSender<RunEvent>,
 ) -> Result<RunSummary, RunError> {
+    let selection = Selection::of(&pipeline, &options)?;
+    let work = Work::Whole(selection);
+    perform(work, pipeline, cache, world, options, cancel, events).await
+}
+
+/// Runs what changed files reach; the rest stays as the last run left it. Otherwise as [`run`].
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_changed(
+    changed: Changed,
+    cache: Arc<Cache>,
+    world: World,
+    options: RunOptions,
+    cancel: Cancel,
+    events: UnboundedSender<RunEvent>,
+) -> Result<RunSummary, RunError> {
+    let pipeline = Arc::new(changed.pipeline());
+    let work = Work::Changed(Arc::new(changed));
+    perform(work, pipeline, cache, world, options, cancel, events).await
+}
+
+/// What is to be done.
+enum Work {
+    Whole(Selection),
+    Changed(Arc<Changed>),
+}
+
+async fn perform(
+    work: Work,
+    pipeline: Arc<Pipeline>,
+    cache: Arc<Cache>,
+    world: World,
+    options: RunOptions,
+    cancel: Cancel,
+    events: UnboundedSender<RunEvent>,
+) -> Result<RunSummary, RunError> {
     let started = Instant::now();
     let now = SystemTime::now();
-    let selection = Selection::of(&pipeline, &options)?;
     let earlier = CacheReader::open(cache.dir()).runs();
     let newest = earlier.first().and_then(|dir| dir.file_name()?.to_str());
     let run_id = next_run_id(now, newest);
@@ -163,18 +199,31 @@ pub async fn run(
         path: run_dir.clone(),
         source,
     };
-    let plan = plan_of(&pipeline, &selection, &run_id);
-    let recorder = RunRecorder::create(&run_dir, &plan).map_err(record_error)?;
+    let mut plan = None;
+    let recorder = match &work {
+        Work::Whole(selection) => {
+            let plan = plan.insert(plan_of(&pipeline, selection, &run_id));
+            RunRecorder::create(&run_dir, plan)
+        }
+        Work::Changed(changed) => {
+            RunRecorder::with_plan(&run_dir, changed.plan(&run_id).as_bytes())
+        }
+    };
+    let recorder = recorder.map_err(record_error)?;
     let (to_recorder, from_run) = unbounded_channel();
     let writer = tokio::task::spawn_blocking(move || record(recorder, from_run, &events));
     let send = |event| {
         // The recorder listens until the last sender is gone.
         let _ = to_recorder.send(event);
     };
+    let (steps, secrets, changed) = match &work {
+        Work::Whole(selection) => (selection.steps.len(), [].as_slice(), None),
+        Work::Changed(all) => (all.known().len(), all.secrets(), Some(Arc::clone(all))),
+    };
     send(RunEvent::RunStarted {
         run: run_id.clone(),
         pipeline: pipeline.name.clone(),
-        steps: selection.steps.len(),
+        steps,
         at: timestamp(now),
     });
     let memory = options
@@ -190,8 +239,14 @@ pub async fn run(
         cancel,
         options.expressions,
         memory.as_ref().map(|(_, memory)| Arc::clone(memory)),
+        secrets,
     );
-    let mut scheduler = Scheduler::new(Arc::clone(&pipeline), options, selection, worker);
+    let mut scheduler = match work {
+        Work::Whole(selection) => Scheduler::new(Arc::clone(&pipeline), options, selection, worker),
+        Work::Changed(changed) => {
+            Scheduler::changed(Arc::clone(&pipeline), options, changed, worker)
+        }
+    };
     scheduler.run().await;
     let synced = cache.sync();
     for text in cache.warnings() {
@@ -213,8 +268,14 @@ pub async fn run(
         Err(_) => return Err(record_error(std::io::Error::other("the recorder panicked"))),
     }
     synced?;
-    if let Some((name, memory)) = memory {
-        memory.keep(&cache, name, &pipeline, &plan, &summary, &surroundings);
+    match (memory, plan, changed) {
+        (Some((name, memory)), Some(plan), _) => {
+            memory.keep(&cache, name, &pipeline, &plan, &summary, &surroundings);
+        }
+        (Some((_, memory)), None, Some(changed)) => {
+            memory.keep_changed(&cache, &changed, &summary);
+        }
+        _ => {}
     }
     Ok(summary)
 }

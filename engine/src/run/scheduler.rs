@@ -31,6 +31,7 @@ use crate::dag::{data_predecessors, predecessors, required_predecessors};
 use crate::event::{RunEvent, StepStatus};
 use crate::expansion::{ActionRequest, expand, gather, kind_of};
 use crate::pipeline::{Action, Pipeline, StepNode};
+use crate::premises::Changed;
 use crate::step::{StepError, StepErrorKind, StepSummary};
 
 /// How often one item may find its inputs damaged before it fails.
@@ -73,6 +74,10 @@ pub(super) struct Scheduler {
     /// Steps whose end the steps after them do not know yet.
     settled: VecDeque<usize>,
     finished: Arc<Vec<StepSummary>>,
+    /// The last run, when only what changed is looked at.
+    changed: Option<Arc<Changed>>,
+    /// What it finished is among `finished`.
+    recalled: bool,
     /// Why nothing new is started.
     stopping: Option<String>,
     counts: BTreeMap<&'static str, usize>,
@@ -89,7 +94,6 @@ impl Scheduler {
         selection: Selection,
         worker: Worker,
     ) -> Self {
-        let (tell, hear) = unbounded_channel();
         let chosen: Vec<&StepNode> = pipeline
             .steps
             .iter()
@@ -117,6 +121,7 @@ impl Scheduler {
                 busy: 0,
                 running: 0,
                 stalled: false,
+                kept: false,
                 outputs: Outputs::new(),
             })
             .collect();
@@ -126,6 +131,66 @@ impl Scheduler {
             }
         }
         Self {
+            forced: selection.forced,
+            steps,
+            index,
+            ..Self::empty(pipeline, options, worker)
+        }
+    }
+
+    /// For a run in which only some files changed: the steps that those may reach wait, and
+    /// are read when they are reached.
+    pub(super) fn changed(
+        pipeline: Arc<Pipeline>,
+        options: RunOptions,
+        changed: Arc<Changed>,
+        worker: Worker,
+    ) -> Self {
+        let known = changed.known();
+        let mut after = vec![Vec::new(); known.len()];
+        for i in 0..known.len() {
+            for before in known.before(i).filter(|before| *before < known.len()) {
+                after[before].push(i);
+            }
+        }
+        let mut waits = vec![false; known.len()];
+        let mut next: Vec<usize> = changed.affected().iter().copied().collect();
+        while let Some(i) = next.pop() {
+            if !std::mem::replace(&mut waits[i], true) {
+                next.extend(&after[i]);
+            }
+        }
+        let blank = Arc::new(StepNode::default());
+        let step = |(i, after): (usize, Vec<usize>)| StepState {
+            node: Arc::clone(&blank),
+            state: match (waits[i], changed.was_skipped(i)) {
+                (true, _) => State::Waiting,
+                (false, true) => State::Unwanted,
+                (false, false) => State::Done,
+            },
+            missing: known.before(i).filter(|b| waits[i] && waits[*b]).collect(),
+            data: BTreeSet::new(),
+            required: BTreeSet::new(),
+            after,
+            items: Vec::new(),
+            left: 0,
+            busy: 0,
+            running: 0,
+            stalled: false,
+            kept: true,
+            outputs: Outputs::new(),
+        };
+        let steps = after.into_iter().enumerate().map(step).collect();
+        Self {
+            steps,
+            changed: Some(changed),
+            ..Self::empty(pipeline, options, worker)
+        }
+    }
+
+    fn empty(pipeline: Arc<Pipeline>, options: RunOptions, worker: Worker) -> Self {
+        let (tell, hear) = unbounded_channel();
+        Self {
             room: Room::new(
                 options.jobs,
                 options.capacity.clone(),
@@ -134,9 +199,11 @@ impl Scheduler {
             pipeline,
             worker: Arc::new(worker),
             options,
-            forced: selection.forced,
-            steps,
-            index,
+            forced: BTreeSet::new(),
+            steps: Vec::new(),
+            index: BTreeMap::new(),
+            changed: None,
+            recalled: false,
             looks: VecDeque::new(),
             ready: VecDeque::new(),
             lookers: 0,
@@ -155,8 +222,13 @@ impl Scheduler {
     }
 
     pub(super) async fn run(&mut self) {
+        let affected = self.changed.iter().flat_map(|c| c.affected().clone());
+        for i in affected.collect::<Vec<_>>() {
+            self.awaken(i);
+        }
         for i in 0..self.steps.len() {
-            if self.steps[i].missing.is_empty() {
+            let step = &self.steps[i];
+            if step.missing.is_empty() && step.state == State::Waiting {
                 self.open(i);
             }
         }
@@ -178,6 +250,96 @@ impl Scheduler {
             }
         }
         self.skip_the_rest();
+        self.tell_kept();
+    }
+
+    /// Reads a step that was as the last run left it, with what the steps before it gave.
+    fn awaken(&mut self, i: usize) {
+        let Some(changed) = self.changed.clone().filter(|_| self.steps[i].kept) else {
+            return;
+        };
+        self.steps[i].kept = false;
+        let known = changed.known();
+        for before in known.before(i) {
+            self.recall_outputs(before);
+        }
+        let Some(node) = known.node(i) else {
+            let name = known.ended(i).map(|ended| ended.name).unwrap_or_default();
+            self.steps[i].node = Arc::new(StepNode {
+                name,
+                ..StepNode::default()
+            });
+            let text = "what is remembered of the last run cannot be read";
+            let help = "remove the folder `premises` of the cache";
+            self.fail_step(i, StepError::failed(text).help(help));
+            return;
+        };
+        let places = |names: BTreeSet<String>| -> BTreeSet<usize> {
+            let names = names.iter();
+            names.filter_map(|n| self.index.get(n).copied()).collect()
+        };
+        let (data, required) = (
+            places(data_predecessors(&node)),
+            places(required_predecessors(&node)),
+        );
+        self.index.insert(node.name.clone(), i);
+        changed.reach(&node.name, i);
+        let step = &mut self.steps[i];
+        (step.data, step.required) = (data, required);
+        step.node = Arc::new(node);
+    }
+
+    /// What a step gave in the last run, until it gives something else.
+    fn recall_outputs(&mut self, i: usize) {
+        let ended = self.changed.as_ref().filter(|_| self.steps[i].kept);
+        if let Some(ended) = ended.and_then(|changed| changed.known().ended(i)) {
+            self.index.insert(ended.name, i);
+            self.steps[i].outputs = ended.outputs.unwrap_or_default();
+        }
+    }
+
+    /// The step ended otherwise than in the last run.
+    fn differs(&self, i: usize) -> bool {
+        let Some(changed) = self.changed.as_ref().filter(|_| !self.steps[i].kept) else {
+            return false;
+        };
+        let step = &self.steps[i];
+        let outputs = match step.state {
+            State::Done => Some(&step.outputs),
+            State::Unwanted => None,
+            State::Waiting | State::Open | State::Failed => return true,
+        };
+        let ended = changed.known().ended(i);
+        ended.is_none_or(|ended| ended.outputs.as_ref() != outputs)
+    }
+
+    /// Tells of the steps that stayed as they were.
+    fn tell_kept(&mut self) {
+        let Some(changed) = &self.changed else {
+            return;
+        };
+        let mut lines = Vec::new();
+        for (i, _) in self.steps.iter().enumerate().filter(|(_, s)| s.kept) {
+            lines.extend_from_slice(changed.events(i));
+            *self.counts.entry("cached").or_default() += changed.results(i);
+            *self.counts.entry("skipped").or_default() += usize::from(changed.was_skipped(i));
+        }
+        self.worker.send(RunEvent::Recorded { lines });
+    }
+
+    /// Steps of this process are told of all that finished.
+    fn recall_finished(&mut self) {
+        let Some(changed) = &self.changed else {
+            return;
+        };
+        if self.recalled {
+            return;
+        }
+        self.recalled = true;
+        let finished = Arc::make_mut(&mut self.finished);
+        for (i, _) in self.steps.iter().enumerate().filter(|(_, s)| s.kept) {
+            finished.extend(changed.summaries(i));
+        }
     }
 
     /// Starts what there is room for. Lookups have places of their own: a
@@ -266,6 +428,9 @@ impl Scheduler {
         step.busy += 1;
         step.running += 1;
         let (worker, tell) = (Arc::clone(&self.worker), self.tell.clone());
+        if matches!(request.node.action, Action::Uses(_)) {
+            self.recall_finished();
+        }
         let finished = match &request.node.action {
             Action::Uses(_) => Arc::clone(&self.finished),
             // A command cannot see it.
@@ -366,7 +531,7 @@ impl Scheduler {
             took_ms: result.took_ms,
             metrics: result.metrics.clone(),
         };
-        let again = self.item(place).counted.is_some();
+        let again = self.item(place).counted.is_some() || self.recalled;
         let finished = Arc::make_mut(&mut self.finished);
         match finished
             .iter_mut()
@@ -389,13 +554,10 @@ impl Scheduler {
         };
         if let Some((memory, key)) = self.worker.memory().zip(key) {
             let unchanged = UNCHANGED.to_owned();
-            memory.event(&event(
-                StepStatus::Cached,
-                0,
-                unchanged,
-                result.metrics.clone(),
-            ));
-            memory.outputs(&key, &result.outputs);
+            let metrics = result.metrics.clone();
+            let name = &request.node.name;
+            memory.event(name, &event(StepStatus::Cached, 0, unchanged, metrics));
+            memory.outputs(name, &key, &result.outputs, result.took_ms);
         }
         let ended = event(status, took_ms, why, result.metrics.clone());
         self.worker.send(ended);
@@ -450,7 +612,11 @@ impl Scheduler {
     fn ripple(&mut self) {
         while let Some(before) = self.settled.pop_front() {
             let name = self.steps[before].node.name.clone();
+            let differs = self.differs(before);
             for i in self.steps[before].after.clone() {
+                if differs {
+                    self.awaken(i);
+                }
                 match self.steps[before].state {
                     State::Waiting | State::Open => {}
                     State::Failed => {
@@ -500,6 +666,18 @@ impl Scheduler {
 
     /// Expands a step into its items and has them looked up.
     fn open(&mut self, i: usize) {
+        if let Some(changed) = self.changed.as_ref().filter(|_| self.steps[i].kept) {
+            let skipped = changed.was_skipped(i);
+            self.set(
+                i,
+                if skipped {
+                    State::Unwanted
+                } else {
+                    State::Done
+                },
+            );
+            return;
+        }
         match self.expand(i) {
             Ok(None) => {
                 self.skipped(i, "its `when` is false");
@@ -542,7 +720,7 @@ impl Scheduler {
                 items: labels.collect(),
             };
             if let Some(memory) = self.worker.memory() {
-                memory.event(&event);
+                memory.event(&step.node.name, &event);
             }
             self.worker.send(event);
         }
@@ -611,6 +789,9 @@ impl Scheduler {
             self.reopen(before, digest);
             if self.steps[before].state != State::Done {
                 self.steps[place.0].missing.insert(before);
+                if !self.steps[before].after.contains(&place.0) {
+                    self.steps[before].after.push(place.0);
+                }
             }
         }
         let step = &mut self.steps[place.0];
@@ -625,11 +806,20 @@ impl Scheduler {
     /// Has the items of a step that made this object looked up again.
     fn reopen(&mut self, i: usize, digest: Digest) {
         let step = &self.steps[i];
+        let lacks = |outputs: &Outputs| {
+            let mut artifacts = outputs.values().flat_map(|o| o.value.artifacts());
+            artifacts.any(|a| a.digest == digest && !self.worker.has(a))
+        };
+        if step.kept {
+            if lacks(&step.outputs) {
+                self.awaken(i);
+                self.set(i, State::Waiting);
+                self.open(i);
+            }
+            return;
+        }
         let lost = |item: &ItemState| match &item.phase {
-            Phase::Ended(outputs) => outputs
-                .values()
-                .flat_map(|o| o.value.artifacts())
-                .any(|a| a.digest == digest && !self.worker.has(a)),
+            Phase::Ended(outputs) => lacks(outputs),
             _ => false,
         };
         let lost: Vec<usize> = (0..step.items.len())
@@ -694,6 +884,7 @@ impl Scheduler {
         for i in 0..self.steps.len() {
             match self.steps[i].state {
                 State::Waiting => {
+                    self.awaken(i);
                     self.skipped(i, &why);
                     self.set(i, State::Failed);
                 }
@@ -738,7 +929,7 @@ impl Scheduler {
             help: None,
         };
         if let Some(memory) = self.worker.memory() {
-            memory.event(&event);
+            memory.event(&self.steps[i].node.name, &event);
         }
         self.worker.send(event);
     }
@@ -747,6 +938,13 @@ impl Scheduler {
         let step = &mut self.steps[i];
         tracing::debug!(step = step.node.name, from = ?step.state, to = ?state, "step state");
         step.state = state;
+        if let Some(memory) = self.worker.memory().filter(|_| !step.kept) {
+            match state {
+                State::Done => memory.ended(&step.node.name, Some(&step.outputs)),
+                State::Unwanted => memory.ended(&step.node.name, None),
+                State::Waiting | State::Open | State::Failed => {}
+            }
+        }
         if matches!(state, State::Done | State::Unwanted | State::Failed) {
             self.settled.push_back(i);
         }

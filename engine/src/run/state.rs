@@ -74,5 +74,7 @@ pub(super) struct StepState {
     pub(super) running: usize,
     /// Waits for inputs that are made again.
     pub(super) stalled: bool,
+    /// It is as the last run left it, and its node was not read.
+    pub(super) kept: bool,
     pub(super) outputs: Outputs,
 }

@@ -123,8 +123,13 @@ impl Worker {
         cancel: Cancel,
         expressions: Expressions,
         memory: Option<Arc<Memory>>,
+        secrets: &[String],
     ) -> Self {
-        let names = pipeline.steps.iter().flat_map(|s| &s.secrets);
+        let names = pipeline
+            .steps
+            .iter()
+            .flat_map(|s| &s.secrets)
+            .chain(secrets);
         let mask = Mask::new(names.filter_map(|name| world.env.get(name).cloned()));
         Self {
             pipeline: pipeline.name.clone(),

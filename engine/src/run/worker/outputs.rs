@@ -89,10 +89,16 @@ impl Worker {
         for (port, path) in &request.publish {
             let dest = inside(&self.lookup.root, path)?;
             match result.outputs.get(port).map(|o| &o.value) {
-                Some(OutputValue::One(artifact)) => self.place_in_project(artifact, &dest)?,
+                Some(OutputValue::One(artifact)) => {
+                    self.place_in_project(request, artifact, &dest)?
+                }
                 Some(OutputValue::List(items)) => {
                     for item in items {
-                        self.place_in_project(&item.artifact, &inside(&dest, &item.label)?)?;
+                        self.place_in_project(
+                            request,
+                            &item.artifact,
+                            &inside(&dest, &item.label)?,
+                        )?;
                     }
                 }
                 None => {}
@@ -108,10 +114,15 @@ impl Worker {
         Ok(())
     }
 
-    fn place_in_project(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
+    fn place_in_project(
+        &self,
+        request: &ActionRequest,
+        artifact: &Artifact,
+        dest: &Path,
+    ) -> Result<(), Trouble> {
         self.place(artifact, dest)?;
         if let Some(memory) = self.memory() {
-            memory.file(dest, artifact);
+            memory.file(&request.node.name, dest, artifact);
         }
         Ok(())
     }
