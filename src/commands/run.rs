@@ -43,8 +43,8 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     };
     let file = asked.file.clone();
     let work = match changed {
-        Some(Recalled::Changed(changed)) => Work::Changed(Box::new(changed), asked.world),
-        _ => Work::Whole(asked.load()?),
+        Some(Recalled::Changed(changed)) => Work::Changed(changed, asked.world),
+        _ => Work::Whole(Box::new(asked.load()?)),
     };
     if let (Work::Whole(loaded), true) = (&work, args.dry_run) {
         return plan::show(loaded, &options, global);
@@ -104,7 +104,7 @@ fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs
 
 /// What is to be run.
 enum Work {
-    Whole(Surroundings),
+    Whole(Box<Surroundings>),
     /// What changed files reach; and the world.
     Changed(Box<Changed>, World),
 }
@@ -124,7 +124,8 @@ async fn drive(
     tokio::spawn(stop_on_signal(cancel.clone(), reporter.teller()));
     let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
     let summary = match work {
-        Work::Whole(Surroundings { pipeline, world }) => {
+        Work::Whole(loaded) => {
+            let Surroundings { pipeline, world } = *loaded;
             run_pipeline(Arc::new(pipeline), cache, world, options, cancel, events).await
         }
         Work::Changed(changed, world) => {

@@ -25,9 +25,9 @@ pub struct Unchanged {
 /// What is known of a run before its pipeline is read.
 pub enum Recalled {
     /// It has nothing to do.
-    Unchanged(Unchanged),
+    Unchanged(Box<Unchanged>),
     /// Some files changed, and nothing else.
-    Changed(Changed),
+    Changed(Box<Changed>),
 }
 
 /// What is known of the run of this name; `None` when it is to be an ordinary one.
@@ -62,7 +62,7 @@ pub fn recall(
     if !checker.changed.is_empty() {
         tracing::debug!("only files changed since the last run");
         let changed = Changed::read(cache, remembered, table, checker.changed, vocabulary);
-        return changed.map(Recalled::Changed);
+        return changed.map(Box::new).map(Recalled::Changed);
     }
     tracing::debug!("all premises of the last run hold");
     if checker.renewed {
@@ -78,10 +78,11 @@ pub fn recall(
         ];
         write(cache, name, &old.head, &sections);
     }
-    Some(Recalled::Unchanged(Unchanged {
+    let unchanged = Unchanged {
         remembered,
         started,
-    }))
+    };
+    Some(Recalled::Unchanged(Box::new(unchanged)))
 }
 
 fn observed(head: &Premises, vocabulary: &Vocabulary, world: &World) -> bool {
