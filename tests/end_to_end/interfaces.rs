@@ -147,6 +147,7 @@ fn the_shell_completes_steps_runs_and_kinds() {
 }
 
 #[test]
+#[allow(clippy::print_stderr)]
 fn a_full_output_is_an_error_with_a_message() {
     let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
         eprintln!("skipped: there is no /dev/full");
