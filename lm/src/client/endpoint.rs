@@ -6,7 +6,7 @@ use reqwest::Url;
 
 const FORM: &str = "write it as `http://localhost:8000/v1`";
 
-/// Where chat completions are asked for.
+/// Where one call of an API goes.
 #[derive(Debug, Clone)]
 pub(super) struct Endpoint {
     pub(super) url: Url,
@@ -17,8 +17,8 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    /// `base_url` with `chat/completions` behind its path; a query stays.
-    pub(super) fn new(base_url: &str) -> Result<Self, String> {
+    /// `base_url` with `path` behind its own; a query stays.
+    pub(super) fn new(base_url: &str, path: &[&str]) -> Result<Self, String> {
         let mut url = Url::parse(base_url.trim())
             .map_err(|e| format!("`base_url` is `{base_url}`: {e}; {FORM}"))?;
         if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
@@ -28,8 +28,8 @@ impl Endpoint {
             return Err("put no password into `base_url`; use `api_key_env`".to_owned());
         }
         url.set_fragment(None);
-        if let Ok(mut path) = url.path_segments_mut() {
-            path.pop_if_empty().extend(["chat", "completions"]);
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(path);
         }
         let mut shown = url.clone();
         shown.set_query(None);
@@ -54,6 +54,8 @@ fn is_loopback(url: &Url) -> bool {
 mod tests {
     use super::*;
 
+    const CHAT: [&str; 2] = ["chat", "completions"];
+
     #[test]
     fn slashes_and_queries_are_minded() {
         for (base, url) in [
@@ -65,9 +67,9 @@ mod tests {
                 "https://h/o/chat/completions?api-version=2",
             ),
         ] {
-            assert_eq!(Endpoint::new(base).unwrap().url.as_str(), url);
+            assert_eq!(Endpoint::new(base, &CHAT).unwrap().url.as_str(), url);
         }
-        let shown = Endpoint::new("https://h/v1?key=secret").unwrap().shown;
+        let shown = Endpoint::new("https://h/v1?key=secret", &CHAT).unwrap().shown;
         assert_eq!(shown, "https://h/v1/chat/completions");
     }
 
@@ -79,7 +81,7 @@ mod tests {
             "file:///v1",
             "http://a:b@h/v1",
         ] {
-            assert!(Endpoint::new(base).is_err(), "{base}");
+            assert!(Endpoint::new(base, &CHAT).is_err(), "{base}");
         }
     }
 
@@ -87,14 +89,14 @@ mod tests {
     fn this_machine_is_known_by_all_its_names() {
         for host in ["localhost", "127.0.0.1", "127.1.2.3", "[::1]", "LOCALHOST"] {
             assert!(
-                Endpoint::new(&format!("http://{host}/v1"))
+                Endpoint::new(&format!("http://{host}/v1"), &CHAT)
                     .unwrap()
                     .loopback,
                 "{host}"
             );
         }
         assert!(
-            !Endpoint::new("http://localhost.example/v1")
+            !Endpoint::new("http://localhost.example/v1", &CHAT)
                 .unwrap()
                 .loopback
         );

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `spec` | the settings, as a pipeline says them |
 //! | `endpoint` | the URL |
+//! | `api` | what such a server offers besides chats: files, fine-tuning jobs, adapters |
 //! | `wire` | the JSON of requests and answers |
 //! | `limits` | requests and tokens per minute |
 //! | `retry` | what is tried again, and when |
 //!
 //! Invariant: no error, log line or `Debug` text shows the key.
 
+mod api;
 mod endpoint;
 mod limits;
 mod retry;
@@ -30,7 +32,8 @@ use crate::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
 use endpoint::Endpoint;
 use limits::Limits;
 use retry::{Failure, Pace};
-pub use spec::{Guided, OpenAiSpec};
+pub use api::{Api, ApiError};
+pub use spec::{AdapterPlace, Guided, OpenAiSpec};
 
 pub use crate::lm::Prices;
 
@@ -102,16 +105,8 @@ impl OpenAi {
         cancelled: Cancelled,
         pace: Pace,
     ) -> Result<Self, LmError> {
-        let endpoint = Endpoint::new(&spec.base_url).map_err(LmError::Rejected)?;
-        let key = key
-            .map(|key| key.trim().to_owned())
-            .filter(|key| !key.is_empty());
-        if key.as_deref().is_some_and(|key| !sendable(key)) {
-            let name = spec.api_key_env.as_deref().unwrap_or("api_key_env");
-            return Err(LmError::Rejected(format!(
-                "the key in `{name}` holds characters that no header can carry; copy it again"
-            )));
-        }
+        let endpoint = Endpoint::new(&spec.base_url, &["chat", "completions"]).map_err(LmError::Rejected)?;
+        let key = sendable(key, spec.api_key_env.as_deref()).map_err(LmError::Rejected)?;
         let mut builder = reqwest::Client::builder()
             .timeout(Duration::from_secs(spec.timeout_s.max(1)))
             .connect_timeout(CONNECT_WITHIN);
@@ -268,8 +263,18 @@ impl OpenAi {
     }
 }
 
-fn sendable(key: &str) -> bool {
-    key.bytes().all(|byte| (b'!'..=b'~').contains(&byte))
+/// The key without the white space around it; `from` is the variable that it came from.
+fn sendable(key: Option<String>, from: Option<&str>) -> Result<Option<String>, String> {
+    let key = key.map(|key| key.trim().to_owned());
+    let key = key.filter(|key| !key.is_empty());
+    let fits = |key: &String| key.bytes().all(|byte| (b'!'..=b'~').contains(&byte));
+    if key.as_ref().is_none_or(fits) {
+        return Ok(key);
+    }
+    let name = from.unwrap_or("api_key_env");
+    Err(format!(
+        "the key in `{name}` holds characters that no header can carry; copy it again"
+    ))
 }
 
 impl Lm for OpenAi {

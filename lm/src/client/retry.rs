@@ -94,13 +94,18 @@ impl Pace {
     }
 }
 
-/// An error of the connection. The request's URL is left out: its query may hold a key.
-pub(super) fn of_error(error: &reqwest::Error) -> Failure {
+/// The innermost reason of an error: the outer ones name the URL, whose query may hold a key.
+pub(super) fn cause(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {
         cause = source;
     }
-    let why = cause.to_string();
+    cause.to_string()
+}
+
+/// An error of the connection. The request's URL is left out: its query may hold a key.
+pub(super) fn of_error(error: &reqwest::Error) -> Failure {
+    let why = cause(error);
     if error.is_builder() {
         Failure::Final(LmError::Rejected(why))
     } else if error.is_connect() {

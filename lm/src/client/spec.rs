@@ -1,5 +1,7 @@
 //! [`OpenAiSpec`]: a server and its model, as a pipeline says them.
 
+use std::path::PathBuf;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +35,10 @@ pub struct OpenAiSpec {
     /// whole answer is a label. Without it the model may answer anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guided: Option<Guided>,
+    /// How the server comes by the adapters of fine-tuned checkpoints. Without it, it answers as
+    /// `model` alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapters: Option<AdapterPlace>,
     /// Requests to send in a minute at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
@@ -41,6 +47,23 @@ pub struct OpenAiSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub tokens_per_minute: Option<u64>,
+}
+
+/// Where a server reads adapters from. A checkpoint is copied there under a name of its own, and
+/// its model id is `<model>:<that name>`, as vLLM, Ray Serve LLM and `flowrun serve` have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterPlace {
+    /// The folder, as this machine sees it; relative to the project.
+    pub folder: PathBuf,
+    /// The same folder as the server sees it, where that is another path (a container's mount).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen_as: Option<PathBuf>,
+    /// Whether to tell the server of each one (`/load_lora_adapter`: vLLM with
+    /// `VLLM_ALLOW_RUNTIME_LORA_UPDATING`, `flowrun serve`). Not for servers that look into the
+    /// folder themselves.
+    #[serde(default)]
+    pub load: bool,
 }
 
 /// How a server is told to answer with one of given texts. Servers that do not know a way ignore

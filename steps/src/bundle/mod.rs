@@ -160,6 +160,9 @@ impl Bundle {
                     folder::copy(from, &folder.join(ADAPTER))?;
                 }
                 let id = match checkpoint {
+                    Some(Checkpoint {
+                        hosted: Some(id), ..
+                    }) => id,
                     Some(checkpoint) if checkpoint.adapter.is_some() => {
                         format!("{}:{}", model.name(), checkpoint.name)
                     }
@@ -298,8 +301,17 @@ struct Vendor<'a> {
 impl Vendor<'_> {
     fn model(&self, model: &ModelSpec) -> Result<ModelSpec, StepError> {
         let mut model = model.clone();
-        if let ModelSpec::Embedded(spec) = &mut model {
-            spec.weights = self.weights(&spec.weights)?;
+        match &mut model {
+            ModelSpec::Embedded(spec) => spec.weights = self.weights(&spec.weights)?,
+            // Its server reads them there, wherever the bundle lies.
+            ModelSpec::OpenAi(spec) => {
+                if let Some(place) = &mut spec.adapters {
+                    let folder = self.world.root.join(&place.folder);
+                    place.folder = std::path::absolute(&folder)
+                        .map_err(|e| StepError::io(&folder, &e))?;
+                }
+            }
+            ModelSpec::SentenceEncoder(_) => {}
         }
         Ok(model)
     }

@@ -3,7 +3,6 @@
 
 use std::path::Path;
 
-use flowrun_cache::Digest;
 use flowrun_engine::step::{StepContext, StepError, StepOutcome};
 use flowrun_lm::messages::ChatRow;
 use flowrun_model::train::{
@@ -12,7 +11,7 @@ use flowrun_model::train::{
 use flowrun_model::{BaseModel, ChatMessage, LoraAdapter, LoraConfig, ModelError};
 
 use super::{Params, ScheduleSpec};
-use crate::checkpoint::{Adapter, Checkpoint};
+use crate::checkpoint::Checkpoint;
 use crate::folder;
 use crate::models::local::{failed, open_base};
 use crate::models::{EmbeddedSpec, Host};
@@ -21,8 +20,6 @@ use crate::rows::{read_jsonl, write_json};
 
 /// Steps between two saved states: a few seconds' work, at a cost of some 60 MB written.
 const SAVE_EVERY: usize = 20;
-/// The file that PEFT keeps an adapter's values in.
-const VALUES: &str = "adapter_model.safetensors";
 
 pub(super) fn train(
     ctx: &StepContext,
@@ -65,7 +62,7 @@ pub(super) fn train(
             .progress(stats.step as u64, steps as u64, "steps", &text);
     };
     let on_epoch = |stats: &EpochStats, adapter: &LoraAdapter| {
-        let folder = resume.join(epoch_name(stats.epoch, stats.step));
+        let folder = resume.join(Checkpoint::name_of(stats.epoch, stats.step));
         save(&folder, stats, adapter, &base, &name)
     };
     let hooks = Hooks::default()
@@ -78,7 +75,7 @@ pub(super) fn train(
     Checkpoint::base().save(&ctx.output("base"))?;
     let mut labels = Vec::new();
     for epoch in 1..=params.epochs {
-        let label = epoch_name(epoch, epoch * per_epoch);
+        let label = Checkpoint::name_of(epoch, epoch * per_epoch);
         let to = ctx.output_item("checkpoints", &label)?;
         folder::copy(&resume.join(&label), &to)?;
         labels.push(label);
@@ -109,11 +106,7 @@ pub(super) fn train(
 fn has_epochs(folder: &Path, trainer: &Trainer<'_>) -> bool {
     let per_epoch = trainer.steps_per_epoch();
     (1..=trainer.finished_steps() / per_epoch)
-        .all(|epoch| Checkpoint::load(&folder.join(epoch_name(epoch, epoch * per_epoch))).is_ok())
-}
-
-fn epoch_name(epoch: usize, step: usize) -> String {
-    format!("epochs-{epoch}-total-trained-steps-{step}")
+        .all(|epoch| Checkpoint::load(&folder.join(Checkpoint::name_of(epoch, epoch * per_epoch))).is_ok())
 }
 
 fn tokens(base: &BaseModel, chat: &ChatRow) -> Result<TrainRow, StepError> {
@@ -175,19 +168,8 @@ fn save(
     let _ = std::fs::remove_dir_all(folder);
     std::fs::create_dir_all(&part).map_err(ModelError::io(&part))?;
     adapter.save(&part, name)?;
-    let values = part.join(VALUES);
-    let digest = Digest::of_file(&values).map_err(ModelError::io(&values))?;
-    let checkpoint = Checkpoint {
-        name: epoch_name(stats.epoch, stats.step),
-        epoch: stats.epoch,
-        step: stats.step,
-        adapter: Some(Adapter {
-            digest: digest.to_hex(),
-            base: base.id.clone(),
-        }),
-        // Known to the step, not to the training.
-        lineage: None,
-    };
+    let checkpoint = Checkpoint::of_adapter(&part, stats.epoch, stats.step, &base.id);
+    let checkpoint = checkpoint.map_err(|e| ModelError::format(&part, e.message))?;
     checkpoint
         .save(&part)
         .map_err(|e| ModelError::format(&part, e.message))?;

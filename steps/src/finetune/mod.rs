@@ -4,9 +4,13 @@
 //! |---|---|
 //! | `mod` | the step and its params |
 //! | `embedded` | training in this process |
+//! | `command` | training by another program: TRL, LLaMA-Factory, axolotl |
+//! | `openai` | training by a server that speaks OpenAI's fine-tuning API |
 
+mod command;
 #[cfg(feature = "model")]
 mod embedded;
+mod openai;
 
 use std::collections::BTreeMap;
 
@@ -29,6 +33,9 @@ struct Params {
     /// The student.
     #[schemars(with = "String", extend("x-flowrun-ref" = "models"))]
     model: ModelSpec,
+    /// What trains; by default this process.
+    #[serde(default)]
+    backend: Backend,
     /// Shape of the adapter.
     #[serde(default)]
     lora: LoraSpec,
@@ -56,6 +63,33 @@ struct Params {
     /// Seed of the first adapter, the order of the rows, and dropout.
     #[serde(default)]
     seed: u64,
+}
+
+impl Params {
+    /// Refuses what only training in this process can do.
+    fn no_invocation(&self, who: &str) -> Result<(), StepError> {
+        match &self.lora.invocation {
+            None => Ok(()),
+            Some(_) => Err(StepError::invalid(format!(
+                "`lora.invocation`: {who} trains no activated adapters"
+            ))
+            .help("leave it out; servers such as vLLM take plain LoRA only")),
+        }
+    }
+}
+
+/// What trains the student.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum Backend {
+    /// This process; for models with `provider: embedded`.
+    #[default]
+    Embedded,
+    /// Another program on this machine, or wherever the step's runner is.
+    Command(command::CommandSpec),
+    /// A server that speaks OpenAI's fine-tuning API.
+    #[serde(rename = "openai")]
+    OpenAi(openai::OpenAiBackend),
 }
 
 /// Shape of an adapter, in PEFT's terms.
@@ -124,7 +158,7 @@ impl Step for Finetune {
         "finetune"
     }
     fn version(&self) -> u32 {
-        3
+        4
     }
     fn about(&self) -> &'static str {
         "Fine-tunes the student with LoRA on chats; a checkpoint (PEFT files) after every epoch."
@@ -159,15 +193,18 @@ impl Step for Finetune {
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
-        let outcome = match &params.model {
+        let outcome = match (&params.backend, &params.model) {
             #[cfg(feature = "model")]
-            ModelSpec::Embedded(spec) => embedded::train(ctx, &params, spec),
+            (Backend::Embedded, ModelSpec::Embedded(spec)) => embedded::train(ctx, &params, spec),
             #[cfg(not(feature = "model"))]
-            ModelSpec::Embedded(_) => Err(crate::models::local::left_out()),
-            other => Err(StepError::invalid(format!(
-                "`{}` cannot be fine-tuned here: only `provider: embedded` models can",
+            (Backend::Embedded, ModelSpec::Embedded(_)) => Err(crate::models::local::left_out()),
+            (Backend::Embedded, other) => Err(StepError::invalid(format!(
+                "`{}` cannot be trained in this process: only `provider: embedded` models can",
                 other.name()
-            ))),
+            ))
+            .help("say with `backend` what trains it: `command` or `openai`")),
+            (Backend::Command(spec), _) => command::train(ctx, &params, spec),
+            (Backend::OpenAi(spec), _) => openai::train(ctx, &params, spec),
         }?;
         record_lineage(ctx, &outcome)?;
         Ok(outcome)

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `weights` | where a file of weights is and how it is had |
 //! | `embedded` | models that run in this process |
+//! | `remote` | models behind a server, with the adapters of checkpoints |
 //!
 //! Everything that depends on whether the embedded model was compiled in is in `embedded` and its
 //! stand-in `absent`.
@@ -12,6 +13,7 @@
 pub(crate) mod absent;
 #[cfg(feature = "model")]
 pub(crate) mod embedded;
+pub(crate) mod remote;
 pub mod weights;
 
 #[cfg(not(feature = "model"))]
@@ -27,7 +29,7 @@ use flowrun_cache::CompletionCache;
 use flowrun_engine::step::{Cancel, StepContext, StepError, World};
 use flowrun_lm::classifier::Embedder;
 use flowrun_lm::client::Prices;
-use flowrun_lm::client::{OpenAi, OpenAiSpec};
+use flowrun_lm::client::OpenAiSpec;
 use flowrun_lm::lm::{Cached, Lm, Metered};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -180,7 +182,8 @@ pub fn open_encoder(
 }
 
 /// Top-level fields of a model entry that do not change what it answers.
-pub const UNKEYED: [&str; 8] = [
+pub const UNKEYED: [&str; 9] = [
+    "adapters",
     "base_url",
     "api_key_env",
     "concurrency",
@@ -222,7 +225,7 @@ pub fn open_lm(
     host: &Host<'_>,
 ) -> Result<Metered, StepError> {
     let lm: Arc<dyn Lm> = match spec {
-        ModelSpec::OpenAi(spec) => open_remote(spec, checkpoint.map(|(_, c)| c), host)?,
+        ModelSpec::OpenAi(spec) => remote::open_lm(spec, checkpoint, host)?,
         ModelSpec::Embedded(spec) => local::open_lm(spec, checkpoint, host)?,
         ModelSpec::SentenceEncoder(_) => {
             return Err(
@@ -236,35 +239,4 @@ pub fn open_lm(
         None => lm,
     };
     Ok(Metered::new(lm, spec.prices()))
-}
-
-/// A server's model. A checkpoint that was trained elsewhere names its own model id.
-fn open_remote(
-    spec: &OpenAiSpec,
-    checkpoint: Option<&Checkpoint>,
-    host: &Host<'_>,
-) -> Result<Arc<dyn Lm>, StepError> {
-    if let Some(Checkpoint {
-        adapter: Some(_),
-        name,
-        ..
-    }) = checkpoint
-    {
-        return Err(StepError::invalid(format!(
-            "`{}` does not serve the checkpoint `{name}`, which was trained in this process",
-            spec.model
-        ))
-        .help("evaluate it with the `provider: embedded` model that it was trained on"));
-    }
-    let key = match &spec.api_key_env {
-        None => None,
-        Some(name) => Some(host.world.env.get(name).cloned().ok_or_else(|| {
-            StepError::invalid(format!("the environment variable `{name}` is not set"))
-                .help("it holds the key of the model's server; set it, or remove `api_key_env`")
-        })?),
-    };
-    let cancel = host.cancel.clone();
-    let client = OpenAi::new(spec, key, Arc::new(move || cancel.is_cancelled()))
-        .map_err(|e| StepError::failed(e.to_string()))?;
-    Ok(Arc::new(client))
 }

@@ -26,6 +26,7 @@ fn bundle(dir: &Path) -> Bundle {
             digest: "d".to_owned(),
             base: "b".to_owned(),
         }),
+        hosted: None,
         lineage: None,
     };
     checkpoint.save(&adapter).unwrap();

@@ -1,0 +1,207 @@
+//! Training by another program: one declaration becomes the config of TRL, LLaMA-Factory or
+//! axolotl; the program is run to its end, and its PEFT checkpoints are taken over.
+//!
+//! | file | what |
+//! |---|---|
+//! | `mod` | the settings, and the course of a training |
+//! | `trainer` | the programs: their config, data and command line |
+//! | `process` | runs the program |
+//! | `collect` | reads the checkpoints and losses that it left |
+
+mod collect;
+mod process;
+mod trainer;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use flowrun_engine::step::{StepContext, StepError, StepOutcome};
+use flowrun_lm::messages::ChatRow;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::Params;
+use crate::checkpoint::Checkpoint;
+use crate::folder;
+use crate::models::{Host, ModelSpec};
+use crate::rows::{read_jsonl, write_json};
+use collect::Collected;
+use trainer::{Job, Trainer};
+
+/// Where the program leaves its checkpoints, in the folder that it works in.
+const OUT: &str = "out";
+
+/// Another program that trains.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CommandSpec {
+    /// The program.
+    trainer: Trainer,
+    /// How to start it, before its own arguments: `[/opt/trl/bin/trl]`. By default its usual name.
+    #[serde(default)]
+    program: Option<Vec<String>>,
+    /// The model as the program names it: a repository of the Hugging Face hub, or a folder. By
+    /// default the student's own name at its server or on the hub.
+    #[serde(default)]
+    base: Option<String>,
+    /// Commit, branch or tag of `base`.
+    #[serde(default)]
+    revision: Option<String>,
+    /// Rows on the device at once; `batch_size` is reached by accumulation. By default the
+    /// largest of 1, 2, 4, 8 that divides it.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    micro_batch: Option<usize>,
+    /// Longest conversation in tokens; a longer one is cut.
+    #[serde(default = "max_length")]
+    #[schemars(range(min = 1))]
+    max_length: usize,
+    /// What numbers are computed in.
+    #[serde(default)]
+    precision: Precision,
+    /// LLaMA-Factory's name of the chat template, such as `llama3`.
+    #[serde(default)]
+    template: Option<String>,
+    /// More fields of the program's config; they win over flowrun's own.
+    #[serde(default)]
+    config: BTreeMap<String, Value>,
+    /// Environment variables of the program, besides those of flowrun itself.
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+}
+
+/// What numbers are computed in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Precision {
+    /// bfloat16 with f32 sums: for GPUs of 2020 and later.
+    #[default]
+    Bf16,
+    /// float32.
+    F32,
+}
+
+fn max_length() -> usize {
+    2048
+}
+
+pub(super) fn train(
+    ctx: &StepContext,
+    params: &Params,
+    spec: &CommandSpec,
+) -> Result<StepOutcome, StepError> {
+    params.no_invocation(spec.trainer.name())?;
+    let chats: Vec<ChatRow> = read_jsonl(&ctx.input("messages")?.path)?;
+    let folder = ctx.resume_dir()?;
+    let job = Job::new(params, spec, base_name(params, spec)?, chats.len())?;
+    let out = folder.join(OUT);
+    let turn = process::Turn::take(folder, &ctx.cancel, &|| {
+        let text = "the program of an attempt that was killed is still at work: waiting for it";
+        ctx.reporter.warning(text);
+    })?;
+    if let Ok(found) = collect::collect(&out, spec.trainer.name())
+        && found.checkpoints.len() == params.epochs
+    {
+        ctx.reporter.log("an earlier attempt has trained to the end");
+        return take_over(ctx, params, &found);
+    }
+    let from = spec.trainer.goes_on_from(&out);
+    match &from {
+        Some(checkpoint) => ctx
+            .reporter
+            .log(&format!("going on from {}", checkpoint.display())),
+        // What is half done would pass for a checkpoint of this attempt.
+        None if out.exists() => {
+            std::fs::remove_dir_all(&out).map_err(|e| StepError::io(&out, &e))?;
+        }
+        None => {}
+    }
+    spec.trainer.write_data(folder, &chats)?;
+    let config = spec.trainer.write_config(folder, &job, from.as_deref())?;
+    let argv = spec.trainer.argv(spec.program.as_deref(), &config);
+    let lines = |line: &str| {
+        ctx.reporter.log(line);
+        if let Some((step, text)) = collect::progress(line, params.epochs, job.steps()) {
+            ctx.reporter
+                .progress(step, job.steps() as u64, "steps", &text);
+        }
+    };
+    let mut env = ctx.world.env.clone();
+    env.extend(spec.env.clone());
+    process::run(&argv, turn, folder, &env, &lines, &ctx.cancel)?;
+    take_over(ctx, params, &collect::collect(&out, spec.trainer.name())?)
+}
+
+/// Makes the program's checkpoints the step's own.
+fn take_over(
+    ctx: &StepContext,
+    params: &Params,
+    collected: &Collected,
+) -> Result<StepOutcome, StepError> {
+    let base = base_id(ctx, params)?;
+    Checkpoint::base().save(&ctx.output("base"))?;
+    let mut labels = Vec::new();
+    for found in &collected.checkpoints {
+        let checkpoint = Checkpoint::of_adapter(&found.folder, found.epoch, found.step, &base)?;
+        let to = ctx.output_item("checkpoints", &checkpoint.name)?;
+        for file in collect::FILES {
+            folder::copy(&found.folder.join(file), &to.join(file))?;
+        }
+        checkpoint.save(&to)?;
+        labels.push(checkpoint.name);
+    }
+    if labels.len() != params.epochs {
+        ctx.reporter.warning(&format!(
+            "the program left {} checkpoints for {} epochs",
+            labels.len(),
+            params.epochs
+        ));
+    }
+    write_json(&ctx.output("loss"), &collected.losses)?;
+    let last = collected.losses.last();
+    Ok(StepOutcome::default()
+        .list("checkpoints", labels)
+        .metric("steps", collected.steps())
+        .metric("loss", last.map_or(Value::Null, |point| point.loss.into())))
+}
+
+/// The model as the program names it.
+fn base_name(params: &Params, spec: &CommandSpec) -> Result<String, StepError> {
+    let own = match &params.model {
+        ModelSpec::OpenAi(model) => Some(model.model.clone()),
+        ModelSpec::Embedded(model) => model.weights.hf.clone(),
+        ModelSpec::SentenceEncoder(_) => None,
+    };
+    spec.base.clone().or(own).ok_or_else(|| {
+        let name = params.model.name();
+        StepError::invalid(format!("`backend.command.base` is missing: `{name}` is no name of a model that other programs know"))
+            .help("give a repository of the Hugging Face hub, or a folder with the same model")
+    })
+}
+
+/// What the checkpoints say that they were trained on.
+fn base_id(ctx: &StepContext, params: &Params) -> Result<String, StepError> {
+    match &params.model {
+        ModelSpec::OpenAi(model) => Ok(model.model.clone()),
+        ModelSpec::Embedded(model) => {
+            let host = Host::from(ctx);
+            Ok(model.weights.locate(host.world, host.cancel)?.digest)
+        }
+        ModelSpec::SentenceEncoder(_) => Err(StepError::invalid(
+            "a `sentence-encoder` cannot be fine-tuned",
+        )),
+    }
+}
+
+/// The fields of `more` over those of `config`.
+fn merged(mut config: Map<String, Value>, more: &BTreeMap<String, Value>) -> Map<String, Value> {
+    config.extend(more.clone());
+    config
+}
+
+fn write_yaml(path: &Path, config: &Map<String, Value>) -> Result<(), StepError> {
+    let text = serde_yaml::to_string(config)
+        .map_err(|e| StepError::failed(format!("{}: {e}", path.display())))?;
+    std::fs::write(path, text).map_err(|e| StepError::io(path, &e))
+}
