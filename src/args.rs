@@ -306,6 +306,10 @@ pub(crate) struct ServeArgs {
     /// for. Repeatable. Adapters come from nowhere else.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) adapters: Vec<PathBuf>,
+    /// Train adapters of the base model for callers (OpenAI's fine-tuning API), and keep files,
+    /// jobs and adapters in this folder. One job at a time, beside the answers
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) fine_tuning: Option<PathBuf>,
     /// Adapters in memory; what was unused longest is dropped for a new one.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) max_adapters: usize,

@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use super::problem::Problem;
 use super::service::Service;
 
-/// Bytes of a request at most.
+/// Bytes of a request at most, unless it is a file.
 pub(super) const BODY: usize = 1 << 20;
 
 /// Reads the body before anything else is done about it, so that a slow client holds nothing but
@@ -23,17 +23,21 @@ pub(super) async fn whole_body(
     next: Next,
 ) -> Response {
     let (parts, body) = request.into_parts();
+    let most = match service.fine_tuning.is_some() && parts.uri.path() == super::routes::UPLOAD {
+        true => super::fine_tuning::FILE,
+        false => BODY,
+    };
     let length = parts.headers.get(header::CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if length.is_some_and(|length| length > BODY as u64) {
-        return too_large(&service);
+    if length.is_some_and(|length| length > most as u64) {
+        return too_large(&service, most);
     }
-    match tokio::time::timeout(service.limits.read, to_bytes(body, BODY)).await {
+    match tokio::time::timeout(service.limits.read, to_bytes(body, most)).await {
         Ok(Ok(bytes)) => {
             next.run(Request::from_parts(parts, Body::from(bytes)))
                 .await
         }
-        Ok(Err(error)) if error.to_string().contains("length limit") => too_large(&service),
+        Ok(Err(error)) if error.to_string().contains("length limit") => too_large(&service, most),
         Ok(Err(_)) => closing(Problem::bad("the request broke off")),
         Err(_) => {
             service.metrics.refused("slow_request");
@@ -43,9 +47,9 @@ pub(super) async fn whole_body(
     }
 }
 
-fn too_large(service: &Service) -> Response {
+fn too_large(service: &Service, most: usize) -> Response {
     service.metrics.refused("too_large");
-    let text = format!("a request has at most {BODY} bytes");
+    let text = format!("a request has at most {most} bytes");
     closing(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, text))
 }
 

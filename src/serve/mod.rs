@@ -10,9 +10,11 @@
 //! | `service` | what answers, and how much may be asked at once |
 //! | `predict`, `question` | `POST /predict`: the program; what it takes |
 //! | `openai` | `/v1/…`: the models, in OpenAI's shapes |
+//! | `fine_tuning` | `/v1/files`, `/v1/fine_tuning/…`: trains adapters of the model |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
 //! | `problem` | errors, in OpenAI's shape |
 
+mod fine_tuning;
 mod guard;
 mod limits;
 mod listener;
@@ -46,6 +48,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::args::{GlobalArgs, ServeArgs};
 use crate::exit::{Exit, Failure};
 use crate::surroundings;
+use fine_tuning::FineTuning;
 use guard::Guard;
 use metrics::Metrics;
 use service::{About, Backend, Deployed, Limits, Service};
@@ -116,6 +119,11 @@ fn limits(args: &ServeArgs, batch: usize) -> Limits {
 }
 
 fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> {
+    if args.fine_tuning.is_some() {
+        return Err(Failure::usage(
+            "`--fine-tuning` needs a base model, not a bundle",
+        ));
+    }
     let bundle = Bundle::open(&world.root).map_err(unusable)?;
     let manifest = &bundle.manifest;
     let about = About {
@@ -206,13 +214,17 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         completions: None,
     };
     let limits = limits(args, spec.batch);
+    let tuning = args.fine_tuning.as_deref();
+    let tuning = tuning.map(|folder| FineTuning::open(folder, &base_id, &spec, world));
+    let tuning = tuning.transpose()?;
     let engine = engine(args, &spec, base_id, None, &limits, &metrics);
     let engine = Engine::open(engine, &host).map_err(unusable)?;
     let backend = Backend::Engine {
         engine,
         program: None,
     };
-    Ok(Arc::new(Service::new(backend, about, limits, metrics)))
+    let service = Service::new(backend, about, limits, metrics);
+    Ok(Arc::new(service.training(tuning)))
 }
 
 fn engine<'a>(
@@ -228,7 +240,7 @@ fn engine<'a>(
         model,
         base_id,
         pinned,
-        folders: args.adapters.clone(),
+        folders: folders(args),
         keep: args.max_adapters,
         batch: limits.batch,
         queue: limits.queue,
@@ -246,8 +258,14 @@ fn about(args: &ServeArgs) -> About {
         inputs: vec![RowInput::text("text")],
         labels: Vec::new(),
         started: now.map_or(0, |since| since.as_secs()),
-        adapters: args.adapters.clone(),
+        adapters: folders(args),
     }
+}
+
+/// The folders that adapters may come from.
+fn folders(args: &ServeArgs) -> Vec<PathBuf> {
+    let trained = args.fine_tuning.as_deref().map(FineTuning::adapters);
+    args.adapters.iter().cloned().chain(trained).collect()
 }
 
 /// What is served must be usable as it is: whatever is wrong with it is wrong input.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse};
 use axum::routing::{get, post};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::guard::{self, Guard};
 use super::problem::{Problem, Refused};
 use super::service::Service;
-use super::{limits, metrics, openai, openapi, predict, question};
+use super::{fine_tuning, limits, metrics, openai, openapi, predict, question};
 
 const PAGE: &str = include_str!("page.html");
 /// The page's own script and style, requests to this server, and nothing else.
@@ -20,7 +20,7 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Every path, as the metrics and the OpenAPI document name it.
-pub(super) const PATHS: [&str; 14] = [
+pub(super) const PATHS: [&str; 22] = [
     "/",
     "/predict",
     "/predict/batch",
@@ -35,7 +35,17 @@ pub(super) const PATHS: [&str; 14] = [
     "/v1/completions",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
+    UPLOAD,
+    "/v1/files/{id}",
+    "/v1/files/{id}/content",
+    "/v1/fine_tuning/jobs",
+    "/v1/fine_tuning/jobs/{id}",
+    "/v1/fine_tuning/jobs/{id}/cancel",
+    "/v1/fine_tuning/jobs/{id}/events",
+    "/v1/fine_tuning/jobs/{id}/checkpoints",
 ];
+/// The path that takes files.
+pub(super) const UPLOAD: &str = "/v1/files";
 
 /// The whole server.
 pub(super) fn app(service: Arc<Service>, guard: Guard) -> Router {
@@ -54,6 +64,7 @@ pub(super) fn app(service: Arc<Service>, guard: Guard) -> Router {
         .route("/v1/completions", post(openai::text))
         .route("/v1/load_lora_adapter", post(openai::load))
         .route("/v1/unload_lora_adapter", post(openai::unload))
+        .merge(fine_tuning_paths())
         .fallback(async || Problem::new(StatusCode::NOT_FOUND, "there is no such path"))
         .method_not_allowed_fallback(async || {
             let status = StatusCode::METHOD_NOT_ALLOWED;
@@ -72,6 +83,24 @@ pub(super) fn app(service: Arc<Service>, guard: Guard) -> Router {
             limits::counted,
         ))
         .with_state(service)
+}
+
+fn fine_tuning_paths() -> Router<Arc<Service>> {
+    use fine_tuning::{
+        cancel, checkpoints, create_job, delete_file, events, file, file_content, files, job, jobs,
+        upload,
+    };
+    const JOBS: &str = "/v1/fine_tuning/jobs";
+    let limit = DefaultBodyLimit::max(fine_tuning::FILE);
+    Router::new()
+        .route(UPLOAD, get(files).post(upload).layer(limit))
+        .route("/v1/files/{id}", get(file).delete(delete_file))
+        .route("/v1/files/{id}/content", get(file_content))
+        .route(JOBS, get(jobs).post(create_job))
+        .route(&format!("{JOBS}/{{id}}"), get(job))
+        .route(&format!("{JOBS}/{{id}}/cancel"), post(cancel))
+        .route(&format!("{JOBS}/{{id}}/events"), get(events))
+        .route(&format!("{JOBS}/{{id}}/checkpoints"), get(checkpoints))
 }
 
 async fn page() -> impl IntoResponse {

@@ -16,6 +16,7 @@ use flowrun_steps::bundle::UNKNOWN;
 use flowrun_steps::serving::{Ask, Ended, Engine, Event, Loaded, ModelEntry, Piece, Prompt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use super::fine_tuning::FineTuning;
 use super::metrics::Metrics;
 use super::problem::{Problem, Refused};
 
@@ -79,6 +80,8 @@ pub(crate) struct Service {
     pub(super) about: About,
     pub(super) limits: Limits,
     pub(super) metrics: Arc<Metrics>,
+    /// Trains, where it was asked to.
+    pub(super) fine_tuning: Option<Arc<FineTuning>>,
     places: Arc<Semaphore>,
     /// Calls of an [`Answerer`] at once.
     callers: Arc<Semaphore>,
@@ -115,10 +118,17 @@ impl Service {
             about,
             limits,
             metrics,
+            fine_tuning: None,
             places: Arc::new(Semaphore::new(limits.batch + limits.queue)),
             callers: Arc::new(Semaphore::new(callers.max(1))),
             draining: AtomicBool::new(false),
         }
+    }
+
+    /// The same, training what it is asked to.
+    pub(super) fn training(mut self, fine_tuning: Option<FineTuning>) -> Self {
+        self.fine_tuning = fine_tuning.map(Arc::new);
+        self
     }
 
     /// Places for `count` requests, until what this returns is dropped.

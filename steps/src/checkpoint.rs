@@ -111,7 +111,10 @@ impl Checkpoint {
     pub fn unique_name(&self) -> String {
         let digest = self.adapter.as_ref().map(|adapter| &adapter.digest);
         let digest = digest.and_then(|digest| digest.get(..UNIQUE));
-        digest.map_or_else(|| self.name.clone(), |digest| format!("{}-{digest}", self.name))
+        digest.map_or_else(
+            || self.name.clone(),
+            |digest| format!("{}-{digest}", self.name),
+        )
     }
 
     /// Reads the folder's file.

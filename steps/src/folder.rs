@@ -24,3 +24,26 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<(), StepError> {
     }
     Ok(())
 }
+
+/// Copies a folder so that whoever looks sees all of it or nothing. One that is there stays.
+///
+/// # Errors
+/// As [`copy`].
+pub(crate) fn copy_whole(from: &Path, to: &Path) -> Result<(), StepError> {
+    if to.is_dir() {
+        return Ok(());
+    }
+    let parent = to.parent().unwrap_or(to);
+    std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
+    let part = tempfile::Builder::new()
+        .prefix(".part-")
+        .tempdir_in(parent)
+        .map_err(|e| StepError::io(parent, &e))?;
+    let whole = part.path().join("whole");
+    copy(from, &whole)?;
+    match std::fs::rename(&whole, to) {
+        // Another was quicker.
+        Err(_) if to.is_dir() => Ok(()),
+        renamed => renamed.map_err(|e| StepError::io(to, &e)),
+    }
+}

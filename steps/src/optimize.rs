@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use flowrun_engine::record::timestamp;
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
+use flowrun_lm::lm::LmError;
 use flowrun_lm::metric::MetricKind;
 use flowrun_lm::optimize::{
     InstructionSearch, InstructionSettings, KeptResults, Optimizer, Progress, Proposed,
@@ -170,6 +171,11 @@ impl Step for Optimize {
         };
         let compiled = optimizer.compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
+        // To be refused every time is no answer that counts as wrong.
+        if let Some(LmError::Rejected(why)) = lm.refused() {
+            let text = format!("the model answered none of the search's calls: {why}");
+            return Err(StepError::failed(text));
+        }
         let unavailable =
             lm.totals().unavailable + proposer.as_ref().map_or(0, |p| p.totals().unavailable);
         if unavailable > 0 {

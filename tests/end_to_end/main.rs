@@ -9,6 +9,7 @@ mod deploying;
 mod distil;
 mod docs;
 mod faults;
+mod fine_tuning;
 mod graph;
 mod history;
 mod hostile;

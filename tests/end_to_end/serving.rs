@@ -29,7 +29,7 @@ fn serve(project: &Project, args: &[&str]) -> Server {
 }
 
 /// The base model alone, with a folder of two adapters.
-fn with_adapters(more: &[&str]) -> (Project, Server) {
+pub(crate) fn with_adapters(more: &[&str]) -> (Project, Server) {
     let project = Project::new();
     write_model(&project.path("tiny"), 1);
     write_adapter(&project.path("adapters/one"), 11);

@@ -69,7 +69,9 @@ mod tests {
         ] {
             assert_eq!(Endpoint::new(base, &CHAT).unwrap().url.as_str(), url);
         }
-        let shown = Endpoint::new("https://h/v1?key=secret", &CHAT).unwrap().shown;
+        let shown = Endpoint::new("https://h/v1?key=secret", &CHAT)
+            .unwrap()
+            .shown;
         assert_eq!(shown, "https://h/v1/chat/completions");
     }
 

@@ -29,10 +29,10 @@ use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 
 use crate::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
+pub use api::{Api, ApiError};
 use endpoint::Endpoint;
 use limits::Limits;
 use retry::{Failure, Pace};
-pub use api::{Api, ApiError};
 pub use spec::{AdapterPlace, Guided, OpenAiSpec};
 
 pub use crate::lm::Prices;
@@ -105,7 +105,8 @@ impl OpenAi {
         cancelled: Cancelled,
         pace: Pace,
     ) -> Result<Self, LmError> {
-        let endpoint = Endpoint::new(&spec.base_url, &["chat", "completions"]).map_err(LmError::Rejected)?;
+        let endpoint =
+            Endpoint::new(&spec.base_url, &["chat", "completions"]).map_err(LmError::Rejected)?;
         let key = sendable(key, spec.api_key_env.as_deref()).map_err(LmError::Rejected)?;
         let mut builder = reqwest::Client::builder()
             .timeout(Duration::from_secs(spec.timeout_s.max(1)))

@@ -1,6 +1,6 @@
 //! [`Metered`]: a model whose calls, tokens and costs are counted. Changes no answer.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -64,6 +64,7 @@ pub struct Metered {
     lm: Arc<dyn Lm>,
     prices: Option<Prices>,
     counted: Mutex<Usage>,
+    first_error: OnceLock<Box<LmError>>,
 }
 
 impl Metered {
@@ -73,7 +74,15 @@ impl Metered {
             lm,
             prices,
             counted: Mutex::default(),
+            first_error: OnceLock::new(),
         }
+    }
+
+    /// The error of all calls, where not one was answered.
+    pub fn refused(&self) -> Option<&LmError> {
+        let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let none = counted.failed == counted.calls;
+        self.first_error.get().filter(|_| none).map(Box::as_ref)
     }
 
     /// What was used so far, by all threads together.
@@ -92,6 +101,7 @@ impl Metered {
         match answer {
             Err(error) => {
                 counted.failed += 1;
+                self.first_error.get_or_init(|| Box::new(error.clone()));
                 counted.unavailable += u64::from(matches!(error, LmError::Unavailable(_)));
             }
             Ok(completion) if completion.cached => counted.cached += 1,

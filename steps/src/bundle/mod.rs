@@ -307,8 +307,8 @@ impl Vendor<'_> {
             ModelSpec::OpenAi(spec) => {
                 if let Some(place) = &mut spec.adapters {
                     let folder = self.world.root.join(&place.folder);
-                    place.folder = std::path::absolute(&folder)
-                        .map_err(|e| StepError::io(&folder, &e))?;
+                    place.folder =
+                        std::path::absolute(&folder).map_err(|e| StepError::io(&folder, &e))?;
                 }
             }
             ModelSpec::SentenceEncoder(_) => {}

@@ -6,11 +6,13 @@
 //! | `embedded` | training in this process |
 //! | `command` | training by another program: TRL, LLaMA-Factory, axolotl |
 //! | `openai` | training by a server that speaks OpenAI's fine-tuning API |
+//! | `tuning` | training in this process for such a server |
 
 mod command;
 #[cfg(feature = "model")]
 mod embedded;
 mod openai;
+pub mod tuning;
 
 use std::collections::BTreeMap;
 

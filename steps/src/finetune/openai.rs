@@ -195,7 +195,9 @@ impl Training<'_> {
         if let Some(job) = &state.job {
             match self.look(job) {
                 Ok(found) if !found.has_failed() => {
-                    self.ctx.reporter.log(&format!("going on with the job {job}"));
+                    self.ctx
+                        .reporter
+                        .log(&format!("going on with the job {job}"));
                     return Ok(job.clone());
                 }
                 Ok(_) => {}
@@ -205,9 +207,9 @@ impl Training<'_> {
             state.job = None;
         }
         if let Some(job) = self.unheard_of()? {
-            self.ctx
-                .reporter
-                .log(&format!("going on with the job {job}, found by its metadata"));
+            self.ctx.reporter.log(&format!(
+                "going on with the job {job}, found by its metadata"
+            ));
             state.job = Some(job.clone());
             write_json(&self.state, &state)?;
             return Ok(job);
@@ -228,7 +230,10 @@ impl Training<'_> {
         let named = self.ctx.work_dir.join("train.jsonl");
         std::fs::copy(chats, &named).map_err(|e| StepError::io(chats, &e))?;
         let fields = [("purpose", "fine-tune")];
-        let file = self.api.upload(&["files"], &named, &fields).map_err(failed)?;
+        let file = self
+            .api
+            .upload(&["files"], &named, &fields)
+            .map_err(failed)?;
         let id = file["id"].as_str().map(str::to_owned);
         id.ok_or_else(|| StepError::failed(format!("the server gave the file no id: {file}")))
     }
@@ -446,7 +451,10 @@ fn models(
 ) -> Result<Vec<Model>, StepError> {
     let last = job.fine_tuned_model.clone();
     let last = last.ok_or_else(|| {
-        StepError::failed(format!("the job {} succeeded without naming its model", job.id))
+        StepError::failed(format!(
+            "the job {} succeeded without naming its model",
+            job.id
+        ))
     })?;
     rows.sort_by_key(|row| row.step_number);
     let listed = rows.last().map_or(0, |row| row.step_number);
@@ -480,7 +488,10 @@ fn succeeded(job: Job) -> Result<Job, StepError> {
     }
     let why = job.error.and_then(|error| error.message);
     let why = why.unwrap_or_else(|| "the server gave no reason".to_owned());
-    Err(StepError::failed(format!("the job {} {}: {why}", job.id, job.status)))
+    Err(StepError::failed(format!(
+        "the job {} {}: {why}",
+        job.id, job.status
+    )))
 }
 
 fn merge(body: &mut Value, more: &BTreeMap<String, Value>) {
@@ -492,8 +503,9 @@ fn merge(body: &mut Value, more: &BTreeMap<String, Value>) {
 fn read<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, StepError> {
     let shown = value.to_string();
     let shown: String = shown.chars().take(200).collect();
-    serde_json::from_value(value)
-        .map_err(|e| StepError::failed(format!("the server's answer cannot be read ({e}): {shown}")))
+    serde_json::from_value(value).map_err(|e| {
+        StepError::failed(format!("the server's answer cannot be read ({e}): {shown}"))
+    })
 }
 
 fn failed(error: ApiError) -> StepError {
@@ -542,7 +554,11 @@ mod tests {
     #[test]
     fn the_last_model_is_one_with_its_checkpoint() {
         let found = models(&job(Some("m")), rows(&[30, 10, 20]), 3, Some(30)).unwrap();
-        let expected = [("m:ckpt-step-10", 1, 10), ("m:ckpt-step-20", 2, 20), ("m", 3, 30)];
+        let expected = [
+            ("m:ckpt-step-10", 1, 10),
+            ("m:ckpt-step-20", 2, 20),
+            ("m", 3, 30),
+        ];
         assert_eq!(named(&found), expected);
     }
 

@@ -131,7 +131,7 @@ impl WithAdapter {
         if *ready {
             return Ok(());
         }
-        put(&self.from, &self.to).map_err(|e| LmError::Rejected(e.message))?;
+        folder::copy_whole(&self.from, &self.to).map_err(|e| LmError::Rejected(e.message))?;
         if self.load {
             self.tell()?;
         }
@@ -173,25 +173,5 @@ impl Lm for WithAdapter {
             return requests.iter().map(|_| Err(error.clone())).collect();
         }
         self.client.complete(requests, on_answer)
-    }
-}
-
-/// Copies the folder whole: a server that looks sees all of it or nothing.
-fn put(from: &Path, to: &Path) -> Result<(), StepError> {
-    if to.is_dir() {
-        return Ok(());
-    }
-    let parent = to.parent().unwrap_or(to);
-    std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
-    let part = tempfile::Builder::new()
-        .prefix(".part-")
-        .tempdir_in(parent)
-        .map_err(|e| StepError::io(parent, &e))?;
-    let whole = part.path().join("adapter");
-    folder::copy(from, &whole)?;
-    match std::fs::rename(&whole, to) {
-        // Another step was quicker.
-        Err(_) if to.is_dir() => Ok(()),
-        renamed => renamed.map_err(|e| StepError::io(to, &e)),
     }
 }

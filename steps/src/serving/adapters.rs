@@ -257,7 +257,7 @@ impl Adapters {
             adapter: Some(adapter),
             ..
         }) = Checkpoint::load(folder)
-            && adapter.base != self.base.id
+            && ![&self.base.id, &self.base_id].contains(&&adapter.base)
         {
             return Err(unusable(format!(
                 "the checkpoint was trained on another model than `{}`",

@@ -95,7 +95,10 @@ fn checkpoints(out: &Path) -> Vec<(usize, PathBuf)> {
     let folder = |path: PathBuf| {
         let name = path.file_name()?.to_str()?;
         let step = name.strip_prefix(CHECKPOINT)?.parse().ok()?;
-        let whole = FILES.iter().chain([&STATE]).all(|file| path.join(file).is_file());
+        let whole = FILES
+            .iter()
+            .chain([&STATE])
+            .all(|file| path.join(file).is_file());
         whole.then_some((step, path))
     };
     let mut found: Vec<_> = entries.filter_map(|entry| folder(entry.path())).collect();
@@ -170,10 +173,18 @@ mod tests {
         make(10, 1.0, &all);
         make(30, 3.0, &[FILES[0], STATE]);
         let found = collect(dir.path(), "TRL").unwrap();
-        let steps: Vec<_> = found.checkpoints.iter().map(|c| (c.step, c.epoch)).collect();
+        let steps: Vec<_> = found
+            .checkpoints
+            .iter()
+            .map(|c| (c.step, c.epoch))
+            .collect();
         assert_eq!(steps, [(10, 1), (20, 2)]);
         let losses: Vec<_> = found.losses.iter().map(|p| (p.step, p.epoch)).collect();
         assert_eq!(losses, [(9, 0), (20, 1)]);
-        assert!(last_checkpoint(dir.path()).unwrap().ends_with("checkpoint-20"));
+        assert!(
+            last_checkpoint(dir.path())
+                .unwrap()
+                .ends_with("checkpoint-20")
+        );
     }
 }

@@ -94,6 +94,8 @@ pub(super) fn train(
     params.no_invocation(spec.trainer.name())?;
     let chats: Vec<ChatRow> = read_jsonl(&ctx.input("messages")?.path)?;
     let folder = ctx.resume_dir()?;
+    // The program works elsewhere.
+    let folder = &std::path::absolute(folder).map_err(|e| StepError::io(folder, &e))?;
     let job = Job::new(params, spec, base_name(params, spec)?, chats.len())?;
     let out = folder.join(OUT);
     let turn = process::Turn::take(folder, &ctx.cancel, &|| {
@@ -103,7 +105,8 @@ pub(super) fn train(
     if let Ok(found) = collect::collect(&out, spec.trainer.name())
         && found.checkpoints.len() == params.epochs
     {
-        ctx.reporter.log("an earlier attempt has trained to the end");
+        ctx.reporter
+            .log("an earlier attempt has trained to the end");
         return take_over(ctx, params, &found);
     }
     let from = spec.trainer.goes_on_from(&out);

@@ -41,7 +41,11 @@ impl Turn {
         on_wait: &dyn Fn(),
     ) -> Result<Self, StepError> {
         let path = folder.join(LOCK);
-        let open = File::options().read(true).append(true).create(true).open(&path);
+        let open = File::options()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(&path);
         let file = open.map_err(|e| StepError::io(&path, &e))?;
         let mut waits = false;
         loop {
@@ -207,7 +211,10 @@ mod tests {
         assert_eq!(heard, ["one", "two", "b"]);
         let (ended, _) = sh("echo why >&2; exit 3", &Cancel::default());
         let error = ended.unwrap_err().message;
-        assert!(error.contains("exit status: 3") && error.contains("why"), "{error}");
+        assert!(
+            error.contains("exit status: 3") && error.contains("why"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -256,6 +263,9 @@ mod tests {
     /// Nobody may be there to reap an orphan in a container.
     fn is_zombie(pid: Pid) -> bool {
         let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        state.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
+        state
+            .rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.trim_start().starts_with('Z'))
     }
 }

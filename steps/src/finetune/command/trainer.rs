@@ -85,6 +85,11 @@ impl<'a> Job<'a> {
         self.rows.div_ceil(self.params.batch_size) * self.params.epochs
     }
 
+    /// In steps, which every version of `transformers` takes; the ratio is gone from version 5.
+    fn warmup_steps(&self) -> usize {
+        (self.params.warmup * self.steps() as f64).round() as usize
+    }
+
     fn accumulation(&self) -> usize {
         self.params.batch_size / self.micro_batch
     }
@@ -202,9 +207,7 @@ fn parted(chat: &ChatRow) -> Result<Value, StepError> {
 /// A conversation in which each message says whether it is to be learned.
 fn marked(chat: &ChatRow) -> Value {
     let last = chat.messages.len().saturating_sub(1);
-    let message = |(at, message): (usize, &Message)| {
-        json!({ "role": message.role, "content": message.content, TRAINING: at == last })
-    };
+    let message = |(at, message): (usize, &Message)| json!({ "role": message.role, "content": message.content, TRAINING: at == last });
     let messages: Vec<Value> = chat.messages.iter().enumerate().map(message).collect();
     json!({ "messages": messages })
 }
@@ -226,7 +229,7 @@ fn trl(job: &Job<'_>, folder: &Path) -> Value {
         "gradient_accumulation_steps": job.accumulation(),
         "learning_rate": params.learning_rate,
         "lr_scheduler_type": job.schedule(),
-        "warmup_ratio": params.warmup,
+        "warmup_steps": job.warmup_steps(),
         "weight_decay": params.weight_decay,
         "seed": params.seed,
         "max_length": job.spec.max_length,
@@ -240,11 +243,7 @@ fn trl(job: &Job<'_>, folder: &Path) -> Value {
     })
 }
 
-fn llama_factory(
-    job: &Job<'_>,
-    folder: &Path,
-    from: Option<&Path>,
-) -> Result<Value, StepError> {
+fn llama_factory(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Result<Value, StepError> {
     let params = job.params;
     let template = job.spec.template.as_ref().ok_or_else(|| {
         StepError::invalid("LLaMA-Factory needs `backend.command.template`")
@@ -274,7 +273,7 @@ fn llama_factory(
         "gradient_accumulation_steps": job.accumulation(),
         "learning_rate": params.learning_rate,
         "lr_scheduler_type": job.schedule(),
-        "warmup_ratio": params.warmup,
+        "warmup_steps": job.warmup_steps(),
         "weight_decay": params.weight_decay,
         "seed": params.seed,
         "bf16": job.is_bf16(),
@@ -318,7 +317,7 @@ fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
         "optimizer": "adamw_torch",
         "learning_rate": params.learning_rate,
         "lr_scheduler": job.schedule(),
-        "warmup_ratio": params.warmup,
+        "warmup_steps": job.warmup_steps(),
         "weight_decay": params.weight_decay,
         "seed": params.seed,
         "bf16": job.is_bf16(),

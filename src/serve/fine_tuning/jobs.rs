@@ -1,0 +1,372 @@
+//! [`Jobs`]: what was asked for, how far it is, and what came of it; on disk after every change.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use axum::http::StatusCode;
+use flowrun_engine::step::Cancel;
+use flowrun_steps::finetune::tuning::Hyperparameters;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{is_id, new_id, now, write};
+use crate::exit::{Exit, Failure};
+use crate::serve::problem::Problem;
+
+const PREFIX: &str = "ftjob";
+/// Characters of a suffix, as at OpenAI.
+const SUFFIX: usize = 64;
+/// Metadata of a job, as at OpenAI.
+const METADATA: usize = 16;
+/// Epochs that one job may take.
+const EPOCHS: usize = 100;
+
+/// What a caller asks for. Fields of OpenAI's that cannot be honoured are refused.
+#[derive(Debug, Deserialize)]
+pub(in crate::serve) struct Order {
+    model: String,
+    pub(super) training_file: String,
+    #[serde(default)]
+    validation_file: Option<Value>,
+    #[serde(default)]
+    integrations: Option<Vec<Value>>,
+    #[serde(default)]
+    suffix: Option<String>,
+    #[serde(default)]
+    seed: Option<u64>,
+    #[serde(default)]
+    metadata: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    method: Option<Method>,
+    /// The old place of them.
+    #[serde(default)]
+    hyperparameters: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Method {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    supervised: Option<Supervised>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Supervised {
+    #[serde(default)]
+    hyperparameters: Option<Value>,
+}
+
+impl Order {
+    fn hyperparameters(&self) -> Result<Hyperparameters, Problem> {
+        let method = self.method.as_ref();
+        if let Some(method) = method.filter(|method| method.kind != "supervised") {
+            return Err(Problem::unsupported(&format!(
+                "the method `{}`",
+                method.kind
+            )));
+        }
+        let given = method.and_then(|method| method.supervised.as_ref());
+        let given = given.and_then(|supervised| supervised.hyperparameters.clone());
+        let mut given = given
+            .or_else(|| self.hyperparameters.clone())
+            .unwrap_or(json!({}));
+        if let Some(fields) = given.as_object_mut() {
+            // What is left to the server.
+            fields.retain(|_, value| value != "auto" && !value.is_null());
+        }
+        let bad = |text: String| Problem::bad(text).of("hyperparameters");
+        let how: Hyperparameters =
+            serde_json::from_value(given).map_err(|e| bad(format!("`hyperparameters`: {e}")))?;
+        let rate = how.learning_rate * how.learning_rate_multiplier;
+        let fits = (1..=EPOCHS).contains(&how.n_epochs)
+            && how.batch_size > 0
+            && how.lora_rank > 0
+            && (0.0..1.0).contains(&how.lora_dropout)
+            && rate.is_finite()
+            && rate > 0.0;
+        if !fits {
+            return Err(bad(format!(
+                "`hyperparameters`: n_epochs is 1 to {EPOCHS}, batch_size and lora_rank are at \
+                 least 1, the learning rate is above 0, lora_dropout below 1"
+            )));
+        }
+        Ok(how)
+    }
+
+    fn check(&self, base_id: &str) -> Result<(), Problem> {
+        if self.model != base_id {
+            let text = format!("`{}` cannot be trained here, only `{base_id}`", self.model);
+            return Err(Problem::bad(text).of("model"));
+        }
+        if self
+            .validation_file
+            .as_ref()
+            .is_some_and(|file| !file.is_null())
+        {
+            return Err(Problem::unsupported("`validation_file`"));
+        }
+        if self
+            .integrations
+            .as_ref()
+            .is_some_and(|all| !all.is_empty())
+        {
+            return Err(Problem::unsupported("`integrations`"));
+        }
+        let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+        let suffix = self.suffix.as_deref().unwrap_or("ok");
+        if suffix.is_empty() || suffix.len() > SUFFIX || !suffix.chars().all(word) {
+            let text = format!("`suffix` has 1 to {SUFFIX} letters, digits, `-` or `_`");
+            return Err(Problem::bad(text).of("suffix"));
+        }
+        if self
+            .metadata
+            .as_ref()
+            .is_some_and(|data| data.len() > METADATA)
+        {
+            return Err(Problem::bad(format!("at most {METADATA} metadata")).of("metadata"));
+        }
+        Ok(())
+    }
+}
+
+/// Where a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Status {
+    Queued,
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl Status {
+    fn has_ended(self) -> bool {
+        !matches!(self, Self::Queued | Self::Running)
+    }
+}
+
+/// A job with all that is known of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Job {
+    pub(super) id: String,
+    pub(super) created_at: u64,
+    pub(super) finished_at: Option<u64>,
+    pub(super) status: Status,
+    pub(super) model: String,
+    pub(super) training_file: String,
+    pub(super) hyperparameters: Hyperparameters,
+    pub(super) seed: u64,
+    pub(super) suffix: Option<String>,
+    pub(super) metadata: BTreeMap<String, String>,
+    pub(super) fine_tuned_model: Option<String>,
+    pub(super) trained_tokens: Option<usize>,
+    pub(super) error: Option<String>,
+    /// The oldest first.
+    pub(super) events: Vec<Value>,
+    /// The oldest first.
+    pub(super) checkpoints: Vec<Value>,
+}
+
+impl Job {
+    /// OpenAI's job object.
+    pub(super) fn object(&self) -> Value {
+        let how = json!(self.hyperparameters);
+        let error = self.error.as_ref();
+        json!({
+            "object": "fine_tuning.job", "id": self.id, "created_at": self.created_at,
+            "finished_at": self.finished_at, "status": self.status, "model": self.model,
+            "fine_tuned_model": self.fine_tuned_model, "organization_id": "flowrun",
+            "training_file": self.training_file, "validation_file": null, "result_files": [],
+            "trained_tokens": self.trained_tokens, "seed": self.seed, "metadata": self.metadata,
+            "error": error.map(|text| json!({"code": "failed", "message": text, "param": null})),
+            "hyperparameters": how, "integrations": [], "estimated_finish": null,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": how}},
+        })
+    }
+
+    /// Adds an event.
+    pub(super) fn tell(&mut self, level: &str, message: &str, data: Option<Value>) {
+        let kind = if data.is_some() { "metrics" } else { "message" };
+        self.events.push(json!({
+            "object": "fine_tuning.job.event", "id": format!("ftevent-{}-{}", self.id, self.events.len()),
+            "created_at": now(), "level": level, "message": message, "type": kind, "data": data,
+        }));
+    }
+
+    /// Ends it.
+    pub(super) fn end(&mut self, status: Status, message: &str) {
+        self.status = status;
+        self.finished_at = Some(now());
+        let level = if status == Status::Failed {
+            "error"
+        } else {
+            "info"
+        };
+        self.tell(level, message, None);
+    }
+}
+
+/// All jobs of a server.
+pub(super) struct Jobs {
+    folder: PathBuf,
+    base_id: String,
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: BTreeMap<String, Job>,
+    /// The job that is trained, and how to stop it.
+    running: Option<(String, Cancel)>,
+}
+
+impl Jobs {
+    /// Reads the jobs of a folder; those that were under way wait again.
+    pub(super) fn open(folder: PathBuf, base_id: &str) -> Result<Arc<Self>, Failure> {
+        let failed = |e: &dyn std::fmt::Display| {
+            Failure::new(Exit::Internal, format!("{}: {e}", folder.display()))
+        };
+        let mut state = State::default();
+        for entry in std::fs::read_dir(&folder).map_err(|e| failed(&e))? {
+            let path = entry.map_err(|e| failed(&e))?.path();
+            if path.extension().is_none_or(|ending| ending != "json") {
+                continue;
+            }
+            let bytes = std::fs::read(&path).map_err(|e| failed(&e))?;
+            let mut job: Job = serde_json::from_slice(&bytes).map_err(|e| failed(&e))?;
+            if job.status == Status::Running {
+                job.status = Status::Queued;
+                job.tell("info", "the server was started again", None);
+            }
+            state.jobs.insert(job.id.clone(), job);
+        }
+        Ok(Arc::new(Self {
+            folder,
+            base_id: base_id.to_owned(),
+            state: Mutex::new(state),
+            arrived: Condvar::new(),
+        }))
+    }
+
+    /// Takes an order on.
+    pub(super) fn add(&self, order: Order) -> Result<Job, Problem> {
+        order.check(&self.base_id)?;
+        let mut job = Job {
+            id: new_id(PREFIX),
+            created_at: now(),
+            finished_at: None,
+            status: Status::Queued,
+            hyperparameters: order.hyperparameters()?,
+            model: order.model,
+            training_file: order.training_file,
+            seed: order.seed.unwrap_or(0),
+            suffix: order.suffix,
+            metadata: order.metadata.unwrap_or_default(),
+            fine_tuned_model: None,
+            trained_tokens: None,
+            error: None,
+            events: Vec::new(),
+            checkpoints: Vec::new(),
+        };
+        job.tell("info", "the job waits for its turn", None);
+        self.keep(&job)
+            .map_err(|e| Problem::internal(e.to_string()))?;
+        let mut state = self.state();
+        state.jobs.insert(job.id.clone(), job.clone());
+        self.arrived.notify_all();
+        Ok(job)
+    }
+
+    pub(super) fn get(&self, id: &str) -> Result<Job, Problem> {
+        let found = self.state().jobs.get(id).cloned();
+        let missing = || {
+            let text = format!("there is no job `{id}` here");
+            Problem::new(StatusCode::NOT_FOUND, text)
+        };
+        found.filter(|_| is_id(id, PREFIX)).ok_or_else(missing)
+    }
+
+    /// All of them, the newest first.
+    pub(super) fn list(&self) -> Vec<Job> {
+        let mut all: Vec<Job> = self.state().jobs.values().cloned().collect();
+        all.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
+        all
+    }
+
+    /// Asks a job to end. One that has ended stays as it is.
+    pub(super) fn cancel(&self, id: &str) -> Result<Job, Problem> {
+        let job = self.get(id)?;
+        let running = self.state().running.clone();
+        match running {
+            Some((running, cancel)) if running == id => cancel.cancel(),
+            _ if job.status.has_ended() => {}
+            _ => self.change(id, |job| {
+                job.end(Status::Cancelled, "the job was cancelled")
+            }),
+        }
+        self.get(id)
+    }
+
+    /// The next job to train, when there is one; it is running from then on.
+    pub(super) fn next(&self) -> (Job, Cancel) {
+        let mut state = self.state();
+        loop {
+            let waiting = state
+                .jobs
+                .values()
+                .filter(|job| job.status == Status::Queued);
+            let first = waiting.min_by_key(|job| (job.created_at, job.id.clone()));
+            if let Some(id) = first.map(|job| job.id.clone()) {
+                let cancel = Cancel::default();
+                state.running = Some((id.clone(), cancel.clone()));
+                drop(state);
+                self.change(&id, |job| {
+                    job.status = Status::Running;
+                    job.tell("info", "training has begun", None);
+                });
+                if let Ok(job) = self.get(&id) {
+                    return (job, cancel);
+                }
+                state = self.state();
+                continue;
+            }
+            let woken = self.arrived.wait(state);
+            state = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Nothing is being trained.
+    pub(super) fn idle(&self) {
+        self.state().running = None;
+    }
+
+    /// Changes a job, in memory and on disk.
+    pub(super) fn change(&self, id: &str, change: impl FnOnce(&mut Job)) {
+        let mut state = self.state();
+        let Some(job) = state.jobs.get_mut(id) else {
+            return;
+        };
+        change(job);
+        if let Err(error) = self.keep(job) {
+            tracing::warn!("the job {id} cannot be written: {error}");
+        }
+    }
+
+    /// The folder that a job's training works in.
+    pub(super) fn work(&self, id: &str) -> PathBuf {
+        self.folder.join(id)
+    }
+
+    fn keep(&self, job: &Job) -> std::io::Result<()> {
+        let bytes = serde_json::to_vec(job)?;
+        write(&self.folder.join(format!("{}.json", job.id)), &bytes)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,400 @@
+//! Students that are trained or asked elsewhere: by a server with OpenAI's fine-tuning API, by
+//! another program, and as adapters on an OpenAI-compatible server. The servers are this program's.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::project::Project;
+use crate::server::Server;
+use crate::tiny::{self, write_adapter, write_model};
+
+/// The student at a server, trained as `backend` says, every checkpoint scored.
+fn project(server: &Server, backend: &str, adapters: &str) -> Project {
+    let project = tiny::project();
+    let student = format!(
+        "  student:\n    provider: openai\n    base_url: {}/v1\n    model: tiny\n    guided: vllm\n{adapters}",
+        server.url
+    );
+    let pipeline = project.read("pipeline.yaml");
+    let start = pipeline.find("  student:").unwrap();
+    let end = pipeline.find("programs:").unwrap();
+    let score = pipeline.find("  score:").unwrap();
+    let text = format!(
+        "{}{student}{}{}",
+        &pipeline[..start],
+        &pipeline[end..score],
+        TRAINED.replace("BACKEND", backend)
+    );
+    project.write("pipeline.yaml", &text);
+    project
+}
+
+const TRAINED: &str = r#"
+  finetune:
+    uses: finetune
+    in: { messages: chats.messages, lineage: chats.lineage }
+    with:
+      model: student
+      epochs: 2
+      batch_size: 4
+      backend:
+        BACKEND
+  score:
+    uses: evaluate
+    foreach: { adapter: [finetune.base, finetune.checkpoints] }
+    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
+    with: { model: student, sampling: { max_tokens: 8 } }
+"#;
+
+/// A server of the tiny model that trains, working in `project`.
+fn trainer(project: &Project) -> Server {
+    let mut command = project.command(&["serve", "tiny", "--fine-tuning", "tuning"]);
+    command.env_remove("FLOWRUN_API_KEY");
+    Server::start(command)
+}
+
+fn home() -> Project {
+    let project = Project::new();
+    write_model(&project.path("tiny"), 1);
+    project
+}
+
+const OPENAI: &str = "openai: { poll_s: 0.1, suffix: intents, hyperparameters: { learning_rate: 0.01, lora_rank: 2 } }";
+
+fn jobs(server: &Server) -> Vec<Value> {
+    let listed: Value = server.get("/v1/fine_tuning/jobs").json().unwrap();
+    listed["data"].as_array().unwrap().clone()
+}
+
+/// The models of the server besides its base.
+fn adapters(server: &Server) -> Vec<String> {
+    let models: Value = server.get("/v1/models").json().unwrap();
+    let models = models["data"].as_array().unwrap().iter();
+    let ids = models.map(|model| model["id"].as_str().unwrap().to_owned());
+    ids.filter(|id| id != "tiny").collect()
+}
+
+#[test]
+fn a_server_trains_and_every_checkpoint_is_scored_there() {
+    let home = home();
+    let server = trainer(&home);
+    let project = project(&server, OPENAI, "");
+    let run = project.run(&["--json", "pipeline.yaml"]).ok();
+    let scored = run
+        .steps("ran")
+        .into_iter()
+        .filter(|step| step.starts_with("score["));
+    let scored: Vec<String> = scored.collect();
+    assert_eq!(scored.len(), 3, "{scored:?}");
+    let jobs = jobs(&server);
+    assert_eq!(jobs.len(), 1);
+    assert_eq!(jobs[0]["status"], "succeeded");
+    let models = adapters(&server);
+    assert_eq!(models.len(), 2, "{models:?}");
+    assert!(
+        models
+            .iter()
+            .all(|id| id.starts_with("tiny:intents-epochs-"))
+    );
+    assert!(models.contains(&jobs[0]["fine_tuned_model"].as_str().unwrap().to_owned()));
+    // Each answered as itself.
+    for id in models.iter().map(String::as_str).chain(["tiny"]) {
+        let body =
+            json!({"model": id, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4});
+        assert_eq!(server.json("/v1/chat/completions", &body)["model"], id);
+    }
+    assert_eq!(
+        project
+            .run(&["--json", "pipeline.yaml"])
+            .ok()
+            .steps("ran")
+            .len(),
+        0
+    );
+    // A lost cache does not train again what the server has.
+    std::fs::remove_dir_all(project.path(".flowrun")).unwrap();
+    let again = project.run(&["--json", "pipeline.yaml"]).ok();
+    assert!(again.steps("ran").contains(&"finetune".to_owned()));
+    assert_eq!(self::jobs(&server).len(), 1);
+}
+
+#[test]
+fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
+    let home = home();
+    let server = trainer(&home);
+    let slow = OPENAI.replace("0.01,", "0.01, n_epochs: 60, batch_size: 1,");
+    let project = project(&server, &slow, "");
+    let started = |server: &Server| {
+        let jobs = jobs(server);
+        jobs.iter().any(|job| job["status"] == "running")
+    };
+    let mut run = project
+        .command(&["pipeline.yaml"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait(|| started(&server));
+    run.kill().unwrap();
+    run.wait().unwrap();
+    let id = jobs(&server)[0]["id"].as_str().unwrap().to_owned();
+    server.signal("-KILL");
+    drop(server);
+    // On the same folder, and with the port that the pipeline names.
+    let server = trainer(&home);
+    let url = format!("{}/v1", server.url);
+    let old = project.read("pipeline.yaml");
+    let line = old.lines().find(|line| line.contains("base_url")).unwrap();
+    project.edit("pipeline.yaml", line, &format!("    base_url: {url}"));
+    let run = project
+        .run(&["--json", "--until", "finetune", "pipeline.yaml"])
+        .ok();
+    assert!(run.steps("ran").contains(&"finetune".to_owned()));
+    let jobs = jobs(&server);
+    assert_eq!(jobs.len(), 1, "{jobs:?}");
+    assert_eq!(jobs[0]["id"], id);
+    let events: Value = server
+        .get(&format!("/v1/fine_tuning/jobs/{id}/events?limit=1000"))
+        .json()
+        .unwrap();
+    let events = events["data"].as_array().unwrap();
+    assert!(
+        events
+            .iter()
+            .any(|event| event["message"] == "the server was started again")
+    );
+}
+
+#[test]
+fn stopping_the_run_cancels_the_job() {
+    let home = home();
+    let server = trainer(&home);
+    let slow = OPENAI.replace("0.01,", "0.01, n_epochs: 100, batch_size: 1,");
+    let project = project(&server, &slow, "");
+    let mut run = project
+        .command(&["pipeline.yaml"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait(|| jobs(&server).iter().any(|job| job["status"] == "running"));
+    let pid = run.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(run.wait().unwrap().code(), Some(130));
+    let said: Vec<String> = BufReader::new(run.stderr.take().unwrap())
+        .lines()
+        .map_while(Result::ok)
+        .collect();
+    assert!(
+        said.iter().any(|line| line.contains("was cancelled")),
+        "{said:?}"
+    );
+    wait(|| jobs(&server)[0]["status"] == "cancelled");
+    assert!(adapters(&server).is_empty());
+}
+
+fn wait(until: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !until() {
+        assert!(Instant::now() < deadline, "it did not come in time");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn wrong_files_and_orders_are_refused_in_openais_shape() {
+    let home = home();
+    let server = trainer(&home);
+    let order = |changes: Value| {
+        let mut body = json!({"model": "tiny", "training_file": "file-000000000000000000000000"});
+        body.as_object_mut()
+            .unwrap()
+            .extend(changes.as_object().unwrap().clone());
+        server.problem("/v1/fine_tuning/jobs", &body)
+    };
+    let (status, error) = order(json!({}));
+    assert_eq!((status, &error["param"]), (400, &json!("training_file")));
+    let upload = |text: &str| {
+        let part = reqwest::blocking::multipart::Part::bytes(text.as_bytes().to_vec());
+        let form = reqwest::blocking::multipart::Form::new()
+            .text("purpose", "fine-tune")
+            .part("file", part.file_name("chats.jsonl"));
+        let url = format!("{}/v1/files", server.url);
+        let answer = crate::server::client()
+            .post(url)
+            .multipart(form)
+            .send()
+            .unwrap();
+        (answer.status().as_u16(), answer.json::<Value>().unwrap())
+    };
+    for bad in [
+        "",
+        "no json",
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}",
+    ] {
+        let (status, body) = upload(bad);
+        assert_eq!(status, 400, "{bad}: {body}");
+        let message = body["error"]["message"].as_str().unwrap();
+        assert!(!message.contains("tuning/"), "{message}");
+    }
+    let chat = r#"{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}"#;
+    let (status, file) = upload(chat);
+    assert_eq!((status, &file["status"]), (200, &json!("processed")));
+    let id = file["id"].as_str().unwrap();
+    assert_eq!(
+        server
+            .get(&format!("/v1/files/{id}/content"))
+            .text()
+            .unwrap(),
+        chat
+    );
+    for changes in [
+        json!({"model": "other"}),
+        json!({"validation_file": id}),
+        json!({"suffix": "../up"}),
+        json!({"method": {"type": "dpo"}}),
+        json!({"hyperparameters": {"n_epochs": 0}}),
+        json!({"hyperparameters": {"what": 1}}),
+        json!({"hyperparameters": {"learning_rate": -1.0}}),
+    ] {
+        let mut changes = changes;
+        changes["training_file"] = changes.get("training_file").cloned().unwrap_or(json!(id));
+        assert_eq!(order(changes.clone()).0, 400, "{changes}");
+    }
+    assert_eq!(server.get("/v1/files/..%2F..%2Fetc").status(), 404);
+    assert_eq!(server.get("/v1/fine_tuning/jobs/ftjob-1").status(), 404);
+    let plain = crate::serving::with_adapters(&[]);
+    assert_eq!(plain.1.get("/v1/files").status(), 404);
+}
+
+/// A stand-in for a trainer on a machine without Python: it holds the contract, which is the
+/// config that it is given and the folders that the Trainer of `transformers` leaves.
+const STAND_IN: &str = r#"
+set -eu
+test "$1 $2" = "sft --config"
+out=$(sed -n 's/^output_dir: //p' "$3")
+grep -q '^model_name_or_path: some/base$' "$3"
+grep -q '^lora_r: 16$' "$3"
+grep -q '"completion":\[{' train.jsonl
+for step in 3 6; do
+  mkdir -p "$out/checkpoint-$step"
+  cp "$ADAPTERS/$step"/* "$out/checkpoint-$step"
+  echo "{\"epoch\": $((step / 3)).0, \"log_history\": [{\"step\": $step, \"epoch\": $((step / 3)).0, \"loss\": 0.5}]}" > "$out/checkpoint-$step/trainer_state.json"
+  echo "{'loss': '0.5', 'epoch': '$((step / 3)).0'}"
+done
+"#;
+
+#[test]
+fn another_programs_adapters_are_scored_at_a_server_as_in_this_process() {
+    let home = home();
+    let mut command = home.command(&["serve", "tiny", "--adapters", "adapters"]);
+    std::fs::create_dir_all(home.path("adapters")).unwrap();
+    command.env_remove("FLOWRUN_API_KEY");
+    let server = Server::start(command);
+    let place = |load: bool| {
+        let folder = home.path("adapters");
+        format!(
+            "    adapters: {{ folder: {}, load: {load} }}\n",
+            folder.display()
+        )
+    };
+    let backend = "command: { trainer: trl, program: [sh, trainer.sh], base: some/base }";
+    for load in [true, false] {
+        let project = project(&server, backend, &place(load));
+        write_adapter(&project.path("made/3"), 21);
+        write_adapter(&project.path("made/6"), 22);
+        let script = format!("ADAPTERS={}\n{STAND_IN}", project.path("made").display());
+        project.write("trainer.sh", &script);
+        let trainer = project.path("trainer.sh");
+        project.edit(
+            "pipeline.yaml",
+            "trainer.sh",
+            &trainer.display().to_string(),
+        );
+        let run = project.run(&["--json", "pipeline.yaml"]).ok();
+        let elsewhere = answers(&project, &run);
+        assert_eq!(elsewhere.len(), 3);
+        assert_eq!(adapters(&server).len(), 2);
+        // The same adapters over the same base in this process.
+        let old = project.read("pipeline.yaml");
+        let (start, end) = (
+            old.find("  student:").unwrap(),
+            old.find("programs:").unwrap(),
+        );
+        let local = format!(
+            "{}  student: {{ provider: embedded, weights: {{ file: tiny }} }}\n{}",
+            &old[..start],
+            &old[end..]
+        );
+        project.write("local.yaml", &local);
+        let run = project.run(&["--json", "local.yaml"]).ok();
+        assert_eq!(answers(&project, &run), elsewhere);
+    }
+}
+
+/// What each checkpoint answered, row by row.
+fn answers(project: &Project, run: &crate::project::Run) -> Vec<(String, Vec<Value>)> {
+    let mut all = Vec::new();
+    for event in run.events() {
+        if event["event"] == "step_finished" && event["kind"] == "evaluate" {
+            let path = event["outputs"]["scores"]["path"].as_str().unwrap();
+            let scores: Value = serde_json::from_str(&project.read(path)).unwrap();
+            let rows = scores["programs"][0]["rows"].as_array().unwrap();
+            let said = rows.iter().map(|row| json!([row["predicted"], row["raw"]]));
+            all.push((scores["model"].as_str().unwrap().to_owned(), said.collect()));
+        }
+    }
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
+/// The real thing, where `FLOWRUN_TRL` names TRL's command.
+#[test]
+fn trl_trains_and_its_checkpoints_answer() {
+    let Some(trl) = std::env::var_os("FLOWRUN_TRL").map(PathBuf::from) else {
+        println!("skipped: FLOWRUN_TRL names no `trl` (pip install trl peft)");
+        return;
+    };
+    assert!(trl.is_file(), "{} is no file", trl.display());
+    let home = home();
+    with_chat_template(&home.path("tiny"));
+    std::fs::create_dir_all(home.path("adapters")).unwrap();
+    let mut command = home.command(&["serve", "tiny", "--adapters", "adapters"]);
+    command.env_remove("FLOWRUN_API_KEY");
+    let server = Server::start(command);
+    let backend = format!(
+        "command: {{ trainer: trl, program: [{}], base: {}, precision: f32, env: {{ CUDA_VISIBLE_DEVICES: '' }} }}",
+        trl.display(),
+        home.path("tiny").display()
+    );
+    let folder = home.path("adapters");
+    let place = format!(
+        "    adapters: {{ folder: {}, load: true }}\n",
+        folder.display()
+    );
+    let project = project(&server, &backend, &place);
+    let run = project.run(&["--json", "pipeline.yaml"]).ok();
+    assert_eq!(answers(&project, &run).len(), 3);
+    assert_eq!(adapters(&server).len(), 2);
+}
+
+/// TRL writes conversations with the model's own template, which the tiny model has not.
+fn with_chat_template(model: &Path) {
+    let path = model.join("tokenizer_config.json");
+    let mut settings: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    settings["tokenizer_class"] = json!("PreTrainedTokenizerFast");
+    settings["chat_template"] = json!(
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    );
+    std::fs::write(path, settings.to_string()).unwrap();
+}
