@@ -40,6 +40,8 @@ pub struct LlamaConfig {
 pub enum RopeScaling {
     /// By Llama 3's formula.
     Llama3(Llama3RopeScaling),
+    /// All frequencies are divided by one number (position interpolation, Chen et al. 2023).
+    Linear(f64),
     /// A divisor for each of the `head_dim / 2` frequencies; llama.cpp's files have these in
     /// place of the formula's parameters.
     Divisors(Vec<f64>),
@@ -83,22 +85,31 @@ impl LlamaConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("the head size {} is odd", self.head_dim));
         }
-        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
+        let widest = self.heads.checked_mul(self.head_dim);
+        let widest = widest.map(|width| width.max(self.ffn).max(self.vocab));
+        if widest.and_then(|w| w.checked_mul(self.hidden)).is_none() {
+            return Err("its matrices would be larger than any memory".to_owned());
+        }
+        positive("rope base", self.rope_theta)?;
+        positive("epsilon of the norms", self.norm_eps)?;
+        match &self.rope_scaling {
+            None => Ok(()),
+            Some(RopeScaling::Llama3(scaling)) => scaling.check(),
+            Some(RopeScaling::Linear(factor)) => positive("factor of the linear rope", *factor),
+            Some(RopeScaling::Divisors(divisors)) => self.check_divisors(divisors),
+        }
+    }
+
+    fn check_divisors(&self, divisors: &[f64]) -> Result<(), String> {
+        let wanted = self.head_dim / 2;
+        if divisors.len() != wanted {
             return Err(format!(
-                "the rope base {} is not a positive number",
-                self.rope_theta
+                "the rotary frequencies have {} divisors, not {wanted}",
+                divisors.len()
             ));
         }
-        if let Some(RopeScaling::Divisors(divisors)) = &self.rope_scaling
-            && (divisors.len() != self.head_dim / 2 || !divisors.iter().all(|d| *d > 0.0))
-        {
-            return Err(format!(
-                "the rotary frequencies have {} divisors, not {} positive ones",
-                divisors.len(),
-                self.head_dim / 2
-            ));
-        }
-        Ok(())
+        let mut divisors = divisors.iter();
+        divisors.try_for_each(|divisor| positive("divisor of a rotary frequency", *divisor))
     }
 
     /// Width of all query heads together.
@@ -121,13 +132,40 @@ impl LlamaConfig {
             .map(|(i, f)| match &self.rope_scaling {
                 None => f,
                 Some(RopeScaling::Llama3(scaling)) => scaling.rescale(f),
+                Some(RopeScaling::Linear(factor)) => f / factor,
                 Some(RopeScaling::Divisors(divisors)) => f / divisors[i],
             })
             .collect()
     }
 }
 
+fn positive(name: &str, value: f64) -> Result<(), String> {
+    match value.is_finite() && value > 0.0 {
+        true => Ok(()),
+        false => Err(format!("the {name} is {value}, not a positive number")),
+    }
+}
+
 impl Llama3RopeScaling {
+    fn check(&self) -> Result<(), String> {
+        positive("factor of the llama3 rope", self.factor)?;
+        positive(
+            "low frequency factor of the llama3 rope",
+            self.low_freq_factor,
+        )?;
+        positive(
+            "high frequency factor of the llama3 rope",
+            self.high_freq_factor,
+        )?;
+        if self.high_freq_factor <= self.low_freq_factor {
+            return Err(format!(
+                "the high frequency factor {} of the llama3 rope is not above the low one, {}",
+                self.high_freq_factor, self.low_freq_factor
+            ));
+        }
+        Ok(())
+    }
+
     /// One rescaled inverse frequency, as in the reference implementation of Llama 3.1.
     fn rescale(&self, frequency: f64) -> f64 {
         let context = self.original_context as f64;
@@ -200,6 +238,62 @@ mod tests {
             .check()
             .is_err()
         );
+    }
+
+    #[test]
+    fn numbers_that_would_make_every_logit_nan_are_named() {
+        let scaled = |scaling| LlamaConfig {
+            rope_scaling: Some(scaling),
+            ..config()
+        };
+        let llama3 = |factor, low_freq_factor, high_freq_factor| {
+            scaled(RopeScaling::Llama3(Llama3RopeScaling {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context: 16,
+            }))
+        };
+        assert_eq!(llama3(8.0, 1.0, 4.0).check(), Ok(()));
+        assert_eq!(scaled(RopeScaling::Linear(2.0)).check(), Ok(()));
+        let epsilon = |norm_eps| LlamaConfig {
+            norm_eps,
+            ..config()
+        };
+        for (bad, name) in [
+            (epsilon(f64::NAN), "epsilon"),
+            (epsilon(-1e-5), "epsilon"),
+            (llama3(0.0, 1.0, 4.0), "factor of the llama3"),
+            (llama3(8.0, f64::NAN, 4.0), "low frequency"),
+            (llama3(8.0, 1.0, 0.0), "high frequency"),
+            (llama3(8.0, 4.0, 4.0), "not above the low one"),
+            (scaled(RopeScaling::Linear(0.0)), "linear"),
+            (
+                scaled(RopeScaling::Divisors(vec![f64::INFINITY])),
+                "divisor",
+            ),
+            (scaled(RopeScaling::Divisors(vec![1.0; 2])), "2 divisors"),
+        ] {
+            let error = bad.check().err().unwrap_or_default();
+            assert!(error.contains(name), "{bad:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes_without_end_are_refused_before_anything_is_multiplied() {
+        for huge in [
+            LlamaConfig {
+                head_dim: usize::MAX - 1,
+                ..config()
+            },
+            LlamaConfig {
+                vocab: usize::MAX / 2,
+                ..config()
+            },
+        ] {
+            let error = huge.check().err().unwrap_or_default();
+            assert!(error.contains("larger than any memory"), "{error}");
+        }
     }
 
     #[test]

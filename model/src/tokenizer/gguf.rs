@@ -39,14 +39,25 @@ pub(crate) fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Tokenizer, 
     inner.with_pre_tokenizer(Some(pre_tokenizer::by_name(pre)?));
     inner.with_decoder(Some(ByteLevel::default()));
     add_special(&mut inner, metadata, &tokens)?;
-    let eos = metadata
-        .get("tokenizer.ggml.eos_token_id")
-        .and_then(integer);
-    let eos: Vec<u32> = eos
-        .and_then(|id| u32::try_from(id).ok())
-        .into_iter()
-        .collect();
-    Ok(Tokenizer::new(inner, &eos))
+    Ok(Tokenizer::new(
+        inner,
+        eos(metadata, tokens.len())?.as_slice(),
+    ))
+}
+
+/// The token that ends a turn, where one is named.
+fn eos(metadata: &HashMap<String, Value>, tokens: usize) -> Result<Option<u32>, String> {
+    const KEY: &str = "tokenizer.ggml.eos_token_id";
+    let Some(value) = metadata.get(KEY) else {
+        return Ok(None);
+    };
+    let id = integer(value).and_then(|id| u32::try_from(id).ok());
+    match id.filter(|id| (*id as usize) < tokens) {
+        Some(id) => Ok(Some(id)),
+        None => Err(format!(
+            "the entry `{KEY}` names none of the {tokens} tokens"
+        )),
+    }
 }
 
 fn add_special(
@@ -202,6 +213,8 @@ pub(crate) mod tests {
             ("tokenizer.ggml.tokens", Value::U8(3)),
             ("tokenizer.ggml.merges", texts(&["Ġ c", "card card"])),
             ("tokenizer.ggml.merges", texts(&["nospace"])),
+            ("tokenizer.ggml.eos_token_id", Value::U32(100_000)),
+            ("tokenizer.ggml.eos_token_id", Value::I32(-1)),
         ] {
             let mut metadata = tiny_metadata();
             metadata.insert(key.to_owned(), value);

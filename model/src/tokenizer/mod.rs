@@ -115,4 +115,21 @@ impl Tokenizer {
     pub fn vocab_size(&self) -> usize {
         self.special.get_vocab_size(true)
     }
+
+    /// Checks that every token has a row in an embedding of `rows` rows. The largest id counts:
+    /// ids may have gaps.
+    pub(crate) fn check_fits(&self, rows: usize) -> Result<(), String> {
+        let last = self
+            .special
+            .get_vocab(true)
+            .into_iter()
+            .max_by_key(|(_, id)| *id);
+        match last.filter(|(_, id)| *id as usize >= rows) {
+            None => Ok(()),
+            Some((token, id)) => Err(format!(
+                "the tokenizer's token `{token}` is number {id}, but the embedding has only \
+                 {rows} rows (counted from 0); resize the model or take its own tokenizer"
+            )),
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value};
@@ -26,7 +26,8 @@ impl GgufModel {
     pub(crate) fn load(path: &Path) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(ModelError::io(path))?;
         let mut reader = BufReader::new(file);
-        let content = Content::read(&mut reader).map_err(|e| ModelError::format(path, e))?;
+        let header = Content::read(&mut Header::new(&mut reader));
+        let content = header.map_err(|e| ModelError::format(path, e))?;
         let bad = |reason: String| ModelError::format(path, reason);
         let metadata = &content.metadata;
         let mut config = config(&content).map_err(bad)?;
@@ -36,15 +37,9 @@ impl GgufModel {
             content: &content,
             reader: &mut reader,
         };
-        config.rope_scaling = source.rope_scaling(config.head_dim).map_err(bad)?;
+        config.rope_scaling = source.rope_scaling().map_err(bad)?;
         let weights = assemble(config, &mut source).map_err(bad)?;
-        if tokenizer.vocab_size() > weights.config.vocab {
-            return Err(bad(format!(
-                "the tokenizer has {} tokens, the embedding only {}",
-                tokenizer.vocab_size(),
-                weights.config.vocab
-            )));
-        }
+        tokenizer.check_fits(weights.config.vocab).map_err(bad)?;
         Ok(Self {
             weights,
             tokenizer,
@@ -128,6 +123,64 @@ fn chat(metadata: &HashMap<String, Value>) -> Result<ChatTemplate, ModelError> {
     ChatTemplate::new(source, bos, eos)
 }
 
+/// The reader of a header that refuses an alignment of 0, by which candle would divide.
+///
+/// It goes by candle's way of reading an entry: the key, the type and the value, each at once.
+struct Header<R> {
+    inner: R,
+    next: Expected,
+}
+
+enum Expected {
+    Anything,
+    TypeOfAlignment,
+    Alignment,
+}
+
+impl<R> Header<R> {
+    fn new(inner: R) -> Self {
+        Self {
+            inner,
+            next: Expected::Anything,
+        }
+    }
+}
+
+impl<R: Read> Read for Header<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer)
+    }
+
+    fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        self.inner.read_exact(buffer)?;
+        self.next = match self.next {
+            Expected::Anything if without_end(buffer) == b"general.alignment" => {
+                Expected::TypeOfAlignment
+            }
+            Expected::Anything => Expected::Anything,
+            Expected::TypeOfAlignment => Expected::Alignment,
+            Expected::Alignment if buffer.iter().all(|byte| *byte == 0) => {
+                let reason = "the entry `general.alignment` is 0";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+            }
+            Expected::Alignment => Expected::Anything,
+        };
+        Ok(())
+    }
+}
+
+/// A text as candle takes it: zeros at its end are no part of it.
+fn without_end(text: &[u8]) -> &[u8] {
+    let end = text.iter().rposition(|byte| *byte != 0);
+    &text[..end.map_or(0, |last| last + 1)]
+}
+
+impl<R: Seek> Seek for Header<R> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.inner.seek(to)
+    }
+}
+
 struct Source<'a> {
     content: &'a Content,
     reader: &'a mut BufReader<File>,
@@ -135,13 +188,19 @@ struct Source<'a> {
 
 impl Source<'_> {
     fn tensor(&mut self, name: &str) -> Result<Tensor, String> {
+        // Candle multiplies the sizes up without a look.
+        if let Some(info) = self.content.tensor_infos.get(name) {
+            let mut sizes = info.shape.dims().iter();
+            let bytes = sizes.try_fold(8usize, |all, size| all.checked_mul(*size));
+            bytes.ok_or_else(|| format!("the tensor `{name}` is larger than any memory"))?;
+        }
         let read = self.content.tensor(self.reader, name, &Device::Cpu);
         let dense = read.and_then(|quantised| quantised.dequantize(&Device::Cpu));
         dense.map_err(|e| format!("the tensor `{name}` cannot be read: {e}"))
     }
 
     /// The divisors of Llama 3.1 and later, or the one divisor of linear scaling.
-    fn rope_scaling(&mut self, head_dim: usize) -> Result<Option<RopeScaling>, String> {
+    fn rope_scaling(&mut self) -> Result<Option<RopeScaling>, String> {
         const FREQUENCIES: &str = "rope_freqs.weight";
         if self.content.tensor_infos.contains_key(FREQUENCIES) {
             let values = self.tensor(FREQUENCIES)?.flatten_all();
@@ -156,7 +215,7 @@ impl Source<'_> {
         };
         match (kind.as_str(), float(metadata, "llama.rope.scaling.factor")?) {
             ("none", _) => Ok(None),
-            ("linear", Some(factor)) => Ok(Some(RopeScaling::Divisors(vec![factor; head_dim / 2]))),
+            ("linear", Some(factor)) => Ok(Some(RopeScaling::Linear(factor))),
             ("linear", None) => Err("the linear rope scaling lacks its factor".to_owned()),
             (other, _) => Err(format!("the rope scaling `{other}` is not supported")),
         }
@@ -220,6 +279,24 @@ mod tests {
         let restored = rotate_half_rows(&tensor, 2).unwrap();
         let flat: Vec<f32> = restored.flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(flat, [0., 1., 2., 3., 4., 5., 6., 7.]);
+    }
+
+    #[test]
+    fn an_alignment_of_0_is_an_error_and_any_other_is_read() {
+        let header = |alignment: u32| {
+            let mut bytes = b"GGUF".to_vec();
+            bytes.extend(3u32.to_le_bytes());
+            bytes.extend(0u64.to_le_bytes());
+            bytes.extend(1u64.to_le_bytes());
+            bytes.extend(17u64.to_le_bytes());
+            bytes.extend(b"general.alignment");
+            bytes.extend(4u32.to_le_bytes());
+            bytes.extend(alignment.to_le_bytes());
+            Content::read(&mut Header::new(io::Cursor::new(bytes)))
+        };
+        assert_eq!(header(64).unwrap().tensor_data_offset, 64);
+        let error = header(0).err().unwrap().to_string();
+        assert!(error.contains("`general.alignment` is 0"), "{error}");
     }
 
     #[test]

@@ -35,12 +35,13 @@ impl SafetensorsModel {
         let settings: TokenizerConfig = optional_json(&path.join("tokenizer_config.json"))?;
         let eos = settings.eos_token.as_ref().map_or("", SpecialToken::text);
         let bos = settings.bos_token.as_ref().map_or("", SpecialToken::text);
-        let tokenizer = Tokenizer::from_file(&path.join("tokenizer.json"), &[eos])?;
-        let jinja = path.join("chat_template.jinja");
-        let template = match (std::fs::read_to_string(jinja), &settings.chat_template) {
-            (Ok(source), _) => Some(source),
-            (Err(_), Some(templates)) => templates.default().map(str::to_owned),
-            (Err(_), None) => None,
+        let words = path.join("tokenizer.json");
+        let tokenizer = Tokenizer::from_file(&words, &[eos])?;
+        let fits = tokenizer.check_fits(weights.config.vocab);
+        fits.map_err(|reason| ModelError::format(&words, reason))?;
+        let template = match chat_template(&path.join("chat_template.jinja"))? {
+            Some(source) => Some(source),
+            None => settings.chat_template.and_then(Templates::default),
         };
         let chat = match template {
             Some(source) => ChatTemplate::new(&source, bos, eos)?,
@@ -68,8 +69,9 @@ struct HubConfig {
     max_position_embeddings: usize,
     rms_norm_eps: f64,
     rope_theta: Option<f64>,
-    #[serde(alias = "rope_parameters")]
     rope_scaling: Option<RopeParameters>,
+    /// The name of `rope_scaling` since transformers 5; both may be there.
+    rope_parameters: Option<RopeParameters>,
     #[serde(default)]
     tie_word_embeddings: bool,
     #[serde(default)]
@@ -86,8 +88,10 @@ fn silu() -> String {
 
 #[derive(Debug, Deserialize)]
 struct RopeParameters {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// The old name of `rope_type`; transformers writes both.
+    #[serde(rename = "type")]
+    old_type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -106,7 +110,7 @@ impl HubConfig {
         if self.attention_bias || self.mlp_bias || self.hidden_act != "silu" {
             return Err("biases and activations other than `silu` are not supported".to_owned());
         }
-        let (nested_theta, rope_scaling) = match self.rope_scaling {
+        let (nested_theta, rope_scaling) = match self.rope_parameters.or(self.rope_scaling) {
             Some(rope) => (rope.rope_theta, rope.scaling()?),
             None => (None, None),
         };
@@ -132,8 +136,14 @@ impl HubConfig {
 
 impl RopeParameters {
     fn scaling(&self) -> Result<Option<RopeScaling>, String> {
-        match self.rope_type.as_deref() {
+        match self.rope_type.as_deref().or(self.old_type.as_deref()) {
             None | Some("default") => return Ok(None),
+            Some("linear") => {
+                let factor = self
+                    .factor
+                    .ok_or("the linear rope scaling lacks `factor`")?;
+                return Ok(Some(RopeScaling::Linear(factor)));
+            }
             Some("llama3") => {}
             Some(other) => return Err(format!("the rope type `{other}` is not supported")),
         }
@@ -192,14 +202,24 @@ struct NamedTemplate {
 }
 
 impl Templates {
-    fn default(&self) -> Option<&str> {
+    fn default(self) -> Option<String> {
         match self {
             Self::One(template) => Some(template),
             Self::Named(list) => list
-                .iter()
+                .into_iter()
                 .find(|t| t.name == "default")
-                .map(|t| t.template.as_str()),
+                .map(|t| t.template),
         }
+    }
+}
+
+/// A template in a file of its own. One that is there but cannot be read is an error: another
+/// template in its place would make other prompts without a word.
+fn chat_template(path: &Path) -> Result<Option<String>, ModelError> {
+    match std::fs::read_to_string(path) {
+        Ok(source) => Ok(Some(source)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(ModelError::io(path)(e)),
     }
 }
 
@@ -275,5 +295,59 @@ impl TensorSource for Source {
 
     fn head(&mut self) -> Result<Tensor, String> {
         self.take("lm_head.weight")
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn rope(text: &str) -> Result<Option<RopeScaling>, String> {
+        let mut config = serde_json::json!({
+            "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8,
+            "max_position_embeddings": 8, "rms_norm_eps": 1e-5,
+        });
+        let more: serde_json::Value = serde_json::from_str(text).unwrap();
+        config
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        let config: HubConfig = serde_json::from_value(config).map_err(|e| e.to_string())?;
+        Ok(config.llama(true)?.rope_scaling)
+    }
+
+    #[test]
+    fn the_rope_is_read_in_all_spellings_of_transformers() {
+        let linear = Ok(Some(RopeScaling::Linear(2.0)));
+        for text in [
+            r#"{"rope_scaling": {"type": "linear", "factor": 2.0}}"#,
+            r#"{"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}}"#,
+            r#"{"rope_parameters": {"rope_type": "linear", "factor": 2.0}}"#,
+            r#"{"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0}}"#,
+        ] {
+            assert_eq!(rope(text), linear, "{text}");
+        }
+        assert_eq!(rope(r#"{"rope_scaling": null}"#), Ok(None));
+        assert_eq!(
+            rope(r#"{"rope_parameters": {"rope_type": "default"}}"#),
+            Ok(None)
+        );
+        assert!(rope(r#"{"rope_scaling": {"type": "linear"}}"#).is_err());
+        assert!(rope(r#"{"rope_scaling": {"type": "yarn", "factor": 2.0}}"#).is_err());
+    }
+
+    #[test]
+    fn a_template_that_cannot_be_read_is_not_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("chat_template.jinja");
+        assert_eq!(chat_template(&path).unwrap(), None);
+        std::fs::write(&path, b"{{ \xff }}").unwrap();
+        let error = chat_template(&path).unwrap_err().to_string();
+        assert!(error.contains("chat_template.jinja"), "{error}");
+        std::fs::write(&path, "{{ messages }}").unwrap();
+        assert_eq!(chat_template(&path).unwrap().unwrap(), "{{ messages }}");
     }
 }
