@@ -28,10 +28,13 @@ pub enum ModelError {
     /// The chat template could not be parsed or refused the messages.
     #[error("chat template: {0}")]
     Template(String),
-    /// A request does not fit the model.
-    #[error("request {index}: {reason}")]
-    Request {
-        /// Position of the request in the call.
+    /// A request cannot be answered. The caller knows which one: answers come one for each.
+    #[error("{0}")]
+    Request(String),
+    /// A row to train on does not fit the model.
+    #[error("training row {}: {reason}", index + 1)]
+    Row {
+        /// Position of the row, counted from 0; the message counts from 1, as lines are counted.
         index: usize,
         /// What is wrong, and the remedy.
         reason: String,

@@ -193,7 +193,7 @@ impl Batch {
         tell: &mut dyn FnMut(usize, Said),
     ) {
         let mut groups: Vec<Vec<(Row, &[f32])>> = Vec::new();
-        // Between steps only: positions must hold within one.
+        // Before the rows are looked at: positions must hold until the end of this call.
         if self.tries.len() > TRIES {
             self.tries.drain(..self.tries.len() - TRIES);
         }
@@ -201,7 +201,7 @@ impl Batch {
             let Some(set) = &row.choices else { continue };
             let at = match self.tries.iter().position(|(known, _)| known == set) {
                 Some(at) => at,
-                None => match Trie::new(set, &llama.base().tokenizer, row.index) {
+                None => match Trie::new(set, &llama.base().tokenizer) {
                     Ok(trie) => {
                         self.tries.push((set.clone(), trie));
                         self.tries.len() - 1
@@ -319,10 +319,7 @@ fn fail<'a>(
 ) {
     let reason = error.to_string();
     for row in rows {
-        let again = ModelError::Request {
-            index: row.index,
-            reason: reason.clone(),
-        };
+        let again = ModelError::Request(reason.clone());
         tell(row.index, Said::End(Err(again)));
     }
 }

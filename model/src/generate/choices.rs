@@ -70,12 +70,8 @@ struct Open<'t> {
 impl Trie {
     /// # Errors
     /// [`ModelError::Request`] when there is no value, or two have the same tokens.
-    pub(super) fn new(
-        set: &ChoiceSet,
-        tokenizer: &Tokenizer,
-        index: usize,
-    ) -> Result<Self, ModelError> {
-        let refuse = |reason: String| ModelError::Request { index, reason };
+    pub(super) fn new(set: &ChoiceSet, tokenizer: &Tokenizer) -> Result<Self, ModelError> {
+        let refuse = ModelError::Request;
         let mut values = Vec::with_capacity(set.values.len());
         for value in &set.values {
             let mut tokens =

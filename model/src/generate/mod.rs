@@ -177,8 +177,7 @@ impl Generator {
             Err(error) => {
                 let reason = error.to_string();
                 for Row { index, .. } in waiting {
-                    let reason = reason.clone();
-                    tell(index, Err(ModelError::Request { index, reason }));
+                    tell(index, Err(ModelError::Request(reason.clone())));
                 }
             }
         }

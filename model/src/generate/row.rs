@@ -55,7 +55,7 @@ impl Row {
         pending: Vec<u32>,
         llama: &Arc<Llama>,
     ) -> Result<Self, ModelError> {
-        let refuse = |reason: String| Err(ModelError::Request { index, reason });
+        let refuse = |reason: String| Err(ModelError::Request(reason));
         let context = llama.base().weights.config.context;
         if pending.is_empty() {
             return refuse("the prompt is empty".to_owned());

@@ -28,14 +28,14 @@ pub(super) struct Activated {
 /// Checks that every row has the invocation.
 ///
 /// # Errors
-/// [`ModelError::Request`] naming the row.
+/// [`ModelError::Row`] naming the row.
 pub(super) fn check(rows: &[TrainRow], invocation: &[u32]) -> Result<(), ModelError> {
     let lacking = rows
         .iter()
         .position(|row| activation(&row.prompt, invocation).is_none());
     match lacking {
         None => Ok(()),
-        Some(index) => Err(ModelError::Request {
+        Some(index) => Err(ModelError::Row {
             index,
             reason: format!(
                 "the prompt lacks the invocation tokens {invocation:?}, so the adapter would \

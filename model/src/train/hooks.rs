@@ -51,7 +51,6 @@ pub struct EpochStats {
 
 type OnStep<'a> = dyn FnMut(&StepStats) + 'a;
 type OnEpoch<'a> = dyn FnMut(&EpochStats, &LoraAdapter) -> Result<(), ModelError> + 'a;
-type OnCheckpoint<'a> = dyn FnMut(usize, &LoraAdapter) -> Result<(), ModelError> + 'a;
 
 /// Callbacks of a training; all optional.
 #[derive(Default)]
@@ -60,7 +59,6 @@ pub struct Hooks<'a> {
     pub(super) epoch: Option<Box<OnEpoch<'a>>>,
     pub(super) cancelled: Option<Box<dyn Fn() -> bool + 'a>>,
     pub(super) state: Option<(PathBuf, usize)>,
-    pub(super) checkpoint: Option<(usize, Box<OnCheckpoint<'a>>)>,
 }
 
 impl<'a> Hooks<'a> {
@@ -80,18 +78,6 @@ impl<'a> Hooks<'a> {
         call: impl FnMut(&EpochStats, &LoraAdapter) -> Result<(), ModelError> + 'a,
     ) -> Self {
         self.epoch = Some(Box::new(call));
-        self
-    }
-
-    /// Called after every `every` steps with the step and the adapter of then. As with
-    /// [`Hooks::on_epoch`], a resumed training may call it again for the same step.
-    #[must_use]
-    pub fn on_checkpoint(
-        mut self,
-        every: usize,
-        call: impl FnMut(usize, &LoraAdapter) -> Result<(), ModelError> + 'a,
-    ) -> Self {
-        self.checkpoint = Some((every, Box::new(call)));
         self
     }
 

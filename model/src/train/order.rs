@@ -46,7 +46,8 @@ mod tests {
 
     #[test]
     fn the_order_is_pinned() {
-        assert_eq!(shuffled(8, 0, 0), shuffled(8, 0, 0));
+        assert_eq!(shuffled(8, 0, 0), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(shuffled(8, 11, 2), [0, 1, 2, 3, 4, 5, 6, 7]);
         assert!(shuffled(0, 0, 0).is_empty());
     }
 }

@@ -31,10 +31,10 @@ impl TrainRow {
 /// Checks that every row fits the model.
 ///
 /// # Errors
-/// [`ModelError::Request`] with the row's index, what is wrong and the remedy.
+/// [`ModelError::Row`] with the row's index, what is wrong and the remedy.
 pub(super) fn check(rows: &[TrainRow], model: &LlamaConfig) -> Result<(), ModelError> {
     for (index, row) in rows.iter().enumerate() {
-        let refuse = |reason: String| Err(ModelError::Request { index, reason });
+        let refuse = |reason: String| Err(ModelError::Row { index, reason });
         if row.prompt.is_empty() || row.target.is_empty() {
             return refuse("a training row needs a prompt and a target".to_owned());
         }

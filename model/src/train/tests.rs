@@ -415,9 +415,9 @@ fn what_cannot_be_trained_is_an_error() {
         rows[3] = TrainRow { prompt, target };
         new(&rows).unwrap().to_string()
     };
-    assert!(bad(vec![], vec![1]).starts_with("request 3: a training row needs"));
-    assert!(bad(vec![1], vec![31]).starts_with("request 3: token 31 is not"));
-    assert!(bad(vec![1; 70], vec![2]).starts_with("request 3: 70 tokens are more"));
+    assert!(bad(vec![], vec![1]).starts_with("training row 4: a training row needs"));
+    assert!(bad(vec![1], vec![31]).starts_with("training row 4: token 31 is not"));
+    assert!(bad(vec![1; 70], vec![2]).starts_with("training row 4: 70 tokens are more"));
 
     let wild = TrainConfig {
         learning_rate: 1e30,
@@ -513,27 +513,28 @@ fn a_training_that_gets_no_better_stops_and_says_so() {
     let error = new().run(Hooks::default()).unwrap_err().to_string();
     assert!(error.contains("needs rows to validate on"), "{error}");
     let losses = RefCell::new(Vec::new());
-    let steps = RefCell::new(Vec::new());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
     let mut trainer = new().validate_on(&unseen).unwrap();
-    let outcome = trainer
-        .run(
-            Hooks::default()
-                .on_epoch(|stats, _| {
-                    losses.borrow_mut().push(stats.validation.unwrap().loss);
-                    Ok(())
-                })
-                .on_checkpoint(3, |step, _| {
-                    steps.borrow_mut().push(step);
-                    Ok(())
-                }),
-        )
-        .unwrap();
+    let hooks = Hooks::default().save_state(&path, 0).on_epoch(|stats, _| {
+        losses.borrow_mut().push(stats.validation.unwrap().loss);
+        Ok(())
+    });
+    let outcome = trainer.run(hooks).unwrap();
     let losses = losses.into_inner();
     assert!(outcome.stopped_early && losses.len() < 30);
     let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
     let last = &losses[losses.len() - 3..];
     assert_eq!(last[0], best, "{losses:?}");
     assert_eq!(outcome.losses.len(), 2 * losses.len());
-    let wanted: Vec<usize> = (1..=outcome.losses.len()).filter(|s| s % 3 == 0).collect();
-    assert_eq!(steps.into_inner(), wanted);
+    // The rows that decided when it stopped are a part of what it is.
+    let state = || TrainerState::load(&path).unwrap();
+    assert!(
+        new()
+            .validate_on(&unseen[1..])
+            .unwrap()
+            .resume(state())
+            .is_err()
+    );
+    assert!(new().validate_on(&unseen).unwrap().resume(state()).is_ok());
 }

@@ -60,7 +60,7 @@ impl<'a> Trainer<'a> {
     /// A training that has not begun. The adapter starts as [`LoraAdapter::init`] makes it.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for a setting out of range, [`ModelError::Request`] for a row that
+    /// [`ModelError::Config`] for a setting out of range, [`ModelError::Row`] for a row that
     /// does not fit the model, naming it.
     pub fn new(
         weights: &'a LlamaWeights,
@@ -103,13 +103,18 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Computes the loss on these rows after every epoch.
+    /// Computes the loss on these rows after every epoch. Call it before [`Trainer::resume`].
     ///
     /// # Errors
-    /// [`ModelError::Request`] for a row that does not fit the model.
+    /// [`ModelError::Row`] for a row that does not fit the model.
     pub fn validate_on(mut self, rows: &'a [TrainRow]) -> Result<Self, ModelError> {
         self.check_rows(rows)?;
         self.validation = rows;
+        // They decide when a training that has `patience` ends.
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.state.digest.as_bytes());
+        hash_rows(&mut hasher, rows);
+        self.state.digest = hasher.finalize().to_hex().to_string();
         Ok(self)
     }
 
@@ -174,12 +179,6 @@ impl<'a> Trainer<'a> {
                 let stats = self.step(&mut work, &rows)?;
                 if let Some(call) = &mut hooks.step {
                     call(&stats);
-                }
-                if let Some((every, call)) = &mut hooks.checkpoint
-                    && self.state.step.checked_rem(*every) == Some(0)
-                {
-                    let adapter = self.layout.adapter(&self.state.params, &self.lora)?;
-                    call(self.state.step, &adapter)?;
                 }
                 let within = !self.state.step.is_multiple_of(per_epoch);
                 if let Some((path, every)) = hooks.state.as_ref().filter(|_| within)
@@ -271,7 +270,7 @@ impl<'a> Trainer<'a> {
     /// Mean loss and token accuracy of the adapter so far.
     ///
     /// # Errors
-    /// [`ModelError::Request`] for a row that does not fit the model; [`ModelError::Tensor`]
+    /// [`ModelError::Row`] for a row that does not fit the model; [`ModelError::Tensor`]
     /// when the weights are not in main memory.
     pub fn evaluate(&self, rows: &[TrainRow]) -> Result<EvalStats, ModelError> {
         self.check_rows(rows)?;
@@ -491,6 +490,11 @@ fn digest(
             hasher.update(&value.to_le_bytes());
         }
     }
+    hash_rows(&mut hasher, rows);
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+fn hash_rows(hasher: &mut blake3::Hasher, rows: &[TrainRow]) {
     for row in rows {
         for part in [&row.prompt, &row.target] {
             hasher.update(&(part.len() as u64).to_le_bytes());
@@ -499,5 +503,4 @@ fn digest(
             }
         }
     }
-    Ok(hasher.finalize().to_hex().to_string())
 }

@@ -46,7 +46,7 @@ fn shared<T>(
 pub(crate) fn failed(error: ModelError) -> StepError {
     match error {
         ModelError::Cancelled => StepError::cancelled(),
-        ModelError::Config { .. } | ModelError::Request { .. } => {
+        ModelError::Config { .. } | ModelError::Request(_) | ModelError::Row { .. } => {
             StepError::invalid(error.to_string())
         }
         other => StepError::failed(other.to_string()),
