@@ -257,7 +257,7 @@ pub(super) fn loss_curve(points: &[LossPoint]) -> String {
                     &mut out,
                     "tick",
                     (x + 3.0, top - 8.0),
-                    &format!("epoch {}", point.epoch),
+                    &format!("epoch {}", point.epoch + 1),
                 );
                 labelled_to = x + 56.0;
             }

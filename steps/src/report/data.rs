@@ -103,9 +103,13 @@ pub struct OracleAudit {
     pub kept: u64,
     /// Dropped rows by reason.
     pub dropped: BTreeMap<String, u64>,
-    /// Share of all answers that equal the gold label. Used for this audit only, never in training.
+    /// Rows, kept and dropped, whose gold label is known: the shares are over these.
+    #[serde(default)]
+    pub audited: u64,
+    /// Share of the audited answers that equal the gold label. Used for this audit only, never in
+    /// training.
     pub audit_accuracy: Option<f64>,
-    /// The same share over the kept rows.
+    /// The same share over those that were kept.
     pub kept_accuracy: Option<f64>,
 }
 

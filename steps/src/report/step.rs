@@ -48,7 +48,7 @@ impl Step for ReportStep {
         "report"
     }
     fn version(&self) -> u32 {
-        3
+        4
     }
     fn about(&self) -> &'static str {
         "Draws the scores, errors, times and costs of a distillation as one HTML page, and as JSON."
@@ -210,29 +210,43 @@ fn audit(ctx: &StepContext, name: &str) -> Result<Option<OracleAudit>, StepError
         Some(input) => read_jsonl(&input.path)?,
         None => Vec::new(),
     };
+    Ok(Some(oracle_audit(name, &kept, &dropped, &gold)))
+}
+
+/// A row without a gold label says nothing about the oracle; a dropped answer may be right.
+fn oracle_audit(name: &str, kept: &[Row], dropped: &[Row], gold: &[Gold]) -> OracleAudit {
     let gold: BTreeMap<&str, &str> = gold
         .iter()
         .map(|gold| (gold.id.as_str(), gold.label.as_str()))
         .collect();
-    let right = kept
-        .iter()
-        .filter(|row| row.label.as_deref() == gold.get(row.id.as_str()).copied())
-        .count();
-    let share = |whole: usize| (!gold.is_empty() && whole > 0).then(|| right as f64 / whole as f64);
+    let judged = |rows: &[Row]| -> Vec<bool> {
+        let known = rows.iter().filter_map(|row| {
+            let gold = gold.get(row.id.as_str())?;
+            Some(row.label.as_deref() == Some(*gold))
+        });
+        known.collect()
+    };
+    let share = |judged: &[bool]| {
+        let right = judged.iter().filter(|right| **right).count();
+        (!judged.is_empty()).then(|| right as f64 / judged.len() as f64)
+    };
+    let judged_kept = judged(kept);
+    let all = [judged_kept.clone(), judged(dropped)].concat();
     let mut reasons: BTreeMap<String, u64> = BTreeMap::new();
-    for row in &dropped {
+    for row in dropped {
         *reasons
             .entry(row.dropped.clone().unwrap_or_default())
             .or_default() += 1;
     }
-    Ok(Some(OracleAudit {
+    OracleAudit {
         model: name.to_owned(),
         labelled: (kept.len() + dropped.len()) as u64,
         kept: kept.len() as u64,
         dropped: reasons,
-        audit_accuracy: share(kept.len() + dropped.len()),
-        kept_accuracy: share(kept.len()),
-    }))
+        audited: all.len() as u64,
+        audit_accuracy: share(&all),
+        kept_accuracy: share(&judged_kept),
+    }
 }
 
 fn confusion(labels: &[String], score: &ProgramScore) -> stats::Confusion {
@@ -332,5 +346,48 @@ fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
         tokens_per_query: (score.prompt_tokens + score.completion_tokens) as f64 / n,
         ms_per_query: ms,
         usd_per_1000: score.cost_usd.map(|cost| cost / n * 1000.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(id: &str, label: Option<&str>) -> Row {
+        Row::new(id.to_owned(), "text".to_owned(), label.map(str::to_owned))
+    }
+
+    fn gold(id: &str, label: &str) -> Gold {
+        Gold {
+            id: id.to_owned(),
+            label: label.to_owned(),
+        }
+    }
+
+    #[test]
+    fn rows_without_a_gold_label_are_not_counted_as_wrong() {
+        let kept = ["1", "2", "3"].map(|id| row(id, Some("a")));
+        let audit = oracle_audit("teacher", &kept, &[], &[gold("2", "a")]);
+        assert_eq!((audit.labelled, audit.audited), (3, 1));
+        assert_eq!(audit.audit_accuracy, Some(1.0));
+        assert_eq!(audit.kept_accuracy, Some(1.0));
+        let audit = oracle_audit("teacher", &kept, &[], &[]);
+        assert_eq!((audit.audited, audit.audit_accuracy), (0, None));
+    }
+
+    #[test]
+    fn a_right_answer_that_was_dropped_is_right_all_the_same() {
+        let kept = [row("1", Some("a")), row("2", Some("b"))];
+        let mut unsure = row("3", Some("a"));
+        unsure.dropped = Some("confidence".to_owned());
+        let dropped = [unsure, row("4", None)];
+        let known = ["1", "2", "3", "4"].map(|id| gold(id, "a"));
+        let audit = oracle_audit("teacher", &kept, &dropped, &known);
+        assert_eq!((audit.labelled, audit.kept, audit.audited), (4, 2, 4));
+        assert_eq!(audit.audit_accuracy, Some(0.5));
+        assert_eq!(audit.kept_accuracy, Some(0.5));
+        let unknown = oracle_audit("teacher", &kept, &dropped, &known[2..]);
+        assert_eq!(unknown.audit_accuracy, Some(0.5));
+        assert_eq!(unknown.kept_accuracy, None);
     }
 }

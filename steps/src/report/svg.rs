@@ -25,7 +25,7 @@ pub(super) fn escape(text: &str) -> String {
     tera::escape_html(text)
 }
 
-/// Opens an SVG that scales down to a phone and never up past `grow` times its size.
+/// Opens an SVG that scales down to a phone and never up past a quarter more than its size.
 pub(super) fn open(out: &mut String, width: f64, height: f64, name: &str, min_width: f64) {
     let name = escape(name);
     let _ = write!(

@@ -147,6 +147,7 @@ pub(super) fn sample(stand_in: bool) -> Report {
             labelled: 4071,
             kept: 4065,
             dropped: BTreeMap::from([("label outside the set".into(), 6)]),
+            audited: 4071,
             audit_accuracy: Some(0.7777),
             kept_accuracy: Some(0.7788),
         }),
@@ -402,7 +403,11 @@ fn bar_heights_come_from_the_data() {
     let optimised = attributes(&drawn, "<rect class=\"optimised\"", "height");
     assert_eq!(plain, [0.0, 105.0, 12.0]);
     assert_eq!(optimised, [210.0, 52.5, 12.0]);
-    assert!(drawn.contains(">25.0</text>") && drawn.contains(">epoch 0</text>"));
+    assert!(
+        drawn.contains(">25.0</text>")
+            && drawn.contains(">epoch 1</text>")
+            && !drawn.contains(">epoch 0<")
+    );
 }
 
 #[test]
@@ -513,7 +518,7 @@ fn the_shape_of_report_json_is_kept() {
         "oracle": {
             "model": "text", "labelled": "count", "kept": "count",
             "dropped": { "label outside the set": "count" },
-            "audit_accuracy": "share", "kept_accuracy": "share",
+            "audited": "count", "audit_accuracy": "share", "kept_accuracy": "share",
         },
         "training": [{ "step": "count", "epoch": "count", "loss": "share" }],
         "dev": score(false),

@@ -463,6 +463,10 @@ fn oracle_facts(report: &Report, mark: &str) -> Vec<(String, String)> {
     ];
     let dropped = oracle.dropped.iter();
     rows.extend(dropped.map(|(reason, n)| (format!("Dropped: {reason}"), thousands(*n))));
+    if oracle.audit_accuracy.is_some() && oracle.audited < oracle.labelled {
+        let name = "Of these, with a known label".to_owned();
+        rows.push((name, thousands(oracle.audited)));
+    }
     let shares = [
         ("Right, of all labelled", oracle.audit_accuracy),
         ("Right, of those kept", oracle.kept_accuracy),
@@ -475,8 +479,13 @@ fn oracle_facts(report: &Report, mark: &str) -> Vec<(String, String)> {
 
 fn cost_rows(report: &Report) -> Vec<[String; 5]> {
     let row = |row: &CostRow| {
+        let of_this = report.cost.iter().filter(|other| other.model == row.model);
+        let name = match of_this.count() {
+            1 => row.model.clone(),
+            _ => format!("{} ({})", row.model, row.program.as_str()),
+        };
         [
-            row.model.clone(),
+            name,
             thousands(row.queries),
             format!("{:.0}", row.tokens_per_query),
             row.ms_per_query
