@@ -210,11 +210,14 @@ impl Kind {
         let trained = lora_values(base, &lora) as f64;
         let head = (base.weights.config.vocab * base.weights.config.hidden) as f64;
         let (mut times, mut operations, mut last) = (Vec::new(), 0.0, None);
-        let cpu = cpu_seconds();
+        let mut cpu = None;
         let hooks = Hooks::default().on_step(|step| {
             let now = Instant::now();
             if let Some(last) = last.replace(now) {
                 times.push((now - last).as_secs_f64());
+            } else {
+                // What comes before the first step's end is not the steps' own.
+                cpu = cpu_seconds();
             }
             // Frozen weights: forward and the gradient of the input. Trained ones: theirs too.
             operations = step.tokens as f64 * (4.0 * adapted + 6.0 * trained)
@@ -228,7 +231,7 @@ impl Kind {
             name: self.name,
             tokens: self.lengths.iter().sum(),
             seconds: step / self.batch as f64,
-            cpu_seconds: used.map(|used| used / rows.len() as f64),
+            cpu_seconds: used.map(|used| used / (self.batch * self.steps) as f64),
             floor_seconds: operations / rate / self.batch as f64,
         })
     }

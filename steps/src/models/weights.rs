@@ -203,8 +203,8 @@ fn hub_model(repo: &str, revision: &str, world: &World) -> Result<Found, StepErr
     let config = get("config.json")?;
     get("tokenizer.json")?;
     get("tokenizer_config.json")?;
-    if get("model.safetensors").is_err() {
-        let index = get("model.safetensors.index.json")?;
+    if let Err(whole) = get("model.safetensors") {
+        let index = get("model.safetensors.index.json").map_err(|index| told(whole, index))?;
         let index: serde_json::Value = crate::rows::read_json(&index)?;
         let shards = index["weight_map"].as_object().into_iter().flatten();
         let shards: std::collections::BTreeSet<&str> =
@@ -221,6 +221,13 @@ fn hub_model(repo: &str, revision: &str, world: &World) -> Result<Found, StepErr
         path: folder,
         digest,
     })
+}
+
+/// What to say of a model that has neither one file nor an index of several: the first, unless it
+/// is only that a model of several files has no such file.
+fn told(whole: StepError, index: StepError) -> StepError {
+    let there = whole.kind == StepErrorKind::Invalid && index.kind == StepErrorKind::Transient;
+    if there { index } else { whole }
 }
 
 fn found(path: PathBuf, sha256: &str) -> Found {
@@ -392,6 +399,34 @@ mod tests {
         assert!(weights.observe(&world).is_err());
         weights.revision = Some("0123456789abcdef0123456789abcdef01234567".into());
         assert_eq!(weights.observe(&world).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_said_of_a_model_without_weights_is_what_hinders() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = world(dir.path());
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        let snapshot = dir.path().join("user/huggingface/hub/models--a--b");
+        let snapshot = snapshot.join("snapshots").join(commit);
+        std::fs::create_dir_all(&snapshot).unwrap();
+        for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+            std::fs::write(snapshot.join(name), "{}").unwrap();
+        }
+        let refs = snapshot.join("../../refs");
+        std::fs::create_dir_all(&refs).unwrap();
+        std::fs::write(refs.join(commit), commit).unwrap();
+        let error = hub_model("a/b", commit, &world).unwrap_err();
+        assert!(
+            error.message.contains("/model.safetensors`"),
+            "{}",
+            error.message
+        );
+
+        let offline = || StepError::new(StepErrorKind::Transient, "offline");
+        let absent = || StepError::invalid("404");
+        assert_eq!(told(absent(), offline()).message, "offline");
+        assert_eq!(told(offline(), absent()).message, "offline");
+        assert_eq!(told(absent(), absent()).message, "404");
     }
 
     #[test]
