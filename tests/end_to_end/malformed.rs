@@ -72,6 +72,15 @@ fn a_made_up_gguf_is_an_error() {
                 long(0),
             ],
         ),
+        (
+            "an alignment of 0",
+            vec![
+                head(0, 1),
+                text(b"general.alignment"),
+                kind(4),
+                0u32.to_le_bytes().to_vec(),
+            ],
+        ),
         ("nothing", vec![]),
     ];
     let project = Project::new();
@@ -79,6 +88,115 @@ fn a_made_up_gguf_is_an_error() {
         let path = project.path("x.gguf");
         std::fs::write(&path, parts.concat()).unwrap();
         assert_refused(&open(&project, &path), what);
+    }
+}
+
+/// A GGUF file with all that a Llama needs but its tensors' bytes, and `more` entries.
+fn gguf(more: &[(&str, Entry)]) -> Vec<u8> {
+    let tokens = ["a", "b", "<end>"].map(str::to_owned).to_vec();
+    let mut entries = vec![
+        ("general.architecture", Entry::Text("llama".to_owned())),
+        ("llama.embedding_length", Entry::Count(32)),
+        ("llama.attention.head_count", Entry::Count(2)),
+        ("llama.block_count", Entry::Count(1)),
+        ("llama.feed_forward_length", Entry::Count(32)),
+        ("llama.context_length", Entry::Count(64)),
+        ("llama.attention.layer_norm_rms_epsilon", Entry::Share(1e-5)),
+        ("tokenizer.ggml.model", Entry::Text("gpt2".to_owned())),
+        ("tokenizer.ggml.tokens", Entry::Texts(tokens)),
+        ("tokenizer.ggml.merges", Entry::Texts(vec![])),
+    ];
+    entries.extend(more.iter().cloned());
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+    let mut file = [b"GGUF", &3u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat();
+    file.extend((entries.len() as u64).to_le_bytes());
+    for (key, entry) in entries {
+        file.extend(text(key));
+        let (kind, value) = match entry {
+            Entry::Count(count) => (10u32, count.to_le_bytes().to_vec()),
+            Entry::Share(share) => (6, share.to_le_bytes().to_vec()),
+            Entry::Text(value) => (8, text(&value)),
+            Entry::Texts(values) => {
+                let head = [
+                    &8u32.to_le_bytes()[..],
+                    &(values.len() as u64).to_le_bytes(),
+                ]
+                .concat();
+                let values = values.iter().flat_map(|value| text(value));
+                (9, head.into_iter().chain(values).collect())
+            }
+        };
+        file.extend(kind.to_le_bytes());
+        file.extend(value);
+    }
+    file.extend(text("token_embd.weight"));
+    file.extend(2u32.to_le_bytes());
+    for number in [32u64, 3] {
+        file.extend(number.to_le_bytes());
+    }
+    file.extend(0u32.to_le_bytes());
+    file.extend(0u64.to_le_bytes());
+    file
+}
+
+#[derive(Clone)]
+enum Entry {
+    Count(u64),
+    Share(f32),
+    Text(String),
+    Texts(Vec<String>),
+}
+
+#[test]
+fn a_gguf_whose_numbers_do_not_fit_is_an_error_that_names_them() {
+    let linear = ("llama.rope.scaling.type", Entry::Text("linear".to_owned()));
+    let factor = ("llama.rope.scaling.factor", Entry::Share(2.0));
+    let project = Project::new();
+    for (more, wanted) in [
+        (
+            vec![
+                ("llama.attention.key_length", Entry::Count(1 << 62)),
+                linear,
+                factor,
+            ],
+            "larger than any memory",
+        ),
+        (
+            vec![("tokenizer.ggml.eos_token_id", Entry::Count(100_000))],
+            "`tokenizer.ggml.eos_token_id` names none of the 3 tokens",
+        ),
+        // The rest is in order: only the bytes of the tensors are missing.
+        (vec![], "token_embd.weight"),
+    ] {
+        let path = project.path("x.gguf");
+        std::fs::write(&path, gguf(&more)).unwrap();
+        let run = open(&project, &path);
+        assert_refused(&run, wanted);
+        assert!(run.stderr.contains("x.gguf"), "{}", run.stderr);
+        assert!(run.stderr.contains(wanted), "{wanted}: {}", run.stderr);
+    }
+}
+
+#[test]
+fn a_tokenizer_with_more_tokens_than_the_model_has_rows_is_an_error() {
+    let project = Project::new();
+    let folder = project.path("tiny");
+    write_model(&folder, 1);
+    let path = folder.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut added = tokenizer["added_tokens"][1].clone();
+    added["id"] = 258.into();
+    added["content"] = "<|pad|>".into();
+    tokenizer["added_tokens"]
+        .as_array_mut()
+        .unwrap()
+        .push(added);
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let run = open(&project, &folder);
+    assert_refused(&run, "one token too many");
+    for wanted in ["tokenizer.json", "`<|pad|>`", "258"] {
+        assert!(run.stderr.contains(wanted), "{wanted}: {}", run.stderr);
     }
 }
 
