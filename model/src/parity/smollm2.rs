@@ -1,9 +1,9 @@
 //! SmolLM2 against `parity/smollm2.json`.
 //!
 //! The weights are looked for at `FLOWRUN_SMOLLM2_GGUF` and where flowrun keeps downloads;
-//! without them these tests say that they skip. With `FLOWRUN_E2E=full` they check all prompts
-//! instead of some, and ask the packages themselves where `FLOWRUN_PYTHON` names an interpreter
-//! that has them.
+//! without them these tests say that they skip. With `FLOWRUN_E2E=full` they fail without them,
+//! check all prompts instead of some, and ask the packages themselves where `FLOWRUN_PYTHON` names
+//! an interpreter that has them.
 #![allow(clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
@@ -81,6 +81,7 @@ fn weights() -> Option<PathBuf> {
     });
     let found = named.into_iter().chain(kept).find(|path| path.is_file());
     if found.is_none() {
+        assert!(!full(), "the weights of SmolLM2 are not at hand");
         println!("skipped: the weights of SmolLM2 are not at hand (set FLOWRUN_SMOLLM2_GGUF)");
     }
     found
