@@ -340,6 +340,18 @@ mod tests {
     }
 
     #[test]
+    fn epochs_are_counted_from_1_as_their_checkpoints_are() {
+        let points = [0, 1].map(|epoch| LossPoint {
+            step: u64::from(epoch) + 1,
+            epoch,
+            loss: 1.0,
+        });
+        let drawn = loss_curve(&points);
+        let named = |epoch: u32| drawn.contains(&format!(">epoch {epoch}<"));
+        assert!(named(1) && !named(0), "{drawn}");
+    }
+
+    #[test]
     fn a_long_curve_is_thinned_and_keeps_its_end() {
         let points: Vec<_> = (1..=5000)
             .map(|step| LossPoint {
