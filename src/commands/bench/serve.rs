@@ -38,6 +38,8 @@ struct Target {
     /// The base model, where there is no program.
     model: Option<String>,
     pid: Option<u32>,
+    /// Inputs of the program that take a text.
+    inputs: Vec<String>,
     texts: Vec<String>,
 }
 
@@ -132,6 +134,7 @@ impl Target {
             key: world.env.get("FLOWRUN_API_KEY").cloned(),
             model: None,
             pid: pid.filter(|pid| memory_mb(*pid).is_some()),
+            inputs: texts_of(&health["inputs"]),
             texts,
         };
         if health["bundle"].is_null() {
@@ -224,7 +227,10 @@ impl Target {
     fn ask(&self, number: usize) -> reqwest::Result<reqwest::blocking::Response> {
         let text = format!("{} ({number})", self.texts[number % self.texts.len()]);
         let (path, body) = match &self.model {
-            None => ("/predict", json!({"text": text})),
+            None => {
+                let given = self.inputs.iter().map(|name| (name.clone(), json!(text)));
+                ("/predict", Value::Object(given.collect()))
+            }
             Some(model) => {
                 let messages = json!([{"role": "user", "content": text}]);
                 let body = json!({"model": model, "messages": messages, "max_tokens": TOKENS});
@@ -234,6 +240,15 @@ impl Target {
         let request = self.client.post(format!("{}{path}", self.url)).json(&body);
         self.with_key(request).send()
     }
+}
+
+/// The inputs that take a text, by what the server says of them.
+fn texts_of(inputs: &Value) -> Vec<String> {
+    let texts = inputs.as_array().into_iter().flatten();
+    let texts = texts.filter(|input| input["schema"]["type"] == "string");
+    texts
+        .filter_map(|input| input["name"].as_str().map(str::to_owned))
+        .collect()
 }
 
 fn measured(
@@ -355,6 +370,16 @@ mod tests {
         assert_eq!(row.cpu_ms_per_query, Some(5.0));
         assert_eq!(row.memory_mb, [0.0, 60.0, 89.0]);
         assert!(table(&[row]).contains("| 2 | 100 | 10.0 | 5.0 | 50 | 95 | 99 | 3 | 0 |"));
+    }
+
+    #[test]
+    fn every_input_that_takes_a_text_is_given_one() {
+        let text = json!({"type": "string"});
+        let said = json!([
+            {"name": "text", "schema": text}, {"name": "count", "schema": {"type": "integer"}},
+            {"name": "about", "schema": text},
+        ]);
+        assert_eq!(texts_of(&said), ["text", "about"]);
     }
 
     #[test]
