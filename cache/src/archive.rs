@@ -235,6 +235,7 @@ pub fn import(cache: &Cache, file: &Path) -> Result<Moved, ArchiveError> {
     let rest = std::io::copy(&mut tar.into_inner(), &mut std::io::sink());
     rest.map_err(|e| import.damaged(&e))?;
     import.adopt_runs()?;
+    cache.sync()?;
     Ok(import.read)
 }
 

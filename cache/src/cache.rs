@@ -104,6 +104,7 @@ impl Cache {
     /// # Errors
     /// When the disk refuses.
     pub fn sync(&self) -> Result<(), CacheError> {
+        self.completions.sync()?;
         self.unsynced.sync()
     }
 

@@ -26,6 +26,8 @@ const SLACK: Duration = Duration::from_secs(5);
 pub(crate) struct Unsynced {
     folder: PathBuf,
     state: Mutex<State>,
+    /// Held over a whole sync: who waits for it knows that all files before it are on the disk.
+    syncing: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +35,8 @@ struct State {
     files: Vec<PathBuf>,
     since: Option<Instant>,
     noted: bool,
+    /// The note was there: files are meant that are not among these.
+    inherited: bool,
 }
 
 impl Unsynced {
@@ -40,6 +44,7 @@ impl Unsynced {
         Self {
             folder: folder.to_owned(),
             state: Mutex::default(),
+            syncing: Mutex::default(),
         }
     }
 
@@ -47,7 +52,9 @@ impl Unsynced {
     pub(crate) fn lost_since(&self) -> Option<SystemTime> {
         let note = self.folder.join(NOTE);
         let written = std::fs::metadata(&note).and_then(|m| m.modified()).ok()?;
-        let other = std::fs::read_to_string(&note).ok()? != boot_id();
+        let now = boot_id();
+        // Where the system does not say, it may be another start.
+        let other = now.is_empty() || std::fs::read_to_string(&note).ok()? != now;
         other.then(|| written.checked_sub(SLACK).unwrap_or(written))
     }
 
@@ -63,7 +70,9 @@ impl Unsynced {
         if !state.noted {
             let note = self.folder.join(NOTE);
             // An older one of this start of the machine covers more.
-            if !note.exists() {
+            if note.exists() {
+                state.inherited = true;
+            } else {
                 // Where no note can be written, no object can.
                 let _ = std::fs::write(note, boot_id());
             }
@@ -89,6 +98,13 @@ impl Unsynced {
     /// # Errors
     /// When the disk refuses.
     pub(crate) fn sync(&self) -> Result<(), CacheError> {
+        if self.lock().inherited {
+            if !sync_all(&self.folder)? {
+                // What another process left cannot be synced here: the note stays.
+                return self.sync_files();
+            }
+            self.lock().inherited = false;
+        }
         self.sync_files()?;
         let mut state = self.lock();
         if state.noted && state.files.is_empty() {
@@ -99,19 +115,29 @@ impl Unsynced {
     }
 
     fn sync_files(&self) -> Result<(), CacheError> {
+        let _turn = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         let files = {
             let mut state = self.lock();
             state.since = None;
             std::mem::take(&mut state.files)
         };
+        let synced = self.sync_each(&files);
+        if synced.is_err() {
+            // They are still to be synced.
+            self.lock().files.splice(..0, files);
+        }
+        synced
+    }
+
+    fn sync_each(&self, files: &[PathBuf]) -> Result<(), CacheError> {
         if files.len() >= MANY && sync_all(&self.folder)? {
             return Ok(());
         }
         for file in files {
-            match File::open(&file).and_then(|f| f.sync_all()) {
+            match File::open(file).and_then(|f| f.sync_all()) {
                 // It was set aside meanwhile.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                synced => synced.map_err(|e| CacheError::io(&file, e))?,
+                synced => synced.map_err(|e| CacheError::io(file, e))?,
             }
         }
         Ok(())
@@ -161,6 +187,13 @@ mod tests {
         assert_eq!(unsynced.lost_since(), None, "the machine is still up");
         unsynced.sync().unwrap();
         assert!(!note.exists());
+        let folder = dir.path().join("folder");
+        std::fs::create_dir(&folder).unwrap();
+        unsynced.add(&folder.join("\0"));
+        assert!(unsynced.sync().is_err() && unsynced.sync().is_err());
+        assert!(note.exists(), "what could not be synced is not forgotten");
+        unsynced.lock().files.clear();
+        unsynced.sync().unwrap();
         std::fs::write(&note, "another start").unwrap();
         assert!(
             unsynced

@@ -59,6 +59,13 @@ pub enum CacheError {
 }
 
 impl CacheError {
+    /// An input or output error on a path that is not the cache's.
+    #[must_use]
+    pub fn outside(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        Self::Io { path, source }
+    }
+
     /// An input or output error on `path`, with the full disk and the read-only folder told apart.
     #[must_use]
     pub fn io(path: &Path, source: io::Error) -> Self {

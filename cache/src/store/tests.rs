@@ -1,0 +1,200 @@
+use super::*;
+use crate::artifact::TreeEntry;
+
+fn store() -> (tempfile::TempDir, ArtifactStore) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = ArtifactStore::new(dir.path().join("objects"), None);
+    (dir, store)
+}
+
+fn damage(path: &Path, bytes: &[u8]) {
+    std::fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_folder_round_trips_with_its_modes() {
+    let (dir, store) = store();
+    let source = dir.path().join("source");
+    std::fs::create_dir_all(source.join("sub")).unwrap();
+    std::fs::write(source.join("a"), "1").unwrap();
+    std::fs::write(source.join("sub/run.sh"), "2").unwrap();
+    std::fs::set_permissions(source.join("sub/run.sh"), Permissions::from_mode(0o755)).unwrap();
+    let address = ArtifactStore::address_of(&source).unwrap();
+    assert!(!store.contains(&address));
+    let tree = store.put_path(&source).unwrap();
+    assert_eq!(address, tree);
+    assert_eq!((tree.kind, tree.size), (ArtifactKind::Tree, 2));
+    assert!(store.contains(&tree));
+    for link in [false, true] {
+        let dest = dir.path().join(format!("dest{link}"));
+        if link {
+            store.link_read_only(&tree, &dest).unwrap();
+        } else {
+            store.materialize(&tree, &dest).unwrap();
+            std::fs::write(dest.join("stray"), "x").unwrap();
+            store.materialize(&tree, &dest).unwrap();
+            assert!(!dest.join("stray").exists());
+        }
+        assert_eq!(
+            std::fs::read_to_string(dest.join("sub/run.sh")).unwrap(),
+            "2"
+        );
+        assert_eq!(store.put_path(&dest).unwrap(), tree);
+    }
+}
+
+#[test]
+fn damage_at_every_byte_is_refused_and_set_aside() {
+    let (dir, store) = store();
+    let bytes = b"some bytes";
+    for at in 0..bytes.len() {
+        let artifact = store.put_bytes(bytes).unwrap();
+        let mut bad = bytes.to_vec();
+        bad[at] ^= 1;
+        damage(&store.object_path(&artifact.digest), &bad);
+        let error = store
+            .materialize(&artifact, &dir.path().join("dest"))
+            .unwrap_err();
+        assert!(matches!(error, CacheError::Damaged { .. }));
+        assert!(!dir.path().join("dest").exists());
+        assert!(!store.contains(&artifact));
+        let again = store.read(&artifact.digest).unwrap_err();
+        assert!(matches!(again, CacheError::Missing { .. }));
+    }
+}
+
+#[test]
+fn what_is_taken_is_moved_and_what_has_another_name_is_copied() {
+    let (dir, store) = store();
+    let place = |name: &str| dir.path().join(name);
+    std::fs::create_dir_all(place("tree/sub")).unwrap();
+    for (name, text) in [
+        ("tree/a", "1"),
+        ("tree/sub/b", "2"),
+        ("own", "3"),
+        ("two", "4"),
+    ] {
+        std::fs::write(place(name), text).unwrap();
+    }
+    std::fs::hard_link(place("two"), place("names")).unwrap();
+    std::os::unix::fs::symlink(place("two"), place("link")).unwrap();
+    let expected = ArtifactStore::address_of(&place("tree")).unwrap();
+    assert_eq!(store.take_path(&place("tree")).unwrap(), expected);
+    let own = store.take_path(&place("own")).unwrap();
+    assert!(!place("own").exists() && !place("tree/a").exists());
+    assert_eq!(store.read(&own.digest).unwrap(), b"3");
+    store.verify(&expected).unwrap();
+    for name in ["link", "two"] {
+        let taken = store.take_path(&place(name)).unwrap();
+        std::fs::write(place("names"), "5").unwrap();
+        assert_eq!(store.read(&taken.digest).unwrap(), b"4");
+        std::fs::write(place("names"), "4").unwrap();
+    }
+}
+
+#[test]
+fn what_a_power_cut_spoilt_is_found() {
+    let (_dir, store) = store();
+    let (old, new) = (
+        store.put_bytes(b"old").unwrap(),
+        store.put_bytes(b"new").unwrap(),
+    );
+    let hour = std::time::Duration::from_secs(3600);
+    let path = store.object_path(&old.digest);
+    std::fs::File::open(&path)
+        .unwrap()
+        .set_modified(SystemTime::now() - 2 * hour)
+        .unwrap();
+    damage(&store.object_path(&new.digest), b"\0\0\0");
+    assert!(store.contains(&new), "the length alone says nothing");
+    assert_eq!(store.verify_since(SystemTime::now() - hour), 1);
+    assert!(!store.contains(&new) && store.contains(&old));
+}
+
+#[test]
+fn a_write_through_a_link_is_noticed_and_another_link_is_not() {
+    let (dir, store) = store();
+    let artifact = store.put_bytes(b"0123456789").unwrap();
+    let lend = |name: &str| store.link_read_only(&artifact, &dir.path().join(name));
+    let first = lend("first").unwrap();
+    lend("second").unwrap();
+    first.check(&store).unwrap();
+    let path = dir.path().join("first");
+    std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    std::fs::write(&path, b"0123456780").unwrap();
+    let second = lend("third").unwrap_err();
+    assert!(matches!(second, CacheError::Damaged { .. }), "{second}");
+    assert!(!store.contains(&artifact));
+    // Made anew: whoever had the old one still had something else.
+    store.put_bytes(b"0123456789").unwrap();
+    assert!(first.check(&store).is_err());
+    lend("fourth").unwrap().check(&store).unwrap();
+}
+
+#[test]
+fn a_truncated_object_is_not_contained_and_is_written_anew() {
+    let (_dir, store) = store();
+    let artifact = store.put_bytes(b"0123456789").unwrap();
+    damage(&store.object_path(&artifact.digest), b"01234");
+    assert!(!store.contains(&artifact));
+    store.put_bytes(b"0123456789").unwrap();
+    assert_eq!(store.read(&artifact.digest).unwrap(), b"0123456789");
+}
+
+#[test]
+fn a_tree_that_points_outside_is_refused() {
+    let (dir, store) = store();
+    let file = store.put_bytes(b"x").unwrap();
+    for path in ["../evil", "/etc/evil", "a/../../evil", ""] {
+        let entry = TreeEntry {
+            path: path.into(),
+            digest: file.digest,
+            size: 1,
+            executable: false,
+        };
+        let tree = TreeObject {
+            record: "tree".into(),
+            version: TREE_VERSION,
+            entries: vec![entry],
+        };
+        let object = store
+            .put_bytes(crate::canonical_json(&tree).as_bytes())
+            .unwrap();
+        let artifact = Artifact {
+            kind: ArtifactKind::Tree,
+            ..object
+        };
+        assert!(
+            store
+                .materialize(&artifact, &dir.path().join("out"))
+                .is_err(),
+            "{path}"
+        );
+    }
+}
+
+#[test]
+fn nothing_is_moved_where_there_is_a_link() {
+    let (dir, store) = store();
+    let outside = dir.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("weights"), "w").unwrap();
+    let out = dir.path().join("out");
+    std::fs::create_dir_all(out.join("epoch-2")).unwrap();
+    std::fs::write(out.join("epoch-2/model"), "m").unwrap();
+    std::os::unix::fs::symlink("epoch-2", out.join("best")).unwrap();
+    std::os::unix::fs::symlink(&outside, out.join("base")).unwrap();
+    let address = ArtifactStore::address_of(&out).unwrap();
+    let taken = store.take_path(&out).unwrap();
+    assert_eq!(taken, address);
+    assert_eq!(store.tree(&taken.digest).unwrap().entries.len(), 3);
+    assert!(store.contains(&taken));
+    assert_eq!(
+        std::fs::read_to_string(outside.join("weights")).unwrap(),
+        "w"
+    );
+    let link = out.join("base");
+    store.take_path(&link).unwrap();
+    assert!(outside.join("weights").exists());
+}
