@@ -86,18 +86,22 @@ pub(crate) fn init(args: &InitArgs, global: &GlobalArgs) -> Result<Exit, Failure
     told(&plan, &output, global)
 }
 
-/// Writes the pipeline, and takes it back when it does not pass the checks.
+/// Writes the pipeline, once it has passed the checks beside the place where it is to be.
 fn write(plan: &Plan, output: &Path) -> Result<(), Failure> {
-    if let Some(folder) = output.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    std::fs::write(output, plan.yaml())?;
-    let checked = load_pipeline(output, &flowrun_steps::registry(), &LoadOptions::default());
-    if let Err(found) = checked {
-        std::fs::remove_file(output)?;
-        return Err(found.into());
-    }
-    Ok(())
+    let folder = output.parent().filter(|p| !p.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)?;
+    let draft = tempfile::Builder::new()
+        .prefix(".init-")
+        .suffix(".yaml")
+        .tempfile_in(folder)?;
+    std::fs::write(draft.path(), plan.yaml())?;
+    load_pipeline(
+        draft.path(),
+        &flowrun_steps::registry(),
+        &LoadOptions::default(),
+    )?;
+    Ok(std::fs::write(output, plan.yaml())?)
 }
 
 fn told(plan: &Plan, output: &Path, global: &GlobalArgs) -> Result<Exit, Failure> {
