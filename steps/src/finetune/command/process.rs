@@ -252,7 +252,9 @@ mod tests {
     fn the_next_attempt_waits_for_what_a_killed_one_left() {
         let dir = tempfile::tempdir().unwrap();
         let cancel = Cancel::default();
-        let argv = ["/bin/sh", "-c", "(sleep 0.3; echo > done) >&- 2>&- &"].map(str::to_owned);
+        // A shell gives what it leaves in the background another standard input.
+        let script = "exec 3<&0; (sleep 0.3; echo > done) >&- 2>&- &";
+        let argv = ["/bin/sh", "-c", script].map(str::to_owned);
         let turn = Turn::take(dir.path(), &cancel, &|| {}).unwrap();
         run(&argv, turn, dir.path(), &BTreeMap::new(), &|_| {}, &cancel).unwrap();
         let waited = std::cell::Cell::new(false);
