@@ -164,3 +164,35 @@ fn a_tampered_result_is_put_back() {
     project.run(JSON).ok();
     assert_eq!(project.read("results/note.txt"), "lines with it 2\n");
 }
+
+#[test]
+fn an_output_that_leads_to_another_or_out_of_the_project_leaves_both_whole() {
+    let project = Project::new();
+    project.write("model/weights", "w");
+    let model = project.path("model");
+    project.write(
+        "pipeline.yaml",
+        &format!(
+            "name: links
+steps:
+  make:
+    run: |
+      mkdir \"$all\"; mkdir \"$all/epoch-2\"; echo a > \"$all/epoch-2/adapter\"
+      ln -s epoch-2 \"$all/best\"; ln -s all/epoch-2 \"$best\"; ln -s {} \"$base\"
+    out: {{ all: all, best: best, base: base }}
+    publish: {{ all: r/all, best: r/best, base: r/base }}
+",
+            model.display()
+        ),
+    );
+    project.run(JSON).ok();
+    for path in [
+        "r/all/epoch-2/adapter",
+        "r/all/best/adapter",
+        "r/best/adapter",
+    ] {
+        assert_eq!(project.read(path), "a\n", "{path}");
+    }
+    assert_eq!(project.read("r/base/weights"), "w");
+    assert_eq!(project.read("model/weights"), "w", "it was only read");
+}

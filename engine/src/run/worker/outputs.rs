@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
-use flowrun_cache::{ActionResult, Artifact, ListItem, OutputRecord, OutputValue};
+use flowrun_cache::{ActionResult, Artifact, ArtifactStore, ListItem, OutputRecord, OutputValue};
 use serde_json::Value;
 
 use super::{Trouble, Worker, broken_or_failed, cache_error};
@@ -23,12 +23,14 @@ impl Worker {
         outcome: &StepOutcome,
     ) -> Result<Outputs, StepError> {
         let mut outputs = BTreeMap::new();
-        let shared = overlap(&request.node.out_paths);
+        // What a link leads to may be another output, not to be moved away from under it.
+        let linked = ArtifactStore::has_link(out_dir).map_err(cache_error)?;
+        let shared = linked || overlap(&request.node.out_paths);
         for port in &request.node.outputs {
             let path = request.node.out_paths.get(&port.name).unwrap_or(&port.name);
             let place = inside(out_dir, path)?;
             let value = if port.many {
-                self.store_list(&request.id, port, &place, outcome)?
+                self.store_list(&request.id, port, &place, outcome, shared)?
             } else if place.exists() {
                 OutputValue::One(self.store(&place, shared)?)
             } else if port.optional {
@@ -48,6 +50,7 @@ impl Worker {
         port: &Port,
         place: &Path,
         outcome: &StepOutcome,
+        shared: bool,
     ) -> Result<OutputValue, StepError> {
         let Some(labels) = outcome.lists.get(&port.name) else {
             let text = format!(
@@ -62,14 +65,14 @@ impl Worker {
             if !path.exists() {
                 return Err(missing(id, &port.name, &format!("{}/{label}", port.name)));
             }
-            let artifact = self.store(&path, false)?;
+            let artifact = self.store(&path, shared)?;
             let label = label.clone();
             items.push(ListItem { label, artifact });
         }
         Ok(OutputValue::List(items))
     }
 
-    /// `shared`: another output lies in this one, so its files stay.
+    /// `shared`: another output lies in this one or leads to it, so its files stay.
     fn store(&self, path: &Path, shared: bool) -> Result<Artifact, StepError> {
         let store = self.cache.store();
         let stored = if shared {
