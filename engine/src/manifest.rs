@@ -200,8 +200,18 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
         }
         return format!("input `{port}` changed ({} → {})", digest(a), digest(b));
     }
-    let by_label = |list: &[Value]| -> BTreeMap<String, String> {
-        list.iter().map(|v| (label(v), digest(v))).collect()
+    let by_label = |list: &[Value]| {
+        let mut all: BTreeMap<String, String> = BTreeMap::new();
+        for input in list {
+            let base = label(input);
+            // Outputs of several steps may have one name.
+            let numbered = (2..).map(|n| format!("{base}#{n}"));
+            let mut names = std::iter::once(base.clone()).chain(numbered);
+            if let Some(name) = names.find(|name| !all.contains_key(name)) {
+                all.insert(name, digest(input));
+            }
+        }
+        all
     };
     let (a, b) = (by_label(old), by_label(new));
     let labels: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
@@ -374,6 +384,18 @@ mod tests {
         assert_eq!(
             scores(vec![two.clone(), one.clone()]),
             ["input `scores` is in another order"]
+        );
+        let (a, b) = (input("x", Some("scores")), input("y", Some("scores")));
+        let (mut before, mut after) = (manifest(), manifest());
+        before
+            .inputs
+            .insert("scores".into(), vec![a.clone(), b.clone()]);
+        after
+            .inputs
+            .insert("scores".into(), vec![input("z", Some("scores")), b]);
+        assert_eq!(
+            diff(&before.to_value(), &after.to_value()),
+            ["input `scores`: `scores` changed"]
         );
         assert_eq!(
             scores(vec![

@@ -1,5 +1,6 @@
 //! `flowrun [PIPELINE]`.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,16 +91,15 @@ fn finish(
 
 /// Removes what the bounds of the cache ask to. The run is over, so that it does not work is
 /// worth a warning only.
-#[allow(clippy::print_stderr)]
 fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs) {
     let kept = retention(&args.retention);
-    match tidy_cache(cache, &kept, summary.ran > 0) {
-        Ok(Some(found)) if !global.quiet => {
-            eprintln!("cache: removed {}", removed(&found));
-        }
-        Ok(_) => {}
-        Err(error) => eprintln!("warning: the cache could not be tidied: {error}"),
-    }
+    let text = match tidy_cache(cache, &kept, summary.ran > 0) {
+        Ok(Some(found)) if !global.quiet => format!("cache: removed {}", removed(&found)),
+        Ok(_) => return,
+        Err(error) => format!("warning: the cache could not be tidied: {error}"),
+    };
+    // Whether somebody reads it does not change how the run ended.
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// What is to be run.

@@ -55,8 +55,8 @@ fn what_the_last_runs_need_stays_and_the_rest_goes() {
     let stats = json(&project, &["cache", "stats", "--keep-runs", "2"]);
     assert!(stats["spare_bytes"].as_u64() > Some(0), "{stats}");
     let gc = ["cache", "gc", "--keep-runs", "2", "--max-size", "0"];
-    let would = json(&project, &[&gc[..], &["--dry-run"]].concat());
     let before = files(&project, "");
+    let would = json(&project, &[&gc[..], &["--dry-run"]].concat());
     assert_eq!(before, files(&project, ""), "a dry run removes nothing");
     let did = json(&project, &gc);
     assert_eq!(did["results"], would["results"]);

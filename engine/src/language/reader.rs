@@ -17,8 +17,9 @@ use super::source_map::{SourceMap, Span};
 
 /// Deepest nesting of maps and lists.
 pub(crate) const MAX_DEPTH: usize = 64;
-/// Largest file, in bytes.
-pub(crate) const MAX_BYTES: usize = 8 << 20;
+/// Largest file, in bytes: some 500,000 steps of three lines. What is small in a file and
+/// large in memory is bounded by itself, below.
+pub(crate) const MAX_BYTES: usize = 64 << 20;
 /// Values that aliases may add to a file by repeating what an anchor names.
 pub(crate) const MAX_ALIASED: usize = 100_000;
 /// Bytes of text that aliases may add.

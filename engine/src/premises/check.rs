@@ -112,7 +112,8 @@ impl Checker<'_> {
     }
 
     fn environment(&self, head: &Premises) -> bool {
-        let there = |name: &String| self.world.env.contains_key(name);
+        // As the check of a pipeline has it.
+        let there = |name: &String| self.world.env.get(name).is_some_and(|v| !v.is_empty());
         head.secrets.iter().all(there) && environment(self.world, &head.secrets) == head.environment
     }
 

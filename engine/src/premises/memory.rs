@@ -208,6 +208,7 @@ impl Memory {
             };
             cache.write_file(&name.steps_path(), &steps).ok()?;
             sections.write(cache, name, head, &plan);
+            super::forget(cache);
             Some(())
         })();
     }

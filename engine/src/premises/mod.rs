@@ -41,6 +41,8 @@ const VERSION: u32 = 2;
 const FOLDER: &str = "premises";
 /// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.
 const ENTRY: usize = 32 + 8 * 6 + 1;
+/// Runs that are remembered; those that were written longest ago are forgotten.
+const RUNS: usize = 8;
 /// Bytes of a key.
 const KEY: usize = 32;
 /// Bytes of the time that an action took.
@@ -267,4 +269,21 @@ fn write(cache: &Cache, name: RunName, head: &Premises, parts: &[&[u8]]) {
     file.append(&mut text);
     // Without it the next run is an ordinary one.
     let _ = cache.write_file(&name.path(), &file);
+}
+
+/// Forgets the runs that were written longest ago.
+fn forget(cache: &Cache) {
+    let files = std::fs::read_dir(cache.dir().join(FOLDER));
+    let names = files.into_iter().flatten().flatten().map(|f| f.path());
+    let mut runs: Vec<_> = names
+        .filter(|path| path.extension().is_none())
+        .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
+        .collect();
+    runs.sort();
+    let spare = runs.len().saturating_sub(RUNS);
+    for (_, path) in runs.into_iter().take(spare) {
+        // One that stays is as good as before.
+        let _ = std::fs::remove_file(path.with_extension("steps"));
+        let _ = std::fs::remove_file(path);
+    }
 }

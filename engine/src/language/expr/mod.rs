@@ -404,9 +404,45 @@ fn as_text(value: &Value, source: &str) -> Result<String, ExprError> {
     }
 }
 
+/// Most numbers of a `range`.
+const MAX_RANGE: i64 = 100_000;
+
+/// tera with a `range` that ends.
+fn own_words() -> tera::Tera {
+    let mut tera = tera::Tera::default();
+    tera.register_function("range", bounded_range);
+    tera
+}
+
+fn bounded_range(args: &std::collections::HashMap<String, Value>) -> tera::Result<Value> {
+    let number = |name: &str, default: Option<i64>| {
+        let given = args.get(name).map(|v| {
+            v.as_i64()
+                .ok_or_else(|| tera::Error::msg(format!("`{name}` of `range` is no whole number")))
+        });
+        given
+            .or(default.map(Ok))
+            .unwrap_or_else(|| Err(tera::Error::msg(format!("`range` needs `{name}`"))))
+    };
+    let (start, end) = (number("start", Some(0))?, number("end", None)?);
+    let step = number("step_by", Some(1))?;
+    if step < 1 || end.saturating_sub(start) / step.max(1) > MAX_RANGE {
+        let text =
+            format!("`range` gives at most {MAX_RANGE} numbers, with a `step_by` of 1 or more");
+        return Err(tera::Error::msg(text));
+    }
+    let mut all = Vec::new();
+    let mut at = start;
+    while at < end {
+        all.push(Value::from(at));
+        at = at.saturating_add(step);
+    }
+    Ok(Value::from(all))
+}
+
 thread_local! {
     /// Making one registers all filters, so it is kept.
-    static ENGINE: RefCell<tera::Tera> = RefCell::new(tera::Tera::default());
+    static ENGINE: RefCell<tera::Tera> = RefCell::new(own_words());
 }
 
 /// Checks that tera can read the expression.

@@ -23,7 +23,6 @@ impl Worker {
         outcome: &StepOutcome,
     ) -> Result<Outputs, StepError> {
         let mut outputs = BTreeMap::new();
-        // What a link leads to may be another output, not to be moved away from under it.
         let linked = ArtifactStore::has_link(out_dir).map_err(cache_error)?;
         let shared = linked || overlap(&request.node.out_paths);
         for port in &request.node.outputs {
@@ -72,7 +71,7 @@ impl Worker {
         Ok(OutputValue::List(items))
     }
 
-    /// `shared`: another output lies in this one or leads to it, so its files stay.
+    /// `shared`: another output lies in this one, or a link may lead there, so its files stay.
     fn store(&self, path: &Path, shared: bool) -> Result<Artifact, StepError> {
         let store = self.cache.store();
         let stored = if shared {
@@ -187,10 +186,14 @@ fn overlap(paths: &BTreeMap<String, String>) -> bool {
 
 /// `path` below `folder`; an error if it would leave it.
 pub(super) fn inside(folder: &Path, path: &str) -> Result<PathBuf, StepError> {
-    let mut parts = Path::new(path).components().peekable();
-    let stays = parts.peek().is_some() && parts.all(|c| matches!(c, Component::Normal(_)));
-    if stays {
-        return Ok(folder.join(path));
+    let parts = Path::new(path).components();
+    let mut parts = parts.filter(|c| !matches!(c, Component::CurDir)).peekable();
+    let is_there = parts.peek().is_some();
+    let tidy: Option<PathBuf> = parts
+        .map(|c| matches!(c, Component::Normal(_)).then_some(c.as_os_str()))
+        .collect();
+    if let Some(tidy) = tidy.filter(|_| is_there) {
+        return Ok(folder.join(tidy));
     }
     let text = format!("`{path}` must be a relative path without `..`");
     Err(StepError::invalid(text))
@@ -222,6 +225,8 @@ mod tests {
         for bad in ["", ".", "..", "/etc/x", "a/../../b", "a/.."] {
             assert!(inside(root, bad).is_err(), "{bad}");
         }
-        assert_eq!(inside(root, "a/b").ok(), Some(PathBuf::from("/p/a/b")));
+        for good in ["a/b", "./a/b", "a/./b/"] {
+            assert_eq!(inside(root, good).ok(), Some(PathBuf::from("/p/a/b")));
+        }
     }
 }
