@@ -93,6 +93,7 @@ fn describe(name: &str, inputs: &[RowInput]) -> Value {
         TEXT,
         text,
     );
+    super::fine_tuning::openapi::describe(&mut paths, &mut types, &problem());
     let mut schemas = types.take_definitions(true);
     schemas.insert("Question".to_owned(), question::schema(inputs));
     schemas.insert("Questions".to_owned(), questions(inputs));
@@ -202,7 +203,7 @@ mod tests {
             .as_object()
             .unwrap()
             .keys()
-            .map(|path| path.replace("{id}", "{*id}"))
+            .map(|path| path.replace("/models/{id}", "/models/{*id}"))
             .collect();
         let mut there: Vec<&str> = super::super::routes::PATHS.to_vec();
         there.sort_unstable();

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use axum::http::StatusCode;
 use flowrun_engine::step::Cancel;
 use flowrun_steps::finetune::tuning::Hyperparameters;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -23,7 +24,7 @@ const METADATA: usize = 16;
 const EPOCHS: usize = 100;
 
 /// What a caller asks for. Fields of OpenAI's that cannot be honoured are refused.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(in crate::serve) struct Order {
     model: String,
     pub(super) training_file: String,
@@ -44,7 +45,7 @@ pub(in crate::serve) struct Order {
     hyperparameters: Option<Value>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct Method {
     #[serde(rename = "type")]
     kind: String,
@@ -52,7 +53,7 @@ struct Method {
     supervised: Option<Supervised>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 struct Supervised {
     #[serde(default)]
     hyperparameters: Option<Value>,

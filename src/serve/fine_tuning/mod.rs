@@ -8,12 +8,14 @@
 //! | `jobs` | what a job is, and how it is asked for |
 //! | `worker` | the thread that trains |
 //! | `routes` | the paths |
+//! | `openapi` | what the OpenAPI document says of them |
 //!
 //! Everything lies in one folder: `files/`, `jobs/`, `adapters/`. Invariant: a job that was
 //! accepted survives the server; the next one that is started on the folder goes on with it.
 
 mod files;
 mod jobs;
+pub(super) mod openapi;
 mod routes;
 mod worker;
 
