@@ -260,9 +260,12 @@ fn a_worse_bundle_is_refused_with_the_rows_it_loses() {
 fn a_full_disk_leaves_the_old_version_serving() {
     let local = Local::new();
     let deployed = local.0.path("deployed");
-    let Some(_mount) = Mount::tmpfs(&deployed, "size=1m") else {
+    let Some(mount) = Mount::tmpfs(&deployed, "size=1m") else {
         return;
     };
+    // In this order they go: what is served is found by a file in the mount.
+    let both = (local, mount);
+    let local = &both.0;
     local.run(&[]).ok();
     let first = local.current();
     let filler = deployed.join("filler");
