@@ -212,9 +212,33 @@ fn marked(chat: &ChatRow) -> Value {
     json!({ "messages": messages })
 }
 
+/// The config with what TRL and LLaMA-Factory both hand to the Trainer (`TrainingArguments`).
+fn with_arguments(mut config: Value, job: &Job<'_>, folder: &Path) -> Value {
+    let params = job.params;
+    let arguments = json!({
+        "num_train_epochs": params.epochs,
+        "per_device_train_batch_size": job.micro_batch,
+        "gradient_accumulation_steps": job.accumulation(),
+        "learning_rate": params.learning_rate,
+        "lr_scheduler_type": job.schedule(),
+        "warmup_steps": job.warmup_steps(),
+        "weight_decay": params.weight_decay,
+        "seed": params.seed,
+        "bf16": job.is_bf16(),
+        "save_strategy": "epoch",
+        "logging_steps": 1,
+        "report_to": "none",
+        "output_dir": folder.join(OUT),
+    });
+    if let (Some(config), Value::Object(arguments)) = (config.as_object_mut(), arguments) {
+        config.extend(arguments);
+    }
+    config
+}
+
 fn trl(job: &Job<'_>, folder: &Path) -> Value {
     let params = job.params;
-    json!({
+    let config = json!({
         "model_name_or_path": job.base,
         "model_revision": job.spec.revision,
         "dtype": if job.is_bf16() { "bfloat16" } else { "float32" },
@@ -224,23 +248,11 @@ fn trl(job: &Job<'_>, folder: &Path) -> Value {
         "lora_alpha": params.lora.alpha,
         "lora_dropout": params.lora.dropout,
         "lora_target_modules": job.modules(json!("all-linear")),
-        "num_train_epochs": params.epochs,
-        "per_device_train_batch_size": job.micro_batch,
-        "gradient_accumulation_steps": job.accumulation(),
-        "learning_rate": params.learning_rate,
-        "lr_scheduler_type": job.schedule(),
-        "warmup_steps": job.warmup_steps(),
-        "weight_decay": params.weight_decay,
-        "seed": params.seed,
         "max_length": job.spec.max_length,
         "completion_only_loss": true,
-        "bf16": job.is_bf16(),
-        "save_strategy": "epoch",
         "save_only_model": true,
-        "logging_steps": 1,
-        "report_to": "none",
-        "output_dir": folder.join(OUT),
-    })
+    });
+    with_arguments(config, job, folder)
 }
 
 fn llama_factory(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Result<Value, StepError> {
@@ -249,7 +261,7 @@ fn llama_factory(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Result<Va
         StepError::invalid("LLaMA-Factory needs `backend.command.template`")
             .help("its name of the model's chat template, such as `llama3` or `qwen`")
     })?;
-    Ok(json!({
+    let config = json!({
         "model_name_or_path": job.base,
         "model_revision": job.spec.revision,
         "stage": "sft",
@@ -268,21 +280,9 @@ fn llama_factory(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Result<Va
         "cutoff_len": job.spec.max_length,
         "train_on_prompt": false,
         "mask_history": true,
-        "num_train_epochs": params.epochs,
-        "per_device_train_batch_size": job.micro_batch,
-        "gradient_accumulation_steps": job.accumulation(),
-        "learning_rate": params.learning_rate,
-        "lr_scheduler_type": job.schedule(),
-        "warmup_steps": job.warmup_steps(),
-        "weight_decay": params.weight_decay,
-        "seed": params.seed,
-        "bf16": job.is_bf16(),
-        "save_strategy": "epoch",
-        "logging_steps": 1,
-        "report_to": "none",
-        "output_dir": folder.join(OUT),
         "resume_from_checkpoint": from,
-    }))
+    });
+    Ok(with_arguments(config, job, folder))
 }
 
 fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
