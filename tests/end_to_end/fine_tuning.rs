@@ -126,8 +126,10 @@ fn a_server_trains_and_every_checkpoint_is_scored_there() {
 fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
     let home = home();
     let server = trainer(&home);
-    let slow = OPENAI.replace("0.01,", "0.01, n_epochs: 60, batch_size: 1,");
-    let project = project(&server, &slow, "");
+    let slow = OPENAI;
+    let project = project(&server, slow, "");
+    project.edit("pipeline.yaml", "epochs: 2", "epochs: 80");
+    project.edit("pipeline.yaml", "batch_size: 4", "batch_size: 1");
     let started = |server: &Server| {
         let jobs = jobs(server);
         jobs.iter().any(|job| job["status"] == "running")
@@ -173,8 +175,10 @@ fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
 fn stopping_the_run_cancels_the_job() {
     let home = home();
     let server = trainer(&home);
-    let slow = OPENAI.replace("0.01,", "0.01, n_epochs: 100, batch_size: 1,");
-    let project = project(&server, &slow, "");
+    let slow = OPENAI;
+    let project = project(&server, slow, "");
+    project.edit("pipeline.yaml", "epochs: 2", "epochs: 80");
+    project.edit("pipeline.yaml", "batch_size: 4", "batch_size: 1");
     let mut run = project
         .command(&["pipeline.yaml"])
         .stdout(Stdio::null())

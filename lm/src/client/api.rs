@@ -221,9 +221,8 @@ impl Api {
             message: self.explained(status, &wire::error_text(&bytes)),
         };
         Err(match status {
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                Failed::Unseen(error, after)
-            }
+            // A 503 may be a proxy's word on an answer that it lost.
+            StatusCode::TOO_MANY_REQUESTS => Failed::Unseen(error, after),
             _ => Failed::Seen(error),
         })
     }

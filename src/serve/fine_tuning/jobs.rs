@@ -197,8 +197,11 @@ impl Job {
         }));
     }
 
-    /// Ends it.
+    /// Ends it, unless it has ended.
     pub(super) fn end(&mut self, status: Status, message: &str) {
+        if self.status.has_ended() {
+            return;
+        }
         self.status = status;
         self.finished_at = Some(now());
         let level = if status == Status::Failed {
@@ -300,15 +303,15 @@ impl Jobs {
 
     /// Asks a job to end. One that has ended stays as it is.
     pub(super) fn cancel(&self, id: &str) -> Result<Job, Problem> {
-        let job = self.get(id)?;
-        let running = self.state().running.clone();
-        match running {
+        self.get(id)?;
+        let mut state = self.state();
+        match &state.running {
             Some((running, cancel)) if running == id => cancel.cancel(),
-            _ if job.status.has_ended() => {}
-            _ => self.change(id, |job| {
-                job.end(Status::Cancelled, "the job was cancelled")
+            _ => self.change_in(&mut state, id, |job| {
+                job.end(Status::Cancelled, "the job was cancelled");
             }),
         }
+        drop(state);
         self.get(id)
     }
 
@@ -321,19 +324,15 @@ impl Jobs {
                 .values()
                 .filter(|job| job.status == Status::Queued);
             let first = waiting.min_by_key(|job| (job.created_at, job.id.clone()));
-            if let Some(id) = first.map(|job| job.id.clone()) {
+            if let Some(mut job) = first.cloned() {
                 let cancel = Cancel::default();
-                state.running = Some((id.clone(), cancel.clone()));
-                drop(state);
-                self.change(&id, |job| {
-                    job.status = Status::Running;
-                    job.tell("info", "training has begun", None);
+                state.running = Some((job.id.clone(), cancel.clone()));
+                self.change_in(&mut state, &job.id.clone(), |kept| {
+                    kept.status = Status::Running;
+                    kept.tell("info", "training has begun", None);
+                    job.clone_from(kept);
                 });
-                if let Ok(job) = self.get(&id) {
-                    return (job, cancel);
-                }
-                state = self.state();
-                continue;
+                return (job, cancel);
             }
             let woken = self.arrived.wait(state);
             state = woken.unwrap_or_else(PoisonError::into_inner);
@@ -347,7 +346,10 @@ impl Jobs {
 
     /// Changes a job, in memory and on disk.
     pub(super) fn change(&self, id: &str, change: impl FnOnce(&mut Job)) {
-        let mut state = self.state();
+        self.change_in(&mut self.state(), id, change);
+    }
+
+    fn change_in(&self, state: &mut State, id: &str, change: impl FnOnce(&mut Job)) {
         let Some(job) = state.jobs.get_mut(id) else {
             return;
         };

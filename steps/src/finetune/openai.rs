@@ -37,8 +37,8 @@ const BORNE: u32 = 5;
 pub(super) struct OpenAiBackend {
     /// A word in the names of the models that come of it.
     suffix: Option<String>,
-    /// More hyperparameters of the job, such as `learning_rate_multiplier`; they win over `epochs`
-    /// and `batch_size`. The step's `learning_rate`, `lora` and what else the API has no field for
+    /// More hyperparameters of the job, such as `learning_rate_multiplier`, besides the step's
+    /// `epochs` and `batch_size`. The step's `learning_rate`, `lora` and what else the API has no field for
     /// are not sent.
     hyperparameters: BTreeMap<String, Value>,
     /// More fields of the job, for servers that take more than OpenAI's.
@@ -147,6 +147,14 @@ pub(super) fn train(
         )));
     };
     params.no_invocation("OpenAI's fine-tuning API")?;
+    for own in ["n_epochs", "batch_size"] {
+        if backend.hyperparameters.contains_key(own) {
+            return Err(StepError::invalid(format!(
+                "`backend.openai.hyperparameters` has `{own}`, which the step's own params say"
+            ))
+            .help("set `epochs` and `batch_size` of the step"));
+        }
+    }
     let training = Training {
         ctx,
         backend,

@@ -148,10 +148,11 @@ fn stop(child: &mut Child, cancel: &Cancel) {
     let asked = Instant::now();
     while asked.elapsed() < GRACE && !cancel.is_killed() {
         if !matches!(child.try_wait(), Ok(None)) {
-            return;
+            break;
         }
         std::thread::sleep(LOOK_EVERY);
     }
+    // What the leader left in its group, too.
     signal(child, Signal::SIGKILL);
     // Killed, so it ends.
     let _ = child.wait();
