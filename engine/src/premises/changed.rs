@@ -40,7 +40,8 @@ pub(super) struct Parts {
 }
 
 impl Changed {
-    /// `None` when the steps cannot be read.
+    /// `None` when the steps cannot be read, or one of them was skipped: whether those that read
+    /// it are to be skipped too is the ordinary run's to say.
     pub(super) fn read(
         cache: &Cache,
         remembered: Remembered,
@@ -52,7 +53,9 @@ impl Changed {
         let bytes = std::fs::read(cache.dir().join(remembered.name.steps_path())).ok()?;
         let known = Known::read(bytes, head.graph, vocabulary)?;
         let parts = parts(&remembered)?;
-        let whole = known.len() == parts.len() && affected.iter().all(|step| *step < known.len());
+        let whole = known.len() == parts.len()
+            && affected.iter().all(|step| *step < known.len())
+            && !parts.iter().any(|part| part.skipped);
         whole.then(|| Self {
             remembered,
             objects,
