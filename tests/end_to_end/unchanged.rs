@@ -223,23 +223,41 @@ fn whatever_changes_an_ordinary_run_follows() {
         !other.stderr.contains("all premises"),
         "another environment"
     );
-    // A damaged memory is as good as none.
-    let memory = std::fs::read_dir(project.path(".flowrun/premises"))
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path();
-    let whole = std::fs::read(&memory).unwrap();
+    // A damaged memory is as good as none: what a run rests on, and how its steps ended.
+    for ending in [None, Some("steps")] {
+        damage_each_eighth(&project, ending);
+    }
+}
+
+/// Damages the file of the last run's memory with this ending in eight ways; each time an
+/// ordinary run follows.
+fn damage_each_eighth(project: &Project, ending: Option<&str>) {
     for eighth in 0..8 {
-        let mut bytes = whole.clone();
+        // The other file is as good as new: only one is damaged at a time.
+        settle(project);
+        let files = std::fs::read_dir(project.path(".flowrun/premises")).unwrap();
+        let mut files: Vec<_> = files
+            .map(|file| file.unwrap().path())
+            .filter(|path| path.extension().and_then(|e| e.to_str()) == ending)
+            .map(|path| (path.metadata().unwrap().modified().unwrap(), path))
+            .collect();
+        files.sort();
+        let (_, memory) = files.pop().unwrap();
+        let mut bytes = std::fs::read(&memory).unwrap();
+        let at = bytes.len() * eighth / 8;
         match eighth % 2 {
-            0 => bytes.truncate(whole.len() * eighth / 8),
-            _ => bytes[whole.len() * eighth / 8] ^= 1,
+            0 => bytes.truncate(at),
+            _ => bytes[at] ^= 1,
         }
         std::fs::write(&memory, bytes).unwrap();
-        let (after, skipped) = run(&project);
-        assert!(!skipped && after.steps("ran").is_empty());
+        // How steps ended is read only when a file has changed.
+        if ending.is_some() {
+            project.edit("words.txt", "# fruit", "# fruit,");
+        }
+        let (after, skipped) = run(project);
+        assert!(!skipped, "{ending:?}, {eighth} of 8");
+        let expected: &[&str] = if ending.is_some() { &["strip"] } else { &[] };
+        assert_eq!(after.steps("ran"), expected, "{ending:?}, {eighth} of 8");
     }
 }
 
