@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::action::{ActionCache, ActionKey};
 use crate::completion::CompletionCache;
@@ -39,6 +40,9 @@ pub struct Cache {
     index: Index,
     warnings: Arc<Mutex<Vec<String>>>,
     unsynced: Arc<Unsynced>,
+    /// This process's own: what watches over a killed process's folders never meets those of
+    /// the next one.
+    scratches: PathBuf,
     _lock: Lock,
 }
 
@@ -71,6 +75,7 @@ impl Cache {
             unsynced: Arc::clone(&unsynced),
             completions,
             index: Index::new(dir.join("index.sled")),
+            scratches: dir.join("tmp").join(unique()),
             dir: dir.to_owned(),
             warnings,
             _lock: held,
@@ -184,15 +189,22 @@ impl Cache {
     /// # Errors
     /// When it cannot be made.
     pub fn scratch(&self) -> Result<Scratch, CacheError> {
-        let folder = self.dir.join("tmp");
-        tempfile::tempdir_in(&folder)
+        let folder = &self.scratches;
+        tempfile::tempdir_in(folder)
             .or_else(|_| {
-                std::fs::create_dir_all(&folder)?;
-                tempfile::tempdir_in(&folder)
+                std::fs::create_dir_all(folder)?;
+                tempfile::tempdir_in(folder)
             })
             .map(Scratch)
-            .map_err(|e| CacheError::io(&folder, e))
+            .map_err(|e| CacheError::io(folder, e))
     }
+}
+
+/// A name that no other opening of the cache had: process ids come again.
+fn unique() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let nanos = now.unwrap_or_default().as_nanos();
+    format!("{}-{nanos}", std::process::id())
 }
 
 /// A folder that is removed when dropped.

@@ -231,14 +231,14 @@ impl RunLineage {
         let mut used = Vec::new();
         for (port, list) in manifest["inputs"].as_object().into_iter().flatten() {
             let sources = self.sources(id, port);
-            for entry in list.as_array().into_iter().flatten() {
-                let digest = text(&entry["digest"]);
-                used.push(Used {
-                    input: port.clone(),
-                    from: self.origin(&digest, &sources),
-                    digest,
-                });
-            }
+            let entries = list.as_array().into_iter().flatten();
+            let digests: Vec<String> = entries.map(|entry| text(&entry["digest"])).collect();
+            let origins = self.origins(&digests, &sources);
+            used.extend(digests.into_iter().zip(origins).map(|(digest, from)| Used {
+                input: port.clone(),
+                digest,
+                from,
+            }));
         }
         for (file, digest) in manifest["files"].as_object().into_iter().flatten() {
             used.push(Used {
@@ -262,23 +262,39 @@ impl RunLineage {
             .collect()
     }
 
-    fn origin(&self, digest: &str, sources: &[&PlanSource]) -> Origin {
-        let made = Digest::parse(digest).and_then(|digest| self.made.get(&digest));
-        let named = |output: &MadeOutput| {
+    /// Where the entries of a port come from.
+    fn origins(&self, digests: &[String], sources: &[&PlanSource]) -> Vec<Origin> {
+        let steps: Vec<_> = digests.iter().map(|d| self.maker(d, sources)).collect();
+        let files = sources.iter().filter_map(|source| match source {
+            PlanSource::File(path) => Some(path),
+            _ => None,
+        });
+        // Files stand in the order in which the pipeline names them; a result that is gone
+        // looks like one of them.
+        let open = steps.iter().filter(|step| step.is_none()).count();
+        let mut files = files
+            .clone()
+            .take(if files.count() == open { open } else { 0 });
+        let origin = |step: Option<MadeOutput>| match step {
+            Some(output) => Origin::Step(output),
+            None => files
+                .next()
+                .map_or(Origin::Unknown, |path| Origin::File(path.clone())),
+        };
+        steps.into_iter().map(origin).collect()
+    }
+
+    /// The output of a step that the pipeline names and that has these bytes: equal bytes may
+    /// come from several steps.
+    fn maker(&self, digest: &str, sources: &[&PlanSource]) -> Option<MadeOutput> {
+        let made = Digest::parse(digest).and_then(|digest| self.made.get(&digest))?;
+        let named = |output: &&MadeOutput| {
             let name = format!("{}.{}", step_of(&output.step), output.output);
             sources
                 .iter()
                 .any(|s| matches!(s, PlanSource::Output(o) if *o == name))
         };
-        // Equal bytes may come from several steps: the one that the pipeline names counts.
-        if let Some(output) = made.into_iter().flatten().find(|m| named(m)) {
-            return Origin::Step(output.clone());
-        }
-        let file = sources.iter().find_map(|s| match s {
-            PlanSource::File(path) => Some(path.clone()),
-            _ => None,
-        });
-        file.map_or(Origin::Unknown, Origin::File)
+        made.iter().find(named).cloned()
     }
 }
 

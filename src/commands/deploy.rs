@@ -1,6 +1,7 @@
 //! `flowrun deploy`: what is deployed on this machine, and files for other places to run.
 
 use std::path::Path;
+use std::time::Duration;
 
 use flowrun_engine::step::Cancel;
 use flowrun_steps::bundle::Bundle;
@@ -24,7 +25,7 @@ pub(crate) fn deploy(command: &DeployCommand, global: &GlobalArgs) -> Result<Exi
             output,
             set,
         } => render(bundle, target, output, set, global),
-        DeployCommand::Render { target: None, .. } => Ok(list_targets()),
+        DeployCommand::Render { target: None, .. } => Ok(list_targets(global)),
     }
 }
 
@@ -89,22 +90,35 @@ fn rollback(name: &str, folder: &Path, global: &GlobalArgs) -> Result<Exit, Fail
 fn check(url: &str, bundle: Option<&Path>, global: &GlobalArgs) -> Result<Exit, Failure> {
     let world = surroundings::world(Path::new("."), global)?;
     let agreed = flowrun_steps::deploy::check(url, bundle, &world)?;
-    if !global.quiet {
+    if global.json {
+        let smoke = agreed.as_ref().map(|agreed| {
+            json!({"agreed": agreed.right, "rows": agreed.of, "p95_ms": millis(agreed.p95)})
+        });
+        println!("{}", json!({"url": url, "up": true, "smoke": smoke}));
+    } else if !global.quiet {
         match agreed {
             None => println!("{url} is up"),
             Some(agreed) => println!(
                 "{url} answers {agreed} smoke rows as evaluated; 95 % within {:.1} ms",
-                agreed.p95.as_secs_f64() * 1e3
+                millis(agreed.p95)
             ),
         }
     }
     Ok(Exit::Ok)
 }
 
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
 #[allow(clippy::print_stdout)]
-fn list_targets() -> Exit {
+fn list_targets(global: &GlobalArgs) -> Exit {
     for target in &TARGETS {
-        println!("{:16} {}", target.name, target.about);
+        if global.json {
+            println!("{}", json!({"target": target.name, "about": target.about}));
+        } else {
+            println!("{:16} {}", target.name, target.about);
+        }
     }
     Exit::Ok
 }
@@ -121,9 +135,12 @@ fn render(
     let bundle = Bundle::open(bundle)?;
     let files = targets::render(target, &bundle, &settings(set)?, &world)?;
     targets::write(&files, output)?;
-    if !global.quiet {
-        for file in &files {
-            println!("{}", output.join(&file.path).display());
+    for file in &files {
+        let path = output.join(&file.path);
+        if global.json {
+            println!("{}", json!({"file": path}));
+        } else if !global.quiet {
+            println!("{}", path.display());
         }
     }
     Ok(Exit::Ok)

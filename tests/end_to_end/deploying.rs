@@ -99,10 +99,10 @@ fn versions_are_switched_on_one_port_and_switched_back() {
     assert!(is_up(&back));
     let url = back["url"].as_str().unwrap();
     let folder = back["folder"].as_str().unwrap();
-    local
-        .0
-        .run(&["deploy", "check", url, "--bundle", folder])
-        .ok();
+    let check = ["deploy", "check", url, "--bundle", folder, "--json"];
+    let checked = local.0.run(&check).ok().events();
+    assert_eq!(checked[0]["url"], url);
+    assert_eq!(checked[0]["smoke"]["agreed"], checked[0]["smoke"]["rows"]);
 
     // What was deployed cannot be used any more: what is served stays.
     let other = second["folder"].as_str().unwrap();
@@ -295,11 +295,11 @@ fn a_full_disk_leaves_the_old_version_serving() {
 fn a_bundle_is_rendered_for_every_target_that_can_run_it() {
     let project = tiny::project();
     project.run(&[PIPELINE]).ok();
-    let targets = project.run(&["deploy", "render", "bundle"]).ok();
+    let targets = project.run(&["deploy", "render", "bundle", "--json"]).ok();
+    let targets = targets.events();
     let targets: Vec<&str> = targets
-        .stdout
-        .lines()
-        .map(|line| line.split(' ').next().unwrap())
+        .iter()
+        .map(|t| t["target"].as_str().unwrap())
         .collect();
     assert_eq!(targets.len(), 7);
     for target in targets {
@@ -307,8 +307,10 @@ fn a_bundle_is_rendered_for_every_target_that_can_run_it() {
             "deploy", "render", "bundle", "--target", target, "-o", target,
         ];
         let set = ["--set", "base_model=org/base", "--set", "replicas=3"];
-        let run = project.run(&[&args[..], &set].concat()).ok();
-        for path in run.stdout.lines() {
+        let run = project.run(&[&args[..], &set, &["--json"]].concat()).ok();
+        assert!(!run.events().is_empty());
+        for file in run.events() {
+            let path = file["file"].as_str().unwrap();
             assert!(project.path(path).exists(), "{path}");
         }
     }

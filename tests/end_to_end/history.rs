@@ -140,6 +140,26 @@ fn lineage_goes_up_to_the_sources() {
 }
 
 #[test]
+fn each_file_of_a_port_is_named_as_the_source_it_is() {
+    let project = Project::new();
+    for name in ["a.txt", "b.txt"] {
+        project.write(name, name);
+    }
+    project.write(
+        "pipeline.yaml",
+        "name: several\nsteps:\n  make:\n    run: echo made > \"$out\"\n    out: { out: out.txt }\n  \
+         all:\n    run: cat \"$parts\"/* > \"$out\"\n    in: { parts: [{ file: b.txt }, make.out, { file: a.txt }] }\n    out: { out: out.txt }\n",
+    );
+    project.run(JSON).ok();
+    let found = json(&project, &["lineage", "all.out"]);
+    let inputs = found["steps"][0]["inputs"].as_array().unwrap();
+    let from: Vec<&Value> = inputs.iter().map(|input| &input["from"]).collect();
+    assert_eq!(from[0]["file"], "b.txt");
+    assert_eq!(from[1]["step"]["step"], "make");
+    assert_eq!(from[2]["file"], "a.txt");
+}
+
+#[test]
 fn lineage_passes_through_the_items_of_a_fan_out() {
     let project = Project::new();
     project.write("seed.txt", "s\n");

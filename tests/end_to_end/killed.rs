@@ -67,6 +67,22 @@ fn a_killed_run_goes_on_where_it_was() {
 }
 
 #[test]
+fn what_ends_a_killed_runs_commands_spares_those_of_the_next_run() {
+    let project = slow();
+    let mut child = start(&project);
+    signal(&child, "-KILL");
+    child.wait().unwrap();
+    // The next run's command is at work while the killed run's are looked for.
+    let mut next = project.command(&["pipeline.yaml", "--json"]);
+    let next = next.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let next = next.spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    project.write("go", "");
+    let run = Run::of(next.wait_with_output().unwrap()).ok();
+    assert_eq!(run.steps("ran"), ["slow"]);
+}
+
+#[test]
 fn the_command_of_a_killed_run_does_not_live_on() {
     let project = Project::new();
     let pid = project.path("pid");

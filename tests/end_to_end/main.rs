@@ -28,6 +28,7 @@ mod prices;
 mod process;
 mod programs;
 mod project;
+mod publish;
 mod ray;
 mod sandbox;
 mod schema;

@@ -61,8 +61,12 @@ fn run(project: &Project) -> (Run, bool) {
 /// The events less what differs between any two runs.
 fn told(run: &Run) -> Vec<Value> {
     let mut events = run.events();
+    let id = events[0]["run"].as_str().unwrap().to_owned();
     for event in &mut events {
         let event = event.as_object_mut().unwrap();
+        if let Some(Value::String(text)) = event.get_mut("text") {
+            *text = text.replace(&id, "RUN");
+        }
         for name in ["run", "at", "took_ms", "run_dir"] {
             event.remove(name);
         }

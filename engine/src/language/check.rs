@@ -15,6 +15,7 @@ use super::mismatch::{Mismatch, Shape};
 use super::node::{Data, Node};
 use super::order;
 use super::params::{BadName, Tables, complete};
+use super::published::Published;
 use super::resolution::resolve_all;
 use super::schema::pipeline_shape;
 use super::source::Drafts;
@@ -200,7 +201,7 @@ fn check_steps(
 ) -> Vec<StepNode> {
     let mut graph = order::graph(drafts.list.len());
     let mut shapes = HashMap::new();
-    let mut published = HashMap::new();
+    let mut published = Published::new(&setting.root, map.paths().map(Path::to_owned));
     let around = settings::Around {
         environment: setting.environment,
         pools,

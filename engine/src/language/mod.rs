@@ -15,6 +15,7 @@ mod node;
 mod order;
 mod overlay;
 mod params;
+mod published;
 mod reader;
 mod resolution;
 mod scalar;

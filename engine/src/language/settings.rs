@@ -2,7 +2,7 @@
 //! runner, secrets, environment, publish, conditions. Knows no other step, but for
 //! the paths that they publish to.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::draft::{Draft, inner_path};
 use super::expr::{ExprError, has_expression};
 use super::node::Node;
+use super::published::Published;
 use super::resolution::report;
 use super::source_map::{SourceMap, Span};
 use super::spec::{CacheSpec, RunnerSpec};
@@ -21,6 +22,10 @@ use crate::pipeline::{CachePolicy, METRICS, Resources, Retry, RunnerKind, StepNo
 const RETRY_TIMES: u32 = 3;
 /// First wait, when `retry` does not say.
 const RETRY_BACKOFF: Duration = Duration::from_secs(1);
+
+/// What to do about a path that cannot be published to.
+const OWN_PLACE: &str =
+    "what is published takes its whole place: give each output a path of its own";
 
 /// What settings may refer to.
 pub(crate) struct Around<'a> {
@@ -36,7 +41,7 @@ pub(crate) fn read<'a>(
     map: &mut SourceMap,
     draft: &Draft<'a>,
     around: &Around<'_>,
-    published: &mut HashMap<String, &'a str>,
+    published: &mut Published<'a>,
     node: &mut StepNode,
 ) {
     let spec = &draft.spec;
@@ -206,7 +211,7 @@ fn check_variable(map: &mut SourceMap, name: &str, at: Span) -> bool {
 fn publish<'a>(
     map: &mut SourceMap,
     draft: &Draft<'a>,
-    published: &mut HashMap<String, &'a str>,
+    published: &mut Published<'a>,
 ) -> BTreeMap<String, String> {
     let mut publish = BTreeMap::new();
     for (port, path) in draft.spec.publish.iter().flatten() {
@@ -233,10 +238,15 @@ fn publish<'a>(
         if let Err(why) = inner_path(path) {
             let help = "publish to a path inside the project, relative to its root".to_owned();
             map.report(at, "bad-path", format!("`{path}` {why}"), "", Some(help));
+            continue;
         }
-        if let Some(other) = published.insert(path.clone(), draft.name) {
-            let message = format!("`{path}` is already published by the step `{other}`");
-            map.report(at, "bad-path", message, "", None);
+        let list = draft
+            .outputs
+            .iter()
+            .flatten()
+            .any(|p| p.name == *port && p.many);
+        if let Err(message) = published.add(path, draft.name, list) {
+            map.report(at, "bad-path", message, "", Some(OWN_PLACE.to_owned()));
         }
         publish.insert(port.clone(), path.clone());
     }

@@ -4,7 +4,7 @@
 //! boundaries; it is made only by the reader.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use flowrun_cache::Digest;
@@ -93,6 +93,11 @@ impl SourceMap {
         files
             .map(|f| (f.path.clone(), Digest::of_bytes(f.text.as_bytes())))
             .collect()
+    }
+
+    /// The files that were read.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|f| f.path.as_path())
     }
 
     /// The text of `span` as written.

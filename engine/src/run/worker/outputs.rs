@@ -13,7 +13,7 @@ use crate::event::OutputInfo;
 use crate::expansion::ActionRequest;
 use crate::pipeline::METRICS;
 use crate::run::Outputs;
-use crate::step::{Port, StepError, StepOutcome};
+use crate::step::{Port, StepError, StepOutcome, StepReporter};
 
 impl Worker {
     pub(super) fn store_outputs(
@@ -122,7 +122,11 @@ impl Worker {
         artifact: &Artifact,
         dest: &Path,
     ) -> Result<(), Trouble> {
-        self.place(artifact, dest)?;
+        // What is there is looked at each time: no record of an earlier run is trusted.
+        if !self.lookup.is_at(artifact, dest) {
+            self.put_aside(request, dest)?;
+            self.place(artifact, dest)?;
+        }
         if let Some(memory) = self.memory() {
             memory.file(&request.node.name, dest, artifact);
         }
@@ -130,12 +134,44 @@ impl Worker {
     }
 
     fn place(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
-        // What is there is looked at each time: no record of an earlier run is trusted.
-        if self.lookup.is_at(artifact, dest) {
-            return Ok(());
-        }
         let placed = self.cache.store().materialize(artifact, dest);
         placed.map_err(|e| broken_or_failed(e, artifact))
+    }
+
+    /// Keeps what lies at `dest` with the run's record, unless a step made it: the user may have
+    /// nothing else of it.
+    fn put_aside(&self, request: &ActionRequest, dest: &Path) -> Result<(), StepError> {
+        let at = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let (place, cache) = (at(dest), at(self.cache.dir()));
+        if cache.starts_with(&place) || place.starts_with(&cache) {
+            let text = format!(
+                "`{}` is not published: the cache lies there",
+                dest.display()
+            );
+            return Err(StepError::invalid(text).help("publish to another path"));
+        }
+        if !dest.exists() {
+            return Ok(());
+        }
+        let store = self.cache.store();
+        let lies = |e| {
+            let text = format!("what lies at `{}` cannot be kept: {e}", dest.display());
+            StepError::failed(text).help("move it away; nothing was put in its place")
+        };
+        if store.contains(&ArtifactStore::address_of(dest).map_err(lies)?) {
+            return Ok(());
+        }
+        let inner = dest.strip_prefix(&self.lookup.root).unwrap_or(dest);
+        let aside = self.run_dir.join("replaced").join(inner);
+        let kept = store.put_path(dest).map_err(lies)?;
+        store.materialize(&kept, &aside).map_err(lies)?;
+        let reporter = self.reporter(&request.id);
+        reporter.warning(&format!(
+            "`{}` held what no step made; it was replaced, and is kept as `{}`",
+            inner.display(),
+            aside.display()
+        ));
+        Ok(())
     }
 
     /// Outputs as events show them.

@@ -92,7 +92,8 @@ impl Shelf {
             && let Some(folders) = working_folders()
         {
             let in_use = |scratch: &Scratch| {
-                let path = std::path::absolute(scratch.path()).unwrap_or_default();
+                // As the system names it, also behind a link.
+                let path = scratch.path().canonicalize().unwrap_or_default();
                 folders.iter().any(|folder| folder.starts_with(&path))
             };
             self.free = std::mem::take(&mut self.used);

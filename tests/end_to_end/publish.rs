@@ -1,0 +1,71 @@
+//! What lies where an output is published is the user's, until it is known to be a step's.
+
+use crate::project::Project;
+
+const PIPELINE: &str = r#"
+name: publish
+params: { word: one }
+steps:
+  make:
+    run: echo "${{ params.word }}" > "$text"; mkdir "$tree"; echo "${{ params.word }}" > "$tree/a"
+    out: { text: text.txt, tree: tree }
+    publish: { text: results/text.txt, tree: results/tree }
+"#;
+
+#[test]
+fn what_no_step_made_is_kept_when_it_is_replaced() {
+    let project = Project::new();
+    project.write("pipeline.yaml", PIPELINE);
+    project.write("results/text.txt", "mine\n");
+    project.write("results/tree/notes/today", "also mine\n");
+    project.write("results/other", "not in the way\n");
+    let run = project.run(&["pipeline.yaml"]).ok();
+    assert_eq!(project.read("results/text.txt"), "one\n");
+    assert!(!project.path("results/tree/notes").exists());
+    let runs = project.path(".flowrun/runs");
+    let run_dir = std::fs::read_dir(runs).unwrap().next().unwrap();
+    let kept = run_dir.unwrap().path().join("replaced/results");
+    let read = |name: &str| std::fs::read_to_string(kept.join(name)).unwrap();
+    assert_eq!(read("text.txt"), "mine\n");
+    assert_eq!(read("tree/notes/today"), "also mine\n");
+    assert!(!kept.join("other").exists());
+    assert!(
+        run.stderr
+            .contains("`results/text.txt` held what no step made"),
+        "{}",
+        run.stderr
+    );
+    // What a step made before is replaced without a word, by a new result and by an old one.
+    for word in ["two", "one"] {
+        let run = project.run(&["pipeline.yaml", "--set", &format!("word={word}")]);
+        let run = run.ok();
+        assert_eq!(project.read("results/tree/a"), format!("{word}\n"));
+        assert!(!run.stderr.contains("no step made"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn a_path_in_the_way_of_another_is_refused_before_anything_runs() {
+    let project = Project::new();
+    let within = PIPELINE.replace("results/text.txt", "results/tree/text.txt");
+    let source = PIPELINE.replace("tree: results/tree", "tree: pipelines");
+    for (file, text, expected) in [
+        ("pipeline.yaml", within, "lies in `results/tree`"),
+        ("pipelines/it.yaml", source, "would replace `it.yaml`"),
+    ] {
+        project.write(file, &text);
+        let run = project.run(&[file]);
+        assert_eq!(run.code, Some(3), "{}", run.stderr);
+        assert!(run.stderr.contains(expected), "{}", run.stderr);
+        assert!(!project.path("results").exists());
+    }
+    // The cache is no place for results, wherever it lies.
+    project.write("pipeline.yaml", PIPELINE);
+    let run = project.run(&["pipeline.yaml", "--cache-dir", "results/text.txt/cache"]);
+    assert_eq!(run.code, Some(4), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("the cache lies there"),
+        "{}",
+        run.stderr
+    );
+}
