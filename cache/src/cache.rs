@@ -257,6 +257,12 @@ impl CacheReader {
     pub fn actions(&self) -> &ActionCache {
         &self.actions
     }
+    /// The answers that are kept; none where they cannot be read.
+    #[must_use]
+    pub fn completions(&self) -> Arc<CompletionCache> {
+        let folder = self.dir.join("completions");
+        Arc::new(CompletionCache::open(folder).unwrap_or_else(|_| CompletionCache::in_memory()))
+    }
     /// Folders of the runs, newest first (run ids sort by time).
     #[must_use]
     pub fn runs(&self) -> Vec<PathBuf> {

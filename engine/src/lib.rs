@@ -6,6 +6,7 @@
 mod child;
 pub mod dag;
 pub mod diff;
+pub mod estimate;
 pub mod event;
 mod expansion;
 mod history;

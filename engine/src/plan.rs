@@ -5,16 +5,19 @@
 //! step it is pending, because that step may make the same bytes again.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
-use flowrun_cache::{CacheReader, OutputRecord};
+use flowrun_cache::{ArtifactKind, CacheReader, CompletionCache, OutputRecord};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::dag::{predecessors, required_predecessors};
-use crate::expansion::{ActionRequest, expand, gather, kind_of};
+use crate::estimate::{Estimate, Foresight, TotalEstimate};
+use crate::expansion::{ActionRequest, Entry, expand, gather, kind_of};
 use crate::history::History;
 use crate::lookup::{Found, Lookup};
-use crate::pipeline::{CachePolicy, Pipeline, StepNode};
+use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
 use crate::run::{RunError, RunOptions, Selection};
 use crate::step::World;
 use crate::why::{Cause, Reason, why};
@@ -24,6 +27,9 @@ use crate::why::{Cause, Reason, why};
 pub struct Plan {
     /// The steps that take part.
     pub steps: Vec<PlannedStep>,
+    /// What they are likely to cost, where one costs money and estimates were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cost: Option<TotalEstimate>,
 }
 
 /// One step of a plan.
@@ -37,6 +43,17 @@ pub struct PlannedStep {
     pub items: Vec<PlannedItem>,
     /// Fresh when all items are; stale when one is.
     pub status: PlanStatus,
+    /// What it is likely to cost while its items are not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
+}
+
+impl PlannedStep {
+    /// Its estimates, of its items or of the step as a whole.
+    pub fn estimates(&self) -> impl Iterator<Item = &Estimate> {
+        let items = self.items.iter().filter_map(|item| item.estimate.as_ref());
+        items.chain(&self.estimate)
+    }
 }
 
 /// One action of a planned step.
@@ -48,6 +65,9 @@ pub struct PlannedItem {
     pub key: String,
     /// Whether it would run.
     pub status: PlanStatus,
+    /// What it is likely to cost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
 }
 
 /// Whether something would run.
@@ -146,6 +166,15 @@ impl Plan {
     }
 }
 
+/// Whether a plan says what its steps are likely to cost: that reads their inputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Costs {
+    /// It does.
+    Estimated,
+    /// It does not.
+    Left,
+}
+
 /// Plans a run.
 ///
 /// # Errors
@@ -155,6 +184,7 @@ pub fn plan(
     cache: &CacheReader,
     world: &World,
     options: &RunOptions,
+    costs: Costs,
 ) -> Result<Plan, RunError> {
     let selection = Selection::of(pipeline, options)?;
     let planner = Planner {
@@ -163,6 +193,9 @@ pub fn plan(
         lookup: Lookup::reading(&pipeline.root, world.clone(), cache),
         history: History::new(&pipeline.name, cache.dir(), None),
         selection,
+        cache,
+        costs,
+        completions: OnceLock::new(),
     };
     let mut known: BTreeMap<String, Known> = BTreeMap::new();
     let mut steps = Vec::new();
@@ -174,7 +207,12 @@ pub fn plan(
         steps.push(planned);
         known.insert(node.name.clone(), step);
     }
-    Ok(Plan { steps })
+    let estimates = steps.iter().flat_map(|step| {
+        let name = step.step.as_str();
+        step.estimates().map(move |estimate| (name, estimate))
+    });
+    let cost = TotalEstimate::of(estimates);
+    Ok(Plan { steps, cost })
 }
 
 /// What is known of a step that was planned.
@@ -190,6 +228,10 @@ struct Planner<'a> {
     lookup: Lookup,
     history: History,
     selection: Selection,
+    cache: &'a CacheReader,
+    costs: Costs,
+    /// Read when the first estimate asks for them.
+    completions: OnceLock<Arc<CompletionCache>>,
 }
 
 impl Planner<'_> {
@@ -198,6 +240,7 @@ impl Planner<'_> {
             step: node.name.clone(),
             kind: kind_of(node).to_owned(),
             items,
+            estimate: None,
             status,
         };
         let is = |name: &String, wanted: fn(&Known) -> bool| known.get(name).is_some_and(wanted);
@@ -216,7 +259,9 @@ impl Planner<'_> {
             let named: Vec<String> = after.iter().map(|b| format!("`{b}`")).collect();
             let why = format!("after {}", named.join(", "));
             let status = PlanStatus::Pending { why, after };
-            return (planned(vec![], status), Known::Later);
+            let mut step = planned(vec![], status);
+            step.estimate = self.estimate(node, &node.name, &node.params, None);
+            return (step, Known::Later);
         }
         let output = |step: &str, port: &str| match known.get(step)? {
             Known::Outputs(outputs) => outputs.get(port).cloned(),
@@ -276,6 +321,7 @@ impl Planner<'_> {
             id: request.id.clone(),
             key,
             status,
+            estimate: None,
         };
         let keyed = match self.lookup.key(request) {
             Ok(keyed) => keyed,
@@ -300,8 +346,52 @@ impl Planner<'_> {
             }
         };
         let reason = why(&self.history, request, &keyed, cause);
-        let status = PlanStatus::because(reason);
-        (planned(keyed.key.to_hex(), status), None)
+        let mut item = planned(keyed.key.to_hex(), PlanStatus::because(reason));
+        let files = self.files(request);
+        item.estimate = self.estimate(&request.node, &request.id, &request.params, files.as_ref());
+        (item, None)
+    }
+
+    fn estimate(
+        &self,
+        node: &StepNode,
+        id: &str,
+        params: &Value,
+        inputs: Option<&BTreeMap<String, Vec<PathBuf>>>,
+    ) -> Option<Estimate> {
+        let Action::Uses(step) = &node.action else {
+            return None;
+        };
+        if self.costs == Costs::Left {
+            return None;
+        }
+        let earlier = self.history.nearest(id).map(|(_, result)| result.metrics);
+        let open = || Arc::clone(self.completions.get_or_init(|| self.cache.completions()));
+        step.estimate(&Foresight {
+            params,
+            inputs,
+            completions: &open,
+            earlier: earlier.as_ref(),
+        })
+    }
+
+    /// The file of every input.
+    fn files(&self, request: &ActionRequest) -> Option<BTreeMap<String, Vec<PathBuf>>> {
+        let path = |entry: &Entry| match entry {
+            Entry::File(path) => Some(self.pipeline.root.join(path)),
+            Entry::Artifact { artifact, .. } => {
+                Some(self.cache.store().object_path(&artifact.digest))
+                    .filter(|_| artifact.kind == ArtifactKind::File)
+            }
+        };
+        let ports = request.inputs.iter();
+        ports
+            .map(|(port, given)| {
+                let paths: Option<Vec<PathBuf>> = given.entries.iter().map(path).collect();
+                let paths = paths.filter(|paths| paths.iter().all(|path| path.is_file()));
+                Some((port.clone(), paths?))
+            })
+            .collect()
     }
 }
 

@@ -14,6 +14,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::estimate::{Estimate, Foresight};
+
 /// The implementation of a step kind: what a pipeline names with `uses:`.
 ///
 /// `run` is synchronous and called on a blocking thread; it may use as many
@@ -42,6 +44,11 @@ pub trait Step: Send + Sync {
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         let _ = (params, world);
         Ok(BTreeMap::new())
+    }
+    /// What running is likely to cost, for a plan; `None` where it costs time alone.
+    fn estimate(&self, given: &Foresight<'_>) -> Option<Estimate> {
+        let _ = given;
+        None
     }
     /// Does the work: reads inputs, writes each declared output to
     /// [`StepContext::output`] (a file or a folder).
@@ -212,6 +219,8 @@ pub struct StepContext {
     pub work_dir: PathBuf,
     /// See [`StepContext::resume_dir`].
     pub resume_path: PathBuf,
+    /// See [`StepContext::run_dir`].
+    pub run_path: PathBuf,
     /// When this attempt began. Steps read no clock of their own for what they write.
     pub started_at: SystemTime,
     /// Completed language-model calls, shared by all steps and runs.
@@ -278,6 +287,21 @@ impl StepContext {
         std::fs::create_dir_all(&self.resume_path)
             .map_err(|e| StepError::io(&self.resume_path, &e))?;
         Ok(&self.resume_path)
+    }
+    /// A folder that all steps of this run share, those in other processes of this machine
+    /// included: what they add up together. It stays with the run's record.
+    ///
+    /// # Errors
+    /// When the run is kept elsewhere: the step runs on another machine.
+    pub fn run_dir(&self) -> Result<PathBuf, StepError> {
+        if !self.run_path.is_dir() {
+            let text = format!("{} is not here", self.run_path.display());
+            return Err(StepError::invalid(text)
+                .help("the step needs the run's own folder: give it `runner: inline`"));
+        }
+        let shared = self.run_path.join("shared");
+        std::fs::create_dir_all(&shared).map_err(|e| StepError::io(&shared, &e))?;
+        Ok(shared)
     }
     /// Returns an error of kind `Cancelled` once the run was asked to stop.
     ///

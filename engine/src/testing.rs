@@ -13,7 +13,7 @@ use crate::pipeline::{
     Action, CachePolicy, Foreach, ForeachList, Pipeline, Resources, Retry, RunnerKind, Source,
     StepNode,
 };
-use crate::plan::{Plan, plan};
+use crate::plan::{Costs, Plan, plan};
 use crate::run::{Expressions, RunOptions, RunSummary, run};
 use crate::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World};
 
@@ -382,7 +382,14 @@ impl Bench {
     #[allow(clippy::unwrap_used)]
     pub(crate) fn plan(&self, steps: &[StepNode]) -> Plan {
         let reader = CacheReader::open(&self.cache_dir());
-        plan(&self.pipeline(steps), &reader, &self.world, &self.options).unwrap()
+        plan(
+            &self.pipeline(steps),
+            &reader,
+            &self.world,
+            &self.options,
+            Costs::Left,
+        )
+        .unwrap()
     }
 }
 

@@ -296,6 +296,7 @@ mod tests {
             },
             probs: None,
             confidence: None,
+            cut_off: false,
         }
     }
 

@@ -2,8 +2,10 @@
 
 use console::style;
 use flowrun_cache::CacheReader;
-use flowrun_engine::plan::{Plan, PlanStatus, plan as make_plan};
+use flowrun_engine::estimate::{Estimate, TotalEstimate};
+use flowrun_engine::plan::{Costs, Plan, PlanStatus, plan as make_plan};
 use flowrun_engine::run::RunOptions;
+use flowrun_steps::report::dollars;
 
 use crate::args::{GlobalArgs, PlanArgs};
 use crate::exit::{Exit, Failure};
@@ -23,7 +25,7 @@ pub(crate) fn show(
     options: &RunOptions,
     global: &GlobalArgs,
 ) -> Result<Exit, Failure> {
-    let plan = planned(loaded, options, global)?;
+    let plan = planned(loaded, options, global, Costs::Estimated)?;
     if global.json {
         return output::json(&plan);
     }
@@ -34,9 +36,10 @@ pub(super) fn planned(
     loaded: &Surroundings,
     options: &RunOptions,
     global: &GlobalArgs,
+    costs: Costs,
 ) -> Result<Plan, Failure> {
     let reader = CacheReader::open(&global.cache_dir);
-    let plan = make_plan(&loaded.pipeline, &reader, &loaded.world, options)?;
+    let plan = make_plan(&loaded.pipeline, &reader, &loaded.world, options, costs)?;
     Ok(plan)
 }
 
@@ -52,9 +55,47 @@ fn text(plan: &Plan) -> String {
         let line = format!("{} {:width$}  {why}", word(&step.status), step.step);
         out.push_str(line.trim_end());
         out.push('\n');
+        for estimate in step.estimates() {
+            let indent = width + 9;
+            out.push_str(&format!("{:indent$}{}\n", "", shown(estimate)));
+        }
     }
     out.push_str(&counts(plan));
+    if let Some(cost) = &plan.cost {
+        out.push_str(&total(cost));
+    }
     out
+}
+
+/// `about $0.02, at most $0.10 (12 requests, …)`.
+fn shown(estimate: &Estimate) -> String {
+    let cost = match estimate.unknown {
+        true => "cost unknown".to_owned(),
+        false => sum(estimate.usd, estimate.usd_at_most),
+    };
+    match cost.is_empty() {
+        true => estimate.uses.clone(),
+        false => format!("{cost} ({})", estimate.uses),
+    }
+}
+
+fn sum(usd: Option<f64>, at_most: Option<f64>) -> String {
+    let at_most = at_most.filter(|most| usd.is_none_or(|usd| usd < *most));
+    let likely = usd.map(|usd| format!("about {}", dollars(usd)));
+    let most = at_most.map(|usd| format!("at most {}", dollars(usd)));
+    let parts: Vec<String> = likely.into_iter().chain(most).collect();
+    parts.join(", ")
+}
+
+fn total(cost: &TotalEstimate) -> String {
+    let sum = sum(cost.usd, cost.usd_at_most);
+    let named: Vec<String> = cost.unknown.iter().map(|s| format!("`{s}`")).collect();
+    let unknown = format!("unknown for {}", named.join(", "));
+    match (sum.is_empty(), named.is_empty()) {
+        (false, true) => format!("cost: {sum}\n"),
+        (false, false) => format!("cost: {sum}; {unknown}\n"),
+        (true, _) => format!("cost: {unknown}\n"),
+    }
 }
 
 fn counts(plan: &Plan) -> String {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use flowrun_engine::plan::{Plan, PlanStatus, PlannedStep};
+use flowrun_engine::plan::{Costs, Plan, PlanStatus, PlannedStep};
 use serde::Serialize;
 
 use crate::args::{GlobalArgs, Scope, Select};
@@ -22,7 +22,7 @@ struct Why<'a> {
 pub(crate) fn why(name: &str, select: &Select, global: &GlobalArgs) -> Result<Exit, Failure> {
     let loaded = surroundings::load(select, global)?;
     let options = surroundings::run_options(None, &Scope::default());
-    let plan = planned(&loaded, &options, global)?;
+    let plan = planned(&loaded, &options, global, Costs::Left)?;
     let steps = plan.named(name);
     if steps.is_empty() {
         let names: Vec<&str> = plan.steps.iter().map(|s| s.step.as_str()).collect();

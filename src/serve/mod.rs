@@ -141,6 +141,7 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
         world,
         cancel: &cancel,
         completions: None,
+        step: None,
     };
     let (backend, limits) = match (&manifest.model, &bundle.program) {
         (Some(ModelSpec::Embedded(spec)), ProgramFile::Prompt(_)) => {
@@ -212,6 +213,7 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         world,
         cancel: &cancel,
         completions: None,
+        step: None,
     };
     let limits = limits(args, spec.batch);
     let tuning = args.fine_tuning.as_deref();

@@ -111,7 +111,9 @@ pub(super) async fn batch(
     let down = |result: &RowResult| {
         matches!(
             &result.prediction,
-            Err(RowError::Lm(LmError::Unavailable(_) | LmError::Cancelled))
+            Err(RowError::Lm(
+                LmError::Unavailable(_) | LmError::Barred(_) | LmError::Cancelled
+            ))
         )
     };
     if let Some(RowResult {

@@ -159,7 +159,9 @@ impl From<LmError> for Problem {
     fn from(error: LmError) -> Self {
         match error {
             LmError::Rejected(why) => Self::bad(why),
-            LmError::Unavailable(why) => Self::new(StatusCode::BAD_GATEWAY, why),
+            LmError::Unavailable(why) | LmError::Barred(why) => {
+                Self::new(StatusCode::BAD_GATEWAY, why)
+            }
             LmError::Cancelled => Refused::Down.into(),
         }
     }

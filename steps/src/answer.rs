@@ -176,6 +176,7 @@ impl Answerer {
                         tokens: Tokens::default(),
                         probs: Some(probs),
                         confidence: Some(confidence),
+                        cut_off: false,
                     }
                 };
                 Ok(rows.iter().zip(predictions).map(result).collect())
@@ -288,13 +289,19 @@ pub fn check_answered(ctx: &StepContext, results: &[RowResult]) -> Result<(), St
             ),
         );
     }
-    let lost: Vec<&LmError> = results
+    let mut lost: Vec<&LmError> = results
         .iter()
         .filter_map(|result| match &result.prediction {
             Err(RowError::Lm(error)) => Some(error),
             _ => None,
         })
         .collect();
+    // Of several reasons, the one that must be seen to.
+    lost.sort_by_key(|error| match error {
+        LmError::Barred(_) => 0,
+        LmError::Rejected(_) => 1,
+        _ => 2,
+    });
     let Some(first) = lost.first() else {
         return Ok(());
     };

@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use flowrun_engine::estimate::{Estimate, Foresight};
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_lm::metric::normalize_label;
-use flowrun_lm::program::{MajoritySpec, ProgramSpec, RowResult};
+use flowrun_lm::program::{CUT_OFF, MajoritySpec, ProgramSpec, RowResult};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::{KnnSpec, ProgramFile};
@@ -66,7 +68,7 @@ impl Step for Bootstrap {
         "bootstrap"
     }
     fn version(&self) -> u32 {
-        3
+        4
     }
     fn about(&self) -> &'static str {
         "A teacher (a large model, or a classifier fitted on a few labels) labels the unlabelled rows."
@@ -100,6 +102,23 @@ impl Step for Bootstrap {
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         observe(params, world)
+    }
+    fn estimate(&self, given: &Foresight<'_>) -> Option<Estimate> {
+        let params: Params = serde_json::from_value(given.params.clone()).ok()?;
+        let spec = server(params.model.as_ref())?;
+        params.program.prompt()?;
+        let read = || {
+            let labels: Vec<String> = read_json(given.input("labels")?).ok()?;
+            let file = ProgramFile::plain(&drawn(&params.program, &params), &labels).ok()?;
+            Some((file, read_rows(given.input("unlabelled")?).ok()?))
+        };
+        let known = read().filter(|_| params.knn.is_none());
+        let calls = known.as_ref().map(|(file, rows)| Calls {
+            file,
+            sampling: params.sampling,
+            rows,
+        });
+        Some(estimate(spec, calls, given))
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
@@ -164,6 +183,18 @@ impl Step for Bootstrap {
     }
 }
 
+/// The prompt with its draws.
+fn drawn(spec: &ProgramSpec, params: &Params) -> ProgramSpec {
+    match params.samples {
+        1 => spec.clone(),
+        samples => ProgramSpec::Majority(MajoritySpec {
+            programs: vec![spec.clone()],
+            samples,
+            temperature: params.temperature,
+        }),
+    }
+}
+
 /// The teacher that asks a model, with its draws and demos.
 fn prompted(
     spec: &ProgramSpec,
@@ -172,15 +203,7 @@ fn prompted(
     gold: &[Row],
     host: &Host<'_>,
 ) -> Result<ProgramFile, StepError> {
-    let spec = match params.samples {
-        1 => spec.clone(),
-        samples => ProgramSpec::Majority(MajoritySpec {
-            programs: vec![spec.clone()],
-            samples,
-            temperature: params.temperature,
-        }),
-    };
-    let mut file = ProgramFile::plain(&spec, labels)?;
+    let mut file = ProgramFile::plain(&drawn(spec, params), labels)?;
     let Some(knn) = &params.knn else {
         return Ok(file);
     };
@@ -239,6 +262,10 @@ fn labelled(
         row.dropped = Some(format!("`{label}` is not one of the labels"));
         return row;
     };
+    if result.cut_off {
+        row.dropped = Some(format!("{CUT_OFF}, perhaps within the label"));
+        return row;
+    }
     row.label = Some(found.to_owned());
     if let Some(sure) = row.confidence.filter(|sure| *sure < params.min_confidence) {
         let least = params.min_confidence;

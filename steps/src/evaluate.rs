@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use flowrun_engine::estimate::{Estimate, Foresight};
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_lm::calibration::calibration;
 use flowrun_lm::evaluate::{Evaluate as Evaluation, EvaluateError, EvaluatedRow, EvaluationResult};
@@ -17,6 +18,7 @@ use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, examples, question, with_usage};
 use crate::checkpoint::Checkpoint;
+use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{LeakageRule, guard, lineage_of, scored_rows};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
@@ -105,6 +107,29 @@ impl Step for Evaluate {
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         observe(params, world)
+    }
+    fn estimate(&self, given: &Foresight<'_>) -> Option<Estimate> {
+        let params: Params = serde_json::from_value(given.params.clone()).ok()?;
+        let spec = server(params.model.as_ref())?;
+        let read = || {
+            let mut rows = read_rows(given.input("rows")?).ok()?;
+            rows.truncate(params.max_rows.unwrap_or(usize::MAX));
+            Some((ProgramFile::load(given.input("program")?).ok()?, rows))
+        };
+        // A checkpoint is another model, and of two programs only one is counted here.
+        let alone = |ports: &BTreeMap<_, _>| {
+            !ports.contains_key("adapter") && !ports.contains_key("optimised")
+        };
+        let known = read().filter(|_| given.inputs.is_some_and(alone));
+        if let Some((ProgramFile::Classifier(_), _)) = known {
+            return None;
+        }
+        let calls = known.as_ref().map(|(file, rows)| Calls {
+            file,
+            sampling: params.sampling,
+            rows,
+        });
+        Some(estimate(spec, calls, given))
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;

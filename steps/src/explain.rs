@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use flowrun_engine::estimate::{Estimate, Foresight};
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_lm::program::{OutputSpec, ProgramSpec, REASONING, RowError};
 use schemars::JsonSchema;
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::estimate::{Calls, estimate, server};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_rows, write_rows};
@@ -59,6 +61,18 @@ impl Step for Explain {
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         observe(params, world)
+    }
+    fn estimate(&self, given: &Foresight<'_>) -> Option<Estimate> {
+        let params: Params = serde_json::from_value(given.params.clone()).ok()?;
+        let spec = server(Some(&params.model))?;
+        let file = ProgramFile::plain(&params.program, &[]).ok();
+        let rows = given.input("rows").and_then(|path| read_rows(path).ok());
+        let calls = file.as_ref().zip(rows.as_ref()).map(|(file, rows)| Calls {
+            file,
+            sampling: params.sampling,
+            rows,
+        });
+        Some(estimate(spec, calls, given))
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;

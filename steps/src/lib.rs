@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod convert_to_messages;
 pub mod deploy;
 pub mod download;
+mod estimate;
 pub mod evaluate;
 pub mod explain;
 pub mod filter_top_n;

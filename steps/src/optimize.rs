@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use flowrun_engine::estimate::{Estimate, Foresight};
 use flowrun_engine::record::timestamp;
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
 use flowrun_lm::lm::LmError;
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 use crate::answer::{SamplingSpec, attach_encoders, examples, with_usage};
 use crate::checkpoint::Checkpoint;
+use crate::estimate::{estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, teachers_port};
 use crate::models::{Host, ModelSpec, observe, open_lm};
 use crate::program_file::{KnnSpec, ProgramFile};
@@ -108,6 +110,16 @@ impl Step for Optimize {
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         observe(params, world)
     }
+    fn estimate(&self, given: &Foresight<'_>) -> Option<Estimate> {
+        let params: Params = serde_json::from_value(given.params.clone()).ok()?;
+        let proposer = params.instructions.as_ref().map(|spec| &spec.proposer);
+        // How many calls a search makes depends on its answers.
+        Some(estimate(
+            server(Some(&params.model)).or(server(proposer))?,
+            None,
+            given,
+        ))
+    }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
         let file = ProgramFile::load(&ctx.input("program")?.path)?;
@@ -175,6 +187,12 @@ impl Step for Optimize {
         if let Some(LmError::Rejected(why)) = lm.refused() {
             let text = format!("the model answered none of the search's calls: {why}");
             return Err(StepError::failed(text));
+        }
+        let barred = lm.barred().or(proposer.as_ref().and_then(|lm| lm.barred()));
+        if let Some(why) = barred {
+            let text = format!("the search was left before its end: {why}");
+            return Err(StepError::failed(text)
+                .help("the answers that came are kept; a later run asks only for the rest"));
         }
         let unavailable =
             lm.totals().unavailable + proposer.as_ref().map_or(0, |p| p.totals().unavailable);

@@ -1,6 +1,7 @@
 //! End to end, through the real binary on real files.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, missing_docs)]
 
+mod budget;
 mod cache;
 mod classify;
 mod data;
@@ -8,6 +9,7 @@ mod deployed;
 mod deploying;
 mod distil;
 mod docs;
+mod fault_proxy;
 mod faults;
 mod fine_tuning;
 mod graph;
@@ -24,6 +26,7 @@ mod mount;
 mod notebook;
 mod openai_sdk;
 mod oracle;
+mod oracle_faults;
 mod prices;
 mod process;
 mod programs;

@@ -140,6 +140,7 @@ fn work(
         out_dir: request.out_dir,
         work_dir: request.work_dir,
         resume_path: request.resume_path,
+        run_path: request.run_path,
         started_at: request.started_at,
         completions: Arc::new(completions),
         actions: ActionCache::open(request.actions),

@@ -17,7 +17,7 @@ use crate::step::{
 };
 
 /// Version of the protocol; both ends must have the same.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// One attempt of a step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -40,6 +40,8 @@ pub struct StepRequest {
     pub work_dir: PathBuf,
     /// Folder that outlives a killed attempt; it may not exist.
     pub resume_path: PathBuf,
+    /// Folder of the run; it may be on another machine.
+    pub run_path: PathBuf,
     /// Folder of kept answers of language models.
     pub completions: Option<PathBuf>,
     /// Folder of results by action key.
@@ -124,6 +126,7 @@ impl StepRequest {
             out_dir: ctx.out_dir.clone(),
             work_dir: ctx.work_dir.clone(),
             resume_path: ctx.resume_path.clone(),
+            run_path: ctx.run_path.clone(),
             completions: ctx.completions.folder().map(PathBuf::from),
             actions: ctx.actions.folder().to_owned(),
             memory,

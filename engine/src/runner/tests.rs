@@ -144,6 +144,7 @@ fn run(what: &str, memory: u64, cancel: &Cancel) -> Ran {
         out_dir: dir.path().join("out"),
         work_dir: dir.path().join("work"),
         resume_path: dir.path().join("resume"),
+        run_path: dir.path().join("run"),
         started_at: SystemTime::UNIX_EPOCH,
         completions: Arc::new(CompletionCache::in_memory()),
         actions: flowrun_cache::ActionCache::open(dir.path().join("actions")),

@@ -19,6 +19,8 @@ use super::{CONNECT_WITHIN, Cancelled, LOOK_EVERY, OpenAiSpec, sendable, wire};
 const RETRIES: u32 = 6;
 /// How long a call may take that sends no file.
 const CALL: Duration = Duration::from_secs(60);
+/// Longest wait that a server may ask for.
+const LONGEST_WAIT: Duration = Duration::from_secs(300);
 /// How long a file may take on its way.
 const UPLOAD: Duration = Duration::from_secs(3600);
 
@@ -191,7 +193,8 @@ impl Api {
             if attempts > RETRIES {
                 return Err(error);
             }
-            self.pause(after.unwrap_or(self.pace.backoff(attempts)))?;
+            let wait = after.map(|wait| wait.min(LONGEST_WAIT));
+            self.pause(wait.unwrap_or(self.pace.backoff(attempts)))?;
         }
     }
 

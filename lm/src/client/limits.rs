@@ -8,16 +8,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::OpenAiSpec;
-use crate::lm::{Completion, Request};
-
-/// Characters of a token, before the server has counted.
-const CHARS_PER_TOKEN: usize = 4;
+use crate::lm::Completion;
 
 /// What may be sent when.
 #[derive(Debug)]
 pub(super) struct Limits {
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
+    /// The server wants no request before.
+    held: Mutex<Option<Instant>>,
 }
 
 impl Limits {
@@ -26,7 +25,22 @@ impl Limits {
         Self {
             requests: bucket(spec.requests_per_minute),
             tokens: bucket(spec.tokens_per_minute),
+            held: Mutex::default(),
         }
+    }
+
+    /// The server asked to be left alone so long.
+    pub(super) fn hold(&self, wait: Duration) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let until = Instant::now().checked_add(wait);
+        *held = (*held).max(until);
+    }
+
+    /// How long the server still wants to be left alone.
+    pub(super) fn held(&self) -> Option<Duration> {
+        let held = *self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = held?.saturating_duration_since(Instant::now());
+        Some(left).filter(|left| !left.is_zero())
     }
 
     /// Takes a place for one request; returns how long to wait for it.
@@ -47,16 +61,6 @@ impl Limits {
             lock(bucket).level += estimate as f64 - used as f64;
         }
     }
-}
-
-/// Tokens of a prompt, roughly.
-pub(super) fn estimate(request: &Request) -> u64 {
-    let chars: usize = request
-        .messages
-        .iter()
-        .map(|message| message.content.chars().count())
-        .sum();
-    chars.div_ceil(CHARS_PER_TOKEN) as u64
 }
 
 fn lock(bucket: &Mutex<Bucket>) -> std::sync::MutexGuard<'_, Bucket> {

@@ -27,8 +27,12 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
-use crate::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
+use crate::lm::{
+    Completion, FinishReason, Ledger, Lm, LmError, OnAnswer, Refused, Request, Spending, Taken,
+    prompt_tokens,
+};
 pub use api::{Api, ApiError};
 use endpoint::Endpoint;
 use limits::Limits;
@@ -60,6 +64,8 @@ pub struct OpenAi {
     cancelled: Cancelled,
     pace: Pace,
     limits: Limits,
+    /// What bounds what is spent.
+    ledger: Option<Ledger>,
     /// One for each request that may be in flight, over all calls of `complete`.
     slots: Semaphore,
     /// The last that was seen of the server is that there is none.
@@ -99,6 +105,13 @@ impl OpenAi {
         Self::with_pace(spec, key, cancelled, Pace::default())
     }
 
+    /// The same client, which spends no more than `ledger` allows.
+    #[must_use]
+    pub fn with_ledger(mut self, ledger: Option<Ledger>) -> Self {
+        self.ledger = ledger;
+        self
+    }
+
     fn with_pace(
         spec: &OpenAiSpec,
         key: Option<String>,
@@ -123,14 +136,10 @@ impl OpenAi {
             .enable_all()
             .build()
             .map_err(|e| LmError::Unavailable(format!("no async runtime: {e}")))?;
-        let id = match spec.guided {
-            None => spec.model.clone(),
-            Some(Guided::Vllm) => format!("{} guided by vllm", spec.model),
-            Some(Guided::LlamaCpp) => format!("{} guided by llama_cpp", spec.model),
-        };
         Ok(Self {
-            id,
+            id: model_id(spec),
             limits: Limits::new(spec),
+            ledger: None,
             slots: Semaphore::new(spec.concurrency.clamp(1, Semaphore::MAX_PERMITS)),
             unreachable: AtomicBool::new(false),
             runtime: Some(runtime),
@@ -143,45 +152,142 @@ impl OpenAi {
         })
     }
 
-    /// One request until it is answered, refused, or out of tries. `down` is set once the server
-    /// of this call is known not to be there: the others would only wait for the same.
+    /// One request until it is answered, refused, or out of tries or time. `down` is set once no
+    /// request of this call will be answered: the others would only hear the same.
     async fn ask(&self, request: &Request, down: &std::cell::OnceCell<LmError>) -> Answer {
         let _slot = self.unless_stopped(self.slots.acquire()).await?;
         let body = wire::body(&self.spec, request);
-        let estimate = limits::estimate(request);
+        let estimate = prompt_tokens(request);
+        let deadline = Duration::from_secs(self.spec.deadline_s.max(1));
+        // What tries and the waits between them took.
+        let mut spent = Duration::ZERO;
         let mut attempts = 0;
         loop {
-            if let Some(error) = down.get() {
-                return Err(error.clone());
+            let left = deadline.saturating_sub(spent);
+            // Both before a wait and after it: it may be a long one.
+            let barred = || down.get().map_or(Ok(()), |error| Err(error.clone()));
+            barred()?;
+            self.place(estimate, left).await?;
+            barred()?;
+            let taken = self.afford(request, deadline, down).await?;
+            if let Err(error) = barred() {
+                taken.map(Taken::refused);
+                return Err(error);
             }
-            let wait = self.limits.reserve(estimate);
-            self.unless_stopped(tokio::time::sleep(wait)).await?;
-            let sent = self.unless_stopped(self.send(request, &body)).await?;
+            let started = Instant::now();
+            let sent = self.unless_stopped(self.within(left, self.send(&body)));
+            let sent = sent.await?;
+            spent += started.elapsed();
             attempts += 1;
-            let failure = match sent {
+            settle(taken, &sent);
+            let failure = match sent.and_then(|answer| self.fitting(request, answer)) {
                 Ok(completion) => {
                     self.unreachable.store(false, Ordering::Relaxed);
                     self.limits.settle(estimate, &completion);
                     return Ok(completion);
                 }
+                Err(Failure::Withheld) => return Ok(wire::withheld()),
                 Err(failure) => failure,
             };
             let nobody = matches!(failure, Failure::Unreachable { .. });
             // What an earlier call waited for in vain is not waited for again.
             let known = self.unreachable.load(Ordering::Relaxed) && nobody;
-            if known || attempts > failure.retries(self.spec.max_retries) {
+            let wait = failure.after().unwrap_or(self.pace.backoff(attempts));
+            if failure.after().is_some() {
+                self.limits.hold(wait);
+            }
+            let tried = known || attempts > failure.retries(self.spec.max_retries);
+            let late = spent + wait >= deadline;
+            if tried || late {
                 self.unreachable.store(nobody, Ordering::Relaxed);
-                let error = failure.into_error(&self.endpoint.shown, attempts);
-                return Err(if nobody {
+                let all = nobody || matches!(failure, Failure::Barred { .. });
+                let tries = match late && !tried {
+                    false => format!("{attempts} attempts"),
+                    true => format!(
+                        "{attempts} attempts; the next one, in {} s, is after `deadline_s`",
+                        wait.as_secs_f64().ceil()
+                    ),
+                };
+                let error = failure.into_error(&self.endpoint.shown, &tries);
+                return Err(if all {
                     down.get_or_init(|| error).clone()
                 } else {
                     error
                 });
             }
-            let wait = failure.after().unwrap_or(self.pace.backoff(attempts));
             tracing::debug!(url = self.endpoint.shown, attempts, ?wait, "trying again");
             self.unless_stopped(tokio::time::sleep(wait)).await?;
+            spent += wait;
         }
+    }
+
+    /// Waits until a request may be sent: for its place in the limits, and until the server, which
+    /// asked one request to come later, wants to hear from any.
+    async fn place(&self, estimate: u64, left: Duration) -> Result<(), LmError> {
+        let wait = self.limits.reserve(estimate);
+        self.unless_stopped(tokio::time::sleep(wait)).await?;
+        while let Some(wait) = self.limits.held() {
+            if wait > left {
+                return Err(LmError::Unavailable(format!(
+                    "{}: the server asks to come again in {} s, which is after `deadline_s`",
+                    self.endpoint.shown,
+                    wait.as_secs_f64().ceil()
+                )));
+            }
+            // Not all in the same moment.
+            let wait = wait.mul_f64(1.0 + rand::random::<f64>() / 10.0);
+            self.unless_stopped(tokio::time::sleep(wait)).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes the worst case of a request out of the budget. While requests under way hold too much
+    /// of it back, it waits for them; they end within `deadline`.
+    async fn afford(
+        &self,
+        request: &Request,
+        deadline: Duration,
+        down: &std::cell::OnceCell<LmError>,
+    ) -> Result<Option<Taken<'_>>, LmError> {
+        let Some(ledger) = &self.ledger else {
+            return Ok(None);
+        };
+        let broken = |e: std::io::Error| {
+            LmError::Barred(format!("the ledger of the model's `budget` fails: {e}"))
+        };
+        let need = Spending::at_most(request);
+        let started = Instant::now();
+        let told = loop {
+            match ledger.take(need).map_err(broken)? {
+                Ok(taken) => return Ok(Some(taken)),
+                Err(Refused::Spent(told)) => break told,
+                Err(Refused::Later) if started.elapsed() > deadline => {
+                    break ledger.stuck(need).map_err(broken)?;
+                }
+                Err(Refused::Later) => {
+                    self.unless_stopped(tokio::time::sleep(LOOK_EVERY)).await?;
+                }
+            }
+        };
+        let error = LmError::Barred(format!(
+            "the run's `budget` for `{}` is spent: {told}; raise it, or run again: each run has \
+             the whole budget",
+            self.spec.model
+        ));
+        Err(down.get_or_init(|| error).clone())
+    }
+
+    /// `work`, given up once the request's time is over.
+    async fn within<T>(
+        &self,
+        left: Duration,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        let late = |_| {
+            let why = "no answer in time (`deadline_s`)".to_owned();
+            Err(Failure::Lost { why })
+        };
+        tokio::time::timeout(left, work).await.unwrap_or_else(late)
     }
 
     /// `work`, dropped as soon as the run is asked to stop.
@@ -198,11 +304,7 @@ impl OpenAi {
         }
     }
 
-    async fn send(
-        &self,
-        request: &Request,
-        body: &serde_json::Value,
-    ) -> Result<Completion, Failure> {
+    async fn send(&self, body: &serde_json::Value) -> Result<Completion, Failure> {
         let mut call = self.client.post(self.endpoint.url.clone()).json(body);
         if let Some(key) = &self.key {
             call = call.bearer_auth(key);
@@ -214,13 +316,13 @@ impl OpenAi {
         if !status.is_success() {
             let why = self.without_key(&wire::error_text(&bytes));
             let url = &self.endpoint.shown;
-            return Err(retry::of_status(status, &why, after, url, &self.spec));
+            let code = wire::error_code(&bytes);
+            let code = code.as_deref();
+            return Err(retry::of_status(status, &why, code, after, url, &self.spec));
         }
-        let completion = wire::completion(&bytes).map_err(|why| Failure::Unreadable {
+        wire::completion(&bytes).map_err(|why| Failure::Unreadable {
             why: self.without_key(&why),
-        })?;
-        self.check(request, &completion)?;
-        Ok(completion)
+        })
     }
 
     async fn read(&self, response: reqwest::Response) -> Result<Vec<u8>, Failure> {
@@ -239,20 +341,22 @@ impl OpenAi {
     }
 
     /// Servers that do not know a way to restrict answers ignore it without a word.
-    fn check(&self, request: &Request, completion: &Completion) -> Result<(), Failure> {
+    fn fitting(&self, request: &Request, completion: Completion) -> Result<Completion, Failure> {
         let allowed = wire::allowed(&self.spec, request).unwrap_or_default();
         let fits = allowed.is_empty()
             || completion.finish != FinishReason::Stop
             || allowed.contains(&completion.text);
         if fits {
-            return Ok(());
+            return Ok(completion);
         }
-        Err(Failure::Final(LmError::Rejected(format!(
-            "{}: the answer `{}` is none of the allowed ones, so the server ignored `guided`; \
-             remove it, or name the server's own way",
-            self.endpoint.shown,
-            wire::shown(completion.text.as_bytes())
-        ))))
+        Err(Failure::Barred {
+            why: format!(
+                "{}: the answer `{}` is none of the allowed ones, so the server ignored `guided`; \
+                 remove it, or name the server's own way",
+                self.endpoint.shown,
+                wire::shown(completion.text.as_bytes())
+            ),
+        })
     }
 
     /// Some servers repeat the key that they do not know.
@@ -261,6 +365,28 @@ impl OpenAi {
             Some(key) => text.replace(key.as_str(), "[key]"),
             None => text.to_owned(),
         }
+    }
+}
+
+/// What the answers of a server's model are kept by: its name, with the way they are guided.
+#[must_use]
+pub fn model_id(spec: &OpenAiSpec) -> String {
+    match spec.guided {
+        None => spec.model.clone(),
+        Some(Guided::Vllm) => format!("{} guided by vllm", spec.model),
+        Some(Guided::LlamaCpp) => format!("{} guided by llama_cpp", spec.model),
+    }
+}
+
+/// Gives back what a request did not use.
+fn settle(taken: Option<Taken<'_>>, sent: &Result<Completion, Failure>) {
+    let Some(taken) = taken else {
+        return;
+    };
+    match sent {
+        Ok(answer) => taken.answered(Spending::of(answer)),
+        Err(failure) if failure.may_cost() => taken.answered(None),
+        Err(_) => taken.refused(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! What is tried again, and when: connection errors, 408, 409, 425, 429 and 5xx, with a wait that
 //! doubles (jitter in its upper half), or the one that the server asks for. An answer that
-//! cannot be read is tried again too, but not often: it is more often a wrong URL.
+//! cannot be read is tried again too, but not often: it is more often a wrong URL. What would
+//! meet every other request as well (an expired key, no such model, no credit) bars them all.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,9 +11,6 @@ use reqwest::header::HeaderMap;
 use super::OpenAiSpec;
 use crate::lm::LmError;
 
-/// Longest wait that a server may ask for.
-const LONGEST: Duration = Duration::from_secs(300);
-
 const TOO_LONG: &str = "; the prompt and `max_tokens` are more than the model's context: use fewer \
                         demos, a smaller `max_tokens`, or a model with a longer context";
 
@@ -20,11 +18,17 @@ const TOO_LONG: &str = "; the prompt and `max_tokens` are more than the model's 
 pub(super) enum Failure {
     /// For good.
     Final(LmError),
+    /// For good, and so will every other.
+    Barred { why: String },
+    /// The provider does not let the prompt through.
+    Withheld,
     /// It may pass; the server may have said when.
     Again {
         why: String,
         after: Option<Duration>,
     },
+    /// The connection broke, or no answer came in time: the server may have computed one.
+    Lost { why: String },
     /// There was no connection.
     Unreachable { why: String },
     /// The answer cannot be read.
@@ -38,8 +42,8 @@ impl Failure {
     /// Tries after the first one, out of as many as are allowed for errors that pass.
     pub(super) fn retries(&self, allowed: u32) -> u32 {
         match self {
-            Self::Final(_) => 0,
-            Self::Again { .. } | Self::Unreachable { .. } => allowed,
+            Self::Final(_) | Self::Barred { .. } | Self::Withheld => 0,
+            Self::Again { .. } | Self::Lost { .. } | Self::Unreachable { .. } => allowed,
             Self::Unreadable { .. } => allowed.min(REREADS),
         }
     }
@@ -52,19 +56,26 @@ impl Failure {
         }
     }
 
-    /// The error once no try is left.
-    pub(super) fn into_error(self, url: &str, attempts: u32) -> LmError {
+    /// Whether the server may have computed, and charged for, an answer that did not arrive.
+    pub(super) fn may_cost(&self) -> bool {
+        matches!(self, Self::Lost { .. } | Self::Unreadable { .. })
+    }
+
+    /// The error once no try is left; `tries` says how many there were.
+    pub(super) fn into_error(self, url: &str, tries: &str) -> LmError {
         match self {
             Self::Final(error) => error,
-            Self::Again { why, .. } => {
-                LmError::Unavailable(format!("{url}: {why} ({attempts} attempts)"))
+            Self::Barred { why } => LmError::Barred(why),
+            Self::Withheld => LmError::Rejected(format!("{url}: the prompt was withheld")),
+            Self::Again { why, .. } | Self::Lost { why } => {
+                LmError::Unavailable(format!("{url}: {why} ({tries})"))
             }
             Self::Unreachable { why } => LmError::Unavailable(format!(
-                "{url} cannot be reached: {why} ({attempts} attempts); is the server running?"
+                "{url} cannot be reached: {why} ({tries}); is the server running?"
             )),
-            Self::Unreadable { why } => LmError::Unavailable(format!(
-                "{url}: {why} ({attempts} attempts); is `base_url` right?"
-            )),
+            Self::Unreadable { why } => {
+                LmError::Unavailable(format!("{url}: {why} ({tries}); is `base_url` right?"))
+            }
         }
     }
 }
@@ -111,39 +122,59 @@ pub(super) fn of_error(error: &reqwest::Error) -> Failure {
     } else if error.is_connect() {
         Failure::Unreachable { why }
     } else if error.is_timeout() {
-        Failure::Again {
+        Failure::Lost {
             why: "no answer in time (`timeout_s`)".to_owned(),
-            after: None,
         }
     } else {
-        Failure::Again { why, after: None }
+        Failure::Lost { why }
     }
 }
 
-/// An answer that is no success.
+/// Codes of errors that no other request escapes, whatever their status.
+const BARRING: [&str; 6] = [
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+    "billing_not_active",
+    "account_deactivated",
+    "invalid_api_key",
+    "model_not_found",
+];
+/// Codes of a prompt that was withheld (Azure, OpenAI).
+const WITHHELD: [&str; 2] = ["content_filter", "content_policy_violation"];
+
+/// An answer that is no success, with the message and the code of its body.
 pub(super) fn of_status(
     status: StatusCode,
     why: &str,
+    code: Option<&str>,
     after: Option<Duration>,
     url: &str,
     spec: &OpenAiSpec,
 ) -> Failure {
-    if status.is_server_error() || [408, 409, 425, 429].contains(&status.as_u16()) {
-        let why = format!("status {}: {why}", status.as_u16());
+    let status = status.as_u16();
+    if status == 400 && code.is_some_and(|code| WITHHELD.contains(&code)) {
+        return Failure::Withheld;
+    }
+    let barring = code.is_some_and(|code| BARRING.contains(&code));
+    if !barring && (status >= 500 || [408, 409, 425, 429].contains(&status)) {
+        let why = format!("status {status}: {why}");
         return Failure::Again { why, after };
     }
-    let help = match (status.as_u16(), &spec.api_key_env) {
+    let help = match (status, &spec.api_key_env) {
         (401 | 403, Some(name)) => format!("; check the key in `{name}`"),
         (401 | 403, None) => "; the server wants a key: set `api_key_env`".to_owned(),
+        (402 | 429, _) => "; the account has no credit left".to_owned(),
         (404, _) => format!("; check `base_url` and the model id `{}`", spec.model),
         (413, _) => TOO_LONG.to_owned(),
         (400, _) if why.to_lowercase().contains("context") => TOO_LONG.to_owned(),
         _ => String::new(),
     };
-    Failure::Final(LmError::Rejected(format!(
-        "{url}: status {}: {why}{help}",
-        status.as_u16()
-    )))
+    let why = format!("{url}: status {status}: {why}{help}");
+    match status {
+        401 | 402 | 404 => Failure::Barred { why },
+        _ if barring => Failure::Barred { why },
+        _ => Failure::Final(LmError::Rejected(why)),
+    }
 }
 
 /// `retry-after-ms`, or `Retry-After` in seconds or as a date.
@@ -161,9 +192,7 @@ pub(super) fn after(headers: &HeaderMap) -> Option<Duration> {
             })?
         }
     };
-    Duration::try_from_secs_f64(seconds)
-        .ok()
-        .map(|wait| wait.min(LONGEST))
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 #[cfg(test)]
@@ -187,8 +216,9 @@ mod tests {
         assert_eq!(ms, Some(Duration::from_millis(1500)));
         let past = "Sun, 06 Nov 1994 08:49:37 GMT";
         assert_eq!(after_of("retry-after", past), Some(Duration::ZERO));
-        let soon = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(9999));
-        assert_eq!(after_of("retry-after", &soon), Some(LONGEST));
+        let later = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(9999));
+        let wait = after_of("retry-after", &later).unwrap().as_secs();
+        assert!((9000..=9999).contains(&wait), "{wait}");
         for nonsense in ["", "soon", "-1", "NaN"] {
             assert_eq!(after_of("retry-after", nonsense), None, "{nonsense}");
         }

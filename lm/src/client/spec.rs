@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::lm::Prices;
+use crate::lm::{Budget, Prices};
 
 /// A model behind an OpenAI-compatible server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -22,15 +22,24 @@ pub struct OpenAiSpec {
     #[serde(default = "concurrency")]
     #[schemars(range(min = 1))]
     pub concurrency: usize,
-    /// Seconds that one request may take.
+    /// Seconds that one try of a request may take.
     #[serde(default = "timeout_s")]
     pub timeout_s: u64,
+    /// Seconds that one request may take in all: its tries and the waits between them. A wait for
+    /// a place in `requests_per_minute` or `tokens_per_minute` does not count.
+    #[serde(default = "deadline_s")]
+    #[schemars(range(min = 1))]
+    pub deadline_s: u64,
     /// Tries after the first one, for errors that may pass (429, 5xx, no connection).
     #[serde(default = "max_retries")]
     pub max_retries: u32,
-    /// What tokens cost, for the report.
+    /// What tokens cost: for the report, `plan` and `budget`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prices: Option<Prices>,
+    /// What one run may spend on this model, all its steps together. A request is sent only when
+    /// its worst case still fits; kept answers cost nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
     /// How to have the server answer with one of the labels and nothing else, for prompts whose
     /// whole answer is a label. Without it the model may answer anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,6 +92,10 @@ fn concurrency() -> usize {
 
 fn timeout_s() -> u64 {
     120
+}
+
+fn deadline_s() -> u64 {
+    600
 }
 
 fn max_retries() -> u32 {

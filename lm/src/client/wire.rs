@@ -128,6 +128,26 @@ pub(super) fn error_text(bytes: &[u8]) -> String {
     )
 }
 
+/// The code in an error's body, which says more than the status: OpenAI's `code`, else its `type`.
+pub(super) fn error_code(bytes: &[u8]) -> Option<String> {
+    let body: Value = serde_json::from_slice(bytes).ok()?;
+    let places = ["/error/code", "/error/type", "/code"];
+    let code = places.iter().find_map(|at| body.pointer(at)?.as_str())?;
+    Some(code.to_owned())
+}
+
+/// The answer to a prompt that the provider does not let through: it is final, and costs nothing.
+pub(super) fn withheld() -> Completion {
+    Completion {
+        text: String::new(),
+        finish: FinishReason::ContentFilter,
+        prompt_tokens: 0,
+        completion_tokens: 0,
+        choice_probs: None,
+        cached: false,
+    }
+}
+
 /// The beginning of a server's text, for people.
 pub(super) fn shown(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);

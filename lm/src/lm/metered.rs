@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{Completion, Lm, LmError, OnAnswer, Request};
 
 /// US dollars for a million tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Prices {
     /// Of prompts.
@@ -65,6 +65,7 @@ pub struct Metered {
     prices: Option<Prices>,
     counted: Mutex<Usage>,
     first_error: OnceLock<Box<LmError>>,
+    barred: OnceLock<String>,
 }
 
 impl Metered {
@@ -75,6 +76,7 @@ impl Metered {
             prices,
             counted: Mutex::default(),
             first_error: OnceLock::new(),
+            barred: OnceLock::new(),
         }
     }
 
@@ -83,6 +85,11 @@ impl Metered {
         let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let none = counted.failed == counted.calls;
         self.first_error.get().filter(|_| none).map(Box::as_ref)
+    }
+
+    /// Why the model answers no more calls, if it does not.
+    pub fn barred(&self) -> Option<&str> {
+        self.barred.get().map(String::as_str)
     }
 
     /// What was used so far, by all threads together.
@@ -103,6 +110,9 @@ impl Metered {
                 counted.failed += 1;
                 self.first_error.get_or_init(|| Box::new(error.clone()));
                 counted.unavailable += u64::from(matches!(error, LmError::Unavailable(_)));
+                if let LmError::Barred(why) = error {
+                    self.barred.get_or_init(|| why.clone());
+                }
             }
             Ok(completion) if completion.cached => counted.cached += 1,
             Ok(completion) => {

@@ -1,9 +1,11 @@
 //! [`Lm`]: a language model as prompting programs see it: chat messages and
 //! sampling in; text, token counts and finish reason out. Knows no provider.
 
+mod budget;
 mod cached;
 mod metered;
 
+pub use budget::{Budget, Ledger, Refused, Spending, Taken};
 pub use cached::Cached;
 pub use metered::{Metered, Prices, Usage};
 
@@ -99,6 +101,16 @@ pub struct Request {
     pub choices: Option<Choices>,
 }
 
+/// Characters of a token, before a server has counted.
+const CHARS_PER_TOKEN: usize = 4;
+
+/// Tokens of a prompt, roughly.
+#[must_use]
+pub fn prompt_tokens(request: &Request) -> u64 {
+    let chars = request.messages.iter().map(|m| m.content.chars().count());
+    chars.sum::<usize>().div_ceil(CHARS_PER_TOKEN) as u64
+}
+
 /// Why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -136,9 +148,13 @@ pub enum LmError {
     /// The server cannot be reached or kept failing.
     #[error("{0}")]
     Unavailable(String),
-    /// The request is wrong: unknown model, bad key, prompt too long.
+    /// This request is wrong: the prompt is too long, a field is not known.
     #[error("{0}")]
     Rejected(String),
+    /// No call to the model will be answered before somebody changes something: its key, its name,
+    /// the account's credit, the budget.
+    #[error("{0}")]
+    Barred(String),
     /// The run was asked to stop.
     #[error("stopped")]
     Cancelled,

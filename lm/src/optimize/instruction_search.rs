@@ -542,6 +542,7 @@ mod tests {
                 tokens: Tokens::default(),
                 probs: None,
                 confidence: None,
+                cut_off: false,
             };
             let gold = vec![Example::of_texts("", [("label", "1")]); 3];
             let evaluate = Evaluate {

@@ -24,8 +24,13 @@ pub use votes::Votes;
 
 use crate::adapter::{Adapter, Dialect};
 use crate::example::{Demo, Example, Prediction};
-use crate::lm::{Completion, Lm, LmError, Request, Sampling};
+use crate::lm::{Completion, FinishReason, Lm, LmError, Request, Sampling};
 use crate::value::Fields;
+
+/// Why an answer that ended too early is not taken.
+pub const CUT_OFF: &str = "the answer was cut off at `max_tokens`";
+/// Why there is an empty answer.
+const WITHHELD: &str = "the provider withheld the answer (content filter)";
 
 /// Called once per row as soon as it is settled, in any order, with the row's index.
 pub type OnRow<'a> = dyn Fn(usize) + Sync + 'a;
@@ -81,6 +86,7 @@ impl<'a> Job<'a> {
             tokens: Tokens::default(),
             probs: None,
             confidence: None,
+            cut_off: false,
         };
         Self {
             row,
@@ -109,12 +115,22 @@ impl<'a> Job<'a> {
             cached: u64::from(completion.cached),
         };
         self.result.raw = Some(completion.text.clone());
-        let outputs = adapter
-            .parse(&predictor.signature, &completion.text)
-            .map_err(|error| RowError::Parse {
-                reason: error.to_string(),
-                raw: completion.text.clone(),
-            })?;
+        let unread = |reason: String| RowError::Parse {
+            reason,
+            raw: completion.text.clone(),
+        };
+        if completion.finish == FinishReason::ContentFilter {
+            return Err(unread(WITHHELD.to_owned()));
+        }
+        let full = completion.finish == FinishReason::Length;
+        let parsed = adapter.parse(&predictor.signature, &completion.text);
+        let outputs = parsed.map_err(|error| match full {
+            true => unread(format!("{CUT_OFF}: {error}")),
+            false => unread(error.to_string()),
+        })?;
+        // What the next letter changes was not at its end.
+        let longer = || adapter.parse(&predictor.signature, &format!("{}x", completion.text));
+        self.result.cut_off |= full && longer().is_ok_and(|longer| longer != outputs);
         // Those of an earlier step say nothing about this one's answer.
         let probs = completion.choice_probs.clone();
         self.result.confidence = (probs.iter().flatten().copied()).max_by(f32::total_cmp);
@@ -386,7 +402,10 @@ impl Call<'_> {
                 Some(Ok(completion)) => {
                     if let Err(error) = jobs[at].take(self.predictor, adapter, &completion) {
                         jobs[at].fail(error);
-                        unread.push(at);
+                        // Another format of the same prompt is withheld too.
+                        if completion.finish != FinishReason::ContentFilter {
+                            unread.push(at);
+                        }
                     }
                 }
             }

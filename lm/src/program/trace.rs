@@ -116,4 +116,7 @@ pub struct RowResult {
     pub probs: Option<Vec<f32>>,
     /// The highest of `probs`.
     pub confidence: Option<f32>,
+    /// An answer ended at `max_tokens` within a field, so that what was read of it may be a part.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cut_off: bool,
 }

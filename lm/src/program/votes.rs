@@ -94,6 +94,7 @@ mod tests {
             },
             probs: None,
             confidence: Some(0.9),
+            cut_off: false,
         }
     }
 

@@ -61,6 +61,7 @@ fn e_evaluations_give_the_same_scores() {
             tokens: Tokens::default(),
             probs: None,
             confidence: None,
+            cut_off: false,
         });
         let ours = evaluate.score(&rows, results);
         let Some(score) = get(&case.expected, "score") else {

@@ -19,6 +19,7 @@ pub(crate) fn model(file: Option<&Path>, global: &GlobalArgs) -> Result<Exit, Fa
         world: &world,
         cancel: &cancel,
         completions: None,
+        step: None,
     };
     let mut progress = |what: &str| {
         if !global.quiet && !global.json {

@@ -69,6 +69,7 @@ fn train(
         world,
         cancel,
         completions: None,
+        step: None,
     };
     let how = &job.hyperparameters;
     let outcome = tune(spec, chats, how, job.seed, &work, &on_step, &host)?;

@@ -110,7 +110,10 @@ impl ModelSpec {
     /// When such a file cannot be read.
     pub fn observe(&self, world: &World) -> Result<Value, StepError> {
         let digests = match self {
-            Self::OpenAi(_) => vec![],
+            Self::OpenAi(spec) => {
+                check_budget(spec)?;
+                vec![]
+            }
             Self::Embedded(spec) => vec![spec.weights.observe(world)?],
             Self::SentenceEncoder(spec) => {
                 let config = spec.config.as_ref().map(|config| config.observe(world));
@@ -123,6 +126,17 @@ impl ModelSpec {
         };
         Ok(digests.into_iter().flatten().collect())
     }
+}
+
+/// A budget in dollars needs prices.
+fn check_budget(spec: &OpenAiSpec) -> Result<(), StepError> {
+    let dollars = spec.budget.and_then(|budget| budget.usd);
+    if dollars.is_none() || spec.prices.is_some() {
+        return Ok(());
+    }
+    let text = format!("`budget.usd` of `{}` needs `prices`", spec.model);
+    Err(StepError::invalid(text)
+        .help("add `prices: { input: …, output: … }`, US dollars for a million tokens"))
 }
 
 /// The digests of the project's own weights that a step's `model` and `program` name: they enter
@@ -182,12 +196,14 @@ pub fn open_encoder(
 }
 
 /// Top-level fields of a model entry that do not change what it answers.
-pub const UNKEYED: [&str; 9] = [
+pub const UNKEYED: [&str; 11] = [
     "adapters",
     "base_url",
     "api_key_env",
     "concurrency",
     "timeout_s",
+    "deadline_s",
+    "budget",
     "max_retries",
     "requests_per_minute",
     "tokens_per_minute",
@@ -203,6 +219,8 @@ pub struct Host<'a> {
     pub cancel: &'a Cancel,
     /// Answers that were computed or paid for before; a server keeps none.
     pub completions: Option<Arc<CompletionCache>>,
+    /// The step that spends, where there is one: a server has no budget.
+    pub step: Option<&'a StepContext>,
 }
 
 impl<'a> From<&'a StepContext> for Host<'a> {
@@ -211,6 +229,7 @@ impl<'a> From<&'a StepContext> for Host<'a> {
             world: &ctx.world,
             cancel: &ctx.cancel,
             completions: Some(Arc::clone(&ctx.completions)),
+            step: Some(ctx),
         }
     }
 }

@@ -7,9 +7,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use flowrun_cache::Digest;
 use flowrun_engine::step::StepError;
 use flowrun_lm::client::{AdapterPlace, Api, ApiError, OpenAi, OpenAiSpec};
-use flowrun_lm::lm::{Completion, Lm, LmError, OnAnswer, Request};
+use flowrun_lm::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Request};
 use serde_json::json;
 
 use super::Host;
@@ -25,20 +26,21 @@ pub(super) fn open_lm(
     checkpoint: Option<(&Path, &Checkpoint)>,
     host: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
+    let client = |model: &str| client(spec, model, host);
     let Some((folder, checkpoint)) = checkpoint else {
-        return Ok(Arc::new(client(spec, host)?));
+        return Ok(Arc::new(client(&spec.model)?));
     };
     if let Some(hosted) = &checkpoint.hosted {
-        return Ok(Arc::new(client(&of_model(spec, hosted), host)?));
+        return Ok(Arc::new(client(hosted)?));
     }
     let Some(adapter) = &checkpoint.adapter else {
-        return Ok(Arc::new(client(spec, host)?));
+        return Ok(Arc::new(client(&spec.model)?));
     };
     let place = place(spec, checkpoint, adapter)?;
     let name = checkpoint.unique_name();
     let id = format!("{}:{name}", spec.model);
     Ok(Arc::new(WithAdapter {
-        client: client(&of_model(spec, &id), host)?,
+        client: client(&id)?,
         api: api(spec, host)?,
         id,
         from: folder.to_owned(),
@@ -63,21 +65,31 @@ pub(crate) fn api(spec: &OpenAiSpec, host: &Host<'_>) -> Result<Api, StepError> 
     .map_err(|e| StepError::invalid(e.to_string()))
 }
 
-fn client(spec: &OpenAiSpec, host: &Host<'_>) -> Result<OpenAi, StepError> {
+/// The entry's server, asked for the answers of `model`; all its models have one budget.
+fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<OpenAi, StepError> {
     let cancel = host.cancel.clone();
-    OpenAi::new(
-        spec,
+    let of_model = OpenAiSpec {
+        model: model.to_owned(),
+        ..spec.clone()
+    };
+    let client = OpenAi::new(
+        &of_model,
         key(spec, host)?,
         Arc::new(move || cancel.is_cancelled()),
     )
-    .map_err(|e| StepError::failed(e.to_string()))
+    .map_err(|e| StepError::failed(e.to_string()))?;
+    Ok(client.with_ledger(ledger(spec, host)?))
 }
 
-fn of_model(spec: &OpenAiSpec, model: &str) -> OpenAiSpec {
-    OpenAiSpec {
-        model: model.to_owned(),
-        ..spec.clone()
-    }
+/// The ledger of the entry's budget in this run: steps with equal entries share it.
+fn ledger(spec: &OpenAiSpec, host: &Host<'_>) -> Result<Option<Ledger>, StepError> {
+    let (Some(budget), Some(ctx)) = (spec.budget, host.step) else {
+        return Ok(None);
+    };
+    let name = Digest::of_record("budget", &json!(spec)).to_hex();
+    let path = ctx.run_dir()?.join(format!("budget-{}.json", &name[..16]));
+    let ledger = Ledger::open(&path, budget, spec.prices);
+    ledger.map(Some).map_err(|e| StepError::io(&path, &e))
 }
 
 fn key(spec: &OpenAiSpec, host: &Host<'_>) -> Result<Option<String>, StepError> {

@@ -21,6 +21,7 @@ pub use data::{
 };
 
 pub use step::ReportStep;
+pub use words::dollars;
 
 /// The page, with all its style inline. Its one script sorts tables; the page's policy names the
 /// script by its hash, so text that slipped through unescaped still could not run.

@@ -45,7 +45,7 @@ pub(super) fn duration(ms: u64) -> String {
 }
 
 /// US dollars, with enough decimals that a small sum is not shown as nothing.
-pub(super) fn dollars(sum: f64) -> String {
+pub fn dollars(sum: f64) -> String {
     match sum {
         s if !s.is_finite() => "–".to_owned(),
         0.0 => "$0.00".to_owned(),

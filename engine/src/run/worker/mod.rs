@@ -335,6 +335,7 @@ impl Worker {
                     out_dir: out_dir.clone(),
                     work_dir: place.path().join("work"),
                     resume_path: resume_path.clone(),
+                    run_path: self.run_dir.clone(),
                     started_at: SystemTime::now(),
                     completions: self.cache.completions(),
                     actions: self.cache.actions().clone(),
