@@ -171,7 +171,9 @@ impl OpenAi {
             barred()?;
             let taken = self.afford(request, deadline, down).await?;
             if let Err(error) = barred() {
-                taken.map(Taken::refused);
+                if let Some(taken) = taken {
+                    taken.refused();
+                }
                 return Err(error);
             }
             let started = Instant::now();

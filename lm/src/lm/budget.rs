@@ -293,19 +293,14 @@ mod tests {
         second.refused();
         // Nobody heard what became of it.
         drop(third);
-        let Refused::Spent(text) = ledger
-            .take(Spending {
-                prompt: 100,
-                completion: 40,
-            })
-            .unwrap()
-            .unwrap_err()
-        else {
-            panic!("it fits");
+        let more = Spending {
+            prompt: 100,
+            completion: 40,
         };
+        let told = "115 of 250 tokens were used and one more request may need 140";
         assert_eq!(
-            text,
-            "115 of 250 tokens were used and one more request may need 140"
+            ledger.take(more).unwrap().unwrap_err(),
+            Refused::Spent(told.to_owned())
         );
         ledger.take(NEED).unwrap().unwrap().answered(None);
         assert!(matches!(

@@ -65,7 +65,7 @@ pub struct Metered {
     prices: Option<Prices>,
     counted: Mutex<Usage>,
     first_error: OnceLock<Box<LmError>>,
-    barred: OnceLock<String>,
+    barred: OnceLock<Box<LmError>>,
 }
 
 impl Metered {
@@ -88,8 +88,8 @@ impl Metered {
     }
 
     /// Why the model answers no more calls, if it does not.
-    pub fn barred(&self) -> Option<&str> {
-        self.barred.get().map(String::as_str)
+    pub fn barred(&self) -> Option<&LmError> {
+        self.barred.get().map(Box::as_ref)
     }
 
     /// What was used so far, by all threads together.
@@ -110,8 +110,8 @@ impl Metered {
                 counted.failed += 1;
                 self.first_error.get_or_init(|| Box::new(error.clone()));
                 counted.unavailable += u64::from(matches!(error, LmError::Unavailable(_)));
-                if let LmError::Barred(why) = error {
-                    self.barred.get_or_init(|| why.clone());
+                if matches!(error, LmError::Barred(_)) {
+                    self.barred.get_or_init(|| Box::new(error.clone()));
                 }
             }
             Ok(completion) if completion.cached => counted.cached += 1,
