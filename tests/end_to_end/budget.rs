@@ -1,5 +1,7 @@
 //! `budget:` of a model, and what `plan` says that its steps cost.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::fault_proxy::{Fault, Proxy};
@@ -77,6 +79,24 @@ fn all_steps_of_a_run_together_stop_before_their_budget_is_overrun() {
     all_there(&project, ROWS);
     assert_eq!(answers(&proxy), 2 * ROWS);
     assert!(proxy.counts().values().all(|count| count.requests == 1));
+}
+
+#[test]
+fn steps_that_run_at_once_share_their_places_and_connections() {
+    let (_folder, server) = upstream();
+    let proxy = Proxy::start(&server.url, |_| {
+        Some(Fault::Late(Duration::from_millis(20)))
+    });
+    let project = with_budget(&proxy, "");
+    let rows = (ROWS..2 * ROWS).map(|i| (format!("query {i}"), "pin"));
+    crate::classify::write_rows(&project, "more.csv", rows);
+    let text = project.read("p.yaml") + &MORE.replace("    runner: process\n", "");
+    project.write("p.yaml", &text);
+    project.run(&["p.yaml", "-j", "2"]).ok();
+    assert_eq!(answers(&proxy), 2 * ROWS);
+    assert!(proxy.most_at_once() <= 4, "{}", proxy.most_at_once());
+    // One that is being given back may not be there in time.
+    assert!(proxy.connections() <= 8, "{}", proxy.connections());
 }
 
 #[test]

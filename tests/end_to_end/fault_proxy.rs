@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -84,6 +85,14 @@ pub(crate) struct Proxy {
     counts: Arc<Mutex<BTreeMap<String, Count>>>,
     connections: Arc<Mutex<usize>>,
     tokens: Arc<Mutex<u64>>,
+    under_way: Arc<UnderWay>,
+}
+
+/// Requests under way, and the most there were at once.
+#[derive(Default)]
+struct UnderWay {
+    now: AtomicUsize,
+    most: AtomicUsize,
 }
 
 impl Proxy {
@@ -98,8 +107,10 @@ impl Proxy {
             counts: Arc::default(),
             connections: Arc::default(),
             tokens: Arc::default(),
+            under_way: Arc::default(),
         };
         let tokens = Arc::clone(&proxy.tokens);
+        let under_way = Arc::clone(&proxy.under_way);
         let counts = Arc::clone(&proxy.counts);
         let connections = Arc::clone(&proxy.connections);
         let plan: Arc<Plan> = Arc::new(plan);
@@ -109,12 +120,14 @@ impl Proxy {
                 *connections.lock().unwrap() += 1;
                 let (plan, counts) = (Arc::clone(&plan), Arc::clone(&counts));
                 let (upstream, tokens) = (upstream.clone(), Arc::clone(&tokens));
+                let under_way = Arc::clone(&under_way);
                 std::thread::spawn(move || {
                     let connection = Connection {
                         stream,
                         upstream: &upstream,
                         counts: &counts,
                         tokens: &tokens,
+                        under_way: &under_way,
                     };
                     while connection.serve(&*plan).is_some() {}
                 });
@@ -138,6 +151,11 @@ impl Proxy {
         *self.tokens.lock().unwrap()
     }
 
+    /// The most requests that were under way at once.
+    pub(crate) fn most_at_once(&self) -> usize {
+        self.under_way.most.load(Ordering::SeqCst)
+    }
+
     /// Connections that were made.
     pub(crate) fn connections(&self) -> usize {
         *self.connections.lock().unwrap()
@@ -149,6 +167,7 @@ struct Connection<'a> {
     upstream: &'a str,
     counts: &'a Mutex<BTreeMap<String, Count>>,
     tokens: &'a Mutex<u64>,
+    under_way: &'a UnderWay,
 }
 
 impl Connection<'_> {
@@ -192,9 +211,12 @@ impl Connection<'_> {
             Some(Fault::Late(wait)) => std::thread::sleep(wait),
             _ => {}
         }
+        let now = self.under_way.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.under_way.most.fetch_max(now, Ordering::SeqCst);
         let answer = client().post(self.upstream).json(&body).send().unwrap();
         let status = answer.status().as_u16();
         let mut text = answer.text().unwrap();
+        self.under_way.now.fetch_sub(1, Ordering::SeqCst);
         match fault {
             Some(Fault::Truncated) => {
                 self.write(status, "", &text[..text.len() / 2], text.len())?;

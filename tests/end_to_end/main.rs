@@ -21,6 +21,7 @@ mod killed;
 mod labelling;
 mod language;
 mod leakage;
+mod llama_server;
 mod malformed;
 mod mount;
 mod notebook;

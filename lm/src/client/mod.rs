@@ -6,6 +6,7 @@
 //! | `endpoint` | the URL |
 //! | `api` | what such a server offers besides chats: files, fine-tuning jobs, adapters |
 //! | `wire` | the JSON of requests and answers |
+//! | `gate` | what all users of an entry share: limits, places, connections |
 //! | `limits` | requests and tokens per minute |
 //! | `retry` | what is tried again, and when |
 //!
@@ -13,6 +14,7 @@
 
 mod api;
 mod endpoint;
+mod gate;
 mod limits;
 mod retry;
 mod spec;
@@ -25,8 +27,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use tokio::runtime::Runtime;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::lm::{
@@ -35,7 +35,7 @@ use crate::lm::{
 };
 pub use api::{Api, ApiError};
 use endpoint::Endpoint;
-use limits::Limits;
+use gate::Gate;
 use retry::{Failure, Pace};
 pub use spec::{AdapterPlace, Guided, OpenAiSpec};
 
@@ -59,19 +59,14 @@ pub struct OpenAi {
     id: String,
     spec: OpenAiSpec,
     endpoint: Endpoint,
-    client: reqwest::Client,
     key: Option<String>,
     cancelled: Cancelled,
     pace: Pace,
-    limits: Limits,
+    gate: Arc<Gate>,
     /// What bounds what is spent.
     ledger: Option<Ledger>,
-    /// One for each request that may be in flight, over all calls of `complete`.
-    slots: Semaphore,
     /// The last that was seen of the server is that there is none.
     unreachable: AtomicBool,
-    /// Kept over calls, so that connections are; gone only while this is dropped.
-    runtime: Option<Runtime>,
 }
 
 impl std::fmt::Debug for OpenAi {
@@ -80,15 +75,6 @@ impl std::fmt::Debug for OpenAi {
             .field("url", &self.endpoint.shown)
             .field("model", &self.spec.model)
             .finish_non_exhaustive()
-    }
-}
-
-impl Drop for OpenAi {
-    /// A runtime must not be waited for where the last owner may be an async task.
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
     }
 }
 
@@ -103,6 +89,14 @@ impl OpenAi {
         cancelled: Cancelled,
     ) -> Result<Self, LmError> {
         Self::with_pace(spec, key, cancelled, Pace::default())
+    }
+
+    /// The same client, which asks another model of the entry's server: a fine-tuned one.
+    #[must_use]
+    pub fn as_model(mut self, model: &str) -> Self {
+        model.clone_into(&mut self.spec.model);
+        self.id = model_id(&self.spec);
+        self
     }
 
     /// The same client, which spends no more than `ledger` allows.
@@ -121,31 +115,14 @@ impl OpenAi {
         let endpoint =
             Endpoint::new(&spec.base_url, &["chat", "completions"]).map_err(LmError::Rejected)?;
         let key = sendable(key, spec.api_key_env.as_deref()).map_err(LmError::Rejected)?;
-        let mut builder = reqwest::Client::builder()
-            .timeout(Duration::from_secs(spec.timeout_s.max(1)))
-            .connect_timeout(CONNECT_WITHIN);
-        if endpoint.loopback {
-            builder = builder.no_proxy();
-        }
-        let client = builder
-            .build()
-            .map_err(|e| LmError::Unavailable(format!("no HTTP client: {e}")))?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("openai")
-            .enable_all()
-            .build()
-            .map_err(|e| LmError::Unavailable(format!("no async runtime: {e}")))?;
+        let gate = Gate::of(spec, key.as_deref(), endpoint.loopback)?;
         Ok(Self {
             id: model_id(spec),
-            limits: Limits::new(spec),
+            gate,
             ledger: None,
-            slots: Semaphore::new(spec.concurrency.clamp(1, Semaphore::MAX_PERMITS)),
             unreachable: AtomicBool::new(false),
-            runtime: Some(runtime),
             spec: spec.clone(),
             endpoint,
-            client,
             key,
             cancelled,
             pace,
@@ -155,7 +132,7 @@ impl OpenAi {
     /// One request until it is answered, refused, or out of tries or time. `down` is set once no
     /// request of this call will be answered: the others would only hear the same.
     async fn ask(&self, request: &Request, down: &std::cell::OnceCell<LmError>) -> Answer {
-        let _slot = self.unless_stopped(self.slots.acquire()).await?;
+        let _slot = self.unless_stopped(self.gate.slots.acquire()).await?;
         let body = wire::body(&self.spec, request);
         let estimate = prompt_tokens(request);
         let deadline = Duration::from_secs(self.spec.deadline_s.max(1));
@@ -185,7 +162,7 @@ impl OpenAi {
             let failure = match sent.and_then(|answer| self.fitting(request, answer)) {
                 Ok(completion) => {
                     self.unreachable.store(false, Ordering::Relaxed);
-                    self.limits.settle(estimate, &completion);
+                    self.gate.limits.settle(estimate, &completion);
                     return Ok(completion);
                 }
                 Err(Failure::Withheld) => return Ok(wire::withheld()),
@@ -196,7 +173,7 @@ impl OpenAi {
             let known = self.unreachable.load(Ordering::Relaxed) && nobody;
             let wait = failure.after().unwrap_or(self.pace.backoff(attempts));
             if failure.after().is_some() {
-                self.limits.hold(wait);
+                self.gate.limits.hold(wait);
             }
             let tried = known || attempts > failure.retries(self.spec.max_retries);
             let late = spent + wait >= deadline;
@@ -226,9 +203,9 @@ impl OpenAi {
     /// Waits until a request may be sent: for its place in the limits, and until the server, which
     /// asked one request to come later, wants to hear from any.
     async fn place(&self, estimate: u64, left: Duration) -> Result<(), LmError> {
-        let wait = self.limits.reserve(estimate);
+        let wait = self.gate.limits.reserve(estimate);
         self.unless_stopped(tokio::time::sleep(wait)).await?;
-        while let Some(wait) = self.limits.held() {
+        while let Some(wait) = self.gate.limits.held() {
             if wait > left {
                 return Err(LmError::Unavailable(format!(
                     "{}: the server asks to come again in {} s, which is after `deadline_s`",
@@ -307,7 +284,7 @@ impl OpenAi {
     }
 
     async fn send(&self, body: &serde_json::Value) -> Result<Completion, Failure> {
-        let mut call = self.client.post(self.endpoint.url.clone()).json(body);
+        let mut call = self.gate.http.post(self.endpoint.url.clone()).json(body);
         if let Some(key) = &self.key {
             call = call.bearer_auth(key);
         }
@@ -415,11 +392,8 @@ impl Lm for OpenAi {
     /// `spawn_blocking`; from within an async task it panics. `on_answer` is called on this thread.
     fn complete(&self, requests: &[Request], on_answer: &OnAnswer<'_>) -> Vec<Answer> {
         let mut answers: Vec<Answer> = requests.iter().map(|_| Err(LmError::Cancelled)).collect();
-        let Some(runtime) = &self.runtime else {
-            return answers;
-        };
         let down = std::cell::OnceCell::new();
-        runtime.block_on(async {
+        self.gate.block_on(async {
             let calls = requests.iter().enumerate().map(|(index, request)| {
                 let answer = self.ask(request, &down);
                 async move { (index, answer.await) }

@@ -18,7 +18,8 @@ pub struct OpenAiSpec {
     /// The environment variable that holds the key; none is sent without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_key_env: Option<String>,
-    /// Requests in flight at once.
+    /// Requests in flight at once, of all steps in flowrun's own process together; the same goes for
+    /// the limits below.
     #[serde(default = "concurrency")]
     #[schemars(range(min = 1))]
     pub concurrency: usize,

@@ -68,17 +68,13 @@ pub(crate) fn api(spec: &OpenAiSpec, host: &Host<'_>) -> Result<Api, StepError> 
 /// The entry's server, asked for the answers of `model`; all its models have one budget.
 fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<OpenAi, StepError> {
     let cancel = host.cancel.clone();
-    let of_model = OpenAiSpec {
-        model: model.to_owned(),
-        ..spec.clone()
-    };
     let client = OpenAi::new(
-        &of_model,
+        spec,
         key(spec, host)?,
         Arc::new(move || cancel.is_cancelled()),
     )
     .map_err(|e| StepError::failed(e.to_string()))?;
-    Ok(client.with_ledger(ledger(spec, host)?))
+    Ok(client.as_model(model).with_ledger(ledger(spec, host)?))
 }
 
 /// The ledger of the entry's budget in this run: steps with equal entries share it.
