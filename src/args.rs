@@ -181,8 +181,12 @@ pub(crate) struct EngineBench {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum StepCommand {
-    /// Do the work of one request from stdin.
-    Exec,
+    /// Do the work of one request from stdin, or of a job.
+    Exec {
+        /// Folder of a job, instead of a request from stdin.
+        #[arg(long)]
+        job: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, ClapArgs)]

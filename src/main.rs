@@ -93,7 +93,10 @@ fn dispatch(args: Args) -> Result<Exit, Failure> {
             events,
             definition,
         }) => commands::schema::schema(kind.as_deref(), *events, *definition),
-        Some(Command::Step(StepCommand::Exec)) => commands::step::exec(),
+        Some(Command::Step(StepCommand::Exec { job })) => match job {
+            Some(folder) => commands::step::exec_job(folder),
+            None => commands::step::exec(),
+        },
         Some(Command::Bench { command }) => commands::bench::bench(command, global),
         Some(Command::Serve(args)) => serve::serve(args, global),
         Some(Command::Deploy(command)) => commands::deploy::deploy(command, global),

@@ -183,6 +183,12 @@ impl Cache {
         self.dir.join("partial").join(key.to_hex())
     }
 
+    /// Where an action that is a job elsewhere is done. Nothing is made here.
+    #[must_use]
+    pub fn job_path(&self, key: &ActionKey) -> PathBuf {
+        self.dir.join("jobs").join(key.to_hex())
+    }
+
     /// A scratch folder on the cache's own file system, removed when dropped;
     /// one that a killed process left is removed when the cache is opened.
     ///

@@ -234,13 +234,18 @@ impl<'a> Search<'a> {
         all.into_iter().collect()
     }
 
-    /// Saved state of unfinished actions: only age removes it, for it may be hours of training.
+    /// Saved state of unfinished actions, and their jobs elsewhere: only age removes it, for it may
+    /// be hours of training. A job whose folder is gone stops.
     fn partial(&mut self, uses: &Uses) {
         let needed = |path: &Path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             Digest::parse(&name).is_some_and(|key| uses.needed.contains(&key))
         };
-        for path in crate::record::folder(&self.cache.dir().join("partial")) {
+        let folders = ["partial", "jobs"].map(|name| self.cache.dir().join(name));
+        for path in folders
+            .iter()
+            .flat_map(|folder| crate::record::folder(folder))
+        {
             let changed = std::fs::metadata(&path).and_then(|m| m.modified());
             if !needed(&path) && self.is_old(changed.unwrap_or(self.now)) {
                 self.freed(Share::of(&path).bytes);

@@ -49,7 +49,7 @@ impl Survey {
                 "actions" => &mut survey.results,
                 "completions" => &mut survey.completions,
                 "runs" => &mut survey.runs,
-                "partial" => &mut survey.partial,
+                "partial" | "jobs" => &mut survey.partial,
                 "index.sled" | "index.closed" => &mut survey.index,
                 _ => &mut survey.other,
             };

@@ -51,14 +51,14 @@ impl Tail {
 }
 
 /// Logs a stream line by line.
-struct Lines {
+pub(crate) struct Lines {
     reporter: Arc<dyn StepReporter>,
     tail: Arc<Tail>,
     line: Vec<u8>,
 }
 
 impl Lines {
-    fn new(reporter: &Arc<dyn StepReporter>, tail: &Arc<Tail>) -> Self {
+    pub(crate) fn new(reporter: &Arc<dyn StepReporter>, tail: &Arc<Tail>) -> Self {
         Self {
             reporter: Arc::clone(reporter),
             tail: Arc::clone(tail),
@@ -66,7 +66,7 @@ impl Lines {
         }
     }
 
-    fn take(&mut self, bytes: &[u8]) {
+    pub(crate) fn take(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             // A progress bar goes back to the start of its line.
             if matches!(byte, b'\n' | b'\r') {
@@ -89,7 +89,7 @@ impl Lines {
         self.tail.push(line);
     }
 
-    fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         if !self.line.is_empty() {
             self.emit();
         }

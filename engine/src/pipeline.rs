@@ -9,6 +9,7 @@ use flowrun_cache::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::runner::JobRunner;
 use crate::step::{Port, Step};
 
 /// The output of a `run` step whose file, a JSON object, gives the step's metrics.
@@ -33,6 +34,8 @@ pub struct Pipeline {
     pub models: BTreeMap<String, Value>,
     /// Named pools: how many actions of their steps run at once.
     pub pools: BTreeMap<String, usize>,
+    /// Job systems that steps run on, by name.
+    pub runners: BTreeMap<String, JobRunner>,
     /// Steps that used a step definition, by name. The steps of `clean` are named `clean/…`.
     pub uses: BTreeMap<String, DefinitionUse>,
     /// Steps in topological order; ties keep the file's order.
@@ -135,14 +138,27 @@ impl StepNode {
     }
 }
 
-/// Where a step kind runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Where a step runs.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum RunnerKind {
     /// In flowrun's own process.
     #[default]
     Inline,
     /// In a process of its own.
     Process,
+    /// As a job of this one of the pipeline's [`Pipeline::runners`].
+    Job(String),
+}
+
+impl RunnerKind {
+    /// The job system that it is a job of.
+    #[must_use]
+    pub fn job(&self) -> Option<&str> {
+        match self {
+            Self::Job(name) => Some(name),
+            Self::Inline | Self::Process => None,
+        }
+    }
 }
 
 /// Where an input comes from.
@@ -189,7 +205,7 @@ pub struct Retry {
 }
 
 /// Demand on the machine. Zero means none declared.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Resources {
     /// CPU cores.
     pub cpu: f64,
@@ -197,6 +213,8 @@ pub struct Resources {
     pub memory: u64,
     /// GPUs.
     pub gpu: f64,
+    /// Others that a job system knows by name.
+    pub custom: BTreeMap<String, f64>,
 }
 
 /// Whether results are reused.

@@ -221,6 +221,7 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         params: BTreeMap::new(),
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
+        runners: BTreeMap::new(),
         uses: BTreeMap::new(),
         steps,
         sources: Vec::new(),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::runner::JobKind;
 use crate::step::Step;
 
 /// What a pipeline may name.
@@ -22,4 +23,6 @@ pub struct Vocabulary {
     /// model but not what it answers (`base_url`, `api_key_env`, `concurrency`):
     /// left out of action keys.
     pub unkeyed_model_fields: Vec<String>,
+    /// Job systems that `runners:` may name.
+    pub runners: BTreeMap<String, Arc<dyn JobKind>>,
 }

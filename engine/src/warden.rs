@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -42,8 +43,15 @@ const PLACE: usize = 12;
 /// Ends what still runs when this process is killed.
 #[derive(Debug)]
 pub(crate) struct Warden {
-    cache: Arc<Cache>,
+    home: Home,
     state: Mutex<State>,
+}
+
+/// Where the table lies, in a folder beside those in which commands work.
+#[derive(Debug)]
+enum Home {
+    Cache(Arc<Cache>),
+    Folder(PathBuf),
 }
 
 #[derive(Debug, Default)]
@@ -62,8 +70,8 @@ struct Watch {
     free: Vec<u64>,
     places: u64,
     shell: Child,
-    /// Holds the table.
-    _folder: Scratch,
+    /// Holds the table, where nothing else does.
+    _scratch: Option<Scratch>,
 }
 
 /// A process group is watched until this is dropped.
@@ -77,7 +85,15 @@ impl Warden {
     /// Its table lies in this cache.
     pub(crate) fn new(cache: &Arc<Cache>) -> Self {
         Self {
-            cache: Arc::clone(cache),
+            home: Home::Cache(Arc::clone(cache)),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Its table lies in this folder, which is there, and so do those in which commands work.
+    pub(crate) fn within(folder: &Path) -> Self {
+        Self {
+            home: Home::Folder(folder.to_owned()),
             state: Mutex::default(),
         }
     }
@@ -86,7 +102,7 @@ impl Warden {
     pub(crate) fn wake(&self) {
         let mut state = self.lock();
         if matches!(*state, State::Asleep) {
-            *state = Watch::start(&self.cache).map_or_else(
+            *state = Watch::start(&self.home).map_or_else(
                 |error| {
                     tracing::warn!("commands would outlive a killed run: {error}");
                     State::Missing
@@ -125,9 +141,19 @@ impl Drop for Guarded<'_> {
 }
 
 impl Watch {
-    fn start(cache: &Cache) -> io::Result<Self> {
-        let folder = cache.scratch().map_err(io::Error::other)?;
-        let place = folder.path().canonicalize()?;
+    fn start(home: &Home) -> io::Result<Self> {
+        let (place, scratch) = match home {
+            Home::Cache(cache) => {
+                let scratch = cache.scratch().map_err(io::Error::other)?;
+                (scratch.path().to_owned(), Some(scratch))
+            }
+            Home::Folder(folder) => {
+                let place = folder.join("warden");
+                std::fs::create_dir_all(&place)?;
+                (place, None)
+            }
+        };
+        let place = place.canonicalize()?;
         let path = place.join("groups");
         let table = File::create(&path)?;
         let shell = Command::new("/bin/sh")
@@ -148,7 +174,7 @@ impl Watch {
             free: Vec::new(),
             places: 0,
             shell,
-            _folder: folder,
+            _scratch: scratch,
         })
     }
 

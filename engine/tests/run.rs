@@ -60,6 +60,7 @@ fn chain(root: &Path) -> Pipeline {
         params: BTreeMap::new(),
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
+        runners: BTreeMap::new(),
         uses: BTreeMap::new(),
         sources: vec![],
         steps: vec![

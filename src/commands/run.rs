@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use flowrun_cache::Cache;
 use flowrun_engine::event::RunEvent;
+use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
 use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline, run_changed};
@@ -56,7 +57,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     };
     surroundings::remember(&file, cache.dir());
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .max_blocking_threads(options.jobs + 8)
+        .max_blocking_threads(options.jobs + work.jobs_elsewhere() + 8)
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);
@@ -107,6 +108,20 @@ enum Work {
     Whole(Box<Surroundings>),
     /// What changed files reach; and the world.
     Changed(Box<Changed>, World),
+}
+
+impl Work {
+    /// Jobs of job systems at once: each is followed by a thread.
+    fn jobs_elsewhere(&self) -> usize {
+        let jobs = |pipeline: &Pipeline| -> usize {
+            let runners = pipeline.runners.values();
+            runners.map(|runner| runner.settings.jobs).sum()
+        };
+        match self {
+            Self::Whole(loaded) => jobs(&loaded.pipeline),
+            Self::Changed(changed, _) => jobs(&changed.pipeline()),
+        }
+    }
 }
 
 async fn drive(

@@ -231,7 +231,7 @@ impl RowTime {
     }
 }
 
-fn outcome(scores: &Scores) -> StepOutcome {
+pub(crate) fn outcome(scores: &Scores) -> StepOutcome {
     let mut outcome = StepOutcome::default()
         .metric("model", scores.model.as_str())
         .metric("dataset", scores.dataset.as_str());
@@ -318,13 +318,10 @@ fn program_score(
     let tokens = result.tokens;
     let correct = result.rows.iter().filter(|row| row.correct).count();
     let per_label = per_label(file.labels(), &result.rows);
-    let seen: Vec<f64> = (per_label.iter().filter(|label| label.n > 0))
-        .map(|label| label.f1)
-        .collect();
     let sure = |row: &EvaluatedRow| Some((f64::from(row.confidence?), row.correct));
     Ok(ProgramScore {
         interval: wilson95(correct, result.n),
-        macro_f1: seen.iter().sum::<f64>() / seen.len().max(1) as f64,
+        macro_f1: macro_f1(&per_label),
         per_label,
         calibration: calibration(result.rows.iter().filter_map(sure)),
         leakage: None,
@@ -366,6 +363,21 @@ fn per_label(labels: &[String], rows: &[EvaluatedRow]) -> Vec<LabelScore> {
         let gold = row.gold.as_deref().unwrap_or_default();
         (gold, row.pred.as_deref())
     });
+    label_scores(&labels, pairs)
+}
+
+/// Mean F1 over the labels that rows have.
+pub(crate) fn macro_f1(per_label: &[LabelScore]) -> f64 {
+    let seen = per_label.iter().filter(|label| label.n > 0);
+    let seen: Vec<f64> = seen.map(|label| label.f1).collect();
+    seen.iter().sum::<f64>() / seen.len().max(1) as f64
+}
+
+/// Label by label, from pairs of expected and given.
+pub(crate) fn label_scores<'a>(
+    labels: &[String],
+    pairs: impl IntoIterator<Item = (&'a str, Option<&'a str>)>,
+) -> Vec<LabelScore> {
     let score = |score: flowrun_lm::stats::LabelScore| LabelScore {
         label: score.label,
         n: score.n,
@@ -373,7 +385,7 @@ fn per_label(labels: &[String], rows: &[EvaluatedRow]) -> Vec<LabelScore> {
         recall: score.recall,
         f1: score.f1,
     };
-    let scores = Confusion::new(&labels, pairs).per_label();
+    let scores = Confusion::new(labels, pairs).per_label();
     scores.into_iter().map(score).collect()
 }
 
@@ -399,7 +411,7 @@ fn leakage(overlap: Option<&Overlap>, score: &ProgramScore) -> Leakage {
     }
 }
 
-fn comparison(programs: &[ProgramScore]) -> Option<PairedTest> {
+pub(crate) fn comparison(programs: &[ProgramScore]) -> Option<PairedTest> {
     let [first, second] = programs else {
         return None;
     };

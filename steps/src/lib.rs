@@ -8,7 +8,9 @@ pub mod bench;
 pub mod bootstrap;
 pub mod bundle;
 pub mod checkpoint;
+pub mod concat;
 pub mod convert_to_messages;
+mod dashboard;
 pub mod deploy;
 pub mod download;
 mod estimate;
@@ -22,14 +24,17 @@ pub mod holdout;
 pub mod hub;
 pub mod leakage;
 pub mod load;
+pub mod merge_scores;
 pub mod models;
 pub mod optimize;
 pub mod program_file;
 pub mod report;
 pub mod rows;
+pub mod runners;
 pub mod scores;
 pub mod select;
 pub mod serving;
+pub mod shard;
 pub mod split;
 pub mod stand_in;
 pub mod table;
@@ -48,6 +53,8 @@ pub fn registry() -> Vocabulary {
         Arc::new(load::Load),
         Arc::new(filter_top_n::FilterTopN),
         Arc::new(split::Split),
+        Arc::new(shard::Shard),
+        Arc::new(concat::Concat),
         Arc::new(bootstrap::Bootstrap),
         Arc::new(fit_classifier::FitClassifier),
         Arc::new(holdout::Holdout),
@@ -56,6 +63,7 @@ pub fn registry() -> Vocabulary {
         Arc::new(finetune::Finetune),
         Arc::new(optimize::Optimize),
         Arc::new(evaluate::Evaluate),
+        Arc::new(merge_scores::MergeScores),
         Arc::new(select::Select),
         Arc::new(report::ReportStep),
         Arc::new(deploy::Deploy),
@@ -68,6 +76,7 @@ pub fn registry() -> Vocabulary {
         model_schema: schema_of::<models::ModelSpec>(),
         program_schema: schema_of::<flowrun_lm::program::ProgramSpec>(),
         unkeyed_model_fields: models::UNKEYED.map(str::to_owned).to_vec(),
+        runners: runners::registry(),
     }
 }
 

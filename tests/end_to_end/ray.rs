@@ -12,7 +12,7 @@ use crate::server::{client, free_port};
 use crate::tiny::{self, write_model};
 
 /// A Python that has Ray.
-fn python() -> Option<PathBuf> {
+pub(crate) fn python() -> Option<PathBuf> {
     let named = std::env::var_os("FLOWRUN_RAY_PYTHON").map(PathBuf::from);
     let python = named.clone().unwrap_or_else(|| "python3".into());
     let find = "import importlib.util as u, sys; sys.exit(u.find_spec('ray') is None or u.find_spec('ray.serve') is None)";
@@ -29,14 +29,14 @@ fn python() -> Option<PathBuf> {
 }
 
 /// A Ray of one node, which ends with the test.
-struct Ray {
+pub(crate) struct Ray {
     child: Child,
-    dashboard: String,
-    _scratch: tempfile::TempDir,
+    pub(crate) dashboard: String,
+    scratch: tempfile::TempDir,
 }
 
 impl Ray {
-    fn start(python: &std::path::Path) -> Self {
+    pub(crate) fn start(python: &std::path::Path) -> Self {
         // Its sockets' paths must be short.
         let scratch = tempfile::Builder::new()
             .prefix("fr")
@@ -63,7 +63,7 @@ impl Ray {
         let mut ray = Self {
             child,
             dashboard: format!("http://127.0.0.1:{port}"),
-            _scratch: scratch,
+            scratch,
         };
         let version = format!("{}/api/version", ray.dashboard);
         let deadline = Instant::now() + Duration::from_secs(180);
@@ -74,6 +74,11 @@ impl Ray {
             std::thread::sleep(Duration::from_millis(200));
         }
         ray
+    }
+
+    /// Where its processes' files are.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.scratch.path()
     }
 
     /// Names, states and routes of its applications.

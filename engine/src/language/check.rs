@@ -24,6 +24,7 @@ use super::spec::StepSpec;
 use super::wiring::{Wiring, check_uses, wire};
 use super::{settings, suggest};
 use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode};
+use crate::runner::{JobRunner, runner_schema};
 use crate::vocabulary::Vocabulary;
 
 /// What a check needs besides the tree.
@@ -65,7 +66,14 @@ pub(crate) fn check(
     };
     let drafts = drafts(map, &tree, &uses, setting);
     let pools = pools(&tree);
-    let steps = check_steps(map, &drafts, &tables, &pools, setting);
+    let runners = runners(map, &tree, setting.vocabulary);
+    let around = settings::Around {
+        environment: setting.environment,
+        pools: &pools,
+        runners: &runners,
+        job_kinds: &setting.vocabulary.runners,
+    };
+    let steps = check_steps(map, &drafts, &tables, &around, &setting.root);
     if map.has_errors() {
         return None;
     }
@@ -82,6 +90,7 @@ pub(crate) fn check(
         params,
         models,
         pools,
+        runners,
         uses: definition::summary(&uses),
         steps,
         sources: map.sources(),
@@ -95,6 +104,50 @@ fn pools(tree: &Node) -> BTreeMap<String, usize> {
         Some((name.clone(), usize::try_from(places).ok()?))
     });
     sizes.collect()
+}
+
+/// The job systems of the file; one that is not right is left out.
+fn runners(
+    map: &mut SourceMap,
+    tree: &Node,
+    vocabulary: &Vocabulary,
+) -> BTreeMap<String, JobRunner> {
+    let mut all = BTreeMap::new();
+    for (name, entry) in tree.entries("runners") {
+        let Some(kind) = vocabulary.runners.get(name) else {
+            let known = vocabulary.runners.keys().map(String::as_str);
+            let help = suggest::help(name, "job systems", known);
+            let message = format!("there is no job system `{name}`");
+            map.report(entry.key, "unknown-runner", message, "", help);
+            continue;
+        };
+        let shape = match Shape::new(runner_schema(kind.settings_schema())) {
+            Ok(shape) => shape,
+            Err(why) => {
+                let message = format!("the schema of `{name}` is not valid: {why}");
+                map.report(entry.key, "internal", message, "", None);
+                continue;
+            }
+        };
+        let value = match entry.value.data {
+            Data::Null => json!({}),
+            _ => entry.value.to_value(),
+        };
+        let mismatches = shape.check(&value);
+        for mismatch in &mismatches {
+            report_mismatch(map, &entry.value, entry.key, mismatch);
+        }
+        // Where something is wrong with it, steps that name it are still right to do so.
+        let entry = if mismatches.is_empty() {
+            value
+        } else {
+            json!({})
+        };
+        if let Ok(runner) = JobRunner::new(kind, &entry) {
+            all.insert(name.clone(), runner);
+        }
+    }
+    all
 }
 
 /// `name:`, else the name of the file.
@@ -196,16 +249,12 @@ fn check_steps(
     map: &mut SourceMap,
     drafts: &Drafts<'_>,
     tables: &Tables<'_>,
-    pools: &BTreeMap<String, usize>,
-    setting: &Setting<'_>,
+    around: &settings::Around<'_>,
+    root: &Path,
 ) -> Vec<StepNode> {
     let mut graph = order::graph(drafts.list.len());
     let mut shapes = HashMap::new();
-    let mut published = Published::new(&setting.root, map.paths().map(Path::to_owned));
-    let around = settings::Around {
-        environment: setting.environment,
-        pools,
-    };
+    let mut published = Published::new(root, map.paths().map(Path::to_owned));
     let mut nodes: Vec<Option<StepNode>> = Vec::with_capacity(drafts.list.len());
     check_uses(map, drafts);
     for (index, draft) in drafts.list.iter().enumerate() {
@@ -216,7 +265,7 @@ fn check_steps(
         let (params, key_params) = with(map, draft, tables, &mut shapes);
         let action = draft.action.clone().unwrap_or(Action::Run(String::new()));
         let mut node = step_node(draft, action, wiring, params, key_params);
-        settings::read(map, draft, &around, &mut published, &mut node);
+        settings::read(map, draft, around, &mut published, &mut node);
         nodes.push(Some(node));
     }
     match order::order(&graph) {

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::mismatch::Shape;
 use super::spec::{DefinitionSpec, PipelineSpec};
+use crate::runner::runner_schema;
 use crate::step::Step;
 use crate::vocabulary::Vocabulary;
 
@@ -50,6 +51,14 @@ fn document(mut root: Value, vocabulary: &Vocabulary) -> Value {
         embed(&mut defs, "program", vocabulary.program_schema.clone());
         tables.extend([("models", "#/$defs/model"), ("programs", "#/$defs/program")]);
     }
+    let has_runners = root.pointer("/properties/runners").is_some();
+    for (name, kind) in vocabulary.runners.iter().filter(|_| has_runners) {
+        let def = format!("runner.{name}");
+        embed(&mut defs, &def, runner_schema(kind.settings_schema()));
+    }
+    if has_runners {
+        runners(&mut root, vocabulary);
+    }
     let mut rules = vec![
         json!({ "$ref": "#/$defs/StepSpec" }),
         json!({ "properties": { "uses": { "anyOf": [
@@ -59,6 +68,9 @@ fn document(mut root: Value, vocabulary: &Vocabulary) -> Value {
                 "pattern": "(/|\\.ya?ml$|\\$\\{\\{)",
                 "description": "path of a step definition, relative to this file",
             },
+        ] }, "runner": { "anyOf": [
+            { "enum": runner_names(vocabulary) },
+            { "$ref": "#/$defs/expression" },
         ] } } }),
     ];
     for (kind, step) in &vocabulary.steps {
@@ -86,6 +98,35 @@ fn document(mut root: Value, vocabulary: &Vocabulary) -> Value {
     }
     root["$defs"] = Value::Object(defs);
     root
+}
+
+/// What a step may name as its `runner`.
+fn runner_names(vocabulary: &Vocabulary) -> Vec<Value> {
+    let here = [json!("inline"), json!("process"), Value::Null];
+    let jobs = vocabulary.runners.keys().map(|name| json!(name));
+    here.into_iter().chain(jobs).collect()
+}
+
+/// The job systems of a file, one field for each.
+fn runners(root: &mut Value, vocabulary: &Vocabulary) {
+    let names = vocabulary.runners.keys();
+    let fields: Map<String, Value> = names
+        .map(|name| {
+            let schema = json!({ "$ref": format!("#/$defs/runner.{name}") });
+            (name.clone(), schema)
+        })
+        .collect();
+    if let Some(schema) = root.pointer_mut("/properties/runners") {
+        let about = schema.get("description").cloned();
+        *schema = json!({
+            "type": ["object", "null"],
+            "properties": fields,
+            "additionalProperties": false,
+        });
+        if let Some(about) = about {
+            schema["description"] = about;
+        }
+    }
 }
 
 /// What holds for a step of one kind.

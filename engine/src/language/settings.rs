@@ -3,6 +3,7 @@
 //! the paths that they publish to.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -13,10 +14,11 @@ use super::node::Node;
 use super::published::Published;
 use super::resolution::report;
 use super::source_map::{SourceMap, Span};
-use super::spec::{CacheSpec, RunnerSpec};
+use super::spec::CacheSpec;
 use super::token::{references, tokens};
 use super::{scalar, suggest};
 use crate::pipeline::{CachePolicy, METRICS, Resources, Retry, RunnerKind, StepNode};
+use crate::runner::{JobKind, JobRunner};
 
 /// Attempts after the first, when `retry` does not say.
 const RETRY_TIMES: u32 = 3;
@@ -33,6 +35,10 @@ pub(crate) struct Around<'a> {
     pub(crate) environment: &'a BTreeMap<String, String>,
     /// Pools with their sizes.
     pub(crate) pools: &'a BTreeMap<String, usize>,
+    /// Job systems of the file.
+    pub(crate) runners: &'a BTreeMap<String, JobRunner>,
+    /// Job systems that there can be.
+    pub(crate) job_kinds: &'a BTreeMap<String, Arc<dyn JobKind>>,
 }
 
 /// Reads the settings of a step into `node`. `published` holds the paths that earlier steps
@@ -65,9 +71,11 @@ pub(crate) fn read<'a>(
             cpu: resources.cpu.unwrap_or_default(),
             memory: memory(map, draft, resources.memory.as_deref()),
             gpu: resources.gpu.unwrap_or_default(),
+            custom: amounts(resources.custom.as_ref()),
         };
     }
-    node.runner = runner(map, draft);
+    node.runner = runner(map, draft, around);
+    check_custom(map, draft, node);
     node.env = env(map, draft);
     node.secrets = secrets(map, draft, around.environment);
     node.publish = publish(map, draft, published);
@@ -132,21 +140,69 @@ fn pool(map: &mut SourceMap, draft: &Draft<'_>, pools: &BTreeMap<String, usize>)
     Some(name)
 }
 
-fn runner(map: &mut SourceMap, draft: &Draft<'_>) -> RunnerKind {
-    match draft.spec.runner {
-        None | Some(RunnerSpec::Inline) => RunnerKind::Inline,
+fn runner(map: &mut SourceMap, draft: &Draft<'_>, around: &Around<'_>) -> RunnerKind {
+    match draft.spec.runner.as_deref() {
+        None | Some("inline") => RunnerKind::Inline,
+        Some(text) if has_expression(text) => RunnerKind::Inline,
         // A command is a process of its own already. One inside a definition may have it from
         // the use, where it is meant for others.
-        Some(RunnerSpec::Process) if draft.is_run() => {
+        Some("process") if draft.is_run() => {
             if draft.scope().is_empty() {
                 let help = "leave the field out: a command is always a process".to_owned();
                 let at = draft.key_of(&["runner"]);
-                let message = "`runner` belongs to `uses`";
+                let message = "`runner: process` belongs to `uses`";
                 map.report(at, "misplaced-field", message, "", Some(help));
             }
             RunnerKind::Inline
         }
-        Some(RunnerSpec::Process) => RunnerKind::Process,
+        Some("process") => RunnerKind::Process,
+        Some(name) => {
+            if !around.runners.contains_key(name) {
+                unknown_runner(map, draft, name, around);
+            }
+            RunnerKind::Job(name.to_owned())
+        }
+    }
+}
+
+fn unknown_runner(map: &mut SourceMap, draft: &Draft<'_>, name: &str, around: &Around<'_>) {
+    let at = draft.place(&["runner"]);
+    if map.has_error_in(at) {
+        return;
+    }
+    let help = match around.job_kinds.get(name) {
+        Some(kind) => format!(
+            "say where it is at the top of the file: `runners: {{ {name}: {} }}`",
+            kind.example()
+        ),
+        None => {
+            let known = ["inline", "process"].into_iter();
+            let known = known
+                .chain(around.runners.keys().map(String::as_str))
+                .chain(around.job_kinds.keys().map(String::as_str));
+            suggest::help(name, "runners", known).unwrap_or_default()
+        }
+    };
+    let message = format!("there is no runner `{name}`");
+    map.report(at, "unknown-runner", message, "", Some(help));
+}
+
+fn amounts(custom: Option<&BTreeMap<String, Value>>) -> BTreeMap<String, f64> {
+    let amounts = custom.into_iter().flatten();
+    amounts
+        .filter_map(|(name, amount)| Some((name.clone(), amount.as_f64()?)))
+        .collect()
+}
+
+/// Nobody here counts what only a job system knows.
+fn check_custom(map: &mut SourceMap, draft: &Draft<'_>, node: &StepNode) {
+    // One inside a definition may have it from the use.
+    let is_own = draft.scope().is_empty();
+    if is_own && !node.resources.custom.is_empty() && node.runner.job().is_none() {
+        let at = draft.key_of(&["resources", "custom"]);
+        let message = "`custom` resources belong to steps that are jobs";
+        let help = "name a job system in `runner`, or use a `pool`".to_owned();
+        map.report(at, "misplaced-field", message, "", Some(help));
     }
 }
 

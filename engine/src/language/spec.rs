@@ -37,6 +37,9 @@ pub struct PipelineSpec {
     #[serde(default)]
     #[schemars(schema_with = "pools_schema")]
     pub pools: Option<BTreeMap<String, Value>>,
+    /// Job systems by name, for steps whose `runner` names them.
+    #[schemars(with = "Option<Map<String, Value>>")]
+    pub runners: Option<BTreeMap<String, Value>>,
     /// Steps by name.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
 }
@@ -60,6 +63,9 @@ pub struct ProfileSpec {
     #[serde(default)]
     #[schemars(schema_with = "pools_schema")]
     pub pools: Option<BTreeMap<String, Value>>,
+    /// Changes of job systems.
+    #[schemars(with = "Option<Map<String, Value>>")]
+    pub runners: Option<BTreeMap<String, Value>>,
     /// Changes of steps.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
 }
@@ -130,8 +136,10 @@ pub struct StepSpec {
     pub resources: Option<ResourcesSpec>,
     /// Named pool that bounds how many such steps run at once.
     pub pool: Option<String>,
-    /// Where the step runs.
-    pub runner: Option<RunnerSpec>,
+    /// Where the step runs: `inline` in flowrun's own process, `process` in one of its own, which
+    /// `resources.memory` bounds and whose crash fails the step alone, or the name of one of the
+    /// `runners`.
+    pub runner: Option<String>,
     /// Whether results are reused.
     pub cache: Option<CacheSpec>,
     /// Output port to a path in the project tree that is kept equal to it.
@@ -163,17 +171,10 @@ pub struct ResourcesSpec {
     /// GPUs.
     #[schemars(range(min = 0))]
     pub gpu: Option<f64>,
-}
-
-/// Where a step runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum RunnerSpec {
-    /// In flowrun's own process.
-    Inline,
-    /// In a process of its own, which `resources.memory` bounds, and whose crash fails the step
-    /// alone.
-    Process,
+    /// Others that the job system of the step's `runner` knows by name.
+    #[serde(default)]
+    #[schemars(schema_with = "amounts_schema")]
+    pub custom: Option<BTreeMap<String, Value>>,
 }
 
 /// Whether results are reused.
@@ -236,6 +237,13 @@ fn pools_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": ["object", "null"],
         "additionalProperties": {"type": "integer", "minimum": 1}
+    })
+}
+
+fn amounts_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": ["object", "null"],
+        "additionalProperties": {"type": "number", "minimum": 0}
     })
 }
 

@@ -3,6 +3,7 @@
 
 mod definitions;
 mod files;
+mod runners;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -107,6 +108,7 @@ fn vocabulary() -> Vocabulary {
         ),
         program_schema: json!({"type": "object"}),
         unkeyed_model_fields: vec!["base_url".into()],
+        runners: runners::kinds(),
     }
 }
 

@@ -16,6 +16,7 @@ use serde_json::Value;
 use crate::dag::predecessors;
 use crate::pipeline::{Action, Pipeline, StepNode};
 use crate::run::Outputs;
+use crate::runner::JobRunner;
 use crate::step::Step;
 use crate::vocabulary::Vocabulary;
 
@@ -30,6 +31,7 @@ struct Head {
     params: BTreeMap<String, Value>,
     models: BTreeMap<String, Value>,
     pools: BTreeMap<String, usize>,
+    runners: BTreeMap<String, Value>,
     steps: usize,
 }
 
@@ -59,6 +61,7 @@ pub(crate) struct Known {
     head: Head,
     places: Vec<Place>,
     kinds: BTreeMap<String, Arc<dyn Step>>,
+    runners: BTreeMap<String, JobRunner>,
 }
 
 struct Place {
@@ -101,8 +104,14 @@ impl Known {
             })
             .collect();
         drop(numbers);
+        let runners = head.runners.iter().map(|(name, entry)| {
+            let runner = JobRunner::new(kinds.runners.get(name)?, entry).ok()?;
+            Some((name.clone(), runner))
+        });
+        let runners = runners.collect::<Option<_>>()?;
         let whole = at == bytes.len();
         whole.then(|| Self {
+            runners,
             head,
             places,
             kinds: kinds.steps.clone(),
@@ -122,6 +131,7 @@ impl Known {
             params: head.params.clone(),
             models: head.models.clone(),
             pools: head.pools.clone(),
+            runners: self.runners.clone(),
             uses: BTreeMap::new(),
             steps: Vec::new(),
             sources: Vec::new(),
@@ -197,6 +207,11 @@ pub(super) fn text(pipeline: &Pipeline, ends: &BTreeMap<String, Ended>) -> Optio
         params: pipeline.params.clone(),
         models: pipeline.models.clone(),
         pools: pipeline.pools.clone(),
+        runners: pipeline
+            .runners
+            .iter()
+            .map(|(name, runner)| (name.clone(), runner.entry.clone()))
+            .collect(),
         steps: pipeline.steps.len(),
     })?;
     for step in &pipeline.steps {

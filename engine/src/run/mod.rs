@@ -26,6 +26,7 @@ use std::time::{Duration, Instant, SystemTime};
 use flowrun_cache::{Cache, CacheError, CacheReader};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+pub(crate) use self::reporter::Mask;
 pub use self::room::Capacity;
 use self::scheduler::Scheduler;
 use self::worker::Worker;

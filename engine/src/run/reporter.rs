@@ -21,10 +21,10 @@ const LINE: usize = 4;
 
 /// Hides the values of secrets.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Mask(Arc<Vec<String>>);
+pub(crate) struct Mask(Arc<Vec<String>>);
 
 impl Mask {
-    pub(super) fn new(values: impl IntoIterator<Item = String>) -> Self {
+    pub(crate) fn new(values: impl IntoIterator<Item = String>) -> Self {
         let mut values: Vec<String> = values.into_iter().filter(|v| !v.is_empty()).collect();
         // Logs are written line by line.
         let several = values.iter().filter(|v| v.contains('\n'));
@@ -38,7 +38,7 @@ impl Mask {
     }
 
     /// The text with every secret's value replaced.
-    pub(super) fn apply(&self, text: &str) -> String {
+    pub(crate) fn apply(&self, text: &str) -> String {
         let mut text = text.to_owned();
         for secret in self.0.iter() {
             if text.contains(secret) {

@@ -25,6 +25,8 @@ pub(super) struct Room {
     /// Places in each named pool.
     places: BTreeMap<String, usize>,
     pools: BTreeMap<String, usize>,
+    /// Jobs that each job system takes at once, and how many it has.
+    remote: BTreeMap<String, (usize, usize)>,
 }
 
 impl Room {
@@ -32,6 +34,7 @@ impl Room {
         jobs: usize,
         mut capacity: Capacity,
         places: BTreeMap<String, usize>,
+        remote: BTreeMap<String, usize>,
     ) -> Self {
         let jobs = jobs.max(1);
         if capacity.cpu <= 0.0 {
@@ -50,11 +53,18 @@ impl Room {
             used: Resources::default(),
             places,
             pools: BTreeMap::new(),
+            remote: remote
+                .into_iter()
+                .map(|(name, jobs)| (name, (jobs.max(1), 0)))
+                .collect(),
         }
     }
 
     /// What a step asks for beyond what there is, in words: it then runs alone. None when it fits.
     pub(super) fn beyond(&self, node: &StepNode) -> Option<String> {
+        if node.runner.job().is_some() {
+            return None;
+        }
         let want = &node.resources;
         let mut parts = Vec::new();
         if want.cpu > self.capacity.cpu {
@@ -72,7 +82,12 @@ impl Room {
         (!parts.is_empty()).then(text)
     }
 
+    /// Nothing fits, whatever it asks for.
     pub(super) fn is_full(&self) -> bool {
+        self.is_full_here() && self.remote.values().all(|(jobs, running)| running >= jobs)
+    }
+
+    fn is_full_here(&self) -> bool {
         self.running >= self.jobs
     }
 
@@ -91,25 +106,47 @@ impl Room {
         let memory = want.memory == 0
             || used.memory == 0
             || used.memory.saturating_add(want.memory) <= self.capacity.memory;
-        !self.is_full()
-            && max_parallel.is_none_or(|max| running < max.max(1))
-            && pool_is_free
+        if max_parallel.is_some_and(|max| running >= max.max(1)) || !pool_is_free {
+            return false;
+        }
+        if let Some(name) = node.runner.job() {
+            return self
+                .remote
+                .get(name)
+                .is_none_or(|(jobs, running)| running < jobs);
+        }
+        !self.is_full_here()
             && share(want.cpu, used.cpu, self.capacity.cpu)
             && share(want.gpu, used.gpu, self.capacity.gpu)
             && memory
     }
 
     pub(super) fn take(&mut self, node: &StepNode) {
+        if let Some(pool) = &node.pool {
+            *self.pools.entry(pool.clone()).or_default() += 1;
+        }
+        if let Some(name) = node.runner.job() {
+            if let Some((_, running)) = self.remote.get_mut(name) {
+                *running += 1;
+            }
+            return;
+        }
         self.running += 1;
         self.used.cpu += node.resources.cpu;
         self.used.gpu += node.resources.gpu;
         self.used.memory = self.used.memory.saturating_add(node.resources.memory);
-        if let Some(pool) = &node.pool {
-            *self.pools.entry(pool.clone()).or_default() += 1;
-        }
     }
 
     pub(super) fn give_back(&mut self, node: &StepNode) {
+        if let Some(used) = node.pool.as_ref().and_then(|p| self.pools.get_mut(p)) {
+            *used -= 1;
+        }
+        if let Some(name) = node.runner.job() {
+            if let Some((_, running)) = self.remote.get_mut(name) {
+                *running -= 1;
+            }
+            return;
+        }
         self.running -= 1;
         if self.running == 0 {
             // Also drops what rounding left.
@@ -119,20 +156,23 @@ impl Room {
             self.used.gpu -= node.resources.gpu;
             self.used.memory = self.used.memory.saturating_sub(node.resources.memory);
         }
-        if let Some(used) = node.pool.as_ref().and_then(|p| self.pools.get_mut(p)) {
-            *used -= 1;
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::RunnerKind;
     use crate::testing::node;
 
     fn wanting(cpu: f64, memory: u64, gpu: f64) -> StepNode {
         let mut step = node("s");
-        step.resources = Resources { cpu, memory, gpu };
+        step.resources = Resources {
+            cpu,
+            memory,
+            gpu,
+            ..Resources::default()
+        };
         step
     }
 
@@ -142,7 +182,7 @@ mod tests {
             memory: 100,
             ..Capacity::default()
         };
-        let mut room = Room::new(4, capacity, BTreeMap::new());
+        let mut room = Room::new(4, capacity, BTreeMap::new(), BTreeMap::new());
         let (free, big) = (wanting(0.0, 0, 0.0), wanting(3.0, 60, 0.5));
         assert!(room.fits(&big, 0));
         room.take(&big);
@@ -163,7 +203,7 @@ mod tests {
             memory: 8_000_000_000,
             ..Capacity::default()
         };
-        let room = Room::new(4, capacity, BTreeMap::new());
+        let room = Room::new(4, capacity, BTreeMap::new(), BTreeMap::new());
         assert_eq!(room.beyond(&wanting(4.0, 8_000_000_000, 1.0)), None);
         assert_eq!(
             room.beyond(&wanting(64.0, 16_000_000_000, 0.0)).as_deref(),
@@ -172,9 +212,29 @@ mod tests {
     }
 
     #[test]
+    fn jobs_elsewhere_take_no_place_here() {
+        let remote = BTreeMap::from([("ray".to_owned(), 2)]);
+        let mut room = Room::new(1, Capacity::default(), BTreeMap::new(), remote);
+        let mut job = wanting(64.0, 1 << 40, 8.0);
+        job.runner = RunnerKind::Job("ray".to_owned());
+        let here = node("s");
+        assert_eq!(room.beyond(&job), None);
+        room.take(&here);
+        assert!(!room.fits(&here, 0) && room.fits(&job, 0) && !room.is_full());
+        room.take(&job);
+        assert!(room.fits(&job, 1));
+        room.take(&job);
+        assert!(!room.fits(&job, 2) && room.is_full());
+        room.give_back(&here);
+        assert!(room.fits(&here, 0) && !room.fits(&job, 2));
+        room.give_back(&job);
+        assert!(room.fits(&job, 1));
+    }
+
+    #[test]
     fn pools_and_jobs_have_places() {
         let places = BTreeMap::from([("two".to_owned(), 2)]);
-        let mut room = Room::new(3, Capacity::default(), places);
+        let mut room = Room::new(3, Capacity::default(), places, BTreeMap::new());
         let pooled = |pool: &str| {
             let mut step = node("s");
             step.pool = Some(pool.to_owned());

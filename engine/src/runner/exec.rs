@@ -37,6 +37,9 @@ pub enum ExecError {
     /// Standard input is no request.
     #[error("there is no request on standard input ({0}); `flowrun` starts this command itself")]
     NoRequest(String),
+    /// A folder holds no job.
+    #[error("there is no job ({0}); `flowrun` starts this command itself")]
+    NoJob(String),
     /// The response cannot be written.
     #[error("the response cannot be written: {0}")]
     Lost(#[from] std::io::Error),
@@ -63,11 +66,9 @@ pub fn exec(
         serde_json::from_str(&line).map_err(|e| no_request(e.to_string()))?;
     let cancel = Cancel::default();
     let ended = watch(input, cancel.clone(), abandoned);
-    let writer = Arc::new(Writer {
-        output: Mutex::new(Box::new(output)),
-        told: Mutex::new(None),
-    });
-    let response = match work(host, request, &writer, cancel) {
+    let writer = Arc::new(Writer::new(output, PROGRESS_EVERY));
+    let reporter: Arc<dyn StepReporter> = Arc::clone(&writer) as Arc<dyn StepReporter>;
+    let response = match work(host, request, &reporter, cancel) {
         Ok(outcome) => StepMessage::Done(outcome),
         Err(error) => StepMessage::Failed(error.into()),
     };
@@ -94,10 +95,11 @@ fn watch(
     ended
 }
 
-fn work(
+/// Does the work of a request.
+pub(super) fn work(
     host: Host,
     request: StepRequest,
-    writer: &Arc<Writer>,
+    reporter: &Arc<dyn StepReporter>,
     cancel: Cancel,
 ) -> Result<StepOutcome, StepError> {
     if request.protocol != PROTOCOL_VERSION {
@@ -115,7 +117,7 @@ fn work(
         );
         return Err(StepError::failed(text).help("use one version of flowrun everywhere"));
     };
-    limit_memory(request.memory, writer);
+    limit_memory(request.memory, reporter.as_ref());
     let completions = match &request.completions {
         Some(folder) => {
             CompletionCache::open(folder.clone()).map_err(|e| StepError::failed(e.to_string()))?
@@ -145,7 +147,7 @@ fn work(
         completions: Arc::new(completions),
         actions: ActionCache::open(request.actions),
         finished: Arc::new(request.finished),
-        reporter: Arc::clone(writer) as Arc<dyn StepReporter>,
+        reporter: Arc::clone(reporter),
         cancel,
     };
     Inline.run(step.as_ref(), &ctx)
@@ -153,7 +155,7 @@ fn work(
 
 /// Bounds the memory that this process may ask for. What is only mapped (weights) is not
 /// counted: the system can drop it.
-fn limit_memory(bytes: u64, reporter: &Arc<Writer>) {
+fn limit_memory(bytes: u64, reporter: &dyn StepReporter) {
     if bytes == 0 {
         return;
     }
@@ -170,14 +172,24 @@ fn limit_memory(bytes: u64, reporter: &Arc<Writer>) {
 }
 
 /// Writes what the step reports as messages.
-struct Writer {
+pub(super) struct Writer {
     output: Mutex<Box<dyn Write + Send>>,
+    /// Progress is told at most once in this time.
+    every: Duration,
     /// When progress was last told.
     told: Mutex<Option<Instant>>,
 }
 
 impl Writer {
-    fn write(&self, message: &StepMessage) -> std::io::Result<()> {
+    pub(super) fn new(output: impl Write + Send + 'static, every: Duration) -> Self {
+        Self {
+            output: Mutex::new(Box::new(output)),
+            every,
+            told: Mutex::new(None),
+        }
+    }
+
+    pub(super) fn write(&self, message: &StepMessage) -> std::io::Result<()> {
         let mut line = serde_json::to_string(message)?;
         line.push('\n');
         let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
@@ -194,7 +206,7 @@ impl Writer {
 impl StepReporter for Writer {
     fn progress(&self, done: u64, total: u64, unit: &str, text: &str) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let soon = told.is_some_and(|at| at.elapsed() < PROGRESS_EVERY);
+        let soon = told.is_some_and(|at| at.elapsed() < self.every);
         if soon && done != total {
             return;
         }

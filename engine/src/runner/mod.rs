@@ -4,12 +4,14 @@
 //! |---|---|
 //! | [`Inline`] | a thread of this process |
 //! | [`Process`] | a process of its own (`flowrun step exec`), for a memory bound and isolation |
+//! | `job::Remote` | a machine that a job system chooses (`flowrun step exec --job`) |
 //!
 //! A runner outside of this process sends a [`StepRequest`](protocol::StepRequest) and hears
 //! [`StepMessage`](protocol::StepMessage)s; [`exec`] is the other end. Knows no cache key and no
 //! schedule. Invariant: whatever the work does, it comes back as an outcome or an error.
 
 mod exec;
+mod job;
 mod process;
 pub mod protocol;
 #[cfg(test)]
@@ -18,6 +20,11 @@ mod tests;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use exec::{ExecError, Host, exec};
+pub(crate) use job::{CommandRequest, Errand, Remote, Request, runner_schema};
+pub use job::{
+    JobEnd, JobError, JobKind, JobOrder, JobRunner, JobSettings, JobState, JobSystem, Post,
+    exec_job,
+};
 pub use process::Process;
 
 use crate::pipeline::{RunnerKind, StepNode};
@@ -33,14 +40,14 @@ pub trait Runner {
     fn run(&self, step: &dyn Step, ctx: &StepContext) -> Result<StepOutcome, StepError>;
 }
 
-/// The runner that a step asks for.
+/// The runner that a step kind's step asks for, when it is no job.
 pub(crate) fn runner_of<'a>(
     node: &StepNode,
     world: &World,
     warden: &'a Warden,
 ) -> Box<dyn Runner + 'a> {
     match node.runner {
-        RunnerKind::Inline => Box::new(Inline),
+        RunnerKind::Inline | RunnerKind::Job(_) => Box::new(Inline),
         RunnerKind::Process => {
             let process = Process::new(&world.exe, node.resources.memory);
             Box::new(process.guarded_by(warden))

@@ -147,14 +147,7 @@ fn listen(pipe: impl Read + Send + 'static, reporter: &Arc<dyn StepReporter>) ->
             match serde_json::from_slice(&line) {
                 Ok(StepMessage::Done(outcome)) => answer = Some(Ok(outcome)),
                 Ok(StepMessage::Failed(failure)) => answer = Some(Err(failure.into())),
-                Ok(StepMessage::Warning(text)) => reporter.warning(&text),
-                Ok(StepMessage::Log(text)) => reporter.log(&text),
-                Ok(StepMessage::Progress {
-                    done,
-                    total,
-                    unit,
-                    text,
-                }) => reporter.progress(done, total, &unit, &text),
+                Ok(message) => message.tell(reporter.as_ref()),
                 // Something that the step called wrote to standard output.
                 Err(_) => reporter.log(String::from_utf8_lossy(&line).trim_end()),
             }

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::step::{
-    InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepSummary,
+    InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
+    StepSummary,
 };
 
 /// Version of the protocol; both ends must have the same.
@@ -107,6 +108,23 @@ pub struct Failure {
     pub message: String,
     /// What to do about it.
     pub help: Option<String>,
+}
+
+impl StepMessage {
+    /// Passes on what is no response.
+    pub(crate) fn tell(self, reporter: &dyn StepReporter) {
+        match self {
+            Self::Warning(text) => reporter.warning(&text),
+            Self::Log(text) => reporter.log(&text),
+            Self::Progress {
+                done,
+                total,
+                unit,
+                text,
+            } => reporter.progress(done, total, &unit, &text),
+            Self::Done(_) | Self::Failed(_) => {}
+        }
+    }
 }
 
 impl StepRequest {

@@ -317,6 +317,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         params: BTreeMap::new(),
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
+        runners: BTreeMap::new(),
         uses: BTreeMap::new(),
         steps: (0..steps).map(node).collect(),
         sources: Vec::new(),

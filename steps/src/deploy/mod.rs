@@ -15,7 +15,7 @@
 mod canary;
 mod expect;
 pub mod local;
-mod package;
+pub(crate) mod package;
 mod ray;
 mod server;
 mod smoke;

@@ -12,10 +12,10 @@ const HASH: usize = 16;
 
 /// A zip file.
 #[derive(Debug)]
-pub(super) struct Package {
-    pub(super) path: PathBuf,
+pub(crate) struct Package {
+    pub(crate) path: PathBuf,
     /// Its name at Ray: `_ray_pkg_<16 hex>.zip`.
-    pub(super) name: String,
+    pub(crate) name: String,
 }
 
 impl Package {
@@ -24,7 +24,7 @@ impl Package {
     ///
     /// # Errors
     /// When a file cannot be read or written.
-    pub(super) fn pack(folder: &Path, what: &[&str], to: &Path) -> Result<Self, StepError> {
+    pub(crate) fn pack(folder: &Path, what: &[&str], to: &Path) -> Result<Self, StepError> {
         let file = File::create(to).map_err(|e| StepError::io(to, &e))?;
         let mut zip = ZipWriter::new(file);
         for name in what {

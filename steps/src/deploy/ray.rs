@@ -15,21 +15,18 @@ use std::time::{Duration, Instant};
 use flowrun_cache::Digest;
 use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
 use reqwest::Method;
-use reqwest::blocking::{Body, Client};
+use reqwest::blocking::Body;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::package::Package;
 use super::server::Endpoint;
+use crate::dashboard::{Dashboard, PACKAGE};
 
 /// How long an application may take to be served.
 const STARTUP: Duration = Duration::from_secs(600);
-/// How long the dashboard may take for one answer.
-const ANSWER: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(300);
-/// Where Ray's own clients take its token from.
-const TOKEN: &str = "RAY_AUTH_TOKEN";
 /// Hex digits of a digest that tell versions apart.
 const SHORT: usize = 12;
 const APPLICATIONS: &str = "/api/serve/applications/";
@@ -57,10 +54,8 @@ pub(super) struct Version {
 
 /// The cluster's Serve API.
 pub(super) struct Cluster {
-    client: Client,
-    dashboard: String,
+    dashboard: Dashboard,
     url: Option<String>,
-    token: Option<String>,
 }
 
 /// What Ray says that it serves.
@@ -71,12 +66,9 @@ impl ClusterSpec {
     /// # Errors
     /// Failed when no client can be made.
     pub(super) fn open(&self, world: &World) -> Result<Cluster, StepError> {
-        let client = Client::builder().no_proxy().timeout(ANSWER).build();
         Ok(Cluster {
-            client: client.map_err(|e| StepError::failed(e.to_string()))?,
-            dashboard: self.dashboard.trim_end_matches('/').to_owned(),
+            dashboard: Dashboard::open(&self.dashboard, world)?,
             url: self.url.clone(),
-            token: world.env.get(TOKEN).cloned(),
         })
     }
 }
@@ -110,7 +102,9 @@ impl Cluster {
             smoke(&Endpoint::new(&url, world)?)?;
             return Ok(url);
         }
-        self.upload(&version.package)?;
+        let package = &version.package;
+        let uploaded = self.dashboard.upload(&package.name, &package.path);
+        uploaded.map_err(StepError::failed)?;
         match self.switch(version, &before, world, cancel, smoke) {
             Ok(()) => Ok(url),
             Err(error) => {
@@ -177,7 +171,8 @@ impl Cluster {
     fn served(&self) -> Result<Served, StepError> {
         let text = self.call(Method::GET, APPLICATIONS, None)?;
         serde_json::from_str(&text).map(Served).map_err(|e| {
-            StepError::failed(format!("{} is no dashboard of Ray: {e}", self.dashboard))
+            let address = self.dashboard.address();
+            StepError::failed(format!("{address} is no dashboard of Ray: {e}"))
         })
     }
 
@@ -186,45 +181,21 @@ impl Cluster {
             .map(|_| ())
     }
 
-    fn upload(&self, package: &Package) -> Result<(), StepError> {
-        let path = format!("/api/packages/gcs/{}", package.name);
-        let file = std::fs::File::open(&package.path);
-        let file = file.map_err(|e| StepError::io(&package.path, &e))?;
-        self.call(Method::PUT, &path, Some(file.into())).map(|_| ())
-    }
-
     fn call(&self, method: Method, path: &str, body: Option<Body>) -> Result<String, StepError> {
-        let mut request = self
-            .client
-            .request(method, format!("{}{path}", self.dashboard))
-            .header("content-type", "application/json");
-        if let Some(body) = body {
-            request = request.body(body);
-        }
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token);
-        }
-        let unreached = |e: reqwest::Error| {
-            let text = format!("Ray's dashboard at {}: {}", self.dashboard, root(&e));
-            StepError::failed(text).help("it comes with `ray start --head --include-dashboard=true`, from the package `ray[default,serve]`")
-        };
-        let answer = request.send().map_err(unreached)?;
-        let status = answer.status();
-        let text = answer.text().map_err(unreached)?;
-        match status.is_success() {
-            true => Ok(text),
-            false => {
-                let said: String = text.chars().take(1000).collect();
-                Err(StepError::failed(format!(
-                    "Ray refused {path}: {status} {said}"
-                )))
-            }
+        let answer = self.dashboard.call(method, path, body).map_err(|why| {
+            StepError::failed(why).help(format!(
+                "it comes with `ray start --head --include-dashboard=true`, from the package `{PACKAGE}`"
+            ))
+        })?;
+        match answer.is_ok() {
+            true => Ok(answer.text),
+            false => Err(StepError::failed(format!("Ray refused {path}: {answer}"))),
         }
     }
 
     /// Where the application on `route` answers.
     fn address(&self, options: &Value, route: &str) -> Result<String, StepError> {
-        let given = self.url.as_deref().unwrap_or(&self.dashboard);
+        let given = self.url.as_deref().unwrap_or(self.dashboard.address());
         let bad = |why: String| StepError::invalid(format!("`{given}` is no address: {why}"));
         let mut url = reqwest::Url::parse(given).map_err(|e| bad(e.to_string()))?;
         if self.url.is_none() {
@@ -359,14 +330,6 @@ fn is_version(application: &str, name: &str) -> bool {
         || digest.is_some_and(|d| d.len() == SHORT && d.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
-fn root(error: &reqwest::Error) -> String {
-    let mut error: &dyn std::error::Error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -420,10 +383,8 @@ mod tests {
     #[test]
     fn an_address_is_the_proxys() {
         let cluster = Cluster {
-            client: Client::new(),
-            dashboard: "http://10.0.0.1:8265/".to_owned(),
+            dashboard: Dashboard::open("http://10.0.0.1:8265/", &World::default()).unwrap(),
             url: None,
-            token: None,
         };
         let options = json!({"port": 8100});
         assert_eq!(

@@ -150,6 +150,11 @@ impl Scheduler {
                 options.jobs,
                 options.capacity.clone(),
                 pipeline.pools.clone(),
+                pipeline
+                    .runners
+                    .iter()
+                    .map(|(name, runner)| (name.clone(), runner.settings.jobs))
+                    .collect(),
             ),
             pipeline,
             worker: Arc::new(worker),

@@ -5,6 +5,7 @@
 //! are in the store, and nothing that a step does, a panic included, gets out
 //! of [`Worker::attempt`] but as an error.
 
+mod jobs;
 mod outputs;
 mod watchdog;
 mod workplace;
@@ -20,6 +21,7 @@ use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
+use jobs::{Remotes, Trip};
 use outputs::{command_metrics, inside};
 use watchdog::Watchdog;
 use workplace::{Shape, Workplaces};
@@ -63,6 +65,7 @@ pub(super) struct Worker {
     expressions: Expressions,
     mask: Mask,
     warden: Warden,
+    remotes: Remotes,
     workplaces: Workplaces,
 }
 
@@ -142,6 +145,7 @@ impl Worker {
             expressions,
             mask,
             warden: Warden::new(cache),
+            remotes: Remotes::new(pipeline),
             workplaces: Workplaces::new(cache),
         }
     }
@@ -319,7 +323,7 @@ impl Worker {
         let resume_path = self.cache.partial_path(&keyed.key);
         let outcome = match &request.node.action {
             Action::Run(_) => self
-                .run_command(request, inputs, place.path(), &cancel, &reporter)
+                .run_command(request, keyed.key, inputs, place.path(), &cancel, &reporter)
                 .map_err(|error| may_pass(error, &request.node))
                 .and_then(|()| command_metrics(request, &out_dir))
                 .map(|metrics| StepOutcome {
@@ -343,7 +347,7 @@ impl Worker {
                     reporter,
                     cancel,
                 };
-                self.run_step(step.as_ref(), &ctx, &request.node)
+                self.run_step(step.as_ref(), &ctx, request, keyed.key, place.path())
             }
         };
         // First of all: a failure may come of an input that somebody spoilt.
@@ -371,12 +375,36 @@ impl Worker {
         &self,
         step: &dyn Step,
         ctx: &StepContext,
+        request: &ActionRequest,
+        key: ActionKey,
+        place: &Path,
+    ) -> Result<StepOutcome, StepError> {
+        let node = &request.node;
+        self.in_time(node, &ctx.cancel, || match node.runner.job() {
+            None => runner_of(node, &ctx.world, &self.warden).run(step, ctx),
+            Some(name) => Trip {
+                remote: self.remotes.get(name, &ctx.world)?,
+                request,
+                key,
+                place,
+                cancel: &ctx.cancel,
+                reporter: &ctx.reporter,
+            }
+            .step(self, step, ctx),
+        })
+    }
+
+    /// Stops the work when its `timeout` is over.
+    fn in_time(
+        &self,
         node: &StepNode,
+        cancel: &Cancel,
+        work: impl FnOnce() -> Result<StepOutcome, StepError>,
     ) -> Result<StepOutcome, StepError> {
         let watch = node
             .timeout
-            .map(|limit| Watchdog::start(limit, ctx.cancel.clone()));
-        let outcome = runner_of(node, &ctx.world, &self.warden).run(step, ctx);
+            .map(|limit| Watchdog::start(limit, cancel.clone()));
+        let outcome = work();
         let late = watch.and_then(Watchdog::stop);
         match outcome {
             Ok(outcome) => Ok(outcome),
@@ -394,16 +422,14 @@ impl Worker {
     fn run_command(
         &self,
         request: &ActionRequest,
+        key: ActionKey,
         inputs: Placed,
         folder: &Path,
         cancel: &Cancel,
         reporter: &Arc<dyn StepReporter>,
     ) -> Result<(), StepError> {
         let world = &self.lookup.world;
-        let mut env = inherited(&world.env);
-        env.extend(request.env.clone());
-        let secrets = request.node.secrets.iter();
-        env.extend(secrets.filter_map(|n| Some((n.clone(), world.env.get(n)?.clone()))));
+        let mut env = request.env.clone();
         env.extend(inputs.into_keys().map(|port| {
             let path = format!("in/{port}");
             (port, path)
@@ -415,10 +441,26 @@ impl Worker {
                 std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
             }
         }
+        if let Some(name) = request.node.runner.job() {
+            let trip = Trip {
+                remote: self.remotes.get(name, world)?,
+                request,
+                key,
+                place: folder,
+                cancel,
+                reporter,
+            };
+            let done = self.in_time(&request.node, cancel, || trip.command(self, env));
+            return done.map(|_| ());
+        }
+        let mut around = inherited(&world.env);
+        let secrets = request.node.secrets.iter();
+        around.extend(secrets.filter_map(|n| Some((n.clone(), world.env.get(n)?.clone()))));
+        around.extend(env);
         Sandbox {
             command: request.command.as_deref().unwrap_or_default(),
             folder,
-            env,
+            env: around,
             timeout: request.node.timeout,
             warden: &self.warden,
         }

@@ -1,0 +1,111 @@
+//! What makes the attempt of an action the errand of a job system.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use flowrun_cache::ActionKey;
+
+use super::Worker;
+use crate::expansion::ActionRequest;
+use crate::pipeline::Pipeline;
+use crate::runner::protocol::{PROTOCOL_VERSION, StepRequest};
+use crate::runner::{CommandRequest, Errand, JobRunner, Remote, Request};
+use crate::step::{Cancel, Step, StepContext, StepError, StepOutcome, StepReporter, World};
+
+/// The job systems of a run, each opened when it is first needed.
+pub(super) struct Remotes(BTreeMap<String, (JobRunner, OnceLock<Result<Remote, StepError>>)>);
+
+/// One attempt, as far as step kinds and commands have it in common.
+pub(super) struct Trip<'a> {
+    pub(super) remote: &'a Remote,
+    pub(super) request: &'a ActionRequest,
+    pub(super) key: ActionKey,
+    /// Folder with `in/` and `out/`.
+    pub(super) place: &'a Path,
+    pub(super) cancel: &'a Cancel,
+    pub(super) reporter: &'a Arc<dyn StepReporter>,
+}
+
+impl Remotes {
+    pub(super) fn new(pipeline: &Pipeline) -> Self {
+        let all = pipeline.runners.iter();
+        let all = all.map(|(name, runner)| (name.clone(), (runner.clone(), OnceLock::new())));
+        Self(all.collect())
+    }
+
+    /// # Errors
+    /// When it cannot be opened.
+    pub(super) fn get(&self, name: &str, world: &World) -> Result<&Remote, StepError> {
+        let Some((runner, opened)) = self.0.get(name) else {
+            // A checked pipeline names none that it lacks.
+            return Err(StepError::invalid(format!("there is no runner `{name}`")));
+        };
+        let opened = opened.get_or_init(|| {
+            let system = runner.kind.open(&runner.own, world)?;
+            let root = std::path::absolute(&world.root).unwrap_or_else(|_| world.root.clone());
+            let settings = runner.settings.clone();
+            Ok(Remote::new(system, settings, &world.exe, &root))
+        });
+        opened.as_ref().map_err(Clone::clone)
+    }
+}
+
+impl Trip<'_> {
+    /// Has a step kind's work done.
+    pub(super) fn step(
+        &self,
+        worker: &Worker,
+        step: &dyn Step,
+        ctx: &StepContext,
+    ) -> Result<StepOutcome, StepError> {
+        let request = StepRequest::new(step, ctx, self.request.node.resources.memory);
+        let request = Request::Step {
+            request: Box::new(request),
+            env: self.request.env.clone(),
+        };
+        self.go(worker, request)
+    }
+
+    /// Has a command run. `env` holds the variables of its ports and its own.
+    pub(super) fn command(
+        &self,
+        worker: &Worker,
+        env: BTreeMap<String, String>,
+    ) -> Result<StepOutcome, StepError> {
+        let request = CommandRequest {
+            protocol: PROTOCOL_VERSION,
+            command: self.request.command.clone().unwrap_or_default(),
+            folder: self.place.to_owned(),
+            env,
+        };
+        self.go(worker, Request::Command(request))
+    }
+
+    fn go(&self, worker: &Worker, request: Request) -> Result<StepOutcome, StepError> {
+        self.remote.run(&Errand {
+            step: &self.request.id,
+            key: self.key,
+            folder: worker.cache.job_path(&self.key),
+            place: self.place,
+            request,
+            environment: self.handed(worker),
+            resources: &self.request.node.resources,
+            cancel: self.cancel,
+            reporter: self.reporter,
+        })
+    }
+
+    /// Secrets of the step, and what the runner's settings name.
+    fn handed(&self, worker: &Worker) -> BTreeMap<String, String> {
+        let env = &worker.lookup.world.env;
+        let names = self
+            .remote
+            .handed()
+            .iter()
+            .chain(&self.request.node.secrets);
+        names
+            .filter_map(|name| Some((name.clone(), env.get(name)?.clone())))
+            .collect()
+    }
+}

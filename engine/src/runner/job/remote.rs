@@ -1,0 +1,465 @@
+//! [`Remote`]: the runner for steps that are jobs: orders one, follows it, orders another when
+//! what it ran on died, stops it, tidies up.
+//!
+//! What is under way is written down before it is ordered, so whoever runs the action next
+//! follows it. Invariant: when [`Remote::run`] returns with a result or an error of the step,
+//! nothing is left of the job.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use flowrun_cache::{ActionKey, Digest};
+
+use super::folder::{AttemptFolder, JOB_VERSION, JobFolder, Ordered};
+use super::follow::{Answer, Follower};
+use super::post::Request;
+use super::watch::{BEAT, Verdict, Watch};
+use super::{JobError, JobOrder, JobSettings, JobState, JobSystem};
+use crate::pipeline::Resources;
+use crate::step::{Cancel, StepError, StepErrorKind, StepOutcome, StepReporter};
+
+/// Wait between two looks into the folder; doubles up to the second one.
+const FIRST_LOOK: Duration = Duration::from_millis(50);
+const LOOK_EVERY: Duration = Duration::from_millis(400);
+/// Wait between two questions to the job system, before the work shows that it goes on and after.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+const ASK_EVERY_ALIVE: Duration = Duration::from_secs(5);
+/// Wait between two attempts to order a job from a job system that does not answer.
+const ORDER_EVERY: Duration = Duration::from_secs(1);
+/// How long work that was asked to stop has to do so.
+const GRACE: Duration = Duration::from_secs(10);
+/// Hex digits of an id.
+const ID: usize = 20;
+
+/// A job system as the steps of a run use it.
+pub(crate) struct Remote {
+    system: Arc<dyn JobSystem>,
+    settings: JobSettings,
+    /// This program as the workers find it.
+    program: String,
+    root: PathBuf,
+    /// It answered in this run.
+    reached: AtomicBool,
+    /// Jobs that are to be forgotten once they ended.
+    over: Mutex<Vec<String>>,
+}
+
+/// What is to be done, by whom, and who hears of it.
+pub(crate) struct Errand<'a> {
+    /// Step id.
+    pub(crate) step: &'a str,
+    pub(crate) key: ActionKey,
+    /// `jobs/<action key>/` in the cache.
+    pub(crate) folder: PathBuf,
+    /// Folder with the inputs in `in/`, and `out/` for the outputs.
+    pub(crate) place: &'a Path,
+    /// The request, whose paths below `place` are those of this side.
+    pub(crate) request: Request,
+    /// Variables that nobody may read: secrets, and what the settings hand on.
+    pub(crate) environment: BTreeMap<String, String>,
+    pub(crate) resources: &'a Resources,
+    pub(crate) cancel: &'a Cancel,
+    pub(crate) reporter: &'a Arc<dyn StepReporter>,
+}
+
+/// How the watch over one attempt ended.
+enum Ended {
+    /// With the response of the other end.
+    Answered(Answer),
+    /// It is lost.
+    Lost(String),
+    /// It was never begun.
+    Again,
+    /// Without a response, for good.
+    Error(StepError),
+    /// The run was asked to stop.
+    Cancelled,
+}
+
+impl Remote {
+    /// `exe` is this program; `root` the project's root, absolute.
+    pub(crate) fn new(
+        system: Box<dyn JobSystem>,
+        settings: JobSettings,
+        exe: &Path,
+        root: &Path,
+    ) -> Self {
+        let program = match &settings.program {
+            Some(program) => program.clone(),
+            None => settings.there(exe, root).display().to_string(),
+        };
+        Self {
+            system: system.into(),
+            program,
+            settings,
+            root: root.to_owned(),
+            reached: AtomicBool::new(false),
+            over: Mutex::default(),
+        }
+    }
+
+    /// The variables that its settings hand to every step.
+    pub(crate) fn handed(&self) -> &[String] {
+        &self.settings.env
+    }
+
+    /// Has the work done.
+    ///
+    /// # Errors
+    /// What the work failed with; transient when it was lost too often or the job system does
+    /// not answer.
+    pub(crate) fn run(&self, errand: &Errand<'_>) -> Result<StepOutcome, StepError> {
+        let folder = JobFolder::at(errand.folder.clone());
+        let result = self.through(errand, &folder);
+        let result = result.and_then(|(attempt, outcome)| {
+            let made = attempt.place().join("out");
+            take_over(&made, &errand.place.join("out")).map_err(|e| StepError::io(&made, &e))?;
+            Ok(outcome)
+        });
+        folder.remove();
+        result
+    }
+
+    fn through(
+        &self,
+        errand: &Errand<'_>,
+        folder: &JobFolder,
+    ) -> Result<(AttemptFolder, StepOutcome), StepError> {
+        let mut number = 1;
+        if let Some(left) = folder.ordered() {
+            number = left.attempt + 1;
+            let attempt = folder.attempt(left.attempt);
+            if left.system == self.system.name() && attempt.request::<Request>().is_ok() {
+                let text = format!("goes on with the job {} of an earlier run", left.id);
+                errand.reporter.log(&text);
+                match self.attempt(errand, &left.id, &attempt) {
+                    Ended::Lost(why) => errand.reporter.warning(&format!(
+                        "the job {} of an earlier run is lost: {why}",
+                        left.id
+                    )),
+                    Ended::Again => {}
+                    ended => return finished(ended, attempt),
+                }
+            }
+            // It may work on where nobody can see it.
+            attempt.cancel();
+        }
+        let mut lost = 0;
+        loop {
+            let attempt = folder.attempt(number);
+            let id = id_of(errand, number);
+            self.write(errand, folder, &attempt, number, &id)
+                .map_err(|e| StepError::io(attempt.path(), &e))?;
+            let why = match self.attempt(errand, &id, &attempt) {
+                Ended::Lost(why) => why,
+                Ended::Again => {
+                    number += 1;
+                    continue;
+                }
+                ended => return finished(ended, attempt),
+            };
+            attempt.cancel();
+            lost += 1;
+            number += 1;
+            let text = format!("the job {id} is lost: {why}");
+            if lost >= self.settings.attempts {
+                let text = format!("{text}; it was tried {lost} times");
+                return Err(StepError::new(StepErrorKind::Transient, text));
+            }
+            errand
+                .reporter
+                .warning(&format!("{text}; it is begun again"));
+        }
+    }
+
+    /// Writes down an attempt, with links to its inputs.
+    pub(super) fn write(
+        &self,
+        errand: &Errand<'_>,
+        folder: &JobFolder,
+        attempt: &AttemptFolder,
+        number: u32,
+        id: &str,
+    ) -> io::Result<()> {
+        attempt.make()?;
+        let (from, to) = (errand.place, attempt.place());
+        link_all(&from.join("in"), &to.join("in"))?;
+        // Folders that outputs of a command lie in.
+        link_all(&from.join("out"), &to.join("out"))?;
+        let there = |path: &Path| {
+            let path = match path.strip_prefix(from) {
+                Ok(inner) => to.join(inner),
+                Err(_) => path.to_owned(),
+            };
+            let path = std::path::absolute(&path).unwrap_or(path);
+            self.settings.there(&path, &self.root)
+        };
+        attempt.write_environment(&errand.environment)?;
+        attempt.write_request(&errand.request.clone().with_paths(&there))?;
+        folder.order(&Ordered {
+            version: JOB_VERSION,
+            system: self.system.name(),
+            id: id.to_owned(),
+            attempt: number,
+        })
+    }
+
+    /// Orders a job, unless somebody works for the attempt already, and follows it to its end.
+    fn attempt(&self, errand: &Errand<'_>, id: &str, attempt: &AttemptFolder) -> Ended {
+        let path = std::path::absolute(attempt.path()).unwrap_or(attempt.path().to_owned());
+        let there = self.settings.there(&path, &self.root);
+        let order = JobOrder {
+            id,
+            step: errand.step,
+            program: &self.program,
+            args: ["step", "exec", "--job", &there.display().to_string()]
+                .map(str::to_owned)
+                .to_vec(),
+            folder: &path,
+            resources: errand.resources,
+        };
+        if !attempt.is_claimed()
+            && let Err(ended) = self.order(errand, &order)
+        {
+            return ended;
+        }
+        let ended = self.follow(errand, &order, attempt);
+        // Its process may not have ended yet, and nobody waits for that here.
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        over.push(id.to_owned());
+        forget(self.system.as_ref(), &mut over);
+        ended
+    }
+
+    fn order(&self, errand: &Errand<'_>, order: &JobOrder<'_>) -> Result<(), Ended> {
+        let started = Instant::now();
+        let mut told = false;
+        loop {
+            let error = match self.system.submit(order) {
+                Ok(()) => {
+                    self.reached.store(true, Ordering::Relaxed);
+                    let text = format!("job {} at {}", order.id, self.system.name());
+                    errand.reporter.log(&text);
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            let JobError::Unreachable(why) = &error else {
+                return Err(Ended::Error(step_error(error)));
+            };
+            // One that never answered is not there; one that did may come back.
+            let patience = Duration::from_secs(self.settings.patience);
+            if !self.reached.load(Ordering::Relaxed) || started.elapsed() > patience {
+                return Err(Ended::Error(step_error(error)));
+            }
+            if !told {
+                told = true;
+                errand.reporter.warning(&format!("{why}; waiting for it"));
+            }
+            if errand.cancel.is_cancelled() {
+                return Err(Ended::Cancelled);
+            }
+            std::thread::sleep(ORDER_EVERY);
+        }
+    }
+
+    fn follow(&self, errand: &Errand<'_>, order: &JobOrder<'_>, attempt: &AttemptFolder) -> Ended {
+        let started = Instant::now();
+        let patience = Duration::from_secs(self.settings.patience);
+        let mut follower = Follower::new(attempt, errand.reporter);
+        let mut watch = Watch::default();
+        let mut asked = None;
+        let mut looked = None;
+        let mut pause = FIRST_LOOK;
+        loop {
+            if let Some(answer) = follower.read() {
+                return Ended::Answered(answer);
+            }
+            if errand.cancel.is_cancelled() {
+                return self.stop(errand, order, attempt, &mut follower);
+            }
+            let now = started.elapsed();
+            if looked.is_none_or(|at| now.saturating_sub(at) > BEAT / 2) {
+                looked = Some(now);
+                watch.beats(attempt.last_beat(), now);
+            }
+            let every = match watch.is_alive(now) {
+                true => ASK_EVERY_ALIVE,
+                false => ASK_EVERY,
+            };
+            let said = asked
+                .is_none_or(|at| now.saturating_sub(at) > every)
+                .then(|| self.system.state(order));
+            if let Some(said) = &said {
+                asked = Some(now);
+                self.hear(said, errand);
+            }
+            match watch.judge(said, now, patience) {
+                Verdict::Wait => {}
+                Verdict::Tell(text) => errand.reporter.warning(&text),
+                Verdict::Lost(why) => return Ended::Lost(why),
+                Verdict::Again => return Ended::Again,
+                Verdict::Failed(why) => {
+                    let last = follower.last_words();
+                    let text = format!("the job {} failed: {why}\n{last}", order.id);
+                    return Ended::Error(StepError::failed(text.trim_end()));
+                }
+                Verdict::Hopeless(why) => {
+                    let _ = self.system.stop(order.id);
+                    let text = format!("{} cannot run the step: {why}", self.system.name());
+                    let help = "ask for less in `resources`, or add a machine that has it";
+                    return Ended::Error(StepError::failed(text).help(help));
+                }
+                Verdict::Stopped => {
+                    let text = format!("the job {} was stopped by somebody", order.id);
+                    return Ended::Error(StepError::failed(text));
+                }
+                Verdict::Refused(error) => return Ended::Error(step_error(error)),
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LOOK_EVERY);
+        }
+    }
+
+    fn hear(&self, said: &Result<JobState, JobError>, errand: &Errand<'_>) {
+        if said.is_ok() {
+            self.reached.store(true, Ordering::Relaxed);
+        }
+        if let Ok(JobState::Waiting { why, .. }) = said {
+            errand.reporter.progress(0, 0, "", &format!("waits: {why}"));
+        }
+    }
+
+    /// Stops a job and waits for its end, not for ever.
+    fn stop(
+        &self,
+        errand: &Errand<'_>,
+        order: &JobOrder<'_>,
+        attempt: &AttemptFolder,
+        follower: &mut Follower,
+    ) -> Ended {
+        attempt.cancel();
+        let stopped = self.system.stop(order.id);
+        if let Err(error) = &stopped {
+            let text = format!("the job {} could not be stopped: {error}", order.id);
+            errand.reporter.warning(&text);
+        }
+        let started = Instant::now();
+        while stopped.is_ok() && started.elapsed() < GRACE && !errand.cancel.is_killed() {
+            // What finished in the last moment is kept.
+            if let Some(answer @ Ok(_)) = follower.read() {
+                return Ended::Answered(answer);
+            }
+            let state = self.system.state(order);
+            if matches!(state, Ok(JobState::Ended(_) | JobState::Unknown)) {
+                break;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        Ended::Cancelled
+    }
+}
+
+impl Drop for Remote {
+    /// Forgets the jobs that are over.
+    fn drop(&mut self) {
+        let over = self.over.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut over = std::mem::take(over);
+        let system = Arc::clone(&self.system);
+        // Clients that block may not be used on the run's own thread.
+        let thread = std::thread::spawn(move || {
+            let started = Instant::now();
+            forget(system.as_ref(), &mut over);
+            while !over.is_empty() && started.elapsed() < GRACE {
+                std::thread::sleep(LOOK_EVERY);
+                forget(system.as_ref(), &mut over);
+            }
+        });
+        // It has nothing to tell.
+        let _ = thread.join();
+    }
+}
+
+/// Removes those that are gone, or that the job system will not let go.
+fn forget(system: &dyn JobSystem, over: &mut Vec<String>) {
+    over.retain(|id| matches!(system.forget(id), Ok(false)));
+}
+
+fn finished(
+    ended: Ended,
+    attempt: AttemptFolder,
+) -> Result<(AttemptFolder, StepOutcome), StepError> {
+    match ended {
+        Ended::Answered(answer) => Ok((attempt, answer?)),
+        Ended::Error(error) => Err(error),
+        Ended::Cancelled => Err(StepError::cancelled()),
+        Ended::Lost(why) => Err(StepError::new(StepErrorKind::Transient, why)),
+        Ended::Again => Err(StepError::new(
+            StepErrorKind::Transient,
+            "the job was never begun",
+        )),
+    }
+}
+
+fn step_error(error: JobError) -> StepError {
+    match error {
+        JobError::Unreachable(why) => StepError::new(StepErrorKind::Transient, why),
+        JobError::Refused { text, help } => StepError {
+            help,
+            ..StepError::failed(text)
+        },
+    }
+}
+
+/// Never the same for two attempts.
+fn id_of(errand: &Errand<'_>, number: u32) -> String {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let what = format!(
+        "{} {number} {} {}",
+        errand.key,
+        now.as_nanos(),
+        std::process::id()
+    );
+    let hex = Digest::of_bytes(what.as_bytes()).to_hex();
+    format!("flowrun-{}", &hex[..ID.min(hex.len())])
+}
+
+/// Hard links to everything below `from`, where the file system has them.
+fn link_all(from: &Path, to: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(from) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    std::fs::create_dir_all(to)?;
+    for entry in entries {
+        let entry = entry?;
+        let (path, dest) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type()?.is_dir() {
+            link_all(&path, &dest)?;
+        } else if std::fs::hard_link(&path, &dest).is_err() {
+            std::fs::copy(&path, &dest)?;
+        }
+    }
+    Ok(())
+}
+
+/// Moves what lies in one folder into another on the same file system.
+fn take_over(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let dest = to.join(entry.file_name());
+        if dest.is_dir() {
+            // Made beforehand for outputs that lie deeper.
+            take_over(&entry.path(), &dest)?;
+        } else {
+            std::fs::rename(entry.path(), dest)?;
+        }
+    }
+    Ok(())
+}

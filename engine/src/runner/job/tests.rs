@@ -1,0 +1,290 @@
+//! The runner and the other end together, over a job system that does what a script says: its
+//! jobs are threads of this process.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use flowrun_cache::Digest;
+
+use super::*;
+use crate::runner::Host;
+use crate::runner::protocol::PROTOCOL_VERSION;
+use crate::step::{Cancel, StepErrorKind, StepOutcome, StepReporter};
+use crate::vocabulary::Vocabulary;
+
+/// What becomes of the next order.
+#[derive(Clone, Copy)]
+enum Fate {
+    /// The work is done.
+    Work,
+    /// It is lost before it begins.
+    Dies,
+    /// It never gets a place.
+    Waits,
+    /// Nobody answers.
+    Away,
+    /// No.
+    No,
+}
+
+#[derive(Default)]
+struct Scripted {
+    fates: Mutex<VecDeque<Fate>>,
+    jobs: Arc<Mutex<BTreeMap<String, JobState>>>,
+    orders: Arc<Mutex<Vec<String>>>,
+}
+
+impl JobSystem for Scripted {
+    fn name(&self) -> String {
+        "script".to_owned()
+    }
+    fn submit(&self, order: &JobOrder<'_>) -> Result<(), JobError> {
+        let fate = self.fates.lock().unwrap().pop_front().unwrap_or(Fate::Work);
+        let state = match fate {
+            Fate::Away => return Err(JobError::Unreachable("nobody at home".to_owned())),
+            Fate::No => return Err(JobError::refused("no")),
+            Fate::Dies => JobState::Ended(JobEnd::Killed("its node died".to_owned())),
+            Fate::Waits => JobState::Waiting {
+                why: "no node has 9 CPU".to_owned(),
+                hopeless: true,
+            },
+            Fate::Work => JobState::Running,
+        };
+        let id = order.id.to_owned();
+        self.orders.lock().unwrap().push(id.clone());
+        self.jobs.lock().unwrap().insert(id.clone(), state.clone());
+        if state == JobState::Running {
+            let (jobs, folder) = (Arc::clone(&self.jobs), order.folder.to_owned());
+            std::thread::spawn(move || {
+                work(&folder);
+                jobs.lock()
+                    .unwrap()
+                    .insert(id, JobState::Ended(JobEnd::Well));
+            });
+        }
+        Ok(())
+    }
+    fn state(&self, order: &JobOrder<'_>) -> Result<JobState, JobError> {
+        let jobs = self.jobs.lock().unwrap();
+        Ok(jobs.get(order.id).cloned().unwrap_or(JobState::Unknown))
+    }
+    fn stop(&self, _: &str) -> Result<(), JobError> {
+        Ok(())
+    }
+    fn forget(&self, _: &str) -> Result<bool, JobError> {
+        Ok(true)
+    }
+}
+
+fn work(folder: &Path) {
+    let env = [("PATH", "/usr/bin:/bin"), ("OTHER", "of the worker")];
+    let host = Host {
+        vocabulary: Vocabulary::default(),
+        env: env.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+        exe: PathBuf::new(),
+    };
+    let post = Post::take(folder).unwrap().unwrap();
+    exec_job(host, post, &Cancel::default(), std::io::sink(), || {}).unwrap();
+}
+
+#[derive(Default)]
+struct Heard(Mutex<Vec<String>>);
+
+impl StepReporter for Heard {
+    fn progress(&self, _: u64, _: u64, _: &str, text: &str) {
+        self.log(text);
+    }
+    fn warning(&self, text: &str) {
+        self.log(&format!("warning: {text}"));
+    }
+    fn log(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+struct Desk {
+    dir: tempfile::TempDir,
+    cancel: Cancel,
+    heard: Arc<Heard>,
+    orders: Arc<Mutex<Vec<String>>>,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for folder in ["place/in", "place/out/deep"] {
+            std::fs::create_dir_all(dir.path().join(folder)).unwrap();
+        }
+        std::fs::write(dir.path().join("place/in/x"), "input ").unwrap();
+        Self {
+            dir,
+            cancel: Cancel::default(),
+            heard: Arc::default(),
+            orders: Arc::default(),
+        }
+    }
+
+    fn run(&self, command: &str, fates: &[Fate]) -> Result<StepOutcome, StepError> {
+        self.with(command, fates, Remote::run)
+    }
+
+    fn with<T>(
+        &self,
+        command: &str,
+        fates: &[Fate],
+        then: impl FnOnce(&Remote, &Errand<'_>) -> T,
+    ) -> T {
+        let system = Scripted {
+            fates: Mutex::new(fates.iter().copied().collect()),
+            orders: Arc::clone(&self.orders),
+            ..Scripted::default()
+        };
+        let remote = Remote::new(
+            Box::new(system),
+            JobSettings::default(),
+            Path::new("/flowrun"),
+            self.dir.path(),
+        );
+        let place = self.dir.path().join("place");
+        let env = [("x", "in/x"), ("out", "out/deep/y")];
+        let reporter: Arc<dyn StepReporter> = Arc::clone(&self.heard) as Arc<dyn StepReporter>;
+        let errand = Errand {
+            step: "s",
+            key: Digest::of_bytes(b"key"),
+            folder: self.folder(),
+            place: &place,
+            request: Request::Command(CommandRequest {
+                protocol: PROTOCOL_VERSION,
+                command: command.to_owned(),
+                folder: place.clone(),
+                env: env.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+            }),
+            environment: [("TOKEN".to_owned(), "hush".to_owned())].into(),
+            resources: &Resources::default(),
+            cancel: &self.cancel,
+            reporter: &reporter,
+        };
+        then(&remote, &errand)
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.dir.path().join("jobs/key")
+    }
+
+    fn made(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("place/out/deep/y")).unwrap_or_default()
+    }
+
+    fn heard(&self, words: &str) -> bool {
+        self.heard
+            .0
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|l| l.contains(words))
+    }
+
+    fn orders(&self) -> usize {
+        self.orders.lock().unwrap().len()
+    }
+}
+
+const WORK: &str = "cat \"$x\" > \"$out\"; printf %s \"$TOKEN\" >> \"$out\"; echo said; printf %s \"${OTHER-}\" >> \"$out\"";
+
+#[test]
+fn the_work_is_done_elsewhere_and_nothing_is_left_of_it() {
+    let desk = Desk::new();
+    desk.run(WORK, &[]).unwrap();
+    assert_eq!(
+        desk.made(),
+        "input hush",
+        "the worker's environment stays out"
+    );
+    assert!(desk.heard("said"));
+    assert!(!desk.folder().exists());
+}
+
+#[test]
+fn a_failure_is_the_steps_and_is_not_tried_again() {
+    let desk = Desk::new();
+    let error = desk.run("echo oops; exit 3", &[]).unwrap_err();
+    assert_eq!(error.kind, StepErrorKind::Failed);
+    assert!(error.message.contains("oops"), "{}", error.message);
+    assert_eq!(desk.orders(), 1);
+    assert!(!desk.folder().exists());
+}
+
+#[test]
+fn a_job_that_died_is_begun_again_and_not_for_ever() {
+    let desk = Desk::new();
+    desk.run(WORK, &[Fate::Dies]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 2));
+    assert!(desk.heard("its node died; it is begun again"));
+    let desk = Desk::new();
+    let error = desk.run(WORK, &[Fate::Dies; 9]).unwrap_err();
+    assert_eq!((error.kind, desk.orders()), (StepErrorKind::Transient, 3));
+    assert!(error.message.contains("tried 3 times"), "{}", error.message);
+}
+
+#[test]
+fn one_that_cannot_be_ordered_or_placed_says_so_at_once() {
+    for (fate, kind, words) in [
+        (Fate::Away, StepErrorKind::Transient, "nobody at home"),
+        (Fate::No, StepErrorKind::Failed, "no"),
+        (Fate::Waits, StepErrorKind::Failed, "no node has 9 CPU"),
+    ] {
+        let desk = Desk::new();
+        let error = desk.run(WORK, &[fate]).unwrap_err();
+        assert_eq!(error.kind, kind);
+        assert!(error.message.contains(words), "{}", error.message);
+        assert!(!desk.folder().exists());
+    }
+}
+
+#[test]
+fn a_job_of_a_killed_run_is_followed_and_not_ordered_again() {
+    let desk = Desk::new();
+    let go = desk.dir.path().join("go");
+    let command = format!(
+        "while [ ! -e '{}' ]; do sleep 0.05; done; {WORK}",
+        go.display()
+    );
+    // A run wrote down and ordered this, and was killed.
+    desk.with(&command, &[], |remote, errand| {
+        let folder = folder::JobFolder::at(errand.folder.clone());
+        let attempt = folder.attempt(1);
+        remote.write(errand, &folder, &attempt, 1, "left").unwrap();
+        let path = attempt.path().to_owned();
+        std::thread::spawn(move || work(&path));
+        while !attempt.is_claimed() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    });
+    std::thread::scope(|scope| {
+        let next = scope.spawn(|| desk.run(&command, &[]));
+        while !desk.heard("goes on with the job left") {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        std::fs::write(&go, "").unwrap();
+        next.join().unwrap().unwrap();
+    });
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 0));
+}
+
+#[test]
+fn a_run_that_is_stopped_stops_the_job() {
+    let desk = Desk::new();
+    let cancel = desk.cancel.clone();
+    std::thread::scope(|scope| {
+        let ran = scope.spawn(|| desk.run("echo up > up; sleep 100", &[]));
+        while !desk.folder().join("1/place/up").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        cancel.cancel();
+        let error = ran.join().unwrap().unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Cancelled);
+    });
+    assert!(!desk.folder().exists());
+}

@@ -1,0 +1,453 @@
+//! `ray`: jobs of a Ray cluster, through the Jobs REST API of its dashboard.
+//!
+//! | Ray says | it means |
+//! |---|---|
+//! | 500 with "already exists" to an order | the job was ordered before; nothing is ordered twice |
+//! | 404 | the head was started anew and knows no job from before; or nobody ordered it |
+//! | `FAILED` with exit code -9 | its process was killed from outside, by the system if memory ran out |
+//! | `FAILED` with `JOB_SUPERVISOR_ACTOR_…` | the node, or the actor that watches the process, died or was never started |
+//! | `PENDING` with a demand that no node has | it would wait until Ray gives up, after 15 minutes |
+//!
+//! As of Ray 2.60.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use flowrun_engine::pipeline::Resources;
+use flowrun_engine::runner::{JobEnd, JobError, JobKind, JobOrder, JobState, JobSystem};
+use flowrun_engine::step::{StepError, World};
+use reqwest::{Method, StatusCode};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::dashboard::{Answer, Dashboard, PACKAGE};
+use crate::deploy::package::Package;
+use crate::schema_of;
+
+/// Cores of a job that does not say how many it wants. With none, Ray runs it on the head.
+const CPUS: f64 = 1.0;
+/// What the program is called in the package that brings it to the workers.
+const PROGRAM: &str = "flowrun";
+/// Bytes of a message of Ray's that are told; it may hold 20,000 characters of logs, which the
+/// step's own log has too.
+const SAID: usize = 600;
+/// A job that is deleted sooner after its end is missed by Ray's own watch over it, and comes back
+/// as one that failed.
+const SETTLED: Duration = Duration::from_secs(2);
+const JOBS: &str = "/api/jobs/";
+
+/// The job system.
+pub(super) struct Ray;
+
+/// A Ray cluster.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    /// Address of its dashboard, `http://127.0.0.1:8265`. A token is taken from `RAY_AUTH_TOKEN`.
+    #[schemars(url, regex(pattern = "^https?://"))]
+    address: String,
+    /// Bring this program to the workers as a package, so that they need not have it. The
+    /// `program` of the settings then means nothing.
+    #[serde(default)]
+    upload: bool,
+    /// Nodes are started when they are asked for: what no node has now is waited for.
+    #[serde(default)]
+    autoscales: bool,
+    /// More fields of the jobs' runtime environment, as Ray takes them: `pip`, `env_vars`, ….
+    /// The dashboard shows them: no secrets.
+    #[serde(default)]
+    runtime_env: Map<String, Value>,
+}
+
+struct Cluster {
+    dashboard: Dashboard,
+    settings: Settings,
+    exe: PathBuf,
+    /// Name of the package with the program, once it was packed, and where it lies.
+    package: Mutex<Option<(Package, tempfile::TempDir)>>,
+    /// Since when jobs are known to be over.
+    over: Mutex<BTreeMap<String, Instant>>,
+}
+
+impl JobKind for Ray {
+    fn name(&self) -> &'static str {
+        "ray"
+    }
+    fn about(&self) -> &'static str {
+        "Jobs of a Ray cluster, through its Jobs REST API."
+    }
+    fn settings_schema(&self) -> Value {
+        schema_of::<Settings>()
+    }
+    fn example(&self) -> &'static str {
+        "{ address: 'http://127.0.0.1:8265' }"
+    }
+    fn open(&self, settings: &Value, world: &World) -> Result<Box<dyn JobSystem>, StepError> {
+        let settings: Settings = serde_json::from_value(settings.clone())
+            .map_err(|e| StepError::invalid(format!("`runners.ray`: {e}")))?;
+        Ok(Box::new(Cluster {
+            dashboard: Dashboard::open(&settings.address, world)?,
+            settings,
+            exe: world.exe.clone(),
+            package: Mutex::default(),
+            over: Mutex::default(),
+        }))
+    }
+}
+
+impl JobSystem for Cluster {
+    fn name(&self) -> String {
+        format!("Ray at {}", self.dashboard.address())
+    }
+
+    fn submit(&self, order: &JobOrder<'_>) -> Result<(), JobError> {
+        let body = self.body(order)?.to_string();
+        let answer = self.call(Method::POST, JOBS, Some(body))?;
+        let known = || answer.text.contains("already exists");
+        match answer.is_ok() || answer.status == StatusCode::INTERNAL_SERVER_ERROR && known() {
+            true => Ok(()),
+            false => Err(refused("the job", &answer)),
+        }
+    }
+
+    fn state(&self, order: &JobOrder<'_>) -> Result<JobState, JobError> {
+        let answer = self.call(Method::GET, &format!("{JOBS}{}", order.id), None)?;
+        if answer.status == StatusCode::NOT_FOUND {
+            return Ok(JobState::Unknown);
+        }
+        if !answer.is_ok() {
+            return Err(refused("to tell of a job", &answer));
+        }
+        let job = parse(&answer)?;
+        let state = state_of(&job);
+        match state {
+            JobState::Waiting { .. } if !self.settings.autoscales => {
+                let lack = self.lack(order.resources);
+                Ok(match lack {
+                    Some(why) => JobState::Waiting {
+                        why,
+                        hopeless: true,
+                    },
+                    None => state,
+                })
+            }
+            _ => Ok(state),
+        }
+    }
+
+    fn stop(&self, id: &str) -> Result<(), JobError> {
+        let answer = self.call(Method::POST, &format!("{JOBS}{id}/stop"), None)?;
+        match answer.is_ok() || answer.status == StatusCode::NOT_FOUND {
+            true => Ok(()),
+            false => Err(refused("to stop a job", &answer)),
+        }
+    }
+
+    fn forget(&self, id: &str) -> Result<bool, JobError> {
+        let path = format!("{JOBS}{id}");
+        let over = || self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = over().get(id).copied();
+        if since.is_none() {
+            let answer = self.call(Method::GET, &path, None)?;
+            if answer.is_ok() && !matches!(state_of(&parse(&answer)?), JobState::Ended(_)) {
+                return Ok(false);
+            }
+        }
+        let since = *over().entry(id.to_owned()).or_insert_with(Instant::now);
+        if since.elapsed() < SETTLED {
+            return Ok(false);
+        }
+        self.call(Method::DELETE, &path, None)?;
+        over().remove(id);
+        Ok(true)
+    }
+}
+
+impl Cluster {
+    fn call(&self, method: Method, path: &str, body: Option<String>) -> Result<Answer, JobError> {
+        let answer = self.dashboard.call(method, path, body.map(Into::into));
+        let answer = answer.map_err(JobError::Unreachable)?;
+        match answer.status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(JobError::Refused {
+                text: format!("{} refused the token: {answer}", self.name()),
+                help: Some("set `RAY_AUTH_TOKEN` to the cluster's token".to_owned()),
+            }),
+            // In front of a head that is away.
+            StatusCode::BAD_GATEWAY
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::GATEWAY_TIMEOUT => {
+                Err(JobError::Unreachable(format!("{}: {answer}", self.name())))
+            }
+            _ => Ok(answer),
+        }
+    }
+
+    fn body(&self, order: &JobOrder<'_>) -> Result<Value, JobError> {
+        let mut runtime_env = self.settings.runtime_env.clone();
+        let mut program = order.program.to_owned();
+        if self.settings.upload {
+            let package = self.uploaded()?;
+            runtime_env.insert("working_dir".into(), format!("gcs://{package}").into());
+            program = format!("./{PROGRAM}");
+        }
+        let words = std::iter::once(&program).chain(&order.args);
+        let words: Vec<String> = words.map(|word| quoted(word)).collect();
+        let command = format!("exec {}", words.join(" "));
+        let want = order.resources;
+        let mut body = json!({
+            "entrypoint": match self.settings.upload {
+                // Ray's packages keep no modes.
+                true => format!("chmod u+x {program} && {command}"),
+                false => command,
+            },
+            "submission_id": order.id,
+            "metadata": {"flowrun.step": order.step},
+            "entrypoint_num_cpus": if want.cpu > 0.0 { want.cpu } else { CPUS },
+            "runtime_env": runtime_env,
+        });
+        if want.gpu > 0.0 {
+            body["entrypoint_num_gpus"] = want.gpu.into();
+        }
+        if want.memory > 0 {
+            body["entrypoint_memory"] = want.memory.into();
+        }
+        if !want.custom.is_empty() {
+            body["entrypoint_resources"] = json!(want.custom);
+        }
+        Ok(body)
+    }
+
+    /// The name of the package with this program, which is there now: Ray drops those that no job
+    /// uses.
+    fn uploaded(&self) -> Result<String, JobError> {
+        let mut slot = self.package.lock().unwrap_or_else(PoisonError::into_inner);
+        let packed = match slot.take() {
+            Some(packed) => packed,
+            None => pack(&self.exe)?,
+        };
+        let (package, _) = slot.insert(packed);
+        let uploaded = self.dashboard.upload(&package.name, &package.path);
+        uploaded.map_err(JobError::Unreachable)?;
+        Ok(package.name.clone())
+    }
+
+    /// What a job asks for and no node has, if that is known.
+    fn lack(&self, want: &Resources) -> Option<String> {
+        let path = "/api/v0/nodes?detail=1&limit=10000";
+        let answer = self.call(Method::GET, path, None).ok()?;
+        let nodes: Value = serde_json::from_str(&answer.text).ok()?;
+        let nodes = nodes.pointer("/data/result/result")?.as_array()?;
+        let alive = nodes.iter().filter(|node| node["state"] == "ALIVE");
+        let nodes: Vec<&Value> = alive.map(|node| &node["resources_total"]).collect();
+        lack(want, &nodes)
+    }
+}
+
+fn pack(exe: &Path) -> Result<(Package, tempfile::TempDir), JobError> {
+    let failed = |why: String| JobError::refused(format!("the program cannot be packed: {why}"));
+    let folder = tempfile::tempdir().map_err(|e| failed(e.to_string()))?;
+    let link = folder.path().join(PROGRAM);
+    std::os::unix::fs::symlink(exe, &link).map_err(|e| failed(e.to_string()))?;
+    let package = Package::pack(folder.path(), &[PROGRAM], &folder.path().join("p.zip"));
+    Ok((package.map_err(|e| failed(e.message))?, folder))
+}
+
+/// A word for the shell.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+fn refused(what: &str, answer: &Answer) -> JobError {
+    JobError::refused(format!("Ray refused {what}: {answer}"))
+}
+
+fn parse(answer: &Answer) -> Result<Value, JobError> {
+    serde_json::from_str(&answer.text).map_err(|e| JobError::Refused {
+        text: format!("what answers is no dashboard of Ray: {e}"),
+        help: Some(format!("`address` is that of a dashboard of `{PACKAGE}`")),
+    })
+}
+
+/// What Ray's description of a job means.
+fn state_of(job: &Value) -> JobState {
+    let text = |name: &str| job[name].as_str().unwrap_or_default();
+    let message = || {
+        let message = text("message").trim();
+        message.chars().take(SAID).collect::<String>()
+    };
+    match text("status") {
+        "RUNNING" => JobState::Running,
+        "SUCCEEDED" => JobState::Ended(JobEnd::Well),
+        "STOPPED" => JobState::Ended(JobEnd::Stopped),
+        "FAILED" => {
+            let exit = job["driver_exit_code"].as_i64();
+            JobState::Ended(match (text("error_type"), exit) {
+                (_, Some(-9 | 137)) => JobEnd::Killed(
+                    "its process was killed from outside (signal 9), as the system does where memory runs out".to_owned(),
+                ),
+                (_, Some(code)) => JobEnd::Failed(format!("its process ended with exit code {code}")),
+                ("JOB_SUPERVISOR_ACTOR_START_TIMEOUT", None) => JobEnd::NotStarted(message()),
+                ("JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE" | "RUNTIME_ENV_SETUP_FAILURE", None) => {
+                    JobEnd::Failed(message())
+                }
+                // The actor that watches it died, by whatever name: with its node, mostly.
+                (_, None) => JobEnd::Killed(message()),
+            })
+        }
+        _ => JobState::Waiting {
+            why: "Ray has no place for it yet".to_owned(),
+            hopeless: false,
+        },
+    }
+}
+
+/// What is asked for and no node has.
+fn lack(want: &Resources, nodes: &[&Value]) -> Option<String> {
+    let cpu = if want.cpu > 0.0 { want.cpu } else { CPUS };
+    let mut asked = vec![("CPU".to_owned(), cpu)];
+    asked.extend((want.gpu > 0.0).then(|| ("GPU".to_owned(), want.gpu)));
+    asked.extend((want.memory > 0).then(|| ("memory".to_owned(), want.memory as f64)));
+    asked.extend(want.custom.iter().map(|(name, n)| (name.clone(), *n)));
+    let has = |node: &Value, name: &str| node[name].as_f64().unwrap_or_default();
+    let fits = |node: &&&Value| asked.iter().all(|(name, n)| has(node, name) >= *n);
+    if nodes.is_empty() || nodes.iter().any(|node| fits(&node)) {
+        return None;
+    }
+    let most = |name: &str| nodes.iter().map(|node| has(node, name)).fold(0.0, f64::max);
+    let shown = |name: &str, n: f64| match name {
+        "memory" => format!("{:.1} GB of memory", n / 1e9),
+        _ => format!("{n} {name}"),
+    };
+    let lacking = asked.iter().filter(|(name, n)| most(name) < *n);
+    let lacking: Vec<String> = lacking
+        .map(|(name, n)| {
+            format!(
+                "{} (the most that one has is {})",
+                shown(name, *n),
+                most(name)
+            )
+        })
+        .collect();
+    Some(match lacking.is_empty() {
+        false => format!("no node has {}", lacking.join(" and ")),
+        true => {
+            let all: Vec<String> = asked.iter().map(|(name, n)| shown(name, *n)).collect();
+            format!("no node has {} together", all.join(" and "))
+        }
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn failed(error_type: Value, exit: Value) -> JobEnd {
+        let job = json!({"status": "FAILED", "message": "why", "error_type": error_type,
+            "driver_exit_code": exit});
+        match state_of(&job) {
+            JobState::Ended(end) => end,
+            other => JobEnd::Failed(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn what_died_is_told_from_what_failed() {
+        let killed = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(-9));
+        assert!(matches!(killed, JobEnd::Killed(_)), "{killed:?}");
+        let crashed = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(3));
+        assert!(
+            matches!(&crashed, JobEnd::Failed(why) if why.contains('3')),
+            "{crashed:?}"
+        );
+        let why = || "why".to_owned();
+        for (kind, end) in [
+            ("JOB_SUPERVISOR_ACTOR_DIED", JobEnd::Killed(why())),
+            (
+                "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
+                JobEnd::NotStarted(why()),
+            ),
+            ("RUNTIME_ENV_SETUP_FAILURE", JobEnd::Failed(why())),
+        ] {
+            assert_eq!(failed(kind.into(), Value::Null), end, "{kind}");
+        }
+        assert_eq!(failed(Value::Null, Value::Null), JobEnd::Killed(why()));
+        let state = |status: &str| state_of(&json!({ "status": status }));
+        assert_eq!(state("RUNNING"), JobState::Running);
+        assert_eq!(state("SUCCEEDED"), JobState::Ended(JobEnd::Well));
+        assert!(matches!(
+            state("PENDING"),
+            JobState::Waiting {
+                hopeless: false,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn what_no_node_has_is_named() {
+        let (small, big) = (json!({"CPU": 4.0, "memory": 8e9}), json!({"CPU": 16.0}));
+        let nodes = [&small, &big];
+        let want = |cpu: f64, memory: u64, gpu: f64| Resources {
+            cpu,
+            memory,
+            gpu,
+            ..Resources::default()
+        };
+        assert_eq!(lack(&want(16.0, 0, 0.0), &nodes), None);
+        assert_eq!(lack(&want(0.0, 8_000_000_000, 0.0), &nodes), None);
+        assert_eq!(lack(&want(64.0, 0, 0.0), &[]), None, "nothing is known");
+        let text = lack(&want(64.0, 0, 2.0), &nodes).unwrap();
+        assert_eq!(
+            text,
+            "no node has 64 CPU (the most that one has is 16) and 2 GPU (the most that one has is 0)"
+        );
+        let text = lack(&want(16.0, 8_000_000_000, 0.0), &nodes).unwrap();
+        assert_eq!(text, "no node has 16 CPU and 8.0 GB of memory together");
+    }
+
+    #[test]
+    fn a_job_says_what_it_needs_and_no_secret() {
+        let settings = json!({"address": "http://127.0.0.1:1", "runtime_env": {"pip": ["x"]}});
+        let world = World::default();
+        let settings: Settings = serde_json::from_value(settings).unwrap();
+        let cluster = Cluster {
+            dashboard: Dashboard::open(&settings.address, &world).unwrap(),
+            settings,
+            exe: PathBuf::new(),
+            package: Mutex::default(),
+            over: Mutex::default(),
+        };
+        let resources = Resources {
+            gpu: 0.5,
+            memory: 1000,
+            custom: [("TPU".to_owned(), 2.0)].into(),
+            ..Resources::default()
+        };
+        let order = JobOrder {
+            id: "flowrun-1",
+            step: "a[b]",
+            program: "/opt/it's/flowrun",
+            args: vec!["step".into(), "exec".into()],
+            folder: Path::new("/f"),
+            resources: &resources,
+        };
+        let body = cluster.body(&order).unwrap();
+        assert_eq!(
+            body,
+            json!({
+                "entrypoint": r"exec '/opt/it'\''s/flowrun' 'step' 'exec'",
+                "submission_id": "flowrun-1",
+                "metadata": {"flowrun.step": "a[b]"},
+                "entrypoint_num_cpus": 1.0,
+                "entrypoint_num_gpus": 0.5,
+                "entrypoint_memory": 1000,
+                "entrypoint_resources": {"TPU": 2.0},
+                "runtime_env": {"pip": ["x"]},
+            })
+        );
+    }
+}

@@ -1,0 +1,245 @@
+//! `runner: slurm`: steps as batch jobs of a real Slurm of this machine, whose processes are
+//! killed. Slurm's daemons want to be started by root: `FLOWRUN_SLURM=1` says that they may be.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::project::{Project, Run};
+use crate::server::free_port;
+use crate::slow_job::{Slow, lives, signal, until};
+
+/// A cluster of one node, which ends with the test.
+struct Slurm {
+    daemons: Vec<Child>,
+    scratch: tempfile::TempDir,
+}
+
+const RUNNERS: &str = "runners:\n  slurm: { jobs: 4 }\n";
+
+const CONF: &str = "\
+ClusterName=flowrun
+SlurmctldHost=HOST(127.0.0.1)
+SlurmctldPort=PORT1
+SlurmdPort=PORT2
+AuthType=auth/munge
+AuthInfo=socket=HERE/munge/socket
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation=HERE/state
+SlurmdSpoolDir=HERE/spool
+SlurmctldPidFile=HERE/slurmctld.pid
+SlurmdPidFile=HERE/slurmd.pid
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+ReturnToService=2
+KillWait=5
+NodeName=HOST NodeAddr=127.0.0.1 CPUs=CORES State=UNKNOWN
+PartitionName=p Nodes=HOST Default=YES MaxTime=INFINITE State=UP
+";
+
+fn output(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+fn ok(program: &str, args: &[&str]) {
+    assert!(Command::new(program).args(args).status().unwrap().success());
+}
+
+impl Slurm {
+    fn start() -> Option<Self> {
+        if std::env::var_os("FLOWRUN_SLURM").is_none_or(|v| v.is_empty()) {
+            println!("skipped: set FLOWRUN_SLURM=1 where `slurm-wlm` and `munge` are installed");
+            return None;
+        }
+        let scratch = tempfile::Builder::new()
+            .prefix("fs")
+            .tempdir_in("/tmp")
+            .unwrap();
+        let here = scratch.path().display().to_string();
+        for folder in ["state", "spool", "munge"] {
+            std::fs::create_dir(scratch.path().join(folder)).unwrap();
+        }
+        // The daemon of munge has a user of its own, and is particular about its folders.
+        let munge = format!("{here}/munge");
+        std::fs::write(
+            format!("{munge}/key"),
+            "no secret at all, but long enough".repeat(40),
+        )
+        .unwrap();
+        ok("chmod", &["711", &here, &munge]);
+        ok("chmod", &["400", &format!("{munge}/key")]);
+        ok("chown", &["-R", "munge:munge", &munge]);
+        let cores = std::thread::available_parallelism().unwrap().to_string();
+        let conf = CONF
+            .replace("HOST", &output("hostname", &["-s"]))
+            .replace("PORT1", &free_port().to_string())
+            .replace("PORT2", &free_port().to_string())
+            .replace("CORES", &cores)
+            .replace("HERE", &here);
+        std::fs::write(scratch.path().join("slurm.conf"), conf).unwrap();
+        let mut slurm = Self {
+            daemons: Vec::new(),
+            scratch,
+        };
+        let flag = |name: &str, file: &str| format!("--{name}={munge}/{file}");
+        slurm.daemon(
+            "setpriv",
+            &[
+                "--reuid=munge",
+                "--regid=munge",
+                "--clear-groups",
+                "munged",
+                "--foreground",
+                &flag("key-file", "key"),
+                &flag("socket", "socket"),
+                &flag("pid-file", "pid"),
+                &flag("log-file", "log"),
+                &flag("seed-file", "seed"),
+            ],
+        );
+        until("munge is not up", || {
+            Path::new(&munge).join("socket").exists()
+        });
+        slurm.daemon("slurmctld", &["-D"]);
+        slurm.daemon("slurmd", &["-D"]);
+        until("Slurm is not up", || {
+            slurm.said("sinfo", &["-h", "-o", "%T"]) == "idle"
+        });
+        Some(slurm)
+    }
+
+    fn conf(&self) -> String {
+        self.scratch.path().join("slurm.conf").display().to_string()
+    }
+
+    fn daemon(&mut self, program: &str, args: &[&str]) {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let child = Command::new(program)
+            .args(args)
+            .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+            .env("SLURM_CONF", self.conf())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        self.daemons.push(child);
+    }
+
+    /// What a command of Slurm says; nothing where the controller is away.
+    fn said(&self, program: &str, args: &[&str]) -> String {
+        let output = Command::new("timeout")
+            .args(["10", program])
+            .args(args)
+            .env("SLURM_CONF", self.conf())
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Jobs that are not over.
+    fn jobs(&self) -> String {
+        self.said("squeue", &["--noheader"])
+    }
+
+    fn project(&self, step: &str) -> Project {
+        let project = Project::new();
+        project.write("p.yaml", &format!("{}{step}", RUNNERS));
+        project
+    }
+
+    fn run(&self, project: &Project, args: &[&str]) -> Run {
+        let mut command = project.command(args);
+        let command = command
+            .env("SLURM_CONF", self.conf())
+            .env("TOKEN", "very-secret-value");
+        Run::of(command.output().unwrap())
+    }
+
+    fn start_run(&self, slow: &Slow) -> Child {
+        slow.start_with(&[("SLURM_CONF", &self.conf())])
+    }
+}
+
+impl Drop for Slurm {
+    fn drop(&mut self) {
+        for daemon in self.daemons.iter_mut().rev() {
+            signal("-TERM", daemon.id());
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while daemon.try_wait().is_ok_and(|ended| ended.is_none()) {
+                if Instant::now() > deadline {
+                    let _ = daemon.kill();
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+}
+
+#[test]
+fn steps_are_batch_jobs_and_what_dies_is_begun_again() {
+    let Some(slurm) = Slurm::start() else { return };
+    let step = "steps:\n  s:\n    run: 'echo \"it is $TOKEN\"; printf %s \"$TOKEN\" | wc -c > \"$out\"'\n    runner: slurm\n    secrets: [TOKEN]\n    out: { out: n }\n    publish: { out: n }\n";
+    let project = slurm.project(step);
+    slurm.run(&project, &["p.yaml"]).ok();
+    assert_eq!(project.read("n").trim(), "17");
+    project.edit("p.yaml", "printf", "exit 3; printf");
+    let failed = slurm.run(&project, &["p.yaml"]);
+    assert_eq!(failed.code, Some(4));
+    assert!(
+        failed.stderr.contains("exit status: 3"),
+        "{}",
+        failed.stderr
+    );
+    let asks = "    runner: slurm\n    resources: { cpu: 4096 }\n";
+    project.edit("p.yaml", "    runner: slurm\n", asks);
+    let refused = slurm.run(&project, &["p.yaml"]);
+    assert_eq!(refused.code, Some(4));
+    assert!(
+        refused.stderr.contains("PartitionConfig"),
+        "{}",
+        refused.stderr
+    );
+
+    let slow = Slow::new("slurm", RUNNERS);
+    let child = slurm.start_run(&slow);
+    let first = slow.worker();
+    signal("-KILL", first);
+    let second = slow.worker();
+    assert_ne!(first, second);
+    slow.go();
+    slow.ended_well(child);
+    assert_eq!(slow.begun(), 2);
+}
+
+#[test]
+fn the_job_of_a_killed_run_is_taken_up_and_an_interrupted_run_stops_its_job() {
+    let Some(slurm) = Slurm::start() else { return };
+    let slow = Slow::new("slurm", RUNNERS);
+    let mut child = slurm.start_run(&slow);
+    let worker = slow.worker();
+    signal("-KILL", child.id());
+    child.wait().unwrap();
+    let next = slurm.start_run(&slow);
+    until("the next run did not find it", || {
+        slow.has_said("of an earlier run")
+    });
+    assert!(lives(worker), "the job works on");
+    slow.go();
+    slow.ended_well(next);
+    assert_eq!(slow.begun(), 1, "it was not begun again");
+
+    let slow = Slow::new("slurm", RUNNERS);
+    let child = slurm.start_run(&slow);
+    let worker = slow.worker();
+    signal("-INT", child.id());
+    let ended = Run::of(child.wait_with_output().unwrap());
+    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+    until("the job works on", || !lives(worker));
+    until("jobs are left", || slurm.jobs().is_empty());
+}
