@@ -67,9 +67,11 @@ pub enum Answerer {
         /// The program.
         program: Box<Program>,
         /// Its model.
-        lm: Metered,
+        lm: Box<Metered>,
         /// How the model draws.
         sampling: Sampling,
+        /// Whether all rows are asked in one call: their answers come together, or not for hours.
+        at_once: bool,
     },
     /// A classifier with its sentence encoder.
     Classifier {
@@ -102,8 +104,9 @@ impl Answerer {
                 attach_encoders(saved, &mut program, host)?;
                 Ok(Self::Prompt {
                     program: Box::new(program),
-                    lm: open_lm(model, checkpoint, host)?,
+                    lm: Box::new(open_lm(model, checkpoint, host)?),
                     sampling: sampling.into(),
+                    at_once: matches!(model, ModelSpec::OpenAi(spec) if spec.batch),
                 })
             }
             ProgramFile::Classifier(FittedProgram {
@@ -142,12 +145,15 @@ impl Answerer {
                 program,
                 lm,
                 sampling,
+                at_once,
             } => {
+                let usual = RunOptions::default();
                 let options = RunOptions {
+                    batch: if *at_once { rows.len() } else { usual.batch },
                     on_row: Some(&count),
-                    ..RunOptions::default()
+                    ..usual
                 };
-                Ok(program.run(lm, sampling, rows, &options))
+                Ok(program.run(lm.as_ref(), sampling, rows, &options))
             }
             Self::Classifier {
                 classifier,

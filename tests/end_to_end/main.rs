@@ -1,6 +1,8 @@
 //! End to end, through the real binary on real files.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, missing_docs)]
 
+mod batch_server;
+mod batches;
 mod budget;
 mod cache;
 mod classify;

@@ -167,12 +167,38 @@ impl Api {
         })
     }
 
+    /// Reads a file, as text.
+    ///
+    /// # Errors
+    /// As [`Api::get`]; unavailable when it is no text.
+    pub fn text(&self, path: &[&str]) -> Result<String, ApiError> {
+        let bytes = self.bytes(path, true, |client, url| {
+            client.request(Method::GET, url).timeout(UPLOAD)
+        })?;
+        String::from_utf8(bytes).map_err(|_| ApiError::Unavailable {
+            url: path.join("/"),
+            why: "the file is no text".to_owned(),
+        })
+    }
+
     fn call(
         &self,
         path: &[&str],
         harmless: bool,
         request: impl Fn(&Client, reqwest::Url) -> RequestBuilder,
     ) -> Result<Value, ApiError> {
+        let bytes = self.bytes(path, harmless, request)?;
+        // Some servers answer in words.
+        let text = || Value::String(wire::shown(&bytes));
+        Ok(serde_json::from_slice(&bytes).unwrap_or_else(|_| text()))
+    }
+
+    fn bytes(
+        &self,
+        path: &[&str],
+        harmless: bool,
+        request: impl Fn(&Client, reqwest::Url) -> RequestBuilder,
+    ) -> Result<Vec<u8>, ApiError> {
         let endpoint = Endpoint::new(&self.base_url, path).map_err(ApiError::Invalid)?;
         let mut attempts = 0;
         loop {
@@ -181,7 +207,7 @@ impl Api {
                 call = call.bearer_auth(key);
             }
             let failed = match self.send(call, &endpoint.shown) {
-                Ok(value) => return Ok(value),
+                Ok(bytes) => return Ok(bytes),
                 Err(failed) => failed,
             };
             attempts += 1;
@@ -198,7 +224,7 @@ impl Api {
         }
     }
 
-    fn send(&self, call: RequestBuilder, url: &str) -> Result<Value, Failed> {
+    fn send(&self, call: RequestBuilder, url: &str) -> Result<Vec<u8>, Failed> {
         let unavailable = |why: String| ApiError::Unavailable {
             url: url.to_owned(),
             why,
@@ -214,9 +240,7 @@ impl Api {
         let bytes = answer.bytes();
         let bytes = bytes.map_err(|e| Failed::Seen(unavailable(retry::cause(&e))))?;
         if status.is_success() {
-            // Some servers answer in words.
-            let text = || Value::String(wire::shown(&bytes));
-            return Ok(serde_json::from_slice(&bytes).unwrap_or_else(|_| text()));
+            return Ok(bytes.into());
         }
         let error = ApiError::Status {
             url: url.to_owned(),

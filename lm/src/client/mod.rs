@@ -6,6 +6,7 @@
 //! | `endpoint` | the URL |
 //! | `api` | what such a server offers besides chats: files, fine-tuning jobs, adapters |
 //! | `wire` | the JSON of requests and answers |
+//! | `batch` | requests as one file, answers within a day |
 //! | `gate` | what all users of an entry share: limits, places, connections |
 //! | `limits` | requests and tokens per minute |
 //! | `retry` | what is tried again, and when |
@@ -13,6 +14,7 @@
 //! Invariant: no error, log line or `Debug` text shows the key.
 
 mod api;
+mod batch;
 mod endpoint;
 mod gate;
 mod limits;
@@ -34,6 +36,7 @@ use crate::lm::{
     prompt_tokens,
 };
 pub use api::{Api, ApiError};
+pub use batch::{Batched, Told};
 use endpoint::Endpoint;
 use gate::Gate;
 use retry::{Failure, Pace};
@@ -159,7 +162,9 @@ impl OpenAi {
             spent += started.elapsed();
             attempts += 1;
             settle(taken, &sent);
-            let failure = match sent.and_then(|answer| self.fitting(request, answer)) {
+            let failure = match sent
+                .and_then(|answer| fitting(&self.spec, &self.endpoint.shown, request, answer))
+            {
                 Ok(completion) => {
                     self.unreachable.store(false, Ordering::Relaxed);
                     self.gate.limits.settle(estimate, &completion);
@@ -248,11 +253,7 @@ impl OpenAi {
                 }
             }
         };
-        let error = LmError::Barred(format!(
-            "the run's `budget` for `{}` is spent: {told}; raise it, or run again: each run has \
-             the whole budget",
-            self.spec.model
-        ));
+        let error = spent(&self.spec.model, &told);
         Err(down.get_or_init(|| error).clone())
     }
 
@@ -319,25 +320,6 @@ impl OpenAi {
         Ok(bytes)
     }
 
-    /// Servers that do not know a way to restrict answers ignore it without a word.
-    fn fitting(&self, request: &Request, completion: Completion) -> Result<Completion, Failure> {
-        let allowed = wire::allowed(&self.spec, request).unwrap_or_default();
-        let fits = allowed.is_empty()
-            || completion.finish != FinishReason::Stop
-            || allowed.contains(&completion.text);
-        if fits {
-            return Ok(completion);
-        }
-        Err(Failure::Barred {
-            why: format!(
-                "{}: the answer `{}` is none of the allowed ones, so the server ignored `guided`; \
-                 remove it, or name the server's own way",
-                self.endpoint.shown,
-                wire::shown(completion.text.as_bytes())
-            ),
-        })
-    }
-
     /// Some servers repeat the key that they do not know.
     fn without_key(&self, text: &str) -> String {
         match &self.key {
@@ -355,6 +337,37 @@ pub fn model_id(spec: &OpenAiSpec) -> String {
         Some(Guided::Vllm) => format!("{} guided by vllm", spec.model),
         Some(Guided::LlamaCpp) => format!("{} guided by llama_cpp", spec.model),
     }
+}
+
+/// A budget that has no place for one more request; `told` has the sums.
+fn spent(model: &str, told: &str) -> LmError {
+    LmError::Barred(format!(
+        "the run's `budget` for `{model}` is spent: {told}; raise it, or run again: each run has \
+         the whole budget"
+    ))
+}
+
+/// Servers that do not know a way to restrict answers ignore it without a word.
+fn fitting(
+    spec: &OpenAiSpec,
+    shown: &str,
+    request: &Request,
+    completion: Completion,
+) -> Result<Completion, Failure> {
+    let allowed = wire::allowed(spec, request).unwrap_or_default();
+    let fits = allowed.is_empty()
+        || completion.finish != FinishReason::Stop
+        || allowed.contains(&completion.text);
+    if fits {
+        return Ok(completion);
+    }
+    Err(Failure::Barred {
+        why: format!(
+            "{shown}: the answer `{}` is none of the allowed ones, so the server ignored `guided`; \
+             remove it, or name the server's own way",
+            wire::shown(completion.text.as_bytes())
+        ),
+    })
 }
 
 /// Gives back what a request did not use.

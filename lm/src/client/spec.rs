@@ -49,6 +49,10 @@ pub struct OpenAiSpec {
     /// `model` alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapters: Option<AdapterPlace>,
+    /// Whether to send the requests through the server's Batch API (`/v1/batches`): answers come
+    /// within a day, at OpenAI for half the price. A killed run waits for the same batch.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub batch: bool,
     /// Requests to send in a minute at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]

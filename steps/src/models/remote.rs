@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use flowrun_cache::Digest;
 use flowrun_engine::step::StepError;
-use flowrun_lm::client::{AdapterPlace, Api, ApiError, OpenAi, OpenAiSpec};
+use flowrun_lm::client::{AdapterPlace, Api, ApiError, Batched, OpenAi, OpenAiSpec};
 use flowrun_lm::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Request};
 use serde_json::json;
 
@@ -28,13 +28,13 @@ pub(super) fn open_lm(
 ) -> Result<Arc<dyn Lm>, StepError> {
     let client = |model: &str| client(spec, model, host);
     let Some((folder, checkpoint)) = checkpoint else {
-        return Ok(Arc::new(client(&spec.model)?));
+        return client(&spec.model);
     };
     if let Some(hosted) = &checkpoint.hosted {
-        return Ok(Arc::new(client(hosted)?));
+        return client(hosted);
     }
     let Some(adapter) = &checkpoint.adapter else {
-        return Ok(Arc::new(client(&spec.model)?));
+        return client(&spec.model);
     };
     let place = place(spec, checkpoint, adapter)?;
     let name = checkpoint.unique_name();
@@ -66,7 +66,30 @@ pub(crate) fn api(spec: &OpenAiSpec, host: &Host<'_>) -> Result<Api, StepError> 
 }
 
 /// The entry's server, asked for the answers of `model`; all its models have one budget.
-fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<OpenAi, StepError> {
+fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<Arc<dyn Lm>, StepError> {
+    let ledger = ledger(spec, host)?;
+    if let Some(ctx) = host.step.filter(|_| spec.batch) {
+        let spec = OpenAiSpec {
+            model: model.to_owned(),
+            ..spec.clone()
+        };
+        // A step may ask several models.
+        let name = Digest::of_record("batch", &json!([spec.base_url, model])).to_hex();
+        let folder = ctx.resume_dir()?.join(format!("batch-{}", &name[..16]));
+        let reporter = Arc::clone(&ctx.reporter);
+        let told = move |done: u64, total: u64, text: &str| {
+            reporter.log(text);
+            reporter.progress(done, total, "requests", text);
+        };
+        let api = api(&spec, host)?;
+        return Ok(Arc::new(Batched::new(
+            &spec,
+            api,
+            folder,
+            ledger,
+            Box::new(told),
+        )));
+    }
     let cancel = host.cancel.clone();
     let client = OpenAi::new(
         spec,
@@ -74,7 +97,7 @@ fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<OpenAi, Ste
         Arc::new(move || cancel.is_cancelled()),
     )
     .map_err(|e| StepError::failed(e.to_string()))?;
-    Ok(client.as_model(model).with_ledger(ledger(spec, host)?))
+    Ok(Arc::new(client.as_model(model).with_ledger(ledger)))
 }
 
 /// The ledger of the entry's budget in this run: steps with equal entries share it.
@@ -122,7 +145,7 @@ fn place<'a>(
 
 /// A checkpoint that its server may not have yet.
 struct WithAdapter {
-    client: OpenAi,
+    client: Arc<dyn Lm>,
     api: Api,
     id: String,
     from: PathBuf,
