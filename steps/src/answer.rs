@@ -70,8 +70,8 @@ pub enum Answerer {
         lm: Box<Metered>,
         /// How the model draws.
         sampling: Sampling,
-        /// Whether all rows are asked in one call: their answers come together, or not for hours.
-        at_once: bool,
+        /// Rows that are asked in one call, which ends with the slowest of them.
+        at_once: usize,
     },
     /// A classifier with its sentence encoder.
     Classifier {
@@ -106,7 +106,7 @@ impl Answerer {
                     program: Box::new(program),
                     lm: Box::new(open_lm(model, checkpoint, host)?),
                     sampling: sampling.into(),
-                    at_once: matches!(model, ModelSpec::OpenAi(spec) if spec.batch),
+                    at_once: rows_at_once(model),
                 })
             }
             ProgramFile::Classifier(FittedProgram {
@@ -149,7 +149,7 @@ impl Answerer {
             } => {
                 let usual = RunOptions::default();
                 let options = RunOptions {
-                    batch: if *at_once { rows.len() } else { usual.batch },
+                    batch: usual.batch.max(*at_once),
                     on_row: Some(&count),
                     ..usual
                 };
@@ -188,6 +188,17 @@ impl Answerer {
                 Ok(rows.iter().zip(predictions).map(result).collect())
             }
         }
+    }
+}
+
+/// Rows for one call of a model: many times what is in flight, so that one slow answer keeps few
+/// places empty; of a batch, all, as its answers come together.
+fn rows_at_once(model: &ModelSpec) -> usize {
+    const WAVES: usize = 16;
+    match model {
+        ModelSpec::OpenAi(spec) if spec.batch => usize::MAX,
+        ModelSpec::OpenAi(spec) => spec.concurrency.saturating_mul(WAVES),
+        ModelSpec::Embedded(_) | ModelSpec::SentenceEncoder(_) => 0,
     }
 }
 
@@ -276,12 +287,17 @@ pub fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
     }
 }
 
-/// Stops a step whose model did not answer some rows: an outage is no score.
+/// Stops a step whose model did not answer some rows: an outage is no score. What was used so far
+/// is told, as a failed step reports no metrics.
 ///
 /// # Errors
 /// Cancelled; invalid when the program does not fit the rows; transient while the model cannot be reached, failed when it refused; with the first
 /// reason.
-pub fn check_answered(ctx: &StepContext, results: &[RowResult]) -> Result<(), StepError> {
+pub fn check_answered(
+    ctx: &StepContext,
+    results: &[RowResult],
+    usage: &Usage,
+) -> Result<(), StepError> {
     ctx.check_cancelled()?;
     // The program cannot ask about this row at all: no model is to blame, and it is no score.
     if let Some((id, why)) = results.iter().find_map(|result| match &result.prediction {
@@ -319,7 +335,15 @@ pub fn check_answered(ctx: &StepContext, results: &[RowResult]) -> Result<(), St
         StepErrorKind::Failed
     };
     let (lost, all) = (lost.len(), results.len());
-    let text = format!("{lost} of {all} rows got no answer: {first}");
+    let mut text = format!("{lost} of {all} rows got no answer: {first}");
+    let tokens = usage.prompt_tokens + usage.completion_tokens;
+    if tokens > 0 {
+        let cost = usage.cost.map(|cost| format!(", ${cost:.4}"));
+        text += &format!(
+            " (this attempt used {tokens} tokens{})",
+            cost.unwrap_or_default()
+        );
+    }
     Err(StepError::new(kind, text)
         .help("the answers that came are kept; a later run asks only for the rest"))
 }

@@ -156,7 +156,7 @@ impl Step for Bootstrap {
                 .progress(done as u64, total, "rows", "labelled")
         };
         let results = answerer.run(&examples(&rows, &field), &field, &progress)?;
-        check_answered(ctx, &results)?;
+        check_answered(ctx, &results, &answerer.usage())?;
         let (mut kept, mut dropped) = (Vec::new(), Vec::new());
         for (row, result) in rows.into_iter().zip(results) {
             let mut row = labelled(row, result, &field, &labels, &params);

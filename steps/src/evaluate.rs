@@ -272,7 +272,7 @@ fn score(
         let before = results.len();
         let told = |done: usize| progress(before + done);
         let answered = answerer.run(chunk, field, &told)?;
-        check_answered(ctx, &answered)?;
+        check_answered(ctx, &answered, &answerer.usage())?;
         results.extend(answered);
         let failed = results.iter().filter(|result| result.prediction.is_err());
         if params.max_errors.is_some_and(|max| failed.count() >= max) {

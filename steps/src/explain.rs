@@ -96,7 +96,7 @@ impl Step for Explain {
                 .progress(done as u64, total, "rows", "explained");
         };
         let results = answerer.run(&examples(&rows, LABEL), LABEL, &progress)?;
-        check_answered(ctx, &results)?;
+        check_answered(ctx, &results, &answerer.usage())?;
         let mut explained = Vec::with_capacity(rows.len());
         for (mut row, result) in rows.into_iter().zip(results) {
             match &result.prediction {

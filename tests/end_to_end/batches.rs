@@ -96,3 +96,17 @@ fn a_budget_holds_for_batches_too() {
     let asked: usize = oracle.batches().iter().sum();
     assert!(asked > 5 && asked < ROWS, "{:?}", oracle.batches());
 }
+
+#[test]
+fn a_server_without_batches_says_so() {
+    let (_folder, server) = upstream();
+    let url = format!("{}/v1", server.url);
+    let project = project(ROWS, &url, "tiny", ", batch: true");
+    let ended = run(&project);
+    let said = format!("{}\n{}", ended.stdout, ended.stderr);
+    assert_eq!(ended.code, Some(4), "{said}");
+    assert!(
+        said.contains("where the server has no batch API, leave out `batch`"),
+        "{said}"
+    );
+}

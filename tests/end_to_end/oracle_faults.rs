@@ -270,6 +270,7 @@ fn a_key_that_expires_stops_the_step_at_once_and_a_new_one_goes_on() {
     assert_eq!(ended.code, Some(4), "{}", ended.stderr);
     assert!(
         ended.stdout.contains("35 of 40 rows got no answer")
+            && ended.stdout.contains("(this attempt used ")
             && ended.stdout.contains("check the key in `ORACLE_KEY`"),
         "{}",
         ended.stdout
@@ -296,6 +297,16 @@ fn a_model_that_the_server_does_not_have_is_asked_for_once() {
         ended.stdout
     );
     assert_eq!(proxy.requests(), 1);
+}
+
+#[test]
+fn labels_in_a_json_schema_are_taken_out_of_their_object() {
+    let (_folder, server) = upstream();
+    let proxy = Proxy::start(&server.url, |_| None);
+    let project = project(ROWS, &proxy.url, "tiny", "");
+    project.edit("p.yaml", "guided: vllm", "guided: json_schema");
+    run(&project).ok();
+    assert_eq!(rows(&project, "rows.jsonl").len(), ROWS);
 }
 
 #[test]

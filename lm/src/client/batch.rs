@@ -405,8 +405,8 @@ fn failed(error: ApiError) -> LmError {
     match error {
         ApiError::Cancelled => LmError::Cancelled,
         error if error.may_pass() => LmError::Unavailable(error.to_string()),
-        error if error.status() == Some(404) => LmError::Barred(format!(
-            "{error}; the server has no batch API: remove `batch`"
+        error if matches!(error.status(), Some(400 | 404 | 405)) => LmError::Barred(format!(
+            "{error}; where the server has no batch API, leave out `batch`"
         )),
         error => LmError::Barred(error.to_string()),
     }

@@ -336,6 +336,7 @@ pub fn model_id(spec: &OpenAiSpec) -> String {
         None => spec.model.clone(),
         Some(Guided::Vllm) => format!("{} guided by vllm", spec.model),
         Some(Guided::LlamaCpp) => format!("{} guided by llama_cpp", spec.model),
+        Some(Guided::JsonSchema) => format!("{} guided by json_schema", spec.model),
     }
 }
 
@@ -352,9 +353,12 @@ fn fitting(
     spec: &OpenAiSpec,
     shown: &str,
     request: &Request,
-    completion: Completion,
+    mut completion: Completion,
 ) -> Result<Completion, Failure> {
     let allowed = wire::allowed(spec, request).unwrap_or_default();
+    if !allowed.is_empty() {
+        completion.text = wire::unwrapped(spec, request, completion.text);
+    }
     let fits = allowed.is_empty()
         || completion.finish != FinishReason::Stop
         || allowed.contains(&completion.text);

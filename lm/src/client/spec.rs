@@ -89,6 +89,9 @@ pub enum Guided {
     Vllm,
     /// llama.cpp's `grammar`.
     LlamaCpp,
+    /// OpenAI's `response_format` with a JSON Schema, which vLLM, llama.cpp and `flowrun serve`
+    /// know too. The answer is an object with the label, some tokens longer than the label alone.
+    JsonSchema,
 }
 
 fn concurrency() -> usize {

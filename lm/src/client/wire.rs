@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 use super::{Guided, OpenAiSpec};
 use crate::lm::{Completion, FinishReason, Request};
 
+/// The one field of an answer that is an object.
+const ANSWER: &str = "answer";
 /// Characters of a server's text that an error shows.
 const SHOWN: usize = 200;
 /// Characters of a server's message that an error shows.
@@ -37,10 +39,35 @@ pub(super) fn body(spec: &OpenAiSpec, request: &Request) -> Value {
                 let grammar = format!("root ::= {}", texts.join(" | "));
                 fields.insert("grammar".into(), json!(grammar));
             }
+            (Some(Guided::JsonSchema), Some(_)) => {
+                let values = request.choices.as_ref().map(|choices| &choices.values);
+                let schema = json!({
+                    "type": "object",
+                    "properties": { ANSWER: { "type": "string", "enum": values } },
+                    "required": [ANSWER],
+                    "additionalProperties": false,
+                });
+                let named = json!({ "name": ANSWER, "strict": true, "schema": schema });
+                let format = json!({ "type": "json_schema", "json_schema": named });
+                fields.insert("response_format".into(), format);
+            }
             _ => {}
         }
     }
     body
+}
+
+/// The text of an answer that came as an object; another one stays as it is.
+pub(super) fn unwrapped(spec: &OpenAiSpec, request: &Request, text: String) -> String {
+    let choices = request.choices.as_ref();
+    let Some(choices) = choices.filter(|_| spec.guided == Some(Guided::JsonSchema)) else {
+        return text;
+    };
+    let object: Value = serde_json::from_str(&text).unwrap_or_default();
+    match object[ANSWER].as_str() {
+        Some(value) => format!("{value}{}", choices.then),
+        None => text,
+    }
 }
 
 /// The only answers that the server may give; anything else when `None`.
@@ -187,6 +214,24 @@ mod tests {
         assert_eq!(sent["structured_outputs"], choice);
         let sent = body(&spec(json!("llama_cpp")), &request(None));
         assert_eq!(sent["grammar"], r#"root ::= "a." | "b \"c\"\n.""#);
+    }
+
+    #[test]
+    fn an_answer_in_an_object_is_taken_out_of_it() {
+        let spec = spec(json!("json_schema"));
+        let sent = body(&spec, &request(None));
+        let schema = &sent["response_format"]["json_schema"]["schema"];
+        let values = json!(["a", "b \"c\"\n"]);
+        assert_eq!(schema["properties"]["answer"]["enum"], values);
+        let read = |text: &str| unwrapped(&spec, &request(None), text.to_owned());
+        assert_eq!(read(r#"{"answer": "b \"c\"\n"}"#), "b \"c\"\n.");
+        for other in ["a.", "[]", r#"{"answer": 3}"#, r#"{"answer": "a"#] {
+            assert_eq!(read(other), other);
+        }
+        assert_eq!(
+            body(&spec, &request(Some("x"))).get("response_format"),
+            None
+        );
     }
 
     #[test]
