@@ -31,6 +31,10 @@ pub(crate) fn python() -> Option<PathBuf> {
 /// A Ray of one node, which ends with the test.
 pub(crate) struct Ray {
     child: Child,
+    python: PathBuf,
+    /// Address of the cluster, for other nodes.
+    address: String,
+    nodes: Vec<Child>,
     pub(crate) dashboard: String,
     scratch: tempfile::TempDir,
 }
@@ -42,14 +46,14 @@ impl Ray {
             .prefix("fr")
             .tempdir_in("/tmp")
             .unwrap();
-        let port = free_port();
+        let (port, gcs) = (free_port(), free_port());
         let flag = |name: &str| format!("--{name}={}", free_port());
         let child = Command::new(python)
             .args(["-m", "ray.scripts.scripts", "start", "--head", "--block"])
             .args(["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"])
             .arg(format!("--dashboard-port={port}"))
+            .arg(format!("--port={gcs}"))
             .args([
-                flag("port"),
                 flag("ray-client-server-port"),
                 flag("dashboard-agent-listen-port"),
             ])
@@ -62,6 +66,9 @@ impl Ray {
             .unwrap();
         let mut ray = Self {
             child,
+            python: python.to_owned(),
+            address: format!("127.0.0.1:{gcs}"),
+            nodes: Vec::new(),
             dashboard: format!("http://127.0.0.1:{port}"),
             scratch,
         };
@@ -74,6 +81,23 @@ impl Ray {
             std::thread::sleep(Duration::from_millis(200));
         }
         ray
+    }
+
+    /// Adds a node that has a plough; its processes' command lines hold `label`.
+    pub(crate) fn add_node(&mut self, label: &str) {
+        let resources = format!("{{\"plough\": 1, \"{label}\": 1}}");
+        let child = Command::new(&self.python)
+            .args(["-m", "ray.scripts.scripts", "start", "--block"])
+            .arg(format!("--address={}", self.address))
+            .args(["--node-ip-address=127.0.0.1", "--num-cpus=1"])
+            .arg("--object-store-memory=100000000")
+            .arg(format!("--dashboard-agent-listen-port={}", free_port()))
+            .arg(format!("--resources={resources}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        self.nodes.push(child);
     }
 
     /// Where its processes' files are.
@@ -110,15 +134,17 @@ impl Ray {
 
 impl Drop for Ray {
     fn drop(&mut self) {
-        // It ends its own processes.
-        let pid = self.child.id().to_string();
-        let _ = Command::new("kill").arg(pid).status();
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
-            if Instant::now() > deadline {
-                let _ = self.child.kill();
+        // Each ends its own processes.
+        for child in self.nodes.iter_mut().chain([&mut self.child]) {
+            let pid = child.id().to_string();
+            let _ = Command::new("kill").arg(pid).status();
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while child.try_wait().is_ok_and(|ended| ended.is_none()) {
+                if Instant::now() > deadline {
+                    let _ = child.kill();
+                }
+                std::thread::sleep(Duration::from_millis(50));
             }
-            std::thread::sleep(Duration::from_millis(50));
         }
     }
 }

@@ -99,6 +99,20 @@ fn a_command_is_a_job_too_and_its_secret_is_shown_nowhere() {
     );
     assert!(failed.stderr.contains("why"), "{}", failed.stderr);
 
+    // Workers that lack the program, or do not see the folder.
+    for setting in [
+        "program: /nowhere/flowrun",
+        "shared: { .flowrun: /nowhere }",
+    ] {
+        project.edit("p.yaml", "jobs: 4", setting);
+        let lost = run(&["p.yaml"]);
+        assert_eq!(lost.code, Some(4));
+        for words in ["/nowhere", "see the cache folder"] {
+            assert!(lost.stderr.contains(words), "{}", lost.stderr);
+        }
+        project.edit("p.yaml", setting, "jobs: 4");
+    }
+
     // What no node has is told at once.
     project.edit(
         "p.yaml",
@@ -191,6 +205,29 @@ fn an_interrupted_run_stops_its_job() {
     until("jobs are left", || jobs(&ray).is_empty());
 }
 
+/// The node that works is lost as a whole; another one comes.
+#[test]
+fn a_node_that_dies_is_replaced_by_another() {
+    let Some(mut ray) = ray() else { return };
+    ray.add_node("first");
+    let settings = runners(&ray).replace("jobs: 4", "jobs: 4, autoscales: true");
+    let slow = Slow::new("ray", &settings);
+    let runner = "    runner: ray\n";
+    let on_a_node = format!("{runner}    resources: {{ cpu: 0.1, custom: {{ plough: 1 }} }}\n");
+    slow.project.edit("p.yaml", runner, &on_a_node);
+    let child = slow.start();
+    let first = slow.worker();
+    signal("-KILL", raylet(ray.folder(), "first"));
+    ray.add_node("second");
+    let second = slow.worker();
+    assert_ne!(first, second);
+    slow.go();
+    let run = slow.ended_well(child);
+    assert_eq!(slow.begun(), 2);
+    assert!(run.stdout.contains("it is begun again"), "{}", run.stdout);
+    until("the lost work goes on", || !lives(first));
+}
+
 /// The head's own process is killed: what works, works on, and its result comes. What is ordered
 /// afterwards says what is away.
 #[test]
@@ -215,15 +252,25 @@ fn a_head_that_dies_does_not_take_the_work_along() {
 
 /// The process of the cluster's own state.
 fn head(folder: &Path) -> u32 {
+    process(folder, &["gcs_server"])
+}
+
+/// The process of a node that was added.
+fn raylet(folder: &Path, label: &str) -> u32 {
+    process(folder, &["raylet/raylet", label])
+}
+
+/// A process of this Ray whose command line has these words.
+fn process(folder: &Path, words: &[&str]) -> u32 {
     let folder = folder.display().to_string();
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
     let mut pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
-    let is_head = |pid: &u32| {
+    let is_meant = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        line.contains("gcs_server") && line.contains(&folder)
+        line.contains(&folder) && words.iter().all(|word| line.contains(word))
     };
-    pids.find(is_head).unwrap()
+    pids.find(is_meant).unwrap()
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::definition::{self, Uses};
 use super::draft::Draft;
 use super::mismatch::{Mismatch, Shape};
-use super::node::{Data, Node};
+use super::node::{Data, Entry, Node};
 use super::order;
 use super::params::{BadName, Tables, complete};
 use super::published::Published;
@@ -66,7 +66,7 @@ pub(crate) fn check(
     };
     let drafts = drafts(map, &tree, &uses, setting);
     let pools = pools(&tree);
-    let runners = runners(map, &tree, setting.vocabulary);
+    let runners = runners(map, &tree, setting);
     let around = settings::Around {
         environment: setting.environment,
         pools: &pools,
@@ -107,11 +107,8 @@ fn pools(tree: &Node) -> BTreeMap<String, usize> {
 }
 
 /// The job systems of the file; one that is not right is left out.
-fn runners(
-    map: &mut SourceMap,
-    tree: &Node,
-    vocabulary: &Vocabulary,
-) -> BTreeMap<String, JobRunner> {
+fn runners(map: &mut SourceMap, tree: &Node, setting: &Setting<'_>) -> BTreeMap<String, JobRunner> {
+    let vocabulary = setting.vocabulary;
     let mut all = BTreeMap::new();
     for (name, entry) in tree.entries("runners") {
         let Some(kind) = vocabulary.runners.get(name) else {
@@ -138,16 +135,45 @@ fn runners(
             report_mismatch(map, &entry.value, entry.key, mismatch);
         }
         // Where something is wrong with it, steps that name it are still right to do so.
-        let entry = if mismatches.is_empty() {
-            value
-        } else {
-            json!({})
-        };
-        if let Ok(runner) = JobRunner::new(kind, &entry) {
+        let fits = mismatches.is_empty();
+        let known = if fits { value } else { json!({}) };
+        if let Ok(runner) = JobRunner::new(kind, &known) {
+            check_surroundings(map, entry, &runner, setting);
             all.insert(name.clone(), runner);
         }
     }
     all
+}
+
+/// What the settings of a job system name must be there.
+fn check_surroundings(
+    map: &mut SourceMap,
+    entry: &Entry,
+    runner: &JobRunner,
+    setting: &Setting<'_>,
+) {
+    let at = |path: &[&str], on_key: bool| {
+        let path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
+        entry.value.place(&path, on_key, entry.key)
+    };
+    for (index, name) in runner.settings.env.iter().enumerate() {
+        if setting.environment.get(name).is_none_or(String::is_empty) {
+            let help = format!("set it before running: `export {name}=…`");
+            let message = format!("the variable `{name}` is not set");
+            let place = at(&["env", &index.to_string()], false);
+            map.report(place, "missing-secret", message, "", Some(help));
+        }
+    }
+    for here in runner.settings.shared.keys() {
+        if !setting.root.join(here).is_dir() {
+            let text = here.display().to_string();
+            let message = format!("there is no folder `{text}`");
+            let help =
+                "`shared` is a map from folders here to the same ones as the workers see them";
+            let place = at(&["shared", &text], true);
+            map.report(place, "unreadable", message, "", Some(help.to_owned()));
+        }
+    }
 }
 
 /// `name:`, else the name of the file.

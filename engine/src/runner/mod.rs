@@ -20,11 +20,11 @@ mod tests;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use exec::{ExecError, Host, exec};
-pub(crate) use job::{CommandRequest, Errand, Remote, Request, runner_schema};
 pub use job::{
-    JobEnd, JobError, JobKind, JobOrder, JobRunner, JobSettings, JobState, JobSystem, Post,
-    exec_job,
+    CONSOLE, JobEnd, JobError, JobKind, JobOrder, JobRunner, JobSettings, JobState, JobSystem,
+    Post, exec_job,
 };
+pub(crate) use job::{CommandRequest, Errand, Remote, Request, runner_schema};
 pub use process::Process;
 
 use crate::pipeline::{RunnerKind, StepNode};

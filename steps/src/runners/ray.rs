@@ -288,7 +288,11 @@ fn state_of(job: &Value) -> JobState {
                 (_, Some(-9 | 137)) => JobEnd::Killed(
                     "its process was killed from outside (signal 9), as the system does where memory runs out".to_owned(),
                 ),
-                (_, Some(code)) => JobEnd::Failed(format!("its process ended with exit code {code}")),
+                (_, Some(code)) => {
+                    let last = text("message").lines().last().unwrap_or_default();
+                    let last: String = last.chars().take(SAID).collect();
+                    JobEnd::Failed(format!("its process ended with exit code {code}: {last}"))
+                }
                 ("JOB_SUPERVISOR_ACTOR_START_TIMEOUT", None) => JobEnd::NotStarted(message()),
                 ("JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE" | "RUNTIME_ENV_SETUP_FAILURE", None) => {
                     JobEnd::Failed(message())

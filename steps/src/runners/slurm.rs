@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use flowrun_engine::runner::{JobEnd, JobError, JobKind, JobOrder, JobState, JobSystem};
+use flowrun_engine::runner::{CONSOLE, JobEnd, JobError, JobKind, JobOrder, JobState, JobSystem};
 use flowrun_engine::step::{StepError, World};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -131,7 +131,7 @@ impl Cluster {
             // Nothing else of this environment: secrets would come along.
             "--export=PATH,HOME,LANG".to_owned(),
             "--chdir=/".to_owned(),
-            format!("--output={}", order.folder.join("slurm.out").display()),
+            format!("--output={}", order.folder.join(CONSOLE).display()),
             format!("--cpus-per-task={}", want.cpu.ceil().max(1.0)),
         ];
         if want.memory > 0 {

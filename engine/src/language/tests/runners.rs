@@ -91,6 +91,18 @@ fn what_is_wrong_with_a_runner_is_told_where_it_stands() {
             "main.yaml:8:25",
             "did you mean `farm`?",
         ),
+        (
+            "jobs: 5",
+            "env: [PATH, NOWHERE]",
+            "main.yaml:3:61",
+            "export NOWHERE",
+        ),
+        (
+            "jobs: 5",
+            "shared: { nowhere: /mnt }",
+            "main.yaml:3:59",
+            "no folder `nowhere`",
+        ),
         ("plough: 1", "plough: x", "main.yaml:8:70", ""),
     ] {
         let found = mistakes_in(&[("main.yaml", &MAIN.replace(from, to))]);

@@ -10,6 +10,7 @@
 //! | `N/claimed` | other end | somebody works for this attempt |
 //! | `N/alive` | other end | counts up while it works |
 //! | `N/messages.jsonl` | other end | what it says, its response last |
+//! | `N/console` | job system | what the process prints before it takes the job, where there is no other log |
 //! | `N/log` | other end | what it and its libraries print |
 //!
 //! A folder that is gone means stop, as `cancel` does.
@@ -22,6 +23,10 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::CONSOLE;
+
+/// Lines of a console that are told.
+const LINES: usize = 20;
 /// Version of `job.json`. Another one on disk is as good as none.
 pub(super) const JOB_VERSION: u32 = 1;
 
@@ -94,6 +99,14 @@ impl AttemptFolder {
 
     pub(super) fn log(&self) -> PathBuf {
         self.0.join("log")
+    }
+
+    /// What its process printed before it began, where the job system writes that here.
+    pub(super) fn console(&self) -> String {
+        let bytes = std::fs::read(self.0.join(CONSOLE)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
     }
 
     /// Makes it anew, empty.

@@ -85,6 +85,9 @@ pub trait JobSystem: Send + Sync {
     fn forget(&self, id: &str) -> Result<bool, JobError>;
 }
 
+/// File in a job's folder for what its process prints.
+pub const CONSOLE: &str = "console";
+
 /// A job, as a job system is to know it.
 #[derive(Debug, Clone)]
 pub struct JobOrder<'a> {
@@ -96,7 +99,8 @@ pub struct JobOrder<'a> {
     pub program: &'a str,
     /// Its arguments.
     pub args: Vec<String>,
-    /// The job's folder on this side.
+    /// The job's folder as the workers see it. What its process prints may go to [`CONSOLE`] in
+    /// it, where the job system keeps no log of its own.
     pub folder: &'a Path,
     /// What the step asks for.
     pub resources: &'a Resources,

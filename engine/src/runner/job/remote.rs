@@ -219,7 +219,7 @@ impl Remote {
             args: ["step", "exec", "--job", &there.display().to_string()]
                 .map(str::to_owned)
                 .to_vec(),
-            folder: &path,
+            folder: &there,
             resources: errand.resources,
         };
         if !attempt.is_claimed()
@@ -304,9 +304,7 @@ impl Remote {
                 Verdict::Lost(why) => return Ended::Lost(why),
                 Verdict::Again => return Ended::Again,
                 Verdict::Failed(why) => {
-                    let last = follower.last_words();
-                    let text = format!("the job {} failed: {why}\n{last}", order.id);
-                    return Ended::Error(StepError::failed(text.trim_end()));
+                    return Ended::Error(failed(order.id, &why, attempt, &mut follower));
                 }
                 Verdict::Hopeless(why) => {
                     let _ = self.system.stop(order.id);
@@ -412,6 +410,23 @@ fn step_error(error: JobError) -> StepError {
             help,
             ..StepError::failed(text)
         },
+    }
+}
+
+/// The error of a job that ended without a response.
+fn failed(id: &str, why: &str, attempt: &AttemptFolder, follower: &mut Follower) -> StepError {
+    let begun = attempt.is_claimed();
+    let last = match begun {
+        true => follower.last_words(),
+        false => attempt.console(),
+    };
+    let text = format!("the job {id} failed: {why}\n{last}");
+    let error = StepError::failed(text.trim_end());
+    match begun {
+        true => error,
+        false => error.help(
+            "the workers must have this program and see the cache folder; where their paths differ, say so with `program` and `shared` of the runner",
+        ),
     }
 }
 

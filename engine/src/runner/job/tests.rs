@@ -21,6 +21,8 @@ enum Fate {
     Work,
     /// It is lost before it begins.
     Dies,
+    /// Its process cannot be started.
+    Fails,
     /// It never gets a place.
     Waits,
     /// Nobody answers.
@@ -46,6 +48,7 @@ impl JobSystem for Scripted {
             Fate::Away => return Err(JobError::Unreachable("nobody at home".to_owned())),
             Fate::No => return Err(JobError::refused("no")),
             Fate::Dies => JobState::Ended(JobEnd::Killed("its node died".to_owned())),
+            Fate::Fails => JobState::Ended(JobEnd::Failed("not found".to_owned())),
             Fate::Waits => JobState::Waiting {
                 why: "no node has 9 CPU".to_owned(),
                 hopeless: true,
@@ -234,11 +237,14 @@ fn one_that_cannot_be_ordered_or_placed_says_so_at_once() {
         (Fate::Away, StepErrorKind::Transient, "nobody at home"),
         (Fate::No, StepErrorKind::Failed, "no"),
         (Fate::Waits, StepErrorKind::Failed, "no node has 9 CPU"),
+        (Fate::Fails, StepErrorKind::Failed, "not found"),
     ] {
         let desk = Desk::new();
         let error = desk.run(WORK, &[fate]).unwrap_err();
         assert_eq!(error.kind, kind);
         assert!(error.message.contains(words), "{}", error.message);
+        let tells_paths = error.help.is_some_and(|help| help.contains("`shared`"));
+        assert_eq!(tells_paths, matches!(fate, Fate::Fails));
         assert!(!desk.folder().exists());
     }
 }
