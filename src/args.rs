@@ -202,6 +202,15 @@ pub(crate) struct GlobalArgs {
     /// Folder of files that stand in for downloads, looked up by sha256.
     #[arg(long, global = true, env = "FLOWRUN_DISTDIR")]
     pub(crate) distdir: Option<PathBuf>,
+    /// Cache shared with other machines, asked for what the local one lacks and given what runs
+    /// make: `s3://bucket/path`, `gs://bucket/path`, `az://container/path`, or a folder.
+    /// Credentials come from the environment (AWS_…, GOOGLE_…, AZURE_…).
+    #[arg(long, global = true, value_name = "URL", env = "FLOWRUN_REMOTE")]
+    pub(crate) remote: Option<String>,
+    /// Send nothing to the remote cache.
+    #[arg(long, global = true, env = "FLOWRUN_REMOTE_READ_ONLY",
+        value_parser = clap::builder::FalseyValueParser::new())]
+    pub(crate) remote_read_only: bool,
     /// Use no network.
     #[arg(long, global = true)]
     pub(crate) offline: bool,
@@ -367,6 +376,10 @@ pub(crate) enum CacheCommand {
         #[arg(long, add = candidates(completion::runs))]
         run: Vec<String>,
     },
+    /// Send every result to the remote cache that it lacks.
+    Push,
+    /// Get every result from the remote cache that is not here.
+    Pull,
     /// Read a file that `export` wrote.
     Import {
         /// The file.

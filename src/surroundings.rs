@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_cache::remote::{folder_url, is_folder};
+use flowrun_cache::{Cache, LockWait, OpenOptions, Remote, RemoteError, RemoteOptions};
 use flowrun_engine::language::project_root;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::RunName;
@@ -114,6 +116,42 @@ pub(crate) fn hold_cache(global: &GlobalArgs, wait: LockWait) -> Result<Cache, F
         on_wait: Some(&tell),
     };
     Ok(Cache::open(&global.cache_dir, &options)?)
+}
+
+/// The remote cache that is meant, if one is and may be used. What is wrong with the machine is
+/// worth a warning only; what is wrong with the words is not.
+#[allow(clippy::print_stderr)]
+pub(crate) fn remote(global: &GlobalArgs) -> Result<Option<Arc<Remote>>, Failure> {
+    match open_remote(global) {
+        Some(Ok(remote)) => Ok(Some(Arc::new(remote))),
+        Some(Err(error @ RemoteError::Url { .. })) => Err(Failure::usage(error.to_string())),
+        Some(Err(error)) => {
+            eprintln!("warning: {error}");
+            Ok(None)
+        }
+        None => Ok(None),
+    }
+}
+
+/// The same, with what keeps it from being used.
+pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<Remote, RemoteError>> {
+    let text = global.remote.as_deref().filter(|text| !text.is_empty())?;
+    let url = match text.contains("://") {
+        true => text.to_owned(),
+        false => {
+            let folder = std::path::absolute(text).ok();
+            folder.and_then(|folder| folder_url(&folder))?
+        }
+    };
+    if global.offline && !is_folder(&url) {
+        return None;
+    }
+    let options = RemoteOptions {
+        url,
+        read_only: global.remote_read_only,
+        env: environment(),
+    };
+    Some(Remote::open(&options, &global.cache_dir))
 }
 
 /// Options of a run of these steps.

@@ -160,7 +160,7 @@ impl ActionCache {
         let text = std::fs::read(&path).ok()?;
         match parse(&text) {
             Parsed::Good(result) if result.key == *key => Some(*result),
-            Parsed::OtherVersion => None,
+            Parsed::OtherVersion(_) => None,
             Parsed::Good(_) | Parsed::Damaged => {
                 self.set_aside(&path);
                 None
@@ -226,9 +226,13 @@ impl ActionCache {
     }
 }
 
-enum Parsed {
+/// What a file of a result holds.
+pub(crate) enum Parsed {
+    /// A result.
     Good(Box<ActionResult>),
-    OtherVersion,
+    /// One of another program's version, 0 where none is said.
+    OtherVersion(u64),
+    /// Neither.
     Damaged,
 }
 
@@ -242,11 +246,11 @@ pub(crate) fn to_text(result: &ActionResult) -> String {
 pub(crate) fn from_text(text: &[u8]) -> Option<ActionResult> {
     match parse(text) {
         Parsed::Good(result) => Some(*result),
-        Parsed::OtherVersion | Parsed::Damaged => None,
+        Parsed::OtherVersion(_) | Parsed::Damaged => None,
     }
 }
 
-fn parse(text: &[u8]) -> Parsed {
+pub(crate) fn parse(text: &[u8]) -> Parsed {
     let body = std::str::from_utf8(text).ok().and_then(|text| {
         let (digest, body) = text.strip_suffix('\n')?.split_once('\n')?;
         (Digest::parse(digest)? == Digest::of_bytes(body.as_bytes())).then_some(body)
@@ -254,8 +258,9 @@ fn parse(text: &[u8]) -> Parsed {
     let Some(value) = body.and_then(|b| serde_json::from_str::<Value>(b).ok()) else {
         return Parsed::Damaged;
     };
-    if value.get("version").and_then(Value::as_u64) != Some(u64::from(ACTION_VERSION)) {
-        return Parsed::OtherVersion;
+    let version = value.get("version").and_then(Value::as_u64);
+    if version != Some(u64::from(ACTION_VERSION)) {
+        return Parsed::OtherVersion(version.unwrap_or_default());
     }
     serde_json::from_value(value).map_or(Parsed::Damaged, |r| Parsed::Good(Box::new(r)))
 }

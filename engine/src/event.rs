@@ -100,6 +100,9 @@ pub enum RunEvent {
         /// The error's advice.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         help: Option<String>,
+        /// Where a cached result came from, when it was not here.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        from: Option<ResultFrom>,
     },
     /// Steps that ended as an earlier run recorded it, one event in JSON a line. In a record
     /// and on standard output these lines stand in its place.
@@ -107,6 +110,30 @@ pub enum RunEvent {
     Recorded {
         /// The lines.
         lines: Vec<u8>,
+    },
+    /// The steps are done; results are still on their way to the remote cache.
+    Uploading {
+        /// Objects that are there by now.
+        objects: u64,
+        /// Of so many.
+        of_objects: u64,
+        /// Their bytes.
+        bytes: u64,
+        /// Of so many.
+        of_bytes: u64,
+    },
+    /// What the remote cache was sent.
+    Uploaded {
+        /// Its URL.
+        to: String,
+        /// Results that are new there.
+        results: u64,
+        /// Objects that are new there.
+        objects: u64,
+        /// Bytes that were moved.
+        bytes: u64,
+        /// Results that are still to be sent; a later run does.
+        waiting: u64,
     },
     /// Last event.
     RunFinished {
@@ -139,6 +166,14 @@ pub enum StepStatus {
     Failed,
     /// Not run: `when` was false, something before it failed, or the run stopped.
     Skipped,
+}
+
+/// Where a result came from that was not in the local cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResultFrom {
+    /// The remote cache.
+    Remote,
 }
 
 /// One output in an event.

@@ -11,9 +11,10 @@ use crate::manifest::{ActionManifest, InputKey, MANIFEST_VERSION, file_words};
 use crate::pipeline::Action;
 use crate::premises::{Memory, Observed};
 use crate::step::{StepError, World};
+use flowrun_cache::remote::Fetched;
 use flowrun_cache::{
     ActionCache, ActionKey, ActionResult, Artifact, ArtifactKind, ArtifactStore, Cache, CacheError,
-    CacheReader, Digest,
+    CacheReader, Digest, Remote,
 };
 
 /// Version of how `run` steps are run. Raised when the same command may give other bytes.
@@ -27,6 +28,8 @@ pub(crate) struct Lookup {
     actions: ActionCache,
     /// The cache, when it is held: project files are then stored while they are hashed.
     held: Option<Arc<Cache>>,
+    /// A cache shared with other machines, asked for what this one lacks.
+    remote: Option<Arc<Remote>>,
     /// Hears what keys rest on.
     pub(crate) memory: Option<Arc<Memory>>,
 }
@@ -36,6 +39,8 @@ pub(crate) struct Keyed {
     pub(crate) inputs: BTreeMap<String, Inputs>,
     pub(crate) manifest: ActionManifest,
     pub(crate) key: ActionKey,
+    /// Its result is to stand in place of one that the remote cache may have.
+    pub(crate) replaces: bool,
 }
 
 /// The artifacts of one port, with their labels.
@@ -48,6 +53,10 @@ pub(crate) struct Inputs {
 pub(crate) enum Found {
     /// A result with all its objects.
     Whole(Box<ActionResult>),
+    /// The same, which only the remote cache had. Its objects are here now, when the cache is held.
+    Fetched(Box<ActionResult>),
+    /// Nothing here, and in the remote cache something that cannot be used: why.
+    Flawed(String),
     /// A result, but objects of it are missing or cut short.
     Broken,
     /// Nothing.
@@ -61,6 +70,7 @@ impl Lookup {
         world: World,
         cache: &Arc<Cache>,
         memory: Option<Arc<Memory>>,
+        remote: Option<Arc<Remote>>,
     ) -> Self {
         Self {
             root: root.to_owned(),
@@ -68,18 +78,25 @@ impl Lookup {
             store: cache.store().clone(),
             actions: cache.actions().clone(),
             held: Some(Arc::clone(cache)),
+            remote,
             memory,
         }
     }
 
     /// For a plan: nothing is written.
-    pub(crate) fn reading(root: &Path, world: World, cache: &CacheReader) -> Self {
+    pub(crate) fn reading(
+        root: &Path,
+        world: World,
+        cache: &CacheReader,
+        remote: Option<Arc<Remote>>,
+    ) -> Self {
         Self {
             root: root.to_owned(),
             world,
             store: cache.store().clone(),
             actions: cache.actions().clone(),
             held: None,
+            remote,
             memory: None,
         }
     }
@@ -134,20 +151,50 @@ impl Lookup {
             inputs,
             key: manifest.key(),
             manifest,
+            replaces: false,
         })
     }
 
-    /// What the cache has for the action. Nothing is hashed but tree objects.
+    /// What the cache has for the action, or else the remote one. Nothing that is here is hashed
+    /// but tree objects.
     pub(crate) fn find(&self, request: &ActionRequest, key: &ActionKey) -> Found {
+        match self.find_here(request, key) {
+            Found::Nothing => self.find_there(request, key),
+            Found::Broken => match self.find_there(request, key) {
+                Found::Nothing | Found::Flawed(_) => Found::Broken,
+                found => found,
+            },
+            found => found,
+        }
+    }
+
+    fn find_there(&self, request: &ActionRequest, key: &ActionKey) -> Found {
+        let Some(remote) = &self.remote else {
+            return Found::Nothing;
+        };
+        let complete = |result: &ActionResult| is_complete(request, result);
+        let fetched = match &self.held {
+            Some(cache) => remote.fetch(cache, key, &complete),
+            // A plan needs to know what there is, not to have it.
+            None => remote
+                .peek(key)
+                .filter(complete)
+                .map_or(Fetched::Nothing, |result| Fetched::Whole(Box::new(result))),
+        };
+        match fetched {
+            Fetched::Whole(result) => Found::Fetched(result),
+            Fetched::Flawed(why) => Found::Flawed(why),
+            Fetched::Nothing => Found::Nothing,
+        }
+    }
+
+    fn find_here(&self, request: &ActionRequest, key: &ActionKey) -> Found {
         let Some(result) = self.actions.get(key) else {
             return Found::Nothing;
         };
-        let ports = &request.node.outputs;
-        let complete = ports
-            .iter()
-            .all(|port| port.optional || result.outputs.contains_key(&port.name));
         let mut artifacts = result.outputs.values().flat_map(|o| o.value.artifacts());
-        let whole = complete && artifacts.all(|artifact| self.store.contains(artifact));
+        let whole = is_complete(request, &result)
+            && artifacts.all(|artifact| self.store.contains(artifact));
         drop(artifacts);
         if whole {
             Found::Whole(Box::new(result))
@@ -249,4 +296,10 @@ impl Lookup {
             }
         }
     }
+}
+
+/// The result has every output that the step must have.
+fn is_complete(request: &ActionRequest, result: &ActionResult) -> bool {
+    let mut ports = request.node.outputs.iter();
+    ports.all(|port| port.optional || result.outputs.contains_key(&port.name))
 }

@@ -190,7 +190,7 @@ pub fn plan(
     let planner = Planner {
         pipeline,
         options,
-        lookup: Lookup::reading(&pipeline.root, world.clone(), cache),
+        lookup: Lookup::reading(&pipeline.root, world.clone(), cache, options.remote.clone()),
         history: History::new(&pipeline.name, cache.dir(), None),
         selection,
         cache,
@@ -337,12 +337,12 @@ impl Planner<'_> {
             Cause::NoResult
         } else {
             match self.lookup.find(request, &keyed.key) {
-                Found::Whole(result) => {
+                Found::Whole(result) | Found::Fetched(result) => {
                     let fresh = planned(keyed.key.to_hex(), PlanStatus::Fresh);
                     return (fresh, Some(result.outputs));
                 }
                 Found::Broken => Cause::Broken,
-                Found::Nothing => Cause::NoResult,
+                Found::Nothing | Found::Flawed(_) => Cause::NoResult,
             }
         };
         let reason = why(&self.history, request, &keyed, cause);

@@ -14,7 +14,7 @@ use flowrun_cache::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::event::{OutputInfo, RunEvent, StepStatus};
+use crate::event::{OutputInfo, ResultFrom, RunEvent, StepStatus};
 use crate::pipeline::{ForeachList, Source, StepNode};
 
 /// Version of [`RunPlan`].
@@ -180,6 +180,8 @@ pub struct StepRecord {
     pub metrics: BTreeMap<String, Value>,
     /// The error's advice.
     pub help: Option<String>,
+    /// Where a cached result came from, when it was not here.
+    pub from: Option<ResultFrom>,
 }
 
 impl RunRecord {
@@ -242,6 +244,7 @@ impl RunRecord {
                 outputs,
                 metrics,
                 help,
+                from,
             } => {
                 self.running.remove(&step);
                 let record = StepRecord {
@@ -254,6 +257,7 @@ impl RunRecord {
                     outputs,
                     metrics,
                     help,
+                    from,
                 };
                 match places.get(&record.step) {
                     Some(&place) => self.steps[place] = record,
@@ -270,7 +274,9 @@ impl RunRecord {
             RunEvent::StepExpanded { .. }
             | RunEvent::Recorded { .. }
             | RunEvent::Progress { .. }
-            | RunEvent::StepRetry { .. } => {}
+            | RunEvent::StepRetry { .. }
+            | RunEvent::Uploading { .. }
+            | RunEvent::Uploaded { .. } => {}
         }
     }
 }
@@ -366,6 +372,7 @@ mod tests {
             outputs: BTreeMap::new(),
             metrics: BTreeMap::new(),
             help: None,
+            from: None,
         }
     }
 

@@ -97,6 +97,7 @@ fn options() -> RunOptions {
             eval_bool: |_, _| Ok(true),
         },
         remember: None,
+        remote: None,
     }
 }
 

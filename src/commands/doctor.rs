@@ -82,6 +82,7 @@ impl Finding {
 /// used, 3 when something else is missing.
 pub(crate) fn doctor(args: &DoctorArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let mut found = vec![machine(), cache(global), disk(&global.cache_dir)];
+    found.extend(remote(global));
     let named = args.select.pipeline.is_some();
     match surroundings::load(&args.select, global) {
         Ok(loaded) => {
@@ -174,6 +175,33 @@ fn cache(global: &GlobalArgs) -> Finding {
         ),
         Err(failure) => unusable(failure.to_string()),
     }
+}
+
+/// Whether the remote cache, if one is named, lets itself be read.
+fn remote(global: &GlobalArgs) -> Option<Finding> {
+    let what = "remote cache";
+    let help = "runs go on without it; look at the URL, the server and the credentials (AWS_…, GOOGLE_…, AZURE_…)";
+    let remote = match surroundings::open_remote(global) {
+        Some(Ok(remote)) => remote,
+        Some(Err(error)) => return Some(Finding::missing(what, error.to_string(), help)),
+        None if global.remote.is_some() => {
+            let help = "leave `--offline` out to ask it";
+            return Some(Finding::warn(what, "it was not asked", help));
+        }
+        None => return None,
+    };
+    let url = remote.url();
+    Some(match remote.check() {
+        Ok(()) if remote.is_read_only() => Finding::ok(what, format!("{url} can be read")),
+        Ok(()) => {
+            let waiting = match remote.waiting() {
+                0 => String::new(),
+                n => format!("; {} to be sent", output::count(n, "result")),
+            };
+            Finding::ok(what, format!("{url} can be read{waiting}"))
+        }
+        Err(why) => Finding::warn(what, format!("{url} cannot be read: {why}"), help),
+    })
 }
 
 fn unusable(text: String) -> Finding {

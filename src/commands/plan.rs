@@ -15,7 +15,10 @@ use crate::surroundings::{self, Surroundings};
 /// Shows what a run would do.
 pub(crate) fn plan(args: &PlanArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let loaded = surroundings::load(&args.select, global)?;
-    let options = surroundings::run_options(None, &args.scope);
+    let options = RunOptions {
+        remote: surroundings::remote(global)?,
+        ..surroundings::run_options(None, &args.scope)
+    };
     show(&loaded, &options, global)
 }
 
@@ -32,6 +35,7 @@ pub(crate) fn show(
     output::print(&text(&plan))
 }
 
+#[allow(clippy::print_stderr)]
 pub(super) fn planned(
     loaded: &Surroundings,
     options: &RunOptions,
@@ -40,6 +44,10 @@ pub(super) fn planned(
 ) -> Result<Plan, Failure> {
     let reader = CacheReader::open(&global.cache_dir);
     let plan = make_plan(&loaded.pipeline, &reader, &loaded.world, options, costs)?;
+    let remote = options.remote.iter();
+    for text in remote.flat_map(|remote| remote.take_warnings()) {
+        eprintln!("warning: {text}");
+    }
     Ok(plan)
 }
 

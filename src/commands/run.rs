@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flowrun_cache::Cache;
+use flowrun_cache::{Cache, Remote};
 use flowrun_engine::event::RunEvent;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
@@ -20,13 +20,20 @@ use crate::output::unwritable;
 use crate::reporter::{Reporter, Teller};
 use crate::surroundings::{self, Surroundings, wait};
 
+/// Threads beside those of steps that wait: lookups, which ask a remote cache, and writers.
+const BLOCKING: usize = 24;
+
 /// Runs a pipeline.
 pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let asked = surroundings::ask(&args.select, global)?;
+    let remote = surroundings::remote(global)?;
     let name = asked.run_name().filter(|_| is_plain(args));
+    // What an earlier run did not send is sent by an ordinary one.
+    let sends = |remote: &Arc<Remote>| !remote.is_read_only() && remote.waiting() > 0;
+    let idle = !remote.as_ref().is_some_and(sends);
     let mut cache = None;
     let mut changed = None;
-    if let Some(name) = name.filter(|n| !global.verbose && n.is_known(&global.cache_dir)) {
+    if let Some(name) = name.filter(|n| idle && !global.verbose && n.is_known(&global.cache_dir)) {
         let open = cache.insert(surroundings::hold_cache(global, wait(global))?);
         match recall(open, name, &asked.vocabulary, &asked.world) {
             Some(Recalled::Unchanged(unchanged)) => {
@@ -41,6 +48,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     let options = RunOptions {
         remember: name,
         keep_going: args.keep_going,
+        remote,
         ..surroundings::run_options(args.jobs, &args.scope)
     };
     let file = asked.file.clone();
@@ -57,7 +65,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     };
     surroundings::remember(&file, cache.dir());
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .max_blocking_threads(options.jobs + work.jobs_elsewhere() + 8)
+        .max_blocking_threads(options.jobs + work.jobs_elsewhere() + BLOCKING)
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);

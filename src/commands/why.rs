@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use flowrun_engine::plan::{Costs, Plan, PlanStatus, PlannedStep};
+use flowrun_engine::run::RunOptions;
 use serde::Serialize;
 
 use crate::args::{GlobalArgs, Scope, Select};
@@ -21,7 +22,10 @@ struct Why<'a> {
 /// Shows why a step would run.
 pub(crate) fn why(name: &str, select: &Select, global: &GlobalArgs) -> Result<Exit, Failure> {
     let loaded = surroundings::load(select, global)?;
-    let options = surroundings::run_options(None, &Scope::default());
+    let options = RunOptions {
+        remote: surroundings::remote(global)?,
+        ..surroundings::run_options(None, &Scope::default())
+    };
     let plan = planned(&loaded, &options, global, Costs::Left)?;
     let steps = plan.named(name);
     if steps.is_empty() {

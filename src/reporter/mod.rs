@@ -22,6 +22,7 @@ use self::json::JsonReporter;
 use self::plain::PlainReporter;
 use self::terminal::TerminalReporter;
 use crate::args::GlobalArgs;
+use crate::output::{bytes, count};
 
 /// Earlier runs that are looked at for how long a step took.
 const EARLIER: usize = 3;
@@ -172,6 +173,55 @@ impl Earlier {
         }
         took
     }
+}
+
+/// How far the results are on their way to the remote cache.
+pub(crate) fn uploading(event: &RunEvent) -> String {
+    let RunEvent::Uploading {
+        objects,
+        of_objects,
+        bytes: moved,
+        of_bytes,
+    } = event
+    else {
+        return String::new();
+    };
+    format!(
+        "sending to the remote cache: {objects} of {}, {} of {}",
+        count(*of_objects as usize, "object"),
+        bytes(*moved),
+        bytes(*of_bytes)
+    )
+}
+
+/// What the remote cache was sent.
+pub(crate) fn uploaded(event: &RunEvent) -> String {
+    let RunEvent::Uploaded {
+        to,
+        results,
+        objects,
+        bytes: moved,
+        waiting,
+    } = event
+    else {
+        return String::new();
+    };
+    let waiting = match *waiting as usize {
+        0 => String::new(),
+        n => {
+            let left = count(n, "result");
+            if *results + *objects == 0 {
+                return format!("remote: {left} still to be sent to {to}, by a later run");
+            }
+            format!("; {left} still to be sent, by a later run")
+        }
+    };
+    format!(
+        "remote: {}, {}, {} to {to}{waiting}",
+        count(*results as usize, "result"),
+        count(*objects as usize, "object"),
+        bytes(*moved)
+    )
 }
 
 /// A duration for people: `12 ms`, `3.4 s`, `2 min 05 s`.

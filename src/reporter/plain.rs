@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use flowrun_engine::event::{RunEvent, StepStatus};
 
 use super::table::Table;
-use super::{duration, metric_text, status_word};
+use super::{duration, metric_text, status_word, uploaded, uploading};
 
 /// How often a step that goes on says so.
 const PROGRESS_EVERY: Duration = Duration::from_secs(15);
@@ -70,6 +70,14 @@ impl PlainReporter {
                     metric_text(metrics)
                 ))
             }
+            RunEvent::Uploading { .. } => {
+                let last = self.last.entry(String::new()).or_insert_with(Instant::now);
+                (last.elapsed() >= PROGRESS_EVERY).then(|| {
+                    *last = Instant::now();
+                    uploading(event)
+                })
+            }
+            RunEvent::Uploaded { .. } => Some(uploaded(event)),
             _ => None,
         };
         if let Some(line) = line.filter(|_| !self.quiet) {

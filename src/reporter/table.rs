@@ -24,6 +24,8 @@ pub(super) struct Table {
     rows: Vec<Row>,
     places: BTreeMap<String, usize>,
     warnings: Vec<String>,
+    /// Cached steps whose results came from the remote cache.
+    remote: usize,
     end: Option<String>,
 }
 
@@ -44,8 +46,10 @@ impl Table {
                 took_ms,
                 why,
                 metrics,
+                from,
                 ..
             } => {
+                self.remote += usize::from(from.is_some());
                 let text = match status {
                     StepStatus::Ran | StepStatus::Cached => metric_text(metrics),
                     StepStatus::Failed | StepStatus::Skipped => {
@@ -70,9 +74,13 @@ impl Table {
                 took_ms,
             } => {
                 let all_cached = *ok && *ran == 0 && *skipped == 0;
+                let remote = match self.remote {
+                    0 => String::new(),
+                    n => format!(" ({n} from the remote cache)"),
+                };
                 let head = if all_cached { "nothing to do: " } else { "" };
                 self.end = Some(format!(
-                    "{head}{ran} ran, {cached} cached, {failed} failed, {skipped} skipped in {}; record in {run_dir}\n",
+                    "{head}{ran} ran, {cached} cached{remote}, {failed} failed, {skipped} skipped in {}; record in {run_dir}\n",
                     duration(*took_ms)
                 ));
             }
@@ -207,6 +215,7 @@ mod tests {
             outputs: BTreeMap::new(),
             metrics: BTreeMap::from([("accuracy".into(), serde_json::json!(0.5))]),
             help: None,
+            from: None,
         }
     }
 

@@ -9,7 +9,7 @@ use flowrun_engine::event::{RunEvent, StepStatus};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::table::Table;
-use super::{Earlier, duration, metric_text};
+use super::{Earlier, duration, metric_text, uploaded, uploading};
 use crate::output::count;
 
 /// Columns of a step's name.
@@ -108,6 +108,8 @@ impl TerminalReporter {
                 let lines = lines.iter().filter(|b| **b == b'\n').count();
                 self.run.inc(lines as u64);
             }
+            RunEvent::Uploading { .. } => self.run.set_message(uploading(event)),
+            RunEvent::Uploaded { .. } => self.line(&uploaded(event)),
             RunEvent::RunFinished { .. } => {
                 self.run.finish_and_clear();
                 eprint!("\n{}", self.table.render(Some(columns())));

@@ -67,6 +67,8 @@ impl Project {
             .current_dir(self.dir.path())
             .env_remove("FLOWRUN_DISTDIR")
             .env_remove("FLOWRUN_CACHE_DIR")
+            .env_remove("FLOWRUN_REMOTE")
+            .env_remove("FLOWRUN_REMOTE_READ_ONLY")
             .env("XDG_CACHE_HOME", self.path("user-cache"));
         command
     }

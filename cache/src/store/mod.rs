@@ -190,7 +190,7 @@ impl ArtifactStore {
     }
 
     /// An object of this length is there. A file cut short does not count.
-    fn has_object(&self, digest: &Digest, size: u64) -> bool {
+    pub(crate) fn has_object(&self, digest: &Digest, size: u64) -> bool {
         std::fs::metadata(self.object_path(digest)).is_ok_and(|m| m.len() == size)
     }
 
@@ -367,7 +367,7 @@ impl ArtifactStore {
     }
 
     /// A tree object. Paths that would leave the folder make it damaged.
-    fn tree(&self, digest: &Digest) -> Result<TreeObject, CacheError> {
+    pub(crate) fn tree(&self, digest: &Digest) -> Result<TreeObject, CacheError> {
         let bytes = self.read(digest)?;
         serde_json::from_slice::<TreeObject>(&bytes)
             .ok()

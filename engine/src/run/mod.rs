@@ -23,7 +23,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use flowrun_cache::{Cache, CacheError, CacheReader};
+use flowrun_cache::remote::Sent;
+use flowrun_cache::{Cache, CacheError, CacheReader, Remote};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 pub(crate) use self::reporter::Mask;
@@ -66,6 +67,9 @@ pub struct RunOptions {
     pub capacity: Capacity,
     /// How to evaluate expressions.
     pub expressions: Expressions,
+    /// A cache that other machines share: asked for what the local one lacks, and given what the
+    /// run makes.
+    pub remote: Option<Arc<Remote>>,
     /// Remember what the run rests on, if it ends whole: [`crate::premises`].
     pub remember: Option<RunName>,
 }
@@ -83,6 +87,7 @@ impl RunOptions {
             keep_going: false,
             capacity: Capacity::default(),
             expressions,
+            remote: None,
             remember: None,
         }
     }
@@ -231,6 +236,7 @@ async fn perform(
         .remember
         .map(|name| (name, Arc::new(Memory::default())));
     let surroundings = world.clone();
+    let (remote, stop) = (options.remote.clone(), cancel.clone());
     let worker = Worker::new(
         &pipeline,
         &cache,
@@ -240,6 +246,7 @@ async fn perform(
         cancel,
         options.expressions,
         memory.as_ref().map(|(_, memory)| Arc::clone(memory)),
+        remote.clone(),
         secrets,
     );
     let mut scheduler = match work {
@@ -248,7 +255,13 @@ async fn perform(
             Scheduler::changed(Arc::clone(&pipeline), options, changed, worker)
         }
     };
+    if let Some(remote) = &remote {
+        remote.send_waiting(&cache);
+    }
     scheduler.run().await;
+    if let Some(remote) = remote {
+        upload(remote, stop, to_recorder.clone()).await;
+    }
     let synced = cache.sync();
     for text in cache.warnings() {
         send(RunEvent::Warning { step: None, text });
@@ -279,6 +292,38 @@ async fn perform(
         _ => {}
     }
     Ok(summary)
+}
+
+/// Waits until what the run made is in the remote cache, or the run is asked to stop.
+async fn upload(remote: Arc<Remote>, stop: Cancel, events: UnboundedSender<RunEvent>) {
+    let send = move |event| {
+        // As in `perform`.
+        let _ = events.send(event);
+    };
+    let work = move || {
+        let sent = remote.flush(&|| stop.is_cancelled(), &mut |now| {
+            send(RunEvent::Uploading {
+                objects: now.objects,
+                of_objects: now.of_objects,
+                bytes: now.bytes,
+                of_bytes: now.of_bytes,
+            });
+        });
+        for text in remote.take_warnings() {
+            send(RunEvent::Warning { step: None, text });
+        }
+        if sent != Sent::default() {
+            send(RunEvent::Uploaded {
+                to: remote.url().to_owned(),
+                results: sent.results,
+                objects: sent.objects,
+                bytes: sent.bytes,
+                waiting: sent.waiting,
+            });
+        }
+    };
+    // Its panic would be a bug of ours alone; what was not sent is in the outbox.
+    let _ = tokio::task::spawn_blocking(work).await;
 }
 
 fn plan_of(pipeline: &Pipeline, selection: &Selection, run_id: &str) -> RunPlan {

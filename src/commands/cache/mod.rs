@@ -2,6 +2,7 @@
 
 mod archive;
 mod gc;
+mod remote;
 mod stats;
 mod verify;
 
@@ -12,7 +13,7 @@ use crate::exit::{Exit, Failure};
 
 /// Does what was asked of the cache.
 pub(crate) fn cache(command: &CacheCommand, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let makes_it = matches!(command, CacheCommand::Import { .. });
+    let makes_it = matches!(command, CacheCommand::Import { .. } | CacheCommand::Pull);
     if !makes_it && !global.cache_dir.is_dir() {
         return Err(Failure::usage(format!(
             "there is no cache at {}; the first run makes it, `--cache-dir` names another",
@@ -26,5 +27,7 @@ pub(crate) fn cache(command: &CacheCommand, global: &GlobalArgs) -> Result<Exit,
         CacheCommand::Gc { retention, dry_run } => gc::gc(retention, *dry_run, global),
         CacheCommand::Export { file, run } => archive::export(file, run, global),
         CacheCommand::Import { file } => archive::import(file, global),
+        CacheCommand::Push => remote::push(global),
+        CacheCommand::Pull => remote::pull(global),
     }
 }

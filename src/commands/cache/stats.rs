@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flowrun_cache::{Bounds, CacheReader, Share, Survey};
+use flowrun_cache::{Bounds, CacheReader, Remote, Share, Survey};
 use flowrun_engine::retention::{Retention, garbage};
 use serde::Serialize;
 
@@ -10,6 +10,7 @@ use super::gc::retention;
 use crate::args::{GlobalArgs, RetentionArgs};
 use crate::exit::{Exit, Failure};
 use crate::output::{self, bytes};
+use crate::surroundings::remote;
 
 #[derive(Serialize)]
 struct Stats {
@@ -19,8 +20,28 @@ struct Stats {
     /// Bytes that no kept run needs.
     spare_bytes: u64,
     keep_runs: usize,
+    remote: Option<RemoteStats>,
     max_size: Option<u64>,
     max_age_s: Option<u64>,
+}
+
+/// The remote cache, without asking it.
+#[derive(Serialize)]
+struct RemoteStats {
+    url: String,
+    read_only: bool,
+    /// Results that are still to be sent.
+    waiting: usize,
+}
+
+impl RemoteStats {
+    fn of(remote: &Remote) -> Self {
+        Self {
+            url: remote.url().to_owned(),
+            read_only: remote.is_read_only(),
+            waiting: remote.waiting(),
+        }
+    }
 }
 
 /// Shows what the cache holds.
@@ -36,6 +57,7 @@ pub(super) fn stats(args: &RetentionArgs, global: &GlobalArgs) -> Result<Exit, F
         ..kept
     };
     let stats = Stats {
+        remote: remote(global)?.as_deref().map(RemoteStats::of),
         total: survey.total(),
         survey,
         spare_bytes: garbage(&reader, &everything).bytes,
@@ -93,5 +115,13 @@ fn text(stats: &Stats, place: &str) -> String {
         output::count(stats.keep_runs, "run"),
         bytes(stats.spare_bytes)
     ));
+    if let Some(remote) = &stats.remote {
+        let how = match (remote.read_only, remote.waiting) {
+            (true, _) => "; nothing is sent there".to_owned(),
+            (false, 0) => String::new(),
+            (false, n) => format!("; {} to be sent", output::count(n, "result")),
+        };
+        out.push_str(&format!("remote {}{how}\n", remote.url));
+    }
     out
 }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use flowrun_cache::{ActionKey, ActionResult};
 
 use super::{Phase, Place, Scheduler, State};
-use crate::event::{RunEvent, StepStatus};
+use crate::event::{ResultFrom, RunEvent, StepStatus};
 use crate::expansion::kind_of;
 use crate::run::RunSummary;
-use crate::run::worker::{Trouble, UNCHANGED};
+use crate::run::worker::{How, Trouble, UNCHANGED};
 use crate::step::{StepError, StepErrorKind, StepSummary};
 
 impl Scheduler {
@@ -18,21 +18,21 @@ impl Scheduler {
         &mut self,
         place: Place,
         key: Option<ActionKey>,
-        cached: bool,
+        how: How,
         took_ms: u64,
         why: String,
         result: ActionResult,
     ) {
-        let status = if cached {
-            StepStatus::Cached
-        } else {
-            StepStatus::Ran
+        let (status, word, from) = match how {
+            How::Ran => (StepStatus::Ran, "ran", None),
+            How::Cached => (StepStatus::Cached, "cached", None),
+            How::Fetched => (StepStatus::Cached, "cached", Some(ResultFrom::Remote)),
         };
         let request = Arc::clone(&self.item(place).request);
         let summary = StepSummary {
             step: request.id.clone(),
             kind: kind_of(&request.node).to_owned(),
-            status: if cached { "cached" } else { "ran" }.to_owned(),
+            status: word.to_owned(),
             took_ms: result.took_ms,
             metrics: result.metrics.clone(),
         };
@@ -46,7 +46,7 @@ impl Scheduler {
             None => finished.push(summary),
         }
         self.count(place, status);
-        let event = |status, took_ms, why, metrics| RunEvent::StepFinished {
+        let event = |status, took_ms, why, metrics, from| RunEvent::StepFinished {
             step: request.id.clone(),
             kind: kind_of(&request.node).to_owned(),
             status,
@@ -56,15 +56,19 @@ impl Scheduler {
             outputs: self.worker.infos(&result.outputs),
             metrics,
             help: None,
+            from,
         };
         if let Some((memory, key)) = self.worker.memory().zip(key) {
             let unchanged = UNCHANGED.to_owned();
             let metrics = result.metrics.clone();
             let name = &request.node.name;
-            memory.event(name, &event(StepStatus::Cached, 0, unchanged, metrics));
+            memory.event(
+                name,
+                &event(StepStatus::Cached, 0, unchanged, metrics, None),
+            );
             memory.outputs(name, &key, &result.outputs, result.took_ms);
         }
-        let ended = event(status, took_ms, why, result.metrics.clone());
+        let ended = event(status, took_ms, why, result.metrics.clone(), from);
         self.worker.send(ended);
         self.set_phase(place, Phase::Ended(result.outputs));
     }
@@ -99,6 +103,7 @@ impl Scheduler {
             outputs,
             metrics,
             help: error.help.clone(),
+            from: None,
         });
         self.set_phase(place, Phase::Failed);
         self.note(&request.id, error);
@@ -133,6 +138,7 @@ impl Scheduler {
             outputs: BTreeMap::new(),
             metrics: BTreeMap::new(),
             help: error.help.clone(),
+            from: None,
         });
         self.note(&name, error);
         self.set(i, State::Failed);
@@ -189,6 +195,7 @@ impl Scheduler {
             outputs: BTreeMap::new(),
             metrics: BTreeMap::new(),
             help: None,
+            from: None,
         };
         if let Some(memory) = self.worker.memory() {
             memory.event(&self.steps[i].node.name, &event);

@@ -45,6 +45,9 @@ const STALLS: u32 = 3;
 /// Items that one looker takes at a time.
 const LOOKS_AT_ONCE: usize = 64;
 
+/// Lookers at once when there is a remote cache.
+pub(super) const REMOTE_LOOKERS: usize = 16;
+
 /// How long a looker keeps what it found to itself.
 const TELL_EVERY: Duration = Duration::from_millis(2);
 
@@ -222,7 +225,7 @@ impl Scheduler {
         if self.stopping.is_some() {
             return;
         }
-        while self.lookers < self.options.jobs.max(1) && !self.looks.is_empty() {
+        while self.lookers < self.most_lookers() && !self.looks.is_empty() {
             self.start_looks();
         }
         let mut no_room = VecDeque::new();
@@ -244,10 +247,18 @@ impl Scheduler {
         self.ready = no_room;
     }
 
+    /// Lookers at once: those that ask a remote cache wait more than they work.
+    fn most_lookers(&self) -> usize {
+        match self.options.remote {
+            Some(_) => self.options.jobs.max(REMOTE_LOOKERS),
+            None => self.options.jobs.max(1),
+        }
+    }
+
     /// Gives one looker its share of the items that are to be looked up.
     fn start_looks(&mut self) {
-        let jobs = self.options.jobs.max(1);
-        let share = self.looks.len().div_ceil(jobs).min(LOOKS_AT_ONCE);
+        let share = self.looks.len().div_ceil(self.most_lookers());
+        let share = share.min(LOOKS_AT_ONCE);
         let mut batch = Vec::with_capacity(share);
         while batch.len() < share
             && let Some(place) = self.looks.pop_front()
@@ -364,7 +375,7 @@ impl Scheduler {
 
     fn ended(&mut self, place: Place, end: End) {
         match end.result {
-            Ok(result) => self.succeed(place, end.key, end.cached, end.took_ms, end.why, result),
+            Ok(result) => self.succeed(place, end.key, end.how, end.took_ms, end.why, result),
             Err(Trouble {
                 broken: Some(digest),
                 ..

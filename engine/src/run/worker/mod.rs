@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
-use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent};
+use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, Remote};
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -58,6 +58,7 @@ pub(super) struct Worker {
     pipeline: String,
     cache: Arc<Cache>,
     lookup: Lookup,
+    remote: Option<Arc<Remote>>,
     history: History,
     run_dir: PathBuf,
     events: UnboundedSender<RunEvent>,
@@ -91,9 +92,20 @@ pub(super) enum Looked {
 pub(super) struct End {
     pub(super) key: Option<ActionKey>,
     pub(super) why: String,
-    pub(super) cached: bool,
+    pub(super) how: How,
     pub(super) took_ms: u64,
     pub(super) result: Result<ActionResult, Trouble>,
+}
+
+/// Where an action's result came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum How {
+    /// The action ran.
+    Ran,
+    /// The cache had it.
+    Cached,
+    /// The remote cache had it.
+    Fetched,
 }
 
 /// Why an action did not end well.
@@ -126,6 +138,7 @@ impl Worker {
         cancel: Cancel,
         expressions: Expressions,
         memory: Option<Arc<Memory>>,
+        remote: Option<Arc<Remote>>,
         secrets: &[String],
     ) -> Self {
         let names = pipeline
@@ -137,7 +150,8 @@ impl Worker {
         Self {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),
-            lookup: Lookup::holding(&pipeline.root, world, cache, memory),
+            lookup: Lookup::holding(&pipeline.root, world, cache, memory, remote.clone()),
+            remote,
             history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
             run_dir,
             events,
@@ -174,7 +188,7 @@ impl Worker {
             Looked::End(End {
                 key: None,
                 why: String::new(),
-                cached: false,
+                how: How::Ran,
                 took_ms: 0,
                 result: Err(self.masked(error).into()),
             })
@@ -186,29 +200,16 @@ impl Worker {
     }
 
     fn look_up(&self, request: &ActionRequest, forced: bool) -> Result<Looked, StepError> {
-        let keyed = self.lookup.key(request)?;
+        let mut keyed = self.lookup.key(request)?;
+        keyed.replaces = forced;
         let cause = if forced {
             Cause::Forced
         } else if request.node.cache == CachePolicy::Never {
             Cause::NoResult
         } else {
-            match self.lookup.find(request, &keyed.key) {
-                Found::Nothing => Cause::NoResult,
-                Found::Broken => Cause::Broken,
-                Found::Whole(result) => {
-                    let result = self.settle(request, *result);
-                    if result.as_ref().is_err_and(|t| t.broken.is_some()) {
-                        Cause::Broken
-                    } else {
-                        return Ok(Looked::End(End {
-                            key: Some(keyed.key),
-                            why: UNCHANGED.to_owned(),
-                            cached: true,
-                            took_ms: 0,
-                            result,
-                        }));
-                    }
-                }
+            match self.find(request, &keyed.key) {
+                Ok(end) => return Ok(Looked::End(end)),
+                Err(cause) => cause,
             }
         };
         if cause == Cause::Broken {
@@ -220,6 +221,49 @@ impl Worker {
         }
         let why = why(&self.history, request, &keyed, cause).text();
         Ok(Looked::Miss { keyed, why })
+    }
+
+    /// The end of an action that need not run; else why it must.
+    fn find(&self, request: &ActionRequest, key: &ActionKey) -> Result<End, Cause> {
+        let mut cause = Cause::NoResult;
+        // What turns out to be damaged here may be whole in the remote cache.
+        for _ in 0..2 {
+            let found = self.lookup.find(request, key);
+            self.tell_of_remote();
+            let (how, result) = match found {
+                Found::Whole(result) => (How::Cached, result),
+                Found::Fetched(result) => (How::Fetched, result),
+                Found::Broken => return Err(Cause::Broken),
+                Found::Nothing => return Err(cause),
+                Found::Flawed(why) => {
+                    self.send(RunEvent::Warning {
+                        step: Some(request.id.clone()),
+                        text: format!("the remote cache has a result, but {why}; the step runs"),
+                    });
+                    return Err(cause);
+                }
+            };
+            let result = self.settle(request, *result);
+            if !result.as_ref().is_err_and(|t| t.broken.is_some()) {
+                return Ok(End {
+                    key: Some(*key),
+                    why: UNCHANGED.to_owned(),
+                    how,
+                    took_ms: 0,
+                    result,
+                });
+            }
+            cause = Cause::Broken;
+        }
+        Err(cause)
+    }
+
+    /// Passes on what there is to say of the remote cache.
+    fn tell_of_remote(&self) {
+        let remote = self.remote.iter();
+        for text in remote.flat_map(|remote| remote.take_warnings()) {
+            self.send(RunEvent::Warning { step: None, text });
+        }
     }
 
     /// Runs an action, with its retries. Never panics, whatever the step does.
@@ -246,7 +290,7 @@ impl Worker {
         End {
             key: Some(keyed.key),
             why,
-            cached: false,
+            how: How::Ran,
             took_ms: millis(started),
             result: result.map_err(|trouble| Trouble {
                 error: self.masked(trouble.error),
@@ -366,6 +410,11 @@ impl Worker {
         };
         self.cache.actions().put(&result).map_err(cache_error)?;
         self.cache.sync_if_due().map_err(cache_error)?;
+        if let Some(remote) = &self.remote
+            && request.node.cache != CachePolicy::Never
+        {
+            remote.send(&self.cache, &result, keyed.replaces);
+        }
         // The result is recorded: what is left of earlier attempts serves nobody.
         let _ = std::fs::remove_dir_all(resume_path);
         Ok(result)

@@ -1,0 +1,454 @@
+//! [`Remote`]: the same objects and results in a folder or bucket that several machines share.
+//!
+//! | file | does |
+//! |---|---|
+//! | `bucket` | what a URL names, and the names of things there |
+//! | `policy` | what is done about a remote that refuses |
+//! | `download` | gets a result with its objects, each verified before it has its name |
+//! | `upload` | sends objects, then the result |
+//! | `multipart` | sends a large file in parts, and goes on where a kill left off |
+//! | `outbox` | what is still to be sent |
+//!
+//! Its invariants: nothing that comes from a remote is used before its digest was checked, and
+//! what is missing or wrong there is as if it had never been; a result is written only after all
+//! its objects; and a remote that refuses never fails anything here.
+//!
+//! Calls block: requests run on a runtime of its own, whose connections outlive a call.
+
+mod bucket;
+mod download;
+mod multipart;
+mod outbox;
+mod policy;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+mod upload;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::TryStreamExt;
+use object_store::ObjectStore;
+use serde::Serialize;
+use tokio::runtime::Runtime;
+use tokio::sync::{OnceCell, Semaphore};
+
+use self::bucket::Bucket;
+pub use self::bucket::{folder_url, is_folder};
+use self::outbox::Outbox;
+use self::policy::{Policy, Refusal};
+use crate::action::{ActionKey, ActionResult};
+use crate::cache::Cache;
+use crate::digest::Digest;
+
+/// Bytes that one request moves at most. S3 wants 5 MiB of a part at least.
+const PART: u64 = 8 << 20;
+/// Requests with content at once, which with [`PART`] bounds the memory they take.
+const AT_ONCE: usize = 8;
+/// Things that one call looks after at once.
+const ABREAST: usize = 16;
+/// Threads that serve the connections.
+const THREADS: usize = 2;
+/// How often progress is told.
+const TELL_EVERY: Duration = Duration::from_millis(200);
+/// Folder in the cache for what is kept about remotes.
+const FOLDER: &str = "remotes";
+
+/// Why a remote cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// The URL is wrong, or the variables that go with it.
+    #[error(
+        "the remote cache `{url}`: {reason}; write `s3://bucket/path`, `gs://bucket/path`, `az://container/path`, `file:///folder` or a folder"
+    )]
+    Url {
+        /// The URL.
+        url: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The folder is not there, or cannot be made.
+    #[error("the remote cache {url} cannot be used ({reason}); the run goes on without it")]
+    Unreachable {
+        /// Where.
+        url: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The threads for it cannot be started.
+    #[error("the remote cache cannot be used ({0}); the run goes on without it")]
+    Threads(std::io::Error),
+}
+
+/// A shared cache in a folder or bucket.
+pub struct Remote {
+    shared: Arc<Shared>,
+    runtime: Option<Runtime>,
+}
+
+/// What calls and background work share.
+#[derive(Debug)]
+struct Shared {
+    bucket: Bucket,
+    policy: Policy,
+    read_only: bool,
+    /// Below [`FOLDER`] of the cache folder.
+    folder: std::path::PathBuf,
+    outbox: Outbox,
+    /// Requests with content under way.
+    transfers: Semaphore,
+    /// Results that are being sent.
+    results: Semaphore,
+    /// Objects that are there, or on their way.
+    sent: Mutex<HashMap<Digest, Arc<OnceCell<()>>>>,
+    /// Objects and results that were found damaged, or without what belongs to them.
+    spoilt: Mutex<BTreeSet<Digest>>,
+    tally: Tally,
+}
+
+/// Counts of what is sent.
+#[derive(Debug, Default)]
+struct Tally {
+    objects: AtomicU64,
+    of_objects: AtomicU64,
+    bytes: AtomicU64,
+    of_bytes: AtomicU64,
+    /// Bytes less those of parts that an earlier run had sent.
+    moved: AtomicU64,
+    results: AtomicU64,
+    /// Results under way; tells when it sinks.
+    pending: Mutex<usize>,
+    sunk: Condvar,
+}
+
+/// What a remote has under a key.
+#[derive(Debug)]
+pub enum Fetched {
+    /// The result; it and all its objects are in the local cache now.
+    Whole(Box<ActionResult>),
+    /// Something that cannot be used: why.
+    Flawed(String),
+    /// Nothing, or it was not asked.
+    Nothing,
+}
+
+/// How far sending is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Sending {
+    /// Objects that are there by now.
+    pub objects: u64,
+    /// Of so many that are known of.
+    pub of_objects: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Of so many.
+    pub of_bytes: u64,
+}
+
+/// What was sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Sent {
+    /// Results.
+    pub results: u64,
+    /// Objects; those that were there already do not count.
+    pub objects: u64,
+    /// Bytes that were moved; parts that an earlier run had sent do not count.
+    pub bytes: u64,
+    /// Results that are still to be sent.
+    pub waiting: u64,
+}
+
+/// How a remote is used.
+#[derive(Debug, Clone)]
+pub struct RemoteOptions {
+    /// `s3://bucket/path`, `gs://…`, `az://…`, `file:///folder`.
+    pub url: String,
+    /// Nothing is written there.
+    pub read_only: bool,
+    /// Environment variables: credentials and endpoints.
+    pub env: BTreeMap<String, String>,
+}
+
+impl std::fmt::Debug for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Remote({})", self.url())
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // It may be dropped on a thread that must not wait. What is under way stays in the outbox.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Remote {
+    /// Opens it. No server is asked anything yet.
+    ///
+    /// # Errors
+    /// [`RemoteError`].
+    pub fn open(options: &RemoteOptions, cache_dir: &Path) -> Result<Self, RemoteError> {
+        let bucket = Bucket::open(&options.url, !options.read_only, &options.env)?;
+        Self::of(bucket, options.read_only, cache_dir)
+    }
+
+    fn of(bucket: Bucket, read_only: bool, cache_dir: &Path) -> Result<Self, RemoteError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(THREADS)
+            .thread_name("remote")
+            .enable_all()
+            .build()
+            .map_err(RemoteError::Threads)?;
+        let folder = cache_dir.join(FOLDER).join(&bucket.id);
+        let shared = Shared {
+            bucket,
+            policy: Policy::default(),
+            read_only,
+            outbox: Outbox::new(&folder),
+            folder,
+            transfers: Semaphore::new(AT_ONCE),
+            results: Semaphore::new(AT_ONCE),
+            sent: Mutex::default(),
+            spoilt: Mutex::default(),
+            tally: Tally::default(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            runtime: Some(runtime),
+        })
+    }
+
+    /// Its URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        self.shared.bucket.url()
+    }
+
+    /// Nothing is written there.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.shared.read_only
+    }
+
+    /// How many results are still to be sent.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.shared.outbox.waiting().len()
+    }
+
+    /// What the user must be told, once.
+    #[must_use]
+    pub fn take_warnings(&self) -> Vec<String> {
+        self.shared.policy.take_warnings()
+    }
+
+    /// Asks for the first entry.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    pub fn check(&self) -> Result<(), String> {
+        let results = self.shared.bucket.results();
+        let first = async {
+            let mut list = self.shared.bucket.store.list(Some(&results));
+            list.try_next().await.map(drop)
+        };
+        self.wait(first).map_err(|e| policy::reason(&e))
+    }
+
+    /// The result under a key, when all its outputs seem to be there; nothing is written here.
+    #[must_use]
+    pub fn peek(&self, key: &ActionKey) -> Option<ActionResult> {
+        self.wait(download::peek(&self.shared, key))
+    }
+
+    /// Gets the result under a key with its objects, if it `fits`.
+    #[must_use]
+    pub fn fetch(
+        &self,
+        cache: &Cache,
+        key: &ActionKey,
+        fits: &dyn Fn(&ActionResult) -> bool,
+    ) -> Fetched {
+        self.wait(download::fetch(&self.shared, cache, key, fits))
+    }
+
+    /// Gets every result that the remote has and the local cache has not; how many, and how
+    /// many could not be used.
+    ///
+    /// # Errors
+    /// Why the remote cannot be used.
+    pub fn pull(&self, cache: &Cache) -> Result<(usize, usize), String> {
+        self.wait(download::pull(&self.shared, cache))
+    }
+
+    /// Sends a result in the background, objects first. `replace` what is there under its key.
+    pub fn send(&self, cache: &Cache, result: &ActionResult, replace: bool) {
+        if self.shared.read_only {
+            return;
+        }
+        let replace = replace || self.shared.is_spoilt(&result.key);
+        if let Err(e) = self.shared.outbox.add(&result.key, replace) {
+            tracing::debug!("the outbox cannot be written: {e}");
+        }
+        self.start(cache, result.clone(), replace);
+    }
+
+    /// Sends what earlier runs left.
+    pub fn send_waiting(&self, cache: &Cache) {
+        if self.shared.read_only {
+            return;
+        }
+        for (key, replace) in self.shared.outbox.waiting() {
+            match cache.actions().get(&key) {
+                Some(result) => self.start(cache, result, replace),
+                // It was collected meanwhile.
+                None => self.shared.outbox.remove(&key),
+            }
+        }
+    }
+
+    /// Sends every result of the cache that is whole, if the remote has none under its key; how
+    /// many there are.
+    pub fn push(&self, cache: &Cache) -> usize {
+        let whole = |result: &ActionResult| {
+            let mut artifacts = result.outputs.values().flat_map(|o| o.value.artifacts());
+            artifacts.all(|artifact| cache.store().contains(artifact))
+        };
+        let mut all = 0;
+        for result in cache.actions().all().filter(whole) {
+            self.send(cache, &result, false);
+            all += 1;
+        }
+        all
+    }
+
+    /// Why it was left alone, once it was.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.shared.policy.trouble()
+    }
+
+    fn start(&self, cache: &Cache, result: ActionResult, replace: bool) {
+        let Some(runtime) = self
+            .runtime
+            .as_ref()
+            .filter(|_| self.shared.policy.writes())
+        else {
+            return;
+        };
+        *self.shared.tally.pending() += 1;
+        let (shared, store) = (Arc::clone(&self.shared), cache.store().clone());
+        runtime.spawn(async move {
+            let done = Pending(Arc::clone(&shared));
+            upload::result(&shared, &store, &result, replace).await;
+            drop(done);
+        });
+    }
+
+    /// Waits until everything is sent that can be, or until `stop`.
+    pub fn flush(&self, stop: &dyn Fn() -> bool, tell: &mut dyn FnMut(Sending)) -> Sent {
+        let tally = &self.shared.tally;
+        let mut pending = tally.pending();
+        let mut told = None;
+        while *pending > 0 && !stop() {
+            let waited = tally.sunk.wait_timeout(pending, TELL_EVERY);
+            pending = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let now = tally.sending();
+            if *pending > 0 && told.replace(now) != Some(now) {
+                tell(now);
+            }
+        }
+        drop(pending);
+        self.sent()
+    }
+
+    /// What was sent until now.
+    #[must_use]
+    pub fn sent(&self) -> Sent {
+        let tally = &self.shared.tally;
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Sent {
+            results: of(&tally.results),
+            objects: of(&tally.objects),
+            bytes: of(&tally.moved),
+            waiting: self.waiting() as u64,
+        }
+    }
+
+    #[cfg(test)]
+    #[allow(clippy::unwrap_used)]
+    fn outbox_add(&self, key: &ActionKey) {
+        self.shared.outbox.add(key, false).unwrap();
+    }
+
+    fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        match &self.runtime {
+            Some(runtime) => runtime.block_on(work),
+            // Only while it is dropped.
+            None => futures::executor::block_on(work),
+        }
+    }
+}
+
+/// One result on its way: also counts down when the work panics.
+struct Pending(Arc<Shared>);
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        *self.0.tally.pending() -= 1;
+        self.0.tally.sunk.notify_all();
+    }
+}
+
+impl Tally {
+    fn pending(&self) -> MutexGuard<'_, usize> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn moved(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.moved.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn sending(&self) -> Sending {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Sending {
+            objects: of(&self.objects),
+            of_objects: of(&self.of_objects),
+            bytes: of(&self.bytes),
+            of_bytes: of(&self.of_bytes),
+        }
+    }
+}
+
+impl Shared {
+    /// A read was refused: what that means for what was asked.
+    fn refused(&self, refusal: Refusal) {
+        if let Refusal::Denied(why) | Refusal::Unreachable(why) = refusal {
+            self.policy.no_more_reads(self.bucket.url(), &why);
+        }
+    }
+
+    /// Notes that an object or a result there is to be written anew.
+    fn spoil(&self, digest: &Digest) {
+        self.spoilt().insert(*digest);
+    }
+
+    fn is_spoilt(&self, digest: &Digest) -> bool {
+        self.spoilt().contains(digest)
+    }
+
+    fn mended(&self, digest: &Digest) {
+        self.spoilt().remove(digest);
+    }
+
+    fn spoilt(&self) -> MutexGuard<'_, BTreeSet<Digest>> {
+        self.spoilt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,359 @@
+//! Two machines and a shared place between them.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use object_store::PutPayload;
+use tempfile::TempDir;
+
+use super::bucket::Bucket;
+use super::*;
+use crate::action::{ACTION_VERSION, OutputRecord, OutputValue};
+use crate::verify::verify;
+use crate::{CacheReader, LockWait, OpenOptions};
+
+/// A machine: its own cache, and the remote.
+struct Machine {
+    dir: TempDir,
+    cache: Cache,
+    remote: Remote,
+}
+
+impl Machine {
+    fn new(bucket: Bucket, read_only: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let options = OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".into(),
+            on_wait: None,
+        };
+        let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
+        let remote = Remote::of(bucket, read_only, cache.dir()).unwrap();
+        Self { dir, cache, remote }
+    }
+
+    /// A result with a file and a folder, made here.
+    fn make(&self, name: &str) -> ActionResult {
+        let folder = self.dir.path().join(name);
+        std::fs::create_dir_all(folder.join("deep")).unwrap();
+        std::fs::write(folder.join("deep/member"), format!("member of {name}")).unwrap();
+        std::fs::write(folder.join("tool"), "#!/bin/sh\n").unwrap();
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(folder.join("tool"), mode).unwrap();
+        let store = self.cache.store();
+        let outputs = [
+            ("file", store.put_bytes(name.as_bytes()).unwrap()),
+            ("tree", store.put_path(&folder).unwrap()),
+        ];
+        self.result(name, outputs)
+    }
+
+    fn result<const N: usize>(
+        &self,
+        name: &str,
+        outputs: [(&str, crate::Artifact); N],
+    ) -> ActionResult {
+        let outputs = outputs.map(|(port, artifact)| {
+            let output = OutputRecord {
+                ty: "any".into(),
+                value: OutputValue::One(artifact),
+            };
+            (port.to_owned(), output)
+        });
+        let result = ActionResult {
+            version: ACTION_VERSION,
+            key: Digest::of_bytes(name.as_bytes()),
+            manifest: serde_json::json!({}),
+            outputs: BTreeMap::from(outputs),
+            metrics: BTreeMap::new(),
+            took_ms: 1,
+            finished_at: String::new(),
+            label: name.into(),
+        };
+        self.cache.actions().put(&result).unwrap();
+        result
+    }
+
+    fn send(&self, result: &ActionResult) -> Sent {
+        self.remote.send(&self.cache, result, false);
+        self.flush()
+    }
+
+    fn flush(&self) -> Sent {
+        self.remote.flush(&|| false, &mut |_| {})
+    }
+
+    fn fetch(&self, key: &ActionKey) -> Fetched {
+        self.remote.fetch(&self.cache, key, &|_| true)
+    }
+
+    fn flawed(&self, key: &ActionKey) -> String {
+        match self.fetch(key) {
+            Fetched::Flawed(why) => {
+                assert!(self.cache.actions().get(key).is_none());
+                assert!(
+                    verify(&CacheReader::open(self.cache.dir()))
+                        .damage
+                        .is_empty()
+                );
+                why
+            }
+            other => format!("{other:?}"),
+        }
+    }
+
+    fn has_whole(&self, key: &ActionKey) {
+        let fetched = self.fetch(key);
+        assert!(matches!(fetched, Fetched::Whole(_)), "{fetched:?}");
+        let result = self.cache.actions().get(key).unwrap();
+        let found = verify(&CacheReader::open(self.cache.dir()));
+        assert!(found.damage.is_empty(), "{:?}", found.damage);
+        for output in result.outputs.values() {
+            for artifact in output.value.artifacts() {
+                self.cache.store().verify(artifact).unwrap();
+            }
+        }
+    }
+}
+
+fn folder(dir: &TempDir) -> Bucket {
+    let url = folder_url(dir.path()).unwrap();
+    Bucket::open(&url, true, &BTreeMap::new()).unwrap()
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for path in crate::record::folder(folder) {
+        match path.is_dir() {
+            true => all.extend(files(&path)),
+            false => all.push(path),
+        }
+    }
+    all.sort();
+    all
+}
+
+#[test]
+fn what_one_machine_made_another_has() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let made = a.make("made");
+    let sent = a.send(&made);
+    // The file, the folder and its two members.
+    assert_eq!((sent.results, sent.objects, sent.waiting), (1, 4, 0));
+    let again = a.send(&made);
+    assert_eq!((again.results, again.objects), (1, 4), "all was there");
+
+    let b = Machine::new(folder(&shared), true);
+    assert_eq!(b.remote.peek(&made.key).as_ref(), Some(&made));
+    assert!(
+        b.cache.actions().get(&made.key).is_none(),
+        "a peek gets nothing"
+    );
+    b.has_whole(&made.key);
+    let before = files(shared.path());
+    assert_eq!(b.send(&b.make("other")), Sent::default());
+    assert_eq!(files(shared.path()), before, "it only reads");
+    let nothing = Digest::of_bytes(b"nobody made it");
+    assert!(matches!(b.fetch(&nothing), Fetched::Nothing));
+    assert!(b.remote.take_warnings().is_empty());
+
+    // Both at once, the same and others.
+    let c = Machine::new(folder(&shared), false);
+    std::thread::scope(|scope| {
+        for machine in [&a, &c] {
+            scope.spawn(|| {
+                for i in 0..40 {
+                    let result = machine.make(&format!("both {i}"));
+                    machine.remote.send(&machine.cache, &result, false);
+                }
+                machine.flush();
+            });
+        }
+    });
+    for i in 0..40 {
+        b.has_whole(&Digest::of_bytes(format!("both {i}").as_bytes()));
+    }
+}
+
+#[test]
+fn what_is_damaged_there_is_never_used_and_is_written_anew() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let made = a.make("made");
+    a.send(&made);
+    for path in files(shared.path()) {
+        let good = std::fs::read(&path).unwrap();
+        let mut flipped = good.clone();
+        flipped[good.len() / 2] ^= 1;
+        let longer = [&good[..], b"x"].concat();
+        for bad in [
+            Some(&good[..good.len() / 2]),
+            Some(&[]),
+            Some(&flipped),
+            Some(&longer),
+            None,
+        ] {
+            match bad {
+                Some(bytes) => std::fs::write(&path, bytes).unwrap(),
+                None => std::fs::remove_file(&path).unwrap(),
+            }
+            let b = Machine::new(folder(&shared), false);
+            let is_result = path.extension().is_some();
+            if bad.is_some() || !is_result {
+                let why = b.flawed(&made.key);
+                let told = match (is_result, bad) {
+                    (true, _) => "cannot be read",
+                    (false, Some(_)) => "is damaged",
+                    (false, None) => "is not there",
+                };
+                assert!(why.contains(told), "{why}");
+            }
+            // The step runs, and what it made takes the place of what was there.
+            b.send(&b.make("made"));
+            Machine::new(folder(&shared), true).has_whole(&made.key);
+            assert_eq!(std::fs::read(&path).unwrap(), good);
+        }
+    }
+}
+
+#[test]
+fn a_result_of_a_newer_program_stays() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let made = a.make("made");
+    a.send(&made);
+    let path = files(&shared.path().join("actions")).remove(0);
+    let mut other = made.clone();
+    for (version, stays) in [(ACTION_VERSION + 1, true), (ACTION_VERSION - 1, false)] {
+        other.version = version;
+        std::fs::write(&path, crate::action::to_text(&other)).unwrap();
+        let b = Machine::new(folder(&shared), false);
+        assert!(matches!(b.fetch(&made.key), Fetched::Nothing));
+        b.send(&b.make("made"));
+        let kept = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(kept == crate::action::to_text(&other), stays);
+    }
+}
+
+#[test]
+fn damage_here_is_not_sent() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let made = a.make("made");
+    let path = a.cache.store().object_path(&Digest::of_bytes(b"made"));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    std::fs::write(&path, "mode").unwrap();
+    let sent = a.send(&made);
+    assert_eq!((sent.results, sent.waiting), (0, 0));
+    assert!(files(&shared.path().join("actions")).is_empty());
+}
+
+/// Bytes that no part of is like another.
+fn large(length: u64) -> Vec<u8> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"large");
+    let mut bytes = vec![0; length as usize];
+    hasher.finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+#[test]
+fn a_large_file_goes_in_parts_and_goes_on_after_a_kill() {
+    let bucket = Bucket::memory();
+    let a = Machine::new(bucket.clone(), false);
+    let bytes = large(2 * PART + 5);
+    let artifact = a.cache.store().put_bytes(&bytes).unwrap();
+    let made = a.result("large", [("large", artifact.clone())]);
+
+    // As a killed run left it: the second part is there, and the note's last line is torn.
+    let path = bucket.object(&artifact.digest);
+    let parts = bucket.parts.clone().unwrap();
+    let run = |work| a.remote.wait(work);
+    let upload = run(parts.create_multipart(&path)).unwrap();
+    let second = bytes[PART as usize..2 * PART as usize].to_vec();
+    a.remote
+        .wait(parts.put_part(&path, &upload, 1, PutPayload::from(second)))
+        .unwrap();
+    let note = a.remote.shared.folder.join("uploads");
+    std::fs::create_dir_all(&note).unwrap();
+    let note = note.join(artifact.digest.to_hex());
+    let size = bytes.len();
+    let head = format!("{{\"part\":{PART},\"size\":{size},\"upload\":\"{upload}\",\"version\":1}}");
+    std::fs::write(
+        &note,
+        format!("{head}\n{{\"id\":\"\",\"part\":1}}\n{{\"id\":"),
+    )
+    .unwrap();
+    a.remote.outbox_add(&made.key);
+    a.remote.send_waiting(&a.cache);
+    let sent = a.flush();
+    assert_eq!(
+        (sent.results, sent.bytes),
+        (1, PART + 5),
+        "one part was there"
+    );
+    assert!(!note.exists());
+    Machine::new(bucket.clone(), true).has_whole(&made.key);
+
+    // The server forgot the upload: it begins anew.
+    let b = Machine::new(Bucket::memory(), false);
+    let artifact = b.cache.store().put_bytes(&bytes).unwrap();
+    let made = b.result("large", [("large", artifact.clone())]);
+    let note = b.remote.shared.folder.join("uploads");
+    std::fs::create_dir_all(&note).unwrap();
+    std::fs::write(
+        note.join(artifact.digest.to_hex()),
+        head.replace(&upload, "9"),
+    )
+    .unwrap();
+    assert_eq!(b.send(&made).bytes, bytes.len() as u64);
+
+    // In a folder, without parts.
+    let shared = tempfile::tempdir().unwrap();
+    let c = Machine::new(folder(&shared), false);
+    let artifact = c.cache.store().put_bytes(&bytes).unwrap();
+    let made = c.result("large", [("large", artifact.clone())]);
+    assert_eq!(c.send(&made).bytes, bytes.len() as u64);
+    Machine::new(folder(&shared), true).has_whole(&made.key);
+    let object = files(&shared.path().join("objects")).remove(0);
+    let mut spoilt = bytes.clone();
+    spoilt[PART as usize + 3] ^= 1;
+    std::fs::write(&object, &spoilt).unwrap();
+    let why = Machine::new(folder(&shared), true).flawed(&made.key);
+    assert!(why.contains("is damaged"), "{why}");
+}
+
+#[test]
+fn a_server_that_is_not_there_is_asked_once() {
+    // Nobody listens on a port that was just given back.
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .unwrap()
+        .port();
+    let env = [
+        ("AWS_ACCESS_KEY_ID", "AK".to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", "SK".to_owned()),
+        ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}")),
+    ];
+    let env = env.map(|(name, value)| (name.to_owned(), value)).into();
+    let a = Machine::new(Bucket::open("s3://b/p", true, &env).unwrap(), false);
+    let made = a.make("made");
+    assert!(matches!(a.fetch(&made.key), Fetched::Nothing));
+    let asked = Instant::now();
+    for i in 0..1000u32 {
+        let key = Digest::of_bytes(&i.to_le_bytes());
+        assert!(matches!(a.fetch(&key), Fetched::Nothing));
+    }
+    let sent = a.send(&made);
+    let told = a.remote.take_warnings();
+    assert_eq!(
+        (sent.results, sent.waiting, told.len()),
+        (0, 1, 1),
+        "{told:?}"
+    );
+    assert!(told[0].contains("the run goes on without it"), "{told:?}");
+    assert!(a.remote.check().is_err(), "in {:?}", asked.elapsed());
+}
