@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use flowrun_cache::remote::{folder_url, is_folder};
-use flowrun_cache::{Cache, LockWait, OpenOptions, Remote, RemoteError, RemoteOptions};
+use flowrun_cache::{Cache, LockWait, OpenOptions, RemoteCache, RemoteError, RemoteOptions};
 use flowrun_engine::language::project_root;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::RunName;
@@ -121,7 +121,7 @@ pub(crate) fn hold_cache(global: &GlobalArgs, wait: LockWait) -> Result<Cache, F
 /// The remote cache that is meant, if one is and may be used. What is wrong with the machine is
 /// worth a warning only; what is wrong with the words is not.
 #[allow(clippy::print_stderr)]
-pub(crate) fn remote(global: &GlobalArgs) -> Result<Option<Arc<Remote>>, Failure> {
+pub(crate) fn remote(global: &GlobalArgs) -> Result<Option<Arc<RemoteCache>>, Failure> {
     match open_remote(global) {
         Some(Ok(remote)) => Ok(Some(Arc::new(remote))),
         Some(Err(error @ RemoteError::Url { .. })) => Err(Failure::usage(error.to_string())),
@@ -134,7 +134,7 @@ pub(crate) fn remote(global: &GlobalArgs) -> Result<Option<Arc<Remote>>, Failure
 }
 
 /// The same, with what keeps it from being used.
-pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<Remote, RemoteError>> {
+pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<RemoteCache, RemoteError>> {
     let text = global.remote.as_deref().filter(|text| !text.is_empty())?;
     let url = match text.contains("://") {
         true => text.to_owned(),
@@ -151,7 +151,7 @@ pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<Remote, RemoteEr
         read_only: global.remote_read_only,
         env: environment(),
     };
-    Some(Remote::open(&options, &global.cache_dir))
+    Some(RemoteCache::open(&options, &global.cache_dir))
 }
 
 /// Options of a run of these steps.

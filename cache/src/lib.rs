@@ -32,7 +32,7 @@ pub use error::CacheError;
 pub use gc::{Bounds, Garbage, Uses};
 pub use index::Index;
 pub use lock::LockWait;
-pub use remote::{Remote, RemoteError, RemoteOptions};
+pub use remote::{RemoteCache, RemoteError, RemoteOptions};
 pub use stamp::FileStamp;
 pub use store::{ArtifactStore, Lent};
 pub use survey::{Share, Survey};

@@ -14,7 +14,7 @@ use crate::step::{StepError, World};
 use flowrun_cache::remote::Fetched;
 use flowrun_cache::{
     ActionCache, ActionKey, ActionResult, Artifact, ArtifactKind, ArtifactStore, Cache, CacheError,
-    CacheReader, Digest, Remote,
+    CacheReader, Digest, RemoteCache,
 };
 
 /// Version of how `run` steps are run. Raised when the same command may give other bytes.
@@ -29,7 +29,7 @@ pub(crate) struct Lookup {
     /// The cache, when it is held: project files are then stored while they are hashed.
     held: Option<Arc<Cache>>,
     /// A cache shared with other machines, asked for what this one lacks.
-    remote: Option<Arc<Remote>>,
+    remote: Option<Arc<RemoteCache>>,
     /// Hears what keys rest on.
     pub(crate) memory: Option<Arc<Memory>>,
 }
@@ -70,7 +70,7 @@ impl Lookup {
         world: World,
         cache: &Arc<Cache>,
         memory: Option<Arc<Memory>>,
-        remote: Option<Arc<Remote>>,
+        remote: Option<Arc<RemoteCache>>,
     ) -> Self {
         Self {
             root: root.to_owned(),
@@ -88,7 +88,7 @@ impl Lookup {
         root: &Path,
         world: World,
         cache: &CacheReader,
-        remote: Option<Arc<Remote>>,
+        remote: Option<Arc<RemoteCache>>,
     ) -> Self {
         Self {
             root: root.to_owned(),

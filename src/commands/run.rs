@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use flowrun_cache::{Cache, Remote};
+use flowrun_cache::{Cache, RemoteCache};
 use flowrun_engine::event::RunEvent;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     let remote = surroundings::remote(global)?;
     let name = asked.run_name().filter(|_| is_plain(args));
     // What an earlier run did not send is sent by an ordinary one.
-    let sends = |remote: &Arc<Remote>| !remote.is_read_only() && remote.waiting() > 0;
+    let sends = |remote: &Arc<RemoteCache>| !remote.is_read_only() && remote.waiting() > 0;
     let idle = !remote.as_ref().is_some_and(sends);
     let mut cache = None;
     let mut changed = None;

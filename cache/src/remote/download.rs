@@ -41,7 +41,7 @@ impl From<CacheError> for Flaw {
     }
 }
 
-/// As [`super::Remote::peek`].
+/// As [`super::RemoteCache::peek`].
 pub(super) async fn peek(shared: &Shared, key: &ActionKey) -> Option<ActionResult> {
     let result = get_result(shared, key).await.ok()??;
     let artifacts: Vec<&Artifact> = artifacts(&result).collect();
@@ -58,7 +58,7 @@ pub(super) async fn peek(shared: &Shared, key: &ActionKey) -> Option<ActionResul
     there.await.then_some(result)
 }
 
-/// As [`super::Remote::fetch`].
+/// As [`super::RemoteCache::fetch`].
 pub(super) async fn fetch(
     shared: &Shared,
     cache: &Cache,
@@ -101,7 +101,7 @@ pub(super) async fn fetch(
     }
 }
 
-/// As [`super::Remote::pull`].
+/// As [`super::RemoteCache::pull`].
 pub(super) async fn pull(shared: &Shared, cache: &Cache) -> Result<(usize, usize), String> {
     let list = shared.bucket.store.list(Some(&shared.bucket.results()));
     let all: Vec<_> = list

@@ -1,4 +1,4 @@
-//! [`Remote`]: the same objects and results in a folder or bucket that several machines share.
+//! [`RemoteCache`]: the same objects and results in a folder or bucket that several machines share.
 //!
 //! | file | does |
 //! |---|---|
@@ -85,7 +85,7 @@ pub enum RemoteError {
 }
 
 /// A shared cache in a folder or bucket.
-pub struct Remote {
+pub struct RemoteCache {
     shared: Arc<Shared>,
     runtime: Option<Runtime>,
 }
@@ -173,13 +173,13 @@ pub struct RemoteOptions {
     pub env: BTreeMap<String, String>,
 }
 
-impl std::fmt::Debug for Remote {
+impl std::fmt::Debug for RemoteCache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Remote({})", self.url())
+        write!(f, "RemoteCache({})", self.url())
     }
 }
 
-impl Drop for Remote {
+impl Drop for RemoteCache {
     fn drop(&mut self) {
         // It may be dropped on a thread that must not wait. What is under way stays in the outbox.
         if let Some(runtime) = self.runtime.take() {
@@ -188,7 +188,7 @@ impl Drop for Remote {
     }
 }
 
-impl Remote {
+impl RemoteCache {
     /// Opens it. No server is asked anything yet.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use crate::{CacheReader, LockWait, OpenOptions};
 struct Machine {
     dir: TempDir,
     cache: Cache,
-    remote: Remote,
+    remote: RemoteCache,
 }
 
 impl Machine {
@@ -30,7 +30,7 @@ impl Machine {
             on_wait: None,
         };
         let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
-        let remote = Remote::of(bucket, read_only, cache.dir()).unwrap();
+        let remote = RemoteCache::of(bucket, read_only, cache.dir()).unwrap();
         Self { dir, cache, remote }
     }
 

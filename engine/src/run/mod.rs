@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::remote::Sent;
-use flowrun_cache::{Cache, CacheError, CacheReader, Remote};
+use flowrun_cache::{Cache, CacheError, CacheReader, RemoteCache};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 pub(crate) use self::reporter::Mask;
@@ -69,7 +69,7 @@ pub struct RunOptions {
     pub expressions: Expressions,
     /// A cache that other machines share: asked for what the local one lacks, and given what the
     /// run makes.
-    pub remote: Option<Arc<Remote>>,
+    pub remote: Option<Arc<RemoteCache>>,
     /// Remember what the run rests on, if it ends whole: [`crate::premises`].
     pub remember: Option<RunName>,
 }
@@ -295,7 +295,7 @@ async fn perform(
 }
 
 /// Waits until what the run made is in the remote cache, or the run is asked to stop.
-async fn upload(remote: Arc<Remote>, stop: Cancel, events: UnboundedSender<RunEvent>) {
+async fn upload(remote: Arc<RemoteCache>, stop: Cancel, events: UnboundedSender<RunEvent>) {
     let send = move |event| {
         // As in `perform`.
         let _ = events.send(event);

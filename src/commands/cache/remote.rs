@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use flowrun_cache::Remote;
+use flowrun_cache::RemoteCache;
 use serde_json::json;
 
 use crate::args::GlobalArgs;
@@ -72,7 +72,7 @@ pub(super) fn pull(global: &GlobalArgs) -> Result<Exit, Failure> {
     ))
 }
 
-fn open(global: &GlobalArgs) -> Result<Remote, Failure> {
+fn open(global: &GlobalArgs) -> Result<RemoteCache, Failure> {
     match open_remote(global) {
         Some(Ok(remote)) => Ok(remote),
         Some(Err(error)) => Err(Failure::usage(error.to_string())),
@@ -83,14 +83,14 @@ fn open(global: &GlobalArgs) -> Result<Remote, Failure> {
 }
 
 /// An error once the remote refused.
-fn usable(remote: &Remote) -> Result<(), Failure> {
+fn usable(remote: &RemoteCache) -> Result<(), Failure> {
     match remote.trouble() {
         Some(why) => Err(unusable(remote, &why)),
         None => Ok(()),
     }
 }
 
-fn unusable(remote: &Remote, why: &str) -> Failure {
+fn unusable(remote: &RemoteCache, why: &str) -> Failure {
     Failure::new(
         Exit::Cache,
         format!("the remote cache {} cannot be used: {why}", remote.url()),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flowrun_cache::{Bounds, CacheReader, Remote, Share, Survey};
+use flowrun_cache::{Bounds, CacheReader, RemoteCache, Share, Survey};
 use flowrun_engine::retention::{Retention, garbage};
 use serde::Serialize;
 
@@ -35,7 +35,7 @@ struct RemoteStats {
 }
 
 impl RemoteStats {
-    fn of(remote: &Remote) -> Self {
+    fn of(remote: &RemoteCache) -> Self {
         Self {
             url: remote.url().to_owned(),
             read_only: remote.is_read_only(),

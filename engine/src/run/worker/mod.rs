@@ -17,7 +17,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
-use flowrun_cache::{ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, Remote};
+use flowrun_cache::{
+    ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, RemoteCache,
+};
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -58,7 +60,7 @@ pub(super) struct Worker {
     pipeline: String,
     cache: Arc<Cache>,
     lookup: Lookup,
-    remote: Option<Arc<Remote>>,
+    remote_cache: Option<Arc<RemoteCache>>,
     history: History,
     run_dir: PathBuf,
     events: UnboundedSender<RunEvent>,
@@ -138,7 +140,7 @@ impl Worker {
         cancel: Cancel,
         expressions: Expressions,
         memory: Option<Arc<Memory>>,
-        remote: Option<Arc<Remote>>,
+        remote: Option<Arc<RemoteCache>>,
         secrets: &[String],
     ) -> Self {
         let names = pipeline
@@ -151,7 +153,7 @@ impl Worker {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),
             lookup: Lookup::holding(&pipeline.root, world, cache, memory, remote.clone()),
-            remote,
+            remote_cache: remote,
             history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
             run_dir,
             events,
@@ -260,7 +262,7 @@ impl Worker {
 
     /// Passes on what there is to say of the remote cache.
     fn tell_of_remote(&self) {
-        let remote = self.remote.iter();
+        let remote = self.remote_cache.iter();
         for text in remote.flat_map(|remote| remote.take_warnings()) {
             self.send(RunEvent::Warning { step: None, text });
         }
@@ -410,7 +412,7 @@ impl Worker {
         };
         self.cache.actions().put(&result).map_err(cache_error)?;
         self.cache.sync_if_due().map_err(cache_error)?;
-        if let Some(remote) = &self.remote
+        if let Some(remote) = &self.remote_cache
             && request.node.cache != CachePolicy::Never
         {
             remote.send(&self.cache, &result, keyed.replaces);
