@@ -296,8 +296,9 @@ impl StepContext {
     pub fn run_dir(&self) -> Result<PathBuf, StepError> {
         if !self.run_path.is_dir() {
             let text = format!("{} is not here", self.run_path.display());
-            return Err(StepError::invalid(text)
-                .help("the step needs the run's own folder: give it `runner: inline`"));
+            return Err(StepError::invalid(text).help(
+                "the step needs the run's own folder: give it `runner: inline` or `process`",
+            ));
         }
         let shared = self.run_path.join("shared");
         std::fs::create_dir_all(&shared).map_err(|e| StepError::io(&shared, &e))?;

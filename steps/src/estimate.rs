@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use flowrun_cache::CompletionCache;
 use flowrun_engine::estimate::{Estimate, Foresight};
-use flowrun_lm::client::{OpenAiSpec, Prices, model_id};
+use flowrun_lm::client::{OpenAiSpec, Prices, answer_tokens, model_id};
 use flowrun_lm::lm::{Cached, Completion, Lm, LmError, OnAnswer, Request, prompt_tokens};
 use flowrun_lm::program::RunOptions;
 use serde_json::Value;
@@ -48,7 +48,7 @@ fn count(spec: &OpenAiSpec, calls: &Calls<'_>, given: &Foresight<'_>) -> Option<
     if !saved.neighbours.is_empty() || stages {
         return None;
     }
-    let tally = Tally::new(model_id(spec), (given.completions)());
+    let tally = Tally::new(spec, (given.completions)());
     let rows = examples(calls.rows, calls.file.label_field());
     let results = program.run(
         &tally,
@@ -132,21 +132,24 @@ impl Seen {
 }
 
 /// A model that answers nothing but what is kept, and counts.
-struct Tally {
+struct Tally<'a> {
+    spec: &'a OpenAiSpec,
     kept: Cached,
     seen: Mutex<Seen>,
 }
 
-impl Tally {
-    fn new(id: String, completions: Arc<CompletionCache>) -> Self {
+impl<'a> Tally<'a> {
+    fn new(spec: &'a OpenAiSpec, completions: Arc<CompletionCache>) -> Self {
+        let id = model_id(spec);
         Self {
+            spec,
             kept: Cached::new(Arc::new(Nobody { id }), completions),
             seen: Mutex::default(),
         }
     }
 }
 
-impl Lm for Tally {
+impl Lm for Tally<'_> {
     fn id(&self) -> &str {
         self.kept.id()
     }
@@ -167,7 +170,7 @@ impl Lm for Tally {
                 Err(_) => {
                     seen.requests += 1;
                     seen.prompt += prompt_tokens(request);
-                    seen.at_most += u64::from(request.sampling.max_tokens);
+                    seen.at_most += answer_tokens(self.spec, request);
                 }
             }
         }

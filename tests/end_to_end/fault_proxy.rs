@@ -86,6 +86,7 @@ pub(crate) struct Proxy {
     connections: Arc<Mutex<usize>>,
     tokens: Arc<Mutex<u64>>,
     under_way: Arc<UnderWay>,
+    last: Arc<Mutex<Value>>,
 }
 
 /// Requests under way, and the most there were at once.
@@ -108,7 +109,9 @@ impl Proxy {
             connections: Arc::default(),
             tokens: Arc::default(),
             under_way: Arc::default(),
+            last: Arc::default(),
         };
+        let last = Arc::clone(&proxy.last);
         let tokens = Arc::clone(&proxy.tokens);
         let under_way = Arc::clone(&proxy.under_way);
         let counts = Arc::clone(&proxy.counts);
@@ -120,7 +123,7 @@ impl Proxy {
                 *connections.lock().unwrap() += 1;
                 let (plan, counts) = (Arc::clone(&plan), Arc::clone(&counts));
                 let (upstream, tokens) = (upstream.clone(), Arc::clone(&tokens));
-                let under_way = Arc::clone(&under_way);
+                let (under_way, last) = (Arc::clone(&under_way), Arc::clone(&last));
                 std::thread::spawn(move || {
                     let connection = Connection {
                         stream,
@@ -128,6 +131,7 @@ impl Proxy {
                         counts: &counts,
                         tokens: &tokens,
                         under_way: &under_way,
+                        last: &last,
                     };
                     while connection.serve(&*plan).is_some() {}
                 });
@@ -151,6 +155,11 @@ impl Proxy {
         *self.tokens.lock().unwrap()
     }
 
+    /// The last request.
+    pub(crate) fn last_body(&self) -> Value {
+        self.last.lock().unwrap().clone()
+    }
+
     /// The most requests that were under way at once.
     pub(crate) fn most_at_once(&self) -> usize {
         self.under_way.most.load(Ordering::SeqCst)
@@ -168,12 +177,14 @@ struct Connection<'a> {
     counts: &'a Mutex<BTreeMap<String, Count>>,
     tokens: &'a Mutex<u64>,
     under_way: &'a UnderWay,
+    last: &'a Mutex<Value>,
 }
 
 impl Connection<'_> {
     /// One request; `None` ends the connection.
     fn serve(&self, plan: &Plan) -> Option<()> {
         let (length, body) = peek_request(&self.stream)?;
+        self.last.lock().unwrap().clone_from(&body);
         let query = query(&body);
         let fault = {
             let mut counts = self.counts.lock().unwrap();

@@ -180,6 +180,8 @@ fn cases() -> Vec<Case> {
             |_| Some(Fault::Changed(|v| v["choices"][0]["finish_reason"] = json!("length")))),
         case("400, the prompt is too long", 1, Failed("more than the model's context"), "",
             |_| Some(Fault::status(400, "context_length_exceeded"))),
+        case("400, a field that the model does not take", 1, Failed("`body` of the model's entry"), "",
+            |_| Some(Fault::status(400, "unsupported_parameter"))),
         case("401, an expired key", 1, Failed("set `api_key_env`"), "", |_| Some(Fault::status(401, "invalid_api_key"))),
         case("404, no such model", 1, Failed("check `base_url` and the model id `tiny`"), "",
             |_| Some(Fault::status(404, "model_not_found"))),
@@ -307,6 +309,23 @@ fn labels_in_a_json_schema_are_taken_out_of_their_object() {
     project.edit("p.yaml", "guided: vllm", "guided: json_schema");
     run(&project).ok();
     assert_eq!(rows(&project, "rows.jsonl").len(), ROWS);
+    assert_eq!(proxy.requests(), ROWS);
+
+    // Another body is another answer.
+    let body = "body: { max_tokens: null, max_completion_tokens: 100 }";
+    project.edit(
+        "p.yaml",
+        "guided: json_schema",
+        &format!("guided: json_schema, {body}"),
+    );
+    run(&project).ok();
+    assert_eq!(rows(&project, "rows.jsonl").len(), ROWS);
+    assert_eq!(proxy.requests(), 2 * ROWS);
+    let last = proxy.last_body();
+    assert_eq!(
+        (last.get("max_tokens"), &last["max_completion_tokens"]),
+        (None, &json!(100))
+    );
 }
 
 #[test]

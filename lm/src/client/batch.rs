@@ -145,7 +145,7 @@ impl Batched {
         };
         let mut taken = Vec::new();
         for at in open {
-            let need = Spending::at_most(&job.requests[*at]);
+            let need = wire::worst_case(&self.spec, &job.requests[*at]);
             let told = match ledger.take(need).map_err(broken)? {
                 Ok(part) => {
                     taken.push((*at, Some(part)));

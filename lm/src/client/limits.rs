@@ -10,6 +10,9 @@ use tokio::time::Instant;
 use super::OpenAiSpec;
 use crate::lm::Completion;
 
+/// Longest time that no request is sent because a server asked for it: it may err.
+const LONGEST_HOLD: Duration = Duration::from_secs(3600);
+
 /// What may be sent when.
 #[derive(Debug)]
 pub(super) struct Limits {
@@ -32,7 +35,7 @@ impl Limits {
     /// The server asked to be left alone so long.
     pub(super) fn hold(&self, wait: Duration) {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let until = Instant::now().checked_add(wait);
+        let until = Instant::now().checked_add(wait.min(LONGEST_HOLD));
         *held = (*held).max(until);
     }
 

@@ -117,6 +117,11 @@ impl OpenAi {
     ) -> Result<Self, LmError> {
         let endpoint =
             Endpoint::new(&spec.base_url, &["chat", "completions"]).map_err(LmError::Rejected)?;
+        if let Some(name) = wire::misplaced(spec) {
+            return Err(LmError::Rejected(format!(
+                "`body` may not hold `{name}`: it is the client's own"
+            )));
+        }
         let key = sendable(key, spec.api_key_env.as_deref()).map_err(LmError::Rejected)?;
         let gate = Gate::of(spec, key.as_deref(), endpoint.loopback)?;
         Ok(Self {
@@ -239,7 +244,7 @@ impl OpenAi {
         let broken = |e: std::io::Error| {
             LmError::Barred(format!("the ledger of the model's `budget` fails: {e}"))
         };
-        let need = Spending::at_most(request);
+        let need = wire::worst_case(&self.spec, request);
         let started = Instant::now();
         let told = loop {
             match ledger.take(need).map_err(broken)? {
@@ -329,15 +334,27 @@ impl OpenAi {
     }
 }
 
-/// What the answers of a server's model are kept by: its name, with the way they are guided.
+/// What the answers of a server's model are kept by: its name, with the way they are guided and
+/// what else is asked of it.
 #[must_use]
 pub fn model_id(spec: &OpenAiSpec) -> String {
-    match spec.guided {
-        None => spec.model.clone(),
-        Some(Guided::Vllm) => format!("{} guided by vllm", spec.model),
-        Some(Guided::LlamaCpp) => format!("{} guided by llama_cpp", spec.model),
-        Some(Guided::JsonSchema) => format!("{} guided by json_schema", spec.model),
+    let mut id = spec.model.clone();
+    id += match spec.guided {
+        None => "",
+        Some(Guided::Vllm) => " guided by vllm",
+        Some(Guided::LlamaCpp) => " guided by llama_cpp",
+        Some(Guided::JsonSchema) => " guided by json_schema",
+    };
+    if !spec.body.is_empty() {
+        id += &format!(" with {}", serde_json::json!(spec.body));
     }
+    id
+}
+
+/// Tokens of an answer at most.
+#[must_use]
+pub fn answer_tokens(spec: &OpenAiSpec, request: &Request) -> u64 {
+    wire::worst_case(spec, request).completion
 }
 
 /// A budget that has no place for one more request; `told` has the sums.

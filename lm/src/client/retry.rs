@@ -131,13 +131,15 @@ pub(super) fn of_error(error: &reqwest::Error) -> Failure {
 }
 
 /// Codes of errors that no other request escapes, whatever their status.
-const BARRING: [&str; 6] = [
+const BARRING: [&str; 8] = [
     "insufficient_quota",
     "billing_hard_limit_reached",
     "billing_not_active",
     "account_deactivated",
     "invalid_api_key",
     "model_not_found",
+    "unsupported_parameter",
+    "unsupported_value",
 ];
 /// Codes of a prompt that was withheld (Azure, OpenAI).
 const WITHHELD: [&str; 2] = ["content_filter", "content_policy_violation"];
@@ -167,6 +169,9 @@ pub(super) fn of_status(
         (404, _) => format!("; check `base_url` and the model id `{}`", spec.model),
         (413, _) => TOO_LONG.to_owned(),
         (400, _) if why.to_lowercase().contains("context") => TOO_LONG.to_owned(),
+        (400, _) if barring => {
+            "; `body` of the model's entry leaves fields out or adds some".into()
+        }
         _ => String::new(),
     };
     let why = format!("{url}: status {status}: {why}{help}");

@@ -1,9 +1,11 @@
 //! [`OpenAiSpec`]: a server and its model, as a pipeline says them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::lm::{Budget, Prices};
 
@@ -45,6 +47,11 @@ pub struct OpenAiSpec {
     /// whole answer is a label. Without it the model may answer anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guided: Option<Guided>,
+    /// Further fields of each request's body, such as `reasoning_effort`. `null` leaves out one that
+    /// is sent otherwise: `{ max_tokens: null, temperature: null, max_completion_tokens: 2000 }` for
+    /// OpenAI's reasoning models.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub body: BTreeMap<String, Value>,
     /// How the server comes by the adapters of fine-tuned checkpoints. Without it, it answers as
     /// `model` alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Guided, OpenAiSpec};
-use crate::lm::{Completion, FinishReason, Request};
+use crate::lm::{Completion, FinishReason, Request, Spending};
 
 /// The one field of an answer that is an object.
 const ANSWER: &str = "answer";
@@ -53,8 +53,35 @@ pub(super) fn body(spec: &OpenAiSpec, request: &Request) -> Value {
             }
             _ => {}
         }
+        for (name, value) in &spec.body {
+            match value {
+                Value::Null => fields.remove(name),
+                value => fields.insert(name.clone(), value.clone()),
+            };
+        }
     }
     body
+}
+
+/// Fields that bound an answer's tokens.
+const BOUNDS: [&str; 2] = ["max_tokens", "max_completion_tokens"];
+
+/// The most that a request may use.
+pub(super) fn worst_case(spec: &OpenAiSpec, request: &Request) -> Spending {
+    let mut need = Spending::at_most(request);
+    let bounds = BOUNDS
+        .iter()
+        .filter_map(|name| spec.body.get(*name)?.as_u64());
+    need.completion = bounds.max().unwrap_or(need.completion);
+    need
+}
+
+/// Fields of the body that belong to the client.
+const OWN: [&str; 4] = ["messages", "model", "n", "stream"];
+
+/// The field of `body` that may not be there.
+pub(super) fn misplaced(spec: &OpenAiSpec) -> Option<&'static str> {
+    OWN.into_iter().find(|name| spec.body.contains_key(*name))
 }
 
 /// The text of an answer that came as an object; another one stays as it is.
@@ -214,6 +241,23 @@ mod tests {
         assert_eq!(sent["structured_outputs"], choice);
         let sent = body(&spec(json!("llama_cpp")), &request(None));
         assert_eq!(sent["grammar"], r#"root ::= "a." | "b \"c\"\n.""#);
+    }
+
+    #[test]
+    fn further_fields_are_sent_and_null_leaves_one_out() {
+        let mut spec = spec(Value::Null);
+        let more = json!({"max_tokens": null, "max_completion_tokens": 7, "top_p": 0.5});
+        spec.body = serde_json::from_value(more).unwrap();
+        let sent = body(&spec, &request(None));
+        assert_eq!(sent.get("max_tokens"), None);
+        assert_eq!(
+            (&sent["max_completion_tokens"], &sent["top_p"]),
+            (&json!(7), &json!(0.5))
+        );
+        assert_eq!(worst_case(&spec, &request(None)).completion, 7);
+        assert_eq!(misplaced(&spec), None);
+        spec.body.insert("stream".to_owned(), json!(true));
+        assert_eq!(misplaced(&spec), Some("stream"));
     }
 
     #[test]
