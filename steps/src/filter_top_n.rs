@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::rows::{Row, read_rows, write_json, write_rows};
+use crate::rows::{JsonlReader, JsonlWriter, Row, write_json};
 use crate::schema_of;
 
 /// The step kind.
@@ -70,37 +70,49 @@ impl Step for FilterTopN {
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
-        let mut train = read_rows(&ctx.input("train")?.path)?;
-        let mut test = read_rows(&ctx.input("test")?.path)?;
-        if params.normalise {
-            for row in train.iter_mut().chain(test.iter_mut()) {
-                row.label = row.label.take().map(|l| normalise(&l));
-            }
-        }
-        let labels = top_labels(&train, params.n)?;
+        let rows = |port: &str| -> Result<_, StepError> {
+            let rows = JsonlReader::<Row>::open(&ctx.input(port)?.path)?;
+            Ok(rows.map(move |row| {
+                let mut row = row?;
+                if params.normalise {
+                    row.label = row.label.take().map(|l| normalise(&l));
+                }
+                Ok::<_, StepError>(row)
+            }))
+        };
+        let labels = top_labels(rows("train")?, params.n)?;
         let kept: BTreeSet<&str> = labels.iter().map(String::as_str).collect();
         let keep = |row: &Row| row.label.as_deref().is_some_and(|l| kept.contains(l));
-        train.retain(|row| row.label.is_none() || keep(row));
-        test.retain(keep);
-        if let Some(max) = params.max_train {
-            train.truncate(max);
+        let mut train = JsonlWriter::create(&ctx.output("train"))?;
+        for row in rows("train")? {
+            let row = row?;
+            let full = params.max_train.is_some_and(|max| train.written() >= max);
+            if full {
+                break;
+            }
+            if row.label.is_none() || keep(&row) {
+                train.write(&row)?;
+            }
         }
-        if let Some(max) = params.max_test_per_label {
-            let mut seen: BTreeMap<String, usize> = BTreeMap::new();
-            test.retain(|row| {
-                let n = seen
-                    .entry(row.label.clone().unwrap_or_default())
-                    .or_default();
-                *n += 1;
-                *n <= max
-            });
+        let mut test = JsonlWriter::create(&ctx.output("test"))?;
+        let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+        for row in rows("test")? {
+            let row = row?;
+            if !keep(&row) {
+                continue;
+            }
+            let n = seen
+                .entry(row.label.clone().unwrap_or_default())
+                .or_default();
+            *n += 1;
+            if params.max_test_per_label.is_none_or(|max| *n <= max) {
+                test.write(&row)?;
+            }
         }
-        write_rows(&ctx.output("train"), &train)?;
-        write_rows(&ctx.output("test"), &test)?;
         write_json(&ctx.output("labels"), &labels)?;
         Ok(StepOutcome::default()
-            .metric("train_rows", train.len())
-            .metric("test_rows", test.len())
+            .metric("train_rows", train.finish()?)
+            .metric("test_rows", test.finish()?)
             .metric("labels", labels.len()))
     }
 }
@@ -110,10 +122,15 @@ fn normalise(label: &str) -> String {
 }
 
 /// The `n` most frequent labels, by count then name.
-fn top_labels(rows: &[Row], n: usize) -> Result<Vec<String>, StepError> {
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for label in rows.iter().filter_map(|r| r.label.as_deref()) {
-        *counts.entry(label).or_default() += 1;
+fn top_labels(
+    rows: impl Iterator<Item = Result<Row, StepError>>,
+    n: usize,
+) -> Result<Vec<String>, StepError> {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for row in rows {
+        if let Some(label) = row?.label {
+            *counts.entry(label).or_default() += 1;
+        }
     }
     if counts.len() < n {
         return Err(StepError::invalid(format!(
@@ -122,13 +139,9 @@ fn top_labels(rows: &[Row], n: usize) -> Result<Vec<String>, StepError> {
         ))
         .help(format!("set `n` to {} or less", counts.len())));
     }
-    let mut order: Vec<(&str, usize)> = counts.into_iter().collect();
-    order.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
-    Ok(order
-        .into_iter()
-        .take(n)
-        .map(|(label, _)| label.to_owned())
-        .collect())
+    let mut order: Vec<(String, usize)> = counts.into_iter().collect();
+    order.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    Ok(order.into_iter().take(n).map(|(label, _)| label).collect())
 }
 
 #[cfg(test)]
@@ -142,14 +155,13 @@ mod tests {
 
     #[test]
     fn ties_go_by_name() {
-        let rows: Vec<Row> = ["b", "a", "c", "c"]
-            .iter()
-            .enumerate()
-            .map(|(i, l)| row(i, l))
-            .collect();
-        assert_eq!(top_labels(&rows, 2).unwrap(), ["c", "a"]);
+        let rows = || {
+            let labels = ["b", "a", "c", "c"].into_iter().enumerate();
+            labels.map(|(i, label)| Ok(row(i, label)))
+        };
+        assert_eq!(top_labels(rows(), 2).unwrap(), ["c", "a"]);
         assert!(
-            top_labels(&rows, 4)
+            top_labels(rows(), 4)
                 .unwrap_err()
                 .message
                 .contains("3 labels")

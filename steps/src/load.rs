@@ -10,13 +10,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::download;
-use crate::rows::{Row, write_json, write_rows};
+use crate::rows::{JsonlWriter, Row, write_json};
 use crate::schema_of;
 use crate::stand_in;
-use crate::table::{Format, Record, read_table, text_of};
+use crate::table::{Format, Record, records, text_of};
 
 /// A fifth of the values of a byte.
 const FIFTH: u8 = 51;
+/// Rows between two looks at the cancel flag.
+const LOOK_EVERY: usize = 4096;
 
 /// The step kind.
 pub struct Load;
@@ -159,26 +161,42 @@ impl Step for Load {
             offline: true,
             ..ctx.world.clone()
         };
-        let (info, train, test) = match params.locate(&at_hand) {
-            Ok((train, test)) => params.read(&train, test.as_ref())?,
+        let mut out = Written {
+            train: JsonlWriter::create(&ctx.output("train"))?,
+            test: JsonlWriter::create(&ctx.output("test"))?,
+        };
+        let info = match params.locate(&at_hand) {
+            Ok((train, test)) => params.copy(&train, test.as_ref(), &mut out, ctx)?,
             Err(error) if params.stand_in && error.kind == StepErrorKind::Transient => {
                 ctx.reporter.warning(&format!(
                     "`{}` is neither on this machine nor could it be fetched; using the stand-in \
                      data set instead. No score of this run is a {} result.",
                     params.name, params.name
                 ));
-                stand_in::rows()?
+                let (info, train, test) = stand_in::rows()?;
+                train.iter().try_for_each(|row| out.train.write(row))?;
+                test.iter().try_for_each(|row| out.test.write(row))?;
+                info
             }
             Err(error) => return Err(error),
         };
-        write_rows(&ctx.output("train"), &train)?;
-        write_rows(&ctx.output("test"), &test)?;
+        let info = DataSetInfo {
+            train_rows: out.train.finish()?,
+            test_rows: out.test.finish()?,
+            ..info
+        };
         write_json(&ctx.output("about"), &info)?;
         Ok(StepOutcome::default()
             .metric("dataset", info.dataset)
-            .metric("train_rows", train.len())
-            .metric("test_rows", test.len()))
+            .metric("train_rows", info.train_rows)
+            .metric("test_rows", info.test_rows))
     }
+}
+
+/// Where the rows go.
+struct Written {
+    train: JsonlWriter,
+    test: JsonlWriter,
 }
 
 /// A file that is at hand.
@@ -205,49 +223,63 @@ impl Params {
         Ok((train, test.transpose()?))
     }
 
-    fn read(
+    fn rows<'a>(
+        &'a self,
+        from: &'a Located,
+        split: &'a str,
+    ) -> Result<impl Iterator<Item = Result<Row, StepError>> + 'a, StepError> {
+        let rows = RowsOf {
+            dataset: &self.name,
+            split,
+            text: &self.text,
+            label: &self.label,
+            origin: &from.origin,
+        };
+        Ok(rows.of(records(&from.path, from.format)?))
+    }
+
+    /// Copies the rows of the files, one by one.
+    fn copy(
         &self,
         train: &Located,
         test: Option<&Located>,
-    ) -> Result<(DataSetInfo, Vec<Row>, Vec<Row>), StepError> {
-        let rows = |from: &Located, split: &str| {
-            let table = read_table(&from.path, from.format)?;
-            to_rows(
-                &table,
-                &self.name,
-                split,
-                &self.text,
-                &self.label,
-                &from.origin,
-            )
-        };
-        let (train_rows, test_rows) = match test {
-            Some(test) => (rows(train, "train")?, rows(test, "test")?),
-            None => set_aside(rows(train, "train")?, &self.name),
-        };
-        let info = DataSetInfo {
+        out: &mut Written,
+        ctx: &StepContext,
+    ) -> Result<DataSetInfo, StepError> {
+        for (number, row) in self.rows(train, "train")?.enumerate() {
+            if number % LOOK_EVERY == 0 {
+                ctx.check_cancelled()?;
+            }
+            let row = row?;
+            match test.is_none() && is_set_aside(&row) {
+                true => out.test.write(&as_test_row(row, &self.name))?,
+                false => out.train.write(&row)?,
+            }
+        }
+        if let Some(test) = test {
+            let mut rows = self.rows(test, "test")?;
+            rows.try_for_each(|row| out.test.write(&row?))?;
+        }
+        Ok(DataSetInfo {
             dataset: self.name.clone(),
             stand_in: false,
             source: train.origin.clone(),
-            train_rows: train_rows.len(),
-            test_rows: test_rows.len(),
-        };
-        Ok((info, train_rows, test_rows))
+            train_rows: 0,
+            test_rows: 0,
+        })
     }
 }
 
-/// Takes a fifth of the labelled rows as test rows.
-fn set_aside(rows: Vec<Row>, dataset: &str) -> (Vec<Row>, Vec<Row>) {
-    let is_test = |row: &Row| {
-        let hex = flowrun_cache::Digest::of_bytes(row.text.as_bytes()).to_hex();
-        row.label.is_some() && u8::from_str_radix(&hex[..2], 16).is_ok_and(|byte| byte < FIFTH)
-    };
-    let (mut test, train): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(is_test);
+/// A fifth of the labelled rows are test rows.
+fn is_set_aside(row: &Row) -> bool {
+    let hex = flowrun_cache::Digest::of_bytes(row.text.as_bytes()).to_hex();
+    row.label.is_some() && u8::from_str_radix(&hex[..2], 16).is_ok_and(|byte| byte < FIFTH)
+}
+
+fn as_test_row(mut row: Row, dataset: &str) -> Row {
     let train_id = format!("{dataset}:train:");
-    for row in &mut test {
-        row.id = row.id.replacen(&train_id, &format!("{dataset}:test:"), 1);
-    }
-    (train, test)
+    row.id = row.id.replacen(&train_id, &format!("{dataset}:test:"), 1);
+    row
 }
 
 impl SourceSpec {
@@ -303,32 +335,43 @@ impl SourceSpec {
     }
 }
 
-/// Rows with ids `<dataset>:<split>:<index>`.
-pub(crate) fn to_rows(
-    table: &[Record],
-    dataset: &str,
-    split: &str,
-    text: &str,
-    label: &str,
-    origin: &str,
-) -> Result<Vec<Row>, StepError> {
-    let mut rows = Vec::with_capacity(table.len());
-    for (index, record) in table.iter().enumerate() {
-        let at = format!("{}: row {}", Path::new(origin).display(), index + 1);
-        let mut row = Row::new(
-            format!("{dataset}:{split}:{index}"),
-            text_of(record, text, &at)?,
-            label_of(record, label, &at)?,
-        );
-        let further = record
-            .iter()
-            .filter(|(column, _)| *column != text && *column != label);
-        row.extra = further
-            .map(|(column, value)| (column.clone(), value.clone()))
-            .collect();
-        rows.push(row);
+/// What makes rows of records.
+#[derive(Clone, Copy)]
+pub(crate) struct RowsOf<'a> {
+    /// First part of every id.
+    pub(crate) dataset: &'a str,
+    /// Second part.
+    pub(crate) split: &'a str,
+    /// Column of the text.
+    pub(crate) text: &'a str,
+    /// Column of the label.
+    pub(crate) label: &'a str,
+    /// Where the records are from, for messages.
+    pub(crate) origin: &'a str,
+}
+
+impl<'a> RowsOf<'a> {
+    /// Rows with ids `<dataset>:<split>:<index>`.
+    pub(crate) fn of(
+        self,
+        records: impl Iterator<Item = Result<Record, StepError>> + 'a,
+    ) -> impl Iterator<Item = Result<Row, StepError>> + 'a {
+        let numbered = records.enumerate();
+        numbered.map(move |(index, record)| self.row(index, record?))
     }
-    Ok(rows)
+
+    fn row(self, index: usize, mut record: Record) -> Result<Row, StepError> {
+        let at = format!("{}: row {}", Path::new(self.origin).display(), index + 1);
+        let mut row = Row::new(
+            format!("{}:{}:{index}", self.dataset, self.split),
+            text_of(&record, self.text, &at)?,
+            label_of(&record, self.label, &at)?,
+        );
+        record.remove(self.text);
+        record.remove(self.label);
+        row.extra = record;
+        Ok(row)
+    }
 }
 
 /// The label; none where the column is empty.
@@ -346,6 +389,12 @@ mod tests {
 
     fn row(i: usize, text: &str, label: Option<&str>) -> Row {
         Row::new(format!("d:train:{i}"), text.into(), label.map(Into::into))
+    }
+
+    fn set_aside(rows: Vec<Row>, dataset: &str) -> (Vec<Row>, Vec<Row>) {
+        let (test, train): (Vec<Row>, _) = rows.into_iter().partition(is_set_aside);
+        let test = test.into_iter().map(|row| as_test_row(row, dataset));
+        (train, test.collect())
     }
 
     #[test]

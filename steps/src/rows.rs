@@ -4,9 +4,11 @@
 //! through a pipeline, so every score can say which data it was measured on.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::path::Path;
+use std::io::{BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
+use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::StepError;
 use serde::{Deserialize, Serialize};
@@ -100,18 +102,139 @@ pub fn write_rows<'a>(
 /// # Errors
 /// As [`read_rows`].
 pub fn read_jsonl<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, StepError> {
-    let file = File::open(path).map_err(|e| StepError::io(path, &e))?;
-    let mut out = Vec::new();
-    for (number, line) in BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(|e| StepError::io(path, &e))?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let record = serde_json::from_str(&line)
-            .map_err(|e| StepError::invalid(format!("{}:{}: {e}", path.display(), number + 1)))?;
-        out.push(record);
+    JsonlReader::open(path)?.collect()
+}
+
+/// The records of a JSON Lines file, one after the other: no more than one is in memory. Errors
+/// name file and line.
+pub struct JsonlReader<T> {
+    path: PathBuf,
+    file: BufReader<File>,
+    line: String,
+    number: usize,
+    /// Where the next line begins.
+    offset: u64,
+    record: PhantomData<fn() -> T>,
+}
+
+impl<T: serde::de::DeserializeOwned> JsonlReader<T> {
+    /// At the first record.
+    ///
+    /// # Errors
+    /// When the file cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, StepError> {
+        let file = File::open(path).map_err(|e| StepError::io(path, &e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufReader::new(file),
+            line: String::new(),
+            number: 0,
+            offset: 0,
+            record: PhantomData,
+        })
     }
-    Ok(out)
+
+    /// The next record and where its line begins, in bytes.
+    fn next_at(&mut self) -> Option<Result<(u64, T), StepError>> {
+        loop {
+            self.line.clear();
+            self.number += 1;
+            let start = self.offset;
+            match self.file.read_line(&mut self.line) {
+                Ok(0) => return None,
+                Ok(bytes) => self.offset += bytes as u64,
+                Err(error) => return Some(Err(StepError::io(&self.path, &error))),
+            }
+            if !self.line.trim().is_empty() {
+                let record = self.parsed(&self.number);
+                return Some(record.map(|record| (start, record)));
+            }
+        }
+    }
+
+    /// The record whose line begins there.
+    ///
+    /// # Errors
+    /// When it cannot be read or is none.
+    pub fn at(&mut self, offset: u64) -> Result<T, StepError> {
+        self.line.clear();
+        self.file
+            .seek(SeekFrom::Start(offset))
+            .and_then(|_| self.file.read_line(&mut self.line))
+            .map_err(|e| StepError::io(&self.path, &e))?;
+        self.parsed(&format_args!("byte {offset}"))
+    }
+
+    /// Each record with where its line begins, for [`JsonlReader::at`].
+    pub fn with_offsets(mut self) -> impl Iterator<Item = Result<(u64, T), StepError>> {
+        std::iter::from_fn(move || self.next_at())
+    }
+
+    fn parsed(&self, place: &dyn Display) -> Result<T, StepError> {
+        serde_json::from_str(&self.line)
+            .map_err(|e| StepError::invalid(format!("{}:{place}: {e}", self.path.display())))
+    }
+}
+
+impl<T: serde::de::DeserializeOwned> Iterator for JsonlReader<T> {
+    type Item = Result<T, StepError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let next = self.next_at()?;
+        Some(next.map(|(_, record)| record))
+    }
+}
+
+/// Writes a JSON Lines file, one record after the other.
+pub struct JsonlWriter {
+    path: PathBuf,
+    file: BufWriter<File>,
+    written: usize,
+}
+
+impl JsonlWriter {
+    /// An empty file.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create(path: &Path) -> Result<Self, StepError> {
+        let file = File::create(path).map_err(|e| StepError::io(path, &e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufWriter::new(file),
+            written: 0,
+        })
+    }
+
+    /// Adds a record.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&mut self, record: &impl Serialize) -> Result<(), StepError> {
+        serde_json::to_writer(&mut self.file, record)
+            .map_err(std::io::Error::from)
+            .and_then(|()| self.file.write_all(b"\n"))
+            .map_err(|e| StepError::io(&self.path, &e))?;
+        self.written += 1;
+        Ok(())
+    }
+
+    /// Records so far.
+    #[must_use]
+    pub fn written(&self) -> usize {
+        self.written
+    }
+
+    /// Brings the last records to the file; how many there are.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn finish(mut self) -> Result<usize, StepError> {
+        self.file
+            .flush()
+            .map_err(|e| StepError::io(&self.path, &e))?;
+        Ok(self.written)
+    }
 }
 
 /// Writes a JSON Lines file of any record.
@@ -122,13 +245,11 @@ pub fn write_jsonl<T: Serialize>(
     path: &Path,
     records: impl IntoIterator<Item = T>,
 ) -> Result<(), StepError> {
-    let io = |e: std::io::Error| StepError::io(path, &e);
-    let mut out = BufWriter::new(File::create(path).map_err(io)?);
+    let mut out = JsonlWriter::create(path)?;
     for record in records {
-        serde_json::to_writer(&mut out, &record).map_err(|e| io(e.into()))?;
-        out.write_all(b"\n").map_err(io)?;
+        out.write(&record)?;
     }
-    out.flush().map_err(io)
+    out.finish().map(|_| ())
 }
 
 /// Reads one JSON document.
@@ -164,6 +285,20 @@ mod tests {
         std::fs::write(&path, "{\"id\":\"a:train:0\",\"text\":\"x\"}\n{oops\n").unwrap();
         let error = read_rows(&path).unwrap_err();
         assert!(error.message.contains("rows.jsonl:2:"), "{}", error.message);
+    }
+
+    #[test]
+    fn a_record_is_found_again_by_its_offset() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("n.jsonl");
+        std::fs::write(&path, "1\n\n\"größe\"\n  \n[3]").unwrap();
+        let reader = || JsonlReader::<Value>::open(&path).unwrap();
+        let all: Vec<(u64, Value)> = reader().with_offsets().map(Result::unwrap).collect();
+        assert_eq!(all.len(), 3);
+        let mut again = reader();
+        for (offset, value) in all.iter().rev() {
+            assert_eq!(again.at(*offset).unwrap(), *value);
+        }
     }
 
     #[test]

@@ -6,8 +6,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::rows::{Row, read_rows, write_jsonl, write_rows};
+use crate::rows::{JsonlReader, JsonlWriter, Row};
 use crate::schema_of;
+
+/// Rows between two looks at the cancel flag.
+const LOOK_EVERY: usize = 4096;
 
 /// The step kind.
 pub struct Split;
@@ -66,34 +69,53 @@ impl Step for Split {
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
-        let mut rows = read_rows(&ctx.input("rows")?.path)?;
-        let there = rows.iter().filter(|row| row.label.is_some()).count();
+        let path = &ctx.input("rows")?.path;
+        // The rows stay in the file: only where each begins is shuffled.
+        let (mut places, mut there) = (Vec::new(), 0);
+        for row in JsonlReader::<Row>::open(path)?.with_offsets() {
+            let (place, row) = row?;
+            places.push(place);
+            there += usize::from(row.label.is_some());
+        }
         let wanted = params.labelled.unwrap_or(there);
-        if wanted > there {
+        let Some(mut hidden) = there.checked_sub(wanted) else {
             return Err(StepError::invalid(format!(
                 "`labelled` is {wanted} but there are only {there} rows with a label"
             )));
+        };
+        PythonRandom::new(params.seed).shuffle(&mut places);
+        let out = |port: &str| JsonlWriter::create(&ctx.output(port));
+        let (mut labelled, mut unlabelled, mut gold) =
+            (out("labelled")?, out("unlabelled")?, out("gold")?);
+        let mut rows = JsonlReader::<Row>::open(path)?;
+        for (number, place) in places.into_iter().enumerate() {
+            if number % LOOK_EVERY == 0 {
+                ctx.check_cancelled()?;
+            }
+            let mut row = rows.at(place)?;
+            if keeps_label(&row, &mut hidden) {
+                labelled.write(&row)?;
+                continue;
+            }
+            if let Some(kept) = hide_label(&mut row) {
+                gold.write(&kept)?;
+            }
+            unlabelled.write(&row)?;
         }
-        PythonRandom::new(params.seed).shuffle(&mut rows);
-        let (labelled, mut rows) = last_labelled(rows, there - wanted);
-        let gold: Vec<Gold> = rows.iter_mut().filter_map(hide_label).collect();
-        write_rows(&ctx.output("labelled"), &labelled)?;
-        write_rows(&ctx.output("unlabelled"), &rows)?;
-        write_jsonl(&ctx.output("gold"), &gold)?;
+        gold.finish()?;
         Ok(StepOutcome::default()
-            .metric("labelled", labelled.len())
-            .metric("unlabelled", rows.len()))
+            .metric("labelled", labelled.finish()?)
+            .metric("unlabelled", unlabelled.finish()?))
     }
 }
 
-/// The rows that have a label, less the first `skip` of them; and the others.
-fn last_labelled(rows: Vec<Row>, skip: usize) -> (Vec<Row>, Vec<Row>) {
-    let mut seen = 0;
-    rows.into_iter().partition(|row| {
-        let has_label = row.label.is_some();
-        seen += usize::from(has_label);
-        has_label && seen > skip
-    })
+/// Whether a row keeps its label: all that have one do but the first `hidden`, counted down.
+fn keeps_label(row: &Row, hidden: &mut usize) -> bool {
+    let first = *hidden > 0;
+    if row.label.is_some() {
+        *hidden = hidden.saturating_sub(1);
+    }
+    row.label.is_some() && !first
 }
 
 /// Takes the label, and all but the text with it: a teacher's spelling, its reason or further columns
@@ -112,9 +134,9 @@ mod tests {
     fn the_last_rows_with_a_label_keep_it() {
         let label = |i: usize| (i % 3 == 1 || i % 3 == 2).then(|| "l".to_owned());
         let rows = (0..6).map(|i| Row::new(i.to_string(), "t".into(), label(i)));
-        let (labelled, others) = last_labelled(rows.collect(), 2);
-        let ids = |rows: &[Row]| rows.iter().map(|r| r.id.clone()).collect::<String>();
-        assert_eq!((ids(&labelled), ids(&others)), ("45".into(), "0123".into()));
+        let mut hidden = 2;
+        let kept = rows.filter(|row| keeps_label(row, &mut hidden));
+        assert_eq!(kept.map(|row| row.id).collect::<String>(), "45");
     }
 
     #[test]

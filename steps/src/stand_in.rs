@@ -3,13 +3,11 @@
 //!
 //! Its rows' ids begin with `stand-in:`, so no score on it can pass for another.
 
-use std::io::Read;
-
 use flowrun_engine::step::StepError;
 
-use crate::load::{DataSetInfo, to_rows};
+use crate::load::{DataSetInfo, RowsOf};
 use crate::rows::Row;
-use crate::table::read_csv;
+use crate::table::csv_records;
 
 /// The data set's name.
 pub const NAME: &str = "stand-in";
@@ -28,9 +26,16 @@ pub fn digest() -> String {
 /// # Errors
 /// Never for the files as they are; a test reads them.
 pub fn rows() -> Result<(DataSetInfo, Vec<Row>, Vec<Row>), StepError> {
-    let read = |text: &str, split| {
-        let table = read_csv(text.as_bytes().by_ref(), NAME)?;
-        to_rows(&table, NAME, split, "text", "category", NAME)
+    let read = |text: &'static str, split: &'static str| -> Result<Vec<Row>, StepError> {
+        let rows = RowsOf {
+            dataset: NAME,
+            split,
+            text: "text",
+            label: "category",
+            origin: NAME,
+        };
+        let records = csv_records(text.as_bytes(), NAME.to_owned())?;
+        rows.of(records).collect()
     };
     let (train, test) = (read(TRAIN, "train")?, read(TEST, "test")?);
     let info = DataSetInfo {

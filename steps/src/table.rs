@@ -5,13 +5,17 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use flowrun_engine::step::StepError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::serialized_reader::SerializedFileReader;
+use parquet::record::Row;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::rows::JsonlReader;
 
 /// How a file is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -40,18 +44,27 @@ impl Format {
 /// One record: column to value.
 pub type Record = BTreeMap<String, Value>;
 
+/// Records of a file, one after the other.
+pub type Records = Box<dyn Iterator<Item = Result<Record, StepError>>>;
+
 /// Reads a whole file.
 ///
 /// # Errors
-/// When the file cannot be read; the message names the line or row.
+/// As [`records`].
 pub fn read_table(path: &Path, format: Format) -> Result<Vec<Record>, StepError> {
+    records(path, format)?.collect()
+}
+
+/// Reads a file record by record: CSV and JSON Lines hold one in memory, Parquet a row group.
+///
+/// # Errors
+/// When the file cannot be read; the message names the line or row.
+pub fn records(path: &Path, format: Format) -> Result<Records, StepError> {
+    let open = || File::open(path).map_err(|e| StepError::io(path, &e));
     match format {
-        Format::Csv => {
-            let file = File::open(path).map_err(|e| StepError::io(path, &e))?;
-            read_csv(file, &path.display().to_string())
-        }
-        Format::Jsonl => crate::rows::read_jsonl(path),
-        Format::Parquet => read_parquet(path),
+        Format::Csv => csv_records(open()?, path.display().to_string()),
+        Format::Jsonl => Ok(Box::new(JsonlReader::open(path)?)),
+        Format::Parquet => parquet_records(open()?, path.display().to_string()),
     }
 }
 
@@ -59,36 +72,31 @@ pub fn read_table(path: &Path, format: Format) -> Result<Vec<Record>, StepError>
 ///
 /// # Errors
 /// When a record has another number of fields than the header, or is not UTF-8.
-pub fn read_csv(source: impl std::io::Read, name: &str) -> Result<Vec<Record>, StepError> {
-    let wrong = |e: csv::Error| StepError::invalid(format!("{name}: {e}"));
+pub fn csv_records(source: impl Read + 'static, name: String) -> Result<Records, StepError> {
+    let wrong = move |e: csv::Error| StepError::invalid(format!("{name}: {e}"));
     let mut reader = csv::Reader::from_reader(source);
-    let header = reader.headers().map_err(wrong)?.clone();
-    let mut rows = Vec::new();
-    for record in reader.records() {
-        let record = record.map_err(wrong)?;
+    let header = reader.headers().map_err(&wrong)?.clone();
+    let record = move |record: csv::Result<csv::StringRecord>| {
+        let record = record.map_err(&wrong)?;
         let fields = header.iter().zip(record.iter());
-        rows.push(
-            fields
-                .map(|(column, text)| (column.to_owned(), Value::from(text)))
-                .collect(),
-        );
-    }
-    Ok(rows)
+        Ok(fields
+            .map(|(column, text)| (column.to_owned(), Value::from(text)))
+            .collect())
+    };
+    Ok(Box::new(reader.into_records().map(record)))
 }
 
-fn read_parquet(path: &Path) -> Result<Vec<Record>, StepError> {
-    let wrong =
-        |e: parquet::errors::ParquetError| StepError::invalid(format!("{}: {e}", path.display()));
-    let file = File::open(path).map_err(|e| StepError::io(path, &e))?;
-    let reader = SerializedFileReader::new(file).map_err(wrong)?;
-    let mut rows = Vec::new();
-    for row in reader.get_row_iter(None).map_err(wrong)? {
-        match row.map_err(wrong)?.to_json_value() {
-            Value::Object(map) => rows.push(map.into_iter().collect()),
-            other => return Err(StepError::invalid(format!("{}: {other}", path.display()))),
-        }
-    }
-    Ok(rows)
+fn parquet_records(file: File, name: String) -> Result<Records, StepError> {
+    let wrong = move |e: &dyn std::fmt::Display| StepError::invalid(format!("{name}: {e}"));
+    let reader = SerializedFileReader::new(file).map_err(|e| wrong(&e))?;
+    let record = move |row: parquet::errors::Result<Row>| match row
+        .map_err(|e| wrong(&e))?
+        .to_json_value()
+    {
+        Value::Object(map) => Ok(map.into_iter().collect()),
+        other => Err(wrong(&other)),
+    };
+    Ok(Box::new(reader.into_iter().map(record)))
 }
 
 /// The text of a column; numbers and booleans are spelled out.
@@ -121,11 +129,15 @@ mod tests {
     use parquet::file::writer::SerializedFileWriter;
     use std::sync::Arc;
 
+    fn read_csv(text: &'static str) -> Result<Vec<Record>, StepError> {
+        csv_records(text.as_bytes(), "t.csv".to_owned())?.collect()
+    }
+
     #[test]
     fn quoted_fields_hold_newlines_and_ragged_records_are_named() {
-        let rows = read_csv("text,category\n\"a\nb\",x\n".as_bytes(), "t.csv").unwrap();
+        let rows = read_csv("text,category\n\"a\nb\",x\n").unwrap();
         assert_eq!(rows[0]["text"], "a\nb");
-        let error = read_csv("text,category\na\n".as_bytes(), "t.csv").unwrap_err();
+        let error = read_csv("text,category\na\n").unwrap_err();
         assert!(
             error.message.contains("t.csv") && error.message.contains("line: 2"),
             "{error}"
@@ -134,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_missing_column_lists_the_others() {
-        let rows = read_csv("text,category\na,b\n".as_bytes(), "t.csv").unwrap();
+        let rows = read_csv("text,category\na,b\n").unwrap();
         let error = text_of(&rows[0], "label", "row 1").unwrap_err();
         assert_eq!(
             error.help.as_deref(),
