@@ -5,26 +5,26 @@
 //! Knows no step and no data set. Rows are told apart by id; a row of another id with an equal
 //! text is reported apart, because real data may hold one text twice on purpose.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod rows;
+
+use std::collections::{BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-/// Row id → digest of its text.
-type Rows = BTreeMap<String, String>;
+use self::rows::{Rows, text_digest};
 
 /// What rows had a part in.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lineage {
     /// Rows that weights, demos or a classifier were made from.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "Rows::is_empty")]
     trained: Rows,
     /// Rows whose scores chose between programs or checkpoints.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "Rows::is_empty")]
     selected: Rows,
     /// Rows that a teacher came from in any of these ways, whose labels it learned.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "Rows::is_empty")]
     taught: Rows,
     /// Teachers whose labels it learned, and whose rows are not known.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
@@ -61,26 +61,26 @@ pub struct Overlap {
 impl Lineage {
     /// Adds rows that something is made from, as (id, text).
     pub fn train<'a>(&mut self, rows: impl IntoIterator<Item = (&'a str, &'a str)>) {
-        self.trained.extend(rows.into_iter().map(entry));
+        self.trained.add(rows);
     }
 
     /// Adds rows that something is chosen by, as (id, text).
     pub fn select<'a>(&mut self, rows: impl IntoIterator<Item = (&'a str, &'a str)>) {
-        self.selected.extend(rows.into_iter().map(entry));
+        self.selected.add(rows);
     }
 
     /// Adds what is known of another part of the same thing.
     pub fn merge(&mut self, other: &Self) {
-        self.trained.extend(other.trained.clone());
-        self.selected.extend(other.selected.clone());
-        self.taught.extend(other.taught.clone());
+        self.trained.merge(&other.trained);
+        self.selected.merge(&other.selected);
+        self.taught.merge(&other.taught);
         (self.unknown_teachers).extend(other.unknown_teachers.iter().cloned());
     }
 
     /// Adds the rows that a teacher came from, whose labels something is made from or chosen by.
     pub fn learn_from(&mut self, teacher: &Self) {
         for rows in [&teacher.trained, &teacher.selected, &teacher.taught] {
-            self.taught.extend(rows.clone());
+            self.taught.merge(rows);
         }
         (self.unknown_teachers).extend(teacher.unknown_teachers.iter().cloned());
     }
@@ -97,10 +97,8 @@ impl Lineage {
 
     /// Which of these rows had a part in it.
     pub fn overlap<'a>(&self, rows: impl IntoIterator<Item = ScoredRow<'a>>) -> Overlap {
-        let own: BTreeSet<&str> = (self.trained.values().chain(self.selected.values()))
-            .map(String::as_str)
-            .collect();
-        let taught: BTreeSet<&str> = self.taught.values().map(String::as_str).collect();
+        let own: HashSet<u64> = self.trained.texts().chain(self.selected.texts()).collect();
+        let taught: HashSet<u64> = self.taught.texts().collect();
         let mut overlap = Overlap {
             unknown_teacher: !self.unknown_teachers.is_empty(),
             ..Overlap::default()
@@ -112,15 +110,13 @@ impl Lineage {
         } in rows
         {
             let digest = text_digest(text);
-            let list = if self.trained.contains_key(id) {
+            let list = if self.trained.contains(id) {
                 &mut overlap.trained
-            } else if self.selected.contains_key(id) {
+            } else if self.selected.contains(id) {
                 &mut overlap.selected
-            } else if !by_teacher && self.taught.contains_key(id) {
+            } else if !by_teacher && self.taught.contains(id) {
                 &mut overlap.taught
-            } else if own.contains(digest.as_str())
-                || !by_teacher && taught.contains(digest.as_str())
-            {
+            } else if own.contains(&digest) || !by_teacher && taught.contains(&digest) {
                 &mut overlap.same_text
             } else {
                 continue;
@@ -146,17 +142,6 @@ impl Overlap {
             .map(String::as_str)
             .collect()
     }
-}
-
-fn entry((id, text): (&str, &str)) -> (String, String) {
-    (id.to_owned(), text_digest(text))
-}
-
-/// Equal for texts that differ in case and spaces only.
-fn text_digest(text: &str) -> String {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let digest = Sha256::digest(words.join(" ").to_lowercase());
-    digest[..8].iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

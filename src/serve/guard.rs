@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderName, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
@@ -15,6 +15,9 @@ const OWN_NAMES: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
 
 /// Paths that need no key: probes, and the page, which asks for the key.
 const OPEN: [&str; 4] = ["/", "/health", "/health/live", "/health/ready"];
+
+/// From where a browser says that a page sends a request (Fetch Metadata, W3C).
+const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// Who may ask.
 pub(super) struct Guard {
@@ -39,6 +42,17 @@ impl Guard {
                 "this server answers requests for localhost only",
             ));
         }
+        // A page may send forms to other sites, uploads among them, without being let to read.
+        let foreign = match header(header::ORIGIN) {
+            Some(origin) => !host.is_some_and(|host| is_of(origin, host)),
+            None => matches!(header(FETCH_SITE), Some("cross-site" | "same-site")),
+        };
+        if foreign && !request.method().is_safe() {
+            return Err(Problem::new(
+                StatusCode::FORBIDDEN,
+                "this server takes no requests from pages of other sites",
+            ));
+        }
         // Health probes and browsers carry no key, and learn nothing that needs one.
         let open = OPEN.contains(&request.uri().path());
         let Some(key) = self.key.filter(|_| !open) else {
@@ -54,6 +68,12 @@ impl Guard {
             .code("invalid_api_key")),
         }
     }
+}
+
+/// Whether an origin, `http://host:port`, is of the host that was asked.
+fn is_of(origin: &str, host: &str) -> bool {
+    let (_, name) = origin.split_once("://").unwrap_or(("", origin));
+    name.eq_ignore_ascii_case(host)
 }
 
 fn is_own_name(host: &str) -> bool {
@@ -97,6 +117,24 @@ mod tests {
         assert!(!asks(&guard, "/predict", "bank.example", Some("secre")));
         assert!(!asks(&guard, "/predict", "bank.example", None));
         assert!(asks(&guard, "/health", "bank.example", None));
+    }
+
+    #[test]
+    fn a_page_of_another_site_sends_nothing() {
+        let guard = Guard::new(None, true);
+        let sent = |method: &str, name: &str, value: &str| {
+            let request = Request::builder().method(method).uri("/v1/files");
+            let request = request.header("host", "localhost:8000").header(name, value);
+            guard.check(&request.body(Body::empty()).unwrap()).is_ok()
+        };
+        assert!(sent("POST", "origin", "http://localhost:8000"));
+        assert!(sent("POST", "sec-fetch-site", "same-origin"));
+        assert!(sent("GET", "sec-fetch-site", "cross-site"), "a link");
+        for origin in ["https://evil.example", "null", "http://localhost:8001"] {
+            assert!(!sent("POST", "origin", origin), "{origin}");
+        }
+        assert!(!sent("POST", "sec-fetch-site", "cross-site"));
+        assert!(!sent("DELETE", "sec-fetch-site", "same-site"));
     }
 
     #[test]

@@ -8,12 +8,15 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tokio::sync::Semaphore;
 
 use super::problem::Problem;
 use super::service::Service;
 
 /// Bytes of a request at most, unless it is a file.
 pub(super) const BODY: usize = 1 << 20;
+/// Files that are taken in at once; others wait.
+static UPLOADS: Semaphore = Semaphore::const_new(4);
 
 /// Reads the body before anything else is done about it, so that a slow client holds nothing but
 /// its connection.
@@ -23,7 +26,8 @@ pub(super) async fn whole_body(
     next: Next,
 ) -> Response {
     let (parts, body) = request.into_parts();
-    let most = match service.fine_tuning.is_some() && parts.uri.path() == super::routes::UPLOAD {
+    let upload = service.fine_tuning.is_some() && parts.uri.path() == super::routes::UPLOAD;
+    let most = match upload {
         true => super::fine_tuning::FILE,
         false => BODY,
     };
@@ -32,6 +36,11 @@ pub(super) async fn whole_body(
     if length.is_some_and(|length| length > most as u64) {
         return too_large(&service, most);
     }
+    // The semaphore is never closed.
+    let _place = match upload {
+        true => UPLOADS.acquire().await.ok(),
+        false => None,
+    };
     match tokio::time::timeout(service.limits.read, to_bytes(body, most)).await {
         Ok(Ok(bytes)) => {
             next.run(Request::from_parts(parts, Body::from(bytes)))

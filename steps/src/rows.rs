@@ -267,10 +267,10 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, StepE
 /// # Errors
 /// When the file cannot be written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), StepError> {
-    let mut text = serde_json::to_string_pretty(value)
-        .map_err(|e| StepError::failed(format!("{}: {e}", path.display())))?;
-    text.push('\n');
-    std::fs::write(path, text).map_err(|e| StepError::io(path, &e))
+    let io = |e: std::io::Error| StepError::io(path, &e);
+    let mut out = BufWriter::new(File::create(path).map_err(io)?);
+    serde_json::to_writer_pretty(&mut out, value).map_err(|e| io(e.into()))?;
+    out.write_all(b"\n").and_then(|()| out.flush()).map_err(io)
 }
 
 #[cfg(test)]

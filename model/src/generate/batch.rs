@@ -17,6 +17,9 @@ use crate::llama::{Llama, Run};
 
 /// Lists of choices whose tries are kept.
 const TRIES: usize = 16;
+/// Bytes of keys and values that the rows under way may come to hold together; a row that needs
+/// more runs alone.
+const ROOM: usize = 1 << 30;
 
 /// One request to a [`Batch`], with what only its caller may want.
 #[derive(Debug, Clone, PartialEq)]
@@ -146,7 +149,11 @@ impl Batch {
                 Some(prefixes) => prefixes.share(&mut row),
                 None => Ok(()),
             };
-            match shared {
+            match shared.and_then(|()| self.measure(&mut row)) {
+                Ok(()) if !self.has_room(&row) => {
+                    self.waiting.push_front(row);
+                    return;
+                }
                 Ok(()) => {
                     row.own = row.llama.cache(row.pending.len() + 8);
                     self.active.push(row);
@@ -154,6 +161,33 @@ impl Batch {
                 Err(error) => tell(row.index, Said::End(Err(error))),
             }
         }
+    }
+
+    /// Finds what the choices of a row take.
+    fn measure(&mut self, row: &mut Row) -> Result<(), ModelError> {
+        let Some(set) = &row.choices else {
+            return Ok(());
+        };
+        let at = self.trie(set, &row.llama)?;
+        let trie = &self.tries[at].1;
+        row.check_choices(trie.longest())?;
+        row.choice_tokens = trie.fed();
+        Ok(())
+    }
+
+    fn has_room(&self, row: &Row) -> bool {
+        let held: usize = self.active.iter().map(Row::bytes).sum();
+        self.active.is_empty() || held + row.bytes() <= ROOM
+    }
+
+    /// Where the trie of a list is among those that are kept.
+    fn trie(&mut self, set: &ChoiceSet, llama: &Llama) -> Result<usize, ModelError> {
+        if let Some(at) = self.tries.iter().position(|(known, _)| known == set) {
+            return Ok(at);
+        }
+        let trie = Trie::new(set, &llama.base().tokenizer)?;
+        self.tries.push((set.clone(), trie));
+        Ok(self.tries.len() - 1)
     }
 
     /// One pass over the rows of one model.
@@ -199,18 +233,12 @@ impl Batch {
         }
         for (row, hidden) in rows {
             let Some(set) = &row.choices else { continue };
-            let at = match self.tries.iter().position(|(known, _)| known == set) {
-                Some(at) => at,
-                None => match Trie::new(set, &llama.base().tokenizer) {
-                    Ok(trie) => {
-                        self.tries.push((set.clone(), trie));
-                        self.tries.len() - 1
-                    }
-                    Err(error) => {
-                        tell(row.index, Said::End(Err(error)));
-                        continue;
-                    }
-                },
+            let at = match self.trie(set, llama) {
+                Ok(at) => at,
+                Err(error) => {
+                    tell(row.index, Said::End(Err(error)));
+                    continue;
+                }
             };
             groups.resize_with(self.tries.len().max(groups.len()), Vec::new);
             groups[at].push((row, hidden));

@@ -30,6 +30,15 @@ struct Fork {
 }
 
 impl Fork {
+    /// Tokens of all edges below.
+    fn tokens(&self) -> usize {
+        let below = self.next.iter().map(|(_, branch)| match branch {
+            Branch::Value(_) => 0,
+            Branch::Fork(edge, fork) => edge.len() + fork.tokens(),
+        });
+        below.sum()
+    }
+
     /// All values below.
     fn values(&self) -> Vec<usize> {
         let below = self.next.iter().flat_map(|(_, branch)| match branch {
@@ -108,6 +117,16 @@ impl Trie {
             });
         }
         Ok(Self { values, root })
+    }
+
+    /// Tokens that are fed at most to score the values, once for each row.
+    pub(super) fn fed(&self) -> usize {
+        self.root.as_ref().map_or(0, Fork::tokens)
+    }
+
+    /// Tokens of the longest value.
+    pub(super) fn longest(&self) -> usize {
+        self.values.iter().map(Vec::len).max().unwrap_or(0)
     }
 
     /// The tokens of a value, its end included.

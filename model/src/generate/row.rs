@@ -36,6 +36,8 @@ pub(super) struct Row {
     /// Its tokens.
     spent: usize,
     most: usize,
+    /// Tokens that scoring its choices takes beside `own`.
+    pub(super) choice_tokens: usize,
     stop: Vec<String>,
     watched: Option<Watched>,
 }
@@ -87,9 +89,39 @@ impl Row {
             said: TextStream::default(),
             spent: 0,
             most: request.max_tokens.min(context - pending.len()),
+            choice_tokens: 0,
             stop: request.stop.clone(),
             pending,
         })
+    }
+
+    /// Bytes of keys and values that it may come to hold by itself, what it shares left out.
+    pub(super) fn bytes(&self) -> usize {
+        // One that begins with its choice ends with it.
+        let answer = match &self.choices {
+            Some(set) if set.after.is_none() => 0,
+            _ => self.most,
+        };
+        let left = answer.saturating_sub(self.spent);
+        let tokens = self.own.len() + self.pending.len() + left + self.choice_tokens;
+        let config = &self.llama.base().weights.config;
+        tokens * config.layers * config.kv_width() * 2 * size_of::<f32>()
+    }
+
+    /// The values of its choices fit into the context after its prompt.
+    ///
+    /// # Errors
+    /// [`ModelError::Request`] when they do not.
+    pub(super) fn check_choices(&self, longest: usize) -> Result<(), ModelError> {
+        let context = self.llama.base().weights.config.context;
+        if self.prompt_tokens + longest <= context {
+            return Ok(());
+        }
+        Err(ModelError::Request(format!(
+            "the prompt has {} tokens and the longest choice {longest}, the model's context \
+             {context}; shorten one of them",
+            self.prompt_tokens
+        )))
     }
 
     /// Has the row say what it does, token by token.

@@ -38,6 +38,9 @@ impl Default for LoraConfig {
     }
 }
 
+/// Ranks beyond this give no adapter of low rank any more, only tensors that do not fit.
+const MOST_RANK: usize = 1024;
+
 /// Where `invocation` begins in `prompt` for the last time.
 pub(crate) fn activation(prompt: &[u32], invocation: &[u32]) -> Option<usize> {
     let places = 0..(prompt.len() + 1).saturating_sub(invocation.len());
@@ -58,8 +61,11 @@ impl LoraConfig {
     /// [`ModelError::Config`] naming the setting that is out of range and what is allowed.
     pub fn check(&self) -> Result<Vec<Module>, ModelError> {
         let refuse = |name, reason: String| Err(ModelError::Config { name, reason });
-        if self.rank == 0 {
-            return refuse("rank", "must be at least 1".to_owned());
+        if !(1..=MOST_RANK).contains(&self.rank) {
+            return refuse(
+                "rank",
+                format!("{} is not from 1 to {MOST_RANK}", self.rank),
+            );
         }
         if !self.alpha.is_finite() {
             return refuse("alpha", format!("{} is not a number", self.alpha));

@@ -22,6 +22,13 @@ const SUFFIX: usize = 64;
 const METADATA: usize = 16;
 /// Epochs that one job may take.
 const EPOCHS: usize = 100;
+/// Rows of a batch at most.
+const BATCH: usize = 1024;
+/// The highest rank, as that of the adapters themselves.
+const RANK: usize = 1024;
+/// Times that a job is begun at most before its first step is told: one that ends the server
+/// each time is not begun for ever.
+const STARTS: u32 = 3;
 
 /// What a caller asks for. Fields of OpenAI's that cannot be honoured are refused.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -82,15 +89,15 @@ impl Order {
             serde_json::from_value(given).map_err(|e| bad(format!("`hyperparameters`: {e}")))?;
         let rate = how.learning_rate * how.learning_rate_multiplier;
         let fits = (1..=EPOCHS).contains(&how.n_epochs)
-            && how.batch_size > 0
-            && how.lora_rank > 0
+            && (1..=BATCH).contains(&how.batch_size)
+            && (1..=RANK).contains(&how.lora_rank)
             && (0.0..1.0).contains(&how.lora_dropout)
             && rate.is_finite()
             && rate > 0.0;
         if !fits {
             return Err(bad(format!(
-                "`hyperparameters`: n_epochs is 1 to {EPOCHS}, batch_size and lora_rank are at \
-                 least 1, the learning rate is above 0, lora_dropout below 1"
+                "`hyperparameters`: n_epochs is 1 to {EPOCHS}, batch_size 1 to {BATCH}, \
+                 lora_rank 1 to {RANK}, the learning rate is above 0, lora_dropout below 1"
             )));
         }
         Ok(how)
@@ -169,6 +176,9 @@ pub(super) struct Job {
     pub(super) events: Vec<Value>,
     /// The oldest first.
     pub(super) checkpoints: Vec<Value>,
+    /// How often it was begun since a step was told.
+    #[serde(default)]
+    pub(super) starts: u32,
 }
 
 impl Job {
@@ -241,8 +251,24 @@ impl Jobs {
                 continue;
             }
             let bytes = std::fs::read(&path).map_err(|e| failed(&e))?;
-            let mut job: Job = serde_json::from_slice(&bytes).map_err(|e| failed(&e))?;
-            if job.status == Status::Running {
+            let mut job: Job = match serde_json::from_slice(&bytes) {
+                Ok(job) => job,
+                Err(error) => {
+                    let aside = path.with_extension("damaged");
+                    tracing::warn!(
+                        "{}: {error}; it was renamed to {}",
+                        path.display(),
+                        aside.display()
+                    );
+                    std::fs::rename(&path, &aside).map_err(|e| failed(&e))?;
+                    continue;
+                }
+            };
+            if job.status == Status::Running && job.starts >= STARTS {
+                let text = format!("the server ended {STARTS} times when it began this job");
+                job.error = Some(text.clone());
+                job.end(Status::Failed, &text);
+            } else if job.status == Status::Running {
                 job.status = Status::Queued;
                 job.tell("info", "the server was started again", None);
             }
@@ -275,6 +301,7 @@ impl Jobs {
             error: None,
             events: Vec::new(),
             checkpoints: Vec::new(),
+            starts: 0,
         };
         job.tell("info", "the job waits for its turn", None);
         self.keep(&job)
@@ -329,6 +356,7 @@ impl Jobs {
                 state.running = Some((job.id.clone(), cancel.clone()));
                 self.change_in(&mut state, &job.id.clone(), |kept| {
                     kept.status = Status::Running;
+                    kept.starts += 1;
                     kept.tell("info", "training has begun", None);
                     job.clone_from(kept);
                 });

@@ -19,6 +19,8 @@ pub(super) mod openapi;
 mod routes;
 mod worker;
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -109,10 +111,12 @@ fn is_id(id: &str, prefix: &str) -> bool {
     digits.is_some_and(|digits| digits.len() == ID && digits.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
-/// Writes a file whole.
+/// Writes a file whole: after a power cut it is the old one or the new one.
 fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let part = path.with_extension("part");
-    std::fs::write(&part, bytes)?;
+    let mut file = File::create(&part)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
     std::fs::rename(&part, path)
 }
 

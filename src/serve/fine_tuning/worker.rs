@@ -1,5 +1,6 @@
 //! The thread that trains: one job after the other, beside the requests that are answered.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,7 +29,11 @@ pub(super) fn start(
     std::thread::spawn(move || {
         loop {
             let (job, cancel) = jobs.next();
-            let done = train(&jobs, &job, &files, &adapters, &spec, &world, &cancel);
+            let work = || train(&jobs, &job, &files, &adapters, &spec, &world, &cancel);
+            let done = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+                let text = "the training panicked; the server's log says where";
+                Err(StepError::failed(text))
+            });
             jobs.change(&job.id, |job| match done {
                 Ok(()) => job.end(Status::Succeeded, "the job is done"),
                 Err(error) if error.kind == StepErrorKind::Cancelled => {
@@ -103,6 +108,7 @@ fn told(job: &mut Job, step: TuneStep) {
     let message = format!("Step {step}/{total}: training loss={loss:.4}");
     let data = json!({"step": step, "total_steps": total, "train_loss": loss});
     job.tell("info", &message, Some(data));
+    job.starts = 0;
 }
 
 /// The name of the adapter, which no other job gives.

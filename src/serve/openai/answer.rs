@@ -14,7 +14,7 @@ use flowrun_steps::serving::{Ask, Ended, Event, Piece, TokenProb};
 use futures::Stream;
 use futures::stream::{self, StreamExt};
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::serve::problem::{Problem, Refused};
 use crate::serve::service::{Events, Service};
@@ -322,7 +322,9 @@ struct Under {
     to_send: VecDeque<String>,
     done: bool,
     said_anything: bool,
-    _place: OwnedSemaphorePermit,
+    /// Its place is free when this is gone, or at the deadline: a client that does not read holds
+    /// nothing but its connection.
+    _over: oneshot::Sender<()>,
 }
 
 impl Streaming {
@@ -356,6 +358,12 @@ impl Streaming {
         });
         let rest = stream::select_all(streams);
         let heard = stream::once(async move { (0, Some(first)) }).chain(rest);
+        let (over, is_over) = oneshot::channel();
+        let deadline = self.deadline;
+        tokio::spawn(async move {
+            within(deadline, is_over).await;
+            drop(place);
+        });
         let under = Under {
             streaming: self,
             heard: heard.boxed(),
@@ -364,7 +372,7 @@ impl Streaming {
             to_send,
             done: false,
             said_anything: false,
-            _place: place,
+            _over: over,
         };
         Ok(Sse::new(under.stream())
             .keep_alive(KeepAlive::default())

@@ -18,8 +18,10 @@ use serde_json::{Map, Value};
 const MOST: usize = 1000;
 /// Schemas within schemas; a `$ref` may lead to itself.
 const DEEP: usize = 16;
-/// Schemas that are looked at: references may lead to one many times.
+/// Schemas that are looked at, and KiB of their texts: references may lead to one many times.
 const LOOKS: usize = 10_000;
+/// Bytes of all answers together at most.
+const BYTES: usize = 1 << 20;
 
 /// All JSON texts that `schema` allows, without spaces but those after `:` and `,` in objects
 /// and lists that models are used to.
@@ -49,18 +51,16 @@ impl Root<'_> {
         let Some(schema) = schema.as_object() else {
             return Err("`schema` is no object".to_owned());
         };
-        self.looks.set(self.looks.get() + 1);
-        if self.looks.get() > LOOKS {
-            return Err(format!("the schema refers to more than {LOOKS} schemas"));
-        }
+        self.look(1)?;
         if depth > DEEP {
             return Err(format!("schemas lie more than {DEEP} deep in each other"));
         }
-        if let Some(values) = schema.get("enum").and_then(Value::as_array) {
-            return bounded(values.iter().map(Value::to_string).collect());
-        }
-        if let Some(value) = schema.get("const") {
-            return Ok(vec![value.to_string()]);
+        let given = schema.get("enum").and_then(Value::as_array);
+        let given = given.map(Vec::as_slice);
+        if let Some(values) = given.or_else(|| schema.get("const").map(std::slice::from_ref)) {
+            let texts: Vec<String> = values.iter().map(Value::to_string).collect();
+            self.look(length(&texts) >> 10)?;
+            return bounded(texts);
         }
         if let Some(path) = schema.get("$ref").and_then(Value::as_str) {
             let found = path
@@ -81,6 +81,14 @@ impl Root<'_> {
                 self.any(kinds.map(|kind| self.typed(kind, schema, depth)))
             }
             _ => Err(open(schema)),
+        }
+    }
+
+    fn look(&self, more: usize) -> Result<(), String> {
+        self.looks.set(self.looks.get() + more);
+        match self.looks.get() > LOOKS {
+            true => Err(format!("the schema refers to more than {LOOKS} schemas")),
+            false => Ok(()),
         }
     }
 
@@ -144,6 +152,9 @@ impl Root<'_> {
             return Err(open(schema));
         };
         let least = schema.get("minItems").and_then(Value::as_u64).unwrap_or(0);
+        if least.max(most) > MOST as u64 {
+            return Err(format!("a list has at most {MOST} items here"));
+        }
         let values = self.answers(items, depth + 1);
         let values = values.map_err(|why| format!("`items`: {why}"))?;
         let (mut all, mut of_length) = (Vec::new(), vec![String::new()]);
@@ -165,6 +176,10 @@ fn extended(before: &[String], values: &[String]) -> Result<Vec<String>, String>
     if before.len().saturating_mul(values.len()) > MOST {
         return Err(format!("the schema allows more than {MOST} answers"));
     }
+    let bytes = length(before) * values.len() + (length(values) + 2) * before.len();
+    if bytes > BYTES {
+        return Err(too_long());
+    }
     let mut all = Vec::with_capacity(before.len() * values.len());
     for start in before {
         let comma = if start.is_empty() { "" } else { ", " };
@@ -174,10 +189,20 @@ fn extended(before: &[String], values: &[String]) -> Result<Vec<String>, String>
 }
 
 fn integers(schema: &Map<String, Value>) -> Result<Vec<String>, String> {
-    let bound = |name: &str| schema.get(name).and_then(Value::as_i64);
-    let least = bound("minimum").or_else(|| bound("exclusiveMinimum")?.checked_add(1));
-    let most = bound("maximum").or_else(|| bound("exclusiveMaximum")?.checked_sub(1));
-    let (Some(least), Some(most)) = (least, most) else {
+    let bound = |name: &str| schema.get(name).and_then(whole);
+    // Of two bounds on one side the stricter one holds.
+    let least = [
+        bound("minimum"),
+        bound("exclusiveMinimum").and_then(|n| n.checked_add(1)),
+    ];
+    let most = [
+        bound("maximum"),
+        bound("exclusiveMaximum").and_then(|n| n.checked_sub(1)),
+    ];
+    let (Some(least), Some(most)) = (
+        least.into_iter().flatten().max(),
+        most.into_iter().flatten().min(),
+    ) else {
         return Err(open(schema));
     };
     if most
@@ -191,11 +216,30 @@ fn integers(schema: &Map<String, Value>) -> Result<Vec<String>, String> {
     Ok(all.map(|number| number.to_string()).collect())
 }
 
+/// A whole number, also where it is written `3.0`.
+fn whole(value: &Value) -> Option<i64> {
+    let float = || {
+        value
+            .as_f64()
+            .filter(|n| n.fract() == 0.0 && n.abs() < 1e15)
+    };
+    value.as_i64().or_else(|| float().map(|n| n as i64))
+}
+
+fn length(texts: &[String]) -> usize {
+    texts.iter().map(String::len).sum()
+}
+
 fn bounded(texts: Vec<String>) -> Result<Vec<String>, String> {
     match texts.len() > MOST {
         true => Err(format!("the schema allows more than {MOST} answers")),
+        false if length(&texts) > BYTES => Err(too_long()),
         false => Ok(texts),
     }
+}
+
+fn too_long() -> String {
+    format!("the answers that the schema allows have more than {BYTES} bytes together")
 }
 
 fn open(schema: &Map<String, Value>) -> String {
@@ -254,6 +298,33 @@ mod tests {
     }
 
     #[test]
+    fn what_would_not_end_or_fit_is_refused_at_once() {
+        let long = "x".repeat(100_000);
+        let list = |items: Value, least: u64, most: u64| json!({"type": "array", "items": items, "minItems": least, "maxItems": most});
+        let twice: Vec<Value> = (0..5_000)
+            .map(|_| json!({"$ref": "#/$defs/long"}))
+            .collect();
+        for (schema, why) in [
+            (
+                list(json!({"const": 1}), 1_000_000_000, 1_000_000_000),
+                "at most 1000 items",
+            ),
+            (list(json!({"enum": []}), 0, u64::MAX), "at most 1000 items"),
+            (list(json!({"const": long}), 0, 900), "bytes together"),
+            (
+                json!({"$defs": {"long": {"const": long}}, "anyOf": twice}),
+                "more than 10000",
+            ),
+        ] {
+            let said = answers(&schema).unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
+        assert_eq!(answers(&list(json!({"enum": []}), 0, 900)).unwrap(), ["[]"]);
+        let both = json!({"type": "integer", "minimum": 0.0, "exclusiveMinimum": 3, "maximum": 5});
+        assert_eq!(answers(&both).unwrap(), ["4", "5"]);
+    }
+
+    #[test]
     fn what_has_no_end_says_why() {
         for (schema, why) in [
             (json!({"type": "string"}), "without end"),
@@ -283,7 +354,7 @@ mod tests {
             (json!({"$ref": "#"}), "deep in each other"),
             (
                 json!({"type": "array", "items": {"const": 1}, "maxItems": u64::MAX}),
-                "more than",
+                "at most 1000 items",
             ),
         ] {
             let said = answers(&schema).unwrap_err();
