@@ -4,7 +4,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{Args as ClapArgs, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use flowrun_engine::{parse_bytes, parse_duration};
 
@@ -14,10 +16,10 @@ use crate::completion;
 ///
 /// Every step's inputs are hashed; a step whose inputs did not change is taken
 /// from the cache. Exit codes: 0 ok, 1 internal error, 2 usage, 3 invalid
-/// pipeline or input, 4 a step failed, 5 a gate was not met, 6 cache unusable,
-/// 130 interrupted.
+/// pipeline or input, 4 a step failed, 5 a gate was not met and no step failed
+/// otherwise, 6 cache unusable, 130 interrupted.
 #[derive(Debug, Parser)]
-#[command(version, args_conflicts_with_subcommands = true)]
+#[command(version)]
 pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
@@ -25,6 +27,28 @@ pub(crate) struct Args {
     pub(crate) run: RunArgs,
     #[command(flatten, next_help_heading = "Global options")]
     pub(crate) global: GlobalArgs,
+}
+
+impl Args {
+    /// As [`Parser::parse`]. Options of a run before another command are refused: they would mean
+    /// nothing. Global ones may stand there.
+    pub(crate) fn of_the_command_line() -> Self {
+        let mut program = Self::command();
+        let matches = program.get_matches_mut();
+        let run = RunArgs::augment_args(clap::Command::new("run"));
+        let given = |arg: &&clap::Arg| {
+            matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine)
+        };
+        if let (Some(command), Some(arg)) =
+            (matches.subcommand_name(), run.get_arguments().find(given))
+        {
+            let id = || format!("`{}`", arg.get_id());
+            let arg = arg.get_long().map_or_else(id, |long| format!("`--{long}`"));
+            let text = format!("{arg} belongs to a run, not before `{command}`");
+            program.error(ErrorKind::ArgumentConflict, text).exit();
+        }
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut program).exit())
+    }
 }
 
 #[derive(Debug, Subcommand)]

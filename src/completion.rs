@@ -7,7 +7,7 @@ use flowrun_cache::CacheReader;
 use flowrun_engine::language::project_root;
 use flowrun_engine::{LoadOptions, load_pipeline};
 
-use crate::surroundings::find_pipeline;
+use crate::surroundings::{environment, find_pipeline};
 
 /// The environment variable by which a script asks.
 pub(crate) const VARIABLE: &str = "FLOWRUN_COMPLETE";
@@ -20,7 +20,7 @@ pub(crate) fn steps() -> Vec<String> {
         return Vec::new();
     };
     let options = LoadOptions {
-        env: std::env::vars().collect(),
+        env: environment(),
         root: Some(project_root(&file)),
         profiles: values(&words, "--profile"),
         ..LoadOptions::default()
@@ -46,9 +46,10 @@ pub(crate) fn kinds() -> Vec<String> {
 
 /// The words of the line that is completed: the script passes them after `--`.
 fn words() -> Vec<String> {
-    let words = std::env::args().skip_while(|word| word != "--");
+    let words = std::env::args_os().skip_while(|word| word != "--");
     // The program itself is one of them.
-    words.skip(2).collect()
+    let words = words.skip(2);
+    words.map(|w| w.to_string_lossy().into_owned()).collect()
 }
 
 /// The first word that is a pipeline's file.

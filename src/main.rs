@@ -14,7 +14,7 @@ mod surroundings;
 
 use std::io::Write;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 
 use crate::args::{Args, Command, StepCommand};
 use crate::exit::{Exit, Failure};
@@ -24,7 +24,7 @@ fn main() -> std::process::ExitCode {
     clap_complete::CompleteEnv::with_factory(Args::command)
         .var(completion::VARIABLE)
         .complete();
-    let args = Args::parse();
+    let args = Args::of_the_command_line();
     let level = if args.global.verbose {
         "flowrun=debug"
     } else {

@@ -8,8 +8,13 @@ use crate::exit::{Exit, Failure};
 
 /// Prints text.
 pub(crate) fn print(text: &str) -> Result<Exit, Failure> {
+    print_bytes(text.as_bytes())
+}
+
+/// Prints what may be no text.
+pub(crate) fn print_bytes(bytes: &[u8]) -> Result<Exit, Failure> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(unwritable(&e)),
         _ => Ok(Exit::Ok),
     }

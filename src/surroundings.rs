@@ -109,7 +109,8 @@ pub(crate) fn wait(global: &GlobalArgs) -> LockWait {
 #[allow(clippy::print_stderr)]
 pub(crate) fn hold_cache(global: &GlobalArgs, wait: LockWait) -> Result<Cache, Failure> {
     let tell = |holder: &str| eprintln!("waiting for {holder}, which uses the same cache");
-    let command: Vec<String> = std::env::args().collect();
+    let words = std::env::args_os();
+    let command: Vec<String> = words.map(|w| w.to_string_lossy().into_owned()).collect();
     let options = OpenOptions {
         wait,
         command: command.join(" "),

@@ -167,6 +167,7 @@ impl<'a> Search<'a> {
             self.freed(Share::of(&path).bytes);
         }
         self.partial(uses);
+        self.set_aside();
         results.sort_by(|a, b| a.last.cmp(&b.last).then(a.key.cmp(&b.key)));
         for held in results
             .into_iter()
@@ -250,6 +251,17 @@ impl<'a> Search<'a> {
             if !needed(&path) && self.is_old(changed.unwrap_or(self.now)) {
                 self.freed(Share::of(&path).bytes);
                 self.found.partial.push(path);
+            }
+        }
+    }
+
+    /// Damaged objects, kept to be looked at: they go before anything that is of use.
+    fn set_aside(&mut self) {
+        for path in crate::record::folder(&self.cache.store().quarantine_path()) {
+            let changed = std::fs::metadata(&path).and_then(|m| m.modified());
+            if self.goes(changed.unwrap_or(self.now)) {
+                self.freed(Share::of(&path).bytes);
+                self.found.leftovers.push(path);
             }
         }
     }

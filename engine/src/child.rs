@@ -75,8 +75,12 @@ impl Lines {
                 }
             } else {
                 self.line.push(byte);
-                if self.line.len() >= LINE {
+                if self.line.len() >= LINE
+                    && let Some(cut) = self.reporter.cut(&self.line, LINE)
+                {
+                    let rest = self.line.split_off(cut);
                     self.emit();
+                    self.line = rest;
                 }
             }
         }

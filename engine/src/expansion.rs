@@ -171,8 +171,15 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
     /// `when` is asked for each item, not once.
     fn by_item(&self) -> bool {
         let names_item = |when: &String| {
-            when.split(|c: char| !c.is_alphanumeric() && c != '_')
-                .any(|word| word == "item")
+            let mut before = ' ';
+            when.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_')
+                .any(|piece| {
+                    let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
+                    // `params.item` is another.
+                    let found = word == "item" && before != '.';
+                    before = piece.chars().next_back().unwrap_or(' ');
+                    found
+                })
         };
         self.node.foreach.is_some() && self.node.when.as_ref().is_some_and(names_item)
     }

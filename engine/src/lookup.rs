@@ -10,6 +10,7 @@ use crate::expansion::{ActionRequest, Entry, kind_of};
 use crate::manifest::{ActionManifest, InputKey, MANIFEST_VERSION, file_words};
 use crate::pipeline::Action;
 use crate::premises::{Memory, Observed};
+use crate::sandbox::locale;
 use crate::step::{StepError, World};
 use flowrun_cache::remote::Fetched;
 use flowrun_cache::{
@@ -18,7 +19,7 @@ use flowrun_cache::{
 };
 
 /// Version of how `run` steps are run. Raised when the same command may give other bytes.
-const RUN_VERSION: u32 = 1;
+const RUN_VERSION: u32 = 2;
 
 /// Where keys and results come from.
 pub(crate) struct Lookup {
@@ -142,7 +143,7 @@ impl Lookup {
                 .map(|(port, inputs)| (port.clone(), key_of(inputs)))
                 .collect(),
             observed,
-            env: request.env.clone(),
+            env: self.env_of(request),
             command: request.command.clone(),
             files: self.named_files(&node.name, request.command.as_deref())?,
             out_paths: node.out_paths.clone(),
@@ -153,6 +154,16 @@ impl Lookup {
             manifest,
             replaces: false,
         })
+    }
+
+    /// What is declared, and for a command the locale: it decides how programs sort and print.
+    fn env_of(&self, request: &ActionRequest) -> BTreeMap<String, String> {
+        let mut env = match &request.node.action {
+            Action::Run(_) => locale(&self.world.env),
+            Action::Uses(_) => BTreeMap::new(),
+        };
+        env.extend(request.env.clone());
+        env
     }
 
     /// What the cache has for the action, or else the remote one. Nothing that is here is hashed
@@ -234,11 +245,11 @@ impl Lookup {
         let Some(cache) = &self.held else {
             return ArtifactStore::address_of(&path);
         };
-        let meta = std::fs::metadata(&path).map_err(|e| CacheError::io(&path, e))?;
+        let meta = std::fs::metadata(&path).map_err(|e| CacheError::outside(&path, e))?;
         if meta.is_file() {
             let digest = cache.index().file_digest(&path);
             let known = Artifact {
-                digest: digest.map_err(|e| CacheError::io(&path, e))?,
+                digest: digest.map_err(|e| CacheError::outside(&path, e))?,
                 kind: ArtifactKind::File,
                 size: meta.len(),
             };

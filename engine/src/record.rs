@@ -19,6 +19,8 @@ use crate::pipeline::{ForeachList, Source, StepNode};
 
 /// Version of [`RunPlan`].
 pub const PLAN_VERSION: u32 = 1;
+/// Folder of a run with what published outputs replaced: nobody else has it.
+pub(crate) const REPLACED: &str = "replaced";
 /// Bytes of a log file's name before its ending.
 const LOG_NAME: usize = 100;
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use flowrun_cache::{ActionKey, Bounds, Cache, CacheError, CacheReader, Garbage, Survey, Uses};
 use serde::{Deserialize, Serialize};
 
+use crate::record::REPLACED;
 use crate::run_keys::RunKeys;
 
 /// The longest time between two looks at what is old.
@@ -49,6 +50,9 @@ pub fn uses(cache: &CacheReader, keep_runs: usize) -> Uses {
     let mut uses = Uses::default();
     let mut seen: BTreeMap<(String, bool), usize> = BTreeMap::new();
     for dir in cache.runs() {
+        if !dir.is_dir() {
+            continue;
+        }
         let Some(run) = RunKeys::read(&dir, None) else {
             let changed = std::fs::metadata(&dir).and_then(|m| m.modified());
             uses.spare_runs
@@ -65,7 +69,8 @@ pub fn uses(cache: &CacheReader, keep_runs: usize) -> Uses {
                 uses.needed.insert(key);
             }
         }
-        if !kept {
+        // What a published output replaced is nowhere else.
+        if !kept && !dir.join(REPLACED).exists() {
             uses.spare_runs.push((dir, run.at));
         }
     }

@@ -38,12 +38,26 @@ pub(crate) struct Sandbox<'a> {
 
 /// The variables of the surrounding environment that a command may see.
 pub(crate) fn inherited(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    env.iter()
-        .filter(|(name, _)| {
-            matches!(name.as_str(), "PATH" | "HOME" | "LANG") || name.starts_with("LC_")
-        })
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect()
+    chosen(env, |name| {
+        matches!(name, "PATH" | "HOME") || is_locale(name)
+    })
+}
+
+/// Those of them that say in which language and order programs print.
+pub(crate) fn locale(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    chosen(env, is_locale)
+}
+
+fn is_locale(name: &str) -> bool {
+    name == "LANG" || name.starts_with("LC_")
+}
+
+fn chosen(
+    env: &BTreeMap<String, String>,
+    choose: impl Fn(&str) -> bool,
+) -> BTreeMap<String, String> {
+    let chosen = env.iter().filter(|(name, _)| choose(name));
+    chosen.map(|(n, v)| (n.clone(), v.clone())).collect()
 }
 
 impl Sandbox<'_> {

@@ -201,6 +201,13 @@ pub trait StepReporter: Send + Sync {
     fn warning(&self, text: &str);
     /// One line for the step's log file.
     fn log(&self, text: &str);
+
+    /// Where a long line of output is cut in two for [`StepReporter::log`], at `at` bytes or
+    /// before; `None` while more must be read to tell. Never cuts what is to be hidden in two.
+    fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
+        let _ = line;
+        Some(at)
+    }
 }
 
 /// Everything a running step may use.

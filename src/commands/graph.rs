@@ -1,6 +1,6 @@
 //! `flowrun graph`.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 
 use flowrun_cache::CacheReader;
@@ -9,7 +9,7 @@ use flowrun_engine::pipeline::Pipeline;
 use crate::args::{GlobalArgs, GraphArgs, GraphFormat};
 use crate::exit::{Exit, Failure};
 use crate::graph::{Drawing, GraphView, render};
-use crate::{recorded, surroundings};
+use crate::{output, recorded, surroundings};
 
 /// Draws a pipeline's graph.
 pub(crate) fn graph(args: &GraphArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
@@ -35,7 +35,7 @@ pub(crate) fn graph(args: &GraphArgs, global: &GlobalArgs) -> Result<Exit, Failu
             let text = "a picture is not for a terminal; write it to a file with `-o graph.png`";
             return Err(Failure::usage(text));
         }
-        None => std::io::stdout().write_all(&drawing)?,
+        None => return output::print_bytes(&drawing),
         Some(path) => std::fs::write(path, drawing)
             .map_err(|e| Failure::new(Exit::Internal, format!("{}: {e}", path.display())))?,
     }

@@ -94,6 +94,9 @@ fn finish(
             reporter.show_recorded(unchanged.step_events());
         }
     })?;
+    for text in cache.warnings() {
+        reporter.show(&RunEvent::Warning { step: None, text });
+    }
     reporter.end().map_err(|e| unwritable(&e))?;
     Ok(summary)
 }

@@ -2,6 +2,7 @@
 //! `flowrun` starts it; it is hidden from the help.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use flowrun_engine::runner::{Host, Post, exec as exec_request, exec_job as work_on};
@@ -14,7 +15,9 @@ use crate::surroundings;
 /// Reads a request from stdin, does the work and writes messages to stdout.
 pub(crate) fn exec() -> Result<Exit, Failure> {
     // Standard output carries messages alone: what libraries print goes to the log.
-    let messages = File::from(nix::unistd::dup(std::io::stdout()).map_err(std::io::Error::from)?);
+    // This one is closed in what the step starts: a server that it leaves behind does not keep
+    // the runner waiting.
+    let messages = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
     nix::unistd::dup2_stdout(std::io::stderr()).map_err(std::io::Error::from)?;
     exec_request(host()?, std::io::stdin(), messages, abandoned)
         .map_err(|e| Failure::usage(e.to_string()))?;

@@ -32,6 +32,20 @@ steps:
 ";
 
 #[test]
+fn global_options_stand_before_or_behind_a_command_and_those_of_a_run_do_not() {
+    let project = Project::shell();
+    project.run(&["pipeline.yaml"]).ok();
+    for args in [&["--json", "runs"], &["runs", "--json"]] {
+        assert_eq!(project.run(args).ok().events().len(), 1);
+    }
+    let elsewhere = project.run(&["--cache-dir", "other", "plan", "pipeline.yaml"]);
+    assert!(elsewhere.ok().stdout.contains("never ran"));
+    let refused = project.run(&["--force", "plan", "pipeline.yaml"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("--force"), "{}", refused.stderr);
+}
+
+#[test]
 fn every_event_is_as_the_schema_and_the_page_say() {
     let project = Project::new();
     project.write("pipeline.yaml", FAN);

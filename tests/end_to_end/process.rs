@@ -77,11 +77,13 @@ fn a_failure_and_too_little_memory_are_failures_of_the_step() {
     );
     if cfg!(target_os = "linux") {
         let big = self::project(200_000);
+        // One that holds all rows: those before it pass them on one by one.
         big.edit(
             "p.yaml",
-            "runner: process\n",
-            "runner: process\n    resources: { memory: 24MB }\n",
+            "uses: split\n",
+            "uses: holdout\n    runner: process\n    resources: { memory: 24MB }\n",
         );
+        big.edit("p.yaml", "labelled: 5", "dev: 5, val: 5");
         let run = big.run(&["p.yaml"]);
         assert_eq!(run.code, Some(4), "{}", run.stderr);
         assert!(

@@ -45,6 +45,58 @@ fn what_no_step_made_is_kept_when_it_is_replaced() {
 }
 
 #[test]
+fn a_users_file_is_kept_also_when_a_step_has_read_it() {
+    let project = Project::new();
+    project.write(
+        "pipeline.yaml",
+        "name: sorted\nsteps:\n  sort:\n    run: sort \"$text\" > \"$out\"\n    in: { text: { file: notes.txt } }\n    \
+         out: { out: out.txt }\n    publish: { out: notes.txt }\n",
+    );
+    project.write("notes.txt", "b\na\n");
+    project.run(&["pipeline.yaml"]).ok();
+    assert_eq!(project.read("notes.txt"), "a\nb\n");
+    let kept = || {
+        let runs = std::fs::read_dir(project.path(".flowrun/runs")).unwrap();
+        let places = runs.map(|run| run.unwrap().path().join("replaced/notes.txt"));
+        places
+            .filter_map(|path| std::fs::read_to_string(path).ok())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(kept(), ["b\na\n"]);
+    // No bound of the cache removes it.
+    project
+        .run(&["cache", "gc", "--keep-runs", "0", "--max-size", "0"])
+        .ok();
+    assert_eq!(kept(), ["b\na\n"]);
+}
+
+#[test]
+fn two_actions_that_publish_to_one_path_are_an_error() {
+    let project = Project::new();
+    let two = |fixed: &str| {
+        format!(
+            "name: two\nsteps:\n  fixed:\n    run: echo fixed > \"$out\"\n    out: {{ out: out.txt }}\n    publish: {{ out: {fixed} }}\n  \
+             each:\n    foreach: {{ x: [a, b] }}\n    needs: [fixed]\n    run: echo ${{{{ item.x }}}} > \"$out\"\n    out: {{ out: out.txt }}\n    \
+             publish: {{ out: \"results/${{{{ item.x }}}}.txt\" }}\n"
+        )
+    };
+    for fixed in ["results/a.txt", "./results/b.txt", "results"] {
+        project.write("pipeline.yaml", &two(fixed));
+        let run = project.run(&["pipeline.yaml"]);
+        assert_eq!(run.code, Some(4), "{}", run.stderr);
+        assert!(
+            run.stderr.contains("`fixed` published to"),
+            "{}",
+            run.stderr
+        );
+    }
+    std::fs::remove_file(project.path("results")).unwrap();
+    project.write("pipeline.yaml", &two("results/c.txt"));
+    project.run(&["pipeline.yaml"]).ok();
+    assert_eq!(project.read("results/b.txt"), "b\n");
+}
+
+#[test]
 fn a_path_in_the_way_of_another_is_refused_before_anything_runs() {
     let project = Project::new();
     let within = PIPELINE.replace("results/text.txt", "results/tree/text.txt");

@@ -37,6 +37,7 @@ fn what_was_not_declared_fails_at_once() {
         &["nothing"],
     );
     fails("true", &["did not write its output `out`"]);
+    fails("mkfifo $out", &["neither a file nor a folder"]);
 }
 
 #[test]
@@ -54,6 +55,31 @@ fn a_command_sees_its_ports_and_nothing_else() {
             "HOME", "LANG", "MODE", "PATH", "PWD", "OLDPWD", "SHLVL", "_", "out", "words",
         ];
         assert!(known.contains(&name) || name.starts_with("LC_"), "{name}");
+    }
+}
+
+#[test]
+fn another_locale_is_another_key() {
+    let project = project("cat $words > $out", "");
+    let ran = |locale: &str| {
+        let mut command = project.command(&["pipeline.yaml", "--json"]);
+        let run = command.env("LC_ALL", locale).output().unwrap();
+        crate::project::Run::of(run).ok().steps("ran").len()
+    };
+    assert_eq!([ran("C"), ran("C"), ran("C.UTF-8"), ran("C")], [1, 0, 1, 0]);
+}
+
+#[test]
+fn a_secret_is_hidden_where_lines_are_cut() {
+    let script = "printf \"%8190s$TOKEN\\n\" x; echo \"$RETURNS\"; echo > $out";
+    let project = project(script, "    secrets: [TOKEN, RETURNS]\n");
+    let mut command = project.command(&["pipeline.yaml"]);
+    command.env("TOKEN", "hushhush").env("RETURNS", "quietly\r");
+    crate::project::Run::of(command.output().unwrap()).ok();
+    let log = project.run(&["show", "s"]).ok().stdout;
+    assert!(log.contains("***"), "{log}");
+    for part in ["hush", "quietly"] {
+        assert!(!log.contains(part), "{part} in {log}");
     }
 }
 

@@ -110,6 +110,25 @@ fn it_tells_and_records_what_an_ordinary_run_does() {
 }
 
 #[test]
+fn a_pipeline_in_a_folder_is_remembered_too() {
+    let project = project();
+    for name in ["pipeline.yaml", "more.yaml", "words.txt", "tool.sh"] {
+        project.write(&format!("sub/{name}"), &project.read(name));
+    }
+    let run = || {
+        let mut command = project.command(&["sub/pipeline.yaml", "--json"]);
+        command.env("FLOWRUN_LOG", "flowrun_engine=debug");
+        let run = Run::of(command.output().unwrap()).ok();
+        run.stderr.contains("all premises of the last run hold")
+    };
+    assert_eq!([run(), run()], [false, true]);
+    assert!(project.read("sub/results/all.txt").contains("apple"));
+    project.write("sub/results/all.txt", "other");
+    assert!(!run());
+    assert!(project.read("sub/results/all.txt").contains("apple"));
+}
+
+#[test]
 fn whatever_changes_an_ordinary_run_follows() {
     let project = project();
     let expected = settle(&project);

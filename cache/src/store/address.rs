@@ -21,6 +21,7 @@ pub(super) struct Address {
 pub(super) fn address(path: &Path, digest: DigestFile<'_>) -> Result<Address, CacheError> {
     let meta = std::fs::metadata(path).map_err(|e| CacheError::outside(path, e))?;
     if !meta.is_dir() {
+        check_kind(path, &meta)?;
         let artifact = Artifact {
             digest: digest(path, &meta)?,
             kind: ArtifactKind::File,
@@ -71,6 +72,7 @@ fn walk_tree(
         if meta.is_dir() {
             walk_tree(&path, &format!("{relative}/"), entries, digest)?;
         } else {
+            check_kind(&path, &meta)?;
             entries.push(TreeEntry {
                 path: relative,
                 digest: digest(&path, &meta)?,
@@ -80,4 +82,15 @@ fn walk_tree(
         }
     }
     Ok(())
+}
+
+/// A pipe or a device has no bytes of its own: to read one may wait for ever.
+fn check_kind(path: &Path, meta: &Metadata) -> Result<(), CacheError> {
+    match meta.is_file() {
+        true => Ok(()),
+        false => Err(CacheError::Unstorable {
+            path: path.to_owned(),
+            reason: "it is neither a file nor a folder",
+        }),
+    }
 }

@@ -30,6 +30,8 @@ use crate::record::folder;
 
 /// How the text of every tree object begins: its fields are sorted.
 const TREE_START: [u8; 12] = *b"{\"entries\":[";
+/// Folder of damaged objects.
+const QUARANTINE: &str = "quarantine";
 /// Bytes moved at a time.
 const CHUNK: usize = 1 << 16;
 /// From this many bytes on, an object is synced by itself.
@@ -111,7 +113,7 @@ impl ArtifactStore {
     /// When something cannot be read.
     pub fn address_of(path: &Path) -> Result<Artifact, CacheError> {
         let hash = &mut |path: &Path, _: &Metadata| {
-            Digest::of_file(path).map_err(|e| CacheError::io(path, e))
+            Digest::of_file(path).map_err(|e| CacheError::outside(path, e))
         };
         address(path, hash).map(|found| found.artifact)
     }
@@ -222,7 +224,7 @@ impl ArtifactStore {
         let (mut objects, mut leftovers) = (HashMap::new(), Vec::new());
         for sub in folder(&self.root) {
             let start = sub.file_name().unwrap_or_default().to_string_lossy();
-            if start == "quarantine" {
+            if start == QUARANTINE {
                 continue;
             }
             if !sub.is_dir() {
@@ -239,6 +241,11 @@ impl ArtifactStore {
             }
         }
         (objects, leftovers)
+    }
+
+    /// Where damaged objects are set aside.
+    pub(crate) fn quarantine_path(&self) -> PathBuf {
+        self.root.join(QUARANTINE)
     }
 
     /// The members of an object that is a tree; none for one that is not. Nothing is verified.
@@ -392,8 +399,15 @@ impl ArtifactStore {
 
     fn quarantine(&self, digest: &Digest) -> CacheError {
         let from = self.object_path(digest);
-        let path = self.root.join("quarantine").join(digest.to_hex());
-        let moved = std::fs::create_dir_all(self.root.join("quarantine"))
+        // A reader holds nothing: what it read may have been replaced by now.
+        if self.unsynced.is_none() {
+            return CacheError::Damaged {
+                digest: *digest,
+                path: from,
+            };
+        }
+        let path = self.quarantine_path().join(digest.to_hex());
+        let moved = std::fs::create_dir_all(self.quarantine_path())
             .and_then(|()| std::fs::rename(&from, &path));
         // In a cache that cannot be written the object stays, and is refused again next time.
         let path = if moved.is_ok() { path } else { from };

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use flowrun_cache::Cache;
+use flowrun_cache::{Artifact, Cache};
 
 use super::known::{Ended, Known};
 use super::{KEY, Observed, Remembered, STEP, TOOK};
@@ -64,6 +64,11 @@ impl Changed {
             parts,
             reached: Mutex::default(),
         })
+    }
+
+    /// The report of the last run; a step that is reached gives another.
+    pub(crate) fn report(&self) -> Option<&Artifact> {
+        self.remembered.head.report.as_ref()
     }
 
     /// The pipeline, without its steps.

@@ -59,14 +59,20 @@ impl RunName {
     #[must_use]
     pub fn of(file: &Path, options: &LoadOptions, world: &World) -> Option<Self> {
         let program = FileStamp::of(&std::fs::metadata(&world.exe).ok()?);
+        let here = std::env::current_dir().ok()?;
+        let root = options.root.as_deref();
+        let paths = [&here, file, &world.exe, &world.root, &world.user_cache];
+        let mut paths = paths
+            .into_iter()
+            .chain(root)
+            .chain(world.distdir.as_deref());
+        // JSON holds text alone.
+        if !paths.all(|path| path.to_str().is_some()) {
+            return None;
+        }
         let name = (
             (VERSION, env!("CARGO_PKG_VERSION"), &world.exe, program),
-            (
-                std::env::current_dir().ok()?,
-                file,
-                &options.root,
-                &world.root,
-            ),
+            (&here, file, &options.root, &world.root),
             (&options.profiles, &options.sets),
             (world.offline, &world.distdir, &world.user_cache),
         );

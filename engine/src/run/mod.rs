@@ -114,7 +114,7 @@ pub struct RunSummary {
     pub interrupted: bool,
     /// A gate (`expect:`) was not met.
     pub gate_failed: bool,
-    /// The first failure, with the step's id.
+    /// The first failure, with the step's id; an unmet gate only when no step failed otherwise.
     pub first_error: Option<(String, StepError)>,
     /// The actions that ended well, in order of finishing.
     pub steps: Vec<StepSummary>,
@@ -226,6 +226,10 @@ async fn perform(
         Work::Whole(selection) => (selection.steps.len(), [].as_slice(), None),
         Work::Changed(all) => (all.known().len(), all.secrets(), Some(Arc::clone(all))),
     };
+    if let Some(report) = changed.as_ref().and_then(|changed| changed.report()) {
+        let place = run_dir.join("report.html");
+        cache.store().materialize(report, &place)?;
+    }
     send(RunEvent::RunStarted {
         run: run_id.clone(),
         pipeline: pipeline.name.clone(),

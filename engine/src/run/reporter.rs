@@ -26,9 +26,12 @@ pub(crate) struct Mask(Arc<Vec<String>>);
 impl Mask {
     pub(crate) fn new(values: impl IntoIterator<Item = String>) -> Self {
         let mut values: Vec<String> = values.into_iter().filter(|v| !v.is_empty()).collect();
-        // Logs are written line by line.
-        let several = values.iter().filter(|v| v.contains('\n'));
-        let lines = several.flat_map(|v| v.lines()).filter(|l| l.len() >= LINE);
+        // Logs are written line by line, and a carriage return ends one too.
+        let ends = ['\n', '\r'];
+        let several = values.iter().filter(|v| v.contains(ends));
+        let lines = several
+            .flat_map(|v| v.split(ends))
+            .filter(|l| l.len() >= LINE);
         let lines: Vec<String> = lines.map(str::to_owned).collect();
         values.extend(lines);
         // A secret that holds another is hidden whole.
@@ -46,6 +49,22 @@ impl Mask {
             }
         }
         text
+    }
+
+    /// Where a line of output is cut, so that no secret is cut in two: at `at`, or before the
+    /// secret that goes on there. `None` while more must be read to tell.
+    pub(super) fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
+        let longest = self.0.iter().map(String::len).max().unwrap_or(0);
+        if line.len() < at + longest {
+            return None;
+        }
+        let across = |secret: &String| {
+            let starts = at.saturating_sub(secret.len() - 1).max(1)..at;
+            starts
+                .into_iter()
+                .find(|start| line[*start..].starts_with(secret.as_bytes()))
+        };
+        Some(self.0.iter().filter_map(across).min().unwrap_or(at))
     }
 
     /// The metrics with every secret's value replaced in their texts and names.
@@ -132,6 +151,10 @@ impl StepReporter for EventReporter {
             // A full disk shows itself when the step's outputs are stored.
             let _ = file.write_all(line.as_bytes());
         }
+    }
+
+    fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
+        self.mask.cut(line, at)
     }
 }
 

@@ -12,7 +12,7 @@ pub struct Capacity {
     pub cpu: f64,
     /// Bytes of memory; zero means that it is not known, and bounds nothing.
     pub memory: u64,
-    /// GPUs; zero means one.
+    /// GPUs.
     pub gpu: f64,
 }
 
@@ -42,9 +42,6 @@ impl Room {
         }
         if capacity.memory == 0 {
             capacity.memory = u64::MAX;
-        }
-        if capacity.gpu <= 0.0 {
-            capacity.gpu = 1.0;
         }
         Self {
             jobs,
@@ -78,7 +75,10 @@ impl Room {
             let (want, have) = (gb(want.memory), gb(self.capacity.memory));
             parts.push(format!("{want:.1} GB of memory of {have:.1} GB"));
         }
-        let text = || format!("asks for {}; it runs alone", parts.join(" and "));
+        let text = || {
+            let parts = parts.join(" and ");
+            format!("asks for {parts}; it runs when no other that asks for the same does")
+        };
         (!parts.is_empty()).then(text)
     }
 
@@ -180,6 +180,7 @@ mod tests {
     fn each_resource_bounds_those_who_ask_for_it() {
         let capacity = Capacity {
             memory: 100,
+            gpu: 1.0,
             ..Capacity::default()
         };
         let mut room = Room::new(4, capacity, BTreeMap::new(), BTreeMap::new());
@@ -204,10 +205,13 @@ mod tests {
             ..Capacity::default()
         };
         let room = Room::new(4, capacity, BTreeMap::new(), BTreeMap::new());
-        assert_eq!(room.beyond(&wanting(4.0, 8_000_000_000, 1.0)), None);
+        assert_eq!(room.beyond(&wanting(4.0, 8_000_000_000, 0.0)), None);
         assert_eq!(
             room.beyond(&wanting(64.0, 16_000_000_000, 0.0)).as_deref(),
-            Some("asks for 64 cores of 4 and 16.0 GB of memory of 8.0 GB; it runs alone")
+            Some(
+                "asks for 64 cores of 4 and 16.0 GB of memory of 8.0 GB; it runs when no other \
+                 that asks for the same does"
+            )
         );
     }
 

@@ -121,7 +121,13 @@ impl Scheduler {
             let why = || format!("the run stopped after `{id}` failed");
             self.stopping.get_or_insert_with(why);
         }
-        self.first_error.get_or_insert((id.to_owned(), error));
+        // A step that failed weighs more than a gate that was not met.
+        let outweighs = |(_, first): &(String, StepError)| {
+            first.kind == StepErrorKind::Gate && error.kind != StepErrorKind::Gate
+        };
+        if self.first_error.as_ref().is_none_or(outweighs) {
+            self.first_error = Some((id.to_owned(), error));
+        }
     }
 
     pub(super) fn fail_step(&mut self, i: usize, error: StepError) {

@@ -10,10 +10,10 @@ mod outputs;
 mod watchdog;
 mod workplace;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
@@ -70,6 +70,10 @@ pub(super) struct Worker {
     warden: Warden,
     remotes: Remotes,
     workplaces: Workplaces,
+    /// Outputs of all results, once somebody asks.
+    known_outputs: OnceLock<HashSet<Digest>>,
+    /// Paths of the project that were published to in this run, and by which action.
+    places: Mutex<BTreeMap<PathBuf, String>>,
 }
 
 /// Inputs by port, where a step finds them.
@@ -163,6 +167,8 @@ impl Worker {
             warden: Warden::new(cache),
             remotes: Remotes::new(pipeline),
             workplaces: Workplaces::new(cache),
+            known_outputs: OnceLock::new(),
+            places: Mutex::default(),
         }
     }
 
@@ -538,10 +544,12 @@ impl Worker {
             if inputs.list {
                 std::fs::create_dir_all(&place).map_err(|e| StepError::io(&place, &e))?;
             }
+            // A shell's `*` gives them in order.
+            let width = inputs.entries.len().to_string().len().max(4);
             let mut linked = Vec::with_capacity(inputs.entries.len());
             for (i, (artifact, label)) in inputs.entries.iter().enumerate() {
                 let path = if inputs.list {
-                    place.join(format!("{i:04}-{}", file_name(label, ENTRY_NAME)))
+                    place.join(format!("{i:0width$}-{}", file_name(label, ENTRY_NAME)))
                 } else {
                     place.clone()
                 };

@@ -4,14 +4,18 @@
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
+use std::sync::PoisonError;
 
-use flowrun_cache::{ActionResult, Artifact, ArtifactStore, ListItem, OutputRecord, OutputValue};
+use flowrun_cache::{
+    ActionResult, Artifact, ArtifactStore, Digest, ListItem, OutputRecord, OutputValue,
+};
 use serde_json::Value;
 
 use super::{Trouble, Worker, broken_or_failed, cache_error};
 use crate::event::OutputInfo;
 use crate::expansion::ActionRequest;
 use crate::pipeline::METRICS;
+use crate::record::REPLACED;
 use crate::run::Outputs;
 use crate::step::{Port, StepError, StepOutcome, StepReporter};
 
@@ -122,13 +126,15 @@ impl Worker {
         artifact: &Artifact,
         dest: &Path,
     ) -> Result<(), Trouble> {
+        self.claim(request, dest)?;
         // What is there is looked at each time: no record of an earlier run is trusted.
         if !self.lookup.is_at(artifact, dest) {
             self.put_aside(request, dest)?;
             self.place(artifact, dest)?;
         }
         if let Some(memory) = self.memory() {
-            memory.file(&request.node.name, dest, artifact);
+            let inner = dest.strip_prefix(&self.lookup.root).unwrap_or(dest);
+            memory.file(&request.node.name, inner, artifact);
         }
         Ok(())
     }
@@ -158,19 +164,58 @@ impl Worker {
             let text = format!("what lies at `{}` cannot be kept: {e}", dest.display());
             StepError::failed(text).help("move it away; nothing was put in its place")
         };
-        if store.contains(&ArtifactStore::address_of(dest).map_err(lies)?) {
+        let there = ArtifactStore::address_of(dest).map_err(lies)?;
+        if self.is_output(&there.digest) {
             return Ok(());
         }
         let inner = dest.strip_prefix(&self.lookup.root).unwrap_or(dest);
-        let aside = self.run_dir.join("replaced").join(inner);
-        let kept = store.put_path(dest).map_err(lies)?;
-        store.materialize(&kept, &aside).map_err(lies)?;
+        let aside = self.run_dir.join(REPLACED).join(inner);
+        let folder = aside.parent().unwrap_or(&self.run_dir);
+        std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
+        // Links, modes and empty folders stay, unless the cache is on another file system.
+        if std::fs::rename(dest, &aside).is_err() {
+            let kept = store.put_path(dest).map_err(lies)?;
+            store.materialize(&kept, &aside).map_err(lies)?;
+        }
         let reporter = self.reporter(&request.id);
         reporter.warning(&format!(
             "`{}` held what no step made; it was replaced, and is kept as `{}`",
             inner.display(),
             aside.display()
         ));
+        Ok(())
+    }
+
+    /// A result that is in the cache has an output of these bytes.
+    fn is_output(&self, digest: &Digest) -> bool {
+        let outputs = || {
+            let digests = |result: ActionResult| -> Vec<Digest> {
+                let artifacts = result.outputs.values().flat_map(|o| o.value.artifacts());
+                artifacts.map(|artifact| artifact.digest).collect()
+            };
+            self.cache.actions().all().flat_map(digests).collect()
+        };
+        self.known_outputs.get_or_init(outputs).contains(digest)
+    }
+
+    /// Takes a place of the project for an action: a path that names an item is known only now.
+    fn claim(&self, request: &ActionRequest, dest: &Path) -> Result<(), StepError> {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let above = dest.ancestors().find_map(|p| places.get_key_value(p));
+        let next = places.range(dest.to_owned()..).next();
+        let below = next.filter(|(path, _)| path.starts_with(dest));
+        let taken = above.or(below).filter(|(_, by)| **by != request.id);
+        if let Some((path, by)) = taken {
+            let text = format!(
+                "`{}` cannot take the output of `{}`: `{by}` published to `{}` in this run",
+                dest.display(),
+                request.id,
+                path.display()
+            );
+            return Err(StepError::invalid(text)
+                .help("name the item in the path, for example `results/${{ item.x }}.json`"));
+        }
+        places.insert(dest.to_owned(), request.id.clone());
         Ok(())
     }
 
