@@ -40,6 +40,16 @@ impl Local {
         let run = self.0.run(&["deploy", "status", "--json"]).ok();
         run.events().remove(0)
     }
+
+    /// Ends what is served, and waits until it is known to be down.
+    fn end(&self) {
+        let pid = self.current()["pid"].to_string();
+        assert!(Command::new("kill").arg(pid).status().unwrap().success());
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.status()["up"] == true {
+            assert!(Instant::now() < deadline);
+        }
+    }
 }
 
 impl Drop for Local {
@@ -92,6 +102,14 @@ fn versions_are_switched_on_one_port_and_switched_back() {
         (&"tiny".into(), &true.into())
     );
 
+    // The same bundle again, after its server died: the way back stays.
+    local.end();
+    local.run(&[]).ok();
+    let again = local.current();
+    assert!(is_up(&again) && again["pid"] != second["pid"]);
+    assert_eq!(again["bundle"], second["bundle"]);
+    assert_eq!(again["previous"], second["previous"]);
+
     local.0.run(&["deploy", "rollback", "tiny"]).ok();
     let back = local.current();
     assert_eq!(back["bundle"], first["bundle"]);
@@ -112,12 +130,7 @@ fn versions_are_switched_on_one_port_and_switched_back() {
     assert_eq!(local.current(), back);
     assert!(is_up(&back));
 
-    let pid = back["pid"].to_string();
-    assert!(Command::new("kill").arg(pid).status().unwrap().success());
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while local.status()["up"] == true {
-        assert!(Instant::now() < deadline);
-    }
+    local.end();
     let down = local.0.run(&["deploy", "check", url]);
     assert_eq!(down.code, Some(5), "{}", down.stderr);
 }
@@ -254,6 +267,38 @@ fn a_worse_bundle_is_refused_with_the_rows_it_loses() {
     local.0.edit(PIPELINE, "max_drop: 0.02", "max_drop: 1");
     local.run(&[]).ok();
     assert_ne!(local.current()["bundle"], first["bundle"]);
+}
+
+#[test]
+fn a_bundle_is_checked_later_by_what_it_was_admitted_with() {
+    // Another model than the one that was scored, and all the same admitted.
+    let local = all_right();
+    write_model(&local.0.path("other"), 2);
+    let models = "models:\n  other:\n    provider: embedded\n    weights: { file: other }\n";
+    local.0.edit(PIPELINE, "models:\n", models);
+    let deploys = |model: &str| format!("name: tiny\n      model: {model}\n");
+    local
+        .0
+        .edit(PIPELINE, &deploys("student"), &deploys("other"));
+    local.set("smoke: { rows: 60, agreement: 0 }");
+    local.run(&[]).ok();
+    let first = local.current();
+    let url = first["url"].as_str().unwrap();
+    let folder = first["folder"].as_str().unwrap();
+    let check = ["deploy", "check", url, "--bundle", folder, "--json"];
+    let checked = local.0.run(&check).ok().events();
+    let smoke = &checked[0]["smoke"];
+    assert!(smoke["agreed"].as_u64() < smoke["rows"].as_u64(), "{smoke}");
+
+    local
+        .0
+        .edit(PIPELINE, &deploys("other"), &deploys("student"));
+    local.run(&[]).ok();
+    assert_ne!(local.current()["bundle"], first["bundle"]);
+    local.0.run(&["deploy", "rollback", "tiny"]).ok();
+    let back = local.current();
+    assert_eq!(back["bundle"], first["bundle"]);
+    assert!(is_up(&back));
 }
 
 #[test]

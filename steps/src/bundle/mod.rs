@@ -6,7 +6,7 @@
 //! | `bundle.json` | [`Manifest`] |
 //! | `program.json` | the program with its demos |
 //! | `adapter/` | the checkpoint, for a program that asks a model |
-//! | `weights/` | files of the project that the model or the sentence encoder needs |
+//! | `weights/` | files of the project that the model or the sentence encoder needs, each in a folder named by its digest |
 //! | `smoke.jsonl` | held-out rows with the answers of the evaluation |
 //! | `README.md` | the model card |
 
@@ -39,6 +39,8 @@ pub(crate) const ADAPTER: &str = "adapter";
 const WEIGHTS: &str = "weights";
 const SMOKE: &str = "smoke.jsonl";
 const CARD: &str = "README.md";
+/// Hex digits of a digest that name a folder.
+const SHORT: usize = 16;
 
 /// Whether a folder is a bundle, by its looks.
 #[must_use]
@@ -63,6 +65,17 @@ pub struct Manifest {
     pub sampling: SamplingSpec,
     /// How it did on rows that it was not chosen by.
     pub measured: Measured,
+    /// Share of the smoke rows that it must answer as when scored; all, where nothing is said.
+    #[serde(default = "all", skip_serializing_if = "is_all")]
+    pub agreement: f64,
+}
+
+fn all() -> f64 {
+    1.0
+}
+
+fn is_all(agreement: &f64) -> bool {
+    *agreement >= all()
 }
 
 /// How the program did on a set of rows.
@@ -122,6 +135,8 @@ pub struct Parts<'a> {
     pub scores: &'a Scores,
     /// Rows to ask before it is used.
     pub smoke_rows: usize,
+    /// Share of them that must be answered as when scored.
+    pub agreement: f64,
 }
 
 /// A bundle on disk.
@@ -191,6 +206,7 @@ impl Bundle {
                 accuracy: score.accuracy,
                 parse_failures: score.parse_failures,
             },
+            agreement: parts.agreement,
         };
         program.save(&folder.join(PROGRAM))?;
         let smoke = smoke_rows(score, parts.smoke_rows);
@@ -356,7 +372,10 @@ impl Vendor<'_> {
         let name = from.file_name().ok_or_else(|| {
             StepError::invalid(format!("the weights `{}` are no file", from.display()))
         })?;
-        let inside = Path::new(WEIGHTS).join(name);
+        // Files of one name may be of several models; the name itself stays, it is the model's.
+        let digest = pinned.sha256.iter().flat_map(|digest| digest.chars());
+        let short: String = digest.filter(char::is_ascii_hexdigit).take(SHORT).collect();
+        let inside = Path::new(WEIGHTS).join(short).join(name);
         folder::copy(&from, &self.folder.join(&inside))?;
         Ok(WeightsRef {
             file: Some(inside),

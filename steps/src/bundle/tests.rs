@@ -60,6 +60,7 @@ fn write(
         sampling: SamplingSpec::default(),
         scores,
         smoke_rows: 4,
+        agreement: 1.0,
     };
     let world = World {
         root: root.to_owned(),
@@ -161,8 +162,64 @@ fn a_file_of_the_project_comes_along_and_is_pinned() {
     let cancel = flowrun_engine::step::Cancel::default();
     let found = spec.weights.locate(&world, &cancel).unwrap();
     assert_eq!(std::fs::read_to_string(found.path).unwrap(), "weights");
-    std::fs::write(folder.join("weights/w.gguf"), "others").unwrap();
+    let inside = spec.weights.file.as_ref().unwrap();
+    assert!(inside.starts_with(WEIGHTS) && inside.ends_with("w.gguf"));
+    std::fs::write(folder.join(inside), "others").unwrap();
     assert!(spec.weights.locate(&world, &cancel).is_err());
+}
+
+#[test]
+fn two_files_of_one_name_are_kept_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("bundle");
+    let world = |root: &Path| World {
+        root: root.to_owned(),
+        ..World::default()
+    };
+    let vendor = Vendor {
+        folder: &folder,
+        world: &world(dir.path()),
+    };
+    let kept = ["a", "b"].map(|model| {
+        let file = Path::new(model).join("model.safetensors");
+        std::fs::create_dir(dir.path().join(model)).unwrap();
+        std::fs::write(dir.path().join(&file), model).unwrap();
+        let weights = WeightsRef {
+            file: Some(file),
+            ..WeightsRef::default()
+        };
+        vendor.weights(&weights).unwrap()
+    });
+    let cancel = flowrun_engine::step::Cancel::default();
+    for (weights, model) in kept.iter().zip(["a", "b"]) {
+        assert_eq!(weights.name(), "model");
+        let found = weights.locate(&world(&folder), &cancel).unwrap();
+        assert_eq!(std::fs::read_to_string(found.path).unwrap(), model);
+    }
+}
+
+#[test]
+fn the_agreement_that_a_bundle_was_admitted_with_is_kept_where_it_is_not_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let remote = json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"});
+    let bundle = test_bundle(&dir.path().join("b"), remote, dir.path());
+    let path = bundle.folder.join(MANIFEST);
+    // As bundles were before there was such an entry.
+    assert!(
+        !std::fs::read_to_string(&path)
+            .unwrap()
+            .contains("agreement")
+    );
+    assert_eq!(
+        Bundle::open(&bundle.folder).unwrap().manifest.agreement,
+        1.0
+    );
+    let less = Manifest {
+        agreement: 0.95,
+        ..bundle.manifest
+    };
+    write_json(&path, &less).unwrap();
+    assert_eq!(Bundle::open(&bundle.folder).unwrap().manifest, less);
 }
 
 #[test]

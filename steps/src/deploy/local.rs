@@ -45,6 +45,20 @@ pub struct Current {
     pub previous: Option<Version>,
 }
 
+impl Current {
+    /// The latest version that is another than `bundle`: to serve the same bundle again (after a
+    /// crash, on another port) leaves the way back as it was.
+    fn other_than(self, bundle: &str) -> Option<Version> {
+        match self.bundle == bundle {
+            true => self.previous,
+            false => Some(Version {
+                bundle: self.bundle,
+                folder: self.folder,
+            }),
+        }
+    }
+}
+
 /// A bundle that was deployed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -141,7 +155,8 @@ impl Place {
         Ok(current)
     }
 
-    /// Serves again what was served before, once it has answered its smoke rows.
+    /// Serves again what was served before, once it has answered its smoke rows as well as it had
+    /// to when it was admitted.
     ///
     /// # Errors
     /// Invalid when there is nothing to go back to; gate when it does not answer as evaluated:
@@ -162,7 +177,8 @@ impl Place {
         let life = Life::OfThisStep;
         let server = Server::start(&previous.folder, 0, scratch.path(), life, world, cancel)?;
         let rows = bundle.smoke_rows()?;
-        smoke::check(&server.endpoint, &rows, 1.0, cancel, &|_, _| {})?;
+        let agreement = bundle.manifest.agreement;
+        smoke::check(&server.endpoint, &rows, agreement, cancel, &|_, _| {})?;
         server.stop();
         self.switch(previous, current.port, world, cancel)
     }
@@ -179,7 +195,7 @@ impl Place {
         let serving = before.clone().filter(is_up);
         let logs = version.folder.parent().unwrap_or(&version.folder);
         let server = Server::start(&version.folder, port, logs, Life::OnItsOwn, world, cancel)?;
-        let previous = before.map(|Current { bundle, folder, .. }| Version { bundle, folder });
+        let previous = before.and_then(|before| before.other_than(&version.bundle));
         let current = Current {
             url: server.endpoint.url.clone(),
             pid: server.pid(),
@@ -259,5 +275,32 @@ fn stop(current: &Current) {
     let deadline = Instant::now() + DRAIN;
     while Instant::now() < deadline && kill(pid, None).is_ok() {
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_bundle_again_is_no_version_to_go_back_to() {
+        let version = |bundle: &str| Version {
+            bundle: bundle.to_owned(),
+            folder: bundle.into(),
+        };
+        let current = |bundle: &str, previous: Option<Version>| Current {
+            url: "http://127.0.0.1:1".to_owned(),
+            pid: 1,
+            bundle: bundle.to_owned(),
+            folder: bundle.into(),
+            port: 0,
+            previous,
+        };
+        assert_eq!(current("a", None).other_than("a"), None);
+        assert_eq!(current("a", None).other_than("b"), Some(version("a")));
+        let both = current("b", Some(version("a")));
+        assert_eq!(both.clone().other_than("b"), Some(version("a")));
+        assert_eq!(both.clone().other_than("a"), Some(version("b")));
+        assert_eq!(both.other_than("c"), Some(version("b")));
     }
 }

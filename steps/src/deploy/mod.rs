@@ -166,7 +166,7 @@ impl Step for Deploy {
         "deploy"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Writes a bundle, serves it, checks that it answers as evaluated, and deploys it."
@@ -228,6 +228,7 @@ impl Step for Deploy {
             sampling: params.sampling,
             scores: &scores,
             smoke_rows: params.smoke.rows,
+            agreement: params.smoke.agreement,
         };
         let bundle = Bundle::write(&folder, &parts, &ctx.world)?;
         ctx.check_cancelled()?;
@@ -396,8 +397,8 @@ fn digest(folder: &Path) -> Result<String, StepError> {
         .map_err(|e| StepError::failed(e.to_string()))
 }
 
-/// Whether the server at `url` answers; with a bundle, whether it answers its smoke rows as they
-/// were answered when scored.
+/// Whether the server at `url` answers; with a bundle, whether it answers as many of its smoke rows
+/// as they were answered when scored as the bundle was admitted with.
 ///
 /// # Errors
 /// Gate when it does not.
@@ -410,8 +411,10 @@ pub fn check(url: &str, bundle: Option<&Path>, world: &World) -> Result<Option<A
     let Some(folder) = bundle else {
         return Ok(None);
     };
-    let rows = Bundle::open(folder)?.smoke_rows()?;
-    smoke::check(&endpoint, &rows, 1.0, &Cancel::default(), &|_, _| {}).map(Some)
+    let bundle = Bundle::open(folder)?;
+    let (rows, agreement) = (bundle.smoke_rows()?, bundle.manifest.agreement);
+    let cancel = Cancel::default();
+    smoke::check(&endpoint, &rows, agreement, &cancel, &|_, _| {}).map(Some)
 }
 
 #[cfg(test)]
