@@ -41,12 +41,15 @@ pub fn model_file(
     )
 }
 
-fn fetch(repo: Repo, file: &str, world: &World) -> Result<PathBuf, StepError> {
+/// Where the hub's client keeps what it fetched.
+pub(crate) fn cache_folder(world: &World) -> PathBuf {
     let home = world.env.get("HF_HOME").map(PathBuf::from);
-    let folder = home
-        .unwrap_or_else(|| world.user_cache.join("huggingface"))
-        .join("hub");
-    let cache = Cache::new(folder);
+    home.unwrap_or_else(|| world.user_cache.join("huggingface"))
+        .join("hub")
+}
+
+fn fetch(repo: Repo, file: &str, world: &World) -> Result<PathBuf, StepError> {
+    let cache = Cache::new(cache_folder(world));
     if let Some(path) = cache.repo(repo.clone()).get(file) {
         return Ok(path);
     }

@@ -1,4 +1,5 @@
-//! Containers: an image of the program with the bundle, and a composition that runs it.
+//! Containers: an image of the program with the bundle and its weights, and a composition that runs
+//! it. The image fetches nothing.
 
 use flowrun_engine::step::StepError;
 use serde_json::json;
@@ -7,7 +8,7 @@ use super::{Content, Facts, File, Target, text};
 
 pub(super) const DOCKERFILE: Target = Target {
     name: "dockerfile",
-    about: "An image of the program with the bundle.",
+    about: "An image of the program with the bundle and its weights.",
     render: dockerfile,
 };
 
@@ -18,14 +19,18 @@ pub(super) const COMPOSE: Target = Target {
 };
 
 fn dockerfile(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
-    let file = facts.fill(include_str!("../../../templates/deploy/Dockerfile"), &[])?;
-    Ok(vec![
+    let weights = facts.cached_weights()?;
+    let more = [("weights", json!(!weights.is_empty()))];
+    let file = facts.fill(include_str!("../../../templates/deploy/Dockerfile"), &more)?;
+    let mut files = vec![
         text("Dockerfile", file),
         File {
             path: "bundle".into(),
             content: Content::CopyOf(facts.bundle.folder.clone()),
         },
-    ])
+    ];
+    files.extend(weights);
+    Ok(files)
 }
 
 fn compose(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {

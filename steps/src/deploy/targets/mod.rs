@@ -1,9 +1,11 @@
 //! What a bundle needs to run elsewhere: files rendered from templates. One file a target, and
 //! [`TARGETS`], the visible list of them.
 //!
-//! Invariant: rendering reads the bundle (and the weights that it names) and writes nothing; equal bundles and settings give equal
-//! files. What is known to be wrong (a name that a target cannot take, a model that it cannot load)
-//! is an error here and not at the target.
+//! Invariant: rendering reads the bundle and the weights that it names (which are fetched where they
+//! are not at hand) and writes nothing else; equal bundles and settings give equal files. What is
+//! known to be wrong (a name that a target cannot take, a model that it cannot load) is an error here
+//! and not at the target. Weights that a bundle only names come along where the target can fetch
+//! nothing, which is so in containers; elsewhere the files say that they are fetched.
 
 mod docker;
 mod hugging_face;
@@ -11,6 +13,7 @@ mod kubernetes;
 mod ray_serve;
 mod systemd;
 mod vllm;
+mod weights;
 
 #[cfg(test)]
 mod tests;

@@ -23,6 +23,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
         ("app", json!(name)),
         ("cpus", json!(cpus)),
         ("folder", json!(format!("/opt/flowrun/{name}"))),
+        ("fetched", json!(facts.fetched()?)),
     ];
     let fill = |template: &str| facts.fill(template, &more);
     let mut files = vec![

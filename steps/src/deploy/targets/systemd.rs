@@ -13,7 +13,7 @@ pub(super) const TARGET: Target = Target {
 
 fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     let app = facts.dns_name()?;
-    let more = [("app", json!(app))];
+    let more = [("app", json!(app)), ("fetched", json!(facts.fetched()?))];
     let unit = facts.fill(
         include_str!("../../../templates/deploy/systemd.service"),
         &more,

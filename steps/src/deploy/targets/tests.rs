@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use flowrun_engine::step::Cancel;
 use serde_json::json;
 
 use super::*;
 use crate::bundle::{ADAPTER, test_bundle};
 use crate::checkpoint::{Adapter, Checkpoint};
+use crate::download::sha256_of;
 
 /// A bundle with an adapter, in `dir`.
 fn bundle(dir: &Path) -> Bundle {
@@ -267,4 +269,97 @@ fn what_a_target_cannot_load_is_found_here() {
     let mut image = settings();
     image.image = Some("a b".to_owned());
     assert!(render("kubernetes", &bundle, &image, &World::default()).is_err());
+}
+
+/// Renders a target into a folder, and looks for the model there as a server without a network
+/// does whose cache is the one that came along.
+fn found_in_image(bundle: &Bundle, folder: &Path, world: &World) -> crate::models::weights::Found {
+    let files = render("docker-compose", bundle, &settings(), world).unwrap();
+    assert!(file(&files, "Dockerfile").contains("COPY cache /cache"));
+    write(&files, folder).unwrap();
+    let there = World {
+        root: folder.join("bundle"),
+        user_cache: folder.join("cache/flowrun"),
+        offline: true,
+        ..World::default()
+    };
+    let bundle = Bundle::open(&there.root).unwrap();
+    let Some(ModelSpec::Embedded(spec)) = &bundle.manifest.model else {
+        unreachable!("it was an embedded model");
+    };
+    let found = spec.weights.locate(&there, &Cancel::default()).unwrap();
+    assert!(found.path.starts_with(folder), "{found:?}");
+    found
+}
+
+#[test]
+fn an_image_holds_the_file_of_a_package_or_is_not_rendered() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World {
+        user_cache: dir.path().join("user"),
+        offline: true,
+        ..World::default()
+    };
+    let weights = dir.path().join("w");
+    std::fs::write(&weights, "weights").unwrap();
+    let sha256 = sha256_of(&weights).unwrap();
+    let model = json!({"provider": "embedded", "weights": {
+        "pip": "a==1", "file": "a/w.gguf", "sha256": sha256,
+    }});
+    let bundle = test_bundle(&dir.path().join("bundle"), model, dir.path());
+    for target in ["dockerfile", "docker-compose"] {
+        let error = render(target, &bundle, &settings(), &world).unwrap_err();
+        let expected = "the image must hold the weights `w`";
+        assert!(error.message.contains(expected), "{}", error.message);
+        assert!(error.help.is_some());
+    }
+    let unit = render("systemd", &bundle, &settings(), &world).unwrap();
+    assert!(file(&unit, "flowrun-intents.service").contains("it fetches \"w\" (packages"));
+
+    let downloads = world.user_cache.join("downloads");
+    std::fs::create_dir_all(&downloads).unwrap();
+    std::fs::rename(&weights, downloads.join(&sha256)).unwrap();
+    let found = found_in_image(&bundle, &dir.path().join("image"), &world);
+    assert_eq!(std::fs::read_to_string(found.path).unwrap(), "weights");
+}
+
+#[test]
+fn an_image_holds_a_model_of_the_hub_under_its_own_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World {
+        user_cache: dir.path().join("user"),
+        offline: true,
+        ..World::default()
+    };
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let hub = world.user_cache.join("huggingface/hub/models--a--b");
+    let snapshot = hub.join("snapshots").join(commit);
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir_all(hub.join("refs")).unwrap();
+    std::fs::write(hub.join("refs").join(commit), commit).unwrap();
+    for name in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ] {
+        std::fs::write(snapshot.join(name), name).unwrap();
+    }
+    for (at, weights) in [
+        json!({"hf": "a/b", "revision": commit}),
+        json!({"hf": "a/b", "revision": commit, "file": "config.json"}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let model = json!({"provider": "embedded", "weights": weights});
+        let folder = dir.path().join(at.to_string());
+        let bundle = test_bundle(&folder.join("bundle"), model, dir.path());
+        let Some(ModelSpec::Embedded(spec)) = &bundle.manifest.model else {
+            unreachable!("it was an embedded model");
+        };
+        let here = spec.weights.locate(&world, &Cancel::default()).unwrap();
+        let found = found_in_image(&bundle, &folder.join("image"), &world);
+        assert_eq!(found.digest, here.digest);
+    }
 }
