@@ -10,6 +10,7 @@ mod config;
 mod embed;
 mod error;
 mod generate;
+mod gguf_header;
 mod kernels;
 mod llama;
 pub mod lora;

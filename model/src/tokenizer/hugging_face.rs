@@ -5,16 +5,15 @@
 //! its own, and a second one would be other ids than those that were trained on.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
 
 use super::gguf::{from_gguf, integer, string};
 use crate::chat_template::CHATML;
 use crate::error::ModelError;
+use crate::gguf_header;
 
 /// `tokenizer.json` and `tokenizer_config.json`, the latter with the chat template: names and
 /// texts.
@@ -22,9 +21,7 @@ use crate::error::ModelError;
 /// # Errors
 /// [`ModelError::Io`] or [`ModelError::Format`] when the file has no tokenizer that is understood.
 pub fn files_of_gguf(path: &Path) -> Result<[(&'static str, String); 2], ModelError> {
-    let file = File::open(path).map_err(ModelError::io(path))?;
-    let content = Content::read(&mut BufReader::new(file));
-    let content = content.map_err(|e| ModelError::format(path, e))?;
+    let (content, _) = gguf_header::open(path)?;
     files(&content.metadata).map_err(|why| ModelError::format(path, why))
 }
 
@@ -82,6 +79,7 @@ fn named<'a>(metadata: &'a HashMap<String, Value>, key: &str) -> Option<&'a str>
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::gguf_header::tests::with_alignment;
     use crate::tokenizer::Tokenizer;
     use crate::tokenizer::gguf::tests::tiny_metadata;
 
@@ -111,5 +109,14 @@ mod tests {
         assert_eq!(config["chat_template"], template);
         assert_eq!(config["model_max_length"], 2048);
         assert!(config.get("pad_token").is_none());
+    }
+
+    #[test]
+    fn a_header_that_cannot_be_is_an_error_here_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("w.gguf");
+        std::fs::write(&path, with_alignment(0)).unwrap();
+        let error = files_of_gguf(&path).unwrap_err().to_string();
+        assert!(error.contains("`general.alignment` is 0"), "{error}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::io::BufReader;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value};
@@ -12,6 +12,7 @@ use super::{LlamaWeights, Slot, TensorSource, assemble};
 use crate::chat_template::ChatTemplate;
 use crate::config::{LlamaConfig, RopeScaling};
 use crate::error::ModelError;
+use crate::gguf_header;
 use crate::tokenizer::{self, Tokenizer};
 
 /// What a GGUF file holds.
@@ -24,10 +25,7 @@ pub(crate) struct GgufModel {
 impl GgufModel {
     /// Reads the file at `path`; every tensor is dequantised to f32.
     pub(crate) fn load(path: &Path) -> Result<Self, ModelError> {
-        let file = File::open(path).map_err(ModelError::io(path))?;
-        let mut reader = BufReader::new(file);
-        let header = Content::read(&mut Header::new(&mut reader));
-        let content = header.map_err(|e| ModelError::format(path, e))?;
+        let (content, mut reader) = gguf_header::open(path)?;
         let bad = |reason: String| ModelError::format(path, reason);
         let metadata = &content.metadata;
         let mut config = config(&content).map_err(bad)?;
@@ -121,64 +119,6 @@ fn chat(metadata: &HashMap<String, Value>) -> Result<ChatTemplate, ModelError> {
     let bos = token("tokenizer.ggml.bos_token_id").unwrap_or_default();
     let eos = token("tokenizer.ggml.eos_token_id").unwrap_or_default();
     ChatTemplate::new(source, bos, eos)
-}
-
-/// The reader of a header that refuses an alignment of 0, by which candle would divide.
-///
-/// It goes by candle's way of reading an entry: the key, the type and the value, each at once.
-struct Header<R> {
-    inner: R,
-    next: Expected,
-}
-
-enum Expected {
-    Anything,
-    TypeOfAlignment,
-    Alignment,
-}
-
-impl<R> Header<R> {
-    fn new(inner: R) -> Self {
-        Self {
-            inner,
-            next: Expected::Anything,
-        }
-    }
-}
-
-impl<R: Read> Read for Header<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buffer)
-    }
-
-    fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()> {
-        self.inner.read_exact(buffer)?;
-        self.next = match self.next {
-            Expected::Anything if without_end(buffer) == b"general.alignment" => {
-                Expected::TypeOfAlignment
-            }
-            Expected::Anything => Expected::Anything,
-            Expected::TypeOfAlignment => Expected::Alignment,
-            Expected::Alignment if buffer.iter().all(|byte| *byte == 0) => {
-                let reason = "the entry `general.alignment` is 0";
-                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
-            }
-            Expected::Alignment => Expected::Anything,
-        };
-        Ok(())
-    }
-}
-
-/// A text as candle takes it: zeros at its end are no part of it.
-fn without_end(text: &[u8]) -> &[u8] {
-    let end = text.iter().rposition(|byte| *byte != 0);
-    &text[..end.map_or(0, |last| last + 1)]
-}
-
-impl<R: Seek> Seek for Header<R> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        self.inner.seek(to)
-    }
 }
 
 struct Source<'a> {
@@ -279,24 +219,6 @@ mod tests {
         let restored = rotate_half_rows(&tensor, 2).unwrap();
         let flat: Vec<f32> = restored.flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(flat, [0., 1., 2., 3., 4., 5., 6., 7.]);
-    }
-
-    #[test]
-    fn an_alignment_of_0_is_an_error_and_any_other_is_read() {
-        let header = |alignment: u32| {
-            let mut bytes = b"GGUF".to_vec();
-            bytes.extend(3u32.to_le_bytes());
-            bytes.extend(0u64.to_le_bytes());
-            bytes.extend(1u64.to_le_bytes());
-            bytes.extend(17u64.to_le_bytes());
-            bytes.extend(b"general.alignment");
-            bytes.extend(4u32.to_le_bytes());
-            bytes.extend(alignment.to_le_bytes());
-            Content::read(&mut Header::new(io::Cursor::new(bytes)))
-        };
-        assert_eq!(header(64).unwrap().tensor_data_offset, 64);
-        let error = header(0).err().unwrap().to_string();
-        assert!(error.contains("`general.alignment` is 0"), "{error}");
     }
 
     #[test]
