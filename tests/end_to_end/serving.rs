@@ -274,6 +274,13 @@ fn adapters_are_loaded_when_asked_for_and_the_oldest_goes() {
     std::thread::sleep(Duration::from_millis(20));
     std::fs::write(weights, other).unwrap();
     assert_eq!(say("tiny:one"), two);
+    // And with the same weights, another strength.
+    let config = project.path("adapters/one/adapter_config.json");
+    let strong = std::fs::read_to_string(&config).unwrap();
+    let weak = strong.replace("\"lora_alpha\":32", "\"lora_alpha\":1e-12");
+    assert_ne!(weak, strong);
+    std::fs::write(&config, weak).unwrap();
+    assert_eq!(say("tiny:one"), base);
 
     let (status, error) = server.problem("/v1/chat/completions", &chat("tiny:none", "a", 1));
     assert_eq!((status, &error["code"]), (404, &json!("model_not_found")));
@@ -290,6 +297,10 @@ fn adapters_are_loaded_when_asked_for_and_the_oldest_goes() {
         "Success: LoRA adapter 'mine' added successfully."
     );
     assert_eq!(say("mine"), say("tiny:two"));
+    let mut other = load("mine", &project.path("adapters/three"));
+    other["load_inplace"] = true.into();
+    assert_eq!(server.ask("/v1/load_lora_adapter", &other).status(), 200);
+    assert_eq!(say("mine"), say("tiny:three"));
     assert_eq!(
         server
             .problem("/v1/load_lora_adapter", &load("mine", &two))

@@ -1,7 +1,7 @@
 //! [`Adapters`]: the base model, and the adapters over it that were asked for.
 //!
 //! An adapter is a folder with PEFT's two files, inside one of the allowed folders; its id is
-//! `base:folder`. It is loaded when it is first asked for, and again when its weights changed on
+//! `base:folder`. It is loaded when it is first asked for, and again when one of the two changed on
 //! disk. Invariant: nothing outside of the allowed folders is ever read, whatever a caller names
 //! and wherever links lead.
 
@@ -45,14 +45,25 @@ struct State {
     loaded: Vec<Entry>,
 }
 
+impl State {
+    /// Puts an adapter in the place of what was loaded from its folder; at most `keep` stay.
+    fn remember(&mut self, entry: Entry, keep: usize) {
+        self.loaded.retain(|other| other.folder != entry.folder);
+        self.loaded.push(entry);
+        while self.loaded.len() > keep {
+            self.loaded.remove(0);
+        }
+    }
+}
+
 struct Entry {
     folder: PathBuf,
     stamp: Stamp,
     model: Loaded,
 }
 
-/// Size and time of the weights: other ones are other weights.
-type Stamp = (u64, Option<SystemTime>);
+/// Sizes and times of PEFT's two files: other ones are another adapter.
+type Stamp = [(u64, Option<SystemTime>); 2];
 
 impl Adapters {
     pub(super) fn new(
@@ -112,16 +123,12 @@ impl Adapters {
         }
         drop(state);
         let model = self.read(&folder)?;
-        let mut state = self.state();
-        state.loaded.retain(|entry| entry.folder != folder);
-        state.loaded.push(Entry {
+        let entry = Entry {
             folder,
             stamp,
             model: model.clone(),
-        });
-        while state.loaded.len() > self.keep {
-            state.loaded.remove(0);
-        }
+        };
+        self.state().remember(entry, self.keep);
         Ok(model)
     }
 
@@ -167,7 +174,8 @@ impl Adapters {
         self.state().loaded.len()
     }
 
-    /// Gives the adapter in `path` a name, and loads it.
+    /// Gives the adapter in `path` a name, and loads it, whatever was loaded from there or under
+    /// that name before.
     pub(super) fn name(&self, name: &str, path: &Path, again: bool) -> Result<(), ModelsError> {
         if name.is_empty() || name.len() > 200 || name.chars().any(char::is_control) {
             let text = "`lora_name` has 1 to 200 characters, none of them a control character";
@@ -178,9 +186,17 @@ impl Adapters {
         if stays || (!again && self.find(name).is_ok()) {
             return Err(ModelsError::Taken(name.to_owned()));
         }
-        self.read(&folder)?;
-        self.state().named.insert(name.to_owned(), folder);
-        self.get(name).map(|_| ())
+        let entry = Entry {
+            stamp: stamp(&folder)?,
+            model: self.read(&folder)?,
+            folder: folder.clone(),
+        };
+        let mut state = self.state();
+        if let Some(before) = state.named.insert(name.to_owned(), folder) {
+            state.loaded.retain(|entry| entry.folder != before);
+        }
+        state.remember(entry, self.keep);
+        Ok(())
     }
 
     /// Takes a name back, and its adapter out of memory. One that lies in an allowed folder is
@@ -247,7 +263,7 @@ impl Adapters {
 
     fn read(&self, folder: &Path) -> Result<Loaded, ModelsError> {
         let unusable = |why: String| ModelsError::Unusable(why);
-        let (bytes, _) = stamp(folder)?;
+        let [_, (bytes, _)] = stamp(folder)?;
         if bytes > LARGEST {
             return Err(unusable(format!(
                 "the adapter has {bytes} bytes, at most {LARGEST} are allowed"
@@ -286,8 +302,11 @@ fn without_folder(message: &str, folder: &Path) -> String {
 }
 
 fn stamp(folder: &Path) -> Result<Stamp, ModelsError> {
-    let file = folder.join(FILES[1]);
-    let about = std::fs::metadata(&file)
-        .map_err(|e| ModelsError::Unusable(format!("`{}`: {e}", FILES[1])))?;
-    Ok((about.len(), about.modified().ok()))
+    let of = |file: &str| -> Result<_, ModelsError> {
+        let about = std::fs::metadata(folder.join(file));
+        let about = about.map_err(|e| ModelsError::Unusable(format!("`{file}`: {e}")))?;
+        Ok((about.len(), about.modified().ok()))
+    };
+    let [config, weights] = FILES;
+    Ok([of(config)?, of(weights)?])
 }
