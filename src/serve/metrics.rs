@@ -167,6 +167,11 @@ impl Metrics {
         self.generated_tokens.inc_by(generated);
     }
 
+    /// Tokens of prompts that were counted already: those computed for an earlier request.
+    pub(super) fn cached_tokens(&self, count: u64) {
+        self.cached_tokens.inc_by(count);
+    }
+
     pub(super) fn step(&self, rows: usize, took: Duration) {
         self.batch_rows.observe(rows as f64);
         self.step_seconds.observe(took.as_secs_f64());

@@ -106,7 +106,7 @@ pub(super) async fn batch(
         let row = question::row(&service.about.inputs, object);
         rows.push(row.map_err(|problem| problem.within(&format!("{name}[{at}]")))?);
     }
-    let _place = service.admit(1)?;
+    let _places = service.admit_rows(rows.len())?;
     let results = service.run(rows).await?;
     let down = |result: &RowResult| {
         matches!(
@@ -130,6 +130,7 @@ pub(super) async fn batch(
 
 fn answer(service: &Service, result: RowResult) -> Answer {
     let tokens = &result.tokens;
+    // Those of a kept start are counted where the model is asked: results do not tell of them.
     service.metrics.tokens(tokens.prompt, 0, tokens.completion);
     let unread = |raw: Option<String>, error: Option<String>| Answer {
         label: UNKNOWN.to_owned(),

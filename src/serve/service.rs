@@ -147,7 +147,14 @@ impl Service {
         })
     }
 
-    /// Requests that were let in.
+    /// Places for a request of `rows` rows: as many, but half of all at most, so that a long one is
+    /// let in beside others. Its rows beyond that wait for its own.
+    pub(super) fn admit_rows(&self, rows: usize) -> Result<OwnedSemaphorePermit, Problem> {
+        let most = self.limits.batch + self.limits.queue;
+        self.admit(rows.min(most.div_ceil(2)))
+    }
+
+    /// Places that are taken.
     pub(super) fn let_in(&self) -> usize {
         self.limits.batch + self.limits.queue - self.places.available_permits()
     }
@@ -285,8 +292,15 @@ impl Service {
                 let lm = engine.lm(deployed.model.clone(), given_up);
                 let program = Arc::clone(&deployed.program);
                 let sampling = deployed.sampling.clone();
-                let run = move || Ok(program.run(&lm, &sampling, &rows, &RunOptions::default()));
-                tokio::task::spawn_blocking(run).await
+                let run = move || {
+                    let results = program.run(&lm, &sampling, &rows, &RunOptions::default());
+                    (results, lm.cached_tokens())
+                };
+                let done = tokio::task::spawn_blocking(run).await;
+                done.map(|(results, cached)| {
+                    self.metrics.cached_tokens(cached);
+                    Ok(results)
+                })
             }
             Backend::Answerer(answerer) => {
                 // The call goes on when nobody waits any more: its turn ends with it.

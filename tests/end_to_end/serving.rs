@@ -108,6 +108,12 @@ fn the_program_of_a_bundle_always_answers() {
         assert!(metrics.contains(line), "{line}\n{metrics}");
     }
     assert!(server.metric("flowrun_generated_tokens_total") >= 5.0);
+    // From the third one on, the start of the program's prompt is known.
+    let cached = server.metric("flowrun_cached_prompt_tokens_total");
+    assert!(
+        (16.0..server.metric("flowrun_prompt_tokens_total")).contains(&cached),
+        "{cached}"
+    );
     assert_eq!(server.stop(), Some(0));
 }
 
@@ -238,6 +244,19 @@ fn answers_may_be_several_drawn_and_restricted() {
         5
     );
     assert_eq!(answer["usage"]["prompt_tokens"], 9);
+    let offsets = &answer["choices"][1]["logprobs"]["text_offset"];
+    assert_eq!(offsets[0], 0);
+    let mut streaming = text;
+    streaming["stream"] = true.into();
+    let streamed = chunks(server.ask("/v1/completions", &streaming));
+    let told = streamed
+        .iter()
+        .filter(|chunk| chunk["choices"][0]["index"] == 1);
+    let told: Vec<&Value> = told
+        .filter_map(|chunk| chunk["choices"][0]["logprobs"]["text_offset"].as_array())
+        .flatten()
+        .collect();
+    assert_eq!(told, offsets.as_array().unwrap().iter().collect::<Vec<_>>());
 }
 
 #[test]
@@ -388,6 +407,25 @@ fn adapters_come_from_allowed_folders_alone_and_bad_ones_are_errors() {
     let alone = serve(&project, &["tiny"]);
     let body = json!({"lora_name": "x", "lora_path": project.path("adapters/one")});
     assert_eq!(alone.problem("/v1/load_lora_adapter", &body).0, 403);
+}
+
+#[test]
+fn a_batch_takes_as_many_places_as_it_has_rows_up_to_half_of_all() {
+    let server = serve(
+        &DEPLOYED,
+        &["bundle", "--max-batch", "3", "--max-queue", "1"],
+    );
+    let running = [endless(&server), endless(&server), endless(&server)];
+    let texts = |count: usize| json!({"texts": vec!["My PIN"; count]});
+    // One place is left.
+    let (status, error) = server.problem("/predict/batch", &texts(2));
+    assert_eq!((status, &error["type"]), (429, &json!("rate_limit_error")));
+    drop(running);
+    server.wait_for("flowrun_running", 0.0);
+    server.wait_for("flowrun_waiting", 0.0);
+    let answers = server.json("/predict/batch", &texts(10));
+    assert_eq!(answers["predictions"].as_array().unwrap().len(), 10);
+    assert_eq!(server.stop(), Some(0));
 }
 
 /// Starts an answer that does not end by itself, and reads its first chunk.

@@ -52,16 +52,27 @@ struct Frame {
 #[derive(Default)]
 struct Choice {
     text: String,
+    /// Characters so far, of a stream too.
+    length: usize,
+    /// Each with the character that it begins at.
     tokens: Vec<(usize, TokenProb)>,
     ended: Option<Ended>,
 }
 
 impl Choice {
     fn take(&mut self, piece: Piece) {
+        let at = self.advance(&piece.text);
         if let Some(token) = piece.token {
-            self.tokens.push((self.text.len(), token));
+            self.tokens.push((at, token));
         }
         self.text.push_str(&piece.text);
+    }
+
+    /// Counts a text that is said; the character that it begins at.
+    fn advance(&mut self, text: &str) -> usize {
+        let at = self.length;
+        self.length += text.chars().count();
+        at
     }
 }
 
@@ -71,9 +82,10 @@ pub(super) async fn answer(
     wanted: Wanted,
     asks: Vec<Ask>,
 ) -> Result<Response, Problem> {
+    let started = Instant::now();
     let place = service.admit(asks.len())?;
     let logprobs = asks.iter().any(|ask| ask.logprobs.is_some());
-    let deadline = Instant::now() + service.limits.answer;
+    let deadline = started + service.limits.answer;
     let frame = Frame::new(&wanted);
     let asked = within(deadline, service.ask(&wanted.model, asks)).await;
     let events = timed(service, asked)??;
@@ -92,7 +104,7 @@ pub(super) async fn answer(
                 usage: wanted.usage,
                 logprobs,
                 deadline,
-                started: Instant::now(),
+                started,
             };
             streaming.respond(events, place).await
         }
@@ -242,9 +254,10 @@ impl Frame {
         }
     }
 
-    fn chunk(&self, index: usize, piece: &Piece, finish: Option<&str>, logprobs: bool) -> Value {
-        let probs = match (&piece.token, logprobs) {
-            (Some(token), true) => self.logprobs(std::iter::once((0, token))),
+    /// `at` is the character that the piece begins at, where log-probabilities are wanted.
+    fn chunk(&self, index: usize, piece: &Piece, finish: Option<&str>, at: Option<usize>) -> Value {
+        let probs = match (&piece.token, at) {
+            (Some(token), Some(at)) => self.logprobs(std::iter::once((at, token))),
             _ => Value::Null,
         };
         let choice = match self.kind {
@@ -422,6 +435,7 @@ impl Under {
         if piece.text.is_empty() && (piece.token.is_none() || !self.streaming.logprobs) {
             return;
         }
+        let at = self.choices[index].advance(&piece.text);
         let Streaming {
             frame,
             logprobs,
@@ -432,7 +446,7 @@ impl Under {
         if !std::mem::replace(&mut self.said_anything, true) {
             service.metrics.first_token(started.elapsed());
         }
-        let chunk = frame.chunk(index, &piece, None, *logprobs);
+        let chunk = frame.chunk(index, &piece, None, logprobs.then_some(at));
         self.to_send.push_back(self.streaming.text(chunk));
     }
 
@@ -441,7 +455,7 @@ impl Under {
         let chunk = self
             .streaming
             .frame
-            .chunk(index, &Piece::default(), Some(finish), false);
+            .chunk(index, &Piece::default(), Some(finish), None);
         self.to_send.push_back(self.streaming.text(chunk));
         self.choices[index].ended = Some(ended);
         self.open -= 1;
@@ -470,5 +484,29 @@ impl Drop for Under {
         if !self.done {
             self.streaming.service.metrics.given_up();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_begin_at_characters() {
+        let mut choice = Choice::default();
+        for text in ["é", "ab", "c"] {
+            let token = TokenProb {
+                text: text.to_owned(),
+                logprob: -1.0,
+                top: Vec::new(),
+            };
+            choice.take(Piece {
+                text: text.to_owned(),
+                token: Some(token),
+            });
+        }
+        let starts: Vec<usize> = choice.tokens.iter().map(|(at, _)| *at).collect();
+        assert_eq!(starts, [0, 1, 3]);
+        assert_eq!(choice.text, "éabc");
     }
 }

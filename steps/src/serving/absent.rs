@@ -75,6 +75,14 @@ impl Engine {
     }
 }
 
+impl EngineLm {
+    /// Tokens of prompts that were computed for an earlier request; there are no prompts.
+    #[must_use]
+    pub fn cached_tokens(&self) -> u64 {
+        match self.0 {}
+    }
+}
+
 impl Lm for EngineLm {
     fn id(&self) -> &str {
         match self.0 {}

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use flowrun_engine::step::StepError;
@@ -166,6 +166,7 @@ impl Engine {
             jobs: self.jobs.clone(),
             model,
             given_up,
+            cached: AtomicU64::new(0),
         }
     }
 }
@@ -331,6 +332,7 @@ pub struct EngineLm {
     jobs: mpsc::Sender<Job>,
     model: Loaded,
     given_up: Arc<AtomicBool>,
+    cached: AtomicU64,
 }
 
 impl Lm for EngineLm {
@@ -368,6 +370,12 @@ impl Lm for EngineLm {
 }
 
 impl EngineLm {
+    /// Tokens of the prompts so far that were computed for an earlier request.
+    #[must_use]
+    pub fn cached_tokens(&self) -> u64 {
+        self.cached.load(Ordering::Relaxed)
+    }
+
     fn whole(&self, mut events: mpsc::UnboundedReceiver<Event>) -> Result<Completion, LmError> {
         let mut text = String::new();
         while let Some(event) = events.blocking_recv() {
@@ -375,6 +383,8 @@ impl EngineLm {
                 Event::Piece(piece) => text.push_str(&piece.text),
                 Event::End(ended) => {
                     let ended = ended?;
+                    self.cached
+                        .fetch_add(ended.cached_tokens, Ordering::Relaxed);
                     return Ok(Completion {
                         text,
                         finish: ended.finish,
