@@ -1,6 +1,7 @@
 //! Students that are trained or asked elsewhere: by a server with OpenAI's fine-tuning API, by
 //! another program, and as adapters on an OpenAI-compatible server. The servers are this program's.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -169,6 +170,21 @@ fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
             .iter()
             .any(|event| event["message"] == "the server was started again")
     );
+    // Every step that was told of is in the curve; one answer lists a part of them alone.
+    let told = events
+        .iter()
+        .filter_map(|event| event["data"]["step"].as_u64());
+    let told: BTreeSet<u64> = told.collect();
+    let all = run.events();
+    let finished = all
+        .iter()
+        .find(|e| e["event"] == "step_finished" && e["step"] == "finetune");
+    let path = finished.unwrap()["outputs"]["loss"]["path"].as_str();
+    let loss: Value = serde_json::from_str(&project.read(path.unwrap())).unwrap();
+    let points = loss.as_array().unwrap().iter();
+    let kept: BTreeSet<u64> = points.filter_map(|point| point["step"].as_u64()).collect();
+    assert!(told.len() > 100, "{}", told.len());
+    assert_eq!(kept, told);
 }
 
 #[test]

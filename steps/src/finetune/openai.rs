@@ -68,6 +68,9 @@ impl Default for OpenAiBackend {
 struct State {
     file: Option<String>,
     job: Option<String>,
+    /// Of this job.
+    #[serde(default)]
+    seen: Seen,
 }
 
 /// A job, as the server tells of it. Servers differ in what they leave out.
@@ -163,10 +166,9 @@ pub(super) fn train(
         state: ctx.resume_dir()?.join(STATE),
         key: key(ctx, params)?,
     };
-    let job = training.job(params)?;
-    let mut seen = Seen::default();
-    let ended = training.follow(&job, &mut seen)?;
-    training.outcome(params, &ended, &seen)
+    let (job, mut state) = training.job(params)?;
+    let ended = training.follow(&job, &mut state)?;
+    training.outcome(params, &ended, &state.seen)
 }
 
 /// What makes two trainings the same.
@@ -185,17 +187,39 @@ struct Training<'a> {
     key: String,
 }
 
-/// What was heard of a job.
-#[derive(Default)]
+/// What was heard of a job. Servers keep events for a while only: it outlives a kill.
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Seen {
     events: BTreeSet<String>,
     losses: BTreeMap<u64, f64>,
     total_steps: Option<u64>,
 }
 
+impl Seen {
+    /// Takes a page of events, the newest first, into `fresh`; whether older ones are yet to be
+    /// heard. One that was heard before ends it, and so does a server that lists the same again.
+    fn take(&self, page: Page<EventRow>, fresh: &mut Vec<EventRow>) -> bool {
+        let listed = page.data.len();
+        let before = fresh.len();
+        for event in page.data {
+            let is_known = |other: &EventRow| other.id == event.id;
+            if !self.events.contains(&event.id) && !fresh.iter().any(is_known) {
+                fresh.push(event);
+            }
+        }
+        page.has_more && listed > 0 && fresh.len() - before == listed
+    }
+
+    /// Steps of the whole training, as far as they were told.
+    fn total_steps(&self) -> Option<u64> {
+        self.total_steps
+            .max(self.losses.keys().next_back().copied())
+    }
+}
+
 impl Training<'_> {
-    /// The id of the job: of an earlier attempt, or a new one.
-    fn job(&self, params: &Params) -> Result<String, StepError> {
+    /// The id of the job, of an earlier attempt or a new one, and what is known of it.
+    fn job(&self, params: &Params) -> Result<(String, State), StepError> {
         let mut state: State = match self.state.exists() {
             true => read_json(&self.state)?,
             false => State::default(),
@@ -206,31 +230,41 @@ impl Training<'_> {
                     self.ctx
                         .reporter
                         .log(&format!("going on with the job {job}"));
-                    return Ok(job.clone());
+                    return Ok((job.clone(), state));
                 }
                 Ok(_) => {}
                 Err(error) if error.status() == Some(404) => {}
                 Err(error) => return Err(failed(error)),
             }
-            state.job = None;
+            state = State {
+                file: state.file,
+                ..State::default()
+            };
         }
         if let Some(job) = self.unheard_of()? {
             self.ctx.reporter.log(&format!(
                 "going on with the job {job}, found by its metadata"
             ));
             state.job = Some(job.clone());
-            write_json(&self.state, &state)?;
-            return Ok(job);
+            self.remember(&state)?;
+            return Ok((job, state));
         }
         // One of an attempt that failed may be gone.
         let file = self.upload(&self.ctx.input("messages")?.path)?;
         state.file = Some(file.clone());
-        write_json(&self.state, &state)?;
+        self.remember(&state)?;
         let job = self.create(params, &file)?;
         self.ctx.reporter.log(&format!("the job is {job}"));
         state.job = Some(job.clone());
-        write_json(&self.state, &state)?;
-        Ok(job)
+        self.remember(&state)?;
+        Ok((job, state))
+    }
+
+    /// A kill leaves the old state or the new one.
+    fn remember(&self, state: &State) -> Result<(), StepError> {
+        let new = self.state.with_extension("new");
+        write_json(&new, state)?;
+        std::fs::rename(&new, &self.state).map_err(|e| StepError::io(&self.state, &e))
     }
 
     fn upload(&self, chats: &Path) -> Result<String, StepError> {
@@ -297,15 +331,21 @@ impl Training<'_> {
     }
 
     /// Waits for the job's end.
-    fn follow(&self, id: &str, seen: &mut Seen) -> Result<Job, StepError> {
+    fn follow(&self, id: &str, state: &mut State) -> Result<Job, StepError> {
         let pause = Duration::from_secs_f64(self.backend.poll_s.clamp(0.1, 3600.0));
         let mut failures = 0;
         loop {
             match self.look(id) {
                 Ok(job) => {
                     failures = 0;
-                    self.hear(id, seen);
+                    let heard = self.hear(id, state)?;
                     if job.has_ended() {
+                        if !heard {
+                            let text = format!(
+                                "the events of the job {id} cannot be read: the curve of its loss lacks steps"
+                            );
+                            self.ctx.reporter.warning(&text);
+                        }
                         return succeeded(job);
                     }
                 }
@@ -319,19 +359,29 @@ impl Training<'_> {
         }
     }
 
-    /// Tells of what happened since. Events are for people: without them a training is as good.
-    fn hear(&self, id: &str, seen: &mut Seen) {
-        let events = self
-            .api
-            .get(&["fine_tuning", "jobs", id, "events"], &[("limit", PAGE)]);
-        let Ok(page) = events.map_err(failed).and_then(read::<Page<EventRow>>) else {
-            return;
-        };
-        // The newest come first.
-        for event in page.data.into_iter().rev() {
-            if !seen.events.insert(event.id) {
-                continue;
+    /// Tells of what happened since; whether all of it could be read. Events are for people:
+    /// without them a training is as good.
+    fn hear(&self, id: &str, state: &mut State) -> Result<bool, StepError> {
+        let seen = &mut state.seen;
+        let mut fresh: Vec<EventRow> = Vec::new();
+        loop {
+            let after = fresh.last().map(|event| event.id.clone());
+            let mut query = vec![("limit", PAGE)];
+            query.extend(after.as_deref().map(|after| ("after", after)));
+            let page = self.api.get(&["fine_tuning", "jobs", id, "events"], &query);
+            let Ok(page) = page.map_err(failed).and_then(read::<Page<EventRow>>) else {
+                // With a gap, the next look would not go back beyond what was heard now.
+                return Ok(false);
+            };
+            if !seen.take(page, &mut fresh) {
+                break;
             }
+        }
+        if fresh.is_empty() {
+            return Ok(true);
+        }
+        for event in fresh.into_iter().rev() {
+            seen.events.insert(event.id);
             self.ctx.reporter.log(&event.message);
             let Some(Metrics {
                 step: Some(step),
@@ -349,6 +399,8 @@ impl Training<'_> {
             let total = seen.total_steps.unwrap_or(0);
             self.ctx.reporter.progress(step, total, "steps", &text);
         }
+        self.remember(state)?;
+        Ok(true)
     }
 
     /// The run was stopped.
@@ -374,7 +426,7 @@ impl Training<'_> {
 
     fn outcome(&self, params: &Params, job: &Job, seen: &Seen) -> Result<StepOutcome, StepError> {
         let rows = self.checkpoints(&job.id)?;
-        let models = models(job, rows, params.epochs, seen.total_steps)?;
+        let models = models(job, rows, params.epochs, seen.total_steps())?;
         Checkpoint::base().save(&self.ctx.output("base"))?;
         let mut labels = Vec::new();
         for model in models {
@@ -397,7 +449,7 @@ impl Training<'_> {
                 params.epochs
             ));
         }
-        let all = seen.total_steps.unwrap_or(0).max(1);
+        let all = seen.total_steps().unwrap_or(0).max(1);
         let losses: Vec<LossPoint> = (seen.losses.iter())
             .map(|(step, loss)| LossPoint {
                 step: *step,
@@ -577,5 +629,46 @@ mod tests {
         let found = models(&job(Some("m")), vec![], 3, None).unwrap();
         assert_eq!(named(&found), [("m", 3, 1)]);
         assert!(models(&job(None), vec![], 3, None).is_err());
+    }
+    fn page(ids: &[&str], has_more: bool) -> Page<EventRow> {
+        let data: Vec<Value> = ids.iter().map(|id| json!({"id": id})).collect();
+        serde_json::from_value(json!({"data": data, "has_more": has_more})).unwrap()
+    }
+
+    #[test]
+    fn events_are_heard_back_to_a_known_one() {
+        let mut seen = Seen::default();
+        let mut fresh = Vec::new();
+        assert!(seen.take(page(&["e5", "e4"], true), &mut fresh));
+        assert!(seen.take(page(&["e3", "e2"], true), &mut fresh));
+        assert!(!seen.take(page(&["e1"], false), &mut fresh));
+        let ids: Vec<&str> = fresh.iter().map(|event| event.id.as_str()).collect();
+        assert_eq!(ids, ["e5", "e4", "e3", "e2", "e1"]);
+
+        seen.events = ["e1", "e2"].map(str::to_owned).into();
+        let mut fresh = Vec::new();
+        assert!(!seen.take(page(&["e3", "e2"], true), &mut fresh));
+        assert_eq!(fresh.len(), 1);
+        // A server that knows no `after`.
+        assert!(!seen.take(page(&["e3", "e2"], true), &mut fresh));
+        assert_eq!(fresh.len(), 1);
+    }
+
+    #[test]
+    fn what_was_heard_outlives_a_kill_and_says_how_long_the_training_was() {
+        let old: State = serde_json::from_value(json!({"file": "f", "job": "j"})).unwrap();
+        assert_eq!(old.seen.total_steps(), None);
+        let seen = Seen {
+            events: ["e1".to_owned()].into(),
+            losses: [(10, 0.5), (30, 0.25)].into(),
+            total_steps: None,
+        };
+        let text = serde_json::to_string(&State { seen, ..old }).unwrap();
+        let State { seen, .. } = serde_json::from_str(&text).unwrap();
+        assert_eq!(seen.losses[&30], 0.25);
+        assert!(seen.events.contains("e1"));
+        // The checkpoint of step 20 is none of the last.
+        let found = models(&job(Some("m")), rows(&[20]), 3, seen.total_steps()).unwrap();
+        assert_eq!(named(&found), [("m:ckpt-step-20", 2, 20), ("m", 3, 30)]);
     }
 }
