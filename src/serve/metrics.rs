@@ -95,7 +95,7 @@ impl Metrics {
         to.register("requests", "Answered requests", self.requests.clone());
         let text = "Time from a request's head to its answer's head";
         to.register("request_seconds", text, self.seconds.clone());
-        let text = "Time from a request's head to the first token of its stream";
+        let text = "Time from a request that has come to the first token of its stream";
         to.register("first_token_seconds", text, self.first_token.clone());
         let text = "Requests that were refused or cut off, by reason";
         to.register("refused", text, self.refused.clone());
