@@ -4,11 +4,11 @@
 //! blake3. Each process appends to a segment of its own; a line that is torn or
 //! damaged is skipped, the rest stays.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 
@@ -39,6 +39,23 @@ struct State {
 pub struct CompletionCache {
     folder: Option<PathBuf>,
     state: Mutex<State>,
+    /// Keys whose answers somebody is asking for.
+    asked: Mutex<HashSet<Digest>>,
+    settled: Condvar,
+}
+
+/// The right to ask for an answer: whoever wants it too waits until this is dropped.
+#[derive(Debug)]
+pub struct Claim<'a> {
+    cache: &'a CompletionCache,
+    key: Digest,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.cache.asked().remove(&self.key);
+        self.cache.settled.notify_all();
+    }
 }
 
 impl CompletionCache {
@@ -48,6 +65,8 @@ impl CompletionCache {
         Self {
             folder: None,
             state: Mutex::default(),
+            asked: Mutex::default(),
+            settled: Condvar::new(),
         }
     }
 
@@ -72,6 +91,8 @@ impl CompletionCache {
         Ok(Self {
             folder: Some(folder),
             state: Mutex::new(state),
+            asked: Mutex::default(),
+            settled: Condvar::new(),
         })
     }
 
@@ -135,6 +156,29 @@ impl CompletionCache {
         );
         state.writer = Some((segment, offset + line.len() as u64));
         Ok(())
+    }
+
+    /// The right to ask for the answer of `key`; `None` while another thread has it.
+    #[must_use]
+    pub fn claim(&self, key: &Digest) -> Option<Claim<'_>> {
+        let claimed = self.asked().insert(*key);
+        claimed.then(|| Claim {
+            cache: self,
+            key: *key,
+        })
+    }
+
+    /// Waits until no thread has the right to ask for `key`.
+    pub fn wait(&self, key: &Digest) {
+        let mut asked = self.asked();
+        while asked.contains(key) {
+            let woken = self.settled.wait(asked);
+            asked = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn asked(&self) -> MutexGuard<'_, HashSet<Digest>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Number of answers.

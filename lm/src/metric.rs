@@ -5,6 +5,7 @@ use crate::example::{Example, Prediction};
 use crate::python_text::strip;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use unicode_normalization::UnicodeNormalization;
 use unicode_normalization::char::is_combining_mark;
 
@@ -44,6 +45,27 @@ impl MetricKind {
             Ok(f64::from(u8::from(right)))
         }
     }
+}
+
+impl MetricKind {
+    /// Two of these labels that it would take for one.
+    pub fn takes_for_one(self, labels: &[String]) -> Option<(&str, &str)> {
+        match self {
+            Self::ExactMatch => alike(labels),
+            Self::LabelEquality => None,
+        }
+    }
+}
+
+/// The first two labels that [`answer_exact_match`] takes for one.
+pub fn alike(labels: &[String]) -> Option<(&str, &str)> {
+    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+    labels.iter().find_map(|label| {
+        let before = seen.insert(normalize_text(label), label);
+        before
+            .filter(|other| other != label)
+            .map(|other| (other, label.as_str()))
+    })
 }
 
 /// `text.lower().strip().replace(" ", "_")`: what a label looks like.
@@ -150,6 +172,22 @@ mod tests {
         // A label within a word is none.
         assert_eq!(meant("in my opinion"), None);
         assert_eq!(meant("not helping"), None);
+    }
+
+    #[test]
+    fn labels_that_only_punctuation_tells_apart_are_found() {
+        let of = |labels: &[&str]| labels.iter().map(|l| (*l).to_owned()).collect::<Vec<_>>();
+        assert_eq!(alike(&of(&["c", "java", "c++"])), Some(("c", "c++")));
+        assert_eq!(
+            alike(&of(&["card_arrival", "card arrival", "the_pin"])),
+            None
+        );
+        let labels = of(&["-1", "1"]);
+        assert_eq!(MetricKind::LabelEquality.takes_for_one(&labels), None);
+        assert_eq!(
+            MetricKind::ExactMatch.takes_for_one(&labels),
+            Some(("-1", "1"))
+        );
     }
 
     #[test]

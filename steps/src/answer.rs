@@ -9,6 +9,7 @@ use flowrun_engine::step::{StepContext, StepError, StepErrorKind, StepOutcome};
 use flowrun_lm::classifier::{Classifier, Embedder};
 use flowrun_lm::example::{Example, Prediction};
 use flowrun_lm::lm::{LmError, Metered, Sampling, Usage};
+use flowrun_lm::metric::MetricKind;
 use flowrun_lm::program::{
     Program, RowError, RowInput, RowResult, RunOptions, SavedProgram, Tokens,
 };
@@ -285,6 +286,21 @@ pub fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
         Some(cost) => outcome.metric("cost_usd", cost),
         None => outcome,
     }
+}
+
+/// A metric that tells the labels apart.
+///
+/// # Errors
+/// Invalid, naming two labels that it takes for one.
+pub fn check_metric(metric: MetricKind, labels: &[String]) -> Result<(), StepError> {
+    let Some((one, other)) = metric.takes_for_one(labels) else {
+        return Ok(());
+    };
+    let text = format!(
+        "the labels `{one}` and `{other}` are equal to `metric: exact_match`, which leaves case, \
+         punctuation and articles out"
+    );
+    Err(StepError::invalid(text).help("set `metric: label_equality`"))
 }
 
 /// Stops a step whose model did not answer some rows: an outage is no score. What was used so far

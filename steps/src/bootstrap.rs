@@ -7,6 +7,7 @@ use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, Worl
 use flowrun_lm::metric::normalize_label;
 use flowrun_lm::program::{CUT_OFF, MajoritySpec, ProgramSpec, RowResult};
 use schemars::JsonSchema;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -15,8 +16,11 @@ use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::{KnnSpec, ProgramFile};
-use crate::rows::{Row, read_json, read_rows, write_rows};
+use crate::rows::{JsonlReader, JsonlWriter, Row, read_json, read_rows};
 use crate::schema_of;
+
+/// Rows that are asked about before their answers are written: many more than are in flight.
+const AT_ONCE: usize = 20_000;
 
 /// The step kind.
 pub struct Bootstrap;
@@ -123,7 +127,8 @@ impl Step for Bootstrap {
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
         let labels: Vec<String> = read_json(&ctx.input("labels")?.path)?;
-        let rows = read_rows(&ctx.input("unlabelled")?.path)?;
+        let unlabelled = &ctx.input("unlabelled")?.path;
+        let total = JsonlReader::<IgnoredAny>::open(unlabelled)?.count() as u64;
         let host = Host::from(ctx);
         let gold = match ctx.input_opt("labelled") {
             Some(input) => read_rows(&input.path)?,
@@ -132,7 +137,8 @@ impl Step for Bootstrap {
         let mut teacher = match &params.program {
             ProgramSpec::EmbeddingClassifier(spec) => {
                 ctx.reporter
-                    .progress(0, rows.len() as u64, "rows", "fitting the teacher");
+                    .progress(0, total, "rows", "fitting the teacher");
+                let rows = read_rows(unlabelled)?;
                 ProgramFile::fit(spec, &labels, &gold, &rows, &host)?
             }
             prompt => prompted(prompt, &params, &labels, &gold, &host)?,
@@ -150,35 +156,39 @@ impl Step for Bootstrap {
             params.sampling,
             &host,
         )?;
-        let total = rows.len() as u64;
-        let progress = |done: usize| {
-            ctx.reporter
-                .progress(done as u64, total, "rows", "labelled")
-        };
-        let results = answerer.run(&examples(&rows, &field), &field, &progress)?;
-        check_answered(ctx, &results, &answerer.usage())?;
-        let (mut kept, mut dropped) = (Vec::new(), Vec::new());
-        for (row, result) in rows.into_iter().zip(results) {
-            let mut row = labelled(row, result, &field, &labels, &params);
-            row.teacher = row.label.is_some().then(|| mark.clone());
-            let to = if row.dropped.is_none() {
-                &mut kept
-            } else {
-                &mut dropped
+        let mut kept = JsonlWriter::create(&ctx.output("rows"))?;
+        let mut dropped = JsonlWriter::create(&ctx.output("dropped"))?;
+        let mut rows = JsonlReader::<Row>::open(unlabelled)?;
+        loop {
+            let some: Vec<Row> = rows.by_ref().take(AT_ONCE).collect::<Result<_, _>>()?;
+            if some.is_empty() {
+                break;
+            }
+            let before = kept.written() + dropped.written();
+            let progress = |done: usize| {
+                let done = (before + done) as u64;
+                ctx.reporter.progress(done, total, "rows", "labelled");
             };
-            to.push(row);
+            let results = answerer.run(&examples(&some, &field), &field, &progress)?;
+            check_answered(ctx, &results, &answerer.usage())?;
+            for (row, result) in some.into_iter().zip(results) {
+                let mut row = labelled(row, result, &field, &labels, &params);
+                row.teacher = row.label.is_some().then(|| mark.clone());
+                match row.dropped {
+                    None => kept.write(&row)?,
+                    Some(_) => dropped.write(&row)?,
+                }
+            }
         }
-        if !dropped.is_empty() {
+        let (kept, dropped) = (kept.finish()?, dropped.finish()?);
+        if dropped > 0 {
             ctx.reporter.warning(&format!(
-                "{} of {total} rows were dropped; the output `dropped` says why, row by row",
-                dropped.len()
+                "{dropped} of {total} rows were dropped; the output `dropped` says why, row by row"
             ));
         }
-        write_rows(&ctx.output("rows"), &kept)?;
-        write_rows(&ctx.output("dropped"), &dropped)?;
         let outcome = StepOutcome::default()
-            .metric("labelled", kept.len())
-            .metric("dropped", dropped.len());
+            .metric("labelled", kept)
+            .metric("dropped", dropped);
         Ok(with_usage(outcome, &answerer.usage()))
     }
 }

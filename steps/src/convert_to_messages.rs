@@ -1,5 +1,7 @@
 //! `convert-to-messages`: labelled rows as chats for fine-tuning, through the student's own program.
 
+use std::collections::BTreeSet;
+
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
 use flowrun_lm::lineage::Lineage;
 use flowrun_lm::messages::{ChatRow, MessageOptions, row_to_messages};
@@ -11,8 +13,11 @@ use serde_json::Value;
 use crate::answer::examples;
 use crate::leakage::{self, LeakageRule};
 use crate::program_file::ProgramFile;
-use crate::rows::{Row, read_json, read_rows, write_json, write_jsonl};
+use crate::rows::{JsonlReader, JsonlWriter, Row, read_json, read_rows, write_json};
 use crate::schema_of;
+
+/// Rows between two looks at the cancel flag.
+const LOOK_EVERY: usize = 4096;
 
 /// The step kind.
 pub struct ConvertToMessages;
@@ -83,30 +88,42 @@ impl Step for ConvertToMessages {
         let labels: Vec<String> = read_json(&ctx.input("labels")?.path)?;
         let file = ProgramFile::plain(&params.program, &labels)?;
         let (_, program) = file.prompt()?;
-        let mut chats: Vec<ChatRow> = Vec::new();
+        let mut chats = JsonlWriter::create(&ctx.output("messages"))?;
         let mut lineage = Lineage::default();
+        let mut marks = BTreeSet::new();
         for input in ctx.input_list("rows") {
-            let mut rows = read_rows(&input.path)?;
-            lineage.train(leakage::id_and_text(&rows));
-            leakage::learn_from_teachers(ctx, &mut lineage, &rows)?;
-            if params.raw_targets {
-                rows.iter_mut().for_each(take_raw_label);
-            }
-            for row in examples(&rows, file.label_field()) {
-                let converted = row_to_messages(&program, &row, MessageOptions::default());
-                chats.extend(converted.map_err(|e| StepError::invalid(e.to_string()))?);
+            for (number, row) in JsonlReader::<Row>::open(&input.path)?.enumerate() {
+                if number % LOOK_EVERY == 0 {
+                    ctx.check_cancelled()?;
+                }
+                let mut row = row?;
+                lineage.train([(row.id.as_str(), row.text.as_str())]);
+                if let Some(mark) = row.teacher.take() {
+                    marks.insert(mark);
+                }
+                if params.raw_targets {
+                    take_raw_label(&mut row);
+                }
+                for row in examples(std::slice::from_ref(&row), file.label_field()) {
+                    let converted = row_to_messages(&program, &row, MessageOptions::default());
+                    let converted = converted.map_err(|e| StepError::invalid(e.to_string()))?;
+                    converted
+                        .iter()
+                        .try_for_each(|chat: &ChatRow| chats.write(chat))?;
+                }
             }
         }
+        leakage::learn_from_marked(ctx, &mut lineage, &marks)?;
         if let Some(input) = ctx.input_opt("test") {
             let test = read_rows(&input.path)?;
             let overlap = lineage.overlap(leakage::scored_rows(&test));
             let what = "test rows are among the rows to train on";
             leakage::guard(ctx, params.leakage, &overlap, what)?;
         }
-        write_jsonl(&ctx.output("messages"), &chats)?;
+        let chats = chats.finish()?;
         write_json(&ctx.output("lineage"), &lineage)?;
         file.save(&ctx.output("program"))?;
-        Ok(StepOutcome::default().metric("chats", chats.len()))
+        Ok(StepOutcome::default().metric("chats", chats))
     }
 }
 

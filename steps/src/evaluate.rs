@@ -16,7 +16,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, examples, question, with_usage};
+use crate::answer::{
+    Answerer, SamplingSpec, check_answered, check_metric, examples, question, with_usage,
+};
 use crate::checkpoint::Checkpoint;
 use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{LeakageRule, guard, lineage_of, scored_rows};
@@ -147,6 +149,9 @@ impl Step for Evaluate {
             programs.push((ProgramKind::Optimised, ProgramFile::load(&input.path)?));
         }
         // Before anything is asked: a refused score costs no call.
+        for (_, file) in &programs {
+            check_metric(params.metric, file.labels())?;
+        }
         let overlaps: Vec<Option<Overlap>> = programs
             .iter()
             .map(|(_, file)| {

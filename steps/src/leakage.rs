@@ -82,7 +82,19 @@ pub(crate) fn learn_from_teachers(
     lineage: &mut Lineage,
     rows: &[Row],
 ) -> Result<(), StepError> {
-    let marks: BTreeSet<&str> = rows.iter().filter_map(|r| r.teacher.as_deref()).collect();
+    let marks = rows.iter().filter_map(|row| row.teacher.clone()).collect();
+    learn_from_marked(ctx, lineage, &marks)
+}
+
+/// The same for rows that bear these marks.
+///
+/// # Errors
+/// When a program cannot be read.
+pub(crate) fn learn_from_marked(
+    ctx: &StepContext,
+    lineage: &mut Lineage,
+    marks: &BTreeSet<String>,
+) -> Result<(), StepError> {
     if marks.is_empty() {
         return Ok(());
     }
@@ -99,7 +111,7 @@ pub(crate) fn learn_from_teachers(
                      cannot say whether their rows taught it; connect it, such as \
                      `teachers: bootstrap.teacher`",
                 );
-                lineage.learn_from_unknown(mark);
+                lineage.learn_from_unknown(mark.as_str());
             }
         }
     }

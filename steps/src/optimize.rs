@@ -18,7 +18,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{SamplingSpec, attach_encoders, examples, with_usage};
+use crate::answer::{SamplingSpec, attach_encoders, check_metric, examples, with_usage};
 use crate::checkpoint::Checkpoint;
 use crate::estimate::{estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, teachers_port};
@@ -133,6 +133,7 @@ impl Step for Optimize {
         let train_rows = read_rows(&ctx.input("trainset")?.path)?;
         let val_rows = read_rows(&ctx.input("valset")?.path)?;
         let (trainset, valset) = (examples(&train_rows, field), examples(&val_rows, field));
+        check_metric(params.metric, file.labels())?;
         let metric = params.metric.metric(field);
         let proposals: Mutex<BTreeMap<&str, usize>> = Mutex::default();
         let on_progress = |progress: Progress| {

@@ -1,10 +1,10 @@
 //! [`Cached`]: a model whose answers are kept, so that none is computed or paid for twice.
 //!
 //! An answer's key is the model's id with the whole request, the rollout included. Errors are not
-//! kept. Invariant: an answer is in the store before the caller hears of it.
+//! kept. What another thread of this process is asking for is waited for. Invariant: an answer is in the store before the caller hears of it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::{CompletionCache, Digest};
 use serde_json::json;
@@ -47,6 +47,53 @@ impl Cached {
     }
 }
 
+impl Cached {
+    /// Answers what is known, and asks for what no other thread is asking for; returns the rest.
+    fn ask_those_that_nobody_asks(
+        &self,
+        requests: &[Request],
+        open: Vec<(Digest, Vec<usize>)>,
+        tell: &(dyn Fn(&[usize], &Result<Completion, LmError>) + Sync),
+    ) -> Vec<(Digest, Vec<usize>)> {
+        let (mut own, mut others) = (Vec::new(), Vec::new());
+        for (key, indices) in open {
+            let claim = self.store.claim(&key);
+            // Once the right is there, no other thread is about to store it.
+            match (self.known(&key), claim) {
+                (Some(known), _) => {
+                    let known = Ok(known);
+                    indices.iter().for_each(|index| tell(&[*index], &known));
+                }
+                (None, Some(claim)) => own.push((key, indices, Mutex::new(Some(claim)))),
+                (None, None) => others.push((key, indices)),
+            }
+        }
+        if own.is_empty() {
+            return others;
+        }
+        let new: Vec<Request> = own
+            .iter()
+            .map(|(_, indices, _)| requests[indices[0]].clone())
+            .collect();
+        self.lm.complete(&new, &|place, answer| {
+            let (key, indices, claim) = &own[place];
+            if let Ok(completion) = answer {
+                self.keep(key, completion);
+            }
+            drop(claim.lock().unwrap_or_else(PoisonError::into_inner).take());
+            tell(indices, answer);
+        });
+        others
+    }
+}
+
+/// Answers by request.
+type Answers = Mutex<Vec<Option<Result<Completion, LmError>>>>;
+
+fn lock(answers: &Answers) -> MutexGuard<'_, Vec<Option<Result<Completion, LmError>>>> {
+    answers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Lm for Cached {
     fn id(&self) -> &str {
         self.lm.id()
@@ -57,46 +104,33 @@ impl Lm for Cached {
         requests: &[Request],
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>> {
-        let mut answers: Vec<Option<Result<Completion, LmError>>> =
-            requests.iter().map(|_| None).collect();
-        let mut asked: Vec<(Digest, Vec<usize>)> = Vec::new();
+        let answers: Answers = Mutex::new(vec![None; requests.len()]);
+        let tell = |indices: &[usize], answer: &Result<Completion, LmError>| {
+            for (copy, index) in indices.iter().enumerate() {
+                let answer = as_copy(answer, copy);
+                on_answer(*index, &answer);
+                lock(&answers)[*index] = Some(answer);
+            }
+        };
+        // Equal requests of one call are asked once.
+        let mut open: Vec<(Digest, Vec<usize>)> = Vec::new();
         let mut places: BTreeMap<Digest, usize> = BTreeMap::new();
         for (index, request) in requests.iter().enumerate() {
             let key = self.key(request);
-            if let Some(known) = self.known(&key) {
-                let answer = Ok(known);
-                on_answer(index, &answer);
-                answers[index] = Some(answer);
-                continue;
-            }
-            // Equal requests of one call are asked once.
             let place = *places.entry(key).or_insert_with(|| {
-                asked.push((key, Vec::new()));
-                asked.len() - 1
+                open.push((key, Vec::new()));
+                open.len() - 1
             });
-            asked[place].1.push(index);
+            open[place].1.push(index);
         }
-        let new: Vec<Request> = asked
-            .iter()
-            .map(|(_, indices)| requests[indices[0]].clone())
-            .collect();
-        let tell = |place: usize, answer: &Result<Completion, LmError>| {
-            let (key, indices) = &asked[place];
-            if let Ok(completion) = answer {
-                self.keep(key, completion);
+        while !open.is_empty() {
+            let others = self.ask_those_that_nobody_asks(requests, open, &tell);
+            for (key, _) in &others {
+                self.store.wait(key);
             }
-            for (copy, index) in indices.iter().enumerate() {
-                on_answer(*index, &as_copy(answer, copy));
-            }
-        };
-        if !new.is_empty() {
-            let results = self.lm.complete(&new, &tell);
-            for ((_, indices), answer) in asked.iter().zip(results) {
-                for (copy, index) in indices.iter().enumerate() {
-                    answers[*index] = Some(as_copy(&answer, copy));
-                }
-            }
+            open = others;
         }
+        let answers = std::mem::take(&mut *lock(&answers));
         let lost = || {
             Err(LmError::Unavailable(
                 "the model left a call unanswered".into(),
@@ -120,8 +154,6 @@ fn as_copy(answer: &Result<Completion, LmError>, copy: usize) -> Result<Completi
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::*;
     use crate::lm::{FinishReason, Message, Role, Sampling};
 
@@ -160,6 +192,31 @@ mod tests {
             };
             requests.iter().enumerate().map(answer).collect()
         }
+    }
+
+    #[test]
+    fn what_another_thread_is_asking_for_is_waited_for() {
+        let echo = Arc::new(Echo::default());
+        let store = Arc::new(CompletionCache::in_memory());
+        let one = || Cached::new(Arc::clone(&echo) as Arc<dyn Lm>, Arc::clone(&store));
+        let requests: Vec<Request> = (0..50).map(|i| request(&i.to_string(), None)).collect();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let answers = one().complete(&requests, &|_, _| {});
+                    assert!(answers.iter().all(Result::is_ok));
+                });
+            }
+        });
+        assert_eq!(echo.asked.lock().unwrap().len(), 50);
+        // One that was refused is asked for again by whoever waited for it.
+        let bad = [request("bad", None)];
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| assert!(one().complete(&bad, &|_, _| {})[0].is_err()));
+            }
+        });
+        assert_eq!(echo.asked.lock().unwrap().len(), 53);
     }
 
     fn request(text: &str, rollout: Option<u64>) -> Request {

@@ -25,7 +25,8 @@ pub use votes::Votes;
 use crate::adapter::{Adapter, Dialect};
 use crate::example::{Demo, Example, Prediction};
 use crate::lm::{Completion, FinishReason, Lm, LmError, Request, Sampling};
-use crate::value::Fields;
+use crate::metric::alike;
+use crate::value::{Fields, Value};
 
 /// Why an answer that ended too early is not taken.
 pub const CUT_OFF: &str = "the answer was cut off at `max_tokens`";
@@ -133,12 +134,15 @@ impl<'a> Job<'a> {
         self.result.cut_off |= full && longer().is_ok_and(|longer| longer != outputs);
         // Those of an earlier step say nothing about this one's answer.
         let probs = completion.choice_probs.clone();
-        self.result.confidence = (probs.iter().flatten().copied()).max_by(f32::total_cmp);
+        let fields = predictor.sanitized(&outputs);
+        let sure = probs.as_ref().zip(predictor.label.as_ref());
+        self.result.confidence = sure.and_then(|(probs, rule)| {
+            let label = fields.get(&rule.field).and_then(Value::as_str)?;
+            rule.probability(label, probs)
+        });
         self.result.probs = probs;
         self.available.extend(outputs.clone());
-        self.result.prediction = Ok(Prediction {
-            fields: predictor.sanitized(&outputs),
-        });
+        self.result.prediction = Ok(Prediction { fields });
         self.result.trace.push(TraceStep {
             predictor: predictor.name.clone(),
             inputs: self.inputs.clone(),
@@ -242,9 +246,12 @@ impl Program {
             }
         }
         let field = self.voted_field();
+        // Labels that differ only in what the normalisation leaves out are labels of their own.
+        let labels = self.predictors.iter().filter_map(|p| p.label.as_ref());
+        let alike = labels.flat_map(|rule| alike(&rule.labels)).next().is_some();
         let chosen = ballots
             .into_iter()
-            .filter_map(|ballots| votes::majority(ballots, field));
+            .filter_map(|ballots| votes::majority(ballots, field, alike));
         chosen.collect()
     }
 

@@ -23,6 +23,25 @@ pub struct LabelRule {
     pub constrain: bool,
 }
 
+impl LabelRule {
+    /// The known label that is spelled so, or so but for case and spaces; else what the notebook's
+    /// sanitiser makes of the text.
+    fn meant(&self, text: &str) -> String {
+        if self.labels.iter().any(|label| label == text) {
+            return text.to_owned();
+        }
+        let tidy = sanitize_label(text);
+        let known = self.labels.iter().find(|l| sanitize_label(l) == tidy);
+        known.cloned().unwrap_or(tidy)
+    }
+
+    /// The probability of a label, by those of all in their order.
+    pub fn probability(&self, label: &str, probs: &[f32]) -> Option<f32> {
+        let place = self.labels.iter().position(|known| known == label)?;
+        probs.get(place).copied()
+    }
+}
+
 /// One prompting step.
 #[derive(Debug, Clone)]
 pub struct Predictor {
@@ -138,14 +157,39 @@ impl Predictor {
         })
     }
 
-    /// The outputs with the label sanitised.
+    /// The outputs with the label sanitised: as it stands in the list, where it is meant by it.
     pub fn sanitized(&self, outputs: &Fields) -> Fields {
         let mut outputs = outputs.clone();
         if let Some(rule) = &self.label
             && let Some(Value::Str(label)) = outputs.get_mut(&rule.field)
         {
-            *label = sanitize_label(label);
+            *label = rule.meant(label);
         }
         outputs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_is_given_back_as_the_list_spells_it() {
+        let rule = LabelRule {
+            field: "label".to_owned(),
+            labels: ["Lost card", "POSITIVE", "pin"].map(str::to_owned).into(),
+            constrain: true,
+        };
+        for (said, meant) in [
+            ("Lost card", "Lost card"),
+            (" lost_Card\n", "Lost card"),
+            ("Positive", "POSITIVE"),
+            ("pin", "pin"),
+            ("New Card", "new_card"),
+        ] {
+            assert_eq!(rule.meant(said), meant);
+        }
+        assert_eq!(rule.probability("pin", &[0.2, 0.3, 0.5]), Some(0.5));
+        assert_eq!(rule.probability("other", &[0.2, 0.3, 0.5]), None);
     }
 }

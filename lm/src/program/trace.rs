@@ -114,7 +114,7 @@ pub struct RowResult {
     pub tokens: Tokens,
     /// For a constrained label: the probability of each label, in the order of the labels.
     pub probs: Option<Vec<f32>>,
-    /// The highest of `probs`.
+    /// The one of `probs` that belongs to the label that was answered, or the share of votes.
     pub confidence: Option<f32>,
     /// An answer ended at `max_tokens` within a field, so that what was read of it may be a part.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -34,9 +34,9 @@ impl Votes {
 }
 
 /// The majority's answer for one row, with the share of all answers that agree with it as its
-/// confidence. Answers are equal when their `field` is, normalised as DSPy does; of equally common
+/// confidence. Answers are equal when their `field` is, normalised as DSPy does unless `exact`; of equally common
 /// ones the first wins. Answers that cannot be read have no vote.
-pub(super) fn majority(ballots: Vec<RowResult>, field: &str) -> Option<RowResult> {
+pub(super) fn majority(ballots: Vec<RowResult>, field: &str, exact: bool) -> Option<RowResult> {
     let tokens = ballots.iter().map(|ballot| ballot.tokens).sum();
     // An outage is no vote: the row must be asked again.
     let lost = (ballots.iter()).position(|b| matches!(b.prediction, Err(RowError::Lm(_))));
@@ -46,7 +46,8 @@ pub(super) fn majority(ballots: Vec<RowResult>, field: &str) -> Option<RowResult
             continue;
         };
         let value = prediction.fields.get(field).map(Value::to_python_str);
-        let value = normalize_text(&value.unwrap_or_default());
+        let value = value.unwrap_or_default();
+        let value = if exact { value } else { normalize_text(&value) };
         match counts.iter_mut().find(|(known, ..)| *known == value) {
             Some((_, count, _)) => *count += 1,
             None => counts.push((value, 1, at)),
@@ -113,10 +114,10 @@ mod tests {
             ballot(Ok("card_arrival")),
             ballot(Ok("Cardarrival.")),
         ];
-        let found = majority(ballots, "label").unwrap();
+        let found = majority(ballots, "label", false).unwrap();
         assert_eq!(found.raw.as_deref(), Some("card_arrival"));
         assert_eq!((found.confidence, found.tokens.calls), (Some(0.5), 4));
-        let tie = majority(vec![ballot(Ok("x")), ballot(Ok("y"))], "label").unwrap();
+        let tie = majority(vec![ballot(Ok("x")), ballot(Ok("y"))], "label", false).unwrap();
         assert_eq!(tie.raw.as_deref(), Some("x"));
     }
 
@@ -145,13 +146,13 @@ mod tests {
     #[test]
     fn without_a_readable_answer_the_row_fails_and_an_outage_is_no_vote() {
         assert!(
-            majority(vec![unread(), unread()], "label")
+            majority(vec![unread(), unread()], "label", false)
                 .unwrap()
                 .prediction
                 .is_err()
         );
         let down = ballot(Err(RowError::Lm(LmError::Unavailable("down".into()))));
-        let found = majority(vec![ballot(Ok("a")), down], "label").unwrap();
+        let found = majority(vec![ballot(Ok("a")), down], "label", false).unwrap();
         assert!(matches!(found.prediction, Err(RowError::Lm(_))));
         assert_eq!(found.confidence, None);
     }
