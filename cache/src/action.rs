@@ -181,16 +181,6 @@ impl ActionCache {
         Ok(())
     }
 
-    /// The newest results with this label.
-    #[must_use]
-    pub fn recent(&self, label: &str, limit: usize) -> Vec<ActionResult> {
-        let mut found: Vec<ActionResult> =
-            self.all().filter(|result| result.label == label).collect();
-        found.sort_by(|a, b| b.finished_at.cmp(&a.finished_at).then(a.key.cmp(&b.key)));
-        found.truncate(limit);
-        found
-    }
-
     /// Every readable result, in no order.
     pub fn all(&self) -> impl Iterator<Item = ActionResult> {
         folder(&self.root)
@@ -318,20 +308,5 @@ mod tests {
         cache.put(&newer).unwrap();
         assert_eq!(cache.get(&newer.key), None);
         assert!(cache.path(&newer.key).exists());
-    }
-
-    #[test]
-    fn recent_is_newest_first() {
-        let dir = tempfile::tempdir().unwrap();
-        let cache = cache(dir.path());
-        for (label, at) in [("a", "1"), ("a", "3"), ("b", "4"), ("a", "2")] {
-            cache.put(&result(label, at)).unwrap();
-        }
-        let times: Vec<_> = cache
-            .recent("a", 2)
-            .into_iter()
-            .map(|r| r.finished_at)
-            .collect();
-        assert_eq!(times, ["3", "2"]);
     }
 }

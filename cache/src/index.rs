@@ -12,15 +12,14 @@ use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use crate::digest::Digest;
 use crate::error::CacheError;
+use crate::stamp::FileStamp;
 
 /// sled's memory for pages, in bytes.
 const PAGE_CACHE: u64 = 16 << 20;
-/// A file changed this recently may change again within the clock's grain.
-const RACY: Duration = Duration::from_secs(2);
 /// Bytes of a stat record: a digest, then its blake3 prefix.
 const RECORD_LEN: usize = 32 + 8;
 
@@ -52,11 +51,7 @@ impl Index {
             return Ok(digest);
         }
         let digest = Digest::of_file(path)?;
-        let settled = meta
-            .modified()
-            .ok()
-            .and_then(|at| SystemTime::now().duration_since(at).ok())
-            .is_some_and(|age| age > RACY);
+        let settled = FileStamp::of(&meta).is_settled(SystemTime::now());
         if settled && stat_key(path, &std::fs::metadata(path)?) == key {
             self.put(&key, &digest);
         }
@@ -166,13 +161,7 @@ fn guarded<T>(call: impl FnOnce() -> Option<T>) -> Option<T> {
 }
 
 fn stat_key(path: &Path, meta: &Metadata) -> Vec<u8> {
-    let stat = (
-        path.to_string_lossy(),
-        meta.size(),
-        (meta.mtime(), meta.mtime_nsec()),
-        (meta.ctime(), meta.ctime_nsec()),
-        (meta.dev(), meta.ino()),
-    );
+    let stat = (path.to_string_lossy(), meta.dev(), FileStamp::of(meta));
     Digest::of_record("stat", &stat).to_hex().into_bytes()
 }
 
@@ -205,12 +194,11 @@ fn describe(folder: &Path) -> io::Result<String> {
 mod tests {
     use super::*;
 
+    /// One that has been left alone for a while: no program can set the time of the inode's change.
     fn old_file(dir: &Path, text: &str) -> PathBuf {
         let path = dir.join("file");
         std::fs::write(&path, text).unwrap();
-        let file = std::fs::File::options().write(true).open(&path).unwrap();
-        file.set_modified(SystemTime::now() - Duration::from_secs(60))
-            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(3100));
         path
     }
 

@@ -32,5 +32,5 @@ mod why;
 
 pub use language::{
     Diagnostic, Diagnostics, LoadOptions, definition_schema, eval_bool, load_pipeline, parse_bytes,
-    parse_duration, pipeline_schema, resolve_item, run_context, step_schema,
+    parse_duration, pipeline_schema, resolve_item, step_schema,
 };

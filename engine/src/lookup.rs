@@ -1,6 +1,7 @@
 //! [`Lookup`]: gives an action its key and finds its result. Planning and
 //! running share it, so that what a plan says is what a run does.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::Metadata;
 use std::path::{Path, PathBuf};
@@ -111,7 +112,7 @@ impl Lookup {
         let inputs = self.inputs(request)?;
         let (kind_version, observed, sees_labels) = match &node.action {
             Action::Uses(step) => {
-                let facts = step.observe(&request.params, &self.world)?;
+                let facts = step.observe(&request.params, &self.world_of(request))?;
                 if let Some(memory) = &self.memory {
                     memory.observed(Observed {
                         kind: step.kind().to_owned(),
@@ -154,6 +155,16 @@ impl Lookup {
             manifest,
             replaces: false,
         })
+    }
+
+    /// The world as a step kind sees it: with the variables that its step declares.
+    pub(crate) fn world_of(&self, request: &ActionRequest) -> Cow<'_, World> {
+        if request.env.is_empty() {
+            return Cow::Borrowed(&self.world);
+        }
+        let mut world = self.world.clone();
+        world.env.extend(request.env.clone());
+        Cow::Owned(world)
     }
 
     /// What is declared, and for a command the locale: it decides how programs sort and print.

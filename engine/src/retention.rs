@@ -2,9 +2,9 @@
 //! ended well are counted apart from the others, so that a row of failures displaces nothing.
 //!
 //! [`uses`] reads it from the runs' records, [`collect`] removes the rest as far as the bounds
-//! ask, and [`tidy`] does so at the end of a run, when it is worth a look: never for a run that
-//! did nothing, and otherwise so that looking takes at most a hundredth of the time between two
-//! looks.
+//! ask, and [`tidy`] does so at the end of a run, when it is worth a look: once a day for what is
+//! old, and after a run that made something so that looking takes at most a hundredth of the time
+//! between two looks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

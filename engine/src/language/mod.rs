@@ -35,7 +35,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
-pub use expr::{eval_bool, resolve_item, run_context};
+pub use expr::{eval_bool, resolve_item};
 pub use scalar::{bytes as parse_bytes, duration as parse_duration};
 pub use schema::{definition_schema, pipeline_schema, step_schema};
 

@@ -9,7 +9,7 @@
 
 mod run_time;
 
-pub use run_time::{eval_bool, resolve_item, run_context};
+pub use run_time::{eval_bool, resolve_item};
 
 use std::cell::RefCell;
 

@@ -65,7 +65,7 @@ fn fill_text(text: &str, context: &Value) -> Result<Value, String> {
 }
 
 /// Whether a condition (`when`, `expect`) holds. `context` is a map of what it may refer to:
-/// [`run_context`] for `when`, the metrics for `expect`.
+/// `params`, `models`, `run` and perhaps `item` for `when`, the metrics for `expect`.
 ///
 /// # Errors
 /// An unknown name, a mistake in the expression, or a value that is not true or false.
@@ -93,18 +93,4 @@ fn condition_text(expr: &str) -> &str {
         Ok([Part::Expr(source)]) => source,
         _ => expr.trim(),
     }
-}
-
-/// What `when` may refer to at run time: `params`, `models`, `run`, and the `item` if there is one.
-#[must_use]
-pub fn run_context(pipeline: &Pipeline, item: Option<&BTreeMap<String, Value>>) -> Value {
-    let mut context = json!({
-        "params": pipeline.params,
-        "models": pipeline.models,
-        "run": { "name": pipeline.name },
-    });
-    if let (Some(item), Some(map)) = (item, context.as_object_mut()) {
-        map.insert("item".into(), json!(item));
-    }
-    context
 }

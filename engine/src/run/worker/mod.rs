@@ -386,7 +386,7 @@ impl Worker {
                 let ctx = StepContext {
                     step: request.id.clone(),
                     params: request.params.clone(),
-                    world: self.lookup.world.clone(),
+                    world: self.lookup.world_of(request).into_owned(),
                     inputs,
                     out_dir: out_dir.clone(),
                     work_dir: place.path().join("work"),
