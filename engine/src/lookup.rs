@@ -114,6 +114,10 @@ impl Lookup {
             Action::Uses(step) => {
                 let facts = step.observe(&request.params, &self.world_of(request))?;
                 if let Some(memory) = &self.memory {
+                    // The next run would look without the step's variables.
+                    if !request.env.is_empty() {
+                        memory.spoil();
+                    }
                     memory.observed(Observed {
                         kind: step.kind().to_owned(),
                         params: request.params.clone(),
