@@ -40,9 +40,7 @@ pub struct Cache {
     index: Index,
     warnings: Arc<Mutex<Vec<String>>>,
     unsynced: Arc<Unsynced>,
-    /// This process's own: what watches over a killed process's folders never meets those of
-    /// the next one.
-    scratches: PathBuf,
+    scratches: Scratches,
     _lock: Lock,
 }
 
@@ -75,7 +73,7 @@ impl Cache {
             unsynced: Arc::clone(&unsynced),
             completions,
             index: Index::new(dir.join("index.sled")),
-            scratches: dir.join("tmp").join(unique()),
+            scratches: Scratches(dir.join("tmp").join(unique())),
             dir: dir.to_owned(),
             warnings,
             _lock: held,
@@ -195,7 +193,7 @@ impl Cache {
     /// # Errors
     /// When it cannot be made.
     pub fn scratch(&self) -> Result<Scratch, CacheError> {
-        let folder = &self.scratches;
+        let folder = &self.scratches.0;
         tempfile::tempdir_in(folder)
             .or_else(|_| {
                 std::fs::create_dir_all(folder)?;
@@ -203,6 +201,18 @@ impl Cache {
             })
             .map(Scratch)
             .map_err(|e| CacheError::io(folder, e))
+    }
+}
+
+/// Where this process's scratch folders lie: what watches over a killed process's folders never
+/// meets those of the next one.
+#[derive(Debug)]
+struct Scratches(PathBuf);
+
+impl Drop for Scratches {
+    fn drop(&mut self) {
+        // Empty, or never made; what is left is removed when the cache is opened again.
+        let _ = std::fs::remove_dir(&self.0);
     }
 }
 

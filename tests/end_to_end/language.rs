@@ -167,7 +167,12 @@ fn more_than_the_machine_has_is_told_and_runs_alone() {
         "{}",
         run.stderr
     );
-    assert!(run.stderr.contains("it runs alone"), "{}", run.stderr);
+    assert!(
+        run.stderr
+            .contains("it runs when no other that asks for the same does"),
+        "{}",
+        run.stderr
+    );
 }
 
 #[test]

@@ -3,7 +3,10 @@ use crate::artifact::TreeEntry;
 
 fn store() -> (tempfile::TempDir, ArtifactStore) {
     let dir = tempfile::tempdir().unwrap();
-    let store = ArtifactStore::new(dir.path().join("objects"), None);
+    let store = ArtifactStore::new(
+        dir.path().join("objects"),
+        Some(Arc::new(Unsynced::new(dir.path()))),
+    );
     (dir, store)
 }
 
