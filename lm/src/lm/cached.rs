@@ -53,7 +53,7 @@ impl Cached {
         &self,
         requests: &[Request],
         open: Vec<(Digest, Vec<usize>)>,
-        tell: &(dyn Fn(&[usize], &Result<Completion, LmError>) + Sync),
+        tell: &Tell<'_>,
     ) -> Vec<(Digest, Vec<usize>)> {
         let (mut own, mut others) = (Vec::new(), Vec::new());
         for (key, indices) in open {
@@ -86,6 +86,9 @@ impl Cached {
         others
     }
 }
+
+/// Hears the answer of all requests of one key.
+type Tell<'a> = dyn Fn(&[usize], &Result<Completion, LmError>) + Sync + 'a;
 
 /// Answers by request.
 type Answers = Mutex<Vec<Option<Result<Completion, LmError>>>>;

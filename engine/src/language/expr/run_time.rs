@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use super::{ExprError, OPEN, Part, Scope, as_text, check_reference, evaluate, split};
 use crate::language::token::{references, tokens};
-use crate::pipeline::Pipeline;
 
 /// Fills the `${{ … item … }}` left in a value of a `foreach` step, where `item` holds the
 /// variables of one item. With no variables the value is returned as it is.
