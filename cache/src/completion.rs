@@ -9,11 +9,15 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::digest::Digest;
 use crate::error::CacheError;
+
+/// Longest wait between two looks at the wish to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Where an answer lies.
 #[derive(Clone, Copy, Debug)]
@@ -168,13 +172,17 @@ impl CompletionCache {
         })
     }
 
-    /// Waits until no thread has the right to ask for `key`.
-    pub fn wait(&self, key: &Digest) {
+    /// Waits until no thread has the right to ask for `key`; false when `stop` came first.
+    pub fn wait(&self, key: &Digest, stop: &dyn Fn() -> bool) -> bool {
         let mut asked = self.asked();
         while asked.contains(key) {
-            let woken = self.settled.wait(asked);
-            asked = woken.unwrap_or_else(PoisonError::into_inner);
+            if stop() {
+                return false;
+            }
+            let woken = self.settled.wait_timeout(asked, LOOK_EVERY);
+            asked = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
+        true
     }
 
     fn asked(&self) -> MutexGuard<'_, HashSet<Digest>> {

@@ -15,7 +15,7 @@ use super::service::Service;
 
 /// Bytes of a request at most, unless it is a file.
 pub(super) const BODY: usize = 1 << 20;
-/// Files that are taken in at once; others wait.
+/// Files that are taken in at once; others wait, within the time that a request has to come.
 static UPLOADS: Semaphore = Semaphore::const_new(4);
 
 /// Reads the body before anything else is done about it, so that a slow client holds nothing but
@@ -36,12 +36,17 @@ pub(super) async fn whole_body(
     if length.is_some_and(|length| length > most as u64) {
         return too_large(&service, most);
     }
-    // The semaphore is never closed.
-    let _place = match upload {
-        true => UPLOADS.acquire().await.ok(),
-        false => None,
+    let whole = async {
+        // The semaphore is never closed.
+        let place = match upload {
+            true => UPLOADS.acquire().await.ok(),
+            false => None,
+        };
+        let bytes = to_bytes(body, most).await;
+        drop(place);
+        bytes
     };
-    match tokio::time::timeout(service.limits.read, to_bytes(body, most)).await {
+    match tokio::time::timeout(service.limits.read, whole).await {
         Ok(Ok(bytes)) => {
             next.run(Request::from_parts(parts, Body::from(bytes)))
                 .await

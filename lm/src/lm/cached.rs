@@ -15,12 +15,26 @@ use super::{Completion, Lm, LmError, OnAnswer, Request};
 pub struct Cached {
     lm: Arc<dyn Lm>,
     store: Arc<CompletionCache>,
+    cancelled: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
 }
 
 impl Cached {
     /// `lm`, asked only for what `store` does not know.
     pub fn new(lm: Arc<dyn Lm>, store: Arc<CompletionCache>) -> Self {
-        Self { lm, store }
+        Self {
+            lm,
+            store,
+            cancelled: None,
+        }
+    }
+
+    /// Waits for another thread's answer no longer than until `cancelled`.
+    #[must_use]
+    pub fn until(self, cancelled: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self {
+            cancelled: Some(Arc::new(cancelled)),
+            ..self
+        }
     }
 
     fn key(&self, request: &Request) -> Digest {
@@ -75,14 +89,21 @@ impl Cached {
             .iter()
             .map(|(_, indices, _)| requests[indices[0]].clone())
             .collect();
-        self.lm.complete(&new, &|place, answer| {
+        let told = |place: usize, answer: &Result<Completion, LmError>| {
             let (key, indices, claim) = &own[place];
+            let claim = claim.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if claim.is_none() {
+                return;
+            }
             if let Ok(completion) = answer {
                 self.keep(key, completion);
             }
-            drop(claim.lock().unwrap_or_else(PoisonError::into_inner).take());
+            drop(claim);
             tell(indices, answer);
-        });
+        };
+        let answers = self.lm.complete(&new, &told);
+        // Where nothing could be asked, nothing was told.
+        answers.iter().enumerate().for_each(|(p, a)| told(p, a));
         others
     }
 }
@@ -128,8 +149,13 @@ impl Lm for Cached {
         }
         while !open.is_empty() {
             let others = self.ask_those_that_nobody_asks(requests, open, &tell);
-            for (key, _) in &others {
-                self.store.wait(key);
+            let stop = || self.cancelled.as_ref().is_some_and(|cancelled| cancelled());
+            if !others.iter().all(|(key, _)| self.store.wait(key, &stop)) {
+                let cancelled = Err(LmError::Cancelled);
+                others
+                    .iter()
+                    .for_each(|(_, indices)| tell(indices, &cancelled));
+                break;
             }
             open = others;
         }
@@ -195,6 +221,45 @@ mod tests {
             };
             requests.iter().enumerate().map(answer).collect()
         }
+    }
+
+    /// Cannot ask, and says so in what it returns alone.
+    struct Down;
+
+    impl Lm for Down {
+        fn id(&self) -> &str {
+            "down"
+        }
+        fn complete(
+            &self,
+            requests: &[Request],
+            _: &OnAnswer<'_>,
+        ) -> Vec<Result<Completion, LmError>> {
+            let refused = || Err(LmError::Rejected("no adapter".into()));
+            requests.iter().map(|_| refused()).collect()
+        }
+    }
+
+    #[test]
+    fn an_error_that_was_only_returned_is_the_answer() {
+        let store = Arc::new(CompletionCache::in_memory());
+        let told = Mutex::new(0);
+        let cached = Cached::new(Arc::new(Down), Arc::clone(&store));
+        let answers = cached.complete(&[request("a", None)], &|_, _| *told.lock().unwrap() += 1);
+        assert_eq!(answers, [Err(LmError::Rejected("no adapter".into()))]);
+        assert_eq!(*told.lock().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_wait_for_another_thread_ends_with_the_wish_to_stop() {
+        let store = Arc::new(CompletionCache::in_memory());
+        let one = Cached::new(Arc::new(Echo::default()), Arc::clone(&store)).until(|| true);
+        let asked = request("a", None);
+        let _claim = store.claim(&one.key(&asked)).unwrap();
+        assert_eq!(
+            one.complete(&[asked], &|_, _| {}),
+            [Err(LmError::Cancelled)]
+        );
     }
 
     #[test]

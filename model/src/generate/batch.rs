@@ -17,8 +17,7 @@ use crate::llama::{Llama, Run};
 
 /// Lists of choices whose tries are kept.
 const TRIES: usize = 16;
-/// Bytes of keys and values that the rows under way may come to hold together; a row that needs
-/// more runs alone.
+/// The room of a batch, in bytes.
 const ROOM: usize = 1 << 30;
 
 /// One request to a [`Batch`], with what only its caller may want.
@@ -69,6 +68,9 @@ pub struct TokenProb {
 #[derive(Default)]
 pub struct Batch {
     size: usize,
+    /// Bytes of keys and values that the rows under way may come to hold together; a row that
+    /// needs more runs alone.
+    room: usize,
     waiting: VecDeque<Row>,
     active: Vec<Row>,
     tries: Vec<(ChoiceSet, Trie)>,
@@ -86,10 +88,16 @@ impl Batch {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn with_room(self, room: usize) -> Self {
+        Self { room, ..self }
+    }
+
     /// Takes `rows` to their answers, without a store of common starts.
     pub(super) fn closed(size: usize, rows: VecDeque<Row>) -> Self {
         Self {
             size: size.max(1),
+            room: ROOM,
             waiting: rows,
             ..Self::default()
         }
@@ -145,11 +153,7 @@ impl Batch {
         while self.active.len() < self.size
             && let Some(mut row) = self.waiting.pop_front()
         {
-            let shared = match &mut self.prefixes {
-                Some(prefixes) => prefixes.share(&mut row),
-                None => Ok(()),
-            };
-            match shared.and_then(|()| self.measure(&mut row)) {
+            match self.prepare(&mut row) {
                 Ok(()) if !self.has_room(&row) => {
                     self.waiting.push_front(row);
                     return;
@@ -161,6 +165,18 @@ impl Batch {
                 Err(error) => tell(row.index, Said::End(Err(error))),
             }
         }
+    }
+
+    fn prepare(&mut self, row: &mut Row) -> Result<(), ModelError> {
+        if row.prepared {
+            return Ok(());
+        }
+        if let Some(prefixes) = &mut self.prefixes {
+            prefixes.share(row)?;
+        }
+        self.measure(row)?;
+        row.prepared = true;
+        Ok(())
     }
 
     /// Finds what the choices of a row take.
@@ -177,7 +193,7 @@ impl Batch {
 
     fn has_room(&self, row: &Row) -> bool {
         let held: usize = self.active.iter().map(Row::bytes).sum();
-        self.active.is_empty() || held + row.bytes() <= ROOM
+        self.active.is_empty() || held + row.bytes() <= self.room
     }
 
     /// Where the trie of a list is among those that are kept.

@@ -38,6 +38,9 @@ pub(super) struct Row {
     most: usize,
     /// Tokens that scoring its choices takes beside `own`.
     pub(super) choice_tokens: usize,
+    /// What it shares with others was cut off, and its choices were measured: done once, however
+    /// long it waits for room.
+    pub(super) prepared: bool,
     stop: Vec<String>,
     watched: Option<Watched>,
 }
@@ -90,6 +93,7 @@ impl Row {
             spent: 0,
             most: request.max_tokens.min(context - pending.len()),
             choice_tokens: 0,
+            prepared: false,
             stop: request.stop.clone(),
             pending,
         })

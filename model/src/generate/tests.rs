@@ -460,6 +460,58 @@ fn adapters_share_a_batch_and_prompts_their_common_start() {
 }
 
 #[test]
+fn a_row_that_waits_for_room_is_answered_as_it_is_alone() {
+    let generator = generator(5, 4);
+    let long = "a long start that all of the prompts have in common, ";
+    let ends = [
+        "one of them",
+        "another one, somewhat longer",
+        "the third",
+        "one of them",
+    ];
+    let requests = ends.map(|end| request(&format!("{long}{end}"), 6));
+    let wanted = all(&generator, &requests);
+    // Too little for two: the others wait through all the steps of the one before them.
+    let mut batch = Batch::new(4, 1 << 20).with_room(1);
+    for (id, request) in requests.iter().enumerate() {
+        batch.add(&generator, id, &ask(request.clone())).unwrap();
+    }
+    let mut most = 0;
+    let mut texts = vec![String::new(); 4];
+    while !batch.is_empty() {
+        batch.step(&mut |id, said| {
+            if let Said::Piece(piece) = said {
+                texts[id].push_str(&piece.text);
+            }
+        });
+        most = most.max(batch.len());
+    }
+    assert_eq!(most, 4);
+    for (text, wanted) in texts.iter().zip(&wanted) {
+        assert_eq!(*text, wanted.text);
+    }
+}
+
+#[test]
+fn a_choice_that_is_longer_than_the_context_is_refused() {
+    let generator = generator(6, 4);
+    let long = |end: &str| format!("{}{end}", "word ".repeat(20_000));
+    let choice = ask(GenerateRequest {
+        choices: Some(ChoiceSet {
+            after: None,
+            values: vec![long("a"), long("b")],
+            then: String::new(),
+        }),
+        ..request("hello", 5)
+    });
+    let mut batch = Batch::new(4, 0);
+    batch.add(&generator, 0, &choice).unwrap();
+    let (_, _, answer) = &watched(&mut batch, 1)[0];
+    let error = answer.as_ref().unwrap().as_ref().unwrap_err().to_string();
+    assert!(error.contains("longest choice"), "{error}");
+}
+
+#[test]
 fn a_removed_row_is_silent_and_the_others_go_on() {
     let generator = generator(3, 4);
     let mut batch = Batch::new(4, 0);

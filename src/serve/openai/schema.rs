@@ -189,6 +189,13 @@ fn extended(before: &[String], values: &[String]) -> Result<Vec<String>, String>
 }
 
 fn integers(schema: &Map<String, Value>) -> Result<Vec<String>, String> {
+    let bounds = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"];
+    if let Some(name) = bounds.iter().find(|name| {
+        let given = schema.get(**name);
+        given.is_some_and(|value| whole(value).is_none())
+    }) {
+        return Err(format!("`{name}` of integers is a whole number here"));
+    }
     let bound = |name: &str| schema.get(name).and_then(whole);
     // Of two bounds on one side the stricter one holds.
     let least = [

@@ -254,7 +254,10 @@ pub fn open_lm(
         }
     };
     let lm = match &host.completions {
-        Some(kept) => Arc::new(Cached::new(lm, Arc::clone(kept))),
+        Some(kept) => {
+            let cancel = host.cancel.clone();
+            Arc::new(Cached::new(lm, Arc::clone(kept)).until(move || cancel.is_cancelled()))
+        }
         None => lm,
     };
     Ok(Metered::new(lm, spec.prices()))

@@ -201,7 +201,12 @@ impl Lm for WithAdapter {
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>> {
         if let Err(error) = self.make_ready() {
-            return requests.iter().map(|_| Err(error.clone())).collect();
+            let answers: Vec<_> = requests.iter().map(|_| Err(error.clone())).collect();
+            answers
+                .iter()
+                .enumerate()
+                .for_each(|(i, a)| on_answer(i, a));
+            return answers;
         }
         self.client.complete(requests, on_answer)
     }
