@@ -105,4 +105,11 @@ fn the_entry_of_the_child_wants_a_request() {
         text.contains("there is no request on standard input"),
         "{text}"
     );
+    let nothing = project.run(&["step", "exec", "--job", "nowhere"]);
+    assert_eq!(nothing.code, Some(2));
+    assert!(
+        nothing.stderr.contains("there is no job"),
+        "{}",
+        nothing.stderr
+    );
 }
