@@ -16,6 +16,8 @@ use crate::digest::Digest;
 use crate::durability::Unsynced;
 use crate::error::CacheError;
 use crate::record::{folder, write_atomic};
+use crate::remote::RemoteCache;
+use crate::store::ArtifactStore;
 
 /// Digest of everything that goes into an action.
 pub type ActionKey = Digest;
@@ -116,6 +118,8 @@ pub struct ActionCache {
     warnings: Arc<Mutex<Vec<String>>>,
     /// Absent for readers.
     unsynced: Option<Arc<Unsynced>>,
+    /// Asked for what is not here, and sent what is put.
+    remote: Option<(Arc<RemoteCache>, ArtifactStore)>,
 }
 
 impl ActionCache {
@@ -128,6 +132,17 @@ impl ActionCache {
             root: Arc::new(root),
             warnings,
             unsynced,
+            remote: None,
+        }
+    }
+
+    /// The same results, and those of a remote cache that have no outputs: parts of a step's work
+    /// that are worth an action of their own. What is put goes there too.
+    #[must_use]
+    pub fn shared_through(&self, remote: &Arc<RemoteCache>, store: &ArtifactStore) -> Self {
+        Self {
+            remote: Some((Arc::clone(remote), store.clone())),
+            ..self.clone()
         }
     }
 
@@ -156,6 +171,17 @@ impl ActionCache {
     /// warning is kept and the file set aside) or of another version.
     #[must_use]
     pub fn get(&self, key: &ActionKey) -> Option<ActionResult> {
+        self.get_here(key).or_else(|| {
+            let (remote, _) = self.remote.as_ref()?;
+            let result = remote.part(key)?;
+            // It is asked for again next time where it cannot be kept.
+            self.put_here(&result)
+                .unwrap_or_else(|e| tracing::debug!("{e}"));
+            Some(result)
+        })
+    }
+
+    fn get_here(&self, key: &ActionKey) -> Option<ActionResult> {
         let path = self.path(key);
         let text = std::fs::read(&path).ok()?;
         match parse(&text) {
@@ -173,6 +199,14 @@ impl ActionCache {
     /// # Errors
     /// When the cache cannot be written.
     pub fn put(&self, result: &ActionResult) -> Result<(), CacheError> {
+        self.put_here(result)?;
+        if let Some((remote, store)) = &self.remote {
+            remote.send(store, result, false);
+        }
+        Ok(())
+    }
+
+    fn put_here(&self, result: &ActionResult) -> Result<(), CacheError> {
         let path = self.path(&result.key);
         write_atomic(&path, to_text(result).as_bytes())?;
         if let Some(unsynced) = &self.unsynced {

@@ -108,12 +108,28 @@ fn a_student_is_distilled_and_a_kill_in_training_costs_little() {
     let again = run(&project, &[]);
     assert_eq!(again.steps("ran"), Vec::<String>::new());
 
+    a_second_machine_has_it_all(&project, &text);
+
     let from = run(&project, &["--from", "select"]);
     let after = ["select", "test-best", "report", "deploy"];
     assert_eq!(from.steps("ran"), after);
 
     a_bundle_is_served(&project, surrounded(project.command(&[])));
     deploying_here(&project);
+}
+
+/// Through a folder that both can reach.
+fn a_second_machine_has_it_all(here: &Project, pipeline: &str) {
+    let shared = tempfile::tempdir().unwrap();
+    let remote = shared.path().display().to_string();
+    here.run(&["cache", "push", "--remote", &remote]).ok();
+    let there = Project::new();
+    there.write("pipelines/banking77.yaml", pipeline);
+    let got = run(&there, &["--remote", &remote]);
+    assert_eq!(got.steps("ran"), Vec::<String>::new());
+    for file in ["results/report.json", "results/report.html"] {
+        assert_eq!(there.read(file), here.read(file));
+    }
 }
 
 /// The target `local`: served until stopped, served again when gone, and never replaced by

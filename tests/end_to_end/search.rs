@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::classify::{self, CONVERT, command, run, shown};
 use crate::oracle::{Oracle, query};
-use crate::project::Project;
+use crate::project::{Project, Run};
 
 const OPTIMIZE: &str = "  optimize:
     uses: optimize
@@ -153,6 +153,24 @@ fn a_killed_search_asks_nothing_of_finished_candidates_even_without_kept_answers
     run(&project, &new).ok();
     assert_eq!(candidates(&project)[..6], scored);
     assert_eq!(asked(&heard).iter().filter(is_scoring).count(), 12);
+}
+
+#[test]
+fn candidates_that_another_machine_scored_are_found_in_the_remote_cache() {
+    let shared = tempfile::tempdir().unwrap();
+    let run = |project: &Project| {
+        let (oracle, heard) = oracle(usize::MAX);
+        let mut command = command(project, &oracle);
+        command.env("FLOWRUN_REMOTE", shared.path());
+        Run::of(command.output().unwrap()).ok();
+        asked(&heard).iter().filter(is_scoring).count()
+    };
+    let [here, there] = [(); 2].map(|()| project());
+    assert_eq!(run(&here), 6 * 12);
+    let programs = "num_candidate_programs: ";
+    there.edit("p.yaml", &format!("{programs}3"), &format!("{programs}4"));
+    assert_eq!(run(&there), 12, "only the new one");
+    assert_eq!(candidates(&there)[..6], candidates(&here));
 }
 
 #[test]

@@ -187,7 +187,14 @@ impl Bucket {
     /// Where a result lies, as in a cache folder.
     pub(super) fn result(&self, key: &Digest) -> Path {
         let hex = key.to_hex();
-        self.at(&format!("actions/{}/{hex}.json", &hex[..2]))
+        self.at(&format!("actions/{}/{}.json", &hex[..2], &hex[2..]))
+    }
+
+    /// The key of what lies there, if it is a result.
+    pub(super) fn key_of(path: &Path) -> Option<Digest> {
+        let (folders, name) = path.as_ref().rsplit_once('/')?;
+        let start = folders.rsplit('/').next()?;
+        Digest::parse(&format!("{start}{}", name.strip_suffix(".json")?))
     }
 
     /// The folder of all results.
@@ -325,8 +332,10 @@ mod tests {
         assert_eq!(folder.url(), url);
         assert_eq!(
             folder.result(&digest).to_string(),
-            format!("actions/{}/{hex}.json", &hex[..2])
+            format!("actions/{}/{}.json", &hex[..2], &hex[2..])
         );
+        assert_eq!(Bucket::key_of(&folder.result(&digest)), Some(digest));
+        assert_eq!(Bucket::key_of(&folder.object(&digest)), None);
         let absent = format!("file://{}/absent", dir.path().display());
         assert!(matches!(
             Bucket::open(&absent, false, &env),

@@ -12,6 +12,7 @@ use object_store::path::Path;
 use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt};
 use tokio::task::JoinError;
 
+use super::bucket::Bucket;
 use super::{ABREAST, Fetched, PART, Shared};
 use crate::action::{self, ACTION_VERSION, ActionKey, ActionResult, Parsed};
 use crate::artifact::{Artifact, ArtifactKind};
@@ -56,6 +57,12 @@ pub(super) async fn peek(shared: &Shared, key: &ActionKey) -> Option<ActionResul
         }
     });
     there.await.then_some(result)
+}
+
+/// The result under a key, if it is all there is to it: it has no outputs.
+pub(super) async fn part(shared: &Shared, key: &ActionKey) -> Option<ActionResult> {
+    let result = get_result(shared, key).await.ok()??;
+    result.outputs.is_empty().then_some(result)
 }
 
 /// As [`super::RemoteCache::fetch`].
@@ -108,10 +115,7 @@ pub(super) async fn pull(shared: &Shared, cache: &Cache) -> Result<(usize, usize
         .try_collect()
         .await
         .map_err(|e| super::policy::reason(&e))?;
-    let keys = all.iter().filter_map(|meta| {
-        let name = meta.location.filename()?.strip_suffix(".json")?;
-        Digest::parse(name)
-    });
+    let keys = all.iter().filter_map(|meta| Bucket::key_of(&meta.location));
     let (mut fetched, mut flawed) = (0, 0);
     for key in keys.filter(|key| cache.actions().get(key).is_none()) {
         match fetch(shared, cache, &key, &|_| true).await {

@@ -44,6 +44,7 @@ use self::policy::{Policy, Refusal};
 use crate::action::{ActionKey, ActionResult};
 use crate::cache::Cache;
 use crate::digest::Digest;
+use crate::store::ArtifactStore;
 
 /// Bytes that one request moves at most. S3 wants 5 MiB of a part at least.
 const PART: u64 = 8 << 20;
@@ -267,6 +268,19 @@ impl RemoteCache {
         self.wait(download::peek(&self.shared, key))
     }
 
+    /// The result under a key, if it has no outputs. May be called wherever work waits for it.
+    #[must_use]
+    pub fn part(&self, key: &ActionKey) -> Option<ActionResult> {
+        // Steps ask from threads that serve runtimes of their own, where `wait` must not be called.
+        let (tell, hear) = std::sync::mpsc::channel();
+        let (shared, key) = (Arc::clone(&self.shared), *key);
+        self.runtime.as_ref()?.spawn(async move {
+            // Who asked is waiting.
+            let _ = tell.send(download::part(&shared, &key).await);
+        });
+        hear.recv().ok()?
+    }
+
     /// Gets the result under a key with its objects, if it `fits`.
     #[must_use]
     pub fn fetch(
@@ -288,7 +302,7 @@ impl RemoteCache {
     }
 
     /// Sends a result in the background, objects first. `replace` what is there under its key.
-    pub fn send(&self, cache: &Cache, result: &ActionResult, replace: bool) {
+    pub fn send(&self, store: &ArtifactStore, result: &ActionResult, replace: bool) {
         if self.shared.read_only {
             return;
         }
@@ -296,7 +310,7 @@ impl RemoteCache {
         if let Err(e) = self.shared.outbox.add(&result.key, replace) {
             tracing::debug!("the outbox cannot be written: {e}");
         }
-        self.start(cache, result.clone(), replace);
+        self.start(store, result.clone(), replace);
     }
 
     /// Sends what earlier runs left.
@@ -306,7 +320,7 @@ impl RemoteCache {
         }
         for (key, replace) in self.shared.outbox.waiting() {
             match cache.actions().get(&key) {
-                Some(result) => self.start(cache, result, replace),
+                Some(result) => self.start(cache.store(), result, replace),
                 // It was collected meanwhile.
                 None => self.shared.outbox.remove(&key),
             }
@@ -322,7 +336,7 @@ impl RemoteCache {
         };
         let mut all = 0;
         for result in cache.actions().all().filter(whole) {
-            self.send(cache, &result, false);
+            self.send(cache.store(), &result, false);
             all += 1;
         }
         all
@@ -334,7 +348,7 @@ impl RemoteCache {
         self.shared.policy.trouble()
     }
 
-    fn start(&self, cache: &Cache, result: ActionResult, replace: bool) {
+    fn start(&self, store: &ArtifactStore, result: ActionResult, replace: bool) {
         let Some(runtime) = self
             .runtime
             .as_ref()
@@ -343,7 +357,7 @@ impl RemoteCache {
             return;
         };
         *self.shared.tally.pending() += 1;
-        let (shared, store) = (Arc::clone(&self.shared), cache.store().clone());
+        let (shared, store) = (Arc::clone(&self.shared), store.clone());
         runtime.spawn(async move {
             let done = Pending(Arc::clone(&shared));
             upload::result(&shared, &store, &result, replace).await;

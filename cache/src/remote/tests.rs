@@ -18,7 +18,7 @@ use crate::{CacheReader, LockWait, OpenOptions};
 struct Machine {
     dir: TempDir,
     cache: Cache,
-    remote: RemoteCache,
+    remote: Arc<RemoteCache>,
 }
 
 impl Machine {
@@ -30,7 +30,7 @@ impl Machine {
             on_wait: None,
         };
         let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
-        let remote = RemoteCache::of(bucket, read_only, cache.dir()).unwrap();
+        let remote = Arc::new(RemoteCache::of(bucket, read_only, cache.dir()).unwrap());
         Self { dir, cache, remote }
     }
 
@@ -77,7 +77,7 @@ impl Machine {
     }
 
     fn send(&self, result: &ActionResult) -> Sent {
-        self.remote.send(&self.cache, result, false);
+        self.remote.send(self.cache.store(), result, false);
         self.flush()
     }
 
@@ -167,7 +167,7 @@ fn what_one_machine_made_another_has() {
             scope.spawn(|| {
                 for i in 0..40 {
                     let result = machine.make(&format!("both {i}"));
-                    machine.remote.send(&machine.cache, &result, false);
+                    machine.remote.send(machine.cache.store(), &result, false);
                 }
                 machine.flush();
             });
@@ -236,6 +236,41 @@ fn a_result_of_a_newer_program_stays() {
         let kept = std::fs::read_to_string(&path).unwrap();
         assert_eq!(kept == crate::action::to_text(&other), stays);
     }
+}
+
+#[test]
+fn a_cache_folder_is_a_remote_to_read_from() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let made = a.make("made");
+    let url = folder_url(a.cache.dir()).unwrap();
+    let bucket = Bucket::open(&url, false, &BTreeMap::new()).unwrap();
+    let b = Machine::new(bucket, true);
+    b.has_whole(&made.key);
+    assert_eq!(b.remote.pull(&b.cache), Ok((0, 0)), "it is here already");
+}
+
+#[test]
+fn parts_of_a_steps_work_are_shared_too() {
+    let shared = tempfile::tempdir().unwrap();
+    let [a, b] = [(); 2].map(|()| Machine::new(folder(&shared), false));
+    let of = |machine: &Machine| {
+        let actions = machine.cache.actions();
+        actions.shared_through(&machine.remote, machine.cache.store())
+    };
+    let whole = a.make("whole");
+    let part = a.result("part", []);
+    of(&a).put(&part).unwrap();
+    of(&a).put(&whole).unwrap();
+    a.flush();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let found = runtime.block_on(async { of(&b).get(&part.key) });
+    assert_eq!(found.as_ref(), Some(&part));
+    assert_eq!(b.cache.actions().get(&part.key), Some(part), "it is kept");
+    assert_eq!(of(&b).get(&whole.key), None, "its objects are not here");
+    assert!(matches!(b.fetch(&whole.key), Fetched::Whole(_)));
 }
 
 #[test]

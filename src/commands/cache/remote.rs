@@ -19,7 +19,7 @@ pub(super) fn push(global: &GlobalArgs) -> Result<Exit, Failure> {
     let cache = hold_cache(global, wait(global))?;
     let all = remote.push(&cache);
     let sent = remote.flush(&|| false, &mut |now| {
-        if !(global.json || global.quiet) {
+        if console::user_attended_stderr() && !global.quiet {
             say(&format!(
                 "{} of {} objects, {} of {}",
                 now.objects,

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
 use flowrun_cache::{
-    ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, RemoteCache,
+    ActionCache, ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, RemoteCache,
 };
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
@@ -266,6 +266,15 @@ impl Worker {
         Err(cause)
     }
 
+    /// Results for parts of steps' work, which the remote cache may have too.
+    fn step_actions(&self) -> ActionCache {
+        let actions = self.cache.actions();
+        match &self.remote_cache {
+            Some(remote) => actions.shared_through(remote, self.cache.store()),
+            None => actions.clone(),
+        }
+    }
+
     /// Passes on what there is to say of the remote cache.
     fn tell_of_remote(&self) {
         let remote = self.remote_cache.iter();
@@ -394,7 +403,7 @@ impl Worker {
                     run_path: self.run_dir.clone(),
                     started_at: SystemTime::now(),
                     completions: self.cache.completions(),
-                    actions: self.cache.actions().clone(),
+                    actions: self.step_actions(),
                     finished: Arc::clone(finished),
                     reporter,
                     cancel,
@@ -421,7 +430,7 @@ impl Worker {
         if let Some(remote) = &self.remote_cache
             && request.node.cache != CachePolicy::Never
         {
-            remote.send(&self.cache, &result, keyed.replaces);
+            remote.send(self.cache.store(), &result, keyed.replaces);
         }
         // The result is recorded: what is left of earlier attempts serves nobody.
         let _ = std::fs::remove_dir_all(resume_path);
