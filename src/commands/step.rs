@@ -7,7 +7,6 @@ use std::path::Path;
 
 use flowrun_engine::runner::{Host, Post, exec as exec_request, exec_job as work_on};
 use flowrun_engine::step::Cancel;
-use nix::sys::signal::{SigSet, Signal};
 
 use crate::exit::{Exit, Failure};
 use crate::surroundings;
@@ -58,16 +57,50 @@ fn abandoned() {
     std::process::exit(Exit::Interrupted as i32);
 }
 
-/// A job system ends a job by SIGTERM.
+/// A job system ends a job by SIGTERM. A handler hears it, not a blocked signal: what the step
+/// starts would have the block too, and no `kill` of a command would reach another.
 fn stop_on_signal(cancel: Cancel) -> Result<(), Failure> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
-    // Before any other thread is started: they have it from this one.
-    signals.thread_block().map_err(std::io::Error::from)?;
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let entered = runtime.enter();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    drop(entered);
     std::thread::spawn(move || {
-        // A wait that fails leaves the folder to say when to stop.
-        if signals.wait().is_ok() {
-            cancel.cancel();
-        }
+        runtime.block_on(async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        });
+        cancel.cancel();
     });
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::time::Duration;
+
+    use nix::sys::signal::{Signal, raise};
+
+    use super::*;
+
+    #[test]
+    fn a_signal_asks_the_work_to_stop_and_still_reaches_what_it_starts() {
+        let cancel = Cancel::default();
+        assert!(stop_on_signal(cancel.clone()).is_ok());
+        let mut shell = std::process::Command::new("/bin/sh");
+        let status = shell.args(["-c", "kill -TERM $$; exit 0"]).status().unwrap();
+        assert_eq!(status.signal(), Some(Signal::SIGTERM as i32));
+        assert!(!cancel.is_cancelled());
+        raise(Signal::SIGTERM).unwrap();
+        while !cancel.is_cancelled() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
