@@ -95,7 +95,10 @@ mod tests {
         let cancel = Cancel::default();
         assert!(stop_on_signal(cancel.clone()).is_ok());
         let mut shell = std::process::Command::new("/bin/sh");
-        let status = shell.args(["-c", "kill -TERM $$; exit 0"]).status().unwrap();
+        let status = shell
+            .args(["-c", "kill -TERM $$; exit 0"])
+            .status()
+            .unwrap();
         assert_eq!(status.signal(), Some(Signal::SIGTERM as i32));
         assert!(!cancel.is_cancelled());
         raise(Signal::SIGTERM).unwrap();

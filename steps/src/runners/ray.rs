@@ -5,6 +5,8 @@
 //! | 500 with "already exists" to an order | the job was ordered before; nothing is ordered twice |
 //! | 404 | the head was started anew and knows no job from before; or nobody ordered it |
 //! | `FAILED` with exit code -9 | its process was killed from outside, by the system if memory ran out |
+//! | `FAILED` with exit code -15, 143 or 130 | its process was told to stop from outside, and nobody stopped the job |
+//! | 5xx, 408, 429, what is no JSON, to a question | nothing: it is asked again |
 //! | `FAILED` with `JOB_SUPERVISOR_ACTOR_…` | the node, or the actor that watches the process, died or was never started |
 //! | `PENDING` with a demand that no node has | it would wait until Ray gives up, after 15 minutes |
 //!
@@ -37,6 +39,8 @@ const SAID: usize = 600;
 /// A job that is deleted sooner after its end is missed by Ray's own watch over it, and comes back
 /// as one that failed.
 const SETTLED: Duration = Duration::from_secs(2);
+/// Exit code of this program when it was told to stop.
+const INTERRUPTED: i64 = 130;
 const JOBS: &str = "/api/jobs/";
 
 /// The job system.
@@ -107,7 +111,11 @@ impl JobSystem for Cluster {
         let body = self.body(order)?.to_string();
         let answer = self.call(Method::POST, JOBS, Some(body))?;
         let known = || answer.text.contains("already exists");
-        match answer.is_ok() || answer.status == StatusCode::INTERNAL_SERVER_ERROR && known() {
+        if answer.is_ok() {
+            // What takes every order is no dashboard.
+            return parse(&answer).map(|_| ());
+        }
+        match answer.status == StatusCode::INTERNAL_SERVER_ERROR && known() {
             true => Ok(()),
             false => Err(refused("the job", &answer)),
         }
@@ -118,10 +126,14 @@ impl JobSystem for Cluster {
         if answer.status == StatusCode::NOT_FOUND {
             return Ok(JobState::Unknown);
         }
+        if passes(answer.status) {
+            return Err(JobError::Unreachable(format!("{}: {answer}", self.name())));
+        }
         if !answer.is_ok() {
             return Err(refused("to tell of a job", &answer));
         }
-        let job = parse(&answer)?;
+        // Something in front of it may answer in its place.
+        let job = parse(&answer).map_err(|e| JobError::Unreachable(e.to_string()))?;
         let state = state_of(&job);
         match state {
             JobState::Waiting { .. } if !self.settings.autoscales => {
@@ -264,6 +276,15 @@ fn refused(what: &str, answer: &Answer) -> JobError {
     JobError::refused(format!("Ray refused {what}: {answer}"))
 }
 
+/// A refusal that may not be one the next time: the head is busy, or comes up.
+fn passes(status: StatusCode) -> bool {
+    status.is_server_error()
+        || matches!(
+            status,
+            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS
+        )
+}
+
 fn parse(answer: &Answer) -> Result<Value, JobError> {
     serde_json::from_str(&answer.text).map_err(|e| JobError::Refused {
         text: format!("what answers is no dashboard of Ray: {e}"),
@@ -287,6 +308,9 @@ fn state_of(job: &Value) -> JobState {
             JobState::Ended(match (text("error_type"), exit) {
                 (_, Some(-9 | 137)) => JobEnd::Killed(
                     "its process was killed from outside (signal 9), as the system does where memory runs out".to_owned(),
+                ),
+                (_, Some(-15 | 143 | INTERRUPTED)) => JobEnd::Killed(
+                    "its process was told to stop from outside (signal 15)".to_owned(),
                 ),
                 (_, Some(code)) => {
                     let last = text("message").lines().last().unwrap_or_default();
@@ -362,6 +386,10 @@ mod tests {
     fn what_died_is_told_from_what_failed() {
         let killed = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(-9));
         assert!(matches!(killed, JobEnd::Killed(_)), "{killed:?}");
+        for exit in [-15, 143, 130] {
+            let stopped = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(exit));
+            assert!(matches!(stopped, JobEnd::Killed(_)), "{stopped:?}");
+        }
         let crashed = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(3));
         assert!(
             matches!(&crashed, JobEnd::Failed(why) if why.contains('3')),
@@ -389,6 +417,62 @@ mod tests {
                 ..
             }
         ));
+    }
+
+    /// What is made of an answer to the question for a job.
+    fn asked(status: &'static str, body: &'static str) -> Result<JobState, JobError> {
+        use std::io::{Read, Write};
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let server = std::thread::spawn(move || {
+            let (mut peer, _) = listener.accept().unwrap();
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                peer.read_exact(&mut byte).unwrap();
+                asked.extend(byte);
+            }
+            let length = body.len();
+            let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n");
+            write!(peer, "{head}Connection: close\r\n\r\n{body}").unwrap();
+        });
+        let cluster = Cluster {
+            dashboard: Dashboard::open(&address, &World::default()).unwrap(),
+            settings: serde_json::from_value(json!({ "address": address })).unwrap(),
+            exe: PathBuf::new(),
+            package: Mutex::default(),
+            over: Mutex::default(),
+        };
+        let state = cluster.state(&JobOrder {
+            id: "flowrun-1",
+            step: "a",
+            program: "flowrun",
+            args: Vec::new(),
+            folder: Path::new("/f"),
+            resources: &Resources::default(),
+        });
+        server.join().unwrap();
+        state
+    }
+
+    #[test]
+    fn an_answer_that_may_be_another_next_time_is_none() {
+        for (status, body) in [
+            ("500 Internal Server Error", "{}"),
+            ("503 Service Unavailable", ""),
+            ("408 Request Timeout", ""),
+            ("429 Too Many Requests", ""),
+            ("200 OK", "<html>sign in</html>"),
+        ] {
+            let state = asked(status, body);
+            let away = matches!(state, Err(JobError::Unreachable(_)));
+            assert!(away, "{status}: {state:?}");
+        }
+        let refused = asked("403 Forbidden", "");
+        assert!(matches!(refused, Err(JobError::Refused { .. })));
+        assert_eq!(asked("404 Not Found", ""), Ok(JobState::Unknown));
+        let running = asked("200 OK", "{\"status\": \"RUNNING\"}");
+        assert_eq!(running, Ok(JobState::Running));
     }
 
     #[test]

@@ -20,6 +20,8 @@ use crate::schema_of;
 const ANSWER: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 const MIB: u64 = 1 << 20;
+/// Exit code of this program when it was told to stop.
+const INTERRUPTED: i32 = 130;
 /// Why a job waits that will never start as the cluster is.
 const HOPELESS: [&str; 8] = [
     "PartitionConfig",
@@ -100,7 +102,12 @@ impl JobSystem for Cluster {
     }
 
     fn state(&self, order: &JobOrder<'_>) -> Result<JobState, JobError> {
-        let Some(found) = self.found(order.id)? else {
+        // It worked when the job was ordered: what is wrong now may pass.
+        let found = self.found(order.id).map_err(|error| match error {
+            JobError::Refused { text, .. } => JobError::Unreachable(text),
+            away @ JobError::Unreachable(_) => away,
+        })?;
+        let Some(found) = found else {
             return Ok(JobState::Unknown);
         };
         let mut fields = found.split('|').skip(1);
@@ -255,6 +262,9 @@ fn state_of(state: &str, exit: &str, reason: &str) -> JobState {
                 (137, 0) | (0, 9) => {
                     JobEnd::Killed("its process was killed from outside (signal 9)".to_owned())
                 }
+                (143 | INTERRUPTED, 0) | (0, 15) => JobEnd::Killed(
+                    "its process was told to stop from outside (signal 15)".to_owned(),
+                ),
                 (code, 0) => JobEnd::Failed(format!("its process ended with exit code {code}")),
                 (_, signal) => JobEnd::Failed(format!("its process ended by signal {signal}")),
             })
@@ -271,6 +281,7 @@ fn state_of(state: &str, exit: &str, reason: &str) -> JobState {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use std::path::Path;
 
@@ -289,6 +300,11 @@ mod tests {
             end("FAILED", "35072"),
             JobState::Ended(JobEnd::Killed(_))
         ));
+        for told_to_stop in ["15", "36608", "33280"] {
+            let state = end("FAILED", told_to_stop);
+            let killed = matches!(state, JobState::Ended(JobEnd::Killed(_)));
+            assert!(killed, "{told_to_stop}: {state:?}");
+        }
         assert!(matches!(
             end("NODE_FAIL", "0"),
             JobState::Ended(JobEnd::Killed(_))
@@ -309,6 +325,36 @@ mod tests {
             state_of("PENDING", "0", "PartitionConfig"),
             JobState::Waiting { hopeless: true, .. }
         ));
+    }
+
+    #[test]
+    fn a_question_that_fails_says_nothing_of_the_job() {
+        let bin = tempfile::tempdir().unwrap();
+        let cluster = Cluster {
+            settings: Settings {
+                bin: Some(bin.path().display().to_string()),
+                ..serde_json::from_str("{}").unwrap()
+            },
+            env: BTreeMap::new(),
+        };
+        let order = JobOrder {
+            id: "flowrun-1",
+            step: "a",
+            program: "flowrun",
+            args: Vec::new(),
+            folder: Path::new("/f"),
+            resources: &Resources::default(),
+        };
+        let missing = cluster.state(&order);
+        assert!(matches!(missing, Err(JobError::Unreachable(_))));
+        assert!(matches!(
+            cluster.submit(&order),
+            Err(JobError::Refused { .. })
+        ));
+        let false_program = Path::new("/bin/false");
+        std::os::unix::fs::symlink(false_program, bin.path().join("squeue")).unwrap();
+        let fails = cluster.state(&order);
+        assert!(matches!(fails, Err(JobError::Unreachable(_))), "{fails:?}");
     }
 
     #[test]

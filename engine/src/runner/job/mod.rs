@@ -71,7 +71,8 @@ pub trait JobSystem: Send + Sync {
     /// What has become of a job.
     ///
     /// # Errors
-    /// [`JobError`].
+    /// [`JobError`]: refused only where asking again cannot help. An answer that makes no sense
+    /// is none.
     fn state(&self, order: &JobOrder<'_>) -> Result<JobState, JobError>;
     /// Asks a job to stop, which it may do some time later.
     ///

@@ -43,7 +43,7 @@ pub(super) enum Verdict {
     Hopeless(String),
     /// Somebody stopped it.
     Stopped,
-    /// The job system refuses.
+    /// The job system refuses, and nothing shows that the work goes on.
     Refused(JobError),
 }
 
@@ -92,7 +92,15 @@ impl Watch {
                     return Verdict::Tell(format!("{why}; waiting for it"));
                 }
             }
-            Some(Err(refused @ JobError::Refused { .. })) => return Verdict::Refused(refused),
+            Some(Err(refused @ JobError::Refused { .. })) => {
+                if !self.is_alive(now) {
+                    return Verdict::Refused(refused);
+                }
+                if !self.told {
+                    self.told = true;
+                    return Verdict::Tell(format!("{refused}; the work goes on"));
+                }
+            }
         }
         self.verdict(now, patience)
     }
@@ -182,6 +190,16 @@ mod tests {
                 .iter()
                 .any(|v| matches!(v, Verdict::Lost(_)))
         );
+    }
+
+    #[test]
+    fn a_refusal_ends_no_work_that_goes_on() {
+        let refused = JobError::refused("no token");
+        let said = vec![Err(refused.clone()); 30];
+        let alive = hear(&said, true);
+        assert!(matches!(&alive[0], Verdict::Tell(text) if text.contains("no token")));
+        assert!(alive[1..].iter().all(|v| *v == Verdict::Wait));
+        assert_eq!(hear(&said, false)[0], Verdict::Refused(refused));
     }
 
     #[test]
