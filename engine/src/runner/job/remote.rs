@@ -276,8 +276,11 @@ impl Remote {
         let mut looked = None;
         let mut pause = FIRST_LOOK;
         loop {
-            if let Some(answer) = follower.read() {
-                return Ended::Answered(answer);
+            match follower.read() {
+                // Not this runner told it to stop: the job system knows who did.
+                Some(Err(error)) if is_foreign_stop(&error, errand) => {}
+                Some(answer) => return Ended::Answered(answer),
+                None => {}
             }
             if errand.cancel.is_cancelled() {
                 return self.stop(errand, order, attempt, &mut follower);
@@ -385,6 +388,11 @@ impl Drop for Remote {
 /// Removes those that are gone, or that the job system will not let go.
 fn forget(system: &dyn JobSystem, over: &mut Vec<String>) {
     over.retain(|id| matches!(system.forget(id), Ok(false)));
+}
+
+/// The other end was told to stop, and not by this runner: a preempted job, a drained node.
+fn is_foreign_stop(error: &StepError, errand: &Errand<'_>) -> bool {
+    error.kind == StepErrorKind::Cancelled && !errand.cancel.is_cancelled()
 }
 
 fn finished(

@@ -21,6 +21,8 @@ enum Fate {
     Work,
     /// It is lost before it begins.
     Dies,
+    /// Its process is told to stop while it works, and the system says this of it then.
+    Told(fn() -> JobEnd),
     /// Its process cannot be started.
     Fails,
     /// It never gets a place.
@@ -53,18 +55,26 @@ impl JobSystem for Scripted {
                 why: "no node has 9 CPU".to_owned(),
                 hopeless: true,
             },
-            Fate::Work => JobState::Running,
+            Fate::Work | Fate::Told(_) => JobState::Running,
         };
+        let (cancel, end) = (
+            Cancel::default(),
+            match fate {
+                Fate::Told(end) => end(),
+                _ => JobEnd::Well,
+            },
+        );
+        if matches!(fate, Fate::Told(_)) {
+            cancel.cancel();
+        }
         let id = order.id.to_owned();
         self.orders.lock().unwrap().push(id.clone());
         self.jobs.lock().unwrap().insert(id.clone(), state.clone());
         if state == JobState::Running {
             let (jobs, folder) = (Arc::clone(&self.jobs), order.folder.to_owned());
             std::thread::spawn(move || {
-                work(&folder);
-                jobs.lock()
-                    .unwrap()
-                    .insert(id, JobState::Ended(JobEnd::Well));
+                work(&folder, &cancel);
+                jobs.lock().unwrap().insert(id, JobState::Ended(end));
             });
         }
         Ok(())
@@ -81,7 +91,7 @@ impl JobSystem for Scripted {
     }
 }
 
-fn work(folder: &Path) {
+fn work(folder: &Path, cancel: &Cancel) {
     let env = [("PATH", "/usr/bin:/bin"), ("OTHER", "of the worker")];
     let host = Host {
         vocabulary: Vocabulary::default(),
@@ -89,7 +99,7 @@ fn work(folder: &Path) {
         exe: PathBuf::new(),
     };
     let post = Post::take(folder).unwrap().unwrap();
-    exec_job(host, post, &Cancel::default(), std::io::sink(), || {}).unwrap();
+    exec_job(host, post, cancel, std::io::sink(), || {}).unwrap();
 }
 
 #[derive(Default)]
@@ -232,6 +242,20 @@ fn a_job_that_died_is_begun_again_and_not_for_ever() {
 }
 
 #[test]
+fn a_job_that_the_system_tells_to_stop_gives_no_answer() {
+    let desk = Desk::new();
+    let preempted = || JobEnd::Killed("preempted".to_owned());
+    desk.run(WORK, &[Fate::Told(preempted)]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 2));
+    assert!(desk.heard("preempted; it is begun again"));
+    let desk = Desk::new();
+    let stopped = Fate::Told(|| JobEnd::Stopped);
+    let error = desk.run(WORK, &[stopped]).unwrap_err();
+    assert_eq!((error.kind, desk.orders()), (StepErrorKind::Failed, 1));
+    assert!(error.message.contains("was stopped"), "{}", error.message);
+}
+
+#[test]
 fn one_that_cannot_be_ordered_or_placed_says_so_at_once() {
     for (fate, kind, words) in [
         (Fate::Away, StepErrorKind::Transient, "nobody at home"),
@@ -263,7 +287,7 @@ fn a_job_of_a_killed_run_is_followed_and_not_ordered_again() {
         let attempt = folder.attempt(1);
         remote.write(errand, &folder, &attempt, 1, "left").unwrap();
         let path = attempt.path().to_owned();
-        std::thread::spawn(move || work(&path));
+        std::thread::spawn(move || work(&path, &Cancel::default()));
         while !attempt.is_claimed() {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
