@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use flowrun_cache::ActionKey;
-
 use super::Worker;
 use crate::expansion::ActionRequest;
-use crate::pipeline::Pipeline;
+use crate::lookup::Keyed;
+use crate::pipeline::{CachePolicy, Pipeline};
 use crate::runner::protocol::{PROTOCOL_VERSION, StepRequest};
 use crate::runner::{CommandRequest, Errand, JobRunner, Remote, Request};
 use crate::step::{Cancel, Step, StepContext, StepError, StepOutcome, StepReporter, World};
@@ -20,7 +19,7 @@ pub(super) struct Remotes(BTreeMap<String, (JobRunner, OnceLock<Result<Remote, S
 pub(super) struct Trip<'a> {
     pub(super) remote: &'a Remote,
     pub(super) request: &'a ActionRequest,
-    pub(super) key: ActionKey,
+    pub(super) keyed: &'a Keyed,
     /// Folder with `in/` and `out/`.
     pub(super) place: &'a Path,
     pub(super) cancel: &'a Cancel,
@@ -85,8 +84,9 @@ impl Trip<'_> {
     fn go(&self, worker: &Worker, request: Request) -> Result<StepOutcome, StepError> {
         self.remote.run(&Errand {
             step: &self.request.id,
-            key: self.key,
-            folder: worker.cache.job_path(&self.key),
+            key: self.keyed.key,
+            afresh: self.keyed.replaces || self.request.node.cache == CachePolicy::Never,
+            folder: worker.cache.job_path(&self.keyed.key),
             place: self.place,
             request,
             environment: self.handed(worker),

@@ -36,7 +36,7 @@ use crate::lookup::{Found, Keyed, Lookup};
 use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
 use crate::premises::Memory;
 use crate::record::{file_name, log_path, timestamp};
-use crate::runner::{panicked, runner_of};
+use crate::runner::{end_leftover, panicked, runner_of};
 use crate::sandbox::{Sandbox, inherited, timed_out};
 use crate::step::{
     Cancel, InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
@@ -382,9 +382,13 @@ impl Worker {
         let (inputs, loans) = self.link_inputs(keyed, &place.path().join("in"))?;
         let cancel = self.cancel.child();
         let resume_path = self.cache.partial_path(&keyed.key);
+        if request.node.runner.job().is_none() {
+            // A killed run's job would work beside this attempt, on the same saved state.
+            end_leftover(&self.cache.job_path(&keyed.key), &cancel, &reporter)?;
+        }
         let outcome = match &request.node.action {
             Action::Run(_) => self
-                .run_command(request, keyed.key, inputs, place.path(), &cancel, &reporter)
+                .run_command(request, keyed, inputs, place.path(), &cancel, &reporter)
                 .map_err(|error| may_pass(error, &request.node))
                 .and_then(|()| command_metrics(request, &out_dir))
                 .map(|metrics| StepOutcome {
@@ -408,7 +412,7 @@ impl Worker {
                     reporter,
                     cancel,
                 };
-                self.run_step(step.as_ref(), &ctx, request, keyed.key, place.path())
+                self.run_step(step.as_ref(), &ctx, request, keyed, place.path())
             }
         };
         // First of all: a failure may come of an input that somebody spoilt.
@@ -442,7 +446,7 @@ impl Worker {
         step: &dyn Step,
         ctx: &StepContext,
         request: &ActionRequest,
-        key: ActionKey,
+        keyed: &Keyed,
         place: &Path,
     ) -> Result<StepOutcome, StepError> {
         let node = &request.node;
@@ -451,7 +455,7 @@ impl Worker {
             Some(name) => Trip {
                 remote: self.remotes.get(name, &ctx.world)?,
                 request,
-                key,
+                keyed,
                 place,
                 cancel: &ctx.cancel,
                 reporter: &ctx.reporter,
@@ -488,7 +492,7 @@ impl Worker {
     fn run_command(
         &self,
         request: &ActionRequest,
-        key: ActionKey,
+        keyed: &Keyed,
         inputs: Placed,
         folder: &Path,
         cancel: &Cancel,
@@ -511,7 +515,7 @@ impl Worker {
             let trip = Trip {
                 remote: self.remotes.get(name, world)?,
                 request,
-                key,
+                keyed,
                 place: folder,
                 cancel,
                 reporter,

@@ -67,6 +67,8 @@ impl JobFolder {
 
     /// Removes everything. Whoever still works there stops.
     pub(super) fn remove(&self) {
+        // First of all, so that what a kill leaves is nothing to go on with.
+        let _ = std::fs::remove_file(self.0.join("job.json"));
         // A worker may write to it at this moment; what stays is removed with the cache's garbage.
         for _ in 0..3 {
             if std::fs::remove_dir_all(&self.0).is_ok() || !self.0.exists() {

@@ -12,6 +12,7 @@
 //! | `settings` | what `runners:` says of every job system |
 //! | `folder` | the files of a job |
 //! | `follow` | reads what the other end appends |
+//! | `leftover` | what a run that was killed left |
 //! | `watch` | from what is heard of a job to what it means; pure |
 //! | `remote` | the runner: order, watch, begin again, stop, tidy |
 //! | `post` | the other end |
@@ -21,6 +22,7 @@
 
 mod folder;
 mod follow;
+mod leftover;
 mod post;
 mod remote;
 mod settings;
@@ -33,6 +35,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+pub(crate) use self::leftover::end as end_leftover;
 pub(crate) use self::post::{CommandRequest, Request};
 pub use self::post::{Post, exec_job};
 pub(crate) use self::remote::{Errand, Remote};

@@ -16,9 +16,10 @@ use flowrun_cache::{ActionKey, Digest};
 
 use super::folder::{AttemptFolder, JOB_VERSION, JobFolder, Ordered};
 use super::follow::{Answer, Follower};
+use super::leftover;
 use super::post::Request;
 use super::watch::{BEAT, Verdict, Watch};
-use super::{JobError, JobOrder, JobSettings, JobState, JobSystem};
+use super::{JobEnd, JobError, JobOrder, JobSettings, JobState, JobSystem};
 use crate::pipeline::Resources;
 use crate::step::{Cancel, StepError, StepErrorKind, StepOutcome, StepReporter};
 
@@ -53,6 +54,8 @@ pub(crate) struct Errand<'a> {
     /// Step id.
     pub(crate) step: &'a str,
     pub(crate) key: ActionKey,
+    /// The work is wanted anew: a result that an earlier run's job left will not do.
+    pub(crate) afresh: bool,
     /// `jobs/<action key>/` in the cache.
     pub(crate) folder: PathBuf,
     /// Folder with the inputs in `in/`, and `out/` for the outputs.
@@ -117,7 +120,8 @@ impl Remote {
         let result = self.through(errand, &folder);
         let result = result.and_then(|(attempt, outcome)| {
             let made = attempt.place().join("out");
-            take_over(&made, &errand.place.join("out")).map_err(|e| StepError::io(&made, &e))?;
+            // Linked, not moved: while the response stands, so does what it speaks of.
+            link_all(&made, &errand.place.join("out")).map_err(|e| StepError::io(&made, &e))?;
             Ok(outcome)
         });
         folder.remove();
@@ -133,7 +137,7 @@ impl Remote {
         if let Some(left) = folder.ordered() {
             number = left.attempt + 1;
             let attempt = folder.attempt(left.attempt);
-            if left.system == self.system.name() && attempt.request::<Request>().is_ok() {
+            if self.goes_on(errand, &left, &attempt) {
                 let text = format!("goes on with the job {} of an earlier run", left.id);
                 errand.reporter.log(&text);
                 match self.attempt(errand, &left.id, &attempt) {
@@ -144,9 +148,11 @@ impl Remote {
                     Ended::Again => {}
                     ended => return finished(ended, attempt),
                 }
+                // It may work on where nobody can see it.
+                attempt.cancel();
+            } else {
+                leftover::silence(&attempt, &left.id, errand.cancel, errand.reporter)?;
             }
-            // It may work on where nobody can see it.
-            attempt.cancel();
         }
         let mut lost = 0;
         loop {
@@ -174,6 +180,25 @@ impl Remote {
                 .reporter
                 .warning(&format!("{text}; it is begun again"));
         }
+    }
+
+    /// What an earlier run left can be followed: it waits or works, or ended well.
+    fn goes_on(&self, errand: &Errand<'_>, left: &Ordered, attempt: &AttemptFolder) -> bool {
+        if left.system != self.system.name()
+            || attempt.is_cancelled()
+            || attempt.request::<Request>().is_err()
+        {
+            return false;
+        }
+        if let Some(answer) = leftover::answer(attempt) {
+            return answer.is_ok() && !errand.afresh;
+        }
+        let there = self.folder_there(attempt);
+        let state = self.system.state(&self.job(errand, &left.id, &there));
+        !matches!(
+            state,
+            Ok(JobState::Ended(JobEnd::Failed(_) | JobEnd::Stopped))
+        )
     }
 
     /// Writes down an attempt, with links to its inputs.
@@ -210,29 +235,46 @@ impl Remote {
 
     /// Orders a job, unless somebody works for the attempt already, and follows it to its end.
     fn attempt(&self, errand: &Errand<'_>, id: &str, attempt: &AttemptFolder) -> Ended {
-        let path = std::path::absolute(attempt.path()).unwrap_or(attempt.path().to_owned());
-        let there = self.settings.there(&path, &self.root);
-        let order = JobOrder {
-            id,
-            step: errand.step,
-            program: &self.program,
-            args: ["step", "exec", "--job", &there.display().to_string()]
-                .map(str::to_owned)
-                .to_vec(),
-            folder: &there,
-            resources: errand.resources,
-        };
+        let there = self.folder_there(attempt);
+        let order = self.job(errand, id, &there);
         if !attempt.is_claimed()
             && let Err(ended) = self.order(errand, &order)
         {
             return ended;
         }
         let ended = self.follow(errand, &order, attempt);
-        // Its process may not have ended yet, and nobody waits for that here.
-        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
-        over.push(id.to_owned());
-        forget(self.system.as_ref(), &mut over);
+        self.forget_with_others(id);
         ended
+    }
+
+    /// The folder of an attempt as the workers see it.
+    fn folder_there(&self, attempt: &AttemptFolder) -> PathBuf {
+        let path = attempt.path();
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        self.settings.there(&path, &self.root)
+    }
+
+    fn job<'a>(&'a self, errand: &Errand<'a>, id: &'a str, there: &'a Path) -> JobOrder<'a> {
+        JobOrder {
+            id,
+            step: errand.step,
+            program: &self.program,
+            args: ["step", "exec", "--job", &there.display().to_string()]
+                .map(str::to_owned)
+                .to_vec(),
+            folder: there,
+            resources: errand.resources,
+        }
+    }
+
+    /// Its process may not have ended yet, and nobody waits for that here. The job system is
+    /// asked without the lock: other steps do not wait for its answers.
+    fn forget_with_others(&self, id: &str) {
+        let over = || self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ids = std::mem::take(&mut *over());
+        ids.push(id.to_owned());
+        forget(self.system.as_ref(), &mut ids);
+        over().append(&mut ids);
     }
 
     fn order(&self, errand: &Errand<'_>, order: &JobOrder<'_>) -> Result<(), Ended> {
@@ -374,10 +416,11 @@ impl Drop for Remote {
         // Clients that block may not be used on the run's own thread.
         let thread = std::thread::spawn(move || {
             let started = Instant::now();
-            forget(system.as_ref(), &mut over);
-            while !over.is_empty() && started.elapsed() < GRACE {
+            while forget(system.as_ref(), &mut over)
+                && !over.is_empty()
+                && started.elapsed() < GRACE
+            {
                 std::thread::sleep(LOOK_EVERY);
-                forget(system.as_ref(), &mut over);
             }
         });
         // It has nothing to tell.
@@ -385,9 +428,24 @@ impl Drop for Remote {
     }
 }
 
-/// Removes those that are gone, or that the job system will not let go.
-fn forget(system: &dyn JobSystem, over: &mut Vec<String>) {
-    over.retain(|id| matches!(system.forget(id), Ok(false)));
+/// Removes those that are gone, or that the job system will not let go. False when it does not
+/// answer: the others are not tried then.
+pub(super) fn forget(system: &dyn JobSystem, over: &mut Vec<String>) -> bool {
+    let mut answers = true;
+    over.retain(|id| {
+        if !answers {
+            return true;
+        }
+        match system.forget(id) {
+            Ok(gone) => !gone,
+            Err(JobError::Unreachable(_)) => {
+                answers = false;
+                true
+            }
+            Err(JobError::Refused { .. }) => false,
+        }
+    });
+    answers
 }
 
 /// The other end was told to stop, and not by this runner: a preempted job, a drained node.
@@ -463,25 +521,14 @@ fn link_all(from: &Path, to: &Path) -> io::Result<()> {
     for entry in entries {
         let entry = entry?;
         let (path, dest) = (entry.path(), to.join(entry.file_name()));
-        if entry.file_type()?.is_dir() {
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
             link_all(&path, &dest)?;
         } else if std::fs::hard_link(&path, &dest).is_err() {
-            std::fs::copy(&path, &dest)?;
-        }
-    }
-    Ok(())
-}
-
-/// Moves what lies in one folder into another on the same file system.
-fn take_over(from: &Path, to: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(from)? {
-        let entry = entry?;
-        let dest = to.join(entry.file_name());
-        if dest.is_dir() {
-            // Made beforehand for outputs that lie deeper.
-            take_over(&entry.path(), &dest)?;
-        } else {
-            std::fs::rename(entry.path(), dest)?;
+            match kind.is_symlink() {
+                true => std::os::unix::fs::symlink(std::fs::read_link(&path)?, &dest)?,
+                false => std::fs::copy(&path, &dest).map(|_| ())?,
+            }
         }
     }
     Ok(())

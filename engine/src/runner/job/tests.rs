@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use flowrun_cache::Digest;
@@ -120,6 +121,7 @@ impl StepReporter for Heard {
 struct Desk {
     dir: tempfile::TempDir,
     cancel: Cancel,
+    afresh: AtomicBool,
     heard: Arc<Heard>,
     orders: Arc<Mutex<Vec<String>>>,
 }
@@ -134,6 +136,7 @@ impl Desk {
         Self {
             dir,
             cancel: Cancel::default(),
+            afresh: AtomicBool::new(false),
             heard: Arc::default(),
             orders: Arc::default(),
         }
@@ -166,6 +169,7 @@ impl Desk {
         let errand = Errand {
             step: "s",
             key: Digest::of_bytes(b"key"),
+            afresh: self.afresh.load(Ordering::SeqCst),
             folder: self.folder(),
             place: &place,
             request: Request::Command(CommandRequest {
@@ -180,6 +184,16 @@ impl Desk {
             reporter: &reporter,
         };
         then(&remote, &errand)
+    }
+
+    /// As a run leaves it that wrote down this order and was killed.
+    fn leave(&self, command: &str) -> folder::AttemptFolder {
+        self.with(command, &[], |remote, errand| {
+            let folder = folder::JobFolder::at(errand.folder.clone());
+            let attempt = folder.attempt(1);
+            remote.write(errand, &folder, &attempt, 1, "left").unwrap();
+            attempt
+        })
     }
 
     fn folder(&self) -> PathBuf {
@@ -281,17 +295,12 @@ fn a_job_of_a_killed_run_is_followed_and_not_ordered_again() {
         "while [ ! -e '{}' ]; do sleep 0.05; done; {WORK}",
         go.display()
     );
-    // A run wrote down and ordered this, and was killed.
-    desk.with(&command, &[], |remote, errand| {
-        let folder = folder::JobFolder::at(errand.folder.clone());
-        let attempt = folder.attempt(1);
-        remote.write(errand, &folder, &attempt, 1, "left").unwrap();
-        let path = attempt.path().to_owned();
-        std::thread::spawn(move || work(&path, &Cancel::default()));
-        while !attempt.is_claimed() {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-    });
+    let attempt = desk.leave(&command);
+    let path = attempt.path().to_owned();
+    std::thread::spawn(move || work(&path, &Cancel::default()));
+    while !attempt.is_claimed() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
     std::thread::scope(|scope| {
         let next = scope.spawn(|| desk.run(&command, &[]));
         while !desk.heard("goes on with the job left") {
@@ -301,6 +310,71 @@ fn a_job_of_a_killed_run_is_followed_and_not_ordered_again() {
         next.join().unwrap().unwrap();
     });
     assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 0));
+}
+
+#[test]
+fn what_a_killed_runs_job_gave_is_taken_unless_it_failed_or_is_wanted_anew() {
+    for (afresh, left, orders) in [(false, WORK, 0), (true, WORK, 1), (false, "exit 3", 1)] {
+        let desk = Desk::new();
+        desk.afresh.store(afresh, Ordering::SeqCst);
+        work(desk.leave(left).path(), &Cancel::default());
+        desk.run(WORK, &[]).unwrap();
+        assert_eq!(
+            (desk.made().as_str(), desk.orders()),
+            ("input hush", orders)
+        );
+        assert!(!desk.folder().exists());
+    }
+}
+
+#[test]
+fn a_job_that_nobody_wants_any_more_ends_before_other_work_begins() {
+    let desk = Desk::new();
+    let reporter: Arc<dyn StepReporter> = Arc::clone(&desk.heard) as Arc<dyn StepReporter>;
+    let attempt = desk.leave("echo up > up; sleep 100");
+    let path = attempt.path().to_owned();
+    let works = std::thread::spawn(move || work(&path, &Cancel::default()));
+    while !attempt.place().join("up").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    leftover::end(&desk.folder(), &desk.cancel, &reporter).unwrap();
+    assert!(!desk.folder().exists());
+    works.join().unwrap();
+    // One that nobody has taken is taken by nobody.
+    let attempt = desk.leave(WORK);
+    leftover::silence(&attempt, "left", &desk.cancel, &reporter).unwrap();
+    assert!(!attempt.claim().unwrap());
+    assert!(Post::take(attempt.path()).unwrap().is_none());
+}
+
+/// A job system that went away.
+struct Gone(AtomicUsize);
+
+impl JobSystem for Gone {
+    fn name(&self) -> String {
+        "gone".to_owned()
+    }
+    fn submit(&self, _: &JobOrder<'_>) -> Result<(), JobError> {
+        Err(JobError::Unreachable("gone".to_owned()))
+    }
+    fn state(&self, _: &JobOrder<'_>) -> Result<JobState, JobError> {
+        Err(JobError::Unreachable("gone".to_owned()))
+    }
+    fn stop(&self, _: &str) -> Result<(), JobError> {
+        Err(JobError::Unreachable("gone".to_owned()))
+    }
+    fn forget(&self, _: &str) -> Result<bool, JobError> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Err(JobError::Unreachable("gone".to_owned()))
+    }
+}
+
+#[test]
+fn one_that_went_away_is_asked_once_to_forget() {
+    let gone = Gone(AtomicUsize::new(0));
+    let mut over = vec!["a".to_owned(), "b".to_owned()];
+    assert!(!remote::forget(&gone, &mut over));
+    assert_eq!((gone.0.load(Ordering::SeqCst), over.len()), (1, 2));
 }
 
 #[test]

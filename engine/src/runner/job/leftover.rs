@@ -1,0 +1,102 @@
+//! What an earlier run, which was killed, left of a job: whether it is over, and its end where
+//! nobody wants it any more.
+//!
+//! Invariant: once [`end`] or [`silence`] returned, no process begins the work of the attempt,
+//! and one that had begun it has ended, or shows no life.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::folder::{AttemptFolder, JobFolder};
+use super::follow::{Answer, Follower};
+use super::watch::SILENCE;
+use crate::step::{Cancel, StepError, StepReporter};
+
+/// Longest wait for work that was asked to stop and shows that it goes on.
+const LONGEST: Duration = Duration::from_secs(60);
+/// Wait between two looks into its folder.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// The response that lies there, if the work is over.
+pub(super) fn answer(attempt: &AttemptFolder) -> Option<Answer> {
+    unheard(attempt).read()
+}
+
+/// Ends the job in `jobs/<action key>/`, if there is one, for an action that is now done without
+/// it, and removes the folder.
+///
+/// # Errors
+/// When the run is asked to stop meanwhile.
+pub(crate) fn end(
+    path: &Path,
+    cancel: &Cancel,
+    reporter: &Arc<dyn StepReporter>,
+) -> Result<(), StepError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let folder = JobFolder::at(path.to_owned());
+    if let Some(left) = folder.ordered() {
+        silence(&folder.attempt(left.attempt), &left.id, cancel, reporter)?;
+    }
+    folder.remove();
+    Ok(())
+}
+
+/// Asks the work of an attempt to stop and waits for its end, not for ever.
+///
+/// # Errors
+/// When the run is asked to stop meanwhile.
+pub(super) fn silence(
+    attempt: &AttemptFolder,
+    id: &str,
+    cancel: &Cancel,
+    reporter: &Arc<dyn StepReporter>,
+) -> Result<(), StepError> {
+    attempt.cancel();
+    // What this process has taken, or what is gone, nobody begins.
+    if !matches!(attempt.claim(), Ok(false)) {
+        return Ok(());
+    }
+    reporter.log(&format!(
+        "waits for the end of the job {id} of an earlier run"
+    ));
+    let started = Instant::now();
+    let (mut beat, mut heard) = (attempt.last_beat(), started);
+    let mut follower = unheard(attempt);
+    while follower.read().is_none() {
+        if cancel.is_cancelled() {
+            return Err(StepError::cancelled());
+        }
+        let now = attempt.last_beat();
+        if now != beat {
+            (beat, heard) = (now, Instant::now());
+        }
+        if heard.elapsed() >= SILENCE {
+            break;
+        }
+        if started.elapsed() >= LONGEST {
+            reporter.warning(&format!(
+                "the job {id} of an earlier run was asked to stop and goes on"
+            ));
+            break;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
+}
+
+fn unheard(attempt: &AttemptFolder) -> Follower {
+    let nobody: Arc<dyn StepReporter> = Arc::new(Nobody);
+    Follower::new(attempt, &nobody)
+}
+
+/// Hears nothing.
+struct Nobody;
+
+impl StepReporter for Nobody {
+    fn progress(&self, _: u64, _: u64, _: &str, _: &str) {}
+    fn warning(&self, _: &str) {}
+    fn log(&self, _: &str) {}
+}
