@@ -50,6 +50,21 @@ impl Tail {
     }
 }
 
+/// Logs one line, in several where it is very long.
+pub(crate) fn log_in_pieces(line: &str, reporter: &dyn StepReporter) {
+    let mut rest = line.as_bytes();
+    while rest.len() > LINE {
+        // One that cannot be cut here ends soon after.
+        let Some(cut) = reporter.cut(rest, LINE).filter(|cut| *cut > 0) else {
+            break;
+        };
+        let (piece, more) = rest.split_at(cut.min(rest.len()));
+        reporter.log(&String::from_utf8_lossy(piece));
+        rest = more;
+    }
+    reporter.log(&String::from_utf8_lossy(rest));
+}
+
 /// Logs a stream line by line.
 pub(crate) struct Lines {
     reporter: Arc<dyn StepReporter>,

@@ -38,9 +38,16 @@ pub(crate) struct Sandbox<'a> {
 
 /// The variables of the surrounding environment that a command may see.
 pub(crate) fn inherited(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    chosen(env, |name| {
-        matches!(name, "PATH" | "HOME") || is_locale(name)
-    })
+    chosen(env, |name| is_local(name) || is_locale(name))
+}
+
+/// Those of them that only mean something on the machine that they are of.
+pub(crate) fn local(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    chosen(env, is_local)
+}
+
+fn is_local(name: &str) -> bool {
+    matches!(name, "PATH" | "HOME")
 }
 
 /// Those of them that say in which language and order programs print.
@@ -294,5 +301,7 @@ mod tests {
             Vec::from_iter(kept.keys()),
             ["HOME", "LANG", "LC_ALL", "PATH"]
         );
+        assert_eq!(Vec::from_iter(local(&kept).keys()), ["HOME", "PATH"]);
+        assert_eq!(Vec::from_iter(locale(&kept).keys()), ["LANG", "LC_ALL"]);
     }
 }

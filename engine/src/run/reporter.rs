@@ -16,6 +16,9 @@ use crate::step::StepReporter;
 /// At most ten progress events a second for each step.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
+/// Bytes of a value that is hidden though nobody called it a secret.
+const LIKELY: usize = 8;
+
 /// Bytes of a line of a secret from which on it is hidden by itself.
 const LINE: usize = 4;
 
@@ -40,6 +43,12 @@ impl Mask {
         Self(Arc::new(values))
     }
 
+    /// The value may be a secret, though no step names it as one: a runner's `env` hands on tokens
+    /// as well as settings. Numbers, switches and paths are none: logs need them.
+    pub(crate) fn is_likely(value: &str) -> bool {
+        value.len() >= LIKELY && !value.starts_with('/') && value.parse::<f64>().is_err()
+    }
+
     /// The text with every secret's value replaced.
     pub(crate) fn apply(&self, text: &str) -> String {
         let mut text = text.to_owned();
@@ -53,7 +62,7 @@ impl Mask {
 
     /// Where a line of output is cut, so that no secret is cut in two: at `at`, or before the
     /// secret that goes on there. `None` while more must be read to tell.
-    pub(super) fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
+    pub(crate) fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
         let longest = self.0.iter().map(String::len).max().unwrap_or(0);
         if line.len() < at + longest {
             return None;
@@ -68,7 +77,7 @@ impl Mask {
     }
 
     /// The metrics with every secret's value replaced in their texts and names.
-    pub(super) fn metrics(&self, metrics: BTreeMap<String, Value>) -> BTreeMap<String, Value> {
+    pub(crate) fn metrics(&self, metrics: BTreeMap<String, Value>) -> BTreeMap<String, Value> {
         if self.0.is_empty() {
             return metrics;
         }
@@ -168,6 +177,14 @@ mod tests {
         assert_eq!(mask.apply("key-2, key, none"), "***, ***, none");
         let mask = Mask::new(["first line\n}\nlast line".to_owned()]);
         assert_eq!(mask.apply("a last line }"), "a *** }");
+    }
+
+    #[test]
+    fn settings_are_no_secrets() {
+        for plain in ["", "1", "true", "100000000", "/shared/weights"] {
+            assert!(!Mask::is_likely(plain), "{plain}");
+        }
+        assert!(Mask::is_likely("hf_0123456789"));
     }
 
     #[test]

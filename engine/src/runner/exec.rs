@@ -21,6 +21,10 @@ use crate::vocabulary::Vocabulary;
 /// At most twenty progress messages a second.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
+/// Bytes of a line of output from which on it is cut: this end does not know what is to be
+/// hidden, so a line is sent whole, and the runner cuts it.
+const LINE: usize = 1 << 20;
+
 /// What the process that does the work has of its own.
 pub struct Host {
     /// The step kinds.
@@ -226,5 +230,9 @@ impl StepReporter for Writer {
 
     fn log(&self, text: &str) {
         self.tell(&StepMessage::Log(text.to_owned()));
+    }
+
+    fn cut(&self, line: &[u8], _: usize) -> Option<usize> {
+        (line.len() >= LINE).then_some(line.len())
     }
 }

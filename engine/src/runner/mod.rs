@@ -24,7 +24,9 @@ pub use job::{
     CONSOLE, JobEnd, JobError, JobKind, JobOrder, JobRunner, JobSettings, JobState, JobSystem,
     Post, exec_job,
 };
-pub(crate) use job::{CommandRequest, Errand, Remote, Request, end_leftover, runner_schema};
+pub(crate) use job::{
+    CommandRequest, Environment, Errand, Remote, Request, end_leftover, runner_schema,
+};
 pub use process::Process;
 
 use crate::pipeline::{RunnerKind, StepNode};

@@ -12,13 +12,14 @@ use flowrun_cache::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::child::log_in_pieces;
 use crate::step::{
     InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
     StepSummary,
 };
 
 /// Version of the protocol; both ends must have the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// One attempt of a step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -115,7 +116,7 @@ impl StepMessage {
     pub(crate) fn tell(self, reporter: &dyn StepReporter) {
         match self {
             Self::Warning(text) => reporter.warning(&text),
-            Self::Log(text) => reporter.log(&text),
+            Self::Log(text) => log_in_pieces(&text, reporter),
             Self::Progress {
                 done,
                 total,

@@ -9,7 +9,8 @@ use crate::expansion::ActionRequest;
 use crate::lookup::Keyed;
 use crate::pipeline::{CachePolicy, Pipeline};
 use crate::runner::protocol::{PROTOCOL_VERSION, StepRequest};
-use crate::runner::{CommandRequest, Errand, JobRunner, Remote, Request};
+use crate::runner::{CommandRequest, Environment, Errand, JobRunner, Remote, Request};
+use crate::sandbox::locale;
 use crate::step::{Cancel, Step, StepContext, StepError, StepOutcome, StepReporter, World};
 
 /// The job systems of a run, each opened when it is first needed.
@@ -72,11 +73,14 @@ impl Trip<'_> {
         worker: &Worker,
         env: BTreeMap<String, String>,
     ) -> Result<StepOutcome, StepError> {
+        // As the key has it: the worker may have another.
+        let mut whole = locale(&worker.lookup.world.env);
+        whole.extend(env);
         let request = CommandRequest {
             protocol: PROTOCOL_VERSION,
             command: self.request.command.clone().unwrap_or_default(),
             folder: self.place.to_owned(),
-            env,
+            env: whole,
         };
         self.go(worker, Request::Command(request))
     }
@@ -89,7 +93,7 @@ impl Trip<'_> {
             folder: worker.cache.job_path(&self.keyed.key),
             place: self.place,
             request,
-            environment: self.handed(worker),
+            environment: self.environment(worker),
             resources: &self.request.node.resources,
             cancel: self.cancel,
             reporter: self.reporter,
@@ -97,15 +101,17 @@ impl Trip<'_> {
     }
 
     /// Secrets of the step, and what the runner's settings name.
-    fn handed(&self, worker: &Worker) -> BTreeMap<String, String> {
+    fn environment(&self, worker: &Worker) -> Environment {
         let env = &worker.lookup.world.env;
-        let names = self
-            .remote
-            .handed()
-            .iter()
-            .chain(&self.request.node.secrets);
-        names
-            .filter_map(|name| Some((name.clone(), env.get(name)?.clone())))
-            .collect()
+        let those = |names: &[String]| {
+            let names = names.iter();
+            names
+                .filter_map(|name| Some((name.clone(), env.get(name)?.clone())))
+                .collect()
+        };
+        Environment {
+            secrets: those(&self.request.node.secrets),
+            handed: those(self.remote.handed()),
+        }
     }
 }

@@ -152,7 +152,13 @@ impl Worker {
             .iter()
             .flat_map(|s| &s.secrets)
             .chain(secrets);
-        let mask = Mask::new(names.filter_map(|name| world.env.get(name).cloned()));
+        let runners = pipeline.runners.values();
+        let handed = runners.flat_map(|runner| &runner.settings.env);
+        let handed = handed
+            .filter_map(|name| world.env.get(name).cloned())
+            .filter(|value| Mask::is_likely(value));
+        let secrets = names.filter_map(|name| world.env.get(name).cloned());
+        let mask = Mask::new(secrets.chain(handed));
         Self {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `job.json` | runner | which attempt was ordered last, where, under which id |
 //! | `N/request.json` | runner | what is to be done; no secrets |
-//! | `N/environment.json` | runner | secrets and other variables of this side; readable by its owner alone, removed by the other end once it was read |
+//! | `N/environment.json` | runner | secrets and other variables of this side; removed by the other end once it was read |
 //! | `N/cancel` | runner | stop |
 //! | `N/place/in`, `N/place/out`, `N/place/work` | both | where the work is done |
 //! | `N/claimed` | other end | somebody works for this attempt |
@@ -13,11 +13,11 @@
 //! | `N/console` | job system | what the process prints before it takes the job, where there is no other log |
 //! | `N/log` | other end | what it and its libraries print |
 //!
-//! A folder that is gone means stop, as `cancel` does.
+//! A folder that is gone means stop, as `cancel` does. Its owner alone reads what is in it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -111,12 +111,16 @@ impl AttemptFolder {
         lines[lines.len().saturating_sub(LINES)..].join("\n")
     }
 
-    /// Makes it anew, empty.
+    /// Makes it anew, empty. What is in it is for its owner alone: programs print what they like.
     pub(super) fn make(&self) -> io::Result<()> {
         match std::fs::remove_dir_all(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
+        if let Some(parent) = self.0.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        DirBuilder::new().mode(0o700).create(&self.0)?;
         for folder in ["place/in", "place/out", "place/work"] {
             std::fs::create_dir_all(self.0.join(folder))?;
         }

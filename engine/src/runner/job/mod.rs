@@ -36,7 +36,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub(crate) use self::leftover::end as end_leftover;
-pub(crate) use self::post::{CommandRequest, Request};
+pub(crate) use self::post::{CommandRequest, Environment, Request};
 pub use self::post::{Post, exec_job};
 pub(crate) use self::remote::{Errand, Remote};
 pub use self::settings::JobSettings;

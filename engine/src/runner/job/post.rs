@@ -16,8 +16,8 @@ use super::watch::BEAT;
 use crate::run::Mask;
 use crate::runner::exec::{ExecError, Host, Writer, work};
 use crate::runner::process::GRACE;
-use crate::runner::protocol::{PROTOCOL_VERSION, StepMessage, StepRequest};
-use crate::sandbox::{Sandbox, inherited};
+use crate::runner::protocol::{Failure, PROTOCOL_VERSION, StepMessage, StepRequest};
+use crate::sandbox::{Sandbox, local};
 use crate::step::{Cancel, StepError, StepOutcome, StepReporter};
 use crate::warden::Warden;
 
@@ -47,8 +47,33 @@ pub(crate) struct CommandRequest {
     pub(crate) command: String,
     /// Working folder, with `in/` and `out/`.
     pub(crate) folder: PathBuf,
-    /// Variables, less those that are inherited where it runs.
+    /// Variables, the locale included: it is in the action key. Those that only mean something on
+    /// one machine are of the one where it runs.
     pub(crate) env: BTreeMap<String, String>,
+}
+
+/// Variables that travel beside the request: it may be read, they may not.
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Environment {
+    /// Those that the step names as secrets.
+    pub(crate) secrets: BTreeMap<String, String>,
+    /// Those that the runner's settings hand on.
+    pub(crate) handed: BTreeMap<String, String>,
+}
+
+impl Environment {
+    /// Hides the values that nobody may read.
+    fn mask(&self) -> Mask {
+        let likely = self.handed.values().filter(|v| Mask::is_likely(v));
+        Mask::new(self.secrets.values().chain(likely).cloned())
+    }
+
+    fn variables(self) -> BTreeMap<String, String> {
+        let mut variables = self.handed;
+        variables.extend(self.secrets);
+        variables
+    }
 }
 
 impl Request {
@@ -65,6 +90,7 @@ impl Request {
                     &mut r.out_dir,
                     &mut r.work_dir,
                     &mut r.resume_path,
+                    &mut r.run_path,
                     &mut r.actions,
                     &mut r.user_cache,
                     &mut r.root,
@@ -93,7 +119,7 @@ impl Request {
 pub struct Post {
     folder: AttemptFolder,
     request: Request,
-    environment: BTreeMap<String, String>,
+    environment: Environment,
 }
 
 impl Post {
@@ -154,7 +180,7 @@ pub fn exec_job(
     let teller = Arc::new(Teller {
         writer: Writer::new(messages, PROGRESS_EVERY),
         console: Mutex::new(Box::new(console)),
-        mask: Mask::new(environment.values().cloned()),
+        mask: environment.mask(),
     });
     let reporter: Arc<dyn StepReporter> = Arc::clone(&teller) as Arc<dyn StepReporter>;
     let result = match request {
@@ -164,13 +190,13 @@ pub fn exec_job(
         ))
         .help("use one version of flowrun everywhere")),
         Request::Step { request, env } => {
-            host.env.extend(environment);
+            host.env.extend(environment.variables());
             host.env.extend(env);
             work(host, *request, &reporter, cancel.clone())
         }
         Request::Command(request) => {
-            let mut env = inherited(&host.env);
-            env.extend(environment);
+            let mut env = local(&host.env);
+            env.extend(environment.variables());
             env.extend(request.env);
             let warden = Warden::within(folder.path());
             Sandbox {
@@ -186,10 +212,18 @@ pub fn exec_job(
     };
     let well = result.is_ok();
     let response = match result {
-        Ok(outcome) => StepMessage::Done(outcome),
+        Ok(outcome) => StepMessage::Done(StepOutcome {
+            metrics: teller.mask.metrics(outcome.metrics),
+            ..outcome
+        }),
         Err(error) => {
             teller.say(&format!("failed: {error}"));
-            StepMessage::Failed(error.into())
+            let hide = |text: &str| teller.mask.apply(text);
+            StepMessage::Failed(Failure {
+                kind: error.kind,
+                message: hide(&error.message),
+                help: error.help.as_deref().map(hide),
+            })
         }
     };
     teller.writer.write(&response)?;
@@ -229,7 +263,7 @@ fn beat(
 struct Teller {
     writer: Writer,
     console: Mutex<Box<dyn Write + Send>>,
-    /// The runner hides secrets by itself.
+    /// The runner hides secrets by itself; the files here and the console need it too.
     mask: Mask,
 }
 
@@ -243,16 +277,21 @@ impl Teller {
 
 impl StepReporter for Teller {
     fn progress(&self, done: u64, total: u64, unit: &str, text: &str) {
-        self.writer.progress(done, total, unit, text);
+        let text = self.mask.apply(text);
+        self.writer.progress(done, total, unit, &text);
     }
 
     fn warning(&self, text: &str) {
-        self.writer.warning(text);
+        self.writer.warning(&self.mask.apply(text));
         self.say(&format!("warning: {text}"));
     }
 
     fn log(&self, text: &str) {
-        self.writer.log(text);
+        self.writer.log(&self.mask.apply(text));
         self.say(text);
+    }
+
+    fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
+        self.mask.cut(line, at)
     }
 }

@@ -5,7 +5,6 @@
 //! follows it. Invariant: when [`Remote::run`] returns with a result or an error of the step,
 //! nothing is left of the job.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +16,7 @@ use flowrun_cache::{ActionKey, Digest};
 use super::folder::{AttemptFolder, JOB_VERSION, JobFolder, Ordered};
 use super::follow::{Answer, Follower};
 use super::leftover;
-use super::post::Request;
+use super::post::{Environment, Request};
 use super::watch::{BEAT, Verdict, Watch};
 use super::{JobEnd, JobError, JobOrder, JobSettings, JobState, JobSystem};
 use crate::pipeline::Resources;
@@ -62,8 +61,7 @@ pub(crate) struct Errand<'a> {
     pub(crate) place: &'a Path,
     /// The request, whose paths below `place` are those of this side.
     pub(crate) request: Request,
-    /// Variables that nobody may read: secrets, and what the settings hand on.
-    pub(crate) environment: BTreeMap<String, String>,
+    pub(crate) environment: Environment,
     pub(crate) resources: &'a Resources,
     pub(crate) cancel: &'a Cancel,
     pub(crate) reporter: &'a Arc<dyn StepReporter>,

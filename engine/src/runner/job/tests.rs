@@ -93,7 +93,11 @@ impl JobSystem for Scripted {
 }
 
 fn work(folder: &Path, cancel: &Cancel) {
-    let env = [("PATH", "/usr/bin:/bin"), ("OTHER", "of the worker")];
+    let env = [
+        ("PATH", "/usr/bin:/bin"),
+        ("OTHER", "of the worker"),
+        ("LC_ALL", "of the worker"),
+    ];
     let host = Host {
         vocabulary: Vocabulary::default(),
         env: env.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
@@ -178,7 +182,10 @@ impl Desk {
                 folder: place.clone(),
                 env: env.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
             }),
-            environment: [("TOKEN".to_owned(), "hush".to_owned())].into(),
+            environment: Environment {
+                secrets: [("TOKEN".to_owned(), "hush".to_owned())].into(),
+                handed: [("THREADS".to_owned(), "1".to_owned())].into(),
+            },
             resources: &Resources::default(),
             cancel: &self.cancel,
             reporter: &reporter,
@@ -218,7 +225,7 @@ impl Desk {
     }
 }
 
-const WORK: &str = "cat \"$x\" > \"$out\"; printf %s \"$TOKEN\" >> \"$out\"; echo said; printf %s \"${OTHER-}\" >> \"$out\"";
+const WORK: &str = "cat \"$x\" > \"$out\"; printf %s \"$TOKEN\" >> \"$out\"; echo said; printf %s \"${OTHER-}${LC_ALL-}\" >> \"$out\"";
 
 #[test]
 fn the_work_is_done_elsewhere_and_nothing_is_left_of_it() {
@@ -231,6 +238,46 @@ fn the_work_is_done_elsewhere_and_nothing_is_left_of_it() {
     );
     assert!(desk.heard("said"));
     assert!(!desk.folder().exists());
+}
+
+#[test]
+fn what_the_other_end_writes_has_no_secrets_and_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let desk = Desk::new();
+    // A line that is cut where the secret stands.
+    let attempt = desk.leave(
+        "head -c 8190 /dev/zero | tr '\\0' z; echo \"$TOKEN\"; echo \"1 is $THREADS\"; exit 3",
+    );
+    work(attempt.path(), &Cancel::default());
+    let said = std::fs::read_to_string(attempt.messages()).unwrap();
+    assert!(!said.contains("hus") && said.contains("***"), "{said}");
+    assert!(said.contains("1 is 1"), "{said}");
+    let mode = std::fs::metadata(attempt.path()).unwrap().permissions();
+    assert_eq!(mode.mode() & 0o777, 0o700);
+}
+
+#[test]
+fn paths_of_a_request_are_those_of_the_workers() {
+    let mapped = |path: &Path| Path::new("/there").join(path.strip_prefix("/here").unwrap());
+    let request = json_request();
+    let there = Request::Step {
+        request: Box::new(serde_json::from_value(request).unwrap()),
+        env: BTreeMap::new(),
+    }
+    .with_paths(&mapped);
+    let text = serde_json::to_string(&there).unwrap();
+    assert!(!text.contains("/here"), "{text}");
+}
+
+fn json_request() -> serde_json::Value {
+    serde_json::json!({
+        "protocol": PROTOCOL_VERSION, "kind": "k", "version": 1, "step": "s", "params": {},
+        "inputs": {"x": [{"path": "/here/x", "digest": Digest::of_bytes(b"x"), "label": "x"}]},
+        "out_dir": "/here/out", "work_dir": "/here/work", "resume_path": "/here/resume",
+        "run_path": "/here/run", "completions": "/here/completions", "actions": "/here/actions",
+        "memory": 0, "offline": false, "distdir": "/here/distdir", "user_cache": "/here/cache",
+        "root": "/here/root", "started_at": std::time::SystemTime::UNIX_EPOCH, "finished": [],
+    })
 }
 
 #[test]
