@@ -1,6 +1,7 @@
 //! What is reused and what is not.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
@@ -252,6 +253,37 @@ fn published_files_are_put_back_when_missing_or_changed_even_with_the_same_times
     );
     let bad = node("a").change(|s| s.publish = [("out".into(), "../a".into())].into());
     assert!(!bench.run(&[bad]).summary.ok);
+}
+
+#[test]
+fn what_an_earlier_run_published_is_no_users_file_though_its_result_was_overwritten() {
+    let bench = Bench::new().unwrap();
+    let count = AtomicUsize::new(0);
+    let ticks = Arc::new(Toy::new("ticks", move |ctx| {
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        crate::testing::write(ctx, "out", &format!("tick {n}"))?;
+        Ok(crate::step::StepOutcome::default())
+    }));
+    let step = uses("ticks", ticks).change(|s| {
+        s.cache = CachePolicy::Never;
+        s.publish = [("out".into(), "t.txt".into())].into();
+    });
+    let quiet = step.clone().change(|s| s.publish.clear());
+    let path = bench.root().join("t.txt");
+    // The last but one is not published: only the record tells of what lies there then.
+    for (n, step) in [&step, &step, &quiet, &step].into_iter().enumerate() {
+        let ran = bench.run(std::slice::from_ref(step));
+        assert!(ran.warnings().is_empty(), "{:?}", ran.warnings());
+        assert!(!ran.summary.run_dir.join(crate::record::REPLACED).exists());
+        if !step.publish.is_empty() {
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(text, format!("tick {n}"));
+        }
+    }
+    std::fs::write(&path, "mine").unwrap();
+    let ran = bench.run(&[step]);
+    let kept = ran.summary.run_dir.join(crate::record::REPLACED);
+    assert_eq!(std::fs::read_to_string(kept.join("t.txt")).unwrap(), "mine");
 }
 
 #[test]

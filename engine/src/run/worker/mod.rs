@@ -72,6 +72,8 @@ pub(super) struct Worker {
     workplaces: Workplaces,
     /// Outputs of all results, once somebody asks.
     known_outputs: OnceLock<HashSet<Digest>>,
+    /// Outputs of results that this run put others in the place of.
+    overwritten: Mutex<HashSet<Digest>>,
     /// Paths of the project that were published to in this run, and by which action.
     places: Mutex<BTreeMap<PathBuf, String>>,
 }
@@ -174,6 +176,7 @@ impl Worker {
             remotes: Remotes::new(pipeline),
             workplaces: Workplaces::new(cache),
             known_outputs: OnceLock::new(),
+            overwritten: Mutex::default(),
             places: Mutex::default(),
         }
     }
@@ -435,6 +438,7 @@ impl Worker {
             finished_at: timestamp(SystemTime::now()),
             label: History::label(&self.pipeline, &request.id),
         };
+        self.remember_outputs(&keyed.key);
         self.cache.actions().put(&result).map_err(cache_error)?;
         self.cache.sync_if_due().map_err(cache_error)?;
         if let Some(remote) = &self.remote_cache

@@ -7,17 +7,21 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::PoisonError;
 
 use flowrun_cache::{
-    ActionResult, Artifact, ArtifactStore, Digest, ListItem, OutputRecord, OutputValue,
+    ActionKey, ActionResult, Artifact, ArtifactStore, CacheReader, Digest, ListItem, OutputRecord,
+    OutputValue,
 };
 use serde_json::Value;
 
 use super::{Trouble, Worker, broken_or_failed, cache_error};
-use crate::event::OutputInfo;
+use crate::event::{OutputInfo, RunEvent};
 use crate::expansion::ActionRequest;
 use crate::pipeline::METRICS;
 use crate::record::REPLACED;
 use crate::run::Outputs;
 use crate::step::{Port, StepError, StepOutcome, StepReporter};
+
+/// Runs whose records are asked who made what lies where an output goes.
+const RUNS: usize = 10;
 
 impl Worker {
     pub(super) fn store_outputs(
@@ -186,16 +190,31 @@ impl Worker {
         Ok(())
     }
 
-    /// A result that is in the cache has an output of these bytes.
+    /// A result that is in the cache, or was until this run, has an output of these bytes, or the
+    /// record of a recent run tells of one.
     fn is_output(&self, digest: &Digest) -> bool {
         let outputs = || {
-            let digests = |result: ActionResult| -> Vec<Digest> {
-                let artifacts = result.outputs.values().flat_map(|o| o.value.artifacts());
-                artifacts.map(|artifact| artifact.digest).collect()
-            };
-            self.cache.actions().all().flat_map(digests).collect()
+            let all = self.cache.actions().all();
+            all.flat_map(|result| digests(&result)).collect()
+        };
+        let overwritten = || {
+            let overwritten = self.overwritten.lock();
+            let overwritten = overwritten.unwrap_or_else(PoisonError::into_inner);
+            overwritten.contains(digest)
         };
         self.known_outputs.get_or_init(outputs).contains(digest)
+            || overwritten()
+            || is_recorded(self.cache.dir(), digest)
+    }
+
+    /// A result of this key is about to be overwritten: what it made may lie in the project.
+    pub(super) fn remember_outputs(&self, key: &ActionKey) {
+        let Some(result) = self.cache.actions().get(key) else {
+            return;
+        };
+        let overwritten = self.overwritten.lock();
+        let mut overwritten = overwritten.unwrap_or_else(PoisonError::into_inner);
+        overwritten.extend(digests(&result));
     }
 
     /// Takes a place of the project for an action: a path that names an item is known only now.
@@ -235,6 +254,26 @@ impl Worker {
         let outputs = outputs.iter();
         outputs.map(|(port, o)| (port.clone(), info(o))).collect()
     }
+}
+
+fn digests(result: &ActionResult) -> Vec<Digest> {
+    let artifacts = result.outputs.values().flat_map(|o| o.value.artifacts());
+    artifacts.map(|artifact| artifact.digest).collect()
+}
+
+/// A step of a recent run ended with an output of these bytes, by the run's record.
+fn is_recorded(cache: &Path, digest: &Digest) -> bool {
+    let hex = digest.to_hex();
+    let told = |run: PathBuf| {
+        let events = std::fs::read_to_string(run.join("events.jsonl")).unwrap_or_default();
+        let mut lines = events.lines().filter(|line| line.contains(&hex));
+        lines.any(|line| match serde_json::from_str(line) {
+            Ok(RunEvent::StepFinished { outputs, .. }) => outputs.values().any(|o| o.digest == hex),
+            _ => false,
+        })
+    };
+    let runs = CacheReader::open(cache).runs();
+    runs.into_iter().take(RUNS).any(told)
 }
 
 /// The metrics of a command: the top level of its output `metrics`, a JSON file, if it has one.
