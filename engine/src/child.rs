@@ -277,3 +277,39 @@ fn pid(child: &Child) -> Pid {
     // The system's own type for a process id is i32.
     Pid::from_raw(child.id().cast_signed())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::run::Mask;
+
+    #[derive(Default)]
+    struct Pieces(Mutex<Vec<String>>, Mask);
+
+    impl StepReporter for Pieces {
+        fn progress(&self, _: u64, _: u64, _: &str, _: &str) {}
+        fn warning(&self, _: &str) {}
+        fn log(&self, text: &str) {
+            self.0.lock().unwrap().push(text.to_owned());
+        }
+        fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
+            self.1.cut(line, at)
+        }
+    }
+
+    #[test]
+    fn a_long_line_is_logged_in_pieces_and_no_secret_is_cut() {
+        let (before, after) = ("x".repeat(LINE - 3), "y".repeat(2 * LINE));
+        let line = format!("{before}s3cret{after}");
+        let pieces = Pieces(Mutex::default(), Mask::new(["s3cret".to_owned()]));
+        log_in_pieces(&line, &pieces);
+        let pieces = pieces.0.into_inner().unwrap();
+        assert_eq!(pieces.concat(), line);
+        assert!(pieces.len() > 2 && pieces[1].starts_with("s3cret"));
+        assert!(pieces.iter().all(|piece| piece.len() <= LINE + 6));
+        let short = Pieces::default();
+        log_in_pieces("", &short);
+        assert_eq!(short.0.into_inner().unwrap(), [""]);
+    }
+}

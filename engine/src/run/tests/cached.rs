@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde_json::json;
 
 use super::diamond;
+use crate::event::RunEvent;
 use crate::pipeline::{CachePolicy, StepNode};
 use crate::plan::{Plan, PlanStatus};
 use crate::step::{Port, StepError};
@@ -284,6 +285,36 @@ fn what_an_earlier_run_published_is_no_users_file_though_its_result_was_overwrit
     let ran = bench.run(&[step]);
     let kept = ran.summary.run_dir.join(crate::record::REPLACED);
     assert_eq!(std::fs::read_to_string(kept.join("t.txt")).unwrap(), "mine");
+}
+
+#[test]
+fn a_killed_runs_job_has_ended_before_the_step_runs_here() {
+    let bench = Bench::new().unwrap();
+    let step = [node("a").change(|s| s.cache = CachePolicy::Never)];
+    let ran = bench.run(&step);
+    let key = ran.events.iter().find_map(|event| match event {
+        RunEvent::StepStarted { key, .. } => Some(key.clone()),
+        _ => None,
+    });
+    let folder = bench.cache_dir().join("jobs").join(key.unwrap());
+    let attempt = folder.join("1");
+    std::fs::create_dir_all(&attempt).unwrap();
+    let ordered = r#"{"version":1,"system":"a","id":"job-1","attempt":1}"#;
+    std::fs::write(folder.join("job.json"), ordered).unwrap();
+    std::fs::write(attempt.join("claimed"), "").unwrap();
+    let worker = std::thread::spawn(move || {
+        while !attempt.join("cancel").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let answer = r#"{"failed":{"kind":"cancelled","message":"stopped","help":null}}"#;
+        std::fs::write(attempt.join("messages.jsonl"), format!("{answer}\n"))
+    });
+    let ran = bench.run(&step);
+    worker.join().unwrap().unwrap();
+    assert_eq!(ran.ends(), ["a ran"]);
+    assert!(!folder.exists());
+    let log = std::fs::read_to_string(ran.summary.run_dir.join("logs/a.log")).unwrap();
+    assert!(log.contains("job-1"), "{log}");
 }
 
 #[test]
