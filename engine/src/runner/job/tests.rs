@@ -305,13 +305,15 @@ fn a_job_that_died_is_begun_again_and_not_for_ever() {
 #[test]
 fn a_job_that_the_system_tells_to_stop_gives_no_answer() {
     let desk = Desk::new();
+    // The first attempt does not end before it is told to.
+    let command = format!("case \"$PWD\" in */1/place) sleep 100;; esac; {WORK}");
     let preempted = || JobEnd::Killed("preempted".to_owned());
-    desk.run(WORK, &[Fate::Told(preempted)]).unwrap();
+    desk.run(&command, &[Fate::Told(preempted)]).unwrap();
     assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 2));
     assert!(desk.heard("preempted; it is begun again"));
     let desk = Desk::new();
     let stopped = Fate::Told(|| JobEnd::Stopped);
-    let error = desk.run(WORK, &[stopped]).unwrap_err();
+    let error = desk.run(&command, &[stopped]).unwrap_err();
     assert_eq!((error.kind, desk.orders()), (StepErrorKind::Failed, 1));
     assert!(error.message.contains("was stopped"), "{}", error.message);
 }
