@@ -2,8 +2,9 @@
 //! down as another, within a day and at a lower price.
 //!
 //! An order is written down before it is placed and until its answers are there, so that a killed
-//! run waits for the same batch, also when it did not hear that it was made. Invariant: a request
-//! is in one batch of those that may still answer it.
+//! run waits for the same batch, also when it did not hear that it was made. Answers to requests
+//! that the run has not asked again yet are kept beside it until it does. Invariants: a request is
+//! in one batch of those that may still answer it; an answer that came is not ordered again.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,7 +19,12 @@ use serde_json::{Value, json};
 
 use super::retry::{self, Failure};
 use super::{Api, ApiError, OpenAiSpec, fitting, model_id, wire};
-use crate::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Refused, Request, Spending, Taken};
+use crate::lm::{
+    Completion, Ledger, Lm, LmError, OnAnswer, Patience, Refused, Request, Spending, Taken,
+};
+
+#[cfg(test)]
+mod tests;
 
 type Answer = Result<Completion, LmError>;
 
@@ -28,12 +34,16 @@ const MOST_BYTES: usize = 190 << 20;
 /// Waits between looks: the first, and the longest.
 const FIRST_LOOK: Duration = Duration::from_millis(500);
 const LONGEST_LOOK: Duration = Duration::from_secs(60);
+/// How long a batch may take: a budget that other batches hold back is waited for so long.
+const WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 /// Batches in a page of the list.
 const PAGE: &str = "100";
 /// Where the order stands while its answers are not here.
 const ORDER: &str = "order.json";
 /// What goes up.
 const REQUESTS: &str = "requests.jsonl";
+/// Answers of an earlier order that nobody has asked for since, as they came.
+const KEPT: &str = "answers.jsonl";
 
 /// Hears how a batch goes on: requests done, of how many, and in words.
 pub type Told = Box<dyn Fn(u64, u64, &str) + Send + Sync>;
@@ -60,11 +70,32 @@ struct Order {
     batch: Option<String>,
 }
 
+/// How a batch ended.
+struct Ended {
+    /// In words.
+    told: String,
+    /// Its lines.
+    lines: String,
+    /// The server took none of its requests.
+    refused: bool,
+    /// The server does not know it any more.
+    gone: bool,
+}
+
+/// What a request has cost.
+#[derive(Clone, Copy)]
+enum Charge {
+    Nothing,
+    /// So many tokens, or up to its worst case.
+    Used(Option<Spending>),
+}
+
 /// Requests by name, and their answers.
 struct Job<'a> {
     requests: &'a [Request],
     places: BTreeMap<String, usize>,
     answers: Vec<Option<Answer>>,
+    charges: Vec<Charge>,
     on_answer: &'a OnAnswer<'a>,
 }
 
@@ -106,9 +137,11 @@ impl Batched {
     }
 
     fn answer_all(&self, job: &mut Job<'_>) -> Result<(), LmError> {
-        // That of a run that was cut short.
+        self.take_kept(job)?;
+        // That of a run that was cut short; what it did not answer is ordered anew.
         if let Some(order) = self.placed()? {
-            self.collect(&order, job)?;
+            let ended = self.collect(&order)?;
+            self.hand_out(&ended, job, false)?;
             self.forget()?;
         }
         loop {
@@ -116,22 +149,118 @@ impl Batched {
             if open.is_empty() {
                 return Ok(());
             }
-            let taken = self.afford(job, &open)?;
+            let mut taken = self.afford(job, &open)?;
             let (text, count) = self.file(job, &taken);
-            let order = self.place(&text)?;
-            let end = self.collect(&order, job)?;
-            self.forget()?;
-            for (place, (at, part)) in taken.into_iter().enumerate() {
-                settle(part, job.answers[at].as_ref());
-                if place < count {
-                    let why = format!("{end} without an answer");
-                    job.answer(at, Err(LmError::Unavailable(why)));
+            give_back(taken.split_off(count));
+            let order = match self.place(&text) {
+                Ok(order) => order,
+                Err(error) => {
+                    // After an outage, nobody knows what became of it.
+                    if matches!(error, LmError::Barred(_)) {
+                        give_back(taken);
+                    }
+                    return Err(error);
                 }
+            };
+            let ended = self.collect(&order)?;
+            let whole = self.hand_out(&ended, job, true)?;
+            self.forget()?;
+            if ended.refused {
+                give_back(taken);
+                return Err(LmError::Rejected(ended.told));
+            }
+            for (at, part) in taken {
+                let charge = match &job.answers[at] {
+                    None if ended.gone || !whole => Charge::Used(None),
+                    _ => job.charges[at],
+                };
+                settle(part, charge);
+                let why = format!("{} without an answer", ended.told);
+                job.answer(at, Err(LmError::Unavailable(why)));
             }
         }
     }
 
-    /// As many requests as the budget has place for, each with its worst case.
+    /// Answers requests by what an earlier order has answered. What cannot be used is ordered anew.
+    fn take_kept(&self, job: &mut Job<'_>) -> Result<(), LmError> {
+        let mut kept = self.kept()?;
+        if kept.is_empty() {
+            return Ok(());
+        }
+        kept.retain(|name, line| {
+            let Some(at) = job.places.get(name).copied() else {
+                return true;
+            };
+            if let Ok(line) = serde_json::from_str::<Value>(line)
+                && let (Ok(answer), _) = self.read(&line, &job.requests[at])
+            {
+                job.answer(at, Ok(answer));
+            }
+            false
+        });
+        self.keep(&kept)
+    }
+
+    /// Answers requests by the lines of a batch, and keeps the answers to others. What a batch that
+    /// is not this call's `own` has only errors for stays open. Says whether all could be read.
+    fn hand_out(&self, ended: &Ended, job: &mut Job<'_>, own: bool) -> Result<bool, LmError> {
+        let mut others = BTreeMap::new();
+        let mut whole = true;
+        for text in ended.lines.lines().filter(|line| !line.trim().is_empty()) {
+            let line: Value = serde_json::from_str(text).unwrap_or_default();
+            let Some(name) = line["custom_id"].as_str() else {
+                whole = false;
+                continue;
+            };
+            let Some(at) = job.places.get(name).copied() else {
+                if is_answer(&line) {
+                    others.insert(name.to_owned(), text.to_owned());
+                }
+                continue;
+            };
+            let (answer, charge) = self.read(&line, &job.requests[at]);
+            job.charges[at] = charge;
+            if own || answer.is_ok() {
+                job.answer(at, answer);
+            }
+        }
+        if !others.is_empty() {
+            let mut kept = self.kept()?;
+            kept.append(&mut others);
+            self.keep(&kept)?;
+        }
+        Ok(whole)
+    }
+
+    /// The lines that are kept, by the names of their requests.
+    fn kept(&self) -> Result<BTreeMap<String, String>, LmError> {
+        let path = self.folder.join(KEPT);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+            Err(e) => return Err(LmError::Rejected(format!("{}: {e}", path.display()))),
+        };
+        let named = |text: &str| {
+            let line: Value = serde_json::from_str(text).ok()?;
+            Some((line["custom_id"].as_str()?.to_owned(), text.to_owned()))
+        };
+        Ok(text.lines().filter_map(named).collect())
+    }
+
+    fn keep(&self, kept: &BTreeMap<String, String>) -> Result<(), LmError> {
+        if kept.is_empty() {
+            return self.remove(KEPT);
+        }
+        let mut text = String::new();
+        for line in kept.values() {
+            text += line;
+            text.push('\n');
+        }
+        self.replace(KEPT, &text)
+    }
+
+    /// As many requests as the budget has place for, each with its worst case. While other batches
+    /// hold back so much that there is place for none, it waits for them.
     fn afford(
         &self,
         job: &Job<'_>,
@@ -143,21 +272,32 @@ impl Batched {
         let broken = |e: io::Error| {
             LmError::Barred(format!("the ledger of the model's `budget` fails: {e}"))
         };
+        let model = &self.spec.model;
         let mut taken = Vec::new();
-        for at in open {
+        let mut patience = Patience::new(WINDOW);
+        let mut wait = FIRST_LOOK;
+        for at in open.iter().take(MOST_REQUESTS) {
             let need = wire::worst_case(&self.spec, &job.requests[*at]);
-            let told = match ledger.take(need).map_err(broken)? {
-                Ok(part) => {
-                    taken.push((*at, Some(part)));
-                    continue;
+            loop {
+                match ledger.take(need).map_err(broken)? {
+                    Ok(part) => {
+                        taken.push((*at, Some(part)));
+                        break;
+                    }
+                    Err(_) if !taken.is_empty() => return Ok(taken),
+                    Err(Refused::Spent(told)) => return Err(super::spent(model, &told)),
+                    Err(Refused::Later(held)) if patience.is_over(ledger, held) => {
+                        let told = ledger.stuck(need).map_err(broken)?;
+                        return Err(super::held_back(model, &told));
+                    }
+                    Err(Refused::Later(_)) => {
+                        let text = "waits for other batches, which hold back the model's `budget`";
+                        (self.told)(0, open.len() as u64, text);
+                        self.api.pause(wait).map_err(failed)?;
+                        wait = longer(wait);
+                    }
                 }
-                Err(Refused::Spent(told)) => told,
-                Err(Refused::Later) => ledger.stuck(need).map_err(broken)?,
-            };
-            if taken.is_empty() {
-                return Err(super::spent(&self.spec.model, &told));
             }
-            break;
         }
         Ok(taken)
     }
@@ -245,17 +385,22 @@ impl Batched {
         }
     }
 
-    /// Waits for a batch and takes its answers; says how it ended.
-    fn collect(&self, order: &Order, job: &mut Job<'_>) -> Result<String, LmError> {
+    /// Waits for a batch and fetches its lines.
+    fn collect(&self, order: &Order) -> Result<Ended, LmError> {
         let id = order.batch.as_deref().unwrap_or_default();
         let mut wait = FIRST_LOOK;
         let batch = loop {
             let batch = match self.api.get(&["batches", id], &[]) {
                 Ok(batch) => batch,
                 Err(error) if error.status() == Some(404) => {
-                    return Ok(format!(
-                        "the server does not know the batch `{id}` any more, it is gone"
-                    ));
+                    let told =
+                        format!("the server does not know the batch `{id}` any more, it is gone");
+                    return Ok(Ended {
+                        told,
+                        lines: String::new(),
+                        refused: false,
+                        gone: true,
+                    });
                 }
                 Err(error) => return Err(failed(error)),
             };
@@ -268,84 +413,85 @@ impl Batched {
                 break batch;
             }
             self.api.pause(wait).map_err(failed)?;
-            wait = wait.mul_f64(1.5).min(LONGEST_LOOK);
+            wait = longer(wait);
         };
+        let mut lines = String::new();
         for name in ["output_file_id", "error_file_id"] {
             if let Some(file) = batch[name].as_str() {
-                let text = self.api.text(&["files", file, "content"]).map_err(failed)?;
-                for line in text.lines().filter(|line| !line.trim().is_empty()) {
-                    self.line(line, job)?;
-                }
+                lines += &self.api.text(&["files", file, "content"]).map_err(failed)?;
+                lines.push('\n');
             }
         }
         let status = text_of(&batch, "status")?;
+        // Its file was not taken.
+        let refused = status == "failed";
         let why = batch
             .pointer("/errors/data/0/message")
             .and_then(Value::as_str);
-        if let ("failed", Some(why)) = (status.as_str(), why) {
-            return Err(LmError::Rejected(format!(
-                "the server refused the batch `{id}`: {why}"
-            )));
-        }
-        Ok(format!("the batch `{id}` ended as {status}"))
-    }
-
-    /// One answer.
-    fn line(&self, line: &str, job: &mut Job<'_>) -> Result<(), LmError> {
-        let unreadable =
-            |e| LmError::Unavailable(format!("a line of the batch's answers is no JSON: {e}"));
-        let line: Value = serde_json::from_str(line).map_err(unreadable)?;
-        // Another run has asked for more than this one needs.
-        let Some(at) = line["custom_id"]
-            .as_str()
-            .and_then(|id| job.places.get(id).copied())
-        else {
-            return Ok(());
+        let told = match why.filter(|_| refused) {
+            Some(why) => format!("the server refused the batch `{id}`: {why}"),
+            None => format!("the batch `{id}` ended as {status}"),
         };
-        let answer = self.read(&line, &job.requests[at]);
-        job.answer(at, answer);
-        Ok(())
+        Ok(Ended {
+            told,
+            lines,
+            refused,
+            gone: false,
+        })
     }
 
-    fn read(&self, line: &Value, request: &Request) -> Answer {
+    /// What a line answers, and what that has cost.
+    fn read(&self, line: &Value, request: &Request) -> (Answer, Charge) {
         let shown = "the batch";
         if let Some(message) = line.pointer("/error/message").and_then(Value::as_str) {
-            return Err(LmError::Unavailable(format!("{shown}: {message}")));
+            let error = LmError::Unavailable(format!("{shown}: {message}"));
+            return (Err(error), Charge::Nothing);
         }
-        let body = line["response"]["body"].to_string();
-        let status = line["response"]["status_code"].as_u64().unwrap_or(200);
-        let status = u16::try_from(status)
-            .ok()
-            .and_then(|n| StatusCode::from_u16(n).ok());
-        let status = status.unwrap_or(StatusCode::OK);
-        let read = if status.is_success() {
-            wire::completion(body.as_bytes())
+        let body = &line["response"]["body"];
+        let text = body.to_string();
+        let status = status_of(line);
+        let (read, charge) = if status.is_success() {
+            let read = wire::completion(text.as_bytes())
                 .map_err(|why| Failure::Unreadable { why })
-                .and_then(|answer| fitting(&self.spec, shown, request, answer))
+                .and_then(|answer| fitting(&self.spec, shown, request, answer));
+            (read, Charge::Used(wire::used(body)))
         } else {
-            let why = wire::error_text(body.as_bytes());
-            let code = wire::error_code(body.as_bytes());
+            let why = wire::error_text(text.as_bytes());
+            let code = wire::error_code(text.as_bytes());
             let code = code.as_deref();
-            Err(retry::of_status(
-                status, &why, code, None, shown, &self.spec,
-            ))
+            let failure = retry::of_status(status, &why, code, None, shown, &self.spec);
+            let charge = match failure.may_cost() {
+                true => Charge::Used(None),
+                false => Charge::Nothing,
+            };
+            (Err(failure), charge)
         };
-        match read {
+        let answer = match read {
             Err(Failure::Withheld) => Ok(wire::withheld()),
             read => read.map_err(|failure| failure.into_error(shown, "batch")),
-        }
+        };
+        (answer, charge)
     }
 
     fn write(&self, order: &Order) -> Result<(), LmError> {
-        let path = self.folder.join(ORDER);
+        self.replace(ORDER, &json!(order).to_string())
+    }
+
+    fn forget(&self) -> Result<(), LmError> {
+        self.remove(ORDER)
+    }
+
+    /// Writes a file whole, or leaves the one that was there.
+    fn replace(&self, name: &str, text: &str) -> Result<(), LmError> {
+        let path = self.folder.join(name);
         let part = path.with_extension("part");
-        std::fs::write(&part, json!(order).to_string())
+        std::fs::write(&part, text)
             .and_then(|()| std::fs::rename(&part, &path))
             .map_err(|e| LmError::Rejected(format!("{}: {e}", path.display())))
     }
 
-    fn forget(&self) -> Result<(), LmError> {
-        let path = self.folder.join(ORDER);
+    fn remove(&self, name: &str) -> Result<(), LmError> {
+        let path = self.folder.join(name);
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(LmError::Rejected(format!("{}: {e}", path.display())))
@@ -367,6 +513,7 @@ impl Lm for Batched {
             requests,
             places: named.map(|(at, r)| (name(&self.id, r), at)).collect(),
             answers: requests.iter().map(|_| None).collect(),
+            charges: vec![Charge::Nothing; requests.len()],
             on_answer,
         };
         let ended = self.answer_all(&mut job);
@@ -386,12 +533,37 @@ fn name(model: &str, request: &Request) -> String {
     Digest::of_record("batch-request", &json!([model, request])).to_hex()
 }
 
-fn settle(part: Option<Taken<'_>>, answer: Option<&Answer>) {
-    match (part, answer) {
-        (Some(part), Some(Ok(answer))) => part.answered(Spending::of(answer)),
-        (Some(part), _) => part.refused(),
+fn settle(part: Option<Taken<'_>>, charge: Charge) {
+    match (part, charge) {
+        (Some(part), Charge::Used(used)) => part.answered(used),
+        (Some(part), Charge::Nothing) => part.refused(),
         (None, _) => {}
     }
+}
+
+/// Gives back what requests hold that were not sent.
+fn give_back(taken: Vec<(usize, Option<Taken<'_>>)>) {
+    for (_, part) in taken {
+        settle(part, Charge::Nothing);
+    }
+}
+
+fn longer(wait: Duration) -> Duration {
+    wait.mul_f64(1.5).min(LONGEST_LOOK)
+}
+
+/// The HTTP status of a line's answer.
+fn status_of(line: &Value) -> StatusCode {
+    let status = line["response"]["status_code"].as_u64().unwrap_or(200);
+    u16::try_from(status)
+        .ok()
+        .and_then(|n| StatusCode::from_u16(n).ok())
+        .unwrap_or(StatusCode::OK)
+}
+
+/// Whether a line has an answer that was paid for.
+fn is_answer(line: &Value) -> bool {
+    line["error"].is_null() && !line["response"]["body"].is_null() && status_of(line).is_success()
 }
 
 fn text_of(object: &Value, name: &str) -> Result<String, LmError> {

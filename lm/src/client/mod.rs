@@ -32,8 +32,8 @@ use futures::StreamExt as _;
 use tokio::time::Instant;
 
 use crate::lm::{
-    Completion, FinishReason, Ledger, Lm, LmError, OnAnswer, Refused, Request, Spending, Taken,
-    prompt_tokens,
+    Completion, FinishReason, Ledger, Lm, LmError, OnAnswer, Patience, Refused, Request, Spending,
+    Taken, prompt_tokens,
 };
 pub use api::{Api, ApiError};
 pub use batch::{Batched, Told};
@@ -231,7 +231,7 @@ impl OpenAi {
     }
 
     /// Takes the worst case of a request out of the budget. While requests under way hold too much
-    /// of it back, it waits for them; they end within `deadline`.
+    /// of it back, it waits for them; each ends within `deadline`.
     async fn afford(
         &self,
         request: &Request,
@@ -245,20 +245,23 @@ impl OpenAi {
             LmError::Barred(format!("the ledger of the model's `budget` fails: {e}"))
         };
         let need = wire::worst_case(&self.spec, request);
-        let started = Instant::now();
-        let told = loop {
+        let mut patience = Patience::new(deadline);
+        let error = loop {
             match ledger.take(need).map_err(broken)? {
                 Ok(taken) => return Ok(Some(taken)),
-                Err(Refused::Spent(told)) => break told,
-                Err(Refused::Later) if started.elapsed() > deadline => {
-                    break ledger.stuck(need).map_err(broken)?;
+                Err(Refused::Spent(told)) => break spent(&self.spec.model, &told),
+                Err(Refused::Later(held)) if patience.is_over(ledger, held) => {
+                    let told = ledger.stuck(need).map_err(broken)?;
+                    break held_back(&self.spec.model, &told);
                 }
-                Err(Refused::Later) => {
+                Err(Refused::Later(_)) => {
                     self.unless_stopped(tokio::time::sleep(LOOK_EVERY)).await?;
+                    if let Some(error) = down.get() {
+                        return Err(error.clone());
+                    }
                 }
             }
         };
-        let error = spent(&self.spec.model, &told);
         Err(down.get_or_init(|| error).clone())
     }
 
@@ -351,16 +354,25 @@ pub fn model_id(spec: &OpenAiSpec) -> String {
     id
 }
 
-/// Tokens of an answer at most.
+/// The most that one request may use, sent once: what `budget` sets aside for it.
 #[must_use]
-pub fn answer_tokens(spec: &OpenAiSpec, request: &Request) -> u64 {
-    wire::worst_case(spec, request).completion
+pub fn worst_case(spec: &OpenAiSpec, request: &Request) -> Spending {
+    wire::worst_case(spec, request)
 }
 
 /// A budget that has no place for one more request; `told` has the sums.
 fn spent(model: &str, told: &str) -> LmError {
     LmError::Barred(format!(
         "the run's `budget` for `{model}` is spent: {told}; raise it, or run again: each run has \
+         the whole budget"
+    ))
+}
+
+/// A budget that others hold back, who do not end.
+fn held_back(model: &str, told: &str) -> LmError {
+    LmError::Barred(format!(
+        "the run's `budget` for `{model}` is held back by requests of which nothing is heard, \
+         perhaps those of a process that was killed: {told}; raise it, or run again: each run has \
          the whole budget"
     ))
 }

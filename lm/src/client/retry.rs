@@ -26,6 +26,8 @@ pub(super) enum Failure {
     Again {
         why: String,
         after: Option<Duration>,
+        /// It may be the word of a proxy that lost the answer, or did not wait for it.
+        computed: bool,
     },
     /// The connection broke, or no answer came in time: the server may have computed one.
     Lost { why: String },
@@ -58,7 +60,13 @@ impl Failure {
 
     /// Whether the server may have computed, and charged for, an answer that did not arrive.
     pub(super) fn may_cost(&self) -> bool {
-        matches!(self, Self::Lost { .. } | Self::Unreadable { .. })
+        match self {
+            Self::Lost { .. } | Self::Unreadable { .. } => true,
+            Self::Again { computed, .. } => *computed,
+            Self::Final(_) | Self::Barred { .. } | Self::Withheld | Self::Unreachable { .. } => {
+                false
+            }
+        }
     }
 
     /// The error once no try is left; `tries` says how many there were.
@@ -141,6 +149,8 @@ const BARRING: [&str; 8] = [
     "unsupported_parameter",
     "unsupported_value",
 ];
+/// Statuses that proxies give when the server behind them may have computed an answer.
+const BY_PROXIES: [u16; 5] = [408, 502, 503, 504, 524];
 /// Codes of a prompt that was withheld (Azure, OpenAI).
 const WITHHELD: [&str; 2] = ["content_filter", "content_policy_violation"];
 
@@ -160,7 +170,12 @@ pub(super) fn of_status(
     let barring = code.is_some_and(|code| BARRING.contains(&code));
     if !barring && (status >= 500 || [408, 409, 425, 429].contains(&status)) {
         let why = format!("status {status}: {why}");
-        return Failure::Again { why, after };
+        let computed = BY_PROXIES.contains(&status);
+        return Failure::Again {
+            why,
+            after,
+            computed,
+        };
     }
     let help = match (status, &spec.api_key_env) {
         (401 | 403, Some(name)) => format!("; check the key in `{name}`"),
@@ -228,6 +243,26 @@ mod tests {
             assert_eq!(after_of("retry-after", nonsense), None, "{nonsense}");
         }
         assert_eq!(after(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn what_a_proxy_says_of_a_server_may_have_cost() {
+        let spec = serde_json::json!({"base_url": "http://h/v1", "model": "m"});
+        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
+        for (status, costs) in [
+            (400, false),
+            (401, false),
+            (408, true),
+            (429, false),
+            (500, false),
+            (502, true),
+            (503, true),
+            (504, true),
+        ] {
+            let status = StatusCode::from_u16(status).unwrap();
+            let failure = of_status(status, "", None, None, "http://h", &spec);
+            assert_eq!(failure.may_cost(), costs, "{status}");
+        }
     }
 
     #[test]

@@ -30,28 +30,8 @@ pub(super) fn body(spec: &OpenAiSpec, request: &Request) -> Value {
         if let Some(seed) = sampling.seed {
             fields.insert("seed".into(), json!(seed));
         }
-        match (spec.guided, allowed(spec, request)) {
-            (Some(Guided::Vllm), Some(texts)) => {
-                fields.insert("structured_outputs".into(), json!({ "choice": texts }));
-            }
-            (Some(Guided::LlamaCpp), Some(texts)) => {
-                let texts: Vec<String> = texts.iter().map(|text| quoted(text)).collect();
-                let grammar = format!("root ::= {}", texts.join(" | "));
-                fields.insert("grammar".into(), json!(grammar));
-            }
-            (Some(Guided::JsonSchema), Some(_)) => {
-                let values = request.choices.as_ref().map(|choices| &choices.values);
-                let schema = json!({
-                    "type": "object",
-                    "properties": { ANSWER: { "type": "string", "enum": values } },
-                    "required": [ANSWER],
-                    "additionalProperties": false,
-                });
-                let named = json!({ "name": ANSWER, "strict": true, "schema": schema });
-                let format = json!({ "type": "json_schema", "json_schema": named });
-                fields.insert("response_format".into(), format);
-            }
-            _ => {}
+        if let Some((name, value)) = restriction(spec, request) {
+            fields.insert(name.into(), value);
         }
         for (name, value) in &spec.body {
             match value {
@@ -63,12 +43,45 @@ pub(super) fn body(spec: &OpenAiSpec, request: &Request) -> Value {
     body
 }
 
+/// The field that has the server give one of the allowed answers, in its own way.
+fn restriction(spec: &OpenAiSpec, request: &Request) -> Option<(&'static str, Value)> {
+    let texts = allowed(spec, request)?;
+    Some(match spec.guided? {
+        Guided::Vllm => ("structured_outputs", json!({ "choice": texts })),
+        Guided::LlamaCpp => {
+            let texts: Vec<String> = texts.iter().map(|text| quoted(text)).collect();
+            let grammar = format!("root ::= {}", texts.join(" | "));
+            ("grammar", json!(grammar))
+        }
+        Guided::JsonSchema => {
+            let values = request.choices.as_ref().map(|choices| &choices.values);
+            let schema = json!({
+                "type": "object",
+                "properties": { ANSWER: { "type": "string", "enum": values } },
+                "required": [ANSWER],
+                "additionalProperties": false,
+            });
+            let named = json!({ "name": ANSWER, "strict": true, "schema": schema });
+            let format = json!({ "type": "json_schema", "json_schema": named });
+            ("response_format", format)
+        }
+    })
+}
+
 /// Fields that bound an answer's tokens.
 const BOUNDS: [&str; 2] = ["max_tokens", "max_completion_tokens"];
 
-/// The most that a request may use.
+/// The most that a request may use. A server may count a schema, or what else `body` has it read
+/// (tools, a prediction), as part of the prompt.
 pub(super) fn worst_case(spec: &OpenAiSpec, request: &Request) -> Spending {
     let mut need = Spending::at_most(request);
+    let choices = restriction(spec, request).map(|(_, value)| value);
+    let texts = |value: &&Value| value.is_string() || value.is_array() || value.is_object();
+    let more = choices
+        .iter()
+        .chain(spec.body.values().filter(texts))
+        .map(|value| value.to_string().len() as u64);
+    need.prompt += more.sum::<u64>();
     let bounds = BOUNDS
         .iter()
         .filter_map(|name| spec.body.get(*name)?.as_u64());
@@ -171,6 +184,16 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
     })
 }
 
+/// What an answer says that it used; `None` where its server does not count.
+pub(super) fn used(body: &Value) -> Option<Spending> {
+    let count = |name: &str| body["usage"][name].as_u64().unwrap_or(0);
+    let used = Spending {
+        prompt: count("prompt_tokens"),
+        completion: count("completion_tokens"),
+    };
+    (used != Spending::default()).then_some(used)
+}
+
 /// The message in an error's body: OpenAI's, vLLM's or FastAPI's, else the text itself.
 pub(super) fn error_text(bytes: &[u8]) -> String {
     let body: Value = serde_json::from_slice(bytes).unwrap_or_default();
@@ -258,6 +281,29 @@ mod tests {
         assert_eq!(misplaced(&spec), None);
         spec.body.insert("stream".to_owned(), json!(true));
         assert_eq!(misplaced(&spec), Some("stream"));
+    }
+
+    #[test]
+    fn all_that_a_server_may_count_is_in_the_worst_case() {
+        let plain = worst_case(&spec(Value::Null), &request(None));
+        for (guided, field) in [
+            ("vllm", "structured_outputs"),
+            ("llama_cpp", "grammar"),
+            ("json_schema", "response_format"),
+        ] {
+            let mut spec = spec(json!(guided));
+            let sent = body(&spec, &request(None))[field].to_string().len() as u64;
+            let need = worst_case(&spec, &request(None));
+            assert_eq!(need.prompt, plain.prompt + sent, "{guided}");
+            assert_eq!(need.completion, plain.completion);
+            // It is not sent.
+            assert_eq!(worst_case(&spec, &request(Some("x"))), plain);
+            let tools = json!([{"type": "function"}]);
+            spec.body.insert("tools".to_owned(), tools.clone());
+            spec.body.insert("top_p".to_owned(), json!(0.5));
+            let more = worst_case(&spec, &request(None)).prompt;
+            assert_eq!(more, need.prompt + tools.to_string().len() as u64);
+        }
     }
 
     #[test]

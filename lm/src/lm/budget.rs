@@ -6,11 +6,14 @@
 //! killed keeps its worst case. Knows no provider. Invariant: what was spent and what is taken
 //! out are together no more than the budget.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -43,7 +46,8 @@ pub struct Spending {
 const TEMPLATE: u64 = 16;
 
 impl Spending {
-    /// The most that a request may use: no tokenizer makes more tokens than there are bytes.
+    /// The most that the messages of a request and its answer may use: no tokenizer makes more
+    /// tokens than there are bytes. What else goes up with them, its client adds.
     #[must_use]
     pub fn at_most(request: &Request) -> Self {
         let bytes = request.messages.iter().map(|m| m.content.len() as u64);
@@ -96,10 +100,27 @@ struct Sums {
 /// Bytes of the file: it is always written whole, so that no kill leaves half of it.
 const FILE: usize = 256;
 
+/// Requests under way in this process, by the file of their ledger: each step opens it for itself.
+static UNDER_WAY: LazyLock<Mutex<BTreeMap<PathBuf, Weak<AtomicUsize>>>> =
+    LazyLock::new(Mutex::default);
+
+/// The count of a ledger's file.
+fn under_way(path: PathBuf) -> Arc<AtomicUsize> {
+    let mut known = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner);
+    known.retain(|_, count| count.strong_count() > 0);
+    if let Some(count) = known.get(&path).and_then(Weak::upgrade) {
+        return count;
+    }
+    let count = Arc::new(AtomicUsize::new(0));
+    known.insert(path, Arc::downgrade(&count));
+    count
+}
+
 /// A budget with what was spent of it.
 #[derive(Debug)]
 pub struct Ledger {
     file: Mutex<File>,
+    under_way: Arc<AtomicUsize>,
     budget: Budget,
     prices: Prices,
 }
@@ -108,9 +129,45 @@ pub struct Ledger {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refused {
     /// It may fit once requests under way have given back what they did not use.
-    Later,
+    Later(Held),
     /// It does not fit: what was spent, and what there is.
     Spent(String),
+}
+
+/// The sums of a ledger when there was no place in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held(Sums);
+
+/// A wait for a place in a ledger.
+#[derive(Debug)]
+pub struct Patience {
+    longest: Duration,
+    since: Instant,
+    seen: Option<Held>,
+}
+
+impl Patience {
+    /// One that ends `longest` after the last sign of requests that may give something back.
+    #[must_use]
+    pub fn new(longest: Duration) -> Self {
+        Self {
+            longest,
+            since: Instant::now(),
+            seen: None,
+        }
+    }
+
+    /// Whether to wait no longer, to be asked each time there was no place: the sums have not
+    /// changed for so long, and no request of this process is under way.
+    pub fn is_over(&mut self, ledger: &Ledger, held: Held) -> bool {
+        let mine = ledger.under_way.load(Ordering::SeqCst);
+        if mine > 0 || self.seen != Some(held) {
+            self.seen = Some(held);
+            self.since = Instant::now();
+            return false;
+        }
+        self.since.elapsed() >= self.longest
+    }
 }
 
 impl Ledger {
@@ -127,6 +184,7 @@ impl Ledger {
             .open(path)?;
         Ok(Self {
             file: Mutex::new(file),
+            under_way: under_way(path.canonicalize()?),
             budget,
             prices: prices.unwrap_or_default(),
         })
@@ -142,17 +200,20 @@ impl Ledger {
                 sums.taken = sums.taken.plus(need);
                 None
             } else if self.fits(sums.spent.plus(need)) {
-                Some(Refused::Later)
+                Some(Refused::Later(Held(*sums)))
             } else {
-                Some(Refused::Spent(self.told(sums.spent, need)))
+                Some(Refused::Spent(self.told(sums.spent, "", need)))
             }
         })?;
         Ok(match refused {
-            None => Ok(Taken {
-                ledger: self,
-                need,
-                settled: false,
-            }),
+            None => {
+                self.under_way.fetch_add(1, Ordering::SeqCst);
+                Ok(Taken {
+                    ledger: self,
+                    need,
+                    settled: false,
+                })
+            }
             Some(refused) => Err(refused),
         })
     }
@@ -162,7 +223,8 @@ impl Ledger {
     /// # Errors
     /// When the file fails.
     pub fn stuck(&self, need: Spending) -> io::Result<String> {
-        self.change(|sums| self.told(sums.spent.plus(sums.taken), need))
+        let also = " or are held back";
+        self.change(|sums| self.told(sums.spent.plus(sums.taken), also, need))
     }
 
     fn fits(&self, all: Spending) -> bool {
@@ -171,19 +233,19 @@ impl Ledger {
             && self.budget.tokens.is_none_or(|most| all.tokens() <= most)
     }
 
-    fn told(&self, spent: Spending, need: Spending) -> String {
+    fn told(&self, spent: Spending, also: &str, need: Spending) -> String {
         let cost = |s: Spending| self.prices.cost(s.prompt, s.completion);
         let mut parts = Vec::new();
         if let Some(usd) = self.budget.usd {
             parts.push(format!(
-                "${:.4} of ${usd} were spent and one more request may cost ${:.4}",
+                "${:.4} of ${usd} were spent{also} and one more request may cost ${:.4}",
                 cost(spent),
                 cost(need)
             ));
         }
         if let Some(most) = self.budget.tokens {
             parts.push(format!(
-                "{} of {most} tokens were used and one more request may need {}",
+                "{} of {most} tokens were used{also} and one more request may need {}",
                 spent.tokens(),
                 need.tokens()
             ));
@@ -255,6 +317,7 @@ impl Drop for Taken<'_> {
         if !self.settled {
             self.settle(self.need);
         }
+        self.ledger.under_way.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -287,7 +350,10 @@ mod tests {
         let ledger = ledger(folder.path(), None, Some(250));
         let first = ledger.take(NEED).unwrap().unwrap();
         let second = ledger.take(NEED).unwrap().unwrap();
-        assert_eq!(ledger.take(NEED).unwrap().unwrap_err(), Refused::Later);
+        assert!(matches!(
+            ledger.take(NEED).unwrap().unwrap_err(),
+            Refused::Later(_)
+        ));
         first.answered(used(10, 5));
         let third = ledger.take(NEED).unwrap().unwrap();
         second.refused();
@@ -321,7 +387,7 @@ mod tests {
                 loop {
                     match ledger.take(NEED).unwrap() {
                         Ok(taken) => taken.answered(Some(NEED)),
-                        Err(Refused::Later) => continue,
+                        Err(Refused::Later(_)) => continue,
                         Err(Refused::Spent(_)) => return done,
                     }
                     done += 1;
@@ -331,6 +397,33 @@ mod tests {
             all.into_iter().map(|one| one.join().unwrap()).collect()
         });
         assert_eq!(threads.iter().sum::<usize>(), 100);
+    }
+
+    #[test]
+    fn a_wait_is_over_when_nothing_changes_and_nobody_of_this_process_is_under_way() {
+        let folder = tempfile::tempdir().unwrap();
+        // A killed process has left this.
+        let sums = r#"{"spent":{"prompt":0,"completion":0},"taken":{"prompt":60,"completion":40}}"#;
+        std::fs::write(folder.path().join("ledger"), format!("{sums:FILE$}")).unwrap();
+        let narrow = ledger(folder.path(), None, Some(150));
+        let mut patience = Patience::new(Duration::ZERO);
+        let mut over = || match narrow.take(NEED).unwrap().unwrap_err() {
+            Refused::Later(held) => patience.is_over(&narrow, held),
+            Refused::Spent(told) => unreachable!("{told}"),
+        };
+        assert!(!over());
+        assert!(over());
+        // As another step opens it.
+        let wide = ledger(folder.path(), None, Some(250));
+        let taken = wide.take(NEED).unwrap().unwrap();
+        for _ in 0..3 {
+            assert!(!over());
+        }
+        taken.refused();
+        assert!(!over(), "the sums have changed");
+        assert!(over());
+        let told = "100 of 150 tokens were used or are held back and one more request may need 100";
+        assert_eq!(narrow.stuck(NEED).unwrap(), told);
     }
 
     #[test]

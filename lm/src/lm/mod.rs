@@ -5,7 +5,7 @@ mod budget;
 mod cached;
 mod metered;
 
-pub use budget::{Budget, Ledger, Refused, Spending, Taken};
+pub use budget::{Budget, Held, Ledger, Patience, Refused, Spending, Taken};
 pub use cached::Cached;
 pub use metered::{Metered, Prices, Usage};
 
