@@ -234,15 +234,27 @@ impl Program {
             .collect();
         let mut ballots: Vec<Vec<RowResult>> = rows.iter().map(|_| Vec::new()).collect();
         for (round, (member, sample)) in rounds.iter().enumerate() {
-            let options = RunOptions {
+            let last = round + 1 == rounds.len();
+            let own = RunOptions {
                 // A row is settled by its last answer.
-                on_row: options.on_row.filter(|_| round + 1 == rounds.len()),
+                on_row: options.on_row.filter(|_| last),
                 ..*options
             };
             let drawn = votes.sampling(sampling, *sample);
-            let results = member.run_once(lm, &drawn, rows, &options);
+            let results = member.run_once(lm, &drawn, rows, &own);
+            let lost = results.iter().find_map(outage).cloned();
             for (ballots, result) in ballots.iter_mut().zip(results) {
                 ballots.push(result);
+            }
+            // Further rounds would be paid for in vain: some rows must be asked again anyway.
+            if let Some(error) = lost.filter(|_| !last) {
+                for (row, ballots) in ballots.iter_mut().enumerate() {
+                    end_early(ballots, &error);
+                    if let Some(on_row) = options.on_row {
+                        on_row(row);
+                    }
+                }
+                break;
             }
         }
         let field = self.voted_field();
@@ -334,6 +346,24 @@ impl Program {
             }
         }
         (0..jobs.len()).for_each(tell);
+    }
+}
+
+/// Why the model gave a row no answer, unless it is the row's own fault.
+fn outage(result: &RowResult) -> Option<&LmError> {
+    match &result.prediction {
+        Err(RowError::Lm(LmError::Rejected(_))) => None,
+        Err(RowError::Lm(error)) => Some(error),
+        _ => None,
+    }
+}
+
+/// A row that was not asked in every round has no majority.
+fn end_early(ballots: &mut [RowResult], error: &LmError) {
+    if let Some(ballot) = ballots.last_mut()
+        && !matches!(ballot.prediction, Err(RowError::Lm(_)))
+    {
+        ballot.prediction = Err(RowError::Lm(error.clone()));
     }
 }
 

@@ -337,3 +337,42 @@ fn draws_of_one_program_vote() {
     }
     assert_eq!(told.into_inner().unwrap(), 2);
 }
+
+#[test]
+fn an_outage_ends_the_rounds_and_a_row_that_is_refused_does_not() {
+    let majority = spec(
+        r#"{"majority": {"samples": 3, "programs": [{"predict": {
+            "adapter": "compact", "inputs": [{"name": "text"}],
+            "outputs": [{"name": "label", "type": "label"}]}}]}}"#,
+    );
+    let program = majority.build(&["a".into(), "b".into()]).unwrap();
+    let run = |error: LmError| {
+        let lm = Scripted::new(|request| match asked(request).contains("spoilt") {
+            true => Err(error.clone()),
+            false => Ok("a".to_owned()),
+        });
+        let told = Mutex::new(Vec::new());
+        let on_row = |row| told.lock().unwrap().push(row);
+        let options = RunOptions {
+            on_row: Some(&on_row),
+            ..RunOptions::default()
+        };
+        let rows = rows(&["q", "spoilt"]);
+        let results = program.run(&lm, &Sampling::default(), &rows, &options);
+        let mut told = told.into_inner().unwrap();
+        told.sort_unstable();
+        assert_eq!(told, [0, 1]);
+        let lost = |result: &RowResult| matches!(result.prediction, Err(RowError::Lm(_)));
+        let lost: Vec<bool> = results.iter().map(lost).collect();
+        (lm.batches.into_inner().unwrap(), lost)
+    };
+    for error in [
+        LmError::Unavailable("down".into()),
+        LmError::Barred("no key".into()),
+        LmError::Cancelled,
+    ] {
+        assert_eq!(run(error), (vec![2], vec![true, true]));
+    }
+    let refused = run(LmError::Rejected("too long".into()));
+    assert_eq!(refused, (vec![2, 2, 2], vec![false, true]));
+}
