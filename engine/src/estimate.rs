@@ -39,7 +39,8 @@ pub struct Estimate {
     /// US dollars, likely.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usd: Option<f64>,
-    /// US dollars that it will not exceed.
+    /// US dollars that its requests cannot exceed, each of them sent once: a try whose answer was
+    /// lost may be charged again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usd_at_most: Option<f64>,
     /// It costs money, but nobody can say how much.
@@ -53,7 +54,7 @@ pub struct TotalEstimate {
     /// US dollars, likely; none where it is not known of a step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usd: Option<f64>,
-    /// US dollars that are not exceeded; none where a step has no bound.
+    /// US dollars that are not exceeded in that sense; none where a step has no bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usd_at_most: Option<f64>,
     /// The steps of which nothing is known, and which are in neither sum.

@@ -277,11 +277,18 @@ pub fn examples(rows: &[Row], label_field: &str) -> Vec<Example> {
     rows.iter().map(example).collect()
 }
 
-/// Adds what a step spent to what it reports: `tokens`, and `cost_usd` where prices are known.
+/// The metric of the answers that cost nothing, where there are some.
+pub(crate) const KEPT_ANSWERS: &str = "kept_answers";
+
+/// Adds what a step spent to what it reports: `tokens`, `kept_answers` where there are some, and
+/// `cost_usd` where prices are known.
 #[must_use]
 pub fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
     let tokens = usage.prompt_tokens + usage.completion_tokens;
-    let outcome = outcome.metric("tokens", tokens);
+    let mut outcome = outcome.metric("tokens", tokens);
+    if usage.cached > 0 {
+        outcome = outcome.metric(KEPT_ANSWERS, usage.cached);
+    }
     match usage.cost {
         Some(cost) => outcome.metric("cost_usd", cost),
         None => outcome,

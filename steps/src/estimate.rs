@@ -1,16 +1,20 @@
 //! What the calls of a step would cost: the program is run over its rows against nothing, so that
-//! every prompt is written as it would be sent, and those with a kept answer are told apart.
+//! every prompt is written as it would be sent, and those with a kept answer are told apart. What is
+//! likely and what is the bound are counted apart: for the bound a request has its worst case, as
+//! `budget` takes it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flowrun_cache::CompletionCache;
 use flowrun_engine::estimate::{Estimate, Foresight};
-use flowrun_lm::client::{OpenAiSpec, Prices, answer_tokens, model_id};
-use flowrun_lm::lm::{Cached, Completion, Lm, LmError, OnAnswer, Request, prompt_tokens};
-use flowrun_lm::program::RunOptions;
+use flowrun_lm::client::{OpenAiSpec, Prices, model_id, worst_case};
+use flowrun_lm::lm::{
+    Cached, Completion, FinishReason, Lm, LmError, OnAnswer, Request, Spending, prompt_tokens,
+};
+use flowrun_lm::program::{Program, RunOptions};
 use serde_json::Value;
 
-use crate::answer::{SamplingSpec, examples};
+use crate::answer::{KEPT_ANSWERS, SamplingSpec, examples};
 use crate::models::ModelSpec;
 use crate::program_file::ProgramFile;
 use crate::rows::Row;
@@ -44,37 +48,61 @@ fn count(spec: &OpenAiSpec, calls: &Calls<'_>, given: &Foresight<'_>) -> Option<
     let (saved, program) = calls.file.prompt().ok()?;
     // What demos are chosen is known only with the encoder at hand; what a later stage is asked,
     // only with the answers of the one before.
-    let stages = program.predictors.len() > 1 && program.votes.is_none();
+    let stages = match &program.votes {
+        Some(votes) => votes.members.iter().any(|stages| *stages > 1),
+        None => program.predictors.len() > 1,
+    };
     if !saved.neighbours.is_empty() || stages {
         return None;
     }
-    let tally = Tally::new(spec, (given.completions)());
+    let seen = |worst| asked(spec, &program, calls, given, worst);
+    let likely = seen(false);
+    // An answer that cannot be read is asked for once more, in another format.
+    let mut formats = program.predictors.iter().map(|p| p.adapter.fallback());
+    let bound = match formats.any(|other| other.is_some()) {
+        true => seen(true),
+        false => likely,
+    };
+    Some(likely.estimate(&bound, spec.prices))
+}
+
+/// What is asked for the rows; in the `worst` case no answer can be read but those that are kept.
+fn asked(
+    spec: &OpenAiSpec,
+    program: &Program,
+    calls: &Calls<'_>,
+    given: &Foresight<'_>,
+    worst: bool,
+) -> Seen {
+    let tally = Tally::new(spec, (given.completions)(), worst);
     let rows = examples(calls.rows, calls.file.label_field());
-    let results = program.run(
-        &tally,
-        &calls.sampling.into(),
-        &rows,
-        &RunOptions::default(),
-    );
-    drop(results);
-    let seen = tally
+    let options = RunOptions::default();
+    program.run(&tally, &calls.sampling.into(), &rows, &options);
+    tally
         .seen
         .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
-    Some(seen.estimate(spec.prices))
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 fn as_before(spec: &OpenAiSpec, given: &Foresight<'_>) -> Estimate {
     let number = |name: &str| given.earlier.and_then(|metrics| metrics.get(name));
     // Where all answers were kept, nothing is known of what they cost once.
     let tokens = number("tokens").and_then(Value::as_u64).filter(|n| *n > 0);
-    let Some(tokens) = tokens else {
-        return Estimate {
-            uses: "calls of a model, how many is not known before".to_owned(),
-            unknown: spec.prices.is_some(),
-            ..Estimate::default()
-        };
+    let unknown = |uses: String| Estimate {
+        uses,
+        unknown: spec.prices.is_some(),
+        ..Estimate::default()
     };
+    let Some(tokens) = tokens else {
+        return unknown("calls of a model, how many is not known before".to_owned());
+    };
+    let kept = number(KEPT_ANSWERS).and_then(Value::as_u64).unwrap_or(0);
+    if kept > 0 {
+        return unknown(format!(
+            "an earlier result of it used {tokens} tokens beside {kept} kept answers; without \
+             them it uses more"
+        ));
+    }
     Estimate {
         uses: format!("{tokens} tokens, as an earlier result of it"),
         usd: number("cost_usd").and_then(Value::as_f64),
@@ -83,26 +111,28 @@ fn as_before(spec: &OpenAiSpec, given: &Foresight<'_>) -> Estimate {
 }
 
 /// Requests that would be sent, and kept answers.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Seen {
     requests: u64,
+    /// Tokens of prompts, roughly.
     prompt: u64,
-    /// Tokens of answers at most.
-    at_most: u64,
+    /// Each with its worst case.
+    at_most: Spending,
     kept: u64,
     kept_completion: u64,
 }
 
 impl Seen {
-    fn estimate(&self, prices: Option<Prices>) -> Estimate {
+    /// `bound` is what was seen in the worst case.
+    fn estimate(&self, bound: &Self, prices: Option<Prices>) -> Estimate {
         let Self {
             requests,
             prompt,
-            at_most,
             kept,
             ..
         } = *self;
-        if requests == 0 {
+        let at_most = bound.at_most.completion;
+        if bound.requests == 0 {
             return Estimate {
                 uses: format!("all {kept} answers are kept"),
                 usd: prices.map(|_| 0.0),
@@ -117,15 +147,18 @@ impl Seen {
             Some(completion) => format!("about {completion} tokens of answers"),
             None => format!("at most {at_most} tokens of answers"),
         };
-        let also = match kept {
+        let mut also = match bound.requests.saturating_sub(requests) {
             0 => String::new(),
-            kept => format!(", {kept} answers are kept"),
+            more => format!(", {more} more requests where answers cannot be read"),
         };
+        if kept > 0 {
+            also += &format!(", {kept} answers are kept");
+        }
         let cost = |completion| prices.map(|prices| prices.cost(prompt, completion));
         Estimate {
             uses: format!("{requests} requests, about {prompt} tokens of prompts, {answers}{also}"),
             usd: completion.and_then(cost),
-            usd_at_most: cost(at_most),
+            usd_at_most: prices.map(|prices| prices.cost(bound.at_most.prompt, at_most)),
             unknown: false,
         }
     }
@@ -135,15 +168,18 @@ impl Seen {
 struct Tally<'a> {
     spec: &'a OpenAiSpec,
     kept: Cached,
+    /// Whether all else is answered by what cannot be read.
+    worst: bool,
     seen: Mutex<Seen>,
 }
 
 impl<'a> Tally<'a> {
-    fn new(spec: &'a OpenAiSpec, completions: Arc<CompletionCache>) -> Self {
+    fn new(spec: &'a OpenAiSpec, completions: Arc<CompletionCache>, worst: bool) -> Self {
         let id = model_id(spec);
         Self {
             spec,
             kept: Cached::new(Arc::new(Nobody { id }), completions),
+            worst,
             seen: Mutex::default(),
         }
     }
@@ -170,11 +206,29 @@ impl Lm for Tally<'_> {
                 Err(_) => {
                     seen.requests += 1;
                     seen.prompt += prompt_tokens(request);
-                    seen.at_most += answer_tokens(self.spec, request);
+                    let most = worst_case(self.spec, request);
+                    seen.at_most.prompt += most.prompt;
+                    seen.at_most.completion += most.completion;
                 }
             }
         }
-        answers
+        let answer = |answer: Result<Completion, LmError>| match answer {
+            Err(_) if self.worst => Ok(unreadable()),
+            answer => answer,
+        };
+        answers.into_iter().map(answer).collect()
+    }
+}
+
+/// An answer without a field.
+fn unreadable() -> Completion {
+    Completion {
+        text: String::new(),
+        finish: FinishReason::Stop,
+        prompt_tokens: 0,
+        completion_tokens: 0,
+        choice_probs: None,
+        cached: false,
     }
 }
 
@@ -199,5 +253,101 @@ impl Lm for Nobody {
             answer
         };
         requests.iter().enumerate().map(answer).collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    use flowrun_lm::program::ProgramSpec;
+    use serde_json::json;
+
+    fn spec() -> OpenAiSpec {
+        let prices = json!({"input": 1.0, "output": 10.0});
+        let spec = json!({"base_url": "http://h/v1", "model": "m", "prices": prices});
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn prompt(format: &str) -> Value {
+        json!({"predict": {"format": format, "inputs": [{"name": "text"}],
+            "outputs": [{"name": "label", "type": "label"}]}})
+    }
+
+    fn estimated(program: Value, earlier: Option<&BTreeMap<String, Value>>) -> Estimate {
+        let program: ProgramSpec = serde_json::from_value(program).unwrap();
+        let file = ProgramFile::plain(&program, &["a".to_owned(), "b".to_owned()]).unwrap();
+        let rows: Vec<Row> = ["x", "ÄÖÜ"]
+            .iter()
+            .map(|text| serde_json::from_value(json!({"id": *text, "text": *text})).unwrap())
+            .collect();
+        let given = Foresight {
+            params: &Value::Null,
+            inputs: None,
+            completions: &|| Arc::new(CompletionCache::in_memory()),
+            earlier,
+        };
+        let calls = Calls {
+            file: &file,
+            sampling: SamplingSpec::default(),
+            rows: &rows,
+        };
+        estimate(&spec(), Some(calls), &given)
+    }
+
+    #[test]
+    fn the_bound_takes_a_token_for_each_byte_and_a_second_format_into_account() {
+        let one = estimated(prompt("dspy-2.5"), None);
+        assert!(one.uses.starts_with("2 requests, about"), "{}", one.uses);
+        let bound = one.usd_at_most.unwrap();
+        // 2,000 tokens of answers at $10, and the prompts.
+        assert!(bound > 0.02 && bound < 0.03, "{bound}");
+        let two = estimated(prompt("dspy-3"), None);
+        assert!(two.uses.starts_with("2 requests, about"), "{}", two.uses);
+        let more = "at most 4000 tokens of answers, 2 more requests where answers cannot be read";
+        assert!(two.uses.contains(more), "{}", two.uses);
+        assert!(two.usd_at_most.unwrap() > 0.04);
+    }
+
+    #[test]
+    fn stages_are_not_counted_within_votes_either() {
+        let votes = |program: Value| json!({"majority": {"samples": 3, "programs": [program]}});
+        let six = estimated(votes(prompt("dspy-2.5")), None);
+        assert!(six.uses.starts_with("6 requests, about"), "{}", six.uses);
+        let fields = |input: &str, output: &str| json!({"inputs": [{"name": input}], "outputs": [{"name": output}]});
+        let label = json!({"inputs": [{"name": "topic"}],
+            "outputs": [{"name": "label", "type": "label"}]});
+        let stages = json!({"stages": [
+            {"name": "first", "predict": fields("text", "topic")},
+            {"name": "second", "predict": label},
+        ]});
+        let staged = estimated(votes(stages), None);
+        assert!(staged.unknown && staged.usd_at_most.is_none(), "{staged:?}");
+    }
+
+    #[test]
+    fn an_earlier_result_that_took_kept_answers_says_no_price() {
+        let stages = json!({"stages": [
+            {"name": "first", "predict": {"inputs": [{"name": "text"}],
+                "outputs": [{"name": "topic"}]}},
+            {"name": "second", "predict": {"inputs": [{"name": "topic"}],
+                "outputs": [{"name": "label", "type": "label"}]}},
+        ]});
+        let mut earlier = BTreeMap::from([
+            ("tokens".to_owned(), json!(100)),
+            ("cost_usd".to_owned(), json!(0.5)),
+        ]);
+        let before = estimated(stages.clone(), Some(&earlier));
+        assert_eq!((before.usd, before.unknown), (Some(0.5), false));
+        earlier.insert(KEPT_ANSWERS.to_owned(), json!(40));
+        let before = estimated(stages, Some(&earlier));
+        assert_eq!((before.usd, before.unknown), (None, true));
+        assert!(
+            before.uses.contains("beside 40 kept answers"),
+            "{}",
+            before.uses
+        );
     }
 }

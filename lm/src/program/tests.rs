@@ -351,8 +351,8 @@ fn an_outage_ends_the_rounds_and_a_row_that_is_refused_does_not() {
             true => Err(error.clone()),
             false => Ok("a".to_owned()),
         });
-        let told = Mutex::new(Vec::new());
-        let on_row = |row| told.lock().unwrap().push(row);
+        let told = Mutex::new(Vec::<usize>::new());
+        let on_row = |row: usize| told.lock().unwrap().push(row);
         let options = RunOptions {
             on_row: Some(&on_row),
             ..RunOptions::default()
