@@ -21,6 +21,8 @@ use crate::schema_of;
 
 /// Rows that are asked about before their answers are written: many more than are in flight.
 const AT_ONCE: usize = 20_000;
+/// The same for a Batch API: as many as a batch takes.
+const IN_A_BATCH: usize = 50_000;
 
 /// The step kind.
 pub struct Bootstrap;
@@ -159,8 +161,9 @@ impl Step for Bootstrap {
         let mut kept = JsonlWriter::create(&ctx.output("rows"))?;
         let mut dropped = JsonlWriter::create(&ctx.output("dropped"))?;
         let mut rows = JsonlReader::<Row>::open(unlabelled)?;
+        let portion = portion(params.model.as_ref());
         loop {
-            let some: Vec<Row> = rows.by_ref().take(AT_ONCE).collect::<Result<_, _>>()?;
+            let some: Vec<Row> = rows.by_ref().take(portion).collect::<Result<_, _>>()?;
             if some.is_empty() {
                 break;
             }
@@ -190,6 +193,13 @@ impl Step for Bootstrap {
             .metric("labelled", kept)
             .metric("dropped", dropped);
         Ok(with_usage(outcome, &answerer.usage()))
+    }
+}
+
+fn portion(model: Option<&ModelSpec>) -> usize {
+    match server(model) {
+        Some(spec) if spec.batch => IN_A_BATCH,
+        _ => AT_ONCE,
     }
 }
 
@@ -282,4 +292,26 @@ fn labelled(
         row.dropped = Some(format!("confidence {sure:.2} is below {least}"));
     }
     row
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_batch_is_filled() {
+        let portion_of = |batch: bool| {
+            let entry = json!({
+                "provider": "openai", "base_url": "http://h/v1", "model": "m", "batch": batch,
+            });
+            let model: ModelSpec = serde_json::from_value(entry).unwrap();
+            portion(Some(&model))
+        };
+        assert_eq!(
+            [portion(None), portion_of(false), portion_of(true)],
+            [AT_ONCE, AT_ONCE, IN_A_BATCH]
+        );
+    }
 }
