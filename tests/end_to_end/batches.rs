@@ -42,6 +42,27 @@ fn rows_go_up_in_one_batch_and_what_it_left_out_in_another() {
 }
 
 #[test]
+fn a_request_that_a_batch_left_out_ends_the_rounds_of_a_vote() {
+    let (_folder, server) = upstream();
+    let late = std::sync::atomic::AtomicBool::new(true);
+    let oracle = BatchServer::start(&server.url, move |query| {
+        let strike = query == "query 5" && late.swap(false, std::sync::atomic::Ordering::SeqCst);
+        let error = json!({"code": "batch_expired", "message": "it expired"});
+        strike.then(|| json!({"response": null, "error": error}))
+    });
+    let project = project(ROWS, &oracle.url, "tiny", ", batch: true");
+    project.edit("p.yaml", "model: oracle }", "model: oracle, samples: 3 }");
+    let ended = run(&project);
+    assert_eq!(ended.code, Some(4), "{}\n{}", ended.stdout, ended.stderr);
+    assert_eq!(oracle.batches(), [ROWS]);
+    run(&project).ok();
+    all_there(&project, ROWS);
+    assert_eq!(oracle.batches(), [ROWS, 1, ROWS, ROWS]);
+    let answers = oracle.answers();
+    assert!(answers.values().all(|count| *count == 3), "{answers:?}");
+}
+
+#[test]
 fn a_batch_that_was_ordered_is_waited_for_after_a_lost_reply_and_after_a_kill() {
     let (_folder, server) = upstream();
     let oracle = BatchServer::start(&server.url, |_| None);

@@ -158,6 +158,7 @@ impl Batched {
                     // After an outage, nobody knows what became of it.
                     if matches!(error, LmError::Barred(_)) {
                         give_back(taken);
+                        self.forget()?;
                     }
                     return Err(error);
                 }
@@ -181,7 +182,7 @@ impl Batched {
         }
     }
 
-    /// Answers requests by what an earlier order has answered. What cannot be used is ordered anew.
+    /// Answers requests by what an earlier order has answered.
     fn take_kept(&self, job: &mut Job<'_>) -> Result<(), LmError> {
         let mut kept = self.kept()?;
         if kept.is_empty() {
@@ -191,10 +192,9 @@ impl Batched {
             let Some(at) = job.places.get(name).copied() else {
                 return true;
             };
-            if let Ok(line) = serde_json::from_str::<Value>(line)
-                && let (Ok(answer), _) = self.read(&line, &job.requests[at])
-            {
-                job.answer(at, Ok(answer));
+            if let Ok(line) = serde_json::from_str::<Value>(line) {
+                let (answer, _) = self.read(&line, &job.requests[at]);
+                job.answer(at, answer);
             }
             false
         });
@@ -202,7 +202,8 @@ impl Batched {
     }
 
     /// Answers requests by the lines of a batch, and keeps the answers to others. What a batch that
-    /// is not this call's `own` has only errors for stays open. Says whether all could be read.
+    /// is not this call's `own` gave no answer to, for nothing, stays open. Says whether all could
+    /// be read.
     fn hand_out(&self, ended: &Ended, job: &mut Job<'_>, own: bool) -> Result<bool, LmError> {
         let mut others = BTreeMap::new();
         let mut whole = true;
@@ -220,7 +221,8 @@ impl Batched {
             };
             let (answer, charge) = self.read(&line, &job.requests[at]);
             job.charges[at] = charge;
-            if own || answer.is_ok() {
+            // What was paid for and cannot be used is not paid for again before somebody has seen it.
+            if own || answer.is_ok() || matches!(charge, Charge::Used(_)) {
                 job.answer(at, answer);
             }
         }
