@@ -14,15 +14,16 @@ use std::time::Duration;
 
 use flowrun_cache::Digest;
 use reqwest::StatusCode;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use self::folder::{Folder, Order};
 use super::retry::{self, Failure};
 use super::{Api, ApiError, OpenAiSpec, fitting, model_id, wire};
 use crate::lm::{
     Completion, Ledger, Lm, LmError, OnAnswer, Patience, Refused, Request, Spending, Taken,
 };
 
+mod folder;
 #[cfg(test)]
 mod tests;
 
@@ -38,12 +39,6 @@ const LONGEST_LOOK: Duration = Duration::from_secs(60);
 const WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 /// Batches in a page of the list.
 const PAGE: &str = "100";
-/// Where the order stands while its answers are not here.
-const ORDER: &str = "order.json";
-/// What goes up.
-const REQUESTS: &str = "requests.jsonl";
-/// Answers of an earlier order that nobody has asked for since, as they came.
-const KEPT: &str = "answers.jsonl";
 
 /// Hears how a batch goes on: requests done, of how many, and in words.
 pub type Told = Box<dyn Fn(u64, u64, &str) + Send + Sync>;
@@ -54,20 +49,10 @@ pub struct Batched {
     spec: OpenAiSpec,
     api: Api,
     ledger: Option<Ledger>,
-    folder: PathBuf,
+    folder: Folder,
     told: Told,
     /// One order at a time.
     turn: Mutex<()>,
-}
-
-/// A batch that was, or is about to be, ordered.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Order {
-    /// Its file at the server.
-    file: String,
-    /// Its id, once that was heard.
-    batch: Option<String>,
 }
 
 /// How a batch ended.
@@ -130,7 +115,7 @@ impl Batched {
             spec: spec.clone(),
             api,
             ledger,
-            folder,
+            folder: Folder(folder),
             told,
             turn: Mutex::default(),
         }
@@ -142,7 +127,7 @@ impl Batched {
         if let Some(order) = self.placed()? {
             let ended = self.collect(&order)?;
             self.hand_out(&ended, job, false)?;
-            self.forget()?;
+            self.folder.forget_order()?;
         }
         loop {
             let open = job.open();
@@ -158,14 +143,14 @@ impl Batched {
                     // After an outage, nobody knows what became of it.
                     if matches!(error, LmError::Barred(_)) {
                         give_back(taken);
-                        self.forget()?;
+                        self.folder.forget_order()?;
                     }
                     return Err(error);
                 }
             };
             let ended = self.collect(&order)?;
             let whole = self.hand_out(&ended, job, true)?;
-            self.forget()?;
+            self.folder.forget_order()?;
             if ended.refused {
                 give_back(taken);
                 return Err(LmError::Rejected(ended.told));
@@ -184,7 +169,7 @@ impl Batched {
 
     /// Answers requests by what an earlier order has answered.
     fn take_kept(&self, job: &mut Job<'_>) -> Result<(), LmError> {
-        let mut kept = self.kept()?;
+        let mut kept = self.folder.kept()?;
         if kept.is_empty() {
             return Ok(());
         }
@@ -198,7 +183,7 @@ impl Batched {
             }
             false
         });
-        self.keep(&kept)
+        self.folder.keep(&kept)
     }
 
     /// Answers requests by the lines of a batch, and keeps the answers to others. What a batch that
@@ -227,38 +212,11 @@ impl Batched {
             }
         }
         if !others.is_empty() {
-            let mut kept = self.kept()?;
+            let mut kept = self.folder.kept()?;
             kept.append(&mut others);
-            self.keep(&kept)?;
+            self.folder.keep(&kept)?;
         }
         Ok(whole)
-    }
-
-    /// The lines that are kept, by the names of their requests.
-    fn kept(&self) -> Result<BTreeMap<String, String>, LmError> {
-        let path = self.folder.join(KEPT);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
-            Err(e) => return Err(LmError::Rejected(format!("{}: {e}", path.display()))),
-        };
-        let named = |text: &str| {
-            let line: Value = serde_json::from_str(text).ok()?;
-            Some((line["custom_id"].as_str()?.to_owned(), text.to_owned()))
-        };
-        Ok(text.lines().filter_map(named).collect())
-    }
-
-    fn keep(&self, kept: &BTreeMap<String, String>) -> Result<(), LmError> {
-        if kept.is_empty() {
-            return self.remove(KEPT);
-        }
-        let mut text = String::new();
-        for line in kept.values() {
-            text += line;
-            text.push('\n');
-        }
-        self.replace(KEPT, &text)
     }
 
     /// As many requests as the budget has place for, each with its worst case. While other batches
@@ -329,16 +287,13 @@ impl Batched {
 
     /// Orders a batch.
     fn place(&self, text: &str) -> Result<Order, LmError> {
-        let path = self.folder.join(REQUESTS);
-        std::fs::create_dir_all(&self.folder)
-            .and_then(|()| std::fs::write(&path, text))
-            .map_err(|e| LmError::Rejected(format!("{}: {e}", path.display())))?;
+        let path = self.folder.write_requests(text)?;
         let file = self.api.upload(&["files"], &path, &[("purpose", "batch")]);
         let mut order = Order {
             file: text_of(&file.map_err(failed)?, "id")?,
             batch: None,
         };
-        self.write(&order)?;
+        self.folder.write_order(&order)?;
         let body = json!({
             "input_file_id": order.file,
             "endpoint": "/v1/chat/completions",
@@ -346,20 +301,15 @@ impl Batched {
         });
         let batch = self.api.post(&["batches"], &body).map_err(failed)?;
         order.batch = Some(text_of(&batch, "id")?);
-        self.write(&order)?;
+        self.folder.write_order(&order)?;
         Ok(order)
     }
 
     /// The order that was written down, if the server made a batch of it.
     fn placed(&self) -> Result<Option<Order>, LmError> {
-        let path = self.folder.join(ORDER);
-        let order = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(LmError::Rejected(format!("{}: {e}", path.display()))),
+        let Some(order) = self.folder.order()? else {
+            return Ok(None);
         };
-        let unreadable = |e| LmError::Rejected(format!("{}: {e}", path.display()));
-        let order: Order = serde_json::from_slice(&order).map_err(unreadable)?;
         if order.batch.is_some() {
             return Ok(Some(order));
         }
@@ -473,33 +423,6 @@ impl Batched {
             read => read.map_err(|failure| failure.into_error(shown, "batch")),
         };
         (answer, charge)
-    }
-
-    fn write(&self, order: &Order) -> Result<(), LmError> {
-        self.replace(ORDER, &json!(order).to_string())
-    }
-
-    fn forget(&self) -> Result<(), LmError> {
-        self.remove(ORDER)
-    }
-
-    /// Writes a file whole, or leaves the one that was there.
-    fn replace(&self, name: &str, text: &str) -> Result<(), LmError> {
-        let path = self.folder.join(name);
-        let part = path.with_extension("part");
-        std::fs::write(&part, text)
-            .and_then(|()| std::fs::rename(&part, &path))
-            .map_err(|e| LmError::Rejected(format!("{}: {e}", path.display())))
-    }
-
-    fn remove(&self, name: &str) -> Result<(), LmError> {
-        let path = self.folder.join(name);
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(LmError::Rejected(format!("{}: {e}", path.display())))
-            }
-            _ => Ok(()),
-        }
     }
 }
 
