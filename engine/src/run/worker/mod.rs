@@ -5,6 +5,7 @@
 //! are in the store, and nothing that a step does, a panic included, gets out
 //! of [`Worker::attempt`] but as an error.
 
+mod inputs;
 mod jobs;
 mod outputs;
 mod watchdog;
@@ -18,11 +19,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::action::ACTION_VERSION;
 use flowrun_cache::{
-    ActionCache, ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, Lent, RemoteCache,
+    ActionCache, ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, RemoteCache,
 };
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
+use inputs::Placed;
 use jobs::{Remotes, Trip};
 use outputs::{command_metrics, inside};
 use watchdog::Watchdog;
@@ -35,20 +37,18 @@ use crate::history::History;
 use crate::lookup::{Found, Keyed, Lookup};
 use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
 use crate::premises::Memory;
-use crate::record::{file_name, log_path, timestamp};
+use crate::record::{log_path, timestamp};
 use crate::runner::{end_leftover, panicked, runner_of};
 use crate::sandbox::{Sandbox, inherited, timed_out};
 use crate::step::{
-    Cancel, InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
-    StepSummary, World,
+    Cancel, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter, StepSummary,
+    World,
 };
 use crate::warden::Warden;
 use crate::why::{Cause, why};
 
 /// Longest wait between two attempts.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
-/// Bytes of a label in the name of a list entry.
-const ENTRY_NAME: usize = 60;
 /// Longest wait between two looks at the cancel flag.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -76,16 +76,6 @@ pub(super) struct Worker {
     overwritten: Mutex<HashSet<Digest>>,
     /// Paths of the project that were published to in this run, and by which action.
     places: Mutex<BTreeMap<PathBuf, String>>,
-}
-
-/// Inputs by port, where a step finds them.
-type Placed = BTreeMap<String, Vec<InputArtifact>>;
-
-/// An input that a step has.
-struct Loan {
-    port: String,
-    artifact: Artifact,
-    lent: Lent,
 }
 
 /// What a lookup gave.
@@ -556,59 +546,6 @@ impl Worker {
             last: Mutex::default(),
             mask: self.mask.clone(),
         }
-    }
-
-    /// Places inputs under `in/<port>`: a list becomes a folder of numbered entries.
-    fn link_inputs(&self, keyed: &Keyed, in_dir: &Path) -> Result<(Placed, Vec<Loan>), Trouble> {
-        let mut all = BTreeMap::new();
-        let mut loans = Vec::new();
-        for (port, inputs) in &keyed.inputs {
-            let place = in_dir.join(port);
-            if inputs.list {
-                std::fs::create_dir_all(&place).map_err(|e| StepError::io(&place, &e))?;
-            }
-            // A shell's `*` gives them in order.
-            let width = inputs.entries.len().to_string().len().max(4);
-            let mut linked = Vec::with_capacity(inputs.entries.len());
-            for (i, (artifact, label)) in inputs.entries.iter().enumerate() {
-                let path = if inputs.list {
-                    place.join(format!("{i:0width$}-{}", file_name(label, ENTRY_NAME)))
-                } else {
-                    place.clone()
-                };
-                let store = self.cache.store();
-                let lent = store
-                    .link_read_only(artifact, &path)
-                    .map_err(|e| broken_or_failed(e, artifact))?;
-                loans.push(Loan {
-                    port: port.clone(),
-                    artifact: artifact.clone(),
-                    lent,
-                });
-                linked.push(InputArtifact {
-                    path,
-                    digest: artifact.digest,
-                    label: label.clone(),
-                });
-            }
-            all.insert(port.clone(), linked);
-        }
-        Ok((all, loans))
-    }
-
-    /// Nobody wrote to the inputs meanwhile: not this step, nor another that has them too.
-    fn check_lent(&self, loans: &[Loan]) -> Result<(), Trouble> {
-        for loan in loans {
-            if let Err(error) = loan.lent.check(self.cache.store()) {
-                let port = &loan.port;
-                let text = format!("the input `{port}` was changed while the step ran");
-                let mut trouble = broken_or_failed(error, &loan.artifact);
-                trouble.error = StepError::failed(text)
-                    .help("inputs are read-only: a command that changes a file copies it first");
-                return Err(trouble);
-            }
-        }
-        Ok(())
     }
 
     /// What follows a result, ran or cached: gates, then the project tree and the run's report.

@@ -1,0 +1,83 @@
+//! What a step reads: lent from the store, and looked at again when the step is done.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use flowrun_cache::{Artifact, Lent};
+
+use super::{Trouble, Worker, broken_or_failed};
+use crate::lookup::Keyed;
+use crate::record::file_name;
+use crate::step::{InputArtifact, StepError};
+
+/// Bytes of a label in the name of a list entry.
+const ENTRY_NAME: usize = 60;
+
+/// Inputs by port, where a step finds them.
+pub(super) type Placed = BTreeMap<String, Vec<InputArtifact>>;
+
+/// An input that a step has.
+pub(super) struct Loan {
+    port: String,
+    artifact: Artifact,
+    lent: Lent,
+}
+
+impl Worker {
+    /// Places inputs under `in/<port>`: a list becomes a folder of numbered entries.
+    pub(super) fn link_inputs(
+        &self,
+        keyed: &Keyed,
+        in_dir: &Path,
+    ) -> Result<(Placed, Vec<Loan>), Trouble> {
+        let mut all = BTreeMap::new();
+        let mut loans = Vec::new();
+        for (port, inputs) in &keyed.inputs {
+            let place = in_dir.join(port);
+            if inputs.list {
+                std::fs::create_dir_all(&place).map_err(|e| StepError::io(&place, &e))?;
+            }
+            // A shell's `*` gives them in order.
+            let width = inputs.entries.len().to_string().len().max(4);
+            let mut linked = Vec::with_capacity(inputs.entries.len());
+            for (i, (artifact, label)) in inputs.entries.iter().enumerate() {
+                let path = if inputs.list {
+                    place.join(format!("{i:0width$}-{}", file_name(label, ENTRY_NAME)))
+                } else {
+                    place.clone()
+                };
+                let store = self.cache.store();
+                let lent = store
+                    .link_read_only(artifact, &path)
+                    .map_err(|e| broken_or_failed(e, artifact))?;
+                loans.push(Loan {
+                    port: port.clone(),
+                    artifact: artifact.clone(),
+                    lent,
+                });
+                linked.push(InputArtifact {
+                    path,
+                    digest: artifact.digest,
+                    label: label.clone(),
+                });
+            }
+            all.insert(port.clone(), linked);
+        }
+        Ok((all, loans))
+    }
+
+    /// Nobody wrote to the inputs meanwhile: not this step, nor another that has them too.
+    pub(super) fn check_lent(&self, loans: &[Loan]) -> Result<(), Trouble> {
+        for loan in loans {
+            if let Err(error) = loan.lent.check(self.cache.store()) {
+                let port = &loan.port;
+                let text = format!("the input `{port}` was changed while the step ran");
+                let mut trouble = broken_or_failed(error, &loan.artifact);
+                trouble.error = StepError::failed(text)
+                    .help("inputs are read-only: a command that changes a file copies it first");
+                return Err(trouble);
+            }
+        }
+        Ok(())
+    }
+}
