@@ -1,13 +1,14 @@
 //! `concat`: one list of rows out of several, such as those of the shards of a `foreach`.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufReader, BufWriter, Write};
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::rows::next_line;
 use crate::schema_of;
 
 /// The step kind.
@@ -47,17 +48,7 @@ impl Step for Concat {
             ctx.check_cancelled()?;
             let unread = |e: std::io::Error| StepError::io(&part.path, &e);
             let mut reader = BufReader::new(File::open(&part.path).map_err(unread)?);
-            loop {
-                line.clear();
-                if reader.read_until(b'\n', &mut line).map_err(unread)? == 0 {
-                    break;
-                }
-                if line.trim_ascii().is_empty() {
-                    continue;
-                }
-                if line.last() != Some(&b'\n') {
-                    line.push(b'\n');
-                }
+            while next_line(&mut reader, &mut line).map_err(unread)? {
                 out.write_all(&line).map_err(failed)?;
                 rows += 1;
             }

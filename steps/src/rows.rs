@@ -252,6 +252,25 @@ pub fn write_jsonl<T: Serialize>(
     out.finish().map(|_| ())
 }
 
+/// Reads the next line that is not blank into `line`, its end included; false when there is none.
+///
+/// # Errors
+/// When it cannot be read.
+pub(crate) fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<bool> {
+    loop {
+        line.clear();
+        if reader.read_until(b'\n', line)? == 0 {
+            return Ok(false);
+        }
+        if !line.trim_ascii().is_empty() {
+            if line.last() != Some(&b'\n') {
+                line.push(b'\n');
+            }
+            return Ok(true);
+        }
+    }
+}
+
 /// Reads one JSON document.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! `shard`: cuts rows into pieces of one size, so that many workers can take them.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::rows::next_line;
 use crate::schema_of;
 
 /// The step kind.
@@ -71,17 +72,9 @@ fn cut(
         let mut held = 0;
         let mut more = true;
         while held < size {
-            line.clear();
-            let read = reader.read_until(b'\n', &mut line);
-            more = read.map_err(|e| StepError::io(path, &e))? > 0;
+            more = next_line(&mut reader, &mut line).map_err(|e| StepError::io(path, &e))?;
             if !more {
                 break;
-            }
-            if line.trim_ascii().is_empty() {
-                continue;
-            }
-            if line.last() != Some(&b'\n') {
-                line.push(b'\n');
             }
             out.write_all(&line).map_err(failed)?;
             held += 1;
