@@ -20,6 +20,7 @@ pub mod filter_top_n;
 pub mod finetune;
 pub mod fit_classifier;
 mod folder;
+pub mod format_version;
 pub mod holdout;
 pub mod hub;
 pub mod leakage;

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::Params;
 use crate::checkpoint::Checkpoint;
+use crate::format_version::FormatVersion;
 use crate::models::{Host, ModelSpec, remote};
 use crate::report::LossPoint;
 use crate::rows::{read_json, write_json};
@@ -431,6 +432,7 @@ impl Training<'_> {
         let mut labels = Vec::new();
         for model in models {
             let checkpoint = Checkpoint {
+                version: FormatVersion,
                 name: Checkpoint::name_of(model.epoch, model.step),
                 epoch: model.epoch,
                 step: model.step,
