@@ -42,7 +42,7 @@ impl<'de, const NEWEST: u32> Deserialize<'de> for FormatVersion<NEWEST> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;

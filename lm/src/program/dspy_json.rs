@@ -184,7 +184,7 @@ fn take_signature(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use crate::program::ProgramSpec;
 
