@@ -29,7 +29,7 @@ pub struct Checkpoint {
     pub version: FormatVersion<1>,
     /// `base`, or `epochs-E-total-trained-steps-S`.
     pub name: String,
-    /// Epochs trained.
+    /// Epochs trained, the one under way counted.
     pub epoch: usize,
     /// Steps trained.
     pub step: usize,

@@ -50,5 +50,6 @@ mod slow_job;
 mod slurm;
 mod stale;
 mod tiny;
+mod training;
 mod unchanged;
 mod weed;

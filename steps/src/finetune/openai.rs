@@ -150,7 +150,7 @@ pub(super) fn train(
             params.model.name()
         )));
     };
-    params.no_invocation("OpenAI's fine-tuning API")?;
+    params.plain_only(ctx, "OpenAI's fine-tuning API")?;
     for own in ["n_epochs", "batch_size"] {
         if backend.hyperparameters.contains_key(own) {
             return Err(StepError::invalid(format!(
