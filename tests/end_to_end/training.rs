@@ -106,18 +106,30 @@ const BY_STEPS: &str = r#"  finetune:
 #[test]
 fn checkpoints_by_step_are_scored_selected_and_deployed() {
     let project = project(BY_STEPS);
+    // The rows that chose between the checkpoints are not clean to test the chosen one.
+    project.edit("pipeline.yaml", ", leakage: allow }", " }");
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let said = "4 rows selected by (`queries:test:0`, ";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+    project.edit(
+        "pipeline.yaml",
+        "role: best }",
+        "role: best, leakage: allow }",
+    );
+    let finetune = finished(&refused, "finetune");
     let run = project.run(&RUN).ok();
     let names = [
         "epochs-1-total-trained-steps-5",
         "epochs-2-total-trained-steps-10",
         "epochs-2-total-trained-steps-12",
     ];
-    assert_eq!(checkpoints(&project, &finished(&run, "finetune")), names);
+    assert_eq!(checkpoints(&project, &finetune), names);
     let ids = names.map(|name| format!("base:{name}"));
     let mut models = vec!["base".to_owned()];
     models.extend(ids);
     models.sort();
-    assert_eq!(scored(&project, &run), models);
+    assert_eq!(scored(&project, &refused), models);
     let choice: Value = serde_json::from_str(&project.read("choice.json")).unwrap();
     let chosen = choice["model"].as_str().unwrap();
     assert!(models.iter().any(|model| model == chosen), "{chosen}");

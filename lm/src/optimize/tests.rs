@@ -4,6 +4,7 @@ use super::*;
 use crate::lm::{Completion, FinishReason, LmError, OnAnswer, Request, Role};
 use crate::metric::MetricKind;
 use crate::program::ProgramSpec;
+use crate::value::Value;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Right by a hash of the query and of how many demos it sees; counts its calls.
@@ -85,6 +86,136 @@ fn search(per_demo: u64, settings: &RandomSearch) -> (Compiled, usize) {
     };
     let compiled = settings.compile(&student, &rows(0, 30), Some(&rows(30, 130)), &session);
     (compiled.unwrap(), lm.calls.into_inner())
+}
+
+/// Gives its reason and, for even numbers, the right label.
+struct Even(AtomicUsize);
+
+impl Lm for Even {
+    fn id(&self) -> &str {
+        "even"
+    }
+
+    fn complete(
+        &self,
+        requests: &[Request],
+        on_answer: &OnAnswer<'_>,
+    ) -> Vec<Result<Completion, LmError>> {
+        let answer = |(index, request): (usize, &Request)| {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            let query = &request.messages.last().unwrap().content;
+            let (label, number) = query.split_once(" number ").unwrap();
+            let is_even = number.parse::<usize>().unwrap().is_multiple_of(2);
+            let label = if is_even { label } else { "none" };
+            let answer = Ok(Completion {
+                text: format!("because of {number}\nlabel: {label}"),
+                finish: FinishReason::Stop,
+                prompt_tokens: 1,
+                completion_tokens: 1,
+                choice_probs: None,
+                cached: false,
+            });
+            on_answer(index, &answer);
+            answer
+        };
+        requests.iter().enumerate().map(answer).collect()
+    }
+}
+
+/// All texts are alike to it.
+struct Alike;
+
+impl crate::classifier::Embedder for Alike {
+    fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, String> {
+        Ok(vec![vec![1.0]; texts.len()])
+    }
+}
+
+#[test]
+fn nearest_rows_are_worked_out_once_where_the_model_is_right() {
+    let spec: ProgramSpec = serde_json::from_str(
+        r#"{"chain_of_thought": {"adapter": "compact", "inputs": [{"name": "text"}],
+            "outputs": [{"name": "label", "type": "label"}]}}"#,
+    )
+    .unwrap();
+    let student = spec.build(&["a", "b", "c"].map(str::to_owned)).unwrap();
+    let lm = Even(AtomicUsize::new(0));
+    let metric = MetricKind::LabelEquality.metric("label");
+    let session = Session {
+        lm: &lm,
+        sampling: &Sampling::default(),
+        metric: &metric,
+        label: "label",
+        teacher: None,
+        batch: 4,
+        on_progress: None,
+        kept: None,
+    };
+    let knn = |bootstrap| KnnFewShot {
+        k: 2,
+        bootstrap,
+        embedder: std::sync::Arc::new(Alike),
+    };
+    let rows = rows(0, 6);
+    let plain = knn(false).compile(&student, &rows, None, &session).unwrap();
+    assert_eq!(lm.0.load(Ordering::Relaxed), 0, "nothing is asked");
+    let worked = knn(true).compile(&student, &rows, None, &session).unwrap();
+    assert_eq!(lm.0.load(Ordering::Relaxed), 6, "one call a row");
+    assert_eq!(worked.tokens.calls, 6);
+    let pool = |compiled: &Compiled| -> Vec<Demo> {
+        let predictor = &compiled.program.predictors[0];
+        assert!(predictor.demos.is_empty());
+        predictor.neighbours.as_ref().unwrap().rows.clone()
+    };
+    let (plain, worked) = (pool(&plain), pool(&worked));
+    for (at, (worked, plain)) in worked.iter().zip(&plain).enumerate() {
+        let own = [rows[at].text("text"), rows[at].text("label")];
+        let fields = |demo: &Demo| {
+            ["text", "label", "reasoning"].map(|name| {
+                demo.fields
+                    .get(name)
+                    .and_then(Value::as_str)
+                    .map(str::to_owned)
+            })
+        };
+        let [text, label] = own.map(|field| field.map(str::to_owned));
+        let unexplained = [text.clone(), label.clone(), None];
+        assert_eq!(
+            (plain.augmented, fields(plain)),
+            (false, unexplained.clone())
+        );
+        let expected = match at % 2 {
+            0 => (true, [text, label, Some(format!("because of {at}"))]),
+            _ => (false, unexplained),
+        };
+        assert_eq!((worked.augmented, fields(worked)), expected);
+    }
+    assert_eq!((plain.len(), worked.len()), (6, 6));
+}
+
+#[test]
+fn labelled_rows_are_drawn_as_python_draws_them() {
+    let spec: ProgramSpec = serde_json::from_str(
+        r#"{"stages": [
+            {"name": "one", "predict": {"inputs": [{"name": "text"}], "outputs": [{"name": "topic"}]}},
+            {"name": "two", "predict": {"inputs": [{"name": "topic"}],
+                "outputs": [{"name": "label", "type": "label"}]}}]}"#,
+    )
+    .unwrap();
+    let student = spec.build(&["a", "b", "c"].map(str::to_owned)).unwrap();
+    let rows = rows(0, 10);
+    let drawn = |k: usize, sample: bool| -> Vec<Vec<usize>> {
+        let program = LabeledFewShot { k, sample }.apply(&student, &rows);
+        let place = |demo: &Demo| rows.iter().position(|row| demo.is(row)).unwrap();
+        let predictors = program.predictors.iter();
+        predictors
+            .map(|predictor| predictor.demos.iter().map(place).collect())
+            .collect()
+    };
+    // `random.Random(0)`, then `sample(range(10), 3)` twice.
+    assert_eq!(drawn(3, true), [[6, 9, 0], [4, 8, 7]]);
+    assert_eq!(drawn(2, false), [[0, 1], [0, 1]]);
+    assert_eq!(drawn(99, false)[1].len(), 10);
 }
 
 #[test]

@@ -101,11 +101,10 @@ fn d_rows_become_the_same_messages() {
             .remove(0);
         let collected = get(&case.expected, "collected") == Some(&Value::Bool(true));
         same("collected", &result.prediction.is_ok(), &collected)?;
-        let (Ok(prediction), Some(messages)) =
-            (&result.prediction, get(&case.expected, "messages"))
-        else {
+        let Ok(prediction) = &result.prediction else {
             return Ok(());
         };
+        let messages = get(&case.expected, "messages").ok_or("there are no messages recorded")?;
         let expected: Fields = read(get(&case.expected, "prediction").unwrap());
         same("prediction", &prediction.fields, &expected)?;
         let label = prediction.text("label").unwrap_or_default().to_owned();
