@@ -42,6 +42,21 @@ pub fn to_dspy_json(program: &Program) -> Value {
     Value::Dict(predictors.collect())
 }
 
+/// The file that DSPy's `program.load()` reads. DSPy 3 asks for `metadata` with the versions of its
+/// dependencies, which it compares with its own; there are none to compare.
+///
+/// # Errors
+/// When a value cannot be written as JSON.
+pub fn dspy_file(program: &Program) -> Result<String, SavedError> {
+    let mut json = to_dspy_json(program);
+    if let (Dialect::Dspy3, Value::Dict(fields)) = (program.dialect, &mut json) {
+        let none = Value::Dict(Fields::new());
+        let metadata = Fields::from([("dependency_versions".to_owned(), none)]);
+        fields.insert("metadata".to_owned(), Value::Dict(metadata));
+    }
+    Ok(serde_json::to_string_pretty(&json)? + "\n")
+}
+
 fn is_chain(signature: &Signature) -> bool {
     signature
         .outputs
@@ -209,7 +224,8 @@ mod tests {
     fn dspy_files_round_trip() {
         for dialect in [Dialect::Dspy25, Dialect::Dspy3] {
             let program = program(dialect);
-            let text = serde_json::to_string(&to_dspy_json(&program)).unwrap();
+            let text = dspy_file(&program).unwrap();
+            assert_eq!(text.contains("\"metadata\""), dialect == Dialect::Dspy3);
             let mut other = self::program(dialect);
             other.predictors[0].demos.clear();
             other.predictors[0].signature.instructions.clear();

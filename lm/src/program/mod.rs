@@ -13,7 +13,7 @@ mod trace;
 mod votes;
 
 pub use chain_of_thought::{EXPERIMENTAL_REASONING_DESC, REASONING, chain_of_thought};
-pub use dspy_json::{load_dspy_json, to_dspy_json};
+pub use dspy_json::{dspy_file, load_dspy_json, to_dspy_json};
 pub use neighbours::{Neighbours, embedded_text};
 pub use predictor::{LabelRule, Predictor};
 pub use row_inputs::RowInput;
