@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Right by a hash of the query and of how many demos it sees; counts its calls.
 struct Hashing {
     per_demo: u64,
+    /// Another one is another model.
+    salt: u64,
     calls: AtomicUsize,
 }
 
@@ -28,9 +30,11 @@ impl Lm for Hashing {
             let demos = request.messages.iter();
             let demos = demos.filter(|m| m.role == Role::Assistant).count() as u64;
             let query = request.messages.last().map_or("", |m| m.content.as_str());
-            let mut hash = query.bytes().fold(demos * 7 + 1, |hash, byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            });
+            let mut hash = query
+                .bytes()
+                .fold((demos * 7 + 1) ^ self.salt, |hash, byte| {
+                    (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+                });
             hash = (hash >> 17) % 100;
             let right = hash < 60 + self.per_demo * demos;
             let answer = Ok(Completion {
@@ -63,29 +67,65 @@ fn rows(from: usize, to: usize) -> Vec<Example> {
 }
 
 fn search(per_demo: u64, settings: &RandomSearch) -> (Compiled, usize) {
+    let lm = Hashing {
+        per_demo,
+        salt: 0,
+        calls: AtomicUsize::new(0),
+    };
+    let compiled = search_with(&lm, settings, 100, 4);
+    (compiled, lm.calls.into_inner())
+}
+
+fn search_with(lm: &Hashing, settings: &RandomSearch, val_rows: usize, batch: usize) -> Compiled {
     let spec: ProgramSpec = serde_json::from_str(
         r#"{"predict": {"adapter": "compact", "inputs": [{"name": "text"}],
             "outputs": [{"name": "label", "type": "label"}]}}"#,
     )
     .unwrap();
     let student = spec.build(&["a", "b", "c"].map(str::to_owned)).unwrap();
-    let lm = Hashing {
-        per_demo,
-        calls: AtomicUsize::new(0),
-    };
     let metric = MetricKind::LabelEquality.metric("label");
     let session = Session {
-        lm: &lm,
+        lm,
         sampling: &Sampling::default(),
         metric: &metric,
         label: "label",
         teacher: None,
-        batch: 4,
+        batch,
         on_progress: None,
         kept: None,
     };
-    let compiled = settings.compile(&student, &rows(0, 30), Some(&rows(30, 130)), &session);
-    (compiled.unwrap(), lm.calls.into_inner())
+    let valset = rows(30, 30 + val_rows);
+    let compiled = settings.compile(&student, &rows(0, 30), Some(&valset), &session);
+    compiled.unwrap()
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 24, ..Default::default() })]
+    #[test]
+    fn early_stopping_never_changes_what_is_found(
+        salt in 0..u64::MAX,
+        per_demo in 0u64..12,
+        val_rows in 1usize..40,
+        batch in 1usize..6,
+        at_once in 1usize..4,
+        stop_at_score in proptest::option::of(40.0f64..100.0),
+    ) {
+        let found = |early_stopping: bool, at_once: usize| {
+            let lm = Hashing { per_demo, salt, calls: AtomicUsize::new(0) };
+            let settings = RandomSearch {
+                num_candidate_programs: 3,
+                early_stopping,
+                stop_at_score,
+                concurrency: Some(at_once),
+                ..RandomSearch::default()
+            };
+            let compiled = search_with(&lm, &settings, val_rows, batch);
+            let best = compiled.best.map(|at| compiled.candidates[at].clone());
+            let best = best.map(|best| (best.seed, best.score));
+            (best, compiled.candidates.len(), compiled.program.demos())
+        };
+        proptest::prop_assert_eq!(found(true, at_once), found(false, 1));
+    }
 }
 
 /// Gives its reason and, for even numbers, the right label.
