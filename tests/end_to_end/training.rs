@@ -118,7 +118,7 @@ fn checkpoints_by_step_are_scored_selected_and_deployed() {
         "role: best, leakage: allow }",
     );
     let finetune = finished(&refused, "finetune");
-    let run = project.run(&RUN).ok();
+    project.run(&RUN).ok();
     let names = [
         "epochs-1-total-trained-steps-5",
         "epochs-2-total-trained-steps-10",
