@@ -11,6 +11,7 @@ mod deployed;
 mod deploying;
 mod distil;
 mod docs;
+mod dspy;
 mod fault_proxy;
 mod faults;
 mod fine_tuning;
