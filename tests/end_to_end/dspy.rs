@@ -1,5 +1,6 @@
 //! Programs that go to DSPy and come from it, as its saved files.
 
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -7,6 +8,7 @@ use serde_json::{Value, json};
 use crate::classify::{self, CONVERT, run};
 use crate::oracle::{Oracle, query};
 use crate::programs::project;
+use crate::project::Run;
 
 const DSPY: &str = "  saved:
     uses: save-dspy
@@ -106,4 +108,50 @@ fn programs_go_to_dspy_and_come_from_it() {
         assert_eq!(refused.code, Some(4), "{broken}: {}", refused.stdout);
         assert!(refused.stdout.contains(said), "{said}: {}", refused.stdout);
     }
+}
+
+/// Loads a file into the program that it is of, changes the instructions, and saves it.
+const SCRIPT: &str = r#"
+import sys
+import dspy
+
+class Sorter(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.sorter = dspy.Predict(dspy.Signature("text -> label", "Another text."))
+
+program = Sorter()
+program.load(sys.argv[1])
+assert program.sorter.signature.instructions == "Sort.", program.sorter.signature
+assert len(program.sorter.demos) == 2, program.sorter.demos
+program.sorter.signature = program.sorter.signature.with_instructions("Sort well.")
+program.save(sys.argv[2])
+"#;
+
+/// The real thing, where `FLOWRUN_DSPY_PYTHON` names a Python that has DSPy 3.
+#[test]
+fn dspy_itself_reads_such_a_file_and_writes_one_that_is_read_here() {
+    let Some(python) = std::env::var_os("FLOWRUN_DSPY_PYTHON") else {
+        println!("skipped: FLOWRUN_DSPY_PYTHON names no Python with DSPy 3 (pip install dspy)");
+        return;
+    };
+    let oracle = Oracle::start(|_| Some("card".to_owned()));
+    let project = project("      search: { restrict: [-2], max_labeled_demos: 2 }\n");
+    let formatted = "adapter: compact\n      format: dspy-3";
+    project.edit("p.yaml", "adapter: compact", formatted);
+    project.write("p.yaml", &format!("{}{DSPY}", project.read("p.yaml")));
+    run(&project, &oracle).ok();
+    let (ours, theirs) = (project.path("dspy.json"), project.path("theirs.json"));
+    let mut command = Command::new(python);
+    command.args(["-c", SCRIPT]).args([&ours, &theirs]);
+    let ran = Run::of(command.output().unwrap());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+
+    let before: Value = serde_json::from_str(&project.read("loaded.json")).unwrap();
+    let other = "saved: { file: theirs.json }";
+    project.edit("p.yaml", "saved: saved.saved", other);
+    run(&project, &oracle).ok();
+    let after: Value = serde_json::from_str(&project.read("loaded.json")).unwrap();
+    assert_eq!(after["prompt"]["demos"], before["prompt"]["demos"]);
+    assert_eq!(after["prompt"]["instructions"]["predict"], "Sort well.");
 }
