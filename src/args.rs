@@ -392,7 +392,8 @@ pub(crate) enum CacheCommand {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Write runs with all their results into one file, for `import` on another machine.
+    /// Write runs with all their results, and what their searches worked out, into one file for
+    /// `import` on another machine.
     Export {
         /// The file; `.tar.zst` is the usual ending.
         file: PathBuf,

@@ -47,7 +47,21 @@ pub struct ActionResult {
     pub label: String,
 }
 
+/// The label of a part of a step's work that is a result of its own: its kind and the step.
+#[must_use]
+pub fn part_label(kind: &str, step: &str) -> String {
+    format!("{kind} of `{step}`")
+}
+
 impl ActionResult {
+    /// The step that first asked for it, where it is a part of a step's work ([`part_label`]).
+    #[must_use]
+    pub fn part_of(&self) -> Option<&str> {
+        let (kind, step) = self.label.split_once(" of `")?;
+        let is_part = self.outputs.is_empty() && self.manifest["kind"] == kind;
+        step.strip_suffix('`').filter(|_| is_part)
+    }
+
     /// Digests of its outputs and inputs; the members of trees are not among them.
     pub(crate) fn digests(&self) -> impl Iterator<Item = Digest> {
         let outputs = self.outputs.values().flat_map(|o| o.value.artifacts());
@@ -331,6 +345,22 @@ mod tests {
         cache.put(&good).unwrap();
         assert_eq!(cache.get(&good.key), Some(good));
         assert!(!cache.warnings.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_part_names_its_step_and_nothing_else_is_one() {
+        let part = |label: &str| result(label, "2026");
+        assert_eq!(part(&part_label("k", "s[a]")).part_of(), Some("s[a]"));
+        for other in ["p s", "other of `s`", "k of `s", "k of s"] {
+            assert_eq!(part(other).part_of(), None, "{other}");
+        }
+        let mut step = part(&part_label("k", "s"));
+        let output = OutputRecord {
+            ty: "file".into(),
+            value: OutputValue::List(Vec::new()),
+        };
+        step.outputs.insert("out".into(), output);
+        assert_eq!(step.part_of(), None);
     }
 
     #[test]

@@ -10,7 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use flowrun_cache::{ActionKey, Bounds, Cache, CacheError, CacheReader, Garbage, Survey, Uses};
+use flowrun_cache::{
+    ActionKey, ActionResult, Bounds, Cache, CacheError, CacheReader, Garbage, Survey, Uses,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::record::REPLACED;
@@ -84,6 +86,23 @@ pub fn keys_of(run_dir: &Path) -> BTreeSet<ActionKey> {
     run.into_iter()
         .flat_map(|run| run.keys.into_values())
         .collect()
+}
+
+/// What steps of these runs worked out on the way and kept as results of their own, such as the
+/// candidates of a search: as far as steps of these names asked for it first.
+#[must_use]
+pub fn parts_of<'a>(
+    cache: &CacheReader,
+    run_dirs: impl IntoIterator<Item = &'a Path>,
+) -> BTreeSet<ActionKey> {
+    let runs = run_dirs.into_iter();
+    let steps: BTreeSet<String> = runs
+        .filter_map(|dir| RunKeys::read(dir, None))
+        .flat_map(|run| run.keys.into_keys())
+        .collect();
+    let is_theirs = |part: &ActionResult| part.part_of().is_some_and(|step| steps.contains(step));
+    let parts = cache.actions().all().filter(is_theirs);
+    parts.map(|part| part.key).collect()
 }
 
 /// What could be removed; nothing is.

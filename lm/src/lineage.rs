@@ -69,6 +69,14 @@ impl Lineage {
         self.selected.add(rows);
     }
 
+    /// Adds the rows that something else is made of as rows that this is chosen by.
+    pub fn select_by(&mut self, other: &Self) {
+        self.selected.merge(&other.trained);
+        self.selected.merge(&other.selected);
+        self.taught.merge(&other.taught);
+        (self.unknown_teachers).extend(other.unknown_teachers.iter().cloned());
+    }
+
     /// Adds what is known of another part of the same thing.
     pub fn merge(&mut self, other: &Self) {
         self.trained.merge(&other.trained);
@@ -201,6 +209,26 @@ mod tests {
         assert_eq!(found.same_text, ["d:test:0"]);
         assert_eq!(found.ids().len(), 3);
         assert!(lineage.overlap(gold(&[("d:test:1", "new")])).is_empty());
+    }
+
+    #[test]
+    fn rows_of_something_else_choose_and_bring_their_teachers() {
+        let mut teacher = Lineage::default();
+        teacher.train([("d:test:0", "t")]);
+        let mut held = Lineage::default();
+        held.train([("d:train:0", "a"), ("d:train:1", "b")]);
+        held.learn_from(&teacher);
+        held.learn_from_unknown("ab12");
+        let mut student = Lineage::default();
+        student.train([("d:train:1", "b")]);
+        student.select_by(&held);
+        assert_eq!(student.counts(), (1, 2));
+        let rows = [("d:train:0", "a"), ("d:train:1", "b"), ("d:test:0", "t")];
+        let found = student.overlap(gold(&rows));
+        assert_eq!(found.selected, ["d:train:0"]);
+        assert_eq!(found.trained, ["d:train:1"]);
+        assert_eq!(found.taught, ["d:test:0"]);
+        assert!(found.unknown_teacher);
     }
 
     #[test]

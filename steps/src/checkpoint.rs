@@ -8,6 +8,7 @@ use flowrun_engine::step::StepError;
 use flowrun_lm::lineage::Lineage;
 use serde::{Deserialize, Serialize};
 
+use crate::format_version::FormatVersion;
 use crate::rows::{read_json, write_json};
 
 /// The file in the folder.
@@ -23,9 +24,12 @@ const UNIQUE: usize = 12;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Checkpoint {
+    /// Version of this format.
+    #[serde(default, skip_serializing_if = "FormatVersion::is_first")]
+    pub version: FormatVersion<1>,
     /// `base`, or `epochs-E-total-trained-steps-S`.
     pub name: String,
-    /// Epochs trained.
+    /// Epochs trained, the one under way counted.
     pub epoch: usize,
     /// Steps trained.
     pub step: usize,
@@ -56,6 +60,7 @@ impl Checkpoint {
     #[must_use]
     pub fn base() -> Self {
         Self {
+            version: FormatVersion,
             name: "base".to_owned(),
             epoch: 0,
             step: 0,
@@ -94,6 +99,7 @@ impl Checkpoint {
         let values = folder.join(ADAPTER_VALUES);
         let digest = Digest::of_file(&values).map_err(|e| StepError::io(&values, &e))?;
         Ok(Self {
+            version: FormatVersion,
             name: Self::name_of(epoch, step),
             epoch,
             step,

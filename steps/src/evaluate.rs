@@ -21,6 +21,7 @@ use crate::answer::{
 };
 use crate::checkpoint::Checkpoint;
 use crate::estimate::{Calls, estimate, server};
+use crate::format_version::FormatVersion;
 use crate::leakage::{LeakageRule, guard, lineage_of, scored_rows};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
@@ -191,6 +192,7 @@ impl Step for Evaluate {
         }
         let name = params.name.clone();
         let scores = Scores {
+            version: FormatVersion,
             dataset: rows.first().map_or("", Row::dataset).to_owned(),
             model: name
                 .or_else(|| checkpoint.as_ref().map(Checkpoint::model_id))

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flowrun_engine::estimate::{Estimate, Foresight};
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
-use flowrun_lm::program::{OutputSpec, ProgramSpec, REASONING, RowError};
+use flowrun_lm::program::{OutputSpec, ProgramSpec, REASONING};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -41,7 +41,7 @@ impl Step for Explain {
         "explain"
     }
     fn version(&self) -> u32 {
-        1
+        2
     }
     fn about(&self) -> &'static str {
         "A model writes the reason for each row's label; a row whose reason cannot be read is dropped."
@@ -53,11 +53,14 @@ impl Step for Explain {
         vec![Port::new("rows", "examples", "Rows with their label.")]
     }
     fn outputs(&self) -> Vec<Port> {
-        vec![Port::new(
-            "rows",
-            "examples",
-            "The same rows with their reason.",
-        )]
+        vec![
+            Port::new("rows", "examples", "The same rows with their reason."),
+            Port::new(
+                "dropped",
+                "examples",
+                "Rows whose reason could not be read, each with why.",
+            ),
+        ]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         observe(params, world)
@@ -98,29 +101,31 @@ impl Step for Explain {
         let results = answerer.run(&examples(&rows, LABEL), LABEL, &progress)?;
         check_answered(ctx, &results, &answerer.usage())?;
         let mut explained = Vec::with_capacity(rows.len());
+        let mut dropped = Vec::new();
         for (mut row, result) in rows.into_iter().zip(results) {
             match &result.prediction {
                 Ok(prediction) => {
                     row.reasoning = prediction.text(REASONING).map(str::to_owned);
                     explained.push(row);
                 }
-                Err(RowError::Parse { reason, .. }) => {
-                    ctx.reporter.log(&format!("row `{}`: {reason}", row.id));
+                Err(why) => {
+                    row.dropped = Some(why.to_string());
+                    dropped.push(row);
                 }
-                // Found above.
-                Err(_) => {}
             }
         }
-        let dropped = total - explained.len() as u64;
-        if dropped > 0 {
+        if !dropped.is_empty() {
             ctx.reporter.warning(&format!(
-                "{dropped} of {total} rows were dropped: their reason could not be read"
+                "{} of {total} rows were dropped: their reason could not be read; the output \
+                 `dropped` says why, row by row",
+                dropped.len()
             ));
         }
         write_rows(&ctx.output("rows"), &explained)?;
+        write_rows(&ctx.output("dropped"), &dropped)?;
         let outcome = StepOutcome::default()
             .metric("explained", explained.len())
-            .metric("dropped", dropped);
+            .metric("dropped", dropped.len());
         Ok(with_usage(outcome, &answerer.usage()))
     }
 }

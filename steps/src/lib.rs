@@ -20,10 +20,12 @@ pub mod filter_top_n;
 pub mod finetune;
 pub mod fit_classifier;
 mod folder;
+pub mod format_version;
 pub mod holdout;
 pub mod hub;
 pub mod leakage;
 pub mod load;
+pub mod load_dspy;
 pub mod merge_scores;
 pub mod models;
 pub mod optimize;
@@ -31,6 +33,7 @@ pub mod program_file;
 pub mod report;
 pub mod rows;
 pub mod runners;
+pub mod save_dspy;
 pub mod scores;
 pub mod select;
 pub mod serving;
@@ -62,6 +65,8 @@ pub fn registry() -> Vocabulary {
         Arc::new(convert_to_messages::ConvertToMessages),
         Arc::new(finetune::Finetune),
         Arc::new(optimize::Optimize),
+        Arc::new(load_dspy::LoadDspy),
+        Arc::new(save_dspy::SaveDspy),
         Arc::new(evaluate::Evaluate),
         Arc::new(merge_scores::MergeScores),
         Arc::new(select::Select),

@@ -10,6 +10,7 @@ use flowrun_lm::program::{Program, ProgramSpec, RowInput, SavedProgram};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::format_version::FormatVersion;
 use crate::leakage::id_and_text;
 use crate::models::{EncoderSpec, Host, ModelSpec, encoder_spec, open_encoder};
 use crate::rows::{Row, read_json, write_json};
@@ -89,6 +90,9 @@ pub enum ProgramFile {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FittedProgram {
+    /// Version of this format.
+    #[serde(default, skip_serializing_if = "FormatVersion::is_first")]
+    pub version: FormatVersion<1>,
     /// Its settings, with its sentence encoder.
     pub spec: ClassifierSpec,
     /// The classifier.
@@ -143,6 +147,7 @@ impl ProgramFile {
         }
         let embedder = entry_of(pinned)?;
         Ok(Self::Classifier(FittedProgram {
+            version: FormatVersion,
             spec: ClassifierSpec {
                 embedder,
                 ..spec.clone()

@@ -7,10 +7,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::format_version::FormatVersion;
+
 /// How one model did, with one or two programs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scores {
+    /// Version of this format.
+    #[serde(default, skip_serializing_if = "FormatVersion::is_first")]
+    pub version: FormatVersion<1>,
     /// Data set that the rows are from; says `stand-in` where it is one.
     pub dataset: String,
     /// Model id.

@@ -112,6 +112,68 @@ fn draws_are_counted_and_too_little_agreement_drops_a_row() {
     assert_eq!(dropped[0]["dropped"], "confidence 0.50 is below 0.9");
 }
 
+const EXPLAIN: &str = "  explain:
+    uses: explain
+    in: { rows: labels.train }
+    with: { program: reason, model: m }
+    publish: { rows: rows.jsonl, dropped: dropped.jsonl }
+";
+
+#[test]
+fn a_label_that_came_from_elsewhere_is_explained_and_what_is_not_is_listed() {
+    let oracle = Oracle::start(|body| {
+        let asked = query(body);
+        assert!(asked.contains("label: "), "{asked}");
+        let sure = if asked.contains("text: two") {
+            "sure: perhaps"
+        } else {
+            "sure: yes"
+        };
+        Some(format!("Because of {}.\n{sure}", asked.replace('\n', ", ")))
+    });
+    let project = classify::project(&[EXPLAIN]);
+    project.edit(
+        "p.yaml",
+        "programs:\n",
+        "programs:
+  reason:
+    predict:
+      adapter: compact
+      instructions: Why?
+      inputs: [{ name: text }, { name: label }]
+      outputs: [{ name: reasoning }, { name: sure, type: bool }]
+",
+    );
+    let known = [("one", "card"), ("two", "pin"), ("three", "card")];
+    let known = known.map(|(text, label)| (text.to_owned(), label));
+    classify::write_rows(&project, "train.csv", known);
+    classify::write_rows(&project, "test.csv", [("four".to_owned(), "card")]);
+    run(&project, &oracle).ok();
+    assert_eq!(oracle.calls(), 3);
+    let explained = rows(&project, "rows.jsonl");
+    let of = |row: &Value| {
+        (
+            row["id"].clone(),
+            row["label"].clone(),
+            row["reasoning"].clone(),
+        )
+    };
+    let all: Vec<(Value, Value, Value)> = explained.iter().map(of).collect();
+    let expected: [(Value, Value, Value); 2] = [(0, "one"), (2, "three")].map(|(at, text)| {
+        let reason = format!("Because of text: {text}, label: card.");
+        (format!("d:train:{at}").into(), "card".into(), reason.into())
+    });
+    assert_eq!(all, expected);
+    let dropped = rows(&project, "dropped.jsonl");
+    assert_eq!(dropped.len(), 1);
+    assert_eq!(
+        (&dropped[0]["id"], &dropped[0]["label"]),
+        (&"d:train:1".into(), &"pin".into())
+    );
+    let why = dropped[0]["dropped"].as_str().unwrap();
+    assert!(why.contains("sure"), "{why}");
+}
+
 #[test]
 fn a_teacher_sees_the_labelled_rows_most_like_each_query_also_when_it_is_served() {
     // Repeats the last example, which is the most similar one.

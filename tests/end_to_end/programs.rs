@@ -1,6 +1,7 @@
 //! Programs and their optimizers through the real binary, against a model on loopback.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
@@ -18,7 +19,7 @@ const OPTIMIZE: &str = "  optimize:
 ";
 
 /// A project whose `optimize` has these settings.
-fn project(with: &str) -> Project {
+pub(crate) fn project(with: &str) -> Project {
     let project = classify::project(&[CONVERT, OPTIMIZE, with, TEST]);
     let rows = |rows: &[(&'static str, &'static str)]| {
         let rows = rows.iter();
@@ -93,6 +94,113 @@ fn a_model_in_the_server_sees_the_demos_that_it_was_evaluated_with() {
         assert!((sure(&answer) - sure(row)).abs() < 1e-5, "{answer} {row}");
     }
     assert_eq!(nobody.calls(), 0);
+    // It says how sure it is, so that this can be compared with how often it is right.
+    let calibration = &scores(&project)["programs"][0]["calibration"];
+    assert_eq!(calibration["n"], 2);
+    let bins = calibration["bins"].as_array().unwrap();
+    let held: u64 = bins.iter().map(|bin| bin["n"].as_u64().unwrap()).sum();
+    assert_eq!(held, 2);
+}
+
+const COMPARE: &str = "  compare:
+    uses: evaluate
+    in: { rows: labels.test, program: convert.program, optimised: optimize.program }
+    with: { model: m }
+    publish: { scores: compare.json }
+";
+
+#[test]
+fn a_program_is_compared_with_its_optimised_self_row_by_row() {
+    // Without examples every query is of a card; with them the card of the last row is missed.
+    let oracle = Oracle::start(|body| {
+        let wrong = query(body) == "The card again";
+        let label = match shown(body).is_empty() {
+            true => "card",
+            false if wrong => "pin",
+            false if query(body).contains("PIN") => "pin",
+            false => "card",
+        };
+        Some(label.to_owned())
+    });
+    let project = project("      search: { restrict: [-2], max_labeled_demos: 2 }\n");
+    project.write("p.yaml", &format!("{}{COMPARE}", project.read("p.yaml")));
+    let pins = (0..8).map(|i| (format!("PIN number {i}"), "pin"));
+    let cards = ["A card", "The card again"].map(|text| (text.to_owned(), "card"));
+    classify::write_rows(&project, "test.csv", pins.chain(cards));
+    run(&project, &oracle).ok();
+    let scores: Value = serde_json::from_str(&project.read("compare.json")).unwrap();
+    let programs = scores["programs"].as_array().unwrap();
+    let of = |at: usize| (&programs[at]["program"], &programs[at]["correct"]);
+    assert_eq!(of(0), (&"plain".into(), &2.into()));
+    assert_eq!(of(1), (&"optimised".into(), &9.into()));
+    let comparison = &scores["comparison"];
+    assert_eq!(
+        (&comparison["only_first"], &comparison["only_second"]),
+        (&1.into(), &8.into())
+    );
+    // Two-sided binomial: 2 · (1 + 9) / 2⁹.
+    let p = comparison["p_value"].as_f64().unwrap();
+    assert!((p - 20.0 / 512.0).abs() < 1e-12, "{p}");
+}
+
+const CHATS: &str = "  convert:
+    uses: convert-to-messages
+    in: { rows: [labels.train], labels: labels.labels }
+    with: { program: classify }
+    publish: { messages: messages.jsonl }
+";
+
+#[test]
+fn a_student_is_asked_and_served_with_the_very_prompts_that_it_is_trained_on() {
+    for adapter in ["compact", "chat"] {
+        let asked: Arc<Mutex<Vec<Value>>> = Arc::default();
+        let heard = Arc::clone(&asked);
+        let oracle = Oracle::start(move |body| {
+            heard.lock().unwrap().push(body["messages"].clone());
+            Some(match adapter {
+                "compact" => "card".to_owned(),
+                _ => "[[ ## label ## ]]\ncard\n\n[[ ## completed ## ]]".to_owned(),
+            })
+        });
+        let own = |step: &str| {
+            step.replace("optimize.program", "convert.program")
+                .replace("labels.test", "labels.train")
+                .replace("role: best }", "role: best, leakage: allow }")
+        };
+        let project = classify::project(&[CHATS, &own(TEST), &own(DEPLOY)]);
+        project.edit("p.yaml", "adapter: compact", &format!("adapter: {adapter}"));
+        let texts = [
+            "Where is it?",
+            "My  card, \u{201c}new\u{201d}",
+            "Which PIN?",
+        ];
+        let labels = ["card", "card", "pin"];
+        let rows = texts.into_iter().zip(labels);
+        let rows: Vec<(String, &str)> = rows
+            .map(|(text, label)| (format!("\"{text}\""), label))
+            .collect();
+        classify::write_rows(&project, "train.csv", rows.clone());
+        classify::write_rows(&project, "test.csv", rows);
+        run(&project, &oracle).ok();
+        // All but the last message of each chat, which is the answer.
+        let prompt = |line: &str| -> Value {
+            let mut chat: Value = serde_json::from_str(line).unwrap();
+            let messages = chat["messages"].as_array_mut().unwrap();
+            assert_eq!(messages.pop().unwrap()["role"], "assistant");
+            chat["messages"].take()
+        };
+        let trained: Vec<Value> = project.read("messages.jsonl").lines().map(prompt).collect();
+        assert_eq!(trained.len(), 3);
+        let taken = || std::mem::take(&mut *asked.lock().unwrap());
+        let evaluated = taken();
+        assert!(trained.iter().all(|prompt| evaluated.contains(prompt)));
+        assert!(evaluated.iter().all(|prompt| trained.contains(prompt)));
+        let server = serve(&project);
+        for (text, prompt) in texts.iter().zip(&trained) {
+            server.json("/predict", &json!({ "text": text }));
+            assert_eq!(taken(), std::slice::from_ref(prompt), "{adapter}");
+        }
+    }
 }
 
 #[test]

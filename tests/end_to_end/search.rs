@@ -173,6 +173,52 @@ fn candidates_that_another_machine_scored_are_found_in_the_remote_cache() {
     assert_eq!(candidates(&there)[..6], candidates(&here));
 }
 
+/// Moves the last run of one project to another, in a file.
+fn move_run(from: &Project, to: &Project) {
+    from.run(&["cache", "export", "moved.tar.zst"]).ok();
+    let file = from.path("moved.tar.zst").display().to_string();
+    to.run(&["cache", "import", &file]).ok();
+}
+
+#[test]
+fn a_run_that_is_moved_takes_its_candidates_along() {
+    let [here, there, elsewhere] = [(); 3].map(|()| project());
+    let (first, _) = oracle(usize::MAX);
+    run(&here, &first).ok();
+    move_run(&here, &there);
+    assert_eq!(kept(&there).len(), 6);
+    let programs = "num_candidate_programs: ";
+    there.edit("p.yaml", &format!("{programs}3"), &format!("{programs}4"));
+    let (second, heard) = oracle(usize::MAX);
+    run(&there, &second).ok();
+    assert_eq!(asked(&heard).iter().filter(is_scoring).count(), 12);
+    assert_eq!(candidates(&there)[..6], candidates(&here));
+
+    // A run that did not search takes none of them.
+    let mut loads = command(&here, &first);
+    Run::of(loads.args(["--until", "convert"]).output().unwrap()).ok();
+    move_run(&here, &elsewhere);
+    assert_eq!(kept(&elsewhere).len(), 0);
+    let (third, heard) = oracle(usize::MAX);
+    run(&elsewhere, &third).ok();
+    assert_eq!(asked(&heard).iter().filter(is_scoring).count(), 6 * 12);
+}
+
+#[test]
+fn a_killed_search_goes_on_where_its_run_is_moved_to() {
+    let [here, there] = [(); 2].map(|()| project());
+    // Two candidates without bootstrapping come first: 24 calls.
+    kill_after(&here, 30);
+    let finished = kept(&here).len();
+    assert!((2..6).contains(&finished), "{finished} of 6 candidates");
+    move_run(&here, &there);
+    assert_eq!(kept(&there).len(), finished);
+    let (rest, heard) = oracle(usize::MAX);
+    run(&there, &rest).ok();
+    let scoring = asked(&heard).iter().filter(is_scoring).count();
+    assert_eq!(scoring, (6 - finished) * 12);
+}
+
 #[test]
 fn what_early_stopping_left_is_not_kept_as_a_score() {
     let project = project();

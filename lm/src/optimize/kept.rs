@@ -5,7 +5,7 @@
 //! Knows no step. Invariant: only whole pieces are kept. A candidate that early stopping left has
 //! none, and neither has one whose model left a row unanswered.
 
-use flowrun_cache::action::ACTION_VERSION;
+use flowrun_cache::action::{ACTION_VERSION, part_label};
 use flowrun_cache::{ActionCache, ActionKey, ActionResult, Digest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -173,7 +173,7 @@ impl<'a> Piece<'a> {
                     metrics: BTreeMap::from([(RESULT.to_owned(), text.into())]),
                     took_ms: u64::try_from(took).unwrap_or(u64::MAX),
                     finished_at: (self.kept.now)(),
-                    label: format!("{} of `{}`", self.kind, self.kept.asked_by),
+                    label: part_label(self.kind, &self.kept.asked_by),
                 };
                 self.kept.actions.put(&result).map_err(|e| e.to_string())
             });

@@ -4,11 +4,14 @@ use super::*;
 use crate::lm::{Completion, FinishReason, LmError, OnAnswer, Request, Role};
 use crate::metric::MetricKind;
 use crate::program::ProgramSpec;
+use crate::value::Value;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Right by a hash of the query and of how many demos it sees; counts its calls.
 struct Hashing {
     per_demo: u64,
+    /// Another one is another model.
+    salt: u64,
     calls: AtomicUsize,
 }
 
@@ -27,9 +30,11 @@ impl Lm for Hashing {
             let demos = request.messages.iter();
             let demos = demos.filter(|m| m.role == Role::Assistant).count() as u64;
             let query = request.messages.last().map_or("", |m| m.content.as_str());
-            let mut hash = query.bytes().fold(demos * 7 + 1, |hash, byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            });
+            let mut hash = query
+                .bytes()
+                .fold((demos * 7 + 1) ^ self.salt, |hash, byte| {
+                    (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+                });
             hash = (hash >> 17) % 100;
             let right = hash < 60 + self.per_demo * demos;
             let answer = Ok(Completion {
@@ -62,16 +67,119 @@ fn rows(from: usize, to: usize) -> Vec<Example> {
 }
 
 fn search(per_demo: u64, settings: &RandomSearch) -> (Compiled, usize) {
+    let lm = Hashing {
+        per_demo,
+        salt: 0,
+        calls: AtomicUsize::new(0),
+    };
+    let compiled = search_with(&lm, settings, 100, 4);
+    (compiled, lm.calls.into_inner())
+}
+
+fn search_with(lm: &Hashing, settings: &RandomSearch, val_rows: usize, batch: usize) -> Compiled {
     let spec: ProgramSpec = serde_json::from_str(
         r#"{"predict": {"adapter": "compact", "inputs": [{"name": "text"}],
             "outputs": [{"name": "label", "type": "label"}]}}"#,
     )
     .unwrap();
     let student = spec.build(&["a", "b", "c"].map(str::to_owned)).unwrap();
-    let lm = Hashing {
-        per_demo,
-        calls: AtomicUsize::new(0),
+    let metric = MetricKind::LabelEquality.metric("label");
+    let session = Session {
+        lm,
+        sampling: &Sampling::default(),
+        metric: &metric,
+        label: "label",
+        teacher: None,
+        batch,
+        on_progress: None,
+        kept: None,
     };
+    let valset = rows(30, 30 + val_rows);
+    let compiled = settings.compile(&student, &rows(0, 30), Some(&valset), &session);
+    compiled.unwrap()
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 24, ..Default::default() })]
+    #[test]
+    fn early_stopping_never_changes_what_is_found(
+        salt in 0..u64::MAX,
+        per_demo in 0u64..12,
+        val_rows in 1usize..40,
+        batch in 1usize..6,
+        at_once in 1usize..4,
+        stop_at_score in proptest::option::of(40.0f64..100.0),
+    ) {
+        let found = |early_stopping: bool, at_once: usize| {
+            let lm = Hashing { per_demo, salt, calls: AtomicUsize::new(0) };
+            let settings = RandomSearch {
+                num_candidate_programs: 3,
+                early_stopping,
+                stop_at_score,
+                concurrency: Some(at_once),
+                ..RandomSearch::default()
+            };
+            let compiled = search_with(&lm, &settings, val_rows, batch);
+            let best = compiled.best.map(|at| compiled.candidates[at].clone());
+            let best = best.map(|best| (best.seed, best.score));
+            (best, compiled.candidates.len(), compiled.program.demos())
+        };
+        proptest::prop_assert_eq!(found(true, at_once), found(false, 1));
+    }
+}
+
+/// Gives its reason and, for even numbers, the right label.
+struct Even(AtomicUsize);
+
+impl Lm for Even {
+    fn id(&self) -> &str {
+        "even"
+    }
+
+    fn complete(
+        &self,
+        requests: &[Request],
+        on_answer: &OnAnswer<'_>,
+    ) -> Vec<Result<Completion, LmError>> {
+        let answer = |(index, request): (usize, &Request)| {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            let query = &request.messages.last().unwrap().content;
+            let (label, number) = query.split_once(" number ").unwrap();
+            let is_even = number.parse::<usize>().unwrap().is_multiple_of(2);
+            let label = if is_even { label } else { "none" };
+            let answer = Ok(Completion {
+                text: format!("because of {number}\nlabel: {label}"),
+                finish: FinishReason::Stop,
+                prompt_tokens: 1,
+                completion_tokens: 1,
+                choice_probs: None,
+                cached: false,
+            });
+            on_answer(index, &answer);
+            answer
+        };
+        requests.iter().enumerate().map(answer).collect()
+    }
+}
+
+/// All texts are alike to it.
+struct Alike;
+
+impl crate::classifier::Embedder for Alike {
+    fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, String> {
+        Ok(vec![vec![1.0]; texts.len()])
+    }
+}
+
+#[test]
+fn nearest_rows_are_worked_out_once_where_the_model_is_right() {
+    let spec: ProgramSpec = serde_json::from_str(
+        r#"{"chain_of_thought": {"adapter": "compact", "inputs": [{"name": "text"}],
+            "outputs": [{"name": "label", "type": "label"}]}}"#,
+    )
+    .unwrap();
+    let student = spec.build(&["a", "b", "c"].map(str::to_owned)).unwrap();
+    let lm = Even(AtomicUsize::new(0));
     let metric = MetricKind::LabelEquality.metric("label");
     let session = Session {
         lm: &lm,
@@ -83,8 +191,71 @@ fn search(per_demo: u64, settings: &RandomSearch) -> (Compiled, usize) {
         on_progress: None,
         kept: None,
     };
-    let compiled = settings.compile(&student, &rows(0, 30), Some(&rows(30, 130)), &session);
-    (compiled.unwrap(), lm.calls.into_inner())
+    let knn = |bootstrap| KnnFewShot {
+        k: 2,
+        bootstrap,
+        embedder: std::sync::Arc::new(Alike),
+    };
+    let rows = rows(0, 6);
+    let plain = knn(false).compile(&student, &rows, None, &session).unwrap();
+    assert_eq!(lm.0.load(Ordering::Relaxed), 0, "nothing is asked");
+    let worked = knn(true).compile(&student, &rows, None, &session).unwrap();
+    assert_eq!(lm.0.load(Ordering::Relaxed), 6, "one call a row");
+    assert_eq!(worked.tokens.calls, 6);
+    let pool = |compiled: &Compiled| -> Vec<Demo> {
+        let predictor = &compiled.program.predictors[0];
+        assert!(predictor.demos.is_empty());
+        predictor.neighbours.as_ref().unwrap().rows.clone()
+    };
+    let (plain, worked) = (pool(&plain), pool(&worked));
+    for (at, (worked, plain)) in worked.iter().zip(&plain).enumerate() {
+        let own = [rows[at].text("text"), rows[at].text("label")];
+        let fields = |demo: &Demo| {
+            ["text", "label", "reasoning"].map(|name| {
+                demo.fields
+                    .get(name)
+                    .and_then(Value::as_str)
+                    .map(str::to_owned)
+            })
+        };
+        let [text, label] = own.map(|field| field.map(str::to_owned));
+        let unexplained = [text.clone(), label.clone(), None];
+        assert_eq!(
+            (plain.augmented, fields(plain)),
+            (false, unexplained.clone())
+        );
+        let expected = match at % 2 {
+            0 => (true, [text, label, Some(format!("because of {at}"))]),
+            _ => (false, unexplained),
+        };
+        assert_eq!((worked.augmented, fields(worked)), expected);
+    }
+    assert_eq!((plain.len(), worked.len()), (6, 6));
+}
+
+#[test]
+fn labelled_rows_are_drawn_as_python_draws_them() {
+    let spec: ProgramSpec = serde_json::from_str(
+        r#"{"stages": [
+            {"name": "one", "predict": {"inputs": [{"name": "text"}], "outputs": [{"name": "topic"}]}},
+            {"name": "two", "predict": {"inputs": [{"name": "topic"}],
+                "outputs": [{"name": "label", "type": "label"}]}}]}"#,
+    )
+    .unwrap();
+    let student = spec.build(&["a", "b", "c"].map(str::to_owned)).unwrap();
+    let rows = rows(0, 10);
+    let drawn = |k: usize, sample: bool| -> Vec<Vec<usize>> {
+        let program = LabeledFewShot { k, sample }.apply(&student, &rows);
+        let place = |demo: &Demo| rows.iter().position(|row| demo.is(row)).unwrap();
+        let predictors = program.predictors.iter();
+        predictors
+            .map(|predictor| predictor.demos.iter().map(place).collect())
+            .collect()
+    };
+    // `random.Random(0)`, then `sample(range(10), 3)` twice.
+    assert_eq!(drawn(3, true), [[6, 9, 0], [4, 8, 7]]);
+    assert_eq!(drawn(2, false), [[0, 1], [0, 1]]);
+    assert_eq!(drawn(99, false)[1].len(), 10);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! prediction. Rows never influence each other.
 
 mod chain_of_thought;
+mod dspy_json;
 mod neighbours;
 mod predictor;
 mod row_inputs;
@@ -12,10 +13,11 @@ mod trace;
 mod votes;
 
 pub use chain_of_thought::{EXPERIMENTAL_REASONING_DESC, REASONING, chain_of_thought};
+pub use dspy_json::{dspy_file, load_dspy_json, to_dspy_json};
 pub use neighbours::{Neighbours, embedded_text};
 pub use predictor::{LabelRule, Predictor};
 pub use row_inputs::RowInput;
-pub use saved::{SavedError, SavedNeighbours, SavedProgram, load_dspy_json, to_dspy_json};
+pub use saved::{SavedError, SavedNeighbours, SavedProgram};
 pub use spec::{
     BuildError, InputSpec, MajoritySpec, OutputSpec, OutputType, ProgramSpec, PromptSpec, StageSpec,
 };

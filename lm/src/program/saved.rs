@@ -1,12 +1,8 @@
-//! Programs on disk: our own [`SavedProgram`] (everything needed to rebuild one)
-//! and DSPy's JSON (demos and prompts only; the code makes the program).
+//! [`SavedProgram`]: a program on disk, with everything needed to rebuild it.
 
 use super::{BuildError, Neighbours, Program, ProgramSpec};
-use crate::adapter::Dialect;
 use crate::example::Demo;
 use crate::lineage::Lineage;
-use crate::signature::{Field, Signature};
-use crate::value::{Fields, Value};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -197,181 +193,6 @@ fn known_version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::E
     }
 }
 
-/// What DSPy's `program.save()` writes, without its `metadata`. Predictors keep their names; in
-/// DSPy 3 one that reasons is called `<name>.predict`, being inside a `ChainOfThought`.
-pub fn to_dspy_json(program: &Program) -> Value {
-    let predictors = program.predictors.iter().map(|predictor| {
-        let demos = predictor.demos.iter().map(demo_value).collect();
-        let signature = signature_value(&predictor.signature);
-        let entry = |name: &str, value| (name.to_owned(), value);
-        let empty = || Value::List(Vec::new());
-        let common = [
-            entry("traces", empty()),
-            entry("train", empty()),
-            entry("demos", Value::List(demos)),
-            entry("signature", signature.clone()),
-        ];
-        let fields: Fields = match program.dialect {
-            Dialect::Dspy3 => common
-                .into_iter()
-                .chain([entry("lm", Value::Null)])
-                .collect(),
-            Dialect::Dspy25 | Dialect::Dspy25Dev => [entry("lm", Value::Null)]
-                .into_iter()
-                .chain(common)
-                .chain(
-                    is_chain(&predictor.signature).then(|| entry("extended_signature", signature)),
-                )
-                .collect(),
-        };
-        (
-            dspy_name(program.dialect, &predictor.name, &predictor.signature),
-            Value::Dict(fields),
-        )
-    });
-    Value::Dict(predictors.collect())
-}
-
-fn is_chain(signature: &Signature) -> bool {
-    signature
-        .outputs
-        .first()
-        .is_some_and(|field| field.name == super::REASONING)
-}
-
-fn dspy_name(dialect: Dialect, name: &str, signature: &Signature) -> String {
-    if dialect == Dialect::Dspy3 && is_chain(signature) {
-        format!("{name}.predict")
-    } else {
-        name.to_owned()
-    }
-}
-
-fn demo_value(demo: &Demo) -> Value {
-    let mut fields = Fields::new();
-    if demo.augmented {
-        fields.insert("augmented".to_owned(), Value::Bool(true));
-    }
-    fields.extend(demo.fields.clone());
-    Value::Dict(fields)
-}
-
-fn signature_value(signature: &Signature) -> Value {
-    let field = |field: &Field| {
-        Value::Dict(Fields::from([
-            ("prefix".to_owned(), Value::Str(field.full_prefix())),
-            ("description".to_owned(), Value::Str(field.full_desc())),
-        ]))
-    };
-    Value::Dict(Fields::from([
-        (
-            "instructions".to_owned(),
-            Value::Str(signature.instructions.clone()),
-        ),
-        (
-            "fields".to_owned(),
-            Value::List(signature.fields().map(field).collect()),
-        ),
-    ]))
-}
-
-#[derive(Deserialize)]
-struct DspyPredictor {
-    #[serde(default)]
-    demos: Vec<Demo>,
-    signature: Option<DspySignature>,
-    extended_signature: Option<DspySignature>,
-}
-
-#[derive(Deserialize)]
-struct DspySignature {
-    instructions: String,
-    fields: Vec<DspyField>,
-}
-
-#[derive(Deserialize)]
-struct DspyField {
-    prefix: String,
-    description: String,
-}
-
-/// Loads DSPy's JSON into a program of the same shape, as DSPy's `program.load()` does: demos,
-/// and instructions, descriptions and prefixes (which `dspy-2.5-dev` leaves as they are). The
-/// only predictor of a file may have any name.
-///
-/// # Errors
-/// When the text is something else or is not of the program's shape.
-pub fn load_dspy_json(program: &mut Program, text: &str) -> Result<(), SavedError> {
-    let mut saved = read_dspy_predictors(text)?;
-    let alone = program.predictors.len() == 1 && saved.len() == 1;
-    let dialect = program.dialect;
-    for predictor in &mut program.predictors {
-        let suffixed = format!("{}.predict", predictor.name);
-        let key = saved
-            .keys()
-            .find(|key| alone || **key == predictor.name || **key == suffixed)
-            .cloned();
-        let Some(found) = key.and_then(|key| saved.shift_remove(&key)) else {
-            let there = saved.into_keys().collect();
-            return Err(SavedError::Predictor {
-                name: predictor.name.clone(),
-                there,
-            });
-        };
-        predictor.demos = found.demos;
-        let Some(signature) = found.extended_signature.or(found.signature) else {
-            continue;
-        };
-        if dialect != Dialect::Dspy25Dev {
-            take_signature(&mut predictor.signature, signature, &predictor.name)?;
-        }
-    }
-    Ok(())
-}
-
-/// The predictors in a DSPy file, fields in order; `metadata` is skipped.
-fn read_dspy_predictors(
-    text: &str,
-) -> Result<indexmap::IndexMap<String, DspyPredictor>, SavedError> {
-    let Value::Dict(whole) = serde_json::from_str(text)? else {
-        return Ok(indexmap::IndexMap::new());
-    };
-    whole
-        .iter()
-        .filter(|(name, _)| *name != "metadata")
-        .map(|(name, value)| {
-            // Through text, because a `serde_json::Value` would lose the order of the fields.
-            let predictor = serde_json::from_str(&serde_json::to_string(value)?)?;
-            Ok((name.clone(), predictor))
-        })
-        .collect()
-}
-
-fn take_signature(
-    signature: &mut Signature,
-    saved: DspySignature,
-    name: &str,
-) -> Result<(), SavedError> {
-    let expected = signature.fields().count();
-    if saved.fields.len() != expected {
-        let saved = saved.fields.len();
-        return Err(SavedError::Fields {
-            name: name.to_owned(),
-            saved,
-            expected,
-        });
-    }
-    signature.instructions = saved.instructions;
-    let Signature {
-        inputs, outputs, ..
-    } = signature;
-    for (field, saved) in inputs.iter_mut().chain(outputs).zip(saved.fields) {
-        field.desc = Some(saved.description);
-        field.prefix = Some(saved.prefix);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -438,20 +259,5 @@ mod tests {
         let mut saved = saved();
         saved.demos.insert("other".into(), Vec::new());
         assert!(matches!(saved.build(), Err(SavedError::Predictor { .. })));
-    }
-
-    #[test]
-    fn dspy_files_round_trip() {
-        for dialect in [Dialect::Dspy25, Dialect::Dspy3] {
-            let mut program = saved().build().unwrap();
-            program.dialect = dialect;
-            let text = serde_json::to_string(&to_dspy_json(&program)).unwrap();
-            let mut other = saved().spec.build(&[]).unwrap();
-            other.dialect = dialect;
-            other.predictors[0].signature.instructions.clear();
-            load_dspy_json(&mut other, &text).unwrap();
-            assert_eq!(other.predictors[0].demos, program.predictors[0].demos);
-            assert_eq!(other.predictors[0].signature.instructions, "Sort.");
-        }
     }
 }

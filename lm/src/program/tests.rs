@@ -339,6 +339,52 @@ fn draws_of_one_program_vote() {
 }
 
 #[test]
+fn the_members_of_an_ensemble_go_their_own_ways_and_vote() {
+    let ensemble = spec(
+        r#"{"majority": {"programs": [
+            {"stages": [
+                {"name": "topic", "predict": {"adapter": "compact", "instructions": "Topic.",
+                    "inputs": [{"name": "text"}], "outputs": [{"name": "topic"}]}},
+                {"name": "label", "predict": {"adapter": "compact", "instructions": "By topic.",
+                    "inputs": [{"name": "topic"}], "outputs": [{"name": "label", "type": "label"}]}}]},
+            {"predict": {"adapter": "compact", "instructions": "One.",
+                "inputs": [{"name": "text"}], "outputs": [{"name": "label", "type": "label"}]}},
+            {"predict": {"adapter": "compact", "instructions": "Two.",
+                "inputs": [{"name": "text"}], "outputs": [{"name": "label", "type": "label"}]}}]}}"#,
+    );
+    let mut program = ensemble.build(&["a".into(), "b".into()]).unwrap();
+    // A demo of one member is none of another's.
+    program.predictors[2].demos = vec![Demo::labeled(&rows(&["shown"])[0])];
+    let lm = Scripted::new(|request| {
+        let system = request.messages[0].content.as_str();
+        let shown = request.messages.len() > 2;
+        assert_eq!(shown, system == "One.", "{system}");
+        let query = asked(request);
+        Ok(match system {
+            "Topic." => format!("about {query}"),
+            "By topic." => {
+                assert!(query == "about q" || query == "about r", "{query}");
+                "a".to_owned()
+            }
+            "One." if query == "q" => "B".to_owned(),
+            "One." => "A".to_owned(),
+            _ => "b".to_owned(),
+        })
+    });
+    let rows = rows(&["q", "r"]);
+    let results = program.run(&lm, &Sampling::default(), &rows, &RunOptions::default());
+    let labels: Vec<&str> = results
+        .iter()
+        .map(|result| result.prediction.as_ref().unwrap().text("label").unwrap())
+        .collect();
+    assert_eq!(labels, ["b", "a"]);
+    for result in &results {
+        assert_eq!(result.confidence, Some(2.0 / 3.0));
+        assert_eq!(result.tokens.calls, 4);
+    }
+}
+
+#[test]
 fn an_outage_ends_the_rounds_and_a_row_that_is_refused_does_not() {
     let majority = spec(
         r#"{"majority": {"samples": 3, "programs": [{"predict": {

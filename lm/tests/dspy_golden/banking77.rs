@@ -7,14 +7,45 @@ use flowrun_lm::program::{Program, ProgramSpec};
 use flowrun_lm::python_random::PythonRandom;
 use flowrun_lm::value::Value;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// banking77's rows of its 25 most frequent intents, split as the notebook does.
 pub(crate) struct Banking77 {
+    /// All labels, the most frequent first.
     pub(crate) labels: Vec<String>,
+    /// Rows of each.
+    pub(crate) counts: Vec<usize>,
     pub(crate) top25: Vec<String>,
+    /// Rows of the 25, in the order of the file.
+    pub(crate) filtered: Vec<Example>,
+    /// The same of the test file, where it lies beside.
+    pub(crate) test: Option<Vec<Example>>,
+    /// Places in `filtered`, shuffled: first those of `train`, then those of `labeled`.
+    pub(crate) order: Vec<usize>,
     pub(crate) train: Vec<Example>,
     pub(crate) labeled: Vec<Example>,
+}
+
+/// A label as the notebook cleans it.
+pub(crate) fn clean(label: &str) -> String {
+    label.to_lowercase().replace('?', "")
+}
+
+/// Rows of a file: text and label.
+fn rows(path: &Path) -> Option<Vec<(String, String)>> {
+    let mut reader = csv::Reader::from_path(path).ok()?;
+    Some(reader.deserialize().map(Result::unwrap).collect())
+}
+
+/// The rows with one of these labels.
+fn of_labels(rows: &[(String, String)], labels: &[String]) -> Vec<Example> {
+    let rows = rows.iter().map(|(text, label)| (text, clean(label)));
+    let known = rows.filter(|(_, label)| labels.contains(label));
+    known
+        .map(|(text, label)| {
+            Example::of_texts(text, [("text", text.as_str()), ("label", label.as_str())])
+        })
+        .collect()
 }
 
 impl Banking77 {
@@ -26,38 +57,38 @@ impl Banking77 {
             Some(folder.join("../dist/banking77/train.csv")),
             Some(workspace.join("dist/banking77/train.csv")),
         ];
-        let opened = (places.into_iter().flatten()).find_map(|p| csv::Reader::from_path(p).ok());
-        let Some(mut reader) = opened else {
+        let opened = places.into_iter().flatten().find_map(|path| {
+            let train = rows(&path)?;
+            Some((train, rows(&path.with_file_name("test.csv"))))
+        });
+        let Some((train, test)) = opened else {
             say("skipped: no train.csv of banking77 (`FLOWRUN_BANKING77`)");
             return None;
         };
-        let rows: Vec<(String, String)> = reader.deserialize().map(Result::unwrap).collect();
-        Some(Self::split(&rows))
+        Some(Self::split(&train, test.as_deref()))
     }
 
-    fn split(rows: &[(String, String)]) -> Self {
-        let clean = |label: &str| label.to_lowercase().replace('?', "");
+    fn split(rows: &[(String, String)], test: Option<&[(String, String)]>) -> Self {
         let mut counts: BTreeMap<String, usize> = BTreeMap::new();
         for (_, label) in rows {
             *counts.entry(clean(label)).or_default() += 1;
         }
         let mut ranked: Vec<(String, usize)> = counts.into_iter().collect();
         ranked.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-        let labels: Vec<String> = ranked.into_iter().map(|(name, _)| name).collect();
+        let (labels, counts): (Vec<String>, Vec<usize>) = ranked.into_iter().unzip();
         let top25 = labels[..25].to_vec();
-        let mut train: Vec<Example> = rows
-            .iter()
-            .map(|(text, label)| (text.as_str(), clean(label)))
-            .filter(|(_, label)| top25.contains(label))
-            .map(|(text, label)| {
-                Example::of_texts(text, [("text", text), ("label", label.as_str())])
-            })
-            .collect();
-        PythonRandom::new(0).shuffle(&mut train);
+        let filtered = of_labels(rows, &top25);
+        let mut order: Vec<usize> = (0..filtered.len()).collect();
+        PythonRandom::new(0).shuffle(&mut order);
+        let mut train: Vec<Example> = order.iter().map(|at| filtered[*at].clone()).collect();
         let labeled = train.split_off(train.len() - 100);
         Self {
+            test: test.map(|test| of_labels(test, &top25)),
             labels,
+            counts,
             top25,
+            filtered,
+            order,
             train,
             labeled,
         }

@@ -1,8 +1,8 @@
 //! Prompts and answers: sets a (format), b (parse), d (fine-tuning messages), h (saved programs).
 
-use super::banking77::{self, Banking77};
+use super::banking77::{self, Banking77, clean};
 use super::fake_lm::Scripted;
-use super::recording::{RecordedSignature, compare, get, read, same, say};
+use super::recording::{RecordedSignature, compare, get, read, same, say, skip};
 use flowrun_lm::adapter::{AdapterKind, ParseError};
 use flowrun_lm::example::Demo;
 use flowrun_lm::lm::{Message, Sampling};
@@ -101,11 +101,10 @@ fn d_rows_become_the_same_messages() {
             .remove(0);
         let collected = get(&case.expected, "collected") == Some(&Value::Bool(true));
         same("collected", &result.prediction.is_ok(), &collected)?;
-        let (Ok(prediction), Some(messages)) =
-            (&result.prediction, get(&case.expected, "messages"))
-        else {
+        let Ok(prediction) = &result.prediction else {
             return Ok(());
         };
+        let messages = get(&case.expected, "messages").ok_or("there are no messages recorded")?;
         let expected: Fields = read(get(&case.expected, "prediction").unwrap());
         same("prediction", &prediction.fields, &expected)?;
         let label = prediction.text("label").unwrap_or_default().to_owned();
@@ -160,15 +159,52 @@ fn i_the_rows_are_those_of_the_recordings() {
     let Some(data) = Banking77::load() else {
         return;
     };
-    let mut checked = 0;
-    let mut check = |what: &str, same: Option<bool>| {
-        assert_ne!(same, Some(false), "{what}");
-        checked += usize::from(same.is_some());
-    };
-    for facts in Banking77::facts() {
+    let recorded = Banking77::facts();
+    if recorded.is_empty() {
+        skip("no recordings `i_data`");
+    }
+    for facts in recorded {
+        let mut checked = 0;
+        let mut check = |what: &str, same: Option<bool>| {
+            assert_ne!(same, Some(false), "{what}");
+            checked += usize::from(same.is_some());
+        };
         let top25 = get(&facts, "top25").map(read::<Vec<String>>);
         check("top25", top25.map(|top25| top25 == data.top25));
-        for (name, rows) in [("ft_train", &data.train), ("labeled100", &data.labeled)] {
+        let counts = get(&facts, "counts").map(read::<Vec<usize>>);
+        check(
+            "counts",
+            counts.map(|counts| data.counts.starts_with(&counts)),
+        );
+        let next = get(&facts, "next_labels_26_28").map(read::<Vec<String>>);
+        check(
+            "next",
+            next.map(|next| data.labels[25..].starts_with(&next)),
+        );
+        if let Some(Value::Dict(changed)) = get(&facts, "csv_labels_changed") {
+            for (written, cleaned) in changed {
+                check(
+                    written,
+                    Some(cleaned.as_str() == Some(clean(written).as_str())),
+                );
+            }
+        }
+        // Which row of the file comes where.
+        let whole = |item: &Value| matches!(item, Value::Int(_));
+        let places = |fact: &&Value| matches!(fact, Value::List(items) if items.iter().all(whole));
+        let order = get(&facts, "permutation").filter(places);
+        let order = order.map(read::<Vec<usize>>);
+        check("permutation", order.map(|order| order == data.order));
+        let sets = [
+            ("train_filtered", Some(&data.filtered)),
+            ("test_filtered", data.test.as_ref()),
+            ("ft_train", Some(&data.train)),
+            ("labeled100", Some(&data.labeled)),
+        ];
+        for (name, rows) in sets {
+            let Some(rows) = rows else {
+                continue;
+            };
             let fields: Vec<Fields> = rows.iter().map(|row| row.fields.clone()).collect();
             let part = |key| get(&facts, key).and_then(|part| get(part, name));
             let head = part("head3").map(read::<Vec<Fields>>);
@@ -178,7 +214,9 @@ fn i_the_rows_are_those_of_the_recordings() {
             let size = part("sizes").map(read::<usize>);
             check(name, size.map(|size| size == rows.len()));
         }
+        match checked {
+            0 => skip("a recording `i_data` holds no fact that is known here"),
+            _ => say(&format!("i_data: {checked} facts agree")),
+        }
     }
-    assert!(checked > 0, "the recordings hold no facts of the rows");
-    say(&format!("i_data: {checked} facts agree"));
 }

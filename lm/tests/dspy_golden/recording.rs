@@ -46,7 +46,7 @@ pub(crate) fn folder() -> Option<PathBuf> {
 }
 
 /// Says that something is not compared; fails where `FLOWRUN_REQUIRE_GOLDEN` is set.
-fn skip(why: &str) {
+pub(crate) fn skip(why: &str) {
     let required = std::env::var_os("FLOWRUN_REQUIRE_GOLDEN").is_some();
     assert!(!required, "{why}");
     say(&format!("skipped: {why}"));

@@ -50,12 +50,14 @@ pub struct EpochStats {
 }
 
 type OnStep<'a> = dyn FnMut(&StepStats) + 'a;
+type OnCheckpoint<'a> = dyn FnMut(&StepStats, &LoraAdapter) -> Result<(), ModelError> + 'a;
 type OnEpoch<'a> = dyn FnMut(&EpochStats, &LoraAdapter) -> Result<(), ModelError> + 'a;
 
 /// Callbacks of a training; all optional.
 #[derive(Default)]
 pub struct Hooks<'a> {
     pub(super) step: Option<Box<OnStep<'a>>>,
+    pub(super) checkpoint: Option<(usize, Box<OnCheckpoint<'a>>)>,
     pub(super) epoch: Option<Box<OnEpoch<'a>>>,
     pub(super) cancelled: Option<Box<dyn Fn() -> bool + 'a>>,
     pub(super) state: Option<(PathBuf, usize)>,
@@ -66,6 +68,19 @@ impl<'a> Hooks<'a> {
     #[must_use]
     pub fn on_step(mut self, call: impl FnMut(&StepStats) + 'a) -> Self {
         self.step = Some(Box::new(call));
+        self
+    }
+
+    /// Called after every `every` steps (0: never) with a checkpoint, before the state of that step
+    /// is saved: whoever finds a state finds the checkpoints up to its step. An error ends the
+    /// training. A resumed training may call it again for the same step with the same adapter.
+    #[must_use]
+    pub fn on_steps(
+        mut self,
+        every: usize,
+        call: impl FnMut(&StepStats, &LoraAdapter) -> Result<(), ModelError> + 'a,
+    ) -> Self {
+        self.checkpoint = Some((every, Box::new(call)));
         self
     }
 

@@ -432,6 +432,58 @@ fn what_cannot_be_trained_is_an_error() {
     );
 }
 
+#[test]
+fn checkpoints_by_steps_are_the_adapters_of_these_steps_and_come_before_the_state() {
+    // Three steps an epoch.
+    let (weights, rows) = (tiny::weights(1), tiny::rows(20, 2));
+    let config = TrainConfig {
+        epochs: 3,
+        ..config()
+    };
+    let new = || Trainer::new(&weights, lora(), config.clone(), &rows).unwrap();
+    let bytes = |adapter: &LoraAdapter| adapter.to_safetensors().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let checkpoints = |every: usize| {
+        let found = RefCell::new(Vec::new());
+        let hooks = Hooks::default()
+            .save_state(&path, 1)
+            .on_steps(every, |stats, adapter| {
+                if path.exists() {
+                    assert!(TrainerState::load(&path).unwrap().step() < stats.step);
+                }
+                let place = (stats.step, stats.epoch);
+                found.borrow_mut().push((place, bytes(adapter)));
+                Ok(())
+            });
+        new().run(hooks).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        found.into_inner()
+    };
+    let epochs = RefCell::new(Vec::new());
+    let hooks = Hooks::default().on_epoch(|stats, adapter| {
+        let place = (stats.step, stats.epoch);
+        epochs.borrow_mut().push((place, bytes(adapter)));
+        Ok(())
+    });
+    new().run(hooks).unwrap();
+    assert_eq!(checkpoints(3), epochs.into_inner());
+    let all = checkpoints(1);
+    let places: Vec<(usize, usize)> = all.iter().map(|(place, _)| *place).collect();
+    let expected: Vec<(usize, usize)> = (1..=9).map(|s| (s, (s - 1) / 3 + 1)).collect();
+    assert_eq!(places, expected);
+    let every_fourth: Vec<_> = all.into_iter().skip(3).step_by(4).collect();
+    assert_eq!(checkpoints(4), every_fourth);
+    assert!(checkpoints(0).is_empty());
+
+    let full = Hooks::default().on_steps(2, |_, _| {
+        let reason = "the disk is full".to_owned();
+        Err(ModelError::Training { step: 2, reason })
+    });
+    let error = new().run(full).unwrap_err().to_string();
+    assert!(error.contains("the disk is full"), "{error}");
+}
+
 /// The invocation of an activated adapter: the last token of every prompt of [`tiny::rows`] but
 /// one, and the first of the common start once more in some questions.
 fn activated() -> LoraConfig {
@@ -523,6 +575,8 @@ fn a_training_that_gets_no_better_stops_and_says_so() {
     let outcome = trainer.run(hooks).unwrap();
     let losses = losses.into_inner();
     assert!(outcome.stopped_early && losses.len() < 30);
+    let told: Vec<f32> = losses.iter().map(|loss| *loss as f32).collect();
+    assert_eq!(outcome.validations, told);
     let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
     let last = &losses[losses.len() - 3..];
     assert_eq!(last[0], best, "{losses:?}");

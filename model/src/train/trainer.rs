@@ -42,6 +42,8 @@ pub struct TrainOutcome {
     pub adapter: LoraAdapter,
     /// Loss of every step, those before a resumption included.
     pub losses: Vec<f32>,
+    /// Mean loss on the rows to validate on after every epoch, where there are any.
+    pub validations: Vec<f32>,
     /// Whether the validation loss ended it before its last step.
     pub stopped_early: bool,
 }
@@ -180,6 +182,12 @@ impl<'a> Trainer<'a> {
                 if let Some(call) = &mut hooks.step {
                     call(&stats);
                 }
+                if let Some((every, call)) = &mut hooks.checkpoint
+                    && self.state.step.checked_rem(*every) == Some(0)
+                {
+                    let adapter = self.layout.adapter(&self.state.params, &self.lora)?;
+                    call(&stats, &adapter)?;
+                }
                 let within = !self.state.step.is_multiple_of(per_epoch);
                 if let Some((path, every)) = hooks.state.as_ref().filter(|_| within)
                     && self.state.step.checked_rem(*every) == Some(0)
@@ -192,6 +200,7 @@ impl<'a> Trainer<'a> {
         Ok(TrainOutcome {
             adapter: self.layout.adapter(&self.state.params, &self.lora)?,
             losses: self.state.losses.clone(),
+            validations: self.state.validations.clone(),
             stopped_early: self.state.step < self.steps(),
         })
     }

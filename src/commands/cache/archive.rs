@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use flowrun_cache::CacheReader;
 use flowrun_cache::archive::{self, ArchiveError, Moved};
-use flowrun_engine::retention::keys_of;
+use flowrun_engine::retention::{keys_of, parts_of};
 
 use crate::args::GlobalArgs;
 use crate::exit::{Exit, Failure};
@@ -13,7 +13,7 @@ use crate::output::{self, bytes, count};
 use crate::recorded;
 use crate::surroundings::{hold_cache, wait};
 
-/// Writes runs with all their results into one file.
+/// Writes runs with all their results into one file, and what their searches worked out.
 pub(super) fn export(file: &Path, runs: &[String], global: &GlobalArgs) -> Result<Exit, Failure> {
     let names: Vec<Option<&str>> = match runs {
         [] => vec![None],
@@ -24,8 +24,9 @@ pub(super) fn export(file: &Path, runs: &[String], global: &GlobalArgs) -> Resul
         .map(|name| recorded::find_dir(name, global))
         .collect::<Result<BTreeSet<PathBuf>, Failure>>()?;
     let dirs: Vec<PathBuf> = dirs.into_iter().collect();
-    let keys: BTreeSet<_> = dirs.iter().flat_map(|dir| keys_of(dir)).collect();
+    let mut keys: BTreeSet<_> = dirs.iter().flat_map(|dir| keys_of(dir)).collect();
     let reader = CacheReader::open(&global.cache_dir);
+    keys.extend(parts_of(&reader, dirs.iter().map(PathBuf::as_path)));
     let moved = archive::export(&reader, &dirs, &keys, file).map_err(failure)?;
     told(&moved, "wrote", file, global)
 }

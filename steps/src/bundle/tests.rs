@@ -4,6 +4,7 @@ use flowrun_cache::ArtifactStore;
 use serde_json::json;
 
 use super::*;
+use crate::format_version::FormatVersion;
 use crate::scores::ScoredRow;
 
 fn program() -> ProgramFile {
@@ -39,6 +40,7 @@ fn scores(dataset: &str) -> Scores {
         ..ProgramScore::default()
     };
     Scores {
+        version: FormatVersion,
         dataset: dataset.to_owned(),
         model: "m".to_owned(),
         programs: vec![score],

@@ -10,7 +10,7 @@ use flowrun_model::train::{
 };
 use flowrun_model::{BaseModel, ChatMessage, LoraAdapter, LoraConfig, ModelError};
 
-use super::{Params, ScheduleSpec};
+use super::{Params, ScheduleSpec, VALIDATION};
 use crate::checkpoint::Checkpoint;
 use crate::folder;
 use crate::models::local::{failed, open_base};
@@ -30,6 +30,7 @@ pub(super) fn train(
         params,
         spec,
         chats: read_jsonl(&ctx.input("messages")?.path)?,
+        validation: validation(ctx, params)?,
         resume: ctx.resume_dir()?,
         on_step: &|stats| {
             let text = format!("epoch {}, loss {:.4}", stats.epoch, stats.loss);
@@ -42,18 +43,45 @@ pub(super) fn train(
     let trained = training.run(&Host::from(ctx))?;
     Checkpoint::base().save(&ctx.output("base"))?;
     let mut labels = Vec::new();
-    for (name, folder) in &trained.checkpoints {
-        folder::copy(folder, &ctx.output_item("checkpoints", name)?)?;
+    for reached in &trained.checkpoints {
+        let name = &reached.name;
+        folder::copy(&reached.folder, &ctx.output_item("checkpoints", name)?)?;
         labels.push(name.clone());
     }
     write_json(&ctx.output("loss"), &trained.losses)?;
     let last = trained.losses.last().map_or(f64::NAN, |point| point.loss);
-    Ok(StepOutcome::default()
+    let outcome = StepOutcome::default()
         .list("checkpoints", labels)
         .metric("rows", trained.rows)
         .metric("steps", trained.losses.len())
         .metric("loss", last)
-        .metric("tokens", trained.tokens))
+        .metric("tokens", trained.tokens);
+    let validations = trained.validations.iter().copied().enumerate();
+    let best = validations.min_by(|(_, a), (_, b)| a.total_cmp(b));
+    Ok(match best {
+        None => outcome,
+        Some((epoch, loss)) => outcome
+            .metric("validation_loss", f64::from(loss))
+            .metric("best_epoch", epoch + 1)
+            .metric("stopped_early", trained.stopped_early),
+    })
+}
+
+/// The chats to validate on; none where none are given.
+fn validation(ctx: &StepContext, params: &Params) -> Result<Vec<ChatRow>, StepError> {
+    let Some(input) = ctx.input_opt(VALIDATION) else {
+        let help = "connect `validation`, such as the `messages` of a `convert-to-messages` of \
+                    rows that are not trained on";
+        return match params.patience {
+            None => Ok(Vec::new()),
+            Some(_) => Err(StepError::invalid("`patience` needs chats to validate on").help(help)),
+        };
+    };
+    let chats: Vec<ChatRow> = read_jsonl(&input.path)?;
+    match chats.is_empty() {
+        true => Err(StepError::invalid("`validation` has no chats")),
+        false => Ok(chats),
+    }
 }
 
 /// A training, whoever asked for it.
@@ -61,6 +89,8 @@ pub(super) struct Training<'a> {
     pub(super) params: &'a Params,
     pub(super) spec: &'a EmbeddedSpec,
     pub(super) chats: Vec<ChatRow>,
+    /// Chats whose loss is told after every epoch; may be none.
+    pub(super) validation: Vec<ChatRow>,
     /// Where its state and its checkpoints lie until it is done, and longer.
     pub(super) resume: &'a Path,
     /// Hears of every step.
@@ -71,71 +101,158 @@ pub(super) struct Training<'a> {
 
 /// What came of a training.
 pub(super) struct Trained {
-    /// Name and folder, by epoch.
-    pub(super) checkpoints: Vec<(String, PathBuf)>,
+    /// By step; never empty.
+    pub(super) checkpoints: Vec<Reached>,
     /// One a step.
     pub(super) losses: Vec<LossPoint>,
+    /// One an epoch, where there are chats to validate on.
+    pub(super) validations: Vec<f32>,
+    /// Whether the validation loss ended it.
+    pub(super) stopped_early: bool,
     pub(super) rows: usize,
     /// Counted from the rows, so that a resumed training counts all of it.
     pub(super) tokens: usize,
 }
 
+/// A checkpoint on the way.
+pub(super) struct Reached {
+    /// `epochs-E-total-trained-steps-S`.
+    pub(super) name: String,
+    pub(super) folder: PathBuf,
+    /// Steps trained.
+    pub(super) step: usize,
+}
+
+/// When a training leaves checkpoints.
+#[derive(Clone, Copy)]
+struct Saving {
+    per_epoch: usize,
+    /// Steps from one to the next; `None` at the end of every epoch.
+    save_steps: Option<usize>,
+}
+
+impl Saving {
+    fn every(self) -> usize {
+        self.save_steps.unwrap_or(self.per_epoch).max(1)
+    }
+
+    /// The steps up to `done` that leave one, besides the last of a training.
+    fn due(self, done: usize) -> impl Iterator<Item = usize> {
+        (self.every()..=done).step_by(self.every())
+    }
+
+    /// The one after a step, within `folder`.
+    fn reached(self, folder: &Path, step: usize) -> Reached {
+        let name = Checkpoint::name_of(self.epoch(step), step);
+        Reached {
+            folder: folder.join(&name),
+            name,
+            step,
+        }
+    }
+
+    /// The epoch that a step belongs to, counted from 1.
+    fn epoch(self, step: usize) -> usize {
+        step.saturating_sub(1) / self.per_epoch + 1
+    }
+}
+
 impl Training<'_> {
     pub(super) fn run(&self, host: &Host<'_>) -> Result<Trained, StepError> {
         let base = open_base(self.spec, host)?;
-        let rows = self.chats.iter().map(|chat| tokens(&base, chat));
-        let rows = rows.collect::<Result<Vec<_>, _>>()?;
-        let (lora, config) = settings(self.params, &base)?;
-        let state = self.resume.join("state.safetensors");
-        let mut trainer = self.trainer(&base, &rows, &lora, &config, &state)?;
-        let per_epoch = trainer.steps_per_epoch();
-        let name = self.spec.weights.name();
-        let on_epoch = |stats: &EpochStats, adapter: &LoraAdapter| {
-            let folder = self
-                .resume
-                .join(Checkpoint::name_of(stats.epoch, stats.step));
-            save(&folder, stats, adapter, &base, &name)
+        let all_tokens = |chats: &[ChatRow]| -> Result<Vec<TrainRow>, StepError> {
+            chats.iter().map(|chat| tokens(&base, chat)).collect()
         };
+        let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
+        let settings = settings(self.params, &base)?;
+        let state = self.resume.join("state.safetensors");
+        let mut trainer = self.trainer(
+            &base,
+            (rows.as_slice(), unseen.as_slice()),
+            &settings,
+            &state,
+        )?;
+        let saving = self.saving(&trainer);
+        let per_epoch = saving.per_epoch;
+        let name = self.spec.weights.name();
+        let keep = |step: usize, adapter: &LoraAdapter| {
+            let folder = saving.reached(self.resume, step).folder;
+            save(&folder, (saving.epoch(step), step), adapter, &base, &name)
+        };
+        let on_epoch = |stats: &EpochStats, adapter: &LoraAdapter| {
+            if let Some(seen) = stats.validation {
+                (self.log)(&format!(
+                    "epoch {}: validation loss {:.4}, {:.1} % of its tokens right",
+                    stats.epoch,
+                    seen.loss,
+                    100.0 * seen.token_accuracy
+                ));
+            }
+            match self.params.save_steps {
+                None => keep(stats.step, adapter),
+                Some(_) => Ok(()),
+            }
+        };
+        let on_steps = |stats: &StepStats, adapter: &LoraAdapter| keep(stats.step, adapter);
         let hooks = Hooks::default()
             .on_step(self.on_step)
+            .on_steps(self.params.save_steps.unwrap_or(0), on_steps)
             .on_epoch(on_epoch)
             .cancelled_by(|| host.cancel.is_cancelled())
             .save_state(&state, SAVE_EVERY);
         let outcome = trainer.run(hooks).map_err(failed)?;
+        let last = outcome.losses.len();
+        let mut checkpoints: Vec<usize> = saving.due(last).collect();
+        if checkpoints.last() != Some(&last) {
+            keep(last, &outcome.adapter).map_err(failed)?;
+            checkpoints.push(last);
+        }
+        let checkpoints = checkpoints.into_iter();
         let point = |(at, loss): (usize, &f32)| LossPoint {
             step: at as u64 + 1,
             epoch: u32::try_from(at / per_epoch).unwrap_or(u32::MAX),
             loss: f64::from(*loss),
         };
-        let checkpoint = |epoch: usize| {
-            let name = Checkpoint::name_of(epoch, epoch * per_epoch);
-            let folder = self.resume.join(&name);
-            (name, folder)
-        };
         let tokens: usize = rows.iter().map(|r| r.prompt.len() + r.target.len()).sum();
         Ok(Trained {
-            checkpoints: (1..=self.params.epochs).map(checkpoint).collect(),
+            checkpoints: checkpoints
+                .map(|step| saving.reached(self.resume, step))
+                .collect(),
             losses: outcome.losses.iter().enumerate().map(point).collect(),
+            validations: outcome.validations,
+            stopped_early: outcome.stopped_early,
             rows: rows.len(),
-            tokens: tokens * self.params.epochs,
+            tokens: tokens * saving.epoch(last),
         })
+    }
+
+    fn saving(&self, trainer: &Trainer<'_>) -> Saving {
+        Saving {
+            per_epoch: trainer.steps_per_epoch(),
+            save_steps: self.params.save_steps,
+        }
     }
 
     /// A trainer at the beginning, or where an earlier attempt stopped.
     fn trainer<'b>(
         &self,
         base: &'b BaseModel,
-        rows: &'b [TrainRow],
-        lora: &LoraConfig,
-        config: &TrainConfig,
+        (rows, unseen): (&'b [TrainRow], &'b [TrainRow]),
+        (lora, config): &(LoraConfig, TrainConfig),
         state: &Path,
     ) -> Result<Trainer<'b>, StepError> {
-        let fresh = || Trainer::new(&base.weights, lora.clone(), config.clone(), rows);
+        let fresh = || -> Result<Trainer<'b>, ModelError> {
+            let trainer = Trainer::new(&base.weights, lora.clone(), config.clone(), rows)?;
+            match unseen {
+                [] => Ok(trainer),
+                unseen => trainer.validate_on(unseen),
+            }
+        };
         if !state.exists() {
             return fresh().map_err(failed);
         }
         match TrainerState::load(state).and_then(|saved| fresh()?.resume(saved)) {
-            Ok(resumed) if has_epochs(self.resume, &resumed) => {
+            Ok(resumed) if has_checkpoints(self.resume, self.saving(&resumed), &resumed) => {
                 let (done, all) = (resumed.finished_steps(), resumed.steps());
                 (self.log)(&format!("going on after step {done} of {all}"));
                 return Ok(resumed);
@@ -148,12 +265,10 @@ impl Training<'_> {
     }
 }
 
-/// Whether the checkpoint of every finished epoch is there.
-fn has_epochs(folder: &Path, trainer: &Trainer<'_>) -> bool {
-    let per_epoch = trainer.steps_per_epoch();
-    (1..=trainer.finished_steps() / per_epoch).all(|epoch| {
-        Checkpoint::load(&folder.join(Checkpoint::name_of(epoch, epoch * per_epoch))).is_ok()
-    })
+/// Whether every checkpoint up to the last finished step is there.
+fn has_checkpoints(folder: &Path, saving: Saving, trainer: &Trainer<'_>) -> bool {
+    let mut due = saving.due(trainer.finished_steps());
+    due.all(|step| Checkpoint::load(&saving.reached(folder, step).folder).is_ok())
 }
 
 fn tokens(base: &BaseModel, chat: &ChatRow) -> Result<TrainRow, StepError> {
@@ -196,6 +311,7 @@ fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfi
         },
         weight_decay: params.weight_decay,
         seed: params.seed,
+        patience: params.patience,
         ..TrainConfig::default()
     };
     Ok((lora, config))
@@ -204,7 +320,7 @@ fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfi
 /// Writes a checkpoint; a reader sees all of it or nothing.
 fn save(
     folder: &Path,
-    stats: &EpochStats,
+    (epoch, step): (usize, usize),
     adapter: &LoraAdapter,
     base: &BaseModel,
     name: &str,
@@ -215,7 +331,7 @@ fn save(
     let _ = std::fs::remove_dir_all(folder);
     std::fs::create_dir_all(&part).map_err(ModelError::io(&part))?;
     adapter.save(&part, name)?;
-    let checkpoint = Checkpoint::of_adapter(&part, stats.epoch, stats.step, &base.id);
+    let checkpoint = Checkpoint::of_adapter(&part, epoch, step, &base.id);
     let checkpoint = checkpoint.map_err(|e| ModelError::format(&part, e.message))?;
     checkpoint
         .save(&part)

@@ -26,6 +26,11 @@ use crate::leakage;
 use crate::models::{ModelSpec, observe};
 use crate::schema_of;
 
+/// The port of the chats to validate on.
+const VALIDATION: &str = "validation";
+/// The port of the rows that these are of.
+const VALIDATION_LINEAGE: &str = "validation_lineage";
+
 /// The step kind.
 pub struct Finetune;
 
@@ -41,7 +46,7 @@ struct Params {
     /// Shape of the adapter.
     #[serde(default)]
     lora: LoraSpec,
-    /// Passes over all rows; each one leaves a checkpoint.
+    /// Passes over all rows; each one leaves a checkpoint, unless `save_steps` says otherwise.
     #[serde(default = "one")]
     #[schemars(range(min = 1))]
     epochs: usize,
@@ -65,17 +70,38 @@ struct Params {
     /// Seed of the first adapter, the order of the rows, and dropout.
     #[serde(default)]
     seed: u64,
+    /// A checkpoint after every so many optimizer steps and after the last one, instead of after
+    /// every epoch. In this process only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    save_steps: Option<usize>,
+    /// Ends the training after so many epochs in a row without a better loss on `validation`. In
+    /// this process only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    patience: Option<usize>,
 }
 
 impl Params {
     /// Refuses what only training in this process can do.
-    fn no_invocation(&self, who: &str) -> Result<(), StepError> {
-        match &self.lora.invocation {
-            None => Ok(()),
-            Some(_) => Err(StepError::invalid(format!(
+    fn plain_only(&self, ctx: &StepContext, who: &str) -> Result<(), StepError> {
+        if self.lora.invocation.is_some() {
+            return Err(StepError::invalid(format!(
                 "`lora.invocation`: {who} trains no activated adapters"
             ))
-            .help("leave it out; servers such as vLLM take plain LoRA only")),
+            .help("leave it out; servers such as vLLM take plain LoRA only"));
+        }
+        let given = [
+            ("save_steps", self.save_steps.is_some()),
+            ("patience", self.patience.is_some()),
+            (VALIDATION, ctx.input_opt(VALIDATION).is_some()),
+        ];
+        match given.into_iter().find(|(_, is_given)| *is_given) {
+            None => Ok(()),
+            Some((name, _)) => Err(StepError::invalid(format!(
+                "`{name}`: only training in this process knows it, and {who} trains"
+            ))
+            .help("leave it out: a checkpoint after every epoch, and all epochs")),
         }
     }
 }
@@ -181,12 +207,29 @@ impl Step for Finetune {
                 "The rows that the chats are of; without it no score of a checkpoint is known to be clean.",
             )
             .optional(),
+            Port::new(
+                VALIDATION,
+                "messages",
+                "Chats that are not trained on: the loss on them is told after every epoch.",
+            )
+            .optional(),
+            Port::new(
+                VALIDATION_LINEAGE,
+                "lineage",
+                "The rows that these are of: with `patience` they have a say in the checkpoints.",
+            )
+            .optional(),
         ]
     }
     fn outputs(&self) -> Vec<Port> {
         vec![
             Port::new("base", "adapter", "The student before training."),
-            Port::new("checkpoints", "adapter", "The student after each epoch.").many(),
+            Port::new(
+                "checkpoints",
+                "adapter",
+                "The student after each epoch, or every `save_steps`.",
+            )
+            .many(),
             Port::new("loss", "loss", "Training loss, step by step."),
         ]
     }
@@ -208,20 +251,34 @@ impl Step for Finetune {
             (Backend::Command(spec), _) => command::train(ctx, &params, spec),
             (Backend::OpenAi(spec), _) => openai::train(ctx, &params, spec),
         }?;
-        record_lineage(ctx, &outcome)?;
+        record_lineage(ctx, &params, &outcome)?;
         Ok(outcome)
     }
 }
 
-/// Writes into every checkpoint which rows it was trained on, where that is known.
-fn record_lineage(ctx: &StepContext, outcome: &StepOutcome) -> Result<(), StepError> {
+/// Writes into every checkpoint which rows it was trained on and ended by, where that is known.
+fn record_lineage(
+    ctx: &StepContext,
+    params: &Params,
+    outcome: &StepOutcome,
+) -> Result<(), StepError> {
     let Some(input) = ctx.input_opt("lineage") else {
         ctx.reporter.warning(
             "`lineage` is not given: scores cannot say whether their rows were trained on",
         );
         return Ok(());
     };
-    let lineage = leakage::read(&input.path)?;
+    let mut lineage = leakage::read(&input.path)?;
+    if params.patience.is_some() {
+        let Some(input) = ctx.input_opt(VALIDATION_LINEAGE) else {
+            ctx.reporter.warning(
+                "`validation_lineage` is not given: scores cannot say whether their rows decided \
+                 when the training ended",
+            );
+            return Ok(());
+        };
+        lineage.select_by(&leakage::read(&input.path)?);
+    }
     for label in outcome.lists.get("checkpoints").into_iter().flatten() {
         let folder = ctx.output_item("checkpoints", label)?;
         let mut checkpoint = Checkpoint::load(&folder)?;

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::Params;
 use crate::checkpoint::Checkpoint;
+use crate::format_version::FormatVersion;
 use crate::models::{Host, ModelSpec, remote};
 use crate::report::LossPoint;
 use crate::rows::{read_json, write_json};
@@ -149,7 +150,7 @@ pub(super) fn train(
             params.model.name()
         )));
     };
-    params.no_invocation("OpenAI's fine-tuning API")?;
+    params.plain_only(ctx, "OpenAI's fine-tuning API")?;
     for own in ["n_epochs", "batch_size"] {
         if backend.hyperparameters.contains_key(own) {
             return Err(StepError::invalid(format!(
@@ -431,6 +432,7 @@ impl Training<'_> {
         let mut labels = Vec::new();
         for model in models {
             let checkpoint = Checkpoint {
+                version: FormatVersion,
                 name: Checkpoint::name_of(model.epoch, model.step),
                 epoch: model.epoch,
                 step: model.step,

@@ -140,11 +140,14 @@ pub fn tune(
         schedule: super::ScheduleSpec::default(),
         weight_decay: 0.0,
         seed,
+        save_steps: None,
+        patience: None,
     };
     let training = super::embedded::Training {
         params: &params,
         spec,
         chats,
+        validation: Vec::new(),
         resume: work,
         on_step: &|stats| {
             on_step(TuneStep {
@@ -157,20 +160,18 @@ pub fn tune(
         warn: &|text| tracing::warn!(text),
     };
     let trained = training.run(host)?;
-    let per_epoch = trained.losses.len() / trained.checkpoints.len().max(1);
-    let tuned = |(at, (name, folder)): (usize, (String, PathBuf))| {
-        let step = (at + 1) * per_epoch;
-        let loss = trained.losses.get(step.saturating_sub(1));
+    let losses = &trained.losses;
+    let tuned = |reached: super::embedded::Reached| {
+        let loss = losses.get(reached.step.saturating_sub(1));
         Tuned {
-            name,
-            folder,
-            step,
+            name: reached.name,
+            folder: reached.folder,
+            step: reached.step,
             loss: loss.map_or(f64::NAN, |point| point.loss),
         }
     };
-    let checkpoints = trained.checkpoints.into_iter().enumerate();
     Ok(TuningOutcome {
-        checkpoints: checkpoints.map(tuned).collect(),
+        checkpoints: trained.checkpoints.into_iter().map(tuned).collect(),
         tokens: trained.tokens,
     })
 }

@@ -2,6 +2,8 @@
 //!
 //! Knows no HTML. Invariant: what is not a finite number is shown as a dash, never as a figure.
 
+use std::collections::BTreeSet;
+
 /// A share as a percentage with one decimal: `0.893` is `89.3 %`.
 pub(super) fn percent(share: f64) -> String {
     if share.is_finite() {
@@ -78,15 +80,31 @@ pub(super) fn points_from(share: f64, other: f64) -> String {
     }
 }
 
-/// What to call a model where there is little room: a checkpoint by its epoch, a base by that word
-/// when its checkpoints are among `all`, anything else by the last part of its name.
+/// The base of a checkpoint's model id, and its epoch and steps where the name says them.
+fn parts(model: &str) -> Option<(&str, Option<(&str, &str)>)> {
+    let (base, checkpoint) = model.rsplit_once(':')?;
+    let trained = checkpoint
+        .strip_prefix("epochs-")
+        .and_then(|rest| rest.split_once("-total-trained-steps-"));
+    Some((base, trained))
+}
+
+/// What to call a model where there is little room: a checkpoint by its epoch, or by its steps
+/// where `all` has several of one epoch; a base by that word when its checkpoints are among `all`,
+/// anything else by the last part of its name.
 pub(super) fn short_name(model: &str, all: &[&str]) -> String {
     if let Some((base, checkpoint)) = model.rsplit_once(':') {
-        let epoch = checkpoint
-            .strip_prefix("epochs-")
-            .and_then(|rest| rest.split('-').next());
-        if let Some(epoch) = epoch {
-            return format!("epoch {epoch}");
+        if let Some((_, Some((epoch, step)))) = parts(model) {
+            let others = all.iter().filter_map(|other| parts(other));
+            let trained: BTreeSet<(&str, &str)> = others
+                .filter(|(of, _)| *of == base)
+                .filter_map(|(_, trained)| trained)
+                .collect();
+            let epochs: BTreeSet<&str> = trained.iter().map(|(epoch, _)| *epoch).collect();
+            return match epochs.len() < trained.len() {
+                true => format!("step {step}"),
+                false => format!("epoch {epoch}"),
+            };
         }
         if all.contains(&base) {
             return checkpoint.to_owned();
@@ -149,5 +167,16 @@ mod tests {
         );
         assert_eq!(short_name("org/Small-1B:final", &all), "final");
         assert_eq!(short_name("llama3:70b", &all), "llama3:70b");
+        let of = |epoch, step| format!("s:epochs-{epoch}-total-trained-steps-{step}");
+        let by_steps = [of(1, 4), of(1, 8), of(2, 12)];
+        let by_steps: Vec<&str> = by_steps.iter().map(String::as_str).collect();
+        let short = |model: &str| short_name(model, &by_steps);
+        assert_eq!(
+            [short(by_steps[0]), short(by_steps[2])],
+            ["step 4", "step 12"]
+        );
+        // Twice the same, as with two programs, is one.
+        let twice = [by_steps[0], by_steps[0], by_steps[2], all[0], all[1]];
+        assert_eq!(short_name(by_steps[0], &twice), "epoch 1");
     }
 }

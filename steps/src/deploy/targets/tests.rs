@@ -9,6 +9,7 @@ use super::*;
 use crate::bundle::{ADAPTER, test_bundle};
 use crate::checkpoint::{Adapter, Checkpoint};
 use crate::download::sha256_of;
+use crate::format_version::FormatVersion;
 
 /// A bundle with an adapter, in `dir`.
 fn bundle(dir: &Path) -> Bundle {
@@ -21,6 +22,7 @@ fn bundle(dir: &Path) -> Bundle {
     let bundle = test_bundle(&dir.join("bundle"), model, dir);
     let adapter = bundle.folder.join(ADAPTER);
     let checkpoint = Checkpoint {
+        version: FormatVersion,
         name: "epochs-1-total-trained-steps-8".to_owned(),
         epoch: 1,
         step: 8,

@@ -91,7 +91,7 @@ pub(super) fn train(
     params: &Params,
     spec: &CommandSpec,
 ) -> Result<StepOutcome, StepError> {
-    params.no_invocation(spec.trainer.name())?;
+    params.plain_only(ctx, spec.trainer.name())?;
     let chats: Vec<ChatRow> = read_jsonl(&ctx.input("messages")?.path)?;
     let folder = ctx.resume_dir()?;
     // The program works elsewhere.

@@ -1,0 +1,355 @@
+//! Training in this process: checkpoints by step, an early end by the validation loss, and which
+//! rows count as having decided it.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::project::{Project, Run};
+use crate::tiny::{self, write_model};
+
+const RUN: [&str; 2] = ["--json", "pipeline.yaml"];
+
+/// A project that trains the tiny model on twelve chats of two labels and does more with it.
+fn project(steps: &str) -> Project {
+    let project = tiny::project();
+    let rows = |split: &str, count: usize| -> String {
+        let row = |i: usize| format!("{split} {i},{}\n", ["card", "pin"][i % 2]);
+        (0..count).map(row).collect()
+    };
+    project.write("train.csv", &format!("text,label\n{}", rows("train", 12)));
+    project.write("test.csv", &format!("text,label\n{}", rows("test", 4)));
+    let text = project.read("pipeline.yaml");
+    let (head, _) = text.split_once("  score:").unwrap();
+    project.write("pipeline.yaml", &format!("{head}{steps}"));
+    project.edit("pipeline.yaml", "data/known.csv", "train.csv");
+    project.edit("pipeline.yaml", "data/queries.csv", "test.csv");
+    project.edit("pipeline.yaml", "n: 3", "n: 2");
+    project
+}
+
+/// How a step ended.
+fn finished(run: &Run, step: &str) -> Value {
+    let is_it = |e: &Value| e["event"] == "step_finished" && e["step"] == step;
+    run.events().into_iter().find(is_it).unwrap()
+}
+
+/// The checkpoints of a finished `finetune`, by its result in the cache.
+fn checkpoints(project: &Project, finetune: &Value) -> Vec<String> {
+    let key = finetune["key"].as_str().unwrap();
+    let file = format!(".flowrun/actions/{}/{}.json", &key[..2], &key[2..]);
+    let text = project.read(&file);
+    let result: Value = serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
+    let list = result["outputs"]["checkpoints"]["value"]["list"].clone();
+    let labels = list.as_array().unwrap().iter();
+    let labels = labels.map(|item| item["label"].as_str().unwrap().to_owned());
+    labels.collect()
+}
+
+/// The models that were scored, not those whose scores were known.
+fn scored(project: &Project, run: &Run) -> Vec<String> {
+    let events = run.events();
+    let ran = events.iter().filter(|e| {
+        let step = e["step"].as_str().unwrap_or_default();
+        e["event"] == "step_finished" && e["status"] == "ran" && step.starts_with("score[")
+    });
+    let model = |event: &Value| {
+        let path = event["outputs"]["scores"]["path"].as_str().unwrap();
+        let scores: Value = serde_json::from_str(&project.read(path)).unwrap();
+        scores["model"].as_str().unwrap().to_owned()
+    };
+    let mut all: Vec<String> = ran.map(model).collect();
+    all.sort();
+    all
+}
+
+/// Two epochs of six steps.
+const BY_STEPS: &str = r#"  finetune:
+    uses: finetune
+    in: { messages: chats.messages, lineage: chats.lineage }
+    with: { model: student, epochs: 2, batch_size: 2, save_steps: 5, lora: { rank: 2 } }
+  optimize:
+    uses: optimize
+    foreach: { adapter: [finetune.base, finetune.checkpoints] }
+    in:
+      program: chats.program
+      adapter: "${{ item.adapter }}"
+      trainset: labels.train
+      valset: labels.train
+    with: { model: student, search: { restrict: [-2], max_labeled_demos: 1 } }
+  score:
+    uses: evaluate
+    foreach: { adapter: [finetune.base, finetune.checkpoints] }
+    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
+    with: { model: student }
+  select:
+    uses: select
+    in:
+      scores: score.scores
+      adapters: [finetune.base, finetune.checkpoints]
+      optimised: optimize.program
+      program: chats.program
+    publish: { choice: choice.json }
+  again:
+    uses: evaluate
+    in: { rows: labels.test, program: select.program, adapter: select.adapter }
+    with: { model: student, role: best, leakage: allow }
+  deploy:
+    uses: deploy
+    in: { program: select.program, adapter: select.adapter, scores: again.scores }
+    with: { name: tiny, model: student }
+    publish: { bundle: bundle }
+"#;
+
+#[test]
+fn checkpoints_by_step_are_scored_selected_and_deployed() {
+    let project = project(BY_STEPS);
+    // The rows that chose between the checkpoints are not clean to test the chosen one.
+    project.edit("pipeline.yaml", ", leakage: allow }", " }");
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let said = "4 rows selected by (`queries:test:0`, ";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+    project.edit(
+        "pipeline.yaml",
+        "role: best }",
+        "role: best, leakage: allow }",
+    );
+    let finetune = finished(&refused, "finetune");
+    project.run(&RUN).ok();
+    let names = [
+        "epochs-1-total-trained-steps-5",
+        "epochs-2-total-trained-steps-10",
+        "epochs-2-total-trained-steps-12",
+    ];
+    assert_eq!(checkpoints(&project, &finetune), names);
+    let ids = names.map(|name| format!("base:{name}"));
+    let mut models = vec!["base".to_owned()];
+    models.extend(ids);
+    models.sort();
+    assert_eq!(scored(&project, &refused), models);
+    let choice: Value = serde_json::from_str(&project.read("choice.json")).unwrap();
+    let chosen = choice["model"].as_str().unwrap();
+    assert!(models.iter().any(|model| model == chosen), "{chosen}");
+    let bundled = project.read("bundle/adapter/checkpoint.json");
+    let bundled: Value = serde_json::from_str(&bundled).unwrap();
+    let name = chosen.strip_prefix("base:").unwrap_or(chosen);
+    assert_eq!(bundled["name"], name);
+
+    // By epochs, with all else alike, the last checkpoint is the same: its score is known.
+    project.edit("pipeline.yaml", " save_steps: 5,", "");
+    let run = project.run(&RUN).ok();
+    let names = [
+        "epochs-1-total-trained-steps-6",
+        "epochs-2-total-trained-steps-12",
+    ];
+    assert_eq!(checkpoints(&project, &finished(&run, "finetune")), names);
+    assert_eq!(scored(&project, &run), [format!("base:{}", names[0])]);
+}
+
+#[test]
+fn a_killed_training_ends_with_the_same_checkpoints() {
+    const LONG: &str = "  finetune:
+    uses: finetune
+    in: { messages: chats.messages, lineage: chats.lineage }
+    with: { model: student, epochs: 60, batch_size: 1, save_steps: 7, lora: { rank: 2 } }
+";
+    let killed = project(LONG);
+    let mut child = killed
+        .command(&RUN)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let saved = || {
+        let files = walk(&killed.path(".flowrun"));
+        let all = files
+            .iter()
+            .filter(|path| path.ends_with("checkpoint.json"));
+        all.count()
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while saved() < 10 {
+        assert!(Instant::now() < deadline, "{} checkpoints", saved());
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "the run ended before it was killed");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    let resumed = killed.run(&RUN).ok();
+    let events = resumed.events();
+    let run_dir = events.last().unwrap()["run_dir"].as_str().unwrap();
+    let log = killed.path(run_dir).join("logs/finetune.log");
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains("going on after step "), "{log}");
+    let resumed = finished(&resumed, "finetune");
+    // 720 steps: 102 sevens, and the last one.
+    let names = checkpoints(&killed, &resumed);
+    assert_eq!(names.len(), 103);
+    assert_eq!(names[0], "epochs-1-total-trained-steps-7");
+    assert_eq!(names[102], "epochs-60-total-trained-steps-720");
+
+    let whole = project(LONG);
+    let whole = finished(&whole.run(&RUN).ok(), "finetune");
+    for output in ["checkpoints", "loss"] {
+        let digest = |of: &Value| of["outputs"][output]["digest"].clone();
+        assert!(digest(&whole).is_string());
+        assert_eq!(digest(&resumed), digest(&whole), "{output}");
+    }
+}
+
+/// All files of a folder; what goes meanwhile is left out.
+fn walk(folder: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            true => all.extend(walk(&entry.path())),
+            false => all.push(entry.path()),
+        }
+    }
+    all
+}
+
+/// Trains on answers that are the opposite of what it is validated on.
+const PATIENT: &str = "\
+name: patience
+models:
+  student: { provider: embedded, weights: { file: tiny } }
+steps:
+  finetune:
+    uses: finetune
+    in: { messages: { file: train.jsonl }, validation: { file: held.jsonl } }
+    with:
+      model: student
+      epochs: 40
+      batch_size: 4
+      patience: 1
+      learning_rate: 0.02
+      lora: { rank: 2 }
+";
+
+fn patient() -> Project {
+    let project = Project::new();
+    write_model(&project.path("tiny"), 1);
+    let chats = |answer: &str| -> String {
+        let chat = |i: usize| {
+            let messages = json!([
+                {"role": "user", "content": format!("query {i}")},
+                {"role": "assistant", "content": answer},
+            ]);
+            format!("{}\n", json!({ "messages": messages }))
+        };
+        (0..8).map(chat).collect()
+    };
+    project.write("train.jsonl", &chats("aa"));
+    project.write("held.jsonl", &chats("zz"));
+    project.write("pipeline.yaml", PATIENT);
+    project
+}
+
+#[test]
+fn a_training_that_gets_no_better_on_other_chats_ends_early() {
+    let project = patient();
+    let run = project.run(&RUN).ok();
+    let ended = finished(&run, "finetune");
+    let metrics = &ended["metrics"];
+    assert_eq!(metrics["stopped_early"], true, "{metrics}");
+    let names = checkpoints(&project, &ended);
+    assert!((2..40).contains(&names.len()), "{names:?}");
+    let epochs = names.len();
+    assert_eq!(metrics["best_epoch"], epochs - 1);
+    assert_eq!(metrics["steps"], 2 * epochs);
+    let last = format!("epochs-{epochs}-total-trained-steps-{}", 2 * epochs);
+    assert_eq!(names.last(), Some(&last));
+    assert!(metrics["validation_loss"].as_f64().unwrap() > 0.0);
+
+    // Without patience it goes on, and still tells the loss.
+    project.edit("pipeline.yaml", "      patience: 1\n", "");
+    let ended = finished(&project.run(&RUN).ok(), "finetune");
+    assert_eq!(checkpoints(&project, &ended).len(), 40);
+    assert_eq!(ended["metrics"]["stopped_early"], false);
+}
+
+#[test]
+fn settings_that_cannot_be_met_are_refused_with_their_reason() {
+    let project = patient();
+    project.edit("pipeline.yaml", ", validation: { file: held.jsonl }", "");
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let said = "`patience` needs chats to validate on";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
+    project.edit("pipeline.yaml", "patience: 1", "save_steps: 3");
+    let elsewhere = "model: student\n      backend: { command: { trainer: trl, base: some/base } }";
+    project.edit("pipeline.yaml", "model: student", elsewhere);
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let said = "`save_steps`: only training in this process knows it";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
+    for (from, to) in [
+        ("save_steps: 3", "save_steps: 0"),
+        ("save_steps: 0", "patience: 0"),
+    ] {
+        project.edit("pipeline.yaml", from, to);
+        let refused = project.run(&["check", "pipeline.yaml"]);
+        assert_eq!(refused.code, Some(3), "{to}: {}", refused.stderr);
+    }
+}
+
+/// The test rows say when the training ends.
+const ENDED_BY_TEST_ROWS: &str = r#"  held:
+    uses: convert-to-messages
+    in: { rows: [labels.test], labels: labels.labels }
+    with: { program: classify }
+  finetune:
+    uses: finetune
+    in:
+      messages: chats.messages
+      lineage: chats.lineage
+      validation: held.messages
+      validation_lineage: held.lineage
+    with: { model: student, epochs: 1, patience: 1, lora: { rank: 2 } }
+  score:
+    uses: evaluate
+    foreach: { adapter: finetune.checkpoints }
+    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
+    with: { model: student }
+"#;
+
+/// Whether the scores of the only checkpoint are known to be clean, and by how many rows it was
+/// selected.
+fn leakage(project: &Project, run: &Run) -> (Value, Value) {
+    let events = run.events();
+    let score = events.iter().find(|e| {
+        let step = e["step"].as_str().unwrap_or_default();
+        e["event"] == "step_finished" && step.starts_with("score[")
+    });
+    let path = score.unwrap()["outputs"]["scores"]["path"].as_str();
+    let scores: Value = serde_json::from_str(&project.read(path.unwrap())).unwrap();
+    let leakage = &scores["programs"][0]["leakage"];
+    (leakage["known"].clone(), leakage["selected"].clone())
+}
+
+#[test]
+fn rows_that_ended_the_training_are_not_clean_to_test_it() {
+    let project = project(ENDED_BY_TEST_ROWS);
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let said = "4 rows selected by (`queries:test:0`, `queries:test:1`, ";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
+    let lineage = "      validation_lineage: held.lineage\n";
+    project.edit("pipeline.yaml", lineage, "");
+    let unknown = project.run(&RUN).ok();
+    assert_eq!(leakage(&project, &unknown), (json!(false), json!(0)));
+
+    // The loss on them is told, and nothing hangs on it.
+    project.edit("pipeline.yaml", " patience: 1,", "");
+    let told = project.run(&RUN).ok();
+    assert_eq!(leakage(&project, &told), (json!(true), json!(0)));
+}
