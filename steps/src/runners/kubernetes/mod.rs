@@ -37,7 +37,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A look takes at most this part of the time.
 const SHARE: u32 = 5;
 /// Wait between two questions for the events of what waits without a reason.
-const EVENTS_EVERY: Duration = Duration::from_secs(10);
+const EVENTS_EVERY: Duration = Duration::from_secs(5);
 /// Hex digits of the project's label.
 const PROJECT: usize = 16;
 /// Characters of an event that are told.
