@@ -18,7 +18,8 @@ struct Kubernetes {
 
 impl Kubernetes {
     fn start() -> Option<Self> {
-        let Ok(kubectl) = std::env::var("FLOWRUN_KUBECTL") else {
+        let named = std::env::var("FLOWRUN_KUBECTL").ok();
+        let Some(kubectl) = named.filter(|path| !path.is_empty()) else {
             println!("skipped: FLOWRUN_KUBECTL names no `kubectl`");
             return None;
         };

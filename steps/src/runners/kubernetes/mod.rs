@@ -34,7 +34,7 @@ use crate::schema_of;
 
 /// Wait between two looks at the jobs; longer where a look takes long.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// A look takes at most this part of the time.
+/// At most one part in so many of the time is spent on looks.
 const SHARE: u32 = 5;
 /// Wait between two questions for the events of what waits without a reason.
 const EVENTS_EVERY: Duration = Duration::from_secs(5);
@@ -256,9 +256,7 @@ impl Cluster {
     /// Deletes a job, which may be gone already; its pod goes along, before it or after it.
     fn delete(&self, id: &str, order: &str) -> Result<(), JobError> {
         let path = format!("{}/{id}?propagationPolicy={order}", self.jobs());
-        let deleted = self.kubectl.delete(&path);
-        *lock(&self.look) = None;
-        match deleted {
+        match self.kubectl.delete(&path) {
             Ok(_) => Ok(()),
             Err(error) if error.reason == "NotFound" => Ok(()),
             Err(error) => Err(error.into()),
@@ -341,13 +339,15 @@ impl JobSystem for Cluster {
             Err(error) if error.reason == "AlreadyExists" => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let is_job = |made: Value| made["kind"] == "Job";
-        if !serde_json::from_str(&made).is_ok_and(is_job) {
+        let made: Value = serde_json::from_str(&made).unwrap_or_default();
+        if made["kind"] != "Job" {
             return Err(CallError::nonsense("Job").into());
         }
         lock(&self.known).insert(order.id.to_owned());
-        // What was seen before does not have it.
-        *lock(&self.look) = None;
+        // What was seen before it was made lacks it, which would mean that somebody deleted it.
+        if let Some(look) = lock(&self.look).as_mut() {
+            look.jobs.insert(order.id.to_owned(), made);
+        }
         Ok(())
     }
 
@@ -379,7 +379,9 @@ impl JobSystem for Cluster {
 
     fn stop(&self, id: &str) -> Result<(), JobError> {
         // So it stands until its pod is gone.
-        self.delete(id, "Foreground")
+        self.delete(id, "Foreground")?;
+        *lock(&self.look) = None;
+        Ok(())
     }
 
     fn forget(&self, id: &str) -> Result<bool, JobError> {
@@ -392,6 +394,9 @@ impl JobSystem for Cluster {
                 (false, true) => self.delete(id, "Background")?,
                 (false, false) => return Ok(false),
             }
+        }
+        if let Some(look) = lock(&self.look).as_mut() {
+            look.jobs.remove(id);
         }
         lock(&self.known).remove(id);
         lock(&self.waits).remove(id);

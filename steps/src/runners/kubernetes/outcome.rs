@@ -68,7 +68,8 @@ pub(super) fn told(job: &Value, pod: Option<&Value>) -> Told {
     let over = matches!(
         text(pod, "/status/phase"),
         "Succeeded" | "Failed" | "Unknown"
-    ) || terminated(pod).is_some()
+    ) || text(pod, "/status/reason") == "NodeLost"
+        || terminated(pod).is_some()
         || disruption(pod).is_some();
     match text(pod, "/status/phase") {
         _ if over => Told::State(JobState::Ended(end(pod))),
@@ -253,7 +254,10 @@ mod tests {
                 json!({"phase": "Failed", "reason": "Evicted", "message": "low on memory"}),
                 "Evicted: low on memory",
             ),
-            (json!({"phase": "Failed", "reason": "NodeLost"}), "NodeLost"),
+            (
+                json!({"phase": "Running", "reason": "NodeLost"}),
+                "NodeLost",
+            ),
             (json!({"phase": "Unknown"}), "its node does not answer"),
             (
                 json!({"phase": "Running", "conditions": [{
