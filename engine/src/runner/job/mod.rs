@@ -102,7 +102,8 @@ pub struct JobOrder<'a> {
     pub step: &'a str,
     /// Id of the run that orders it, for people.
     pub run: &'a str,
-    /// How long the run waits for it; it may end the job itself before.
+    /// How long the step may take: the run stops it then. Where no run looks after it any more,
+    /// the job system should.
     pub timeout: Option<Duration>,
     /// This program as the workers find it.
     pub program: &'a str,

@@ -504,8 +504,8 @@ mod tests {
         let schema = Kubernetes.settings_schema();
         let example: Value = serde_yaml::from_str(Kubernetes.example()).unwrap();
         let _: Settings = serde_json::from_value(example.clone()).unwrap();
-        let names = example.as_object().unwrap().keys();
+        let mut names = example.as_object().unwrap().keys();
         let known = |name: &String| schema["properties"].get(name).is_some();
-        assert!(names.into_iter().all(known), "{schema}");
+        assert!(names.all(known), "{schema}");
     }
 }
