@@ -43,8 +43,8 @@ const PROJECT: usize = 16;
 /// Characters of an event that are told.
 const SAID: usize = 600;
 /// Parts of a pod and of its container that are this program's.
-const OURS_OF_POD: [&str; 3] = ["containers", "restartPolicy", "volumes"];
-const OURS_OF_CONTAINER: [&str; 5] = ["args", "command", "image", "name", "volumeMounts"];
+const OURS_OF_POD: &[&str] = &["containers", "restartPolicy", "volumes"];
+const OURS_OF_CONTAINER: &[&str] = &["args", "command", "image", "name", "volumeMounts"];
 
 /// The job system.
 pub(super) struct Kubernetes;
@@ -157,8 +157,8 @@ impl JobKind for Kubernetes {
 impl Cluster {
     fn new(settings: Settings, world: &World) -> Result<Self, StepError> {
         for (part, fields, ours) in [
-            ("pod", &settings.pod, &OURS_OF_POD[..]),
-            ("container", &settings.container, &OURS_OF_CONTAINER[..]),
+            ("pod", &settings.pod, OURS_OF_POD),
+            ("container", &settings.container, OURS_OF_CONTAINER),
         ] {
             if let Some(field) = ours.iter().find(|field| fields.contains_key(**field)) {
                 let text = format!("`runners.kubernetes.{part}` may not hold `{field}`");
