@@ -21,6 +21,8 @@ mod hostile;
 mod hub_export;
 mod interfaces;
 mod killed;
+mod kubernetes;
+mod kubernetes_api;
 mod labelling;
 mod language;
 mod leakage;

@@ -144,7 +144,7 @@ fn what_is_wrong_is_underlined() {
             "    with:\n      nn: 3",
         ),
         ("in: { train: load.train, ", "in: { tarin: load.train, "),
-        ("runner: process", "runner: kubernetes"),
+        ("runner: process", "runner: nomad"),
         ("cache: never", "cache: sometimes"),
         ("timeout: 5m", "timeout: [5]"),
         ("timeout: 5m", "timeuot: 5m"),

@@ -446,6 +446,8 @@ mod tests {
         let state = cluster.state(&JobOrder {
             id: "flowrun-1",
             step: "a",
+            run: "r",
+            timeout: None,
             program: "flowrun",
             args: Vec::new(),
             folder: Path::new("/f"),
@@ -518,6 +520,8 @@ mod tests {
         let order = JobOrder {
             id: "flowrun-1",
             step: "a[b]",
+            run: "r",
+            timeout: None,
             program: "/opt/it's/flowrun",
             args: vec!["step".into(), "exec".into()],
             folder: Path::new("/f"),

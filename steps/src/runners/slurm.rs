@@ -340,6 +340,8 @@ mod tests {
         let order = JobOrder {
             id: "flowrun-1",
             step: "a",
+            run: "r",
+            timeout: None,
             program: "flowrun",
             args: Vec::new(),
             folder: Path::new("/f"),
@@ -378,6 +380,8 @@ mod tests {
         let words = cluster.options(&JobOrder {
             id: "flowrun-1",
             step: "a",
+            run: "r",
+            timeout: None,
             program: "/opt/flowrun",
             args: vec!["step".into()],
             folder: Path::new("/f"),

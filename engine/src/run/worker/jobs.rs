@@ -86,8 +86,11 @@ impl Trip<'_> {
     }
 
     fn go(&self, worker: &Worker, request: Request) -> Result<StepOutcome, StepError> {
+        let run = worker.run_dir.file_name().and_then(|name| name.to_str());
         self.remote.run(&Errand {
             step: &self.request.id,
+            run: run.unwrap_or_default(),
+            timeout: self.request.node.timeout,
             key: self.keyed.key,
             afresh: self.keyed.replaces || self.request.node.cache == CachePolicy::Never,
             folder: worker.cache.job_path(&self.keyed.key),

@@ -1,4 +1,4 @@
-//! Jobs: the work of a step on a machine that a job system (Ray, Slurm) chooses.
+//! Jobs: the work of a step on a machine that a job system (Kubernetes, Ray, Slurm) chooses.
 //!
 //! Both sides see one folder, the *job folder*, in the cache. The runner writes the request into
 //! it and has the job system start `flowrun step exec --job FOLDER` somewhere; the other end
@@ -32,6 +32,7 @@ mod watch;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -99,6 +100,11 @@ pub struct JobOrder<'a> {
     pub id: &'a str,
     /// Step id, for people.
     pub step: &'a str,
+    /// Id of the run that orders it, for people.
+    pub run: &'a str,
+    /// How long the step may take: the run stops it then. Where no run looks after it any more,
+    /// the job system should.
+    pub timeout: Option<Duration>,
     /// This program as the workers find it.
     pub program: &'a str,
     /// Its arguments.

@@ -52,6 +52,10 @@ pub(crate) struct Remote {
 pub(crate) struct Errand<'a> {
     /// Step id.
     pub(crate) step: &'a str,
+    /// Id of the run.
+    pub(crate) run: &'a str,
+    /// The step's own.
+    pub(crate) timeout: Option<Duration>,
     pub(crate) key: ActionKey,
     /// The work is wanted anew: a result that an earlier run's job left will not do.
     pub(crate) afresh: bool,
@@ -256,6 +260,8 @@ impl Remote {
         JobOrder {
             id,
             step: errand.step,
+            run: errand.run,
+            timeout: errand.timeout,
             program: &self.program,
             args: ["step", "exec", "--job", &there.display().to_string()]
                 .map(str::to_owned)
@@ -352,7 +358,7 @@ impl Remote {
                 Verdict::Hopeless(why) => {
                     let _ = self.system.stop(order.id);
                     let text = format!("{} cannot run the step: {why}", self.system.name());
-                    let help = "ask for less in `resources`, or add a machine that has it";
+                    let help = "change what it asks for (`resources`, the runner's settings), or the cluster";
                     return Ended::Error(StepError::failed(text).help(help));
                 }
                 Verdict::Stopped => {

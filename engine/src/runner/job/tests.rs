@@ -172,6 +172,8 @@ impl Desk {
         let reporter: Arc<dyn StepReporter> = Arc::clone(&self.heard) as Arc<dyn StepReporter>;
         let errand = Errand {
             step: "s",
+            run: "r",
+            timeout: None,
             key: Digest::of_bytes(b"key"),
             afresh: self.afresh.load(Ordering::SeqCst),
             folder: self.folder(),
