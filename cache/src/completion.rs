@@ -4,6 +4,9 @@
 //! blake3. Each process appends to a segment of its own; a line that is torn or
 //! damaged is skipped, the rest stays.
 
+mod places;
+mod table;
+
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -13,29 +16,35 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use self::places::{Place, Places};
 use crate::digest::Digest;
 use crate::error::CacheError;
 
 /// Longest wait between two looks at the wish to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// Where an answer lies.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    segment: usize,
-    offset: u64,
-    len: usize,
-}
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    index: HashMap<Digest, Place>,
+    index: Places,
     segments: Vec<File>,
     /// The segment this process appends to, made at the first `put`.
     writer: Option<(usize, u64)>,
     /// Without a folder: the answers themselves.
     memory: HashMap<Digest, Value>,
     skipped: usize,
+}
+
+impl State {
+    /// No answers yet; the index is made in `folder` where it is large.
+    fn new(folder: PathBuf) -> Self {
+        Self {
+            index: Places::new(folder),
+            segments: Vec::new(),
+            writer: None,
+            memory: HashMap::new(),
+            skipped: 0,
+        }
+    }
 }
 
 /// Answers by key. Shared by threads.
@@ -68,7 +77,7 @@ impl CompletionCache {
     pub fn in_memory() -> Self {
         Self {
             folder: None,
-            state: Mutex::default(),
+            state: Mutex::new(State::new(PathBuf::new())),
             asked: Mutex::default(),
             settled: Condvar::new(),
         }
@@ -86,7 +95,7 @@ impl CompletionCache {
             .filter(|path| path.extension().is_some_and(|e| e == "log"))
             .collect();
         paths.sort();
-        let mut state = State::default();
+        let mut state = State::new(folder.clone());
         for path in paths {
             let file = File::open(&path).map_err(|e| CacheError::io(&path, e))?;
             scan(&file, state.segments.len(), &mut state).map_err(|e| CacheError::io(&path, e))?;
@@ -113,7 +122,7 @@ impl CompletionCache {
         if self.folder.is_none() {
             return state.memory.get(key).cloned();
         }
-        let place = *state.index.get(key)?;
+        let place = state.index.get(key)?;
         let file = state.segments.get_mut(place.segment)?;
         let mut line = vec![0u8; place.len];
         file.seek(SeekFrom::Start(place.offset)).ok()?;
@@ -150,14 +159,13 @@ impl CompletionCache {
             state.writer = Some((segment, offset));
             return Err(CacheError::io(folder, error));
         }
-        state.index.insert(
-            *key,
-            Place {
-                segment,
-                offset,
-                len: line.len(),
-            },
-        );
+        let len = line.len();
+        let place = Place {
+            segment,
+            offset,
+            len,
+        };
+        state.index.insert(key, place);
         state.writer = Some((segment, offset + line.len() as u64));
         Ok(())
     }
@@ -256,16 +264,14 @@ fn scan(file: &File, segment: usize, state: &mut State) -> std::io::Result<()> {
         if len == 0 {
             return Ok(());
         }
-        match parse_line(&line) {
+        match checked(&line) {
             Some((key, _)) => {
-                state.index.insert(
-                    key,
-                    Place {
-                        segment,
-                        offset,
-                        len,
-                    },
-                );
+                let place = Place {
+                    segment,
+                    offset,
+                    len,
+                };
+                state.index.insert(&key, place);
             }
             // The last line of a process that was killed is unfinished, not damaged.
             None => state.skipped += usize::from(line.ends_with(b"\n")),
@@ -284,24 +290,28 @@ pub(crate) struct Segment {
 
 /// Reads all segments of a folder.
 pub(crate) fn check(folder: &Path) -> Vec<Segment> {
-    let mut segments = Vec::new();
-    for path in crate::record::folder(folder) {
-        let is_segment = path.extension().is_some_and(|e| e == "log");
-        let Some(bytes) = is_segment.then(|| std::fs::read(&path).ok()).flatten() else {
-            continue;
-        };
-        let lines = bytes.split_inclusive(|b| *b == b'\n');
-        let (good, bad): (Vec<_>, Vec<_>) = lines
-            .filter(|line| line.ends_with(b"\n"))
-            .partition(|line| parse_line(line).is_some());
-        segments.push(Segment {
-            path,
-            good: good.len(),
-            bad: bad.len(),
-        });
-    }
+    let mut segments: Vec<Segment> = crate::record::folder(folder)
+        .filter(|path| path.extension().is_some_and(|e| e == "log"))
+        .filter_map(|path| count(path).ok())
+        .collect();
     segments.sort_by(|a, b| a.path.cmp(&b.path));
     segments
+}
+
+/// Counts the lines of a segment, one after the other.
+fn count(path: PathBuf) -> std::io::Result<Segment> {
+    let mut reader = BufReader::new(File::open(&path)?);
+    let (mut good, mut bad) = (0, 0);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        if parse_line(&line).is_some() {
+            good += 1;
+        } else {
+            bad += usize::from(line.ends_with(b"\n"));
+        }
+        line.clear();
+    }
+    Ok(Segment { path, good, bad })
 }
 
 /// Writes a segment anew without its damaged lines.
@@ -318,14 +328,20 @@ fn format_line(key: &Digest, value: &Value) -> String {
     format!("{} {body}\n", Digest::of_bytes(body.as_bytes()))
 }
 
-fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
+/// The key of a line and its JSON, if the line is as it was written.
+fn checked(line: &[u8]) -> Option<(Digest, &str)> {
     let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
     let (sum, body) = text.split_once(' ')?;
     if Digest::parse(sum)? != Digest::of_bytes(body.as_bytes()) {
         return None;
     }
     let (key, json) = body.split_once(' ')?;
-    Some((Digest::parse(key)?, serde_json::from_str(json).ok()?))
+    Some((Digest::parse(key)?, json))
+}
+
+fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
+    let (key, json) = checked(line)?;
+    Some((key, serde_json::from_str(json).ok()?))
 }
 
 #[cfg(test)]
@@ -358,6 +374,28 @@ mod tests {
             for i in 0..cut / line {
                 assert_eq!(cache.get(&key(i)).unwrap()["text"], format!("line\n{i}"));
             }
+        }
+    }
+
+    #[test]
+    fn answers_are_found_where_the_index_is_in_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("completions");
+        let one = CompletionCache::open(folder.clone()).unwrap();
+        one.lock().index.spill_from(10);
+        for i in 0..100 {
+            one.put(&key(i), &json!(i)).unwrap();
+        }
+        one.put(&key(3), &json!("again")).unwrap();
+        // Another process reads the same segments and writes its own.
+        let two = CompletionCache::open(folder.clone()).unwrap();
+        two.put(&key(100), &json!(100)).unwrap();
+        let three = CompletionCache::open(folder).unwrap();
+        for (cache, len) in [(&one, 100), (&two, 101), (&three, 101)] {
+            assert_eq!(cache.len(), len);
+            assert_eq!(cache.get(&key(3)), Some(json!("again")));
+            assert_eq!(cache.get(&key(99)), Some(json!(99)));
+            assert_eq!(cache.get(&key(100)).is_some(), len > 100);
         }
     }
 
