@@ -11,7 +11,10 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::answer::{
+    Answerer, SamplingSpec, check_answered, check_fits, examples, is_too_long, with_too_long,
+    with_usage,
+};
 use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
 use crate::models::{Host, ModelSpec, observe};
@@ -162,6 +165,7 @@ impl Step for Bootstrap {
         let mut dropped = JsonlWriter::create(&ctx.output("dropped"))?;
         let mut rows = JsonlReader::<Row>::open(unlabelled)?;
         let portion = portion(params.model.as_ref());
+        let mut too_long = 0;
         loop {
             let some: Vec<Row> = rows.by_ref().take(portion).collect::<Result<_, _>>()?;
             if some.is_empty() {
@@ -174,6 +178,10 @@ impl Step for Bootstrap {
             };
             let results = answerer.run(&examples(&some, &field), &field, &progress)?;
             check_answered(ctx, &results, &answerer.usage())?;
+            if before == 0 {
+                check_fits(&results)?;
+            }
+            too_long += results.iter().filter(|result| is_too_long(result)).count();
             for (row, result) in some.into_iter().zip(results) {
                 let mut row = labelled(row, result, &field, &labels, &params);
                 row.teacher = row.label.is_some().then(|| mark.clone());
@@ -192,6 +200,7 @@ impl Step for Bootstrap {
         let outcome = StepOutcome::default()
             .metric("labelled", kept)
             .metric("dropped", dropped);
+        let outcome = with_too_long(outcome, too_long);
         Ok(with_usage(outcome, &answerer.usage()))
     }
 }

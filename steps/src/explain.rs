@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use flowrun_engine::estimate::{Estimate, Foresight};
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
-use flowrun_lm::program::{OutputSpec, ProgramSpec, REASONING, RowError};
+use flowrun_lm::program::{OutputSpec, ProgramSpec, REASONING};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::answer::{Answerer, SamplingSpec, check_answered, check_fits, examples, with_usage};
 use crate::estimate::{Calls, estimate, server};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
@@ -97,6 +97,7 @@ impl Step for Explain {
         };
         let results = answerer.run(&examples(&rows, LABEL), LABEL, &progress)?;
         check_answered(ctx, &results, &answerer.usage())?;
+        check_fits(&results)?;
         let mut explained = Vec::with_capacity(rows.len());
         for (mut row, result) in rows.into_iter().zip(results) {
             match &result.prediction {
@@ -104,17 +105,14 @@ impl Step for Explain {
                     row.reasoning = prediction.text(REASONING).map(str::to_owned);
                     explained.push(row);
                 }
-                Err(RowError::Parse { reason, .. }) => {
-                    ctx.reporter.log(&format!("row `{}`: {reason}", row.id));
-                }
-                // Found above.
-                Err(_) => {}
+                Err(error) => ctx.reporter.log(&format!("row `{}`: {error}", row.id)),
             }
         }
         let dropped = total - explained.len() as u64;
         if dropped > 0 {
             ctx.reporter.warning(&format!(
-                "{dropped} of {total} rows were dropped: their reason could not be read"
+                "{dropped} of {total} rows were dropped: they were too long for the model, or their \
+                 reason could not be read; the log says why, row by row"
             ));
         }
         write_rows(&ctx.output("rows"), &explained)?;

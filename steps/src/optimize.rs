@@ -185,7 +185,7 @@ impl Step for Optimize {
         let compiled = optimizer.compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
         // To be refused every time is no answer that counts as wrong.
-        if let Some(LmError::Rejected(why)) = lm.refused() {
+        if let Some(LmError::Rejected(why) | LmError::TooLong(why)) = lm.refused() {
             let text = format!("the model answered none of the search's calls: {why}");
             return Err(StepError::failed(text));
         }
