@@ -119,13 +119,14 @@ impl Step for Bootstrap {
         let read = || {
             let labels: Vec<String> = read_json(given.input("labels")?).ok()?;
             let file = ProgramFile::plain(&drawn(&params.program, &params), &labels).ok()?;
-            Some((file, read_rows(given.input("unlabelled")?).ok()?))
+            Some((file, given.input("unlabelled")?))
         };
         let known = read().filter(|_| params.knn.is_none());
         let calls = known.as_ref().map(|(file, rows)| Calls {
             file,
             sampling: params.sampling,
             rows,
+            most: usize::MAX,
         });
         Some(estimate(spec, calls, given))
     }

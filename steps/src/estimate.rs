@@ -3,6 +3,7 @@
 //! likely and what is the bound are counted apart: for the bound a request has its worst case, as
 //! `budget` takes it.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use flowrun_cache::CompletionCache;
@@ -19,13 +20,19 @@ use serde_json::Value;
 use crate::answer::{KEPT_ANSWERS, SamplingSpec, examples};
 use crate::models::ModelSpec;
 use crate::program_file::ProgramFile;
-use crate::rows::Row;
+use crate::rows::{JsonlReader, Row};
+
+/// Rows whose prompts are written at a time.
+const AT_ONCE: usize = 4096;
 
 /// What a program would ask of a model.
 pub(crate) struct Calls<'a> {
     pub(crate) file: &'a ProgramFile,
     pub(crate) sampling: SamplingSpec,
-    pub(crate) rows: &'a [Row],
+    /// The file of the rows.
+    pub(crate) rows: &'a Path,
+    /// Of them as many at most.
+    pub(crate) most: usize,
 }
 
 /// A search for demos.
@@ -88,7 +95,11 @@ fn most(spec: &OpenAiSpec, search: &Search<'_>) -> Option<Estimate> {
             .extend(demos.iter().copied().map(Demo::labeled));
     }
     let none = || Arc::new(CompletionCache::in_memory());
-    let seen = |rows: &[Example]| asked(spec, &program, rows, search.sampling, none(), true);
+    let seen = |rows: &[Example]| {
+        let tally = Tally::new(spec, none(), true);
+        tally.ask(&program, search.sampling, rows);
+        tally.seen()
+    };
     let (scored, tried) = (seen(&valset), seen(&trainset));
     let answer = scored.at_most.completion.checked_div(scored.requests)?;
     let (candidates, bootstraps) = settings.size();
@@ -146,35 +157,29 @@ fn count(spec: &OpenAiSpec, calls: &Calls<'_>, given: &Foresight<'_>) -> Option<
     if !is_countable(saved, &program) {
         return None;
     }
-    let rows = examples(calls.rows, calls.file.label_field());
-    let kept = || (given.completions)();
-    let seen = |worst| asked(spec, &program, &rows, calls.sampling, kept(), worst);
-    let likely = seen(false);
+    // What is asked for the rows; in the worst case no answer can be read but those that are kept.
+    let seen = |worst| {
+        let tally = Tally::new(spec, (given.completions)(), worst);
+        let rows = JsonlReader::<Row>::open(calls.rows).ok()?;
+        let mut rows = rows.take(calls.most);
+        loop {
+            let some: Result<Vec<Row>, _> = rows.by_ref().take(AT_ONCE).collect();
+            let some = some.ok()?;
+            if some.is_empty() {
+                return Some(tally.seen());
+            }
+            let some = examples(&some, calls.file.label_field());
+            tally.ask(&program, calls.sampling, &some);
+        }
+    };
+    let likely = seen(false)?;
     // An answer that cannot be read is asked for once more, in another format.
     let mut formats = program.predictors.iter().map(|p| p.adapter.fallback());
     let bound = match formats.any(|other| other.is_some()) {
-        true => seen(true),
+        true => seen(true)?,
         false => likely,
     };
     Some(likely.estimate(&bound, spec.prices))
-}
-
-/// What is asked for the rows; in the `worst` case no answer can be read but those that are kept.
-fn asked(
-    spec: &OpenAiSpec,
-    program: &Program,
-    rows: &[Example],
-    sampling: SamplingSpec,
-    kept: Arc<CompletionCache>,
-    worst: bool,
-) -> Seen {
-    let tally = Tally::new(spec, kept, worst);
-    let options = RunOptions::default();
-    program.run(&tally, &sampling.into(), rows, &options);
-    tally
-        .seen
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A number that the nearest earlier result measured.
@@ -287,6 +292,16 @@ impl<'a> Tally<'a> {
             seen: Mutex::default(),
         }
     }
+
+    /// Counts what the program asks for rows.
+    fn ask(&self, program: &Program, sampling: SamplingSpec, rows: &[Example]) {
+        program.run(self, &sampling.into(), rows, &RunOptions::default());
+    }
+
+    /// All that was counted.
+    fn seen(&self) -> Seen {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Lm for Tally<'_> {
@@ -370,6 +385,8 @@ mod tests {
     use flowrun_lm::program::ProgramSpec;
     use serde_json::json;
 
+    use crate::rows::write_jsonl;
+
     fn spec() -> OpenAiSpec {
         let prices = json!({"input": 1.0, "output": 10.0});
         let spec = json!({"base_url": "http://h/v1", "model": "m", "prices": prices});
@@ -384,10 +401,13 @@ mod tests {
     fn estimated(program: Value, earlier: Option<&BTreeMap<String, Value>>) -> Estimate {
         let program: ProgramSpec = serde_json::from_value(program).unwrap();
         let file = ProgramFile::plain(&program, &["a".to_owned(), "b".to_owned()]).unwrap();
-        let rows: Vec<Row> = ["x", "ÄÖÜ"]
-            .iter()
-            .map(|text| serde_json::from_value(json!({"id": *text, "text": *text})).unwrap())
-            .collect();
+        let rows = tempfile::NamedTempFile::new().unwrap();
+        let texts = ["x", "ÄÖÜ", "left out"];
+        write_jsonl(
+            rows.path(),
+            texts.map(|text| json!({"id": text, "text": text})),
+        )
+        .unwrap();
         let given = Foresight {
             params: &Value::Null,
             inputs: None,
@@ -397,7 +417,8 @@ mod tests {
         let calls = Calls {
             file: &file,
             sampling: SamplingSpec::default(),
-            rows: &rows,
+            rows: rows.path(),
+            most: 2,
         };
         estimate(&spec(), Some(calls), &given)
     }
@@ -451,13 +472,14 @@ mod tests {
             earlier,
         };
         let settings: RandomSearch = serde_json::from_value(settings).unwrap();
+        let (trainset, valset) = (rows(&[10, 500, 10, 10]), rows(&[10, 20]));
         let search = Search {
             file: &file,
             sampling: SamplingSpec::default(),
             settings: &settings,
             batch: 16,
-            trainset: &rows(&[10, 500, 10, 10]),
-            valset: &rows(&[10, 20]),
+            trainset: &trainset,
+            valset: &valset,
         };
         estimate_search(&spec(), Some(search), &given)
     }

@@ -115,9 +115,8 @@ impl Step for Evaluate {
         let params: Params = serde_json::from_value(given.params.clone()).ok()?;
         let spec = server(params.model.as_ref())?;
         let read = || {
-            let mut rows = read_rows(given.input("rows")?).ok()?;
-            rows.truncate(params.max_rows.unwrap_or(usize::MAX));
-            Some((ProgramFile::load(given.input("program")?).ok()?, rows))
+            let file = ProgramFile::load(given.input("program")?).ok()?;
+            Some((file, given.input("rows")?))
         };
         // A checkpoint is another model, and of two programs only one is counted here.
         let alone = |ports: &BTreeMap<_, _>| {
@@ -131,6 +130,7 @@ impl Step for Evaluate {
             file,
             sampling: params.sampling,
             rows,
+            most: params.max_rows.unwrap_or(usize::MAX),
         });
         Some(estimate(spec, calls, given))
     }

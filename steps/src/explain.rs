@@ -66,11 +66,12 @@ impl Step for Explain {
         let params: Params = serde_json::from_value(given.params.clone()).ok()?;
         let spec = server(Some(&params.model))?;
         let file = ProgramFile::plain(&params.program, &[]).ok();
-        let rows = given.input("rows").and_then(|path| read_rows(path).ok());
-        let calls = file.as_ref().zip(rows.as_ref()).map(|(file, rows)| Calls {
+        let rows = given.input("rows");
+        let calls = file.as_ref().zip(rows).map(|(file, rows)| Calls {
             file,
             sampling: params.sampling,
             rows,
+            most: usize::MAX,
         });
         Some(estimate(spec, calls, given))
     }
