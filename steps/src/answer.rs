@@ -194,7 +194,7 @@ impl Answerer {
 
 /// Rows for one call of a model: many times what is in flight, so that one slow answer keeps few
 /// places empty; of a batch, all, as its answers come together.
-fn rows_at_once(model: &ModelSpec) -> usize {
+pub(crate) fn rows_at_once(model: &ModelSpec) -> usize {
     const WAVES: usize = 16;
     match model {
         ModelSpec::OpenAi(spec) if spec.batch => usize::MAX,
