@@ -269,6 +269,41 @@ fn endures(case: &Case, upstream: &str) {
 }
 
 #[test]
+fn a_prompt_that_is_too_long_counts_as_wrong_and_against_max_errors() {
+    let (_folder, server) = upstream();
+    let proxy = Proxy::start(&server.url, |asked| {
+        let struck = asked.query == STRUCK;
+        struck.then(|| Fault::status(400, "context_length_exceeded"))
+    });
+    let project = project(ROWS, &proxy.url, "tiny", "");
+    let score = "  score:\n    uses: evaluate\n    \
+                 in: { rows: load.test, program: label.teacher }\n    \
+                 with: { model: oracle }\n    publish: { scores: scores.json }\n";
+    project.write("p.yaml", &(project.read("p.yaml") + score));
+    run(&project).ok();
+    let scores: Value = serde_json::from_str(&project.read("scores.json")).unwrap();
+    let program = &scores["programs"][0];
+    assert_eq!(
+        (&program["n"], &program["parse_failures"]),
+        (&json!(ROWS), &json!(1))
+    );
+    for row in program["rows"].as_array().unwrap() {
+        let why = row["error"].as_str().unwrap_or_default();
+        let told = why.starts_with("context_length_exceeded: ");
+        assert_eq!(told, row["text"] == STRUCK, "{row}");
+    }
+    // Asked by each of the two steps; every other row once.
+    assert_eq!(proxy.requests(), ROWS + 1);
+
+    let limited = "with: { model: oracle, max_errors: 1 }";
+    project.edit("p.yaml", "with: { model: oracle }", limited);
+    let ended = run(&project);
+    let said = format!("{}\n{}", ended.stdout, ended.stderr);
+    assert_eq!(ended.code, Some(4), "{said}");
+    assert!(said.contains("1 rows failed (`max_errors` is 1)"), "{said}");
+}
+
+#[test]
 fn a_key_that_expires_stops_the_step_at_once_and_a_new_one_goes_on() {
     let (_folder, server) = upstream();
     let expired = Arc::new(AtomicBool::new(true));
