@@ -9,7 +9,7 @@ mod table;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -316,10 +316,24 @@ fn count(path: PathBuf) -> std::io::Result<Segment> {
 
 /// Writes a segment anew without its damaged lines.
 pub(crate) fn drop_damaged(path: &Path) -> Result<(), CacheError> {
-    let bytes = std::fs::read(path).map_err(|e| CacheError::io(path, e))?;
-    let lines = bytes.split_inclusive(|b| *b == b'\n');
-    let good: Vec<&[u8]> = lines.filter(|line| parse_line(line).is_some()).collect();
-    crate::record::write_atomic(path, &good.concat())
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let copied = || -> std::io::Result<tempfile::NamedTempFile> {
+        let mut reader = BufReader::new(File::open(path)?);
+        let mut out = BufWriter::new(tempfile::NamedTempFile::new_in(folder)?);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line)? > 0 {
+            if parse_line(&line).is_some() {
+                out.write_all(&line)?;
+            }
+            line.clear();
+        }
+        out.into_inner()
+            .map_err(std::io::IntoInnerError::into_error)
+    };
+    let failed = |e: std::io::Error| CacheError::io(path, e);
+    let good = copied().map_err(failed)?;
+    good.persist(path).map_err(|e| failed(e.error))?;
+    Ok(())
 }
 
 /// `<blake3 of the rest> <key> <JSON>\n`; JSON text never holds a raw newline.
