@@ -31,19 +31,40 @@ struct State {
     writer: Option<(usize, u64)>,
     /// Without a folder: the answers themselves.
     memory: HashMap<Digest, Value>,
+    /// Whether the index knows what the segments hold: they are read when the first answer is
+    /// wanted, which most commands never come to.
+    is_read: bool,
     skipped: usize,
 }
 
 impl State {
     /// No answers yet; the index is made in `folder` where it is large.
-    fn new(folder: PathBuf) -> Self {
+    fn new(folder: PathBuf, segments: Vec<File>) -> Self {
         Self {
             index: Places::new(folder),
-            segments: Vec::new(),
+            segments,
             writer: None,
             memory: HashMap::new(),
+            is_read: false,
             skipped: 0,
         }
+    }
+
+    /// Reads the segments, once.
+    fn read(&mut self) {
+        if std::mem::replace(&mut self.is_read, true) {
+            return;
+        }
+        let segments = std::mem::take(&mut self.segments);
+        for (number, file) in segments.iter().enumerate() {
+            if let Err(why) = scan(file, number, self) {
+                // What is behind it is lost as well, so it will be asked for again.
+                let folder = self.index.folder().display();
+                tracing::warn!("{folder}: segment {number} cannot be read: {why}");
+                self.skipped += 1;
+            }
+        }
+        self.segments = segments;
     }
 }
 
@@ -77,16 +98,17 @@ impl CompletionCache {
     pub fn in_memory() -> Self {
         Self {
             folder: None,
-            state: Mutex::new(State::new(PathBuf::new())),
+            state: Mutex::new(State::new(PathBuf::new(), Vec::new())),
             asked: Mutex::default(),
             settled: Condvar::new(),
         }
     }
 
-    /// Opens the segments of a folder, which need not exist yet.
+    /// Opens the segments of a folder, which need not exist yet. They are read when the first
+    /// answer is wanted.
     ///
     /// # Errors
-    /// When a segment cannot be read.
+    /// When a segment cannot be opened.
     pub fn open(folder: PathBuf) -> Result<Self, CacheError> {
         let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
             .into_iter()
@@ -95,15 +117,11 @@ impl CompletionCache {
             .filter(|path| path.extension().is_some_and(|e| e == "log"))
             .collect();
         paths.sort();
-        let mut state = State::new(folder.clone());
-        for path in paths {
-            let file = File::open(&path).map_err(|e| CacheError::io(&path, e))?;
-            scan(&file, state.segments.len(), &mut state).map_err(|e| CacheError::io(&path, e))?;
-            state.segments.push(file);
-        }
+        let open = |path: &PathBuf| File::open(path).map_err(|e| CacheError::io(path, e));
+        let segments: Vec<File> = paths.iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self {
+            state: Mutex::new(State::new(folder.clone(), segments)),
             folder: Some(folder),
-            state: Mutex::new(state),
             asked: Mutex::default(),
             settled: Condvar::new(),
         })
@@ -210,10 +228,10 @@ impl CompletionCache {
         self.len() == 0
     }
 
-    /// Damaged lines that were skipped when the cache was opened.
+    /// Damaged lines that were skipped since the last call.
     #[must_use]
-    pub fn skipped(&self) -> usize {
-        self.lock().skipped
+    pub fn take_skipped(&self) -> usize {
+        std::mem::take(&mut self.lock_unread().skipped)
     }
 
     /// Waits until this process's answers are on the disk.
@@ -221,7 +239,7 @@ impl CompletionCache {
     /// # Errors
     /// When the disk refuses.
     pub fn sync(&self) -> Result<(), CacheError> {
-        let state = self.lock();
+        let state = self.lock_unread();
         if let (Some(folder), Some((segment, _))) = (&self.folder, state.writer) {
             state.segments[segment]
                 .sync_data()
@@ -231,6 +249,12 @@ impl CompletionCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock_unread();
+        state.read();
+        state
+    }
+
+    fn lock_unread(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -430,7 +454,7 @@ mod tests {
             (second.get(&key(0)), second.get(&key(1))),
             (None, Some(json!(1)))
         );
-        assert_eq!(second.skipped(), 1);
+        assert_eq!([second.take_skipped(), second.take_skipped()], [1, 0]);
         second.put(&key(0), &json!("new")).unwrap();
         let third = CompletionCache::open(folder).unwrap();
         assert_eq!((third.get(&key(0)), third.len()), (Some(json!("new")), 2));
