@@ -78,12 +78,6 @@ impl Cache {
             warnings,
             _lock: held,
         };
-        match cache.completions.skipped() {
-            0 => {}
-            n => cache.warn(format!(
-                "{n} damaged lines of the completion cache were skipped"
-            )),
-        }
         if let Some(since) = cache.unsynced.lost_since() {
             let damaged = cache.store.verify_since(since);
             cache.warn(format!(
@@ -143,6 +137,12 @@ impl Cache {
         let mut all =
             std::mem::take(&mut *self.warnings.lock().unwrap_or_else(PoisonError::into_inner));
         all.extend(self.index.take_warnings());
+        match self.completions.take_skipped() {
+            0 => {}
+            n => all.push(format!(
+                "{n} damaged lines of the completion cache were skipped"
+            )),
+        }
         all
     }
 

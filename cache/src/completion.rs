@@ -4,38 +4,68 @@
 //! blake3. Each process appends to a segment of its own; a line that is torn or
 //! damaged is skipped, the rest stays.
 
+mod places;
+mod table;
+
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 
+use self::places::{Place, Places};
 use crate::digest::Digest;
 use crate::error::CacheError;
 
 /// Longest wait between two looks at the wish to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// Where an answer lies.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    segment: usize,
-    offset: u64,
-    len: usize,
-}
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    index: HashMap<Digest, Place>,
+    index: Places,
     segments: Vec<File>,
     /// The segment this process appends to, made at the first `put`.
     writer: Option<(usize, u64)>,
     /// Without a folder: the answers themselves.
     memory: HashMap<Digest, Value>,
+    /// Whether the index knows what the segments hold: they are read when the first answer is
+    /// wanted, which most commands never come to.
+    is_read: bool,
     skipped: usize,
+}
+
+impl State {
+    /// No answers yet; the index is made in `folder` where it is large.
+    fn new(folder: PathBuf, segments: Vec<File>) -> Self {
+        Self {
+            index: Places::new(folder),
+            segments,
+            writer: None,
+            memory: HashMap::new(),
+            is_read: false,
+            skipped: 0,
+        }
+    }
+
+    /// Reads the segments, once.
+    fn read(&mut self) {
+        if std::mem::replace(&mut self.is_read, true) {
+            return;
+        }
+        let segments = std::mem::take(&mut self.segments);
+        for (number, file) in segments.iter().enumerate() {
+            if let Err(why) = scan(file, number, self) {
+                // What is behind it is lost as well, so it will be asked for again.
+                let folder = self.index.folder().display();
+                tracing::warn!("{folder}: segment {number} cannot be read: {why}");
+                self.skipped += 1;
+            }
+        }
+        self.segments = segments;
+    }
 }
 
 /// Answers by key. Shared by threads.
@@ -68,16 +98,17 @@ impl CompletionCache {
     pub fn in_memory() -> Self {
         Self {
             folder: None,
-            state: Mutex::default(),
+            state: Mutex::new(State::new(PathBuf::new(), Vec::new())),
             asked: Mutex::default(),
             settled: Condvar::new(),
         }
     }
 
-    /// Opens the segments of a folder, which need not exist yet.
+    /// Opens the segments of a folder, which need not exist yet. They are read when the first
+    /// answer is wanted.
     ///
     /// # Errors
-    /// When a segment cannot be read.
+    /// When a segment cannot be opened.
     pub fn open(folder: PathBuf) -> Result<Self, CacheError> {
         let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
             .into_iter()
@@ -86,15 +117,11 @@ impl CompletionCache {
             .filter(|path| path.extension().is_some_and(|e| e == "log"))
             .collect();
         paths.sort();
-        let mut state = State::default();
-        for path in paths {
-            let file = File::open(&path).map_err(|e| CacheError::io(&path, e))?;
-            scan(&file, state.segments.len(), &mut state).map_err(|e| CacheError::io(&path, e))?;
-            state.segments.push(file);
-        }
+        let open = |path: &PathBuf| File::open(path).map_err(|e| CacheError::io(path, e));
+        let segments: Vec<File> = paths.iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self {
+            state: Mutex::new(State::new(folder.clone(), segments)),
             folder: Some(folder),
-            state: Mutex::new(state),
             asked: Mutex::default(),
             settled: Condvar::new(),
         })
@@ -113,7 +140,7 @@ impl CompletionCache {
         if self.folder.is_none() {
             return state.memory.get(key).cloned();
         }
-        let place = *state.index.get(key)?;
+        let place = state.index.get(key)?;
         let file = state.segments.get_mut(place.segment)?;
         let mut line = vec![0u8; place.len];
         file.seek(SeekFrom::Start(place.offset)).ok()?;
@@ -150,14 +177,13 @@ impl CompletionCache {
             state.writer = Some((segment, offset));
             return Err(CacheError::io(folder, error));
         }
-        state.index.insert(
-            *key,
-            Place {
-                segment,
-                offset,
-                len: line.len(),
-            },
-        );
+        let len = line.len();
+        let place = Place {
+            segment,
+            offset,
+            len,
+        };
+        state.index.insert(key, place);
         state.writer = Some((segment, offset + line.len() as u64));
         Ok(())
     }
@@ -202,10 +228,10 @@ impl CompletionCache {
         self.len() == 0
     }
 
-    /// Damaged lines that were skipped when the cache was opened.
+    /// Damaged lines that were skipped since the last call.
     #[must_use]
-    pub fn skipped(&self) -> usize {
-        self.lock().skipped
+    pub fn take_skipped(&self) -> usize {
+        std::mem::take(&mut self.lock_unread().skipped)
     }
 
     /// Waits until this process's answers are on the disk.
@@ -213,7 +239,7 @@ impl CompletionCache {
     /// # Errors
     /// When the disk refuses.
     pub fn sync(&self) -> Result<(), CacheError> {
-        let state = self.lock();
+        let state = self.lock_unread();
         if let (Some(folder), Some((segment, _))) = (&self.folder, state.writer) {
             state.segments[segment]
                 .sync_data()
@@ -223,6 +249,12 @@ impl CompletionCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock_unread();
+        state.read();
+        state
+    }
+
+    fn lock_unread(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -256,16 +288,14 @@ fn scan(file: &File, segment: usize, state: &mut State) -> std::io::Result<()> {
         if len == 0 {
             return Ok(());
         }
-        match parse_line(&line) {
+        match checked(&line) {
             Some((key, _)) => {
-                state.index.insert(
-                    key,
-                    Place {
-                        segment,
-                        offset,
-                        len,
-                    },
-                );
+                let place = Place {
+                    segment,
+                    offset,
+                    len,
+                };
+                state.index.insert(&key, place);
             }
             // The last line of a process that was killed is unfinished, not damaged.
             None => state.skipped += usize::from(line.ends_with(b"\n")),
@@ -284,32 +314,50 @@ pub(crate) struct Segment {
 
 /// Reads all segments of a folder.
 pub(crate) fn check(folder: &Path) -> Vec<Segment> {
-    let mut segments = Vec::new();
-    for path in crate::record::folder(folder) {
-        let is_segment = path.extension().is_some_and(|e| e == "log");
-        let Some(bytes) = is_segment.then(|| std::fs::read(&path).ok()).flatten() else {
-            continue;
-        };
-        let lines = bytes.split_inclusive(|b| *b == b'\n');
-        let (good, bad): (Vec<_>, Vec<_>) = lines
-            .filter(|line| line.ends_with(b"\n"))
-            .partition(|line| parse_line(line).is_some());
-        segments.push(Segment {
-            path,
-            good: good.len(),
-            bad: bad.len(),
-        });
-    }
+    let mut segments: Vec<Segment> = crate::record::folder(folder)
+        .filter(|path| path.extension().is_some_and(|e| e == "log"))
+        .filter_map(|path| count(path).ok())
+        .collect();
     segments.sort_by(|a, b| a.path.cmp(&b.path));
     segments
 }
 
+/// Counts the lines of a segment, one after the other.
+fn count(path: PathBuf) -> std::io::Result<Segment> {
+    let mut reader = BufReader::new(File::open(&path)?);
+    let (mut good, mut bad) = (0, 0);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        if parse_line(&line).is_some() {
+            good += 1;
+        } else {
+            bad += usize::from(line.ends_with(b"\n"));
+        }
+        line.clear();
+    }
+    Ok(Segment { path, good, bad })
+}
+
 /// Writes a segment anew without its damaged lines.
 pub(crate) fn drop_damaged(path: &Path) -> Result<(), CacheError> {
-    let bytes = std::fs::read(path).map_err(|e| CacheError::io(path, e))?;
-    let lines = bytes.split_inclusive(|b| *b == b'\n');
-    let good: Vec<&[u8]> = lines.filter(|line| parse_line(line).is_some()).collect();
-    crate::record::write_atomic(path, &good.concat())
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let copied = || -> std::io::Result<tempfile::NamedTempFile> {
+        let mut reader = BufReader::new(File::open(path)?);
+        let mut out = BufWriter::new(tempfile::NamedTempFile::new_in(folder)?);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line)? > 0 {
+            if parse_line(&line).is_some() {
+                out.write_all(&line)?;
+            }
+            line.clear();
+        }
+        out.into_inner()
+            .map_err(std::io::IntoInnerError::into_error)
+    };
+    let failed = |e: std::io::Error| CacheError::io(path, e);
+    let good = copied().map_err(failed)?;
+    good.persist(path).map_err(|e| failed(e.error))?;
+    Ok(())
 }
 
 /// `<blake3 of the rest> <key> <JSON>\n`; JSON text never holds a raw newline.
@@ -318,14 +366,20 @@ fn format_line(key: &Digest, value: &Value) -> String {
     format!("{} {body}\n", Digest::of_bytes(body.as_bytes()))
 }
 
-fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
+/// The key of a line and its JSON, if the line is as it was written.
+fn checked(line: &[u8]) -> Option<(Digest, &str)> {
     let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
     let (sum, body) = text.split_once(' ')?;
     if Digest::parse(sum)? != Digest::of_bytes(body.as_bytes()) {
         return None;
     }
     let (key, json) = body.split_once(' ')?;
-    Some((Digest::parse(key)?, serde_json::from_str(json).ok()?))
+    Some((Digest::parse(key)?, json))
+}
+
+fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
+    let (key, json) = checked(line)?;
+    Some((key, serde_json::from_str(json).ok()?))
 }
 
 #[cfg(test)]
@@ -362,6 +416,28 @@ mod tests {
     }
 
     #[test]
+    fn answers_are_found_where_the_index_is_in_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("completions");
+        let one = CompletionCache::open(folder.clone()).unwrap();
+        one.lock().index.spill_from(10);
+        for i in 0..100 {
+            one.put(&key(i), &json!(i)).unwrap();
+        }
+        one.put(&key(3), &json!("again")).unwrap();
+        // Another process reads the same segments and writes its own.
+        let two = CompletionCache::open(folder.clone()).unwrap();
+        two.put(&key(100), &json!(100)).unwrap();
+        let three = CompletionCache::open(folder).unwrap();
+        for (cache, len) in [(&one, 100), (&two, 101), (&three, 101)] {
+            assert_eq!(cache.len(), len);
+            assert_eq!(cache.get(&key(3)), Some(json!("again")));
+            assert_eq!(cache.get(&key(99)), Some(json!(99)));
+            assert_eq!(cache.get(&key(100)).is_some(), len > 100);
+        }
+    }
+
+    #[test]
     fn a_flipped_byte_loses_one_line_and_later_runs_add_segments() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("completions");
@@ -378,7 +454,7 @@ mod tests {
             (second.get(&key(0)), second.get(&key(1))),
             (None, Some(json!(1)))
         );
-        assert_eq!(second.skipped(), 1);
+        assert_eq!([second.take_skipped(), second.take_skipped()], [1, 0]);
         second.put(&key(0), &json!("new")).unwrap();
         let third = CompletionCache::open(folder).unwrap();
         assert_eq!((third.get(&key(0)), third.len()), (Some(json!("new")), 2));

@@ -5,12 +5,14 @@
 //! Knows no step and no data set. Rows are told apart by id; a row of another id with an equal
 //! text is reported apart, because real data may hold one text twice on purpose.
 
+mod long;
 mod rows;
 
 use std::collections::{BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::long::{FinishedLineage, LongLineage, Scratch};
 use self::rows::{Rows, text_digest};
 
 /// What rows had a part in.

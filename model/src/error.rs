@@ -31,6 +31,9 @@ pub enum ModelError {
     /// A request cannot be answered. The caller knows which one: answers come one for each.
     #[error("{0}")]
     Request(String),
+    /// A prompt, with what it is to be answered with, does not fit into the model's context.
+    #[error("{0}")]
+    TooLong(String),
     /// A row to train on does not fit the model.
     #[error("training row {}: {reason}", index + 1)]
     Row {

@@ -159,6 +159,7 @@ impl From<LmError> for Problem {
     fn from(error: LmError) -> Self {
         match error {
             LmError::Rejected(why) => Self::bad(why),
+            LmError::TooLong(why) => Self::bad(why).code("context_length_exceeded"),
             LmError::Unavailable(why) | LmError::Barred(why) => {
                 Self::new(StatusCode::BAD_GATEWAY, why)
             }

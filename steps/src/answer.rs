@@ -194,7 +194,7 @@ impl Answerer {
 
 /// Rows for one call of a model: many times what is in flight, so that one slow answer keeps few
 /// places empty; of a batch, all, as its answers come together.
-fn rows_at_once(model: &ModelSpec) -> usize {
+pub(crate) fn rows_at_once(model: &ModelSpec) -> usize {
     const WAVES: usize = 16;
     match model {
         ModelSpec::OpenAi(spec) if spec.batch => usize::MAX,
@@ -310,8 +310,45 @@ pub fn check_metric(metric: MetricKind, labels: &[String]) -> Result<(), StepErr
     Err(StepError::invalid(text).help("set `metric: label_equality`"))
 }
 
-/// Stops a step whose model did not answer some rows: an outage is no score. What was used so far
-/// is told, as a failed step reports no metrics.
+/// The metric of the rows whose prompts were too long for the model, where there are some.
+const TOO_LONG: &str = "too_long";
+
+/// Whether the row's prompt did not fit into the model's context.
+#[must_use]
+pub fn is_too_long(result: &RowResult) -> bool {
+    matches!(result.prediction, Err(RowError::Lm(LmError::TooLong(_))))
+}
+
+/// Adds how many prompts were too long, where some were.
+#[must_use]
+pub fn with_too_long(outcome: StepOutcome, rows: usize) -> StepOutcome {
+    match rows {
+        0 => outcome,
+        rows => outcome.metric(TOO_LONG, rows),
+    }
+}
+
+/// Stops a step none of whose prompts fits into the model's context: then it is no fault of rows.
+///
+/// # Errors
+/// Failed, with the first reason.
+pub fn check_fits(results: &[RowResult]) -> Result<(), StepError> {
+    let Some(first) = results.first().filter(|_| results.iter().all(is_too_long)) else {
+        return Ok(());
+    };
+    let why = first.prediction.as_ref().err();
+    let why = why.map(ToString::to_string).unwrap_or_default();
+    let text = format!(
+        "none of {} prompts fits into the model's context: {why}",
+        results.len()
+    );
+    Err(StepError::failed(text)
+        .help("take a model with a longer context, or fewer demos and a smaller `max_tokens`"))
+}
+
+/// Stops a step whose model did not answer some rows: an outage is no score. A row whose prompt is
+/// too long is none: it has no answer, and the others stand. What was used so far is told, as a
+/// failed step reports no metrics.
 ///
 /// # Errors
 /// Cancelled; invalid when the program does not fit the rows; transient while the model cannot be reached, failed when it refused; with the first
@@ -337,6 +374,8 @@ pub fn check_answered(
     let mut lost: Vec<&LmError> = results
         .iter()
         .filter_map(|result| match &result.prediction {
+            // The row's own fault.
+            Err(RowError::Lm(LmError::TooLong(_))) => None,
             Err(RowError::Lm(error)) => Some(error),
             _ => None,
         })
@@ -369,4 +408,41 @@ pub fn check_answered(
     }
     Err(StepError::new(kind, text)
         .help("the answers that came are kept; a later run asks only for the rest"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn result(prediction: Result<Prediction, RowError>) -> RowResult {
+        RowResult {
+            id: "0".into(),
+            prediction,
+            trace: Vec::new(),
+            raw: None,
+            tokens: Tokens::default(),
+            probs: None,
+            confidence: None,
+            cut_off: false,
+        }
+    }
+
+    #[test]
+    fn long_prompts_are_the_rows_own_matter_unless_none_fits() {
+        let long = || result(Err(RowError::Lm(LmError::TooLong("8 of 4 tokens".into()))));
+        let answered = || result(Ok(Prediction::default()));
+        assert_eq!(
+            [long(), answered()]
+                .iter()
+                .filter(|r| is_too_long(r))
+                .count(),
+            1
+        );
+        assert!(check_fits(&[]).is_ok());
+        assert!(check_fits(&[long(), answered()]).is_ok());
+        let refused = check_fits(&[long(), long()]).unwrap_err().message;
+        let said = "none of 2 prompts fits into the model's context: context_length_exceeded: 8 of";
+        assert!(refused.starts_with(said), "{refused}");
+    }
 }

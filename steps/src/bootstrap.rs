@@ -11,7 +11,10 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::answer::{
+    Answerer, SamplingSpec, check_answered, check_fits, examples, is_too_long, rows_at_once,
+    with_too_long, with_usage,
+};
 use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
 use crate::models::{Host, ModelSpec, observe};
@@ -19,8 +22,10 @@ use crate::program_file::{KnnSpec, ProgramFile};
 use crate::rows::{JsonlReader, JsonlWriter, Row, read_json, read_rows};
 use crate::schema_of;
 
-/// Rows that are asked about before their answers are written: many more than are in flight.
+/// Rows that are asked about before their answers are written, of what computes in this process.
 const AT_ONCE: usize = 20_000;
+/// The same for a server, in whole calls: a call ends with its slowest answer anyway.
+const OF_A_SERVER: usize = 4_096;
 /// The same for a Batch API: as many as a batch takes.
 const IN_A_BATCH: usize = 50_000;
 
@@ -116,13 +121,14 @@ impl Step for Bootstrap {
         let read = || {
             let labels: Vec<String> = read_json(given.input("labels")?).ok()?;
             let file = ProgramFile::plain(&drawn(&params.program, &params), &labels).ok()?;
-            Some((file, read_rows(given.input("unlabelled")?).ok()?))
+            Some((file, given.input("unlabelled")?))
         };
         let known = read().filter(|_| params.knn.is_none());
         let calls = known.as_ref().map(|(file, rows)| Calls {
             file,
             sampling: params.sampling,
             rows,
+            most: usize::MAX,
         });
         Some(estimate(spec, calls, given))
     }
@@ -162,6 +168,7 @@ impl Step for Bootstrap {
         let mut dropped = JsonlWriter::create(&ctx.output("dropped"))?;
         let mut rows = JsonlReader::<Row>::open(unlabelled)?;
         let portion = portion(params.model.as_ref());
+        let mut too_long = 0;
         loop {
             let some: Vec<Row> = rows.by_ref().take(portion).collect::<Result<_, _>>()?;
             if some.is_empty() {
@@ -174,6 +181,10 @@ impl Step for Bootstrap {
             };
             let results = answerer.run(&examples(&some, &field), &field, &progress)?;
             check_answered(ctx, &results, &answerer.usage())?;
+            if before == 0 {
+                check_fits(&results)?;
+            }
+            too_long += results.iter().filter(|result| is_too_long(result)).count();
             for (row, result) in some.into_iter().zip(results) {
                 let mut row = labelled(row, result, &field, &labels, &params);
                 row.teacher = row.label.is_some().then(|| mark.clone());
@@ -192,6 +203,7 @@ impl Step for Bootstrap {
         let outcome = StepOutcome::default()
             .metric("labelled", kept)
             .metric("dropped", dropped);
+        let outcome = with_too_long(outcome, too_long);
         Ok(with_usage(outcome, &answerer.usage()))
     }
 }
@@ -199,7 +211,11 @@ impl Step for Bootstrap {
 fn portion(model: Option<&ModelSpec>) -> usize {
     match server(model) {
         Some(spec) if spec.batch => IN_A_BATCH,
-        _ => AT_ONCE,
+        Some(_) => {
+            let call = model.map_or(1, rows_at_once);
+            OF_A_SERVER.next_multiple_of(call.clamp(1, IN_A_BATCH))
+        }
+        None => AT_ONCE,
     }
 }
 
@@ -301,17 +317,19 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_batch_is_filled() {
-        let portion_of = |batch: bool| {
+    fn a_batch_and_a_servers_calls_are_filled() {
+        let portion_of = |batch: bool, concurrency: usize| {
             let entry = json!({
                 "provider": "openai", "base_url": "http://h/v1", "model": "m", "batch": batch,
+                "concurrency": concurrency,
             });
             let model: ModelSpec = serde_json::from_value(entry).unwrap();
             portion(Some(&model))
         };
-        assert_eq!(
-            [portion(None), portion_of(false), portion_of(true)],
-            [AT_ONCE, AT_ONCE, IN_A_BATCH]
-        );
+        assert_eq!(portion(None), AT_ONCE);
+        assert_eq!(portion_of(true, 64), IN_A_BATCH);
+        assert_eq!([1, 64].map(|n| portion_of(false, n)), [OF_A_SERVER; 2]);
+        // Three calls of 1,600 rows; one of 16,000.
+        assert_eq!([100, 1000].map(|n| portion_of(false, n)), [4_800, 16_000]);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
-use flowrun_lm::lineage::Lineage;
+use flowrun_lm::lineage::LongLineage;
 use flowrun_lm::messages::{ChatRow, MessageOptions, row_to_messages};
 use flowrun_lm::program::ProgramSpec;
 use schemars::JsonSchema;
@@ -89,7 +89,14 @@ impl Step for ConvertToMessages {
         let file = ProgramFile::plain(&params.program, &labels)?;
         let (_, program) = file.prompt()?;
         let mut chats = JsonlWriter::create(&ctx.output("messages"))?;
-        let mut lineage = Lineage::default();
+        let test = match ctx.input_opt("test") {
+            Some(input) => read_rows(&input.path)?,
+            None => Vec::new(),
+        };
+        let scratch = || tempfile::tempfile_in(&ctx.work_dir);
+        let unwritten = |e: std::io::Error| StepError::io(&ctx.work_dir, &e);
+        let mut lineage = LongLineage::new(&scratch);
+        lineage.watch(leakage::id_and_text(&test));
         let mut marks = BTreeSet::new();
         for input in ctx.input_list("rows") {
             for (number, row) in JsonlReader::<Row>::open(&input.path)?.enumerate() {
@@ -97,7 +104,7 @@ impl Step for ConvertToMessages {
                     ctx.check_cancelled()?;
                 }
                 let mut row = row?;
-                lineage.train([(row.id.as_str(), row.text.as_str())]);
+                lineage.train(&row.id, &row.text).map_err(unwritten)?;
                 if let Some(mark) = row.teacher.take() {
                     marks.insert(mark);
                 }
@@ -113,15 +120,17 @@ impl Step for ConvertToMessages {
                 }
             }
         }
-        leakage::learn_from_marked(ctx, &mut lineage, &marks)?;
-        if let Some(input) = ctx.input_opt("test") {
-            let test = read_rows(&input.path)?;
+        leakage::learn_from_marked(ctx, lineage.others(), &marks)?;
+        if !test.is_empty() {
             let overlap = lineage.overlap(leakage::scored_rows(&test));
             let what = "test rows are among the rows to train on";
             leakage::guard(ctx, params.leakage, &overlap, what)?;
         }
         let chats = chats.finish()?;
-        write_json(&ctx.output("lineage"), &lineage)?;
+        write_json(
+            &ctx.output("lineage"),
+            &lineage.finish().map_err(unwritten)?,
+        )?;
         file.save(&ctx.output("program"))?;
         Ok(StepOutcome::default().metric("chats", chats))
     }

@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{
-    Answerer, SamplingSpec, check_answered, check_metric, examples, question, with_usage,
+    Answerer, SamplingSpec, check_answered, check_fits, check_metric, examples, question,
+    with_too_long, with_usage,
 };
 use crate::checkpoint::Checkpoint;
 use crate::estimate::{Calls, estimate, server};
@@ -59,8 +60,8 @@ struct Params {
     /// Only this many rows: the first ones.
     #[serde(default)]
     max_rows: Option<usize>,
-    /// As many answers that cannot be read end the step with an error; by default they only count
-    /// as wrong.
+    /// As many answers that cannot be read, and prompts that are longer than the model's context,
+    /// end the step with an error; by default they only count as wrong.
     #[serde(default)]
     #[schemars(range(min = 1))]
     max_errors: Option<usize>,
@@ -115,9 +116,8 @@ impl Step for Evaluate {
         let params: Params = serde_json::from_value(given.params.clone()).ok()?;
         let spec = server(params.model.as_ref())?;
         let read = || {
-            let mut rows = read_rows(given.input("rows")?).ok()?;
-            rows.truncate(params.max_rows.unwrap_or(usize::MAX));
-            Some((ProgramFile::load(given.input("program")?).ok()?, rows))
+            let file = ProgramFile::load(given.input("program")?).ok()?;
+            Some((file, given.input("rows")?))
         };
         // A checkpoint is another model, and of two programs only one is counted here.
         let alone = |ports: &BTreeMap<_, _>| {
@@ -131,6 +131,7 @@ impl Step for Evaluate {
             file,
             sampling: params.sampling,
             rows,
+            most: params.max_rows.unwrap_or(usize::MAX),
         });
         Some(estimate(spec, calls, given))
     }
@@ -203,7 +204,15 @@ impl Step for Evaluate {
             programs: all,
         };
         write_json(&ctx.output("scores"), &scores)?;
-        let outcome = with_usage(outcome(&scores), &usage);
+        let scored = scores.programs.iter().flat_map(|program| &program.rows);
+        let too_long = scored.filter(|row| row.error.is_some()).count();
+        if too_long > 0 {
+            ctx.reporter.warning(&format!(
+                "{too_long} prompts are longer than the model's context and count as wrong; the \
+                 scores say which"
+            ));
+        }
+        let outcome = with_too_long(with_usage(outcome(&scores), &usage), too_long);
         Ok(match time.ms_per_row() {
             Some(ms) => outcome.metric("ms_per_row", ms),
             None => outcome,
@@ -286,12 +295,14 @@ fn score(
             break;
         }
     }
+    check_fits(&results)?;
     time.add(started.elapsed(), &results);
     let metric = params.metric.metric(field);
     let evaluation = Evaluation {
         metric: &metric,
         label: field,
-        // Outages were found above: only answers that cannot be read are left.
+        // Outages were found above: only answers that cannot be read, and prompts that are too
+        // long, are left.
         max_errors: params.max_errors.unwrap_or(usize::MAX),
     };
     let result = evaluation
@@ -337,7 +348,8 @@ fn program_score(
         n: result.n,
         correct,
         accuracy: result.accuracy,
-        parse_failures: result.parse_failures,
+        // Outages were found before: the model gave no answer because the prompt is too long.
+        parse_failures: result.parse_failures + result.lm_failures,
         prompt_tokens: tokens.prompt,
         completion_tokens: tokens.completion,
         cost_usd: prices.map(|prices| prices.cost(tokens.prompt, tokens.completion)),
@@ -350,6 +362,9 @@ fn program_score(
                 inputs: question(&inputs, row),
                 gold: scored.gold.unwrap_or_default(),
                 raw: scored.pred.is_none().then_some(scored.raw).flatten(),
+                error: scored
+                    .error
+                    .filter(|_| scored.error_kind == Some(RowErrorKind::Lm)),
                 predicted: scored.pred,
                 correct: scored.correct,
                 confidence: scored.confidence,

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, examples, with_usage};
+use crate::answer::{Answerer, SamplingSpec, check_answered, check_fits, examples, with_usage};
 use crate::estimate::{Calls, estimate, server};
 use crate::models::{Host, ModelSpec, observe};
 use crate::program_file::ProgramFile;
@@ -69,11 +69,12 @@ impl Step for Explain {
         let params: Params = serde_json::from_value(given.params.clone()).ok()?;
         let spec = server(Some(&params.model))?;
         let file = ProgramFile::plain(&params.program, &[]).ok();
-        let rows = given.input("rows").and_then(|path| read_rows(path).ok());
-        let calls = file.as_ref().zip(rows.as_ref()).map(|(file, rows)| Calls {
+        let rows = given.input("rows");
+        let calls = file.as_ref().zip(rows).map(|(file, rows)| Calls {
             file,
             sampling: params.sampling,
             rows,
+            most: usize::MAX,
         });
         Some(estimate(spec, calls, given))
     }
@@ -100,6 +101,7 @@ impl Step for Explain {
         };
         let results = answerer.run(&examples(&rows, LABEL), LABEL, &progress)?;
         check_answered(ctx, &results, &answerer.usage())?;
+        check_fits(&results)?;
         let mut explained = Vec::with_capacity(rows.len());
         let mut dropped = Vec::new();
         for (mut row, result) in rows.into_iter().zip(results) {
@@ -116,8 +118,8 @@ impl Step for Explain {
         }
         if !dropped.is_empty() {
             ctx.reporter.warning(&format!(
-                "{} of {total} rows were dropped: their reason could not be read; the output \
-                 `dropped` says why, row by row",
+                "{} of {total} rows were dropped: too long for the model, or their reason could not be \
+                 read; the output `dropped` says why, row by row",
                 dropped.len()
             ));
         }

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::answer::{SamplingSpec, attach_encoders, check_metric, examples, with_usage};
 use crate::checkpoint::Checkpoint;
-use crate::estimate::{estimate, server};
+use crate::estimate::{Search, estimate_search, server};
 use crate::leakage::{id_and_text, learn_from_teachers, teachers_port};
 use crate::models::{Host, ModelSpec, observe, open_lm};
 use crate::program_file::{KnnSpec, ProgramFile};
@@ -113,10 +113,27 @@ impl Step for Optimize {
     fn estimate(&self, given: &Foresight<'_>) -> Option<Estimate> {
         let params: Params = serde_json::from_value(given.params.clone()).ok()?;
         let proposer = params.instructions.as_ref().map(|spec| &spec.proposer);
-        // How many calls a search makes depends on its answers.
-        Some(estimate(
-            server(Some(&params.model)).or(server(proposer))?,
-            None,
+        let student = server(Some(&params.model));
+        let read = || {
+            let file = ProgramFile::load(given.input("program")?).ok()?;
+            let rows = |port: &str| read_rows(given.input(port)?).ok();
+            Some((file, rows("trainset")?, rows("valset")?))
+        };
+        // How many calls a search makes depends on its answers; of a search for demos there is a
+        // bound.
+        let for_demos = params.knn_few_shot.is_none() && params.instructions.is_none();
+        let known = (for_demos && student.is_some()).then(read).flatten();
+        let search = known.as_ref().map(|(file, trainset, valset)| Search {
+            file,
+            sampling: params.sampling,
+            settings: &params.search,
+            batch: BATCH,
+            trainset,
+            valset,
+        });
+        Some(estimate_search(
+            student.or(server(proposer))?,
+            search,
             given,
         ))
     }
@@ -185,7 +202,7 @@ impl Step for Optimize {
         let compiled = optimizer.compile(&student, &trainset, Some(&valset), &session);
         ctx.check_cancelled()?;
         // To be refused every time is no answer that counts as wrong.
-        if let Some(LmError::Rejected(why)) = lm.refused() {
+        if let Some(LmError::Rejected(why) | LmError::TooLong(why)) = lm.refused() {
             let text = format!("the model answered none of the search's calls: {why}");
             return Err(StepError::failed(text));
         }

@@ -102,7 +102,7 @@ pub struct ProgramScore {
     /// The 95 % Wilson interval of `accuracy`.
     #[serde(default)]
     pub interval: (f64, f64),
-    /// Answers that could not be read; they count as not correct.
+    /// Answers that could not be read, and prompts that were too long; they count as not correct.
     pub parse_failures: usize,
     /// Tokens of prompts.
     pub prompt_tokens: u64,
@@ -150,6 +150,9 @@ pub struct ScoredRow {
     /// The answer as it came, where it could not be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw: Option<String>,
+    /// Why there is no answer: the prompt is longer than the model's context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 impl ScoredRow {

@@ -71,7 +71,7 @@ impl Step for Split {
         let params: Params = ctx.params()?;
         let path = &ctx.input("rows")?.path;
         // The rows stay in the file: only where each begins is shuffled.
-        let (mut places, mut there) = (Vec::new(), 0);
+        let (mut places, mut there) = (Places::default(), 0);
         for row in JsonlReader::<Row>::open(path)?.with_offsets() {
             let (place, row) = row?;
             places.push(place);
@@ -83,12 +83,12 @@ impl Step for Split {
                 "`labelled` is {wanted} but there are only {there} rows with a label"
             )));
         };
-        PythonRandom::new(params.seed).shuffle(&mut places);
+        places.shuffle(params.seed);
         let out = |port: &str| JsonlWriter::create(&ctx.output(port));
         let (mut labelled, mut unlabelled, mut gold) =
             (out("labelled")?, out("unlabelled")?, out("gold")?);
         let mut rows = JsonlReader::<Row>::open(path)?;
-        for (number, place) in places.into_iter().enumerate() {
+        for (number, place) in places.iter().enumerate() {
             if number % LOOK_EVERY == 0 {
                 ctx.check_cancelled()?;
             }
@@ -106,6 +106,51 @@ impl Step for Split {
         Ok(StepOutcome::default()
             .metric("labelled", labelled.finish()?)
             .metric("unlabelled", unlabelled.finish()?))
+    }
+}
+
+/// Where rows begin in their file, in bytes: 4 bytes of memory each below 4 GiB, else 8.
+enum Places {
+    Narrow(Vec<u32>),
+    Wide(Vec<u64>),
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self::Narrow(Vec::new())
+    }
+}
+
+impl Places {
+    fn push(&mut self, place: u64) {
+        if let Self::Narrow(all) = self {
+            match u32::try_from(place) {
+                Ok(place) => {
+                    all.push(place);
+                    return;
+                }
+                Err(_) => *self = Self::Wide(all.iter().copied().map(u64::from).collect()),
+            }
+        }
+        if let Self::Wide(all) = self {
+            all.push(place);
+        }
+    }
+
+    /// Python's order: the draws depend on how many there are alone.
+    fn shuffle(&mut self, seed: i64) {
+        let mut random = PythonRandom::new(seed);
+        match self {
+            Self::Narrow(all) => random.shuffle(all),
+            Self::Wide(all) => random.shuffle(all),
+        }
+    }
+
+    fn iter(&self) -> Box<dyn Iterator<Item = u64> + '_> {
+        match self {
+            Self::Narrow(all) => Box::new(all.iter().copied().map(u64::from)),
+            Self::Wide(all) => Box::new(all.iter().copied()),
+        }
     }
 }
 
@@ -137,6 +182,30 @@ mod tests {
         let mut hidden = 2;
         let kept = rows.filter(|row| keeps_label(row, &mut hidden));
         assert_eq!(kept.map(|row| row.id).collect::<String>(), "45");
+    }
+
+    #[test]
+    fn places_beyond_4_gib_are_kept_and_shuffled_alike() {
+        let shuffled = |first: u64| {
+            let mut places = Places::default();
+            (first..first + 100).for_each(|place| places.push(place));
+            let wide = matches!(places, Places::Wide(_));
+            places.shuffle(7);
+            (
+                wide,
+                places
+                    .iter()
+                    .map(|place| place - first)
+                    .collect::<Vec<u64>>(),
+            )
+        };
+        let (wide, order) = shuffled(0);
+        assert!(!wide);
+        let mut plain: Vec<u64> = (0..100).collect();
+        PythonRandom::new(7).shuffle(&mut plain);
+        assert_eq!(order, plain);
+        // The last ones do not fit into 32 bits.
+        assert_eq!(shuffled(u64::from(u32::MAX) - 50), (true, plain));
     }
 
     #[test]

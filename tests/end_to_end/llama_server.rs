@@ -109,13 +109,12 @@ fn llama_cpp_labels_is_refused_and_goes_on() {
     let rows = (0..ROWS).map(|i| (format!("query {i}"), "pin"));
     let rows = rows.chain([(long, "pin"), (format!("query {ROWS}"), "pin")]);
     classify::write_rows(&project, "test.csv", rows);
-    let failed = run(&project, KEY);
-    let why = label(&failed)["why"].to_string();
-    assert_eq!(failed.code, Some(4), "{why}");
-    assert!(
-        why.contains("1 of 8 rows got no answer") && why.contains("more than the model's context"),
-        "{why}"
-    );
+    let labelled = run(&project, KEY).ok();
+    assert_eq!(label(&labelled)["metrics"]["too_long"], 1);
+    let dropped = project.read("dropped.jsonl");
+    let dropped: Value = serde_json::from_str(dropped.trim()).unwrap();
+    let why = dropped["dropped"].as_str().unwrap();
+    assert!(why.starts_with("context_length_exceeded: "), "{why}");
     classify::write_rows(
         &project,
         "test.csv",

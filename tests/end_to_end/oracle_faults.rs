@@ -99,6 +99,8 @@ enum Ending {
     Labelled,
     /// The row is dropped with this reason.
     Dropped(&'static str),
+    /// The row is dropped without an answer, with a reason that begins so; a run by force asks again.
+    Unanswered(&'static str),
     /// The step fails with this text; a run after the fault is over asks for the rest.
     Failed(&'static str),
 }
@@ -131,11 +133,12 @@ fn in_two_seconds() -> String {
     format!("retry-after: {date}\r\n")
 }
 
+const TOO_LONG: &str = "400, the prompt is too long";
 const THRICE: &str = ", max_retries: 2";
 
 #[rustfmt::skip]
 fn cases() -> Vec<Case> {
-    use Ending::{Dropped, Failed, Labelled};
+    use Ending::{Dropped, Failed, Labelled, Unanswered};
     let case = |name, requests, ending, more, fault| Case { name, fault, more, requests, ending };
     vec![
         case("429, `Retry-After` in seconds", 2, Labelled, "", |a| busy(a, "retry-after: 1\r\n".into())),
@@ -178,8 +181,7 @@ fn cases() -> Vec<Case> {
             |_| Some(Fault::status(400, "content_filter"))),
         case("`finish_reason: length`", 1, Dropped("the answer was cut off at `max_tokens`, perhaps within the label"), "",
             |_| Some(Fault::Changed(|v| v["choices"][0]["finish_reason"] = json!("length")))),
-        case("400, the prompt is too long", 1, Failed("more than the model's context"), "",
-            |_| Some(Fault::status(400, "context_length_exceeded"))),
+        case(TOO_LONG, 1, Unanswered("context_length_exceeded"), "", |_| Some(Fault::status(400, "context_length_exceeded"))),
         case("400, a field that the model does not take", 1, Failed("`body` of the model's entry"), "",
             |_| Some(Fault::status(400, "unsupported_parameter"))),
         case("401, an expired key", 1, Failed("set `api_key_env`"), "", |_| Some(Fault::status(401, "invalid_api_key"))),
@@ -231,6 +233,16 @@ fn endures(case: &Case, upstream: &str) {
             let dropped = [(STRUCK.to_owned(), Some(reason.to_owned()))];
             assert_eq!(rows(&project, "dropped.jsonl"), dropped, "{said}");
         }
+        Ending::Unanswered(reason) => {
+            ended.ok();
+            let dropped = rows(&project, "dropped.jsonl");
+            let [(query, Some(why))] = dropped.as_slice() else {
+                unreachable!("{dropped:?}: {said}");
+            };
+            assert_eq!(query, STRUCK, "{said}");
+            assert!(why.starts_with(reason), "{why}");
+            assert!(said.contains("\"too_long\":1"), "{said}");
+        }
         Ending::Failed(text) => {
             assert_eq!(ended.code, Some(4), "{said}");
             assert!(
@@ -242,16 +254,53 @@ fn endures(case: &Case, upstream: &str) {
         }
     }
     all_there(&project, ROWS);
-    // What was answered whole was asked for once; a withheld prompt is no answer.
+    // What was answered whole was asked for once; a withheld prompt, or one too long, is no answer.
+    let refused = name.starts_with("400 `content_filter`") || name == TOO_LONG;
     for (query, count) in proxy.counts() {
-        let most = usize::from(!name.starts_with("400 `content_filter`") || query != STRUCK);
+        let most = usize::from(!refused || query != STRUCK);
         assert_eq!(count.answers, most, "{query}: {said}");
         assert!(query == STRUCK || count.requests == 1, "{query}: {said}");
     }
-    // Nothing is asked again, not even for what was dropped.
+    // Nothing is asked again, not even for what was dropped; but for what had no answer at all.
     let before = proxy.requests();
     project.run(&["p.yaml", "--json", "--force"]).ok();
-    assert_eq!(proxy.requests(), before, "{said}");
+    let again = usize::from(matches!(case.ending, Ending::Unanswered(_)));
+    assert_eq!(proxy.requests(), before + again, "{said}");
+}
+
+#[test]
+fn a_prompt_that_is_too_long_counts_as_wrong_and_against_max_errors() {
+    let (_folder, server) = upstream();
+    let proxy = Proxy::start(&server.url, |asked| {
+        let struck = asked.query == STRUCK;
+        struck.then(|| Fault::status(400, "context_length_exceeded"))
+    });
+    let project = project(ROWS, &proxy.url, "tiny", "");
+    let score = "  score:\n    uses: evaluate\n    \
+                 in: { rows: load.test, program: label.teacher }\n    \
+                 with: { model: oracle }\n    publish: { scores: scores.json }\n";
+    project.write("p.yaml", &(project.read("p.yaml") + score));
+    run(&project).ok();
+    let scores: Value = serde_json::from_str(&project.read("scores.json")).unwrap();
+    let program = &scores["programs"][0];
+    assert_eq!(
+        (&program["n"], &program["parse_failures"]),
+        (&json!(ROWS), &json!(1))
+    );
+    for row in program["rows"].as_array().unwrap() {
+        let why = row["error"].as_str().unwrap_or_default();
+        let told = why.starts_with("context_length_exceeded: ");
+        assert_eq!(told, row["text"] == STRUCK, "{row}");
+    }
+    // Asked by each of the two steps; every other row once.
+    assert_eq!(proxy.requests(), ROWS + 1);
+
+    let limited = "with: { model: oracle, max_errors: 1 }";
+    project.edit("p.yaml", "with: { model: oracle }", limited);
+    let ended = run(&project);
+    let said = format!("{}\n{}", ended.stdout, ended.stderr);
+    assert_eq!(ended.code, Some(4), "{said}");
+    assert!(said.contains("1 rows failed (`max_errors` is 1)"), "{said}");
 }
 
 #[test]

@@ -76,7 +76,11 @@ fn the_program_of_a_bundle_always_answers() {
     // A text that is longer than the model's context has no answer alone, and one in a batch
     // says why.
     let long = "card ".repeat(8000);
-    assert_eq!(server.problem("/predict", &json!({"text": long})).0, 400);
+    let (status, problem) = server.problem("/predict", &json!({"text": long}));
+    assert_eq!(
+        (status, &problem["code"]),
+        (400, &json!("context_length_exceeded"))
+    );
     let answers = server.json("/predict/batch", &json!({"texts": [long, "My PIN"]}));
     assert_eq!(answers["predictions"][0]["label"], "unknown");
     assert!(

@@ -151,6 +151,20 @@ const BARRING: [&str; 8] = [
 ];
 /// Statuses that proxies give when the server behind them may have computed an answer.
 const BY_PROXIES: [u16; 5] = [408, 502, 503, 504, 524];
+/// Codes of a prompt that does not fit into the context (OpenAI and `flowrun serve`; llama.cpp).
+const TOO_LONG_CODES: [&str; 2] = ["context_length_exceeded", "exceed_context_size_error"];
+/// The same in the words of servers that give it no code, in lower case.
+const TOO_LONG_TEXTS: [&str; 5] = [
+    // vLLM, DeepSeek.
+    "maximum context length",
+    // vLLM, for prompts that are too long without an answer.
+    "longer than the maximum model length",
+    "max_tokens must be at least 1, got -",
+    // llama.cpp before it had a code.
+    "exceeds the available context size",
+    // SGLang.
+    "longer than the model's context length",
+];
 /// Codes of a prompt that was withheld (Azure, OpenAI).
 const WITHHELD: [&str; 2] = ["content_filter", "content_policy_violation"];
 
@@ -166,6 +180,10 @@ pub(super) fn of_status(
     let status = status.as_u16();
     if status == 400 && code.is_some_and(|code| WITHHELD.contains(&code)) {
         return Failure::Withheld;
+    }
+    if is_too_long(why, code) {
+        let why = format!("{url}: status {status}: {why}{TOO_LONG}");
+        return Failure::Final(LmError::TooLong(why));
     }
     let barring = code.is_some_and(|code| BARRING.contains(&code));
     if !barring && (status >= 500 || [408, 409, 425, 429].contains(&status)) {
@@ -195,6 +213,13 @@ pub(super) fn of_status(
         _ if barring => Failure::Barred { why },
         _ => Failure::Final(LmError::Rejected(why)),
     }
+}
+
+/// Whether a prompt was refused for its length.
+fn is_too_long(why: &str, code: Option<&str>) -> bool {
+    let why = why.to_lowercase();
+    code.is_some_and(|code| TOO_LONG_CODES.contains(&code))
+        || TOO_LONG_TEXTS.iter().any(|text| why.contains(text))
 }
 
 /// `retry-after-ms`, or `Retry-After` in seconds or as a date.
@@ -262,6 +287,57 @@ mod tests {
             let status = StatusCode::from_u16(status).unwrap();
             let failure = of_status(status, "", None, None, "http://h", &spec);
             assert_eq!(failure.may_cost(), costs, "{status}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_is_too_long_is_known_by_code_or_words() {
+        let spec = serde_json::json!({"base_url": "http://h/v1", "model": "m"});
+        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
+        let failure = |status: u16, why: &str, code: Option<&str>| {
+            let status = StatusCode::from_u16(status).unwrap();
+            of_status(status, why, code, None, "http://h", &spec)
+                .into_error("http://h", "1 attempt")
+        };
+        for (status, why, code) in [
+            (400, "", Some("context_length_exceeded")),
+            (
+                400,
+                "the request exceeds it",
+                Some("exceed_context_size_error"),
+            ),
+            (
+                500,
+                "the request exceeds the available context size. try it",
+                Some("server_error"),
+            ),
+            (
+                400,
+                "This model's maximum context length is 512 tokens. However, you requested 600",
+                Some("BadRequestError"),
+            ),
+            (
+                400,
+                "The decoder prompt (length 2136) is longer than the maximum model length of 2048.",
+                None,
+            ),
+            (400, "max_tokens must be at least 1, got -186.", None),
+        ] {
+            let error = failure(status, why, code);
+            assert!(matches!(error, LmError::TooLong(_)), "{why}: {error}");
+            let text = error.to_string();
+            assert!(
+                text.starts_with("context_length_exceeded: http://h: "),
+                "{text}"
+            );
+        }
+        for why in [
+            "no such field",
+            "the context is not known",
+            "max_tokens must be at least 1",
+        ] {
+            let error = failure(400, why, Some("BadRequestError"));
+            assert!(matches!(error, LmError::Rejected(_)), "{why}: {error}");
         }
     }
 

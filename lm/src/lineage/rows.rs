@@ -8,6 +8,9 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use sha2::{Digest, Sha256};
 
+/// A row: what stands before the number of its id, the number, the digest of its text.
+pub(super) type Entry<'a> = (&'a str, Option<u64>, u64);
+
 /// Row id → digest of its text. On disk a map of texts, the digest in hex.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Rows {
@@ -25,7 +28,8 @@ impl Rows {
         }
     }
 
-    fn insert(&mut self, id: &str, digest: u64) {
+    /// Adds a row whose text has this digest.
+    pub(super) fn insert(&mut self, id: &str, digest: u64) {
         match parts(id) {
             None => {
                 self.named.insert(id.to_owned(), digest);
@@ -59,6 +63,17 @@ impl Rows {
                 (self.numbered.get(start)).is_some_and(|numbers| numbers.contains_key(&number))
             }
         }
+    }
+
+    /// All rows, in the order in which they are written.
+    pub(super) fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
+        let numbered = (self.numbered.iter()).flat_map(|(start, numbers)| {
+            let start = start.as_str();
+            let numbers = numbers.iter();
+            numbers.map(move |(number, digest)| (start, Some(*number), *digest))
+        });
+        let named = self.named.iter();
+        numbered.chain(named.map(|(id, digest)| (id.as_str(), None, *digest)))
     }
 
     /// Digests of the texts.

@@ -148,9 +148,12 @@ pub enum LmError {
     /// The server cannot be reached or kept failing.
     #[error("{0}")]
     Unavailable(String),
-    /// This request is wrong: the prompt is too long, a field is not known.
+    /// This request is wrong: a field is not known.
     #[error("{0}")]
     Rejected(String),
+    /// The prompt does not fit into the model's context: no fault of the model, and others may fit.
+    #[error("context_length_exceeded: {0}")]
+    TooLong(String),
     /// No call to the model will be answered before somebody changes something: its key, its name,
     /// the account's credit, the budget.
     #[error("{0}")]

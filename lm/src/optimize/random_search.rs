@@ -81,6 +81,19 @@ impl RandomSearch {
         (-3..count).filter(wanted).collect()
     }
 
+    /// Candidates that it scores on the validation set at most, and how many of them have their
+    /// demos worked out on the training set before.
+    pub fn size(&self) -> (usize, usize) {
+        let seeds = self.seeds();
+        let worked_out = seeds.iter().filter(|seed| **seed >= -1).count();
+        (seeds.len(), worked_out)
+    }
+
+    /// Demos that a candidate has at most, for each predictor.
+    pub fn most_demos(&self) -> usize {
+        self.max_labeled_demos.max(self.max_bootstrapped_demos)
+    }
+
     fn bootstrap(&self, max_bootstrapped_demos: usize) -> BootstrapFewShot {
         BootstrapFewShot {
             max_bootstrapped_demos,

@@ -70,9 +70,9 @@ impl Row {
         }
         if pending.len() >= context {
             let length = pending.len();
-            return refuse(format!(
+            return Err(ModelError::TooLong(format!(
                 "the prompt has {length} tokens, the model's context {context}; shorten it"
-            ));
+            )));
         }
         let start = llama.adapter().map(|adapter| adapter.start(&pending));
         let start = start.unwrap_or(Some(0));
@@ -115,13 +115,13 @@ impl Row {
     /// The values of its choices fit into the context after its prompt.
     ///
     /// # Errors
-    /// [`ModelError::Request`] when they do not.
+    /// [`ModelError::TooLong`] when they do not.
     pub(super) fn check_choices(&self, longest: usize) -> Result<(), ModelError> {
         let context = self.llama.base().weights.config.context;
         if self.prompt_tokens + longest <= context {
             return Ok(());
         }
-        Err(ModelError::Request(format!(
+        Err(ModelError::TooLong(format!(
             "the prompt has {} tokens and the longest choice {longest}, the model's context \
              {context}; shorten one of them",
             self.prompt_tokens

@@ -507,8 +507,9 @@ fn a_choice_that_is_longer_than_the_context_is_refused() {
     let mut batch = Batch::new(4, 0);
     batch.add(&generator, 0, &choice).unwrap();
     let (_, _, answer) = &watched(&mut batch, 1)[0];
-    let error = answer.as_ref().unwrap().as_ref().unwrap_err().to_string();
-    assert!(error.contains("longest choice"), "{error}");
+    let error = answer.as_ref().unwrap().as_ref().unwrap_err();
+    assert!(matches!(error, ModelError::TooLong(_)), "{error}");
+    assert!(error.to_string().contains("longest choice"), "{error}");
 }
 
 #[test]

@@ -30,6 +30,7 @@ fn scores(dataset: &str) -> Scores {
         correct: at < 9,
         confidence: None,
         raw: None,
+        error: None,
     };
     let score = ProgramScore {
         n: 10,

@@ -46,9 +46,10 @@ fn shared<T>(
 pub(crate) fn failed(error: ModelError) -> StepError {
     match error {
         ModelError::Cancelled => StepError::cancelled(),
-        ModelError::Config { .. } | ModelError::Request(_) | ModelError::Row { .. } => {
-            StepError::invalid(error.to_string())
-        }
+        ModelError::Config { .. }
+        | ModelError::Request(_)
+        | ModelError::TooLong(_)
+        | ModelError::Row { .. } => StepError::invalid(error.to_string()),
         other => StepError::failed(other.to_string()),
     }
 }
@@ -271,6 +272,7 @@ fn completion(answer: &Result<Generated, ModelError>) -> Result<Completion, LmEr
             cached: false,
         }),
         Err(ModelError::Cancelled) => Err(LmError::Cancelled),
+        Err(ModelError::TooLong(why)) => Err(LmError::TooLong(why.clone())),
         Err(error) => Err(LmError::Rejected(error.to_string())),
     }
 }

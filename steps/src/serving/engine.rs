@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use flowrun_engine::step::StepError;
 use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
-use flowrun_model::{Batch, ChatMessage, ChoiceSet, Finish, GenerateRequest, Said};
+use flowrun_model::{Batch, ChatMessage, ChoiceSet, Finish, GenerateRequest, ModelError, Said};
 use tokio::sync::mpsc;
 
 use super::adapters::{Adapters, Loaded};
@@ -224,7 +224,7 @@ impl Worker {
             Ok(()) => {
                 self.callers.insert(id, caller);
             }
-            Err(error) => caller.tell(Event::End(Err(LmError::Rejected(error.to_string())))),
+            Err(error) => caller.tell(Event::End(Err(refused(error)))),
         }
     }
 
@@ -277,9 +277,15 @@ impl Caller {
             completion_tokens: generated.completion_tokens as u64,
             choice_probs: generated.choice_probs,
         });
-        self.tell(Event::End(
-            ended.map_err(|error| LmError::Rejected(error.to_string())),
-        ));
+        self.tell(Event::End(ended.map_err(refused)));
+    }
+}
+
+/// Why there is no answer.
+fn refused(error: ModelError) -> LmError {
+    match error {
+        ModelError::TooLong(why) => LmError::TooLong(why),
+        error => LmError::Rejected(error.to_string()),
     }
 }
 
