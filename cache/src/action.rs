@@ -222,9 +222,10 @@ impl ActionCache {
 
     fn put_here(&self, result: &ActionResult) -> Result<(), CacheError> {
         let path = self.path(&result.key);
-        write_atomic(&path, to_text(result).as_bytes())?;
+        let text = to_text(result);
+        write_atomic(&path, text.as_bytes())?;
         if let Some(unsynced) = &self.unsynced {
-            unsynced.add(&path);
+            unsynced.add(&path, text.len() as u64);
         }
         Ok(())
     }

@@ -88,10 +88,16 @@ impl Cache {
         Ok(cache)
     }
 
-    /// Brings what was stored some time ago to the disk: called as results come in.
+    /// Bytes of the objects and results that were stored since the cache was opened.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.unsynced.written()
+    }
+
+    /// Brings what was stored some time ago to the disk, in a thread: called as results come in.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// When the disk refused the last time.
     pub fn sync_if_due(&self) -> Result<(), CacheError> {
         self.unsynced.sync_if_due()
     }

@@ -1,13 +1,13 @@
 //! [`Unsynced`]: files that were renamed into place and may not be on the disk yet.
 //!
 //! A kill loses nothing that the system has; only a power cut can. So small files
-//! are synced in batches: some at a time, and all before a run ends. Until then a
-//! note says so. When a cache is opened that was left with the note and the machine
+//! are synced in batches: some at a time, in a thread of its own so that nobody waits
+//! for the disk, and all before a run ends. Until then a note says so. When a cache is opened that was left with the note and the machine
 //! was started again since, what was written last is verified before it is used.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::error::CacheError;
@@ -34,6 +34,12 @@ pub(crate) struct Unsynced {
 struct State {
     files: Vec<PathBuf>,
     since: Option<Instant>,
+    /// Bytes of all files so far.
+    written: u64,
+    /// A thread is syncing.
+    busy: bool,
+    /// Why such a thread could not.
+    failed: Option<CacheError>,
     noted: bool,
     /// The note was there: files are meant that are not among these.
     inherited: bool,
@@ -64,9 +70,10 @@ impl Unsynced {
         let _ = std::fs::remove_file(self.folder.join(NOTE));
     }
 
-    /// A file was put into its place.
-    pub(crate) fn add(&self, file: &Path) {
+    /// A file of so many bytes was put into its place.
+    pub(crate) fn add(&self, file: &Path, bytes: u64) {
         let mut state = self.lock();
+        state.written += bytes;
         if !state.noted {
             let note = self.folder.join(NOTE);
             // An older one of this start of the machine covers more.
@@ -82,13 +89,36 @@ impl Unsynced {
         state.files.push(file.to_owned());
     }
 
-    /// Syncs when the oldest file has waited long enough.
+    /// Bytes of all files that were put into their places.
+    pub(crate) fn written(&self) -> u64 {
+        self.lock().written
+    }
+
+    /// Lets a thread sync when the oldest file has waited long enough.
     ///
     /// # Errors
-    /// When the disk refuses.
-    pub(crate) fn sync_if_due(&self) -> Result<(), CacheError> {
-        if self.lock().since.is_some_and(|at| at.elapsed() > EVERY) {
-            self.sync_files()?;
+    /// When the disk refused the last time.
+    pub(crate) fn sync_if_due(self: &Arc<Self>) -> Result<(), CacheError> {
+        let mut state = self.lock();
+        if let Some(error) = state.failed.take() {
+            return Err(error);
+        }
+        if state.busy || state.since.is_none_or(|at| at.elapsed() <= EVERY) {
+            return Ok(());
+        }
+        state.busy = true;
+        drop(state);
+        let this = Arc::clone(self);
+        let thread = std::thread::Builder::new().name("sync".to_owned());
+        let work = move || {
+            let synced = this.sync_files();
+            let mut state = this.lock();
+            state.busy = false;
+            state.failed = synced.err();
+        };
+        if thread.spawn(work).is_err() {
+            self.lock().busy = false;
+            return self.sync_files();
         }
         Ok(())
     }
@@ -174,14 +204,15 @@ mod tests {
     #[test]
     fn the_note_stays_until_everything_is_synced() {
         let dir = tempfile::tempdir().unwrap();
-        let unsynced = Unsynced::new(dir.path());
+        let unsynced = Arc::new(Unsynced::new(dir.path()));
         let note = dir.path().join(NOTE);
         for i in 0..MANY + 1 {
             let file = dir.path().join(i.to_string());
             std::fs::write(&file, "x").unwrap();
-            unsynced.add(&file);
+            unsynced.add(&file, 1);
         }
-        unsynced.add(&dir.path().join("gone"));
+        assert_eq!(unsynced.written(), MANY as u64 + 1);
+        unsynced.add(&dir.path().join("gone"), 0);
         unsynced.sync_if_due().unwrap();
         assert!(note.exists());
         assert_eq!(unsynced.lost_since(), None, "the machine is still up");
@@ -189,7 +220,7 @@ mod tests {
         assert!(!note.exists());
         let folder = dir.path().join("folder");
         std::fs::create_dir(&folder).unwrap();
-        unsynced.add(&folder.join("\0"));
+        unsynced.add(&folder.join("\0"), 0);
         assert!(unsynced.sync().is_err() && unsynced.sync().is_err());
         assert!(note.exists(), "what could not be synced is not forgotten");
         unsynced.lock().files.clear();
@@ -200,5 +231,30 @@ mod tests {
                 .lost_since()
                 .is_some_and(|at| at < SystemTime::now())
         );
+    }
+
+    #[test]
+    fn a_thread_syncs_meanwhile_and_tells_why_it_could_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let unsynced = Arc::new(Unsynced::new(dir.path()));
+        let add = |name: &str| {
+            unsynced.add(&dir.path().join(name), 0);
+            unsynced.lock().since = Instant::now().checked_sub(2 * EVERY);
+        };
+        let wait = || {
+            while unsynced.lock().busy {
+                std::thread::yield_now();
+            }
+        };
+        std::fs::write(dir.path().join("file"), "x").unwrap();
+        add("file");
+        unsynced.sync_if_due().unwrap();
+        wait();
+        assert!(unsynced.lock().files.is_empty());
+        add("\0");
+        unsynced.sync_if_due().unwrap();
+        wait();
+        assert!(unsynced.sync_if_due().is_err());
+        assert_eq!(unsynced.lock().files.len(), 1, "it is still to be synced");
     }
 }

@@ -181,13 +181,13 @@ impl ArtifactStore {
             let _ = self.quarantine(&digest);
             return Err(changed(path));
         }
-        self.written(&object);
+        self.written(&object, meta.len());
         Ok(digest)
     }
 
-    fn written(&self, path: &Path) {
+    fn written(&self, path: &Path, bytes: u64) {
         if let Some(unsynced) = &self.unsynced {
-            unsynced.add(path);
+            unsynced.add(path, bytes);
         }
     }
 
@@ -210,12 +210,13 @@ impl ArtifactStore {
         temp.as_file()
             .set_permissions(Permissions::from_mode(0o444))
             .map_err(fail)?;
-        if temp.as_file().metadata().map_err(fail)?.len() >= LARGE {
+        let bytes = temp.as_file().metadata().map_err(fail)?.len();
+        if bytes >= LARGE {
             temp.as_file().sync_data().map_err(fail)?;
         }
         temp.persist(&path)
             .map_err(|e| CacheError::io(&path, e.error))?;
-        self.written(&path);
+        self.written(&path, bytes);
         Ok(())
     }
 

@@ -253,15 +253,21 @@ impl ObjectPremise {
     }
 }
 
-/// The environment, less the values of secrets. A shell's `_` differs from call to call.
+/// The environment, less the values of secrets and what a shell notes for itself.
 fn environment(world: &World, secrets: &[String]) -> Digest {
     let shown: BTreeMap<&String, Option<&String>> = world
         .env
         .iter()
-        .filter(|(name, _)| *name != "_")
+        .filter(|(name, _)| !is_of_the_shell(name))
         .map(|(name, value)| (name, (!secrets.contains(name)).then_some(value)))
         .collect();
     Digest::of_record("environment", &shown)
+}
+
+/// A shell's notes for itself, which differ from one command to the next; the folder is part of the
+/// name.
+fn is_of_the_shell(name: &str) -> bool {
+    matches!(name, "_" | "OLDPWD" | "PWD" | "SHLVL")
 }
 
 /// Writes what is remembered under `name`.

@@ -25,6 +25,11 @@ const BYTES: usize = BLOCK * PANEL;
 const STEPS: i32 = 254;
 /// Rows that share one reading of the weights.
 const TILE: usize = 4;
+/// Adding this to a value below 2²² rounds it to a whole number, ties to even, which is then in the
+/// low bits. Unlike a call to round, it needs no instruction that some processors lack.
+const ROUND: f32 = 12_582_912.0;
+/// Blocks of inputs that one thread rounds at a time.
+const ROUNDED: usize = 256;
 
 /// A matrix of weights, `[outputs, inputs]`.
 pub(crate) struct Int8Matrix {
@@ -71,10 +76,13 @@ impl Kernel {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let vnni =
+                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
+            if avx2 && vnni {
                 all.push(Self::Vnni);
             }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if avx2 {
                 all.push(Self::Avx2);
             }
         }
@@ -125,7 +133,7 @@ impl Int8Matrix {
                         let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
                         for (k, value) in values.iter().enumerate() {
                             let at = block * BYTES + k / 4 * 4 * PANEL + lane * 4 + k % 4;
-                            bytes[at] = ((value - low) * inverse).round_ties_even() as u8;
+                            bytes[at] = nearest((value - low) * inverse).clamp(0.0, 255.0) as u8;
                         }
                     }
                 }
@@ -139,7 +147,8 @@ impl Int8Matrix {
     }
 
     fn linear_by(&self, kernel: Kernel, x: &[f32], out: &mut [f32], into: Into, threads: Threads) {
-        let x = Int8Rows::new(x, self.inputs);
+        debug_assert!(x.len().is_multiple_of(self.inputs));
+        let x = Int8Rows::new(kernel, x, threads);
         let rows = x.scales.len() * BLOCK / self.inputs;
         assert_eq!(out.len(), rows * self.outputs, "matrix sizes do not fit");
         let panels = self.outputs.div_ceil(PANEL);
@@ -283,7 +292,7 @@ fn range(values: &[f32]) -> (f32, f32) {
     let error = |(low, scale): (f32, f32)| -> f32 {
         let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
         let off = |value: &f32| {
-            let level = ((value - low) * inverse).round_ties_even();
+            let level = nearest((value - low) * inverse);
             let off = low + level.clamp(0.0, 255.0) * scale - value;
             off * off
         };
@@ -299,38 +308,34 @@ fn range(values: &[f32]) -> (f32, f32) {
     best.0
 }
 
+#[inline(always)]
+fn nearest(value: f32) -> f32 {
+    (value + ROUND) - ROUND
+}
+
 impl Int8Rows {
-    fn new(x: &[f32], inputs: usize) -> Self {
+    fn new(kernel: Kernel, x: &[f32], threads: Threads) -> Self {
         let blocks = x.len() / BLOCK;
         let mut rows = Self {
             values: vec![0; 2 * x.len()],
-            scales: Vec::with_capacity(blocks),
-            sums: Vec::with_capacity(blocks),
+            scales: vec![0.0; blocks],
+            sums: vec![0.0; blocks],
         };
-        debug_assert!(x.len().is_multiple_of(inputs));
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                let targets = rows.values.chunks_exact_mut(2 * BLOCK);
-                for (x, values) in x.chunks_exact(BLOCK).zip(targets) {
-                    let (coarse, fine) = values.split_at_mut(BLOCK);
-                    let most = x.iter().fold(0f32, |most, v| most.max(v.abs()));
-                    let step = most / 127.0;
-                    let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
-                    let mut sum = 0i32;
-                    for ((a, b), x) in coarse.iter_mut().zip(fine).zip(x) {
-                        let exact = x * inverse;
-                        let whole = exact.round_ties_even();
-                        *a = whole as i8;
-                        *b = ((exact - whole) * STEPS as f32).round_ties_even() as i8;
-                        sum += STEPS * i32::from(*a) + i32::from(*b);
-                    }
-                    let scale = step / STEPS as f32;
-                    rows.scales.push(scale);
-                    rows.sums.push(scale * sum as f32);
-                }
-            },
-        );
+        if threads == Threads::One || x.len() <= ROUNDED * BLOCK {
+            round(
+                kernel,
+                x,
+                &mut rows.values,
+                &mut rows.scales,
+                &mut rows.sums,
+            );
+            return rows;
+        }
+        let targets = rows.values.par_chunks_mut(2 * ROUNDED * BLOCK);
+        let targets = targets.zip(rows.scales.par_chunks_mut(ROUNDED));
+        let targets = targets.zip(rows.sums.par_chunks_mut(ROUNDED));
+        let parts = x.par_chunks(ROUNDED * BLOCK).zip(targets);
+        parts.for_each(|(x, ((values, scales), sums))| round(kernel, x, values, scales, sums));
         rows
     }
 
@@ -351,6 +356,39 @@ impl Int8Rows {
             self.scales[at],
             self.sums[at],
         )
+    }
+}
+
+/// Rounds whole blocks of inputs.
+#[allow(unsafe_code)]
+fn round(kernel: Kernel, x: &[f32], values: &mut [i8], scales: &mut [f32], sums: &mut [f32]) {
+    match kernel {
+        // SAFETY: `Kernel::all` names a kernel only where the processor has its instructions.
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Vnni | Kernel::Avx2 => unsafe { x86::round_avx2(x, values, scales, sums) },
+        Kernel::Portable => round_blocks(x, values, scales, sums),
+    }
+}
+
+#[inline(always)]
+fn round_blocks(x: &[f32], values: &mut [i8], scales: &mut [f32], sums: &mut [f32]) {
+    let targets = values.chunks_exact_mut(2 * BLOCK).zip(scales).zip(sums);
+    for (x, ((values, scale), scaled_sum)) in x.chunks_exact(BLOCK).zip(targets) {
+        let (coarse, fine) = values.split_at_mut(BLOCK);
+        let most = x.iter().fold(0f32, |most, v| most.max(v.abs()));
+        let step = most / 127.0;
+        let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+        let mut sum = 0i32;
+        for ((a, b), x) in coarse.iter_mut().zip(fine).zip(x) {
+            let exact = x * inverse;
+            let whole = exact + ROUND;
+            let rest = (exact - (whole - ROUND)) * STEPS as f32 + ROUND;
+            *a = whole.to_bits() as i8;
+            *b = rest.to_bits() as i8;
+            sum += STEPS * i32::from(*a) + i32::from(*b);
+        }
+        *scale = step / STEPS as f32;
+        *scaled_sum = *scale * sum as f32;
     }
 }
 
@@ -382,13 +420,25 @@ impl<'a> Target<'a> {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, Int8Matrix, Int8Rows, PANEL, STEPS, TILE};
+    use super::{BLOCK, Int8Matrix, Int8Rows, PANEL, STEPS, TILE, round_blocks};
 
     /// Four values of a row as the bits that are broadcast to all lanes.
     #[inline(always)]
     fn four(values: &[i8; BLOCK], group: usize) -> i32 {
         let v = &values[4 * group..4 * group + 4];
         i32::from_le_bytes([v[0] as u8, v[1] as u8, v[2] as u8, v[3] as u8])
+    }
+
+    /// # Safety
+    /// The processor must have AVX2.
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn round_avx2(
+        x: &[f32],
+        values: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [f32],
+    ) {
+        round_blocks(x, values, scales, sums);
     }
 
     /// # Safety

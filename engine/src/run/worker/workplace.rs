@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::{Cache, CacheError, Scratch};
 
-/// So many used folders are looked at together: each look asks every process of the system.
-const AT_ONCE: usize = 256;
+/// So many used folders are looked at together: each look asks every process of the system, which
+/// costs about as much as to make and remove ten folders.
+const AT_ONCE: usize = 64;
 /// What its owner may do in a folder.
 const OWNER: u32 = 0o700;
 
