@@ -401,9 +401,9 @@ pub(crate) enum CacheCommand {
         #[arg(long, add = candidates(completion::runs))]
         run: Vec<String>,
     },
-    /// Send every result to the remote cache that it lacks.
+    /// Send every result and kept answer to the remote cache that it lacks.
     Push,
-    /// Get every result from the remote cache that is not here.
+    /// Get every result and kept answer from the remote cache that is not here.
     Pull,
     /// Read a file that `export` wrote.
     Import {

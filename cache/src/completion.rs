@@ -13,6 +13,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+mod shared;
+
+use self::shared::Others;
+pub(crate) use self::shared::{note_pack, packs_file};
 use crate::digest::Digest;
 use crate::error::CacheError;
 
@@ -46,6 +50,7 @@ pub struct CompletionCache {
     /// Keys whose answers somebody is asking for.
     asked: Mutex<HashSet<Digest>>,
     settled: Condvar,
+    others: Others,
 }
 
 /// The right to ask for an answer: whoever wants it too waits until this is dropped.
@@ -71,6 +76,7 @@ impl CompletionCache {
             state: Mutex::default(),
             asked: Mutex::default(),
             settled: Condvar::new(),
+            others: Others::default(),
         }
     }
 
@@ -97,6 +103,7 @@ impl CompletionCache {
             state: Mutex::new(state),
             asked: Mutex::default(),
             settled: Condvar::new(),
+            others: Others::default(),
         })
     }
 
@@ -106,9 +113,15 @@ impl CompletionCache {
         self.folder.as_deref()
     }
 
-    /// The answer stored under `key`. A line that was damaged since it was indexed is a miss.
+    /// The answer stored under `key`, here or by a machine that shares its answers
+    /// ([`CompletionCache::share`]). A line that was damaged since it was indexed is a miss.
     #[must_use]
     pub fn get(&self, key: &Digest) -> Option<Value> {
+        self.stored(key)
+            .or_else(|| self.ask_others().then(|| self.stored(key)).flatten())
+    }
+
+    fn stored(&self, key: &Digest) -> Option<Value> {
         let mut state = self.lock();
         if self.folder.is_none() {
             return state.memory.get(key).cloned();
@@ -318,7 +331,7 @@ fn format_line(key: &Digest, value: &Value) -> String {
     format!("{} {body}\n", Digest::of_bytes(body.as_bytes()))
 }
 
-fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
+pub(crate) fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
     let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
     let (sum, body) = text.split_once(' ')?;
     if Digest::parse(sum)? != Digest::of_bytes(body.as_bytes()) {
