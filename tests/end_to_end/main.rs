@@ -1,6 +1,7 @@
 //! End to end, through the real binary on real files.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, missing_docs)]
 
+mod azurite;
 mod batch_server;
 mod batches;
 mod budget;
@@ -40,6 +41,7 @@ mod publish;
 mod ray;
 mod ray_jobs;
 mod remote;
+mod remote_azure;
 mod remote_s3;
 mod sandbox;
 mod schema;
