@@ -3,7 +3,6 @@
 //!
 //! It holds what everybody who works on a project shares, and no secrets.
 
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -43,7 +42,10 @@ pub(crate) fn lay_under(global: &mut GlobalArgs) -> Result<(), Failure> {
     if global.remote.is_some() {
         return Ok(());
     }
-    let Some((file, text)) = find(&std::env::current_dir()?)? else {
+    let Ok(here) = std::env::current_dir() else {
+        return Ok(());
+    };
+    let Some((file, text)) = find(&here)? else {
         return Ok(());
     };
     let settings: Option<Settings> = serde_yaml::from_str(&text).map_err(|e| {
@@ -74,7 +76,8 @@ fn find(from: &Path) -> Result<Option<(PathBuf, String)>, Failure> {
         let file = folder.join(NAME);
         match std::fs::read_to_string(&file) {
             Ok(text) => return Ok(Some((file, text))),
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            // There is none, or a folder above that is not for this user.
+            Err(_) if file.metadata().is_err() => {}
             Err(e) => {
                 let text = format!("error: {}: {e}\n", file.display());
                 return Err(Failure::new(Exit::Invalid, text));

@@ -141,8 +141,8 @@ fn without_a_network_the_cache_is_what_there_is() {
     // Only a file of it is gone: that one is named.
     let snapshot = cached(&project).join("snapshots").join(commit('1'));
     std::fs::remove_file(snapshot.join("test.csv")).unwrap();
-    let texts = ["org/rows/test.csv`", &commit('1')];
-    refused(&offline(&["--force"]), &texts);
+    let missing = format!("org/rows/test.csv` at `main` (commit {})", commit('1'));
+    refused(&offline(&["--force"]), &[&missing]);
     assert!(hub.seen().is_empty());
     // It is linked again, without its content being fetched.
     run(&project, &hub, &[]).ok();

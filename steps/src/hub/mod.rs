@@ -257,10 +257,9 @@ impl Repository {
         let folder = note.parent().unwrap_or(Path::new("."));
         let write = || -> std::io::Result<()> {
             std::fs::create_dir_all(folder)?;
-            let temp = tempfile::NamedTempFile::new_in(folder)?;
-            std::fs::write(temp.path(), commit)?;
-            temp.persist(&note).map_err(|e| e.error)?;
-            Ok(())
+            let temp = folder.join(format!(".flowrun-{}", std::process::id()));
+            std::fs::write(&temp, commit)?;
+            std::fs::rename(&temp, &note)
         };
         write().map_err(|e| {
             StepError::io(&note, &e)

@@ -117,7 +117,7 @@ pub(super) fn explained<B>(asked: &Asked<'_>, answer: &Response<B>) -> StepError
             format!("`{}` was disabled", asked.url),
             format!("{page} may say why"),
         ),
-        (code, token) if code == "RepoNotFound" || status == 401 || status == 404 => (
+        (code, token) if code == "RepoNotFound" || status == 401 => (
             format!("there is no `{}`, or it is private", asked.url),
             match token {
                 None => "check the name; for a private one set HF_TOKEN (or run `hf auth login`)"

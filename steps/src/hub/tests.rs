@@ -52,11 +52,7 @@ fn what_the_hub_refuses_is_explained_and_not_taken_for_an_outage() {
             "",
             "has no revision",
         ),
-        (
-            "404 Not Found",
-            "",
-            "there is no `owner/name`, or it is private",
-        ),
+        ("404 Not Found", "", "cannot be had"),
         (
             "401 Unauthorized\r\nX-Error-Code: RepoNotFound",
             "",
