@@ -42,7 +42,7 @@ impl<'a> Client<'a> {
     }
 
     /// What is at `url`, from this byte on, wherever it lies.
-    pub(super) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, Error> {
+    pub(super) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, Box<Error>> {
         let mut url = url.to_owned();
         for _ in 0..=REDIRECTIONS {
             let mut request = self.agent.get(url.as_str());
@@ -52,31 +52,31 @@ impl<'a> Client<'a> {
             if from > 0 {
                 request = request.header("Range", format!("bytes={from}-"));
             }
-            let answer = request.call()?;
+            let answer = request.call().map_err(Box::new)?;
             match redirected(&answer, &url) {
                 Some(next) => url = next,
                 None => return Ok(answer),
             }
         }
-        Err(Error::TooManyRedirects)
+        Err(Box::new(Error::TooManyRedirects))
     }
 
     /// What the hub itself says of `url`: it describes files that lie elsewhere in the very
     /// answer that sends there.
-    pub(super) fn head(&self, url: &str) -> Result<Response<Body>, Error> {
+    pub(super) fn head(&self, url: &str) -> Result<Response<Body>, Box<Error>> {
         let mut url = url.to_owned();
         for _ in 0..=REDIRECTIONS {
             let mut request = self.agent.head(url.as_str());
             if let Some(bearer) = self.bearer(&url) {
                 request = request.header("Authorization", bearer);
             }
-            let answer = request.call()?;
+            let answer = request.call().map_err(Box::new)?;
             match redirected(&answer, &url) {
                 Some(next) if self.is_ours(&next) => url = next,
                 _ => return Ok(answer),
             }
         }
-        Err(Error::TooManyRedirects)
+        Err(Box::new(Error::TooManyRedirects))
     }
 
     fn bearer(&self, url: &str) -> Option<String> {
