@@ -74,7 +74,7 @@ impl Project {
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
             if name.starts_with("HF_") || name.starts_with("HUGGING") {
-                command.env_remove(name.as_ref());
+                command.env_remove(&*name);
             }
         }
         command
