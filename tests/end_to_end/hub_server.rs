@@ -22,7 +22,6 @@ pub(crate) const STRANGER: &str = "hf_stranger";
 /// What the hub saw of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seen {
-    pub(crate) method: String,
     /// Without the query; `content` before the sha256 of a large file.
     pub(crate) path: String,
     pub(crate) token: Option<String>,
@@ -190,19 +189,14 @@ fn serve(
         from.parse().ok()
     });
     let request = Request {
-        method: method.clone(),
+        method,
         path: path.clone(),
         range: from,
     };
     let answer = {
         let mut state = state.lock().unwrap();
         let answer = answer(&mut state, &request, token.as_deref());
-        state.seen.push(Seen {
-            method,
-            path,
-            token,
-            range,
-        });
+        state.seen.push(Seen { path, token, range });
         answer
     };
     let mut text = format!("HTTP/1.1 {}\r\n", answer.status);

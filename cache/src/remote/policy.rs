@@ -146,7 +146,9 @@ mod tests {
             source: source.into(),
         };
         assert!(matches!(Refusal::from(missing("x")), Refusal::Missing));
-        let bucket = missing("<Code>NoSuchBucket</Code>");
-        assert!(matches!(Refusal::from(bucket), Refusal::Unreachable(_)));
+        for code in ["NoSuchBucket", "ContainerNotFound"] {
+            let bucket = missing(&format!("<Code>{code}</Code>"));
+            assert!(matches!(Refusal::from(bucket), Refusal::Unreachable(_)));
+        }
     }
 }
