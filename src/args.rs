@@ -227,7 +227,8 @@ pub(crate) struct GlobalArgs {
     #[arg(long, global = true, env = "FLOWRUN_DISTDIR")]
     pub(crate) distdir: Option<PathBuf>,
     /// Cache shared with other machines, asked for what the local one lacks and given what runs
-    /// make: `s3://bucket/path`, `gs://bucket/path`, `az://container/path`, or a folder.
+    /// make: `s3://bucket/path`, `gs://bucket/path`, `az://container/path`, or a folder. Else the
+    /// `remote` of the file `.flowrun.yaml`; an empty one is none.
     /// Credentials come from the environment (AWS_…, GOOGLE_…, AZURE_…).
     #[arg(long, global = true, value_name = "URL", env = "FLOWRUN_REMOTE")]
     pub(crate) remote: Option<String>,
@@ -401,9 +402,9 @@ pub(crate) enum CacheCommand {
         #[arg(long, add = candidates(completion::runs))]
         run: Vec<String>,
     },
-    /// Send every result to the remote cache that it lacks.
+    /// Send every result and kept answer to the remote cache that it lacks.
     Push,
-    /// Get every result from the remote cache that is not here.
+    /// Get every result and kept answer from the remote cache that is not here.
     Pull,
     /// Read a file that `export` wrote.
     Import {

@@ -10,6 +10,7 @@ mod param_docs;
 mod recorded;
 mod reporter;
 mod serve;
+mod settings;
 mod surroundings;
 
 use std::io::Write;
@@ -65,7 +66,19 @@ fn end_with_the_reader() {
     }));
 }
 
-fn dispatch(args: Args) -> Result<Exit, Failure> {
+fn dispatch(mut args: Args) -> Result<Exit, Failure> {
+    let knows_no_project = matches!(
+        args.command,
+        Some(
+            Command::Step(_)
+                | Command::Schema { .. }
+                | Command::Completions { .. }
+                | Command::Man { .. }
+        )
+    );
+    if !knows_no_project {
+        settings::lay_under(&mut args.global)?;
+    }
     let global = &args.global;
     match &args.command {
         None => commands::run::run(&args.run, global),

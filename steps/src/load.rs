@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::download;
+use crate::hub::{RepoType, Snapshot};
 use crate::rows::{JsonlWriter, Row, write_json};
 use crate::schema_of;
 use crate::stand_in;
@@ -84,7 +85,8 @@ struct HubFile {
     repo: String,
     /// Path in the repository.
     file: String,
-    /// Branch, tag or commit.
+    /// Branch, tag or commit. The hub is asked for which commit a branch or tag stands, and the
+    /// rows are loaded again when it moved; a commit is not asked for.
     #[serde(default = "main_branch")]
     revision: String,
 }
@@ -203,14 +205,16 @@ struct Written {
 struct Located {
     path: PathBuf,
     format: Format,
-    sha256: Option<String>,
+    /// What names its content, where that is known without reading it: a declared sha256, or
+    /// repository, commit and path on the hub.
+    content: Option<String>,
     origin: String,
 }
 
 impl Located {
     fn digest(&self) -> Result<String, StepError> {
-        match &self.sha256 {
-            Some(sha256) => Ok(sha256.clone()),
+        match &self.content {
+            Some(content) => Ok(content.clone()),
             None => download::sha256_of(&self.path).map_err(|e| StepError::io(&self.path, &e)),
         }
     }
@@ -284,7 +288,7 @@ fn as_test_row(mut row: Row, dataset: &str) -> Row {
 
 impl SourceSpec {
     fn locate(&self, name: &str, world: &World) -> Result<Located, StepError> {
-        let (path, sha256, origin) = match (&self.file, &self.url, &self.hf) {
+        let (path, content, origin) = match (&self.file, &self.url, &self.hf) {
             (Some(file), None, None) => {
                 let path = world.root.join(file);
                 if !path.is_file() {
@@ -309,12 +313,10 @@ impl SourceSpec {
                 )
             }
             (None, None, Some(hub)) => {
-                let origin = format!("{}@{}/{}", hub.repo, hub.revision, hub.file);
-                (
-                    crate::hub::dataset_file(&hub.repo, &hub.revision, &hub.file, world)?,
-                    None,
-                    origin,
-                )
+                let snapshot =
+                    Snapshot::newest(RepoType::Dataset, &hub.repo, &hub.revision, world)?;
+                let origin = format!("{}@{}/{}", hub.repo, snapshot.commit(), hub.file);
+                (snapshot.file(&hub.file)?, Some(origin.clone()), origin)
             }
             _ => {
                 return Err(StepError::invalid(format!(
@@ -322,14 +324,15 @@ impl SourceSpec {
                 )));
             }
         };
-        if let (Some(declared), None) = (&self.sha256, &sha256) {
+        // What comes from a URL was checked on its way.
+        if let (Some(declared), None) = (&self.sha256, &self.url) {
             download::check_content(&path, declared, &origin)?;
         }
         let format = self.format.unwrap_or_else(|| Format::of_name(&origin));
         Ok(Located {
             path,
             format,
-            sha256,
+            content: self.sha256.clone().or(content),
             origin,
         })
     }

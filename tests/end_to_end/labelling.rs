@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::classify::{self, TEST, run, scores, serve, shown};
 use crate::oracle::{Oracle, query};
-use crate::project::Project;
+use crate::project::{Project, Run};
 
 const LABEL: &str = "  label:
     uses: bootstrap
@@ -49,6 +49,44 @@ fn a_hundred_new_rows_cost_a_hundred_calls() {
         .collect();
     let expected: Vec<Value> = (0..250).map(|i| format!("d:test:{i}").into()).collect();
     assert_eq!(ids, expected, "in the order of the input");
+}
+
+#[test]
+fn what_another_machine_paid_for_is_not_paid_for_again() {
+    let oracle = Oracle::start(|_| Some("pin".to_owned()));
+    let shared = tempfile::tempdir().unwrap();
+    let with_remote = |project: &Project| {
+        let mut command = classify::command(project, &oracle);
+        command.env("FLOWRUN_REMOTE", shared.path());
+        Run::of(command.output().unwrap()).ok()
+    };
+    with_remote(&project(50));
+    assert_eq!(oracle.calls(), 50);
+    let packs = || -> usize {
+        let folders = std::fs::read_dir(shared.path().join("answers")).unwrap();
+        let folders = folders.map(|folder| folder.unwrap().path());
+        folders.map(|f| std::fs::read_dir(f).unwrap().count()).sum()
+    };
+    assert_eq!(packs(), 1, "all answers of the run");
+    // More rows: another action, of which no result is there, but most answers are.
+    let there = project(60);
+    with_remote(&there);
+    assert_eq!(oracle.calls(), 10);
+    assert_eq!(rows(&there, "rows.jsonl").len(), 60);
+    assert_eq!(packs(), 2);
+    // By now they are here, whatever becomes of the remote; and can be had by hand.
+    run(&there, &oracle).ok();
+    let by_hand = project(60);
+    let folder = shared.path().display().to_string();
+    let pulled = by_hand.run(&["cache", "pull", "--remote", &folder]).ok();
+    assert!(
+        pulled.stdout.contains("60 kept answers"),
+        "{}",
+        pulled.stdout
+    );
+    std::fs::remove_dir_all(by_hand.path(".flowrun/actions")).unwrap();
+    run(&by_hand, &oracle).ok();
+    assert_eq!(oracle.calls(), 0);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! End to end, through the real binary on real files.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, missing_docs)]
 
+mod azurite;
 mod batch_server;
 mod batches;
 mod budget;
@@ -18,7 +19,9 @@ mod fine_tuning;
 mod graph;
 mod history;
 mod hostile;
+mod hub;
 mod hub_export;
+mod hub_server;
 mod interfaces;
 mod killed;
 mod kubernetes;
@@ -41,6 +44,7 @@ mod publish;
 mod ray;
 mod ray_jobs;
 mod remote;
+mod remote_azure;
 mod remote_s3;
 mod sandbox;
 mod schema;

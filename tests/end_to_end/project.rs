@@ -70,6 +70,13 @@ impl Project {
             .env_remove("FLOWRUN_REMOTE")
             .env_remove("FLOWRUN_REMOTE_READ_ONLY")
             .env("XDG_CACHE_HOME", self.path("user-cache"));
+        // The user's own settings of the Hugging Face hub.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if name.starts_with("HF_") || name.starts_with("HUGGING") {
+                command.env_remove(&*name);
+            }
+        }
         command
     }
 

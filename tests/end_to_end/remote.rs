@@ -155,6 +155,51 @@ fn a_second_machine_gets_every_step_as_a_hit() {
 }
 
 #[test]
+fn the_settings_of_a_project_name_the_remote() {
+    let shared = tempfile::tempdir().unwrap();
+    let settings = |folder: &str, read_only: bool| {
+        format!("remote:\n  url: {folder}\n  read_only: {read_only}\n")
+    };
+    let plain = ["pipeline.yaml", "--json"];
+    let here = machine();
+    // A folder is relative to the file; the file may lie above.
+    here.write(".flowrun.yaml", &settings("shared", false));
+    here.write("below/pipeline.yaml", PIPELINE);
+    here.write("below/words.txt", &here.read("words.txt"));
+    let mut below = here.command(&plain);
+    let made = Run::of(below.current_dir(here.path("below")).output().unwrap()).ok();
+    assert_eq!(uploaded(&made).unwrap()["results"], 5);
+    assert!(here.path("shared/actions").is_dir());
+
+    let there = machine();
+    let folder = here.path("shared").display().to_string();
+    there.write(".flowrun.yaml", &settings(&folder, true));
+    let before = files(&here.path("shared"));
+    assert_eq!(fetched(&there.run(&plain).ok()), STEPS);
+    let other = [&plain[..], &["--set", "letter=c"]].concat();
+    assert!(uploaded(&there.run(&other).ok()).is_none());
+    assert_eq!(files(&here.path("shared")), before);
+    // The environment goes before the file, and the option before both.
+    let with = |name: &str, value: &str, args: &[&str]| {
+        Run::of(there.command(args).env(name, value).output().unwrap()).ok()
+    };
+    let letter = |letter: &'static str| [&plain[..], &["--set", letter]].concat();
+    let sent = with("FLOWRUN_REMOTE_READ_ONLY", "0", &letter("letter=d"));
+    assert!(uploaded(&sent).is_some());
+    let without = with("FLOWRUN_REMOTE", "", &letter("letter=b"));
+    assert!(uploaded(&without).is_none());
+    let remote = format!("file://{}", shared.path().display());
+    let named = run(&there, &remote, &["--set", "letter=ba"]);
+    assert!(uploaded(&named.ok()).is_some());
+
+    there.write(".flowrun.yaml", "remotes: x\n");
+    let wrong = there.run(&plain);
+    assert_eq!(wrong.code, Some(3));
+    assert!(wrong.stderr.contains(".flowrun.yaml: "), "{}", wrong.stderr);
+    assert!(wrong.stderr.contains("`remotes`"), "{}", wrong.stderr);
+}
+
+#[test]
 fn a_run_with_nothing_to_do_does_not_ask_the_remote() {
     let shared = tempfile::tempdir().unwrap();
     let remote = format!("file://{}", shared.path().display());

@@ -190,11 +190,20 @@ impl Bucket {
         self.at(&format!("actions/{}/{}.json", &hex[..2], &hex[2..]))
     }
 
+    /// Where a pack of answers lies.
+    pub(super) fn pack(&self, digest: &Digest) -> Path {
+        let hex = digest.to_hex();
+        self.at(&format!("answers/{}/{}.log", &hex[..2], &hex[2..]))
+    }
+
     /// The key of what lies there, if it is a result.
     pub(super) fn key_of(path: &Path) -> Option<Digest> {
-        let (folders, name) = path.as_ref().rsplit_once('/')?;
-        let start = folders.rsplit('/').next()?;
-        Digest::parse(&format!("{start}{}", name.strip_suffix(".json")?))
+        named(path, ".json")
+    }
+
+    /// The digest of what lies there, if it is a pack of answers.
+    pub(super) fn pack_of(path: &Path) -> Option<Digest> {
+        named(path, ".log")
     }
 
     /// The folder of all results.
@@ -202,10 +211,22 @@ impl Bucket {
         self.at("actions")
     }
 
+    /// The folder of all packs of answers.
+    pub(super) fn packs(&self) -> Path {
+        self.at("answers")
+    }
+
     fn at(&self, name: &str) -> Path {
         name.split('/')
             .fold(self.prefix.clone(), |path, part| path.join(part))
     }
+}
+
+/// The digest that a path is made of: two digits, the others, this ending.
+fn named(path: &Path, ending: &str) -> Option<Digest> {
+    let (folders, name) = path.as_ref().rsplit_once('/')?;
+    let start = folders.rsplit('/').next()?;
+    Digest::parse(&format!("{start}{}", name.strip_suffix(ending)?))
 }
 
 /// Whether a URL names a folder of this machine.
@@ -336,6 +357,7 @@ mod tests {
         );
         assert_eq!(Bucket::key_of(&folder.result(&digest)), Some(digest));
         assert_eq!(Bucket::key_of(&folder.object(&digest)), None);
+        assert_eq!(Bucket::pack_of(&folder.pack(&digest)), Some(digest));
         let absent = format!("file://{}/absent", dir.path().display());
         assert!(matches!(
             Bucket::open(&absent, false, &env),

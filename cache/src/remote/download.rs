@@ -22,7 +22,7 @@ use crate::error::CacheError;
 use crate::store::ArtifactStore;
 
 /// Bytes of a result or of the list of a folder's files that are read at most.
-const SMALL: u64 = 256 << 20;
+pub(super) const SMALL: u64 = 256 << 20;
 
 /// Why an object could not be had.
 enum Flaw {
@@ -158,7 +158,7 @@ async fn get_result(shared: &Shared, key: &ActionKey) -> Result<Option<ActionRes
 
 /// The bytes in the range, `most` of them, and how many there are in all; `None` when there is
 /// nothing, or the remote refuses.
-async fn get(
+pub(super) async fn get(
     shared: &Shared,
     path: &Path,
     range: Option<Range<u64>>,

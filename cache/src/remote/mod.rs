@@ -2,6 +2,7 @@
 //!
 //! | file | does |
 //! |---|---|
+//! | `answers` | sends and gets kept answers of language models, in packs |
 //! | `bucket` | what a URL names, and the names of things there |
 //! | `policy` | what is done about a remote that refuses |
 //! | `download` | gets a result with its objects, each verified before it has its name |
@@ -15,6 +16,7 @@
 //!
 //! Calls block: requests run on a runtime of its own, whose connections outlive a call.
 
+mod answers;
 mod bucket;
 mod download;
 mod multipart;
@@ -43,7 +45,9 @@ use self::outbox::Outbox;
 use self::policy::{Policy, Refusal};
 use crate::action::{ActionKey, ActionResult};
 use crate::cache::Cache;
+use crate::completion::CompletionCache;
 use crate::digest::Digest;
+use crate::error::CacheError;
 use crate::store::ArtifactStore;
 
 /// Bytes that one request moves at most. S3 wants 5 MiB of a part at least.
@@ -56,6 +60,8 @@ const ABREAST: usize = 16;
 const THREADS: usize = 2;
 /// How often progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(200);
+/// How often answers are sent while a run is under way.
+const ANSWERS_EVERY: Duration = Duration::from_secs(300);
 /// Folder in the cache for what is kept about remotes.
 const FOLDER: &str = "remotes";
 
@@ -104,6 +110,8 @@ struct Shared {
     transfers: Semaphore,
     /// Results that are being sent.
     results: Semaphore,
+    /// Held while answers are sent.
+    packing: tokio::sync::Mutex<()>,
     /// Objects that are there, or on their way.
     sent: Mutex<HashMap<Digest, Arc<OnceCell<()>>>>,
     /// Objects and results that were found damaged, or without what belongs to them.
@@ -215,6 +223,7 @@ impl RemoteCache {
             folder,
             transfers: Semaphore::new(AT_ONCE),
             results: Semaphore::new(AT_ONCE),
+            packing: tokio::sync::Mutex::default(),
             sent: Mutex::default(),
             spoilt: Mutex::default(),
             tally: Tally::default(),
@@ -340,6 +349,67 @@ impl RemoteCache {
             all += 1;
         }
         all
+    }
+
+    /// Sends the answers that were not sent yet, in the background.
+    pub fn send_answers(&self, completions: &CompletionCache) {
+        let runtime = self.runtime.as_ref();
+        let runtime = runtime.filter(|_| !self.shared.read_only && self.shared.policy.writes());
+        let (Some(runtime), Some(folder)) = (runtime, completions.folder()) else {
+            return;
+        };
+        *self.shared.tally.pending() += 1;
+        let (shared, folder) = (Arc::clone(&self.shared), folder.to_owned());
+        runtime.spawn(async move {
+            let done = Pending(Arc::clone(&shared));
+            answers::send(&shared, folder).await;
+            drop(done);
+        });
+    }
+
+    /// Sends them every few minutes: a machine that is lost loses no more to the others.
+    pub(crate) fn keep_sending_answers(&self, folder: &Path) {
+        let runtime = self.runtime.as_ref().filter(|_| !self.shared.read_only);
+        let Some(runtime) = runtime else {
+            return;
+        };
+        let (shared, folder) = (Arc::clone(&self.shared), folder.to_owned());
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(ANSWERS_EVERY).await;
+                answers::send(&shared, folder.clone()).await;
+            }
+        });
+    }
+
+    /// Hands the packs of answers to `take` that are not in `known`, as they come, until it fails.
+    /// May be called wherever work waits for it.
+    pub(crate) fn answers(
+        &self,
+        known: BTreeSet<Digest>,
+        take: &mut dyn FnMut(Digest, &[u8]) -> Result<(), CacheError>,
+    ) {
+        let Some(runtime) = &self.runtime else {
+            return;
+        };
+        // As in `part`. What is not taken yet is bounded.
+        let (tell, hear) = std::sync::mpsc::sync_channel(2);
+        let shared = Arc::clone(&self.shared);
+        runtime.spawn(async move { answers::fetch(&shared, known, tell).await });
+        for (pack, bytes) in hear {
+            if let Err(e) = take(pack, &bytes) {
+                self.shared.policy.warn(format!(
+                    "answers of the remote cache {} cannot be kept: {e}",
+                    self.url()
+                ));
+                return;
+            }
+        }
+    }
+
+    /// Tells apart what is kept locally about different remotes.
+    pub(crate) fn id(&self) -> &str {
+        &self.shared.bucket.id
     }
 
     /// Why it was left alone, once it was.

@@ -27,7 +27,11 @@ impl From<Error> for Refusal {
         let text = reason(&error);
         match error {
             // The bucket itself: nothing can be found in it, and nothing written.
-            Error::NotFound { .. } if text.contains("NoSuchBucket") => Self::Unreachable(text),
+            Error::NotFound { .. }
+                if text.contains("NoSuchBucket") || text.contains("ContainerNotFound") =>
+            {
+                Self::Unreachable(text)
+            }
             Error::NotFound { .. } => Self::Missing,
             // Of an upload that the server forgot, in part or whole.
             _ if text.contains("NoSuchUpload") || text.contains("InvalidPart") => Self::Missing,
@@ -142,7 +146,9 @@ mod tests {
             source: source.into(),
         };
         assert!(matches!(Refusal::from(missing("x")), Refusal::Missing));
-        let bucket = missing("<Code>NoSuchBucket</Code>");
-        assert!(matches!(Refusal::from(bucket), Refusal::Unreachable(_)));
+        for code in ["NoSuchBucket", "ContainerNotFound"] {
+            let bucket = missing(&format!("<Code>{code}</Code>"));
+            assert!(matches!(Refusal::from(bucket), Refusal::Unreachable(_)));
+        }
     }
 }

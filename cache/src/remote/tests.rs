@@ -392,3 +392,101 @@ fn a_server_that_is_not_there_is_asked_once() {
     assert!(told[0].contains("the run goes on without it"), "{told:?}");
     assert!(a.remote.check().is_err(), "in {:?}", asked.elapsed());
 }
+
+/// A machine's own answer.
+fn answer(machine: &Machine, name: &str) {
+    let value = serde_json::json!({ "text": name });
+    let key = Digest::of_bytes(name.as_bytes());
+    machine.cache.completions().put(&key, &value).unwrap();
+}
+
+fn answered(machine: &Machine, name: &str) -> bool {
+    let key = Digest::of_bytes(name.as_bytes());
+    let found = machine.cache.completions().get(&key);
+    found.is_some_and(|value| value["text"] == name)
+}
+
+fn send_answers(machine: &Machine) -> u64 {
+    machine.remote.send_answers(&machine.cache.completions());
+    machine.flush().objects
+}
+
+#[test]
+fn what_one_machine_paid_for_another_need_not_ask() {
+    let shared = tempfile::tempdir().unwrap();
+    let machine = || {
+        let machine = Machine::new(folder(&shared), false);
+        machine.cache.completions().share(&machine.remote);
+        machine
+    };
+    let packs = || files(&shared.path().join("answers"));
+    let a = machine();
+    for name in ["a", "b", "c"] {
+        answer(&a, name);
+    }
+    assert_eq!(send_answers(&a), 1);
+    assert_eq!(packs().len(), 1, "one object for all of them");
+    assert_eq!(send_answers(&a), 1, "nothing is sent twice");
+
+    let b = machine();
+    assert!(["a", "b", "c"].iter().all(|name| answered(&b, name)));
+    assert!(!answered(&b, "d"));
+    assert_eq!(b.cache.completions().len(), 3);
+    answer(&b, "d");
+    assert_eq!(send_answers(&b), 1);
+    assert_eq!(packs().len(), 2, "what came from there is not sent back");
+
+    // The next run of the first: it fetches what it has not, and has the rest.
+    let again = |machine: Machine| {
+        let Machine { dir, cache, remote } = machine;
+        let place = cache.dir().to_owned();
+        drop((cache, remote));
+        let options = OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".into(),
+            on_wait: None,
+        };
+        let cache = Cache::open(&place, &options).unwrap();
+        let remote = Arc::new(RemoteCache::of(folder(&shared), false, cache.dir()).unwrap());
+        cache.completions().share(&remote);
+        Machine { dir, cache, remote }
+    };
+    let a = again(a);
+    assert!(answered(&a, "a") && answered(&a, "d"));
+    assert_eq!(a.cache.completions().len(), 4);
+    assert_eq!(send_answers(&a), 0);
+    let b = again(b);
+    assert!(["a", "b", "c", "d"].iter().all(|name| answered(&b, name)));
+    let found = verify(&CacheReader::open(b.cache.dir()));
+    assert!(found.damage.is_empty(), "{:?}", found.damage);
+
+    // A damaged pack is not used, and said once.
+    let first = packs().remove(0);
+    std::fs::write(&first, "spoilt").unwrap();
+    let c = machine();
+    let there = ["a", "b", "c", "d"]
+        .iter()
+        .filter(|name| answered(&c, name));
+    assert!(matches!(there.count(), 1 | 3));
+    assert_eq!(c.remote.take_warnings().len(), 1);
+}
+
+#[test]
+fn a_segment_that_is_another_one_is_sent_whole() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    answer(&a, "a");
+    assert_eq!(send_answers(&a), 1);
+    let segment = a.cache.dir().join("completions/000000.log");
+    let line = std::fs::read(&segment).unwrap();
+    // Somebody emptied the folder: the same name, other answers. And a line that a kill tore.
+    let other = Machine::new(folder(&shared), true);
+    answer(&other, "longer than the first");
+    let text = std::fs::read(other.cache.dir().join("completions/000000.log")).unwrap();
+    std::fs::write(&segment, [&text[..], &line[..], b"torn"].concat()).unwrap();
+    assert_eq!(send_answers(&a), 2);
+    assert_eq!(send_answers(&other), 0, "read-only");
+    let b = Machine::new(folder(&shared), true);
+    assert_eq!(b.cache.completions().take_from(&b.remote), 2);
+    assert_eq!(b.cache.completions().take_from(&b.remote), 0);
+}

@@ -64,7 +64,7 @@ pub(super) async fn result(
 }
 
 /// No more is written.
-fn refused(shared: &Shared, refusal: Refusal) {
+pub(super) fn refused(shared: &Shared, refusal: Refusal) {
     let url = shared.bucket.url();
     match refusal {
         Refusal::Left => {}

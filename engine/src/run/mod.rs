@@ -261,9 +261,11 @@ async fn perform(
     };
     if let Some(remote) = &remote {
         remote.send_waiting(&cache);
+        cache.completions().share(remote);
     }
     scheduler.run().await;
     if let Some(remote) = remote {
+        remote.send_answers(&cache.completions());
         upload(remote, stop, to_recorder.clone()).await;
     }
     let synced = cache.sync();

@@ -18,6 +18,7 @@ pub(super) fn push(global: &GlobalArgs) -> Result<Exit, Failure> {
     }
     let cache = hold_cache(global, wait(global))?;
     let all = remote.push(&cache);
+    remote.send_answers(&cache.completions());
     let sent = remote.flush(&|| false, &mut |now| {
         if console::user_attended_stderr() && !global.quiet {
             say(&format!(
@@ -52,6 +53,10 @@ pub(super) fn pull(global: &GlobalArgs) -> Result<Exit, Failure> {
     let remote = open(global)?;
     let cache = hold_cache(global, wait(global))?;
     let pulled = remote.pull(&cache);
+    let answers = pulled
+        .is_ok()
+        .then(|| cache.completions().take_from(&remote));
+    let answers = answers.unwrap_or_default();
     cache.sync()?;
     let (fetched, flawed) = pulled.map_err(|why| unusable(&remote, &why))?;
     for text in remote.take_warnings() {
@@ -59,14 +64,20 @@ pub(super) fn pull(global: &GlobalArgs) -> Result<Exit, Failure> {
     }
     usable(&remote)?;
     if global.json {
-        return output::json(&json!({ "results": fetched, "flawed": flawed }));
+        return output::json(&json!({
+            "results": fetched, "flawed": flawed, "answers": answers,
+        }));
     }
     let flawed = match flawed {
         0 => String::new(),
         n => format!("; {} could not be used", count(n, "other")),
     };
+    let answers = match answers {
+        0 => String::new(),
+        n => format!(" and {}", count(n, "kept answer")),
+    };
     output::print(&format!(
-        "got {} from {}{flawed}\n",
+        "got {}{answers} from {}{flawed}\n",
         count(fetched, "result"),
         remote.url()
     ))

@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::download::{adopt, cache_path, find_local, one_at_a_time, sha256_of};
-use crate::hub;
+use crate::hub::{RepoType, Snapshot, is_commit};
 
 /// Where a file is: `pip` or `hf` with `file` in it, or `file` of the project alone.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,14 +26,15 @@ pub struct WeightsRef {
     /// A model on the Hugging Face hub, `owner/name`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hf: Option<String>,
-    /// Branch, tag or commit of `hf`.
+    /// Branch, tag or commit of `hf` (`main`). The hub is asked for which commit a branch or tag
+    /// stands; what was made with another commit is made anew. A commit is not asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
     /// The file: in the package, in the repository, or in the project. With `hf` it may be left
     /// out for the whole model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
-    /// sha256 of the file, lower-case hex. Needed with `pip`; with `hf` it or a commit is.
+    /// sha256 of the file, lower-case hex. Needed with `pip`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
     pub sha256: Option<String>,
@@ -60,17 +61,18 @@ impl WeightsRef {
         }
     }
 
-    /// The digest of a file of the project that has none declared.
+    /// What the entry itself leaves open: the digest of a file of the project that has none
+    /// declared, the commit for which a branch of the hub stands.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the file cannot be read, or the hub not be asked.
     pub fn observe(&self, world: &World) -> Result<Option<String>, StepError> {
-        if self.hf.is_some() && self.sha256.is_none() && !self.is_commit() {
-            return Err(StepError::invalid(format!(
-                "the weights `{}` may change at their source",
-                self.name()
-            ))
-            .help("give the `sha256` of the file, or a whole commit id as `revision`"));
+        if let (Some(repo), None) = (&self.hf, &self.sha256) {
+            if is_commit(self.revision()) {
+                return Ok(None);
+            }
+            let newest = Snapshot::newest(RepoType::Model, repo, self.revision(), world)?;
+            return Ok(Some(format!("{repo}@{}", newest.commit())));
         }
         match (self, &self.file) {
             (
@@ -86,18 +88,23 @@ impl WeightsRef {
         }
     }
 
-    /// Whether `revision` is a commit, which never changes.
-    fn is_commit(&self) -> bool {
-        let hex = |text: &String| text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        self.revision.as_ref().is_some_and(hex)
+    fn revision(&self) -> &str {
+        self.revision.as_deref().unwrap_or("main")
     }
 
-    /// The same with the sha256 of a file of the project written into it: what is made with this
-    /// file is never used with another one.
+    /// The same with what it leaves open written into it, the sha256 of a file of the project or a
+    /// commit of the hub: what is made with these weights is never used with others.
     ///
     /// # Errors
-    /// When the file cannot be read.
+    /// As [`WeightsRef::observe`].
     pub fn pinned(&self, world: &World) -> Result<Self, StepError> {
+        if let (Some(repo), None) = (&self.hf, &self.sha256) {
+            let known = Snapshot::known(RepoType::Model, repo, self.revision(), world)?;
+            return Ok(Self {
+                revision: Some(known.commit().to_owned()),
+                ..self.clone()
+            });
+        }
         let digest = self.observe(world)?;
         Ok(Self {
             sha256: digest.or_else(|| self.sha256.clone()),
@@ -186,11 +193,11 @@ impl WeightsRef {
         file: Option<&Path>,
         world: &World,
     ) -> Result<Found, StepError> {
-        let revision = self.revision.as_deref().unwrap_or("main");
+        let snapshot = Snapshot::known(RepoType::Model, repo, self.revision(), world)?;
         let Some(file) = file else {
-            return hub_model(repo, revision, world);
+            return hub_model(repo, &snapshot);
         };
-        let path = hub::model_file(repo, revision, &file.to_string_lossy(), world)?;
+        let path = snapshot.file(&file.to_string_lossy())?;
         let digest = local_digest(&path)?;
         self.check(&digest, &format!("{repo}/{}", file.display()))?;
         Ok(Found { path, digest })
@@ -198,9 +205,9 @@ impl WeightsRef {
 }
 
 /// The folder of a whole model, with the files that a Llama needs.
-fn hub_model(repo: &str, revision: &str, world: &World) -> Result<Found, StepError> {
-    let get = |file: &str| hub::model_file(repo, revision, file, world);
-    let config = get("config.json")?;
+fn hub_model(repo: &str, snapshot: &Snapshot) -> Result<Found, StepError> {
+    let get = |file: &str| snapshot.file(file);
+    get("config.json")?;
     get("tokenizer.json")?;
     get("tokenizer_config.json")?;
     if let Err(whole) = get("model.safetensors") {
@@ -213,13 +220,9 @@ fn hub_model(repo: &str, revision: &str, world: &World) -> Result<Found, StepErr
             get(shard)?;
         }
     }
-    let folder = config.parent().unwrap_or(Path::new(".")).to_path_buf();
-    // The hub keeps each revision in a folder named by its commit.
-    let commit = folder.file_name().unwrap_or_default().to_string_lossy();
-    let digest = format!("{repo}@{commit}");
     Ok(Found {
-        path: folder,
-        digest,
+        path: snapshot.folder(),
+        digest: format!("{repo}@{}", snapshot.commit()),
     })
 }
 
@@ -388,16 +391,25 @@ mod tests {
     }
 
     #[test]
-    fn hub_weights_need_something_that_never_changes() {
+    fn a_branch_of_the_hub_is_known_by_its_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = world(dir.path());
+        let commit = "0123456789abcdef0123456789abcdef01234567";
         let mut weights = WeightsRef {
-            hf: Some("a/b".into()),
+            hf: Some("a/branch".into()),
             ..WeightsRef::default()
         };
-        let world = World::default();
-        assert!(weights.observe(&world).is_err());
-        weights.revision = Some("main".into());
-        assert!(weights.observe(&world).is_err());
-        weights.revision = Some("0123456789abcdef0123456789abcdef01234567".into());
+        let error = weights.observe(&world).unwrap_err();
+        assert!(error.message.contains("--offline"), "{}", error.message);
+        let refs = dir.path().join("huggingface/hub/models--a--branch/refs");
+        std::fs::create_dir_all(&refs).unwrap();
+        std::fs::write(refs.join("main"), commit).unwrap();
+        let seen = weights.observe(&world).unwrap();
+        assert_eq!(seen, Some(format!("a/branch@{commit}")));
+        let pinned = weights.pinned(&world).unwrap();
+        assert_eq!(pinned.revision.as_deref(), Some(commit));
+        assert_eq!(pinned.sha256, None);
+        weights.revision = Some(commit.into());
         assert_eq!(weights.observe(&world).unwrap(), None);
     }
 
@@ -406,16 +418,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let world = world(dir.path());
         let commit = "0123456789abcdef0123456789abcdef01234567";
-        let snapshot = dir.path().join("user/huggingface/hub/models--a--b");
+        let snapshot = dir.path().join("huggingface/hub/models--a--b");
         let snapshot = snapshot.join("snapshots").join(commit);
         std::fs::create_dir_all(&snapshot).unwrap();
         for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
             std::fs::write(snapshot.join(name), "{}").unwrap();
         }
-        let refs = snapshot.join("../../refs");
-        std::fs::create_dir_all(&refs).unwrap();
-        std::fs::write(refs.join(commit), commit).unwrap();
-        let error = hub_model("a/b", commit, &world).unwrap_err();
+        let known = Snapshot::known(RepoType::Model, "a/b", commit, &world).unwrap();
+        let error = hub_model("a/b", &known).unwrap_err();
         assert!(
             error.message.contains("/model.safetensors`"),
             "{}",

@@ -334,11 +334,9 @@ fn an_image_holds_a_model_of_the_hub_under_its_own_digest() {
         ..World::default()
     };
     let commit = "0123456789abcdef0123456789abcdef01234567";
-    let hub = world.user_cache.join("huggingface/hub/models--a--b");
+    let hub = dir.path().join("huggingface/hub/models--a--b");
     let snapshot = hub.join("snapshots").join(commit);
     std::fs::create_dir_all(&snapshot).unwrap();
-    std::fs::create_dir_all(hub.join("refs")).unwrap();
-    std::fs::write(hub.join("refs").join(commit), commit).unwrap();
     for name in [
         "config.json",
         "tokenizer.json",

@@ -1,0 +1,183 @@
+#![allow(clippy::unwrap_used)]
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+
+use super::*;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+fn world(dir: &Path, env: &[(&str, &str)]) -> World {
+    let env = env
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    World {
+        user_cache: dir.join("flowrun"),
+        env: env.collect(),
+        ..World::default()
+    }
+}
+
+/// What is said of a hub that answers everything with this head, to somebody with this token.
+fn error_of(head: &str, token: &str) -> StepError {
+    let head = head.to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    // Ends with the test's process; a client may ask more than once.
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.read(&mut [0; 4096]);
+            let rest = "Content-Length: 0\r\nConnection: close";
+            let _ = write!(stream, "HTTP/1.1 {head}\r\n{rest}\r\n\r\n");
+        }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let endpoint = format!("http://{address}");
+    let env = [("HF_ENDPOINT", endpoint.as_str()), ("HF_TOKEN", token)];
+    let world = world(dir.path(), &env);
+    let snapshot = Snapshot::newest(RepoType::Model, "owner/name", COMMIT, &world).unwrap();
+    snapshot.file("config.json").unwrap_err()
+}
+
+#[test]
+fn what_the_hub_refuses_is_explained_and_not_taken_for_an_outage() {
+    for (head, token, text) in [
+        (
+            "404 Not Found\r\nX-Error-Code: EntryNotFound",
+            "",
+            "has no file `config.json`",
+        ),
+        (
+            "404 Not Found\r\nX-Error-Code: RevisionNotFound",
+            "",
+            "has no revision",
+        ),
+        ("404 Not Found", "", "cannot be had"),
+        (
+            "401 Unauthorized\r\nX-Error-Code: RepoNotFound",
+            "",
+            "or it is private",
+        ),
+        (
+            "401 Unauthorized\r\nX-Error-Code: GatedRepo",
+            "",
+            "is gated, and no token was sent",
+        ),
+        (
+            "403 Forbidden\r\nX-Error-Code: GatedRepo",
+            "hf_x",
+            "the token in HF_TOKEN has no access",
+        ),
+        (
+            "401 Unauthorized\r\nX-Error-Message: Invalid credentials in Authorization header",
+            "hf_x",
+            "does not accept the token in HF_TOKEN",
+        ),
+        (
+            "403 Forbidden\r\nX-Error-Code: DisabledRepo",
+            "",
+            "was disabled",
+        ),
+        ("403 Forbidden", "hf_x", "may not read"),
+        ("418 Teapot", "", "cannot be had"),
+    ] {
+        let error = error_of(head, token);
+        assert_eq!(error.kind, StepErrorKind::Invalid, "{}", error.message);
+        assert!(error.message.contains(text), "{head}: {}", error.message);
+        assert!(!error.to_string().contains("hf_x"));
+        assert!(error.help.is_some(), "{head}");
+    }
+    for head in ["429 Too Many Requests", "503 Service Unavailable"] {
+        let error = error_of(head, "");
+        assert_eq!(error.kind, StepErrorKind::Transient, "{}", error.message);
+    }
+}
+
+#[test]
+fn an_etag_is_no_way_out_of_the_cache() {
+    for etag in ["\"../../x\"", "\"\"", "\"a/b\"", "\".\""] {
+        let error = error_of(&format!("200 OK\r\nETag: {etag}"), "");
+        assert!(
+            error.message.contains("no usable ETag"),
+            "{}",
+            error.message
+        );
+    }
+}
+
+#[test]
+fn the_cache_and_the_token_are_those_of_the_hubs_own_clients() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |env: &[(&str, &str)]| cache_folder(&world(dir.path(), env));
+    assert_eq!(at(&[]), dir.path().join("huggingface/hub"));
+    assert_eq!(at(&[("HF_HOME", "/h")]), Path::new("/h/hub"));
+    assert_eq!(
+        at(&[("HF_HOME", "~/h"), ("HOME", "/u")]),
+        Path::new("/u/h/hub")
+    );
+    assert_eq!(
+        at(&[("HF_HOME", "/h"), ("HF_HUB_CACHE", "/c")]),
+        Path::new("/c")
+    );
+    assert_eq!(
+        at(&[("HF_HUB_CACHE", " ")]),
+        dir.path().join("huggingface/hub")
+    );
+
+    let bearer = |env: &[(&str, &str)]| {
+        let settings = Settings::of(&world(dir.path(), env)).unwrap();
+        settings.token.map(|token| token.bearer())
+    };
+    assert_eq!(bearer(&[]), None);
+    std::fs::create_dir_all(dir.path().join("huggingface")).unwrap();
+    std::fs::write(dir.path().join("huggingface/token"), "hf_file\n").unwrap();
+    assert_eq!(bearer(&[]).as_deref(), Some("Bearer hf_file"));
+    let set = [("HF_TOKEN", "hf_set")];
+    assert_eq!(bearer(&set).as_deref(), Some("Bearer hf_set"));
+    let error = Settings::of(&world(dir.path(), &[("HF_TOKEN", "hf_a b")])).unwrap_err();
+    assert!(!error.message.contains("hf_a"), "{}", error.message);
+    let error = Settings::of(&world(dir.path(), &[("HF_ENDPOINT", "hub.local")])).unwrap_err();
+    assert!(error.message.contains("HF_ENDPOINT"), "{}", error.message);
+}
+
+#[test]
+fn names_stay_within_the_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = world(dir.path(), &[("HF_HUB_OFFLINE", "1")]);
+    let open = |repo, revision| Snapshot::newest(RepoType::Model, repo, revision, &world);
+    for repo in ["", "a/b/c", "../a", "a/..", "a b", "/a", "a/"] {
+        let error = open(repo, COMMIT).unwrap_err();
+        assert!(
+            error.message.contains("names no repository"),
+            "{}",
+            error.message
+        );
+    }
+    for revision in ["", "../x", "/x", "a/../../b"] {
+        let error = open("a/b", revision).unwrap_err();
+        assert!(
+            error.message.contains("is no revision"),
+            "{}",
+            error.message
+        );
+    }
+    let snapshot = open("a/b", COMMIT).unwrap();
+    for file in ["", "../x", "/etc/passwd", "a\nb"] {
+        let error = snapshot.file(file).unwrap_err();
+        assert!(error.message.contains("is no file"), "{}", error.message);
+    }
+    let error = snapshot.file("a.json").unwrap_err();
+    assert!(
+        error.message.contains("HF_HUB_OFFLINE forbids"),
+        "{}",
+        error.message
+    );
+    let error = open("a/b", "refs/pr/1").unwrap_err();
+    assert!(
+        error.message.contains("does not know the commit"),
+        "{}",
+        error.message
+    );
+    assert_eq!(encoded("refs/pr 1", 0), "refs%2Fpr%201");
+    assert_eq!(encoded("a b/ö.csv", b'/'), "a%20b/%C3%B6.csv");
+}
