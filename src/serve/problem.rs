@@ -173,6 +173,9 @@ impl From<ModelsError> for Problem {
             ModelsError::Unknown(id) => Self::no_model(&id),
             ModelsError::Forbidden(why) => Self::new(StatusCode::FORBIDDEN, why),
             ModelsError::Taken(_) => Self::bad(error.to_string()).of("lora_name"),
+            ModelsError::Full(_) => Self::bad(error.to_string())
+                .of("lora_name")
+                .code("too_many_adapters"),
             ModelsError::Unusable(why) => Self::bad(why).code("invalid_adapter"),
         }
     }
