@@ -365,6 +365,9 @@ pub(crate) struct ServeArgs {
     /// Seconds that a client may take to send its request.
     #[arg(long, value_name = "SECONDS", default_value_t = 20)]
     pub(crate) read_timeout: u64,
+    /// Seconds that a client may take nothing of an answer that is there for it.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) write_timeout: u64,
     /// Seconds that requests under way may take once the server is told to stop.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) drain: u64,

@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `mod` | the command: opens what is to be served, listens, stops |
-//! | `listener` | connections |
+//! | `listener`, `steady` | connections; those whose client takes nothing |
 //! | `routes` | which path does what |
 //! | `guard` | who may ask |
 //! | `limits` | what a request's body may be; counting requests |
@@ -26,6 +26,7 @@ mod problem;
 mod question;
 mod routes;
 mod service;
+mod steady;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -114,6 +115,7 @@ fn limits(args: &ServeArgs, batch: usize) -> Limits {
         queue: args.max_queue,
         answer: Duration::from_secs(args.timeout),
         read: Duration::from_secs(args.read_timeout),
+        write: Duration::from_secs(args.write_timeout),
         drain: Duration::from_secs(args.drain),
     }
 }

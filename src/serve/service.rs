@@ -31,6 +31,8 @@ pub(super) struct Limits {
     pub(super) answer: Duration,
     /// How long a client may take to send its request.
     pub(super) read: Duration,
+    /// How long a client may take nothing of an answer that is there for it.
+    pub(super) write: Duration,
     /// How long requests under way may take once the server was told to stop.
     pub(super) drain: Duration,
 }
