@@ -270,6 +270,38 @@ fn a_worse_bundle_is_refused_with_the_rows_it_loses() {
 }
 
 #[test]
+fn a_failed_smoke_test_leaves_the_old_version_serving() {
+    // Another model than the one that was scored.
+    let local = all_right();
+    local.run(&[]).ok();
+    let first = local.current();
+    write_model(&local.0.path("other"), 2);
+    let models = "models:\n  other:\n    provider: embedded\n    weights: { file: other }\n";
+    local.0.edit(PIPELINE, "models:\n", models);
+    local.0.edit(
+        PIPELINE,
+        "name: tiny\n      model: student\n",
+        "name: tiny\n      model: other\n",
+    );
+    let refused = local.run(&[]);
+    assert_eq!(refused.code, Some(5), "{}", refused.stdout);
+    assert!(
+        refused
+            .stdout
+            .contains("the smoke test failed, nothing was deployed"),
+        "{}",
+        refused.stdout
+    );
+    assert_eq!(local.current(), first);
+    assert!(is_up(&first));
+    let url = first["url"].as_str().unwrap();
+    let folder = first["folder"].as_str().unwrap();
+    let check = ["deploy", "check", url, "--bundle", folder, "--json"];
+    let smoke = &local.0.run(&check).ok().events()[0]["smoke"];
+    assert_eq!(smoke["agreed"], smoke["rows"]);
+}
+
+#[test]
 fn a_bundle_is_checked_later_by_what_it_was_admitted_with() {
     // Another model than the one that was scored, and all the same admitted.
     let local = all_right();
