@@ -297,8 +297,8 @@ fn a_failed_smoke_test_leaves_the_old_version_serving() {
     let url = first["url"].as_str().unwrap();
     let folder = first["folder"].as_str().unwrap();
     let check = ["deploy", "check", url, "--bundle", folder, "--json"];
-    let smoke = &local.0.run(&check).ok().events()[0]["smoke"];
-    assert_eq!(smoke["agreed"], smoke["rows"]);
+    let checked = local.0.run(&check).ok().events();
+    assert_eq!(checked[0]["smoke"]["agreed"], checked[0]["smoke"]["rows"]);
 }
 
 #[test]
