@@ -463,7 +463,7 @@ pub(crate) struct DoctorArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeployCommand {
-    /// List what is deployed on this machine, or one of it.
+    /// List what is deployed on this machine and, from here, on Ray clusters; or one of it.
     Status {
         /// Its name.
         name: Option<String>,
@@ -506,6 +506,18 @@ pub(crate) struct DeployPlace {
     /// The folder where deployed bundles lie.
     #[arg(long, value_name = "FOLDER", default_value = "deployed")]
     pub(crate) folder: PathBuf,
+    /// Where it is deployed, if that is several places.
+    #[arg(long)]
+    pub(crate) target: Option<DeployedOn>,
+}
+
+/// A target that `deploy` keeps the way back of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeployedOn {
+    /// This machine.
+    Local,
+    /// A Ray cluster.
+    RayServe,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

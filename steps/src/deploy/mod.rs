@@ -9,12 +9,13 @@
 //! | `canary` | the new bundle beside the one in use |
 //! | `local` | the target `local`: leaves the server running |
 //! | `targets` | files for other places to run |
-//! | `ray` | the target `ray-serve`: serves the files on a cluster |
+//! | `ray`, `on_ray` | the target `ray-serve`: serves the files on a cluster; the way back |
 //! | `package` | files as Ray takes them |
 
 mod canary;
 mod expect;
 pub mod local;
+pub mod on_ray;
 pub(crate) mod package;
 mod ray;
 mod server;
@@ -41,7 +42,7 @@ use crate::schema_of;
 use crate::scores::{ProgramScore, Scores};
 use canary::{Canary, Compared};
 use expect::Expect;
-use ray::ClusterSpec;
+pub use ray::ClusterSpec;
 use server::{Endpoint, Life, Server};
 pub use smoke::Agreed;
 use targets::Settings;
@@ -87,7 +88,8 @@ struct Params {
     /// Target `local`: the port to serve on; 0 takes a free one.
     #[serde(default)]
     port: u16,
-    /// Target `local`: the folder of the project where deployed bundles lie.
+    /// Targets `local` and, on a cluster, `ray-serve`: the folder of the project where what is
+    /// deployed lies.
     #[serde(default = "deployed")]
     folder: PathBuf,
     /// Target `ray-serve`: the cluster to serve it on; without one, only its files are written.
@@ -270,7 +272,7 @@ impl Step for Deploy {
                 .metric("stop", format!("kill {}", current.pid));
         }
         if let Some(cluster) = params.cluster() {
-            let url = serve_on_ray(&cluster.open(&ctx.world)?, &params, &bundle, ctx)?;
+            let url = serve_on_ray(cluster, &params, &bundle, &digest, ctx)?;
             outcome = outcome.metric("url", url);
         }
         Ok(outcome)
@@ -279,13 +281,24 @@ impl Step for Deploy {
 
 /// Serves the written files on a cluster, once they answer the smoke rows there.
 fn serve_on_ray(
-    cluster: &ray::Cluster,
+    spec: &ClusterSpec,
     params: &Params,
     bundle: &Bundle,
+    digest: &str,
     ctx: &StepContext,
 ) -> Result<String, StepError> {
+    let cluster = spec.open(&ctx.world)?;
     let package = ctx.work_dir.join("package.zip");
-    let version = ray::Version::pack(&ctx.output("files"), &package)?;
+    let files = ctx.output("files");
+    let version = ray::Version::pack(&files, &package)?;
+    let deployed = ctx.world.root.join(&params.folder);
+    let place = on_ray::Place::new(&deployed, &params.name);
+    let release = on_ray::Release {
+        application: version.application(),
+        bundle: digest.to_owned(),
+        folder: place.keep(&files, &version.application())?,
+        since: on_ray::now(),
+    };
     let rows = bundle.smoke_rows()?;
     let told = |done, total| {
         ctx.reporter
@@ -296,7 +309,9 @@ fn serve_on_ray(
         let agreed = smoke::check(endpoint, &rows, agreement, &ctx.cancel, &told)?;
         params.expect.check_speed(&agreed)
     };
-    cluster.deploy(&version, &ctx.world, &ctx.cancel, &smoke)
+    let switch = || cluster.deploy(&version, &ctx.world, &ctx.cancel, &smoke);
+    let (_, url) = place.record(spec, release, switch)?;
+    Ok(url)
 }
 
 impl Params {
