@@ -347,6 +347,10 @@ pub(crate) struct ServeArgs {
     /// jobs and adapters in this folder. One job at a time, beside the answers
     #[arg(long, value_name = "FOLDER")]
     pub(crate) fine_tuning: Option<PathBuf>,
+    /// Answer files of requests (OpenAI's Batch API), and keep requests, batches and answers in
+    /// this folder. One batch at a time, beside other requests
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) batches: Option<PathBuf>,
     /// Adapters in memory; what was unused longest is dropped for a new one.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) max_adapters: usize,

@@ -10,13 +10,20 @@
 //! | `service` | what answers, and how much may be asked at once |
 //! | `predict`, `question` | `POST /predict`: the program; what it takes |
 //! | `openai` | `/v1/…`: the models, in OpenAI's shapes |
-//! | `fine_tuning` | `/v1/files`, `/v1/fine_tuning/…`: trains adapters of the model |
+//! | `files` | `/v1/files` |
+//! | `batches` | `/v1/batches`: answers files of requests |
+//! | `fine_tuning` | `/v1/fine_tuning/…`: trains adapters of the model |
+//! | `kept`, `list` | what outlives the server; lists in OpenAI's shape |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
 //! | `problem` | errors, in OpenAI's shape |
 
+mod batches;
+mod files;
 mod fine_tuning;
 mod guard;
+mod kept;
 mod limits;
+mod list;
 mod listener;
 mod metrics;
 mod openai;
@@ -49,6 +56,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::args::{GlobalArgs, ServeArgs};
 use crate::exit::{Exit, Failure};
 use crate::surroundings;
+use batches::Batches;
 use fine_tuning::FineTuning;
 use guard::Guard;
 use metrics::Metrics;
@@ -177,7 +185,8 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
             (Backend::Answerer(Arc::new(answerer)), limits(args, 32))
         }
     };
-    Ok(Arc::new(Service::new(backend, about, limits, metrics)))
+    let service = Service::new(backend, about, limits, metrics);
+    Ok(Arc::new(service.batching(batches(args)?)))
 }
 
 fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> {
@@ -228,7 +237,12 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         program: None,
     };
     let service = Service::new(backend, about, limits, metrics);
-    Ok(Arc::new(service.training(tuning)))
+    let service = service.training(tuning).batching(batches(args)?);
+    Ok(Arc::new(service))
+}
+
+fn batches(args: &ServeArgs) -> Result<Option<Batches>, Failure> {
+    args.batches.as_deref().map(Batches::open).transpose()
 }
 
 fn engine<'a>(
@@ -314,6 +328,10 @@ async fn run(
     let at_once = async move {
         let _ = told_again.wait_for(|times| *times >= 2).await;
     };
+    if let Some(batches) = &service.batches {
+        // It ends with the process; what it has not answered by then, the next one answers.
+        tokio::spawn(batches::work(Arc::clone(&service), Arc::clone(batches)));
+    }
     let app = routes::app(Arc::clone(&service), guard);
     let finished = listener::serve(listener, app, service, stop, at_once).await;
     if !finished && !global.quiet {

@@ -93,7 +93,9 @@ fn describe(name: &str, inputs: &[RowInput]) -> Value {
         TEXT,
         text,
     );
-    super::fine_tuning::openapi::describe(&mut paths, &mut types, &problem());
+    super::files::openapi::describe(&mut paths);
+    super::batches::openapi::describe(&mut paths, &mut types);
+    super::fine_tuning::openapi::describe(&mut paths, &mut types);
     let mut schemas = types.take_definitions(true);
     schemas.insert("Question".to_owned(), question::schema(inputs));
     schemas.insert("Questions".to_owned(), questions(inputs));
@@ -110,6 +112,30 @@ fn describe(name: &str, inputs: &[RowInput]) -> Value {
         // The key is needed where the server was started with one.
         "security": [{}, {"key": []}],
     })
+}
+
+/// Adds an operation; `content` describes its request's body.
+pub(super) fn add(
+    paths: &mut Map<String, Value>,
+    path: &str,
+    method: &str,
+    about: &str,
+    content: Option<Value>,
+) {
+    let mut operation = json!({
+        "summary": about,
+        "responses": {"200": {"description": "ok"}, "default": problem()},
+    });
+    if let Some(content) = content {
+        operation["requestBody"] = json!({"required": true, "content": content});
+    }
+    let entry = paths.entry(path.to_owned()).or_insert_with(|| json!({}));
+    entry[method] = operation;
+    if path.contains("{id}") {
+        entry["parameters"] = json!([{
+            "name": "id", "in": "path", "required": true, "schema": {"type": "string"},
+        }]);
+    }
 }
 
 const JSON: &str = "application/json";

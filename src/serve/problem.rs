@@ -95,6 +95,11 @@ impl Problem {
         self
     }
 
+    /// Its HTTP status.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
     /// What goes over the wire.
     pub(super) fn body(&self) -> Value {
         let kind = match self.status {
