@@ -474,6 +474,28 @@ fn a_full_queue_refuses_and_a_client_that_leaves_makes_room() {
 }
 
 #[test]
+fn a_client_that_leaves_before_its_answer_is_computed_no_further() {
+    let (_project, server) = with_adapters(&["--max-batch", "2", "--max-queue", "0"]);
+    let body = chat("tiny", "hello", ENDLESS).to_string();
+    let request = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut streams = [server.connect(), server.connect()];
+    for stream in &mut streams {
+        stream.write_all(request.as_bytes()).unwrap();
+    }
+    server.wait_for("flowrun_running", 2.0);
+    let refused = server.ask("/v1/chat/completions", &chat("tiny", "no", 3));
+    assert_eq!(refused.status(), 429);
+    drop(streams);
+    server.wait_for("flowrun_running", 0.0);
+    assert_eq!(server.metric("flowrun_given_up_total"), 2.0);
+    assert_eq!(server.metric("flowrun_generated_tokens_total"), 0.0);
+    server.json("/v1/chat/completions", &chat("tiny", "again", 3));
+}
+
+#[test]
 fn an_answer_that_takes_too_long_is_cut_off() {
     let (_project, server) = with_adapters(&["--timeout", "1"]);
     let (status, error) = server.problem("/v1/chat/completions", &chat("tiny", "hello", ENDLESS));
