@@ -117,6 +117,78 @@ fn the_program_of_a_bundle_always_answers() {
     assert_eq!(server.stop(), Some(0));
 }
 
+/// The prompt within a saved program.
+fn prompt(program: &mut Value) -> Option<&mut Value> {
+    if program.get("outputs").is_some() {
+        return Some(program);
+    }
+    program.as_object_mut()?.values_mut().find_map(prompt)
+}
+
+#[test]
+fn an_answer_that_cannot_be_read_is_unknown_with_what_the_model_said() {
+    let project = tiny::project();
+    project.run(&["pipeline.yaml"]).ok();
+    // The model is held to nothing, and does not know the form that is asked for.
+    let mut program: Value = serde_json::from_str(&project.read("bundle/program.json")).unwrap();
+    let spec = prompt(&mut program).unwrap();
+    spec["constrain"] = false.into();
+    let second = json!({"name": "sure", "type": "bool"});
+    spec["outputs"].as_array_mut().unwrap().push(second);
+    std::fs::remove_file(project.path("bundle/program.json")).unwrap();
+    project.write("bundle/program.json", &program.to_string());
+    let server = serve(&project, &["bundle"]);
+    let answer = server.json("/predict", &json!({"text": "Where is my card?"}));
+    assert_eq!(answer["label"], "unknown", "{answer}");
+    assert!(!answer["raw"].as_str().unwrap().is_empty(), "{answer}");
+    assert!(
+        answer["error"].is_string() && answer["confidence"].is_null(),
+        "{answer}"
+    );
+    let answers = server.json("/predict/batch", &json!({"texts": ["My PIN"]}));
+    assert_eq!(answers["predictions"][0]["label"], "unknown");
+}
+
+#[test]
+fn the_command_that_a_server_tells_of_works_with_curl() {
+    let project = tiny::project();
+    project.run(&["pipeline.yaml"]).ok();
+    let log = project.path("log");
+    let mut command = project.command(&["serve", "bundle", "--port", "0"]);
+    command
+        .env_remove("FLOWRUN_API_KEY")
+        .stderr(std::fs::File::create(&log).unwrap());
+    let mut child = command.spawn().unwrap();
+    let told = loop {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let mut lines = text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        if let Some(line) = lines.find(|line| line.trim().starts_with("curl ")) {
+            break line.trim().to_owned();
+        }
+        assert!(child.try_wait().unwrap().is_none(), "{text}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let asked = Command::new("sh")
+        .args(["-c", &told])
+        .envs([("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")])
+        .output()
+        .unwrap();
+    let stopped = Command::new("kill").arg(child.id().to_string()).status();
+    assert!(stopped.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    // The shell's word for a command that is not there.
+    if asked.status.code() == Some(127) {
+        println!("skipped: there is no curl");
+        return;
+    }
+    let said = String::from_utf8_lossy(&asked.stdout);
+    assert!(asked.status.success(), "{told}: {said}");
+    let answer: Value = serde_json::from_str(&said).unwrap();
+    assert!(answer["label"].is_string(), "{answer}");
+}
+
 #[test]
 fn a_chat_is_whole_or_streamed_token_by_token() {
     let (_project, server) = with_adapters(&[]);
