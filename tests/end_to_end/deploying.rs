@@ -422,6 +422,35 @@ fn a_bundle_is_rendered_for_every_target_that_can_run_it() {
 }
 
 #[test]
+fn the_manifests_are_valid_by_the_schemas_of_kubernetes() {
+    let Some(validate) = std::env::var_os("FLOWRUN_KUBERNETES_VALIDATE") else {
+        println!("skipped: FLOWRUN_KUBERNETES_VALIDATE names no `kubernetes-validate`");
+        return;
+    };
+    let project = tiny::project();
+    project.run(&[PIPELINE]).ok();
+    let render = ["deploy", "render", "bundle", "--target", "kubernetes"];
+    let set = ["-o", "k8s", "--set", "namespace=bank"];
+    project.run(&[&render[..], &set].concat()).ok();
+    let valid = |file: &str| {
+        let checked = Command::new(&validate)
+            .args(["-k", "1.31", "--strict"])
+            .arg(project.path(file))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&checked.stderr).into_owned();
+        (checked.status.success(), said + &errors)
+    };
+    let (good, said) = valid("k8s/kubernetes.yaml");
+    assert!(good, "{said}");
+    let wrong = project.read("k8s/kubernetes.yaml");
+    let wrong = wrong.replace("containerPort:", "containerPorts:");
+    project.write("k8s/wrong.yaml", &wrong);
+    assert!(!valid("k8s/wrong.yaml").0, "a wrong one is refused");
+}
+
+#[test]
 fn an_image_serves_a_model_of_the_hub_that_it_need_not_fetch() {
     let project = tiny::project();
     let commit = "0123456789abcdef0123456789abcdef01234567";

@@ -257,6 +257,48 @@ fn a_bundle_is_served_on_ray_and_one_that_fails_leaves_the_old_one() {
     assert!(asked_all());
 }
 
+/// Reads a file as Ray does before it deploys it.
+const VALIDATE: &str = "
+import sys, yaml
+from ray.serve.schema import ServeDeploySchema
+ServeDeploySchema(**yaml.safe_load(open(sys.argv[1])))
+";
+
+#[test]
+fn the_files_for_ray_are_what_it_takes() {
+    let Some(python) = python() else {
+        println!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
+        return;
+    };
+    let project = tiny::project();
+    project.run(&["pipeline.yaml"]).ok();
+    let render = ["deploy", "render", "bundle", "--target", "ray-serve"];
+    let set = ["--set", "base_model=org/base"];
+    let more = ["--set", "adapters_url=s3://bucket/adapters", "-o", "files"];
+    project.run(&[&render[..], &set, &more].concat()).ok();
+    let taken = |file: &str| {
+        let checked = Command::new(&python)
+            .args(["-c", VALIDATE])
+            .arg(project.path(file))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&checked.stderr).into_owned();
+        (checked.status.success(), said)
+    };
+    for file in ["files/serve.yaml", "files/serve_llm.yaml"] {
+        let (good, said) = taken(file);
+        assert!(good, "{file}: {said}");
+    }
+    let llm = project.read("files/serve_llm.yaml");
+    assert!(
+        llm.contains("dynamic_lora_loading_path: \"s3://bucket/adapters\""),
+        "{llm}"
+    );
+    let wrong = llm.replace("route_prefix: /", "route_prefix: nowhere");
+    project.write("files/wrong.yaml", &wrong);
+    assert!(!taken("files/wrong.yaml").0, "a wrong one is refused");
+}
+
 #[test]
 fn what_was_deployed_on_a_cluster_that_is_gone_is_down() {
     let project = tiny::project();
