@@ -333,7 +333,10 @@ async fn run(
         tokio::spawn(batches::work(Arc::clone(&service), Arc::clone(batches)));
     }
     let app = routes::app(Arc::clone(&service), guard);
-    let finished = listener::serve(listener, app, service, stop, at_once).await;
+    let finished = listener::serve(listener, app, Arc::clone(&service), stop, at_once).await;
+    if let Some(batches) = &service.batches {
+        batches.put_down();
+    }
     if !finished && !global.quiet {
         eprintln!("stopped before every request was answered");
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::http::StatusCode;
 use tokio::sync::Notify;
+use tokio::task::block_in_place;
 
 use super::batch::{Batch, BatchOrder, PREFIX, Status, reason};
 use crate::exit::Failure;
@@ -125,7 +126,7 @@ impl Queue {
     /// The next batch to answer, when there is one, and how it hears that it is to stop.
     pub(super) async fn next(&self) -> (Batch, Arc<Notify>) {
         loop {
-            if let Some(next) = self.take() {
+            if let Some(next) = block_in_place(|| self.take()) {
                 return next;
             }
             // One that arrived since is not missed: it left a permit.
@@ -143,6 +144,14 @@ impl Queue {
         self.change_in(&mut state, &id, |batch| batch.starts += 1);
         let batch = state.batches.get(&id)?.clone();
         Some((batch, stop))
+    }
+
+    /// The server ends in good order: it is no fault of the batch that is answered.
+    pub(super) fn put_down(&self) {
+        let mut state = self.state();
+        if let Some((id, _)) = state.running.take() {
+            self.change_in(&mut state, &id, |batch| batch.starts = 0);
+        }
     }
 
     /// Nothing is being answered.
@@ -167,7 +176,7 @@ impl Queue {
             false => batch.counts.completed += 1,
         }
         if batch.starts > 0 {
-            self.change_in(&mut state, id, |batch| batch.starts = 0);
+            block_in_place(|| self.change_in(&mut state, id, |batch| batch.starts = 0));
         }
     }
 
@@ -224,14 +233,17 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_makes_the_next_start_the_first() {
+    fn an_answer_or_an_end_in_good_order_makes_the_next_start_the_first() {
         let dir = tempfile::tempdir().unwrap();
-        let queue = Queue::open(dir.path().to_owned()).unwrap();
+        let open = || Queue::open(dir.path().to_owned()).unwrap();
+        let queue = open();
         let id = queue.add(order()).unwrap().id;
         queue.take().unwrap();
         queue.count(&id, false);
-        let again = Queue::open(dir.path().to_owned()).unwrap();
-        assert_eq!(again.take().unwrap().0.starts, 1);
+        let queue = open();
+        assert_eq!(queue.take().unwrap().0.starts, 1);
+        queue.put_down();
+        assert_eq!(open().take().unwrap().0.starts, 1);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use tokio::sync::{Notify, mpsc};
 use super::Batches;
 use super::batch::{Batch, Status, reason};
 use super::lines::{self, Line};
+use super::queue::Queue;
 use crate::serve::kept::{new_id, now};
 use crate::serve::openai::{Endpoint, batched};
 use crate::serve::service::Service;
@@ -68,8 +69,7 @@ pub(in crate::serve) async fn work(service: Arc<Service>, batches: Arc<Batches>)
             Ok(_) => {}
             Err(Broken(reasons)) => {
                 tracing::warn!("the batch {} failed: {}", batch.id, json!(reasons));
-                let change = |batch: &mut Batch| batch.fail(reasons);
-                batches.queue.change(&batch.id, change);
+                change(&batches.queue, &batch.id, |batch| batch.fail(reasons));
             }
         }
         batches.queue.idle();
@@ -82,6 +82,11 @@ async fn aside<T: Send + 'static>(
 ) -> Result<T, Error> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(Error::other)?
+}
+
+/// Changes a batch where blocking harms nobody.
+fn change(queue: &Queue, id: &str, how: impl FnOnce(&mut Batch)) {
+    tokio::task::block_in_place(|| queue.change(id, how));
 }
 
 async fn answer(
@@ -111,7 +116,7 @@ async fn answer(
     let cancelling = queue
         .get(&batch.id)
         .is_ok_and(|b| b.status == Status::Cancelling);
-    queue.change(&batch.id, |batch| {
+    change(queue, &batch.id, |batch| {
         batch.counts.total = total;
         batch.counts.completed = completed.len();
         batch.counts.failed = failed.len();
@@ -142,7 +147,7 @@ async fn answer(
         ),
     };
     if ending == Ending::Whole {
-        queue.change(&batch.id, |batch| batch.enter(Status::Finalizing));
+        change(queue, &batch.id, |batch| batch.enter(Status::Finalizing));
     }
     let of = paths.clone();
     let (given_up, output, failures) = aside(move || {
@@ -167,7 +172,7 @@ async fn answer(
         Ok(())
     })
     .await?;
-    queue.change(&batch.id, |batch| {
+    change(queue, &batch.id, |batch| {
         batch.counts.failed += given_up;
         batch.shown.output = output;
         batch.shown.failures = failures;
