@@ -81,8 +81,8 @@ struct Params {
     /// Compares it, row by row, with the bundle in use; nothing is compared where there is none.
     #[serde(default)]
     canary: Option<Canary>,
-    /// The folder of the bundle in use, for `expect` and `canary`; for the target `local` it is
-    /// the one deployed there.
+    /// The folder of the bundle in use, for `expect` and `canary`; for the targets `local` and, on
+    /// a cluster, `ray-serve` it is the one deployed there.
     #[serde(default)]
     against: Option<PathBuf>,
     /// Target `local`: the port to serve on; 0 takes a free one.
@@ -291,8 +291,7 @@ fn serve_on_ray(
     let package = ctx.work_dir.join("package.zip");
     let files = ctx.output("files");
     let version = ray::Version::pack(&files, &package)?;
-    let deployed = ctx.world.root.join(&params.folder);
-    let place = on_ray::Place::new(&deployed, &params.name);
+    let place = params.place_on_ray(&ctx.world);
     let release = on_ray::Release {
         application: version.application(),
         bundle: digest.to_owned(),
@@ -322,6 +321,10 @@ impl Params {
             .filter(|_| self.target == Target::RayServe)
     }
 
+    fn place_on_ray(&self, world: &World) -> on_ray::Place {
+        on_ray::Place::new(&world.root.join(&self.folder), &self.name)
+    }
+
     fn place(&self, world: &World) -> local::Place {
         local::Place::new(&world.root.join(&self.folder), &self.name)
     }
@@ -332,13 +335,15 @@ impl Params {
             return Bundle::open(&world.root.join(against)).map(Some);
         }
         let deployed = match self.target {
-            Target::Local => self.place(world).current(),
+            Target::Local => self.place(world).current().map(|current| current.folder),
+            Target::RayServe if self.ray.is_some() => {
+                let current = self.place_on_ray(world).current();
+                current.map(|current| current.release.bundle_folder())
+            }
             _ => None,
         };
-        let there = deployed.filter(|current| crate::bundle::is_bundle(&current.folder));
-        there
-            .map(|current| Bundle::open(&current.folder))
-            .transpose()
+        let there = deployed.filter(|folder| crate::bundle::is_bundle(folder));
+        there.map(|folder| Bundle::open(&folder)).transpose()
     }
 }
 
