@@ -143,6 +143,7 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
         label_field: bundle.program.label_field().to_owned(),
         inputs: bundle.program.row_inputs().map_err(unusable)?,
         labels: bundle.program.labels().to_vec(),
+        closed: bundle.program.closed_labels().is_some(),
         ..about(args)
     };
     let metrics = Arc::new(Metrics::new());
@@ -275,6 +276,7 @@ fn about(args: &ServeArgs) -> About {
         label_field: String::new(),
         inputs: vec![RowInput::text("text")],
         labels: Vec::new(),
+        closed: false,
         started: now.map_or(0, |since| since.as_secs()),
         adapters: folders(args),
     }

@@ -208,7 +208,7 @@ fn prediction() -> Value {
     json!({"type": "object", "required": ["label", "model"], "additionalProperties": true,
         "properties": {
             "label": {"type": "string",
-                "description": "one of the program's labels, or `unknown` when the model's answer could not be read"},
+                "description": "one of the program's labels, or `unknown` when the model's answer could not be read or is none of them"},
             "confidence": {"type": "number", "minimum": 0, "maximum": 1},
             "raw": {"type": "string", "description": "the model's answer, where it could not be read"},
             "error": {"type": "string", "description": "why there is no label"},

@@ -79,10 +79,19 @@ pub(super) struct About {
     pub(super) inputs: Vec<RowInput>,
     /// The program's labels.
     pub(super) labels: Vec<String>,
+    /// Whether its answers are these and no others.
+    pub(super) closed: bool,
     /// Seconds since 1970 when the server started.
     pub(super) started: u64,
     /// Folders that adapters may come from.
     pub(super) adapters: Vec<PathBuf>,
+}
+
+impl About {
+    /// Whether a label is one that the program may give.
+    pub(super) fn allows(&self, label: &str) -> bool {
+        !self.closed || self.labels.iter().any(|known| known == label)
+    }
 }
 
 /// What every handler knows.

@@ -126,27 +126,33 @@ fn prompt(program: &mut Value) -> Option<&mut Value> {
 }
 
 #[test]
-fn an_answer_that_cannot_be_read_is_unknown_with_what_the_model_said() {
+fn an_answer_that_is_no_label_is_unknown_with_what_the_model_said() {
     let project = tiny::project();
     project.run(&["pipeline.yaml"]).ok();
-    // The model is held to nothing, and does not know the form that is asked for.
-    let mut program: Value = serde_json::from_str(&project.read("bundle/program.json")).unwrap();
-    let spec = prompt(&mut program).unwrap();
-    spec["constrain"] = false.into();
-    let second = json!({"name": "sure", "type": "bool"});
-    spec["outputs"].as_array_mut().unwrap().push(second);
-    std::fs::remove_file(project.path("bundle/program.json")).unwrap();
-    project.write("bundle/program.json", &program.to_string());
-    let server = serve(&project, &["bundle"]);
-    let answer = server.json("/predict", &json!({"text": "Where is my card?"}));
-    assert_eq!(answer["label"], "unknown", "{answer}");
-    assert!(!answer["raw"].as_str().unwrap().is_empty(), "{answer}");
-    assert!(
-        answer["error"].is_string() && answer["confidence"].is_null(),
-        "{answer}"
-    );
-    let answers = server.json("/predict/batch", &json!({"texts": ["My PIN"]}));
-    assert_eq!(answers["predictions"][0]["label"], "unknown");
+    let saved: Value = serde_json::from_str(&project.read("bundle/program.json")).unwrap();
+    // The model is held to nothing: it says what is no label, or knows not the form of two fields.
+    for (second, reason) in [
+        (None, "is none of the program's labels"),
+        (Some(json!({"name": "sure", "type": "bool"})), ""),
+    ] {
+        let mut program = saved.clone();
+        let spec = prompt(&mut program).unwrap();
+        spec["constrain"] = false.into();
+        spec["outputs"].as_array_mut().unwrap().extend(second);
+        std::fs::remove_file(project.path("bundle/program.json")).unwrap();
+        project.write("bundle/program.json", &program.to_string());
+        let server = serve(&project, &["bundle"]);
+        let answer = server.json("/predict", &json!({"text": "Where is my card?"}));
+        assert_eq!(answer["label"], "unknown", "{answer}");
+        assert!(!answer["raw"].as_str().unwrap().is_empty(), "{answer}");
+        assert!(
+            answer["error"].as_str().unwrap().contains(reason),
+            "{answer}"
+        );
+        assert!(answer["confidence"].is_null(), "{answer}");
+        let answers = server.json("/predict/batch", &json!({"texts": ["My PIN"]}));
+        assert_eq!(answers["predictions"][0]["label"], "unknown");
+    }
 }
 
 #[test]
