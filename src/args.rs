@@ -348,6 +348,10 @@ pub(crate) struct ServeArgs {
     /// jobs and adapters in this folder. One job at a time, beside the answers
     #[arg(long, value_name = "FOLDER")]
     pub(crate) fine_tuning: Option<PathBuf>,
+    /// Answer files of requests (OpenAI's Batch API), and keep requests, batches and answers in
+    /// this folder. One batch at a time, beside other requests
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) batches: Option<PathBuf>,
     /// Adapters in memory; what was unused longest is dropped for a new one.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) max_adapters: usize,
@@ -366,6 +370,9 @@ pub(crate) struct ServeArgs {
     /// Seconds that a client may take to send its request.
     #[arg(long, value_name = "SECONDS", default_value_t = 20)]
     pub(crate) read_timeout: u64,
+    /// Seconds that a client may take nothing of an answer that is there for it.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) write_timeout: u64,
     /// Seconds that requests under way may take once the server is told to stop.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) drain: u64,
@@ -462,7 +469,7 @@ pub(crate) struct DoctorArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeployCommand {
-    /// List what is deployed on this machine, or one of it.
+    /// List what is deployed on this machine and, from here, on Ray clusters; or one of it.
     Status {
         /// Its name.
         name: Option<String>,
@@ -505,6 +512,18 @@ pub(crate) struct DeployPlace {
     /// The folder where deployed bundles lie.
     #[arg(long, value_name = "FOLDER", default_value = "deployed")]
     pub(crate) folder: PathBuf,
+    /// Where it is deployed, if that is several places.
+    #[arg(long)]
+    pub(crate) target: Option<DeployedOn>,
+}
+
+/// A target that `deploy` keeps the way back of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeployedOn {
+    /// This machine.
+    Local,
+    /// A Ray cluster.
+    RayServe,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -8,7 +8,7 @@
 mod long;
 mod rows;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,17 @@ pub struct Lineage {
     /// Teachers whose labels it learned, and whose rows are not known.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     unknown_teachers: BTreeSet<String>,
+}
+
+/// How many rows of a set had which part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Parts {
+    /// Rows that weights, demos or a classifier were made from.
+    pub trained: usize,
+    /// Rows whose scores chose between programs or checkpoints.
+    pub selected: usize,
+    /// Rows that a teacher came from.
+    pub taught: usize,
 }
 
 /// A row to be scored.
@@ -98,6 +109,27 @@ impl Lineage {
     /// Adds a teacher whose rows are not known.
     pub fn learn_from_unknown(&mut self, teacher: impl Into<String>) {
         self.unknown_teachers.insert(teacher.into());
+    }
+
+    /// What the rows of each data set and split (`banking77:train`) had a part in; rows of no set
+    /// are under "".
+    pub fn sets(&self) -> BTreeMap<&str, Parts> {
+        let mut all: BTreeMap<&str, Parts> = BTreeMap::new();
+        for (set, count) in self.trained.sets() {
+            all.entry(set).or_default().trained += count;
+        }
+        for (set, count) in self.selected.sets() {
+            all.entry(set).or_default().selected += count;
+        }
+        for (set, count) in self.taught.sets() {
+            all.entry(set).or_default().taught += count;
+        }
+        all
+    }
+
+    /// Whether it learned from teachers whose rows are not known.
+    pub fn has_unknown_teachers(&self) -> bool {
+        !self.unknown_teachers.is_empty()
     }
 
     /// Rows that it was made from, and rows that it was chosen by.
@@ -231,6 +263,24 @@ mod tests {
         assert_eq!(found.trained, ["d:train:1"]);
         assert_eq!(found.taught, ["d:test:0"]);
         assert!(found.unknown_teacher);
+    }
+
+    #[test]
+    fn its_rows_are_counted_by_set() {
+        let mut lineage = Lineage::default();
+        lineage.train([("d:train:0", "a"), ("d:train:1", "b"), ("odd", "c")]);
+        lineage.select([("d:test:7", "d"), ("d:train:1", "b")]);
+        let parts = |trained, selected| Parts {
+            trained,
+            selected,
+            taught: 0,
+        };
+        let expected = [
+            ("", parts(1, 0)),
+            ("d:test", parts(0, 1)),
+            ("d:train", parts(2, 1)),
+        ];
+        assert_eq!(lineage.sets(), BTreeMap::from(expected));
     }
 
     #[test]

@@ -1,23 +1,24 @@
-//! `flowrun deploy`: what is deployed on this machine, and files for other places to run.
+//! `flowrun deploy`: what is deployed, here and on Ray, the way back, and files for other places to
+//! run.
 
 use std::path::Path;
 use std::time::Duration;
 
-use flowrun_engine::step::Cancel;
+use flowrun_engine::step::{Cancel, World};
 use flowrun_steps::bundle::Bundle;
-use flowrun_steps::deploy::local::{Current, Place, is_up};
 use flowrun_steps::deploy::targets::{self, Settings, TARGETS};
+use flowrun_steps::deploy::{local, on_ray};
 use serde_json::{Map, Value, json};
 
-use crate::args::{DeployCommand, GlobalArgs};
+use crate::args::{DeployCommand, DeployPlace, DeployedOn, GlobalArgs};
 use crate::exit::{Exit, Failure};
 use crate::surroundings;
 
 /// Does what the command line says.
 pub(crate) fn deploy(command: &DeployCommand, global: &GlobalArgs) -> Result<Exit, Failure> {
     match command {
-        DeployCommand::Status { name, place } => status(name.as_deref(), &place.folder, global),
-        DeployCommand::Rollback { name, place } => rollback(name, &place.folder, global),
+        DeployCommand::Status { name, place } => status(name.as_deref(), place, global),
+        DeployCommand::Rollback { name, place } => rollback(name, place, global),
         DeployCommand::Check { url, bundle } => check(url, bundle.as_deref(), global),
         DeployCommand::Render {
             bundle,
@@ -29,59 +30,140 @@ pub(crate) fn deploy(command: &DeployCommand, global: &GlobalArgs) -> Result<Exi
     }
 }
 
-#[allow(clippy::print_stdout, clippy::print_stderr)]
-fn status(name: Option<&str>, folder: &Path, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let names = match name {
-        Some(name) => vec![name.to_owned()],
-        None => Place::names(folder),
+/// What is deployed under a name.
+enum Deployed {
+    Here(local::Current),
+    OnRay(on_ray::Current),
+}
+
+/// All that is deployed, or what has this name; in the order of the names.
+fn deployed(name: Option<&str>, place: &DeployPlace) -> Vec<(String, Deployed)> {
+    let named = |all: Vec<String>| {
+        let meant = move |other: &String| name.is_none_or(|name| name == other);
+        all.into_iter().filter(meant)
     };
-    if names.is_empty() && !global.json {
-        eprintln!("nothing is deployed in {}", folder.display());
+    let folder = &place.folder;
+    let mut all = Vec::new();
+    if place.target != Some(DeployedOn::RayServe) {
+        all.extend(named(local::Place::names(folder)).filter_map(|name| {
+            let current = local::Place::new(folder, &name).current()?;
+            Some((name, Deployed::Here(current)))
+        }));
     }
-    for name in names {
-        let current = Place::new(folder, &name).current().ok_or_else(|| {
-            let text = format!("`{name}` is not deployed in {}", folder.display());
-            Failure::new(Exit::Usage, text)
-        })?;
-        let up = is_up(&current);
-        if global.json {
-            println!("{}", json!({"name": name, "up": up, "current": current}));
-        } else {
-            println!("{}", line(&name, up, &current));
+    if place.target != Some(DeployedOn::Local) {
+        all.extend(named(on_ray::Place::names(folder)).filter_map(|name| {
+            let current = on_ray::Place::new(folder, &name).current()?;
+            Some((name, Deployed::OnRay(current)))
+        }));
+    }
+    all.sort_by(|(a, _), (b, _)| a.cmp(b));
+    all
+}
+
+#[allow(clippy::print_stdout, clippy::print_stderr)]
+fn status(name: Option<&str>, place: &DeployPlace, global: &GlobalArgs) -> Result<Exit, Failure> {
+    let found = deployed(name, place);
+    let folder = place.folder.display();
+    match name {
+        Some(name) if found.is_empty() => {
+            let text = format!("`{name}` is not deployed in {folder}");
+            return Err(Failure::new(Exit::Usage, text));
+        }
+        None if found.is_empty() && !global.json => eprintln!("nothing is deployed in {folder}"),
+        _ => {}
+    }
+    let world = surroundings::world(Path::new("."), global)?;
+    for (name, deployed) in found {
+        match deployed {
+            Deployed::Here(current) => show_here(&name, local::is_up(&current), &current, global),
+            Deployed::OnRay(current) => show_on_ray(&name, &current, &world, global),
         }
     }
     Ok(Exit::Ok)
 }
 
-fn line(name: &str, up: bool, current: &Current) -> String {
-    let short = |digest: &str| digest.chars().take(12).collect::<String>();
+#[allow(clippy::print_stdout)]
+fn show_here(name: &str, up: bool, current: &local::Current, global: &GlobalArgs) {
+    if global.json {
+        let shown = json!({"name": name, "target": "local", "up": up, "current": current});
+        println!("{shown}");
+        return;
+    }
     let state = match up {
         true => format!("up at {}, process {}", current.url, current.pid),
         false => "down".to_owned(),
     };
-    let mut text = format!("{name}: {state}; bundle {}", short(&current.bundle));
-    if let Ok(bundle) = Bundle::open(&current.folder) {
+    let previous = current.previous.as_ref().map(|p| p.bundle.as_str());
+    println!(
+        "{name}: {state}; {}",
+        versions(&current.bundle, &current.folder, previous)
+    );
+}
+
+#[allow(clippy::print_stdout)]
+fn show_on_ray(name: &str, current: &on_ray::Current, world: &World, global: &GlobalArgs) {
+    let state = current.state(world);
+    if global.json {
+        let shown = json!({
+            "name": name, "target": "ray-serve", "up": state.up, "state": state,
+            "current": current,
+        });
+        println!("{shown}");
+        return;
+    }
+    let release = &current.release;
+    let told = match (&state.why, &state.url) {
+        (None, Some(url)) => format!("up at {url}"),
+        (Some(why), _) => format!("down ({why})"),
+        (None, None) => "down".to_owned(),
+    };
+    let previous = current.previous.as_ref().map(|p| p.bundle.as_str());
+    println!(
+        "{name}: {told}, `{}` on Ray since {}; {}",
+        release.application,
+        state.since,
+        versions(&release.bundle, &release.bundle_folder(), previous)
+    );
+}
+
+/// The bundle, what it was measured to be worth, and the one before it.
+fn versions(bundle: &str, folder: &Path, previous: Option<&str>) -> String {
+    let short = |digest: &str| digest.chars().take(12).collect::<String>();
+    let mut text = format!("bundle {}", short(bundle));
+    if let Ok(bundle) = Bundle::open(folder) {
         let measured = &bundle.manifest.measured;
         text += &format!(
             ", {} of {} right on {}",
             measured.correct, measured.n, measured.dataset
         );
     }
-    if let Some(previous) = &current.previous {
-        text += &format!("; before it {}", short(&previous.bundle));
+    if let Some(previous) = previous {
+        text += &format!("; before it {}", short(previous));
     }
     text
 }
 
-#[allow(clippy::print_stdout)]
-fn rollback(name: &str, folder: &Path, global: &GlobalArgs) -> Result<Exit, Failure> {
+fn rollback(name: &str, place: &DeployPlace, global: &GlobalArgs) -> Result<Exit, Failure> {
+    let found = deployed(Some(name), place);
+    if found.len() > 1 {
+        return Err(Failure::usage(format!(
+            "`{name}` is deployed on this machine and on Ray: say which with --target"
+        )));
+    }
     let world = surroundings::world(Path::new("."), global)?;
-    let folder = std::path::absolute(folder)?;
-    let current = Place::new(&folder, name).rollback(&world, &Cancel::default())?;
-    if global.json {
-        println!("{}", json!({"name": name, "up": true, "current": current}));
+    let folder = std::path::absolute(&place.folder)?;
+    let on_ray = match found.first() {
+        Some((_, deployed)) => matches!(deployed, Deployed::OnRay(_)),
+        None => place.target == Some(DeployedOn::RayServe),
+    };
+    if on_ray {
+        let place = on_ray::Place::new(&folder, name);
+        let (current, _) = place.rollback(&world, &Cancel::default())?;
+        show_on_ray(name, &current, &world, global);
     } else {
-        println!("{}", line(name, true, &current));
+        let place = local::Place::new(&folder, name);
+        let current = place.rollback(&world, &Cancel::default())?;
+        show_here(name, true, &current, global);
     }
     Ok(Exit::Ok)
 }

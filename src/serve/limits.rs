@@ -26,9 +26,9 @@ pub(super) async fn whole_body(
     next: Next,
 ) -> Response {
     let (parts, body) = request.into_parts();
-    let upload = service.fine_tuning.is_some() && parts.uri.path() == super::routes::UPLOAD;
+    let upload = service.keeps_files() && parts.uri.path() == super::routes::UPLOAD;
     let most = match upload {
-        true => super::fine_tuning::FILE,
+        true => super::files::FILE,
         false => BODY,
     };
     let length = parts.headers.get(header::CONTENT_LENGTH);

@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::service::Service;
+use super::steady::Steady;
 
 /// Open connections at most; more wait until one closes.
 const CONNECTIONS: usize = 512;
@@ -77,13 +78,14 @@ fn connect(
 ) {
     // Tokens are small; waiting to fill a packet would only delay them.
     let _ = stream.set_nodelay(true);
+    let metrics = Arc::clone(&service.metrics);
+    let stream = Steady::new(stream, service.limits.write, Arc::clone(&metrics));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(service.limits.read)
         .max_buf_size(HEAD)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     let connection = open.watch(connection);
-    let metrics = Arc::clone(&service.metrics);
     metrics.connected();
     tokio::spawn(async move {
         // What goes wrong here is a client's doing: it left, or sent no HTTP.

@@ -3,20 +3,27 @@
 //! | file | what |
 //! |---|---|
 //! | `mod` | the command: opens what is to be served, listens, stops |
-//! | `listener` | connections |
+//! | `listener`, `steady` | connections; those whose client takes nothing |
 //! | `routes` | which path does what |
 //! | `guard` | who may ask |
 //! | `limits` | what a request's body may be; counting requests |
 //! | `service` | what answers, and how much may be asked at once |
 //! | `predict`, `question` | `POST /predict`: the program; what it takes |
 //! | `openai` | `/v1/…`: the models, in OpenAI's shapes |
-//! | `fine_tuning` | `/v1/files`, `/v1/fine_tuning/…`: trains adapters of the model |
+//! | `files` | `/v1/files` |
+//! | `batches` | `/v1/batches`: answers files of requests |
+//! | `fine_tuning` | `/v1/fine_tuning/…`: trains adapters of the model |
+//! | `kept`, `list` | what outlives the server; lists in OpenAI's shape |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
 //! | `problem` | errors, in OpenAI's shape |
 
+mod batches;
+mod files;
 mod fine_tuning;
 mod guard;
+mod kept;
 mod limits;
+mod list;
 mod listener;
 mod metrics;
 mod openai;
@@ -26,6 +33,7 @@ mod problem;
 mod question;
 mod routes;
 mod service;
+mod steady;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -48,6 +56,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::args::{GlobalArgs, ServeArgs};
 use crate::exit::{Exit, Failure};
 use crate::surroundings;
+use batches::Batches;
 use fine_tuning::FineTuning;
 use guard::Guard;
 use metrics::Metrics;
@@ -114,6 +123,7 @@ fn limits(args: &ServeArgs, batch: usize) -> Limits {
         queue: args.max_queue,
         answer: Duration::from_secs(args.timeout),
         read: Duration::from_secs(args.read_timeout),
+        write: Duration::from_secs(args.write_timeout),
         drain: Duration::from_secs(args.drain),
     }
 }
@@ -133,6 +143,7 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
         label_field: bundle.program.label_field().to_owned(),
         inputs: bundle.program.row_inputs().map_err(unusable)?,
         labels: bundle.program.labels().to_vec(),
+        closed: bundle.program.closed_labels().is_some(),
         ..about(args)
     };
     let metrics = Arc::new(Metrics::new());
@@ -175,7 +186,8 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
             (Backend::Answerer(Arc::new(answerer)), limits(args, 32))
         }
     };
-    Ok(Arc::new(Service::new(backend, about, limits, metrics)))
+    let service = Service::new(backend, about, limits, metrics);
+    Ok(Arc::new(service.batching(batches(args)?)))
 }
 
 fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> {
@@ -226,7 +238,12 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         program: None,
     };
     let service = Service::new(backend, about, limits, metrics);
-    Ok(Arc::new(service.training(tuning)))
+    let service = service.training(tuning).batching(batches(args)?);
+    Ok(Arc::new(service))
+}
+
+fn batches(args: &ServeArgs) -> Result<Option<Batches>, Failure> {
+    args.batches.as_deref().map(Batches::open).transpose()
 }
 
 fn engine<'a>(
@@ -259,6 +276,7 @@ fn about(args: &ServeArgs) -> About {
         label_field: String::new(),
         inputs: vec![RowInput::text("text")],
         labels: Vec::new(),
+        closed: false,
         started: now.map_or(0, |since| since.as_secs()),
         adapters: folders(args),
     }
@@ -312,8 +330,15 @@ async fn run(
     let at_once = async move {
         let _ = told_again.wait_for(|times| *times >= 2).await;
     };
+    if let Some(batches) = &service.batches {
+        // It ends with the process; what it has not answered by then, the next one answers.
+        tokio::spawn(batches::work(Arc::clone(&service), Arc::clone(batches)));
+    }
     let app = routes::app(Arc::clone(&service), guard);
-    let finished = listener::serve(listener, app, service, stop, at_once).await;
+    let finished = listener::serve(listener, app, Arc::clone(&service), stop, at_once).await;
+    if let Some(batches) = &service.batches {
+        batches.put_down();
+    }
     if !finished && !global.quiet {
         eprintln!("stopped before every request was answered");
     }

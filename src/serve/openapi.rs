@@ -93,7 +93,9 @@ fn describe(name: &str, inputs: &[RowInput]) -> Value {
         TEXT,
         text,
     );
-    super::fine_tuning::openapi::describe(&mut paths, &mut types, &problem());
+    super::files::openapi::describe(&mut paths);
+    super::batches::openapi::describe(&mut paths, &mut types);
+    super::fine_tuning::openapi::describe(&mut paths, &mut types);
     let mut schemas = types.take_definitions(true);
     schemas.insert("Question".to_owned(), question::schema(inputs));
     schemas.insert("Questions".to_owned(), questions(inputs));
@@ -110,6 +112,30 @@ fn describe(name: &str, inputs: &[RowInput]) -> Value {
         // The key is needed where the server was started with one.
         "security": [{}, {"key": []}],
     })
+}
+
+/// Adds an operation; `content` describes its request's body.
+pub(super) fn add(
+    paths: &mut Map<String, Value>,
+    path: &str,
+    method: &str,
+    about: &str,
+    content: Option<Value>,
+) {
+    let mut operation = json!({
+        "summary": about,
+        "responses": {"200": {"description": "ok"}, "default": problem()},
+    });
+    if let Some(content) = content {
+        operation["requestBody"] = json!({"required": true, "content": content});
+    }
+    let entry = paths.entry(path.to_owned()).or_insert_with(|| json!({}));
+    entry[method] = operation;
+    if path.contains("{id}") {
+        entry["parameters"] = json!([{
+            "name": "id", "in": "path", "required": true, "schema": {"type": "string"},
+        }]);
+    }
 }
 
 const JSON: &str = "application/json";
@@ -182,7 +208,7 @@ fn prediction() -> Value {
     json!({"type": "object", "required": ["label", "model"], "additionalProperties": true,
         "properties": {
             "label": {"type": "string",
-                "description": "one of the program's labels, or `unknown` when the model's answer could not be read"},
+                "description": "one of the program's labels, or `unknown` when the model's answer could not be read or is none of them"},
             "confidence": {"type": "number", "minimum": 0, "maximum": 1},
             "raw": {"type": "string", "description": "the model's answer, where it could not be read"},
             "error": {"type": "string", "description": "why there is no label"},

@@ -1,7 +1,7 @@
 //! `POST /predict` and `POST /predict/batch`: the deployed program.
 //!
 //! A question that was let in always gets an answer: the label, or [`UNKNOWN`] with what the model
-//! said instead.
+//! said instead. A text that is none of the program's labels is no label.
 
 use std::sync::Arc;
 
@@ -148,9 +148,13 @@ fn answer(service: &Service, result: RowResult) -> Answer {
             for name in ["label", "confidence", "raw", "error", "model"] {
                 further.shift_remove(name);
             }
-            match label {
+            match label.map(|label| label.to_python_str()) {
+                Some(label) if !service.about.allows(&label) => {
+                    let why = format!("`{label}` is none of the program's labels");
+                    unread(result.raw.or(Some(label)), Some(why))
+                }
                 Some(label) => Answer {
-                    label: label.to_python_str(),
+                    label,
                     confidence: result.confidence,
                     further,
                     raw: None,

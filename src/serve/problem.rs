@@ -95,6 +95,11 @@ impl Problem {
         self
     }
 
+    /// Its HTTP status.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
     /// What goes over the wire.
     pub(super) fn body(&self) -> Value {
         let kind = match self.status {
@@ -174,6 +179,9 @@ impl From<ModelsError> for Problem {
             ModelsError::Unknown(id) => Self::no_model(&id),
             ModelsError::Forbidden(why) => Self::new(StatusCode::FORBIDDEN, why),
             ModelsError::Taken(_) => Self::bad(error.to_string()).of("lora_name"),
+            ModelsError::Full(_) => Self::bad(error.to_string())
+                .of("lora_name")
+                .code("too_many_adapters"),
             ModelsError::Unusable(why) => Self::bad(why).code("invalid_adapter"),
         }
     }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::guard::{self, Guard};
 use super::problem::{Problem, Refused};
 use super::service::Service;
-use super::{fine_tuning, limits, metrics, openai, openapi, predict, question};
+use super::{batches, files, fine_tuning, limits, metrics, openai, openapi, predict, question};
 
 const PAGE: &str = include_str!("page.html");
 /// The page's own script and style, requests to this server, and nothing else.
@@ -20,7 +20,7 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Every path, as the metrics and the OpenAPI document name it.
-pub(super) const PATHS: [&str; 22] = [
+pub(super) const PATHS: [&str; 25] = [
     "/",
     "/predict",
     "/predict/batch",
@@ -38,6 +38,9 @@ pub(super) const PATHS: [&str; 22] = [
     UPLOAD,
     "/v1/files/{id}",
     "/v1/files/{id}/content",
+    "/v1/batches",
+    "/v1/batches/{id}",
+    "/v1/batches/{id}/cancel",
     "/v1/fine_tuning/jobs",
     "/v1/fine_tuning/jobs/{id}",
     "/v1/fine_tuning/jobs/{id}/cancel",
@@ -64,6 +67,8 @@ pub(super) fn app(service: Arc<Service>, guard: Guard) -> Router {
         .route("/v1/completions", post(openai::text))
         .route("/v1/load_lora_adapter", post(openai::load))
         .route("/v1/unload_lora_adapter", post(openai::unload))
+        .merge(file_paths())
+        .merge(batch_paths())
         .merge(fine_tuning_paths())
         .fallback(async || Problem::new(StatusCode::NOT_FOUND, "there is no such path"))
         .method_not_allowed_fallback(async || {
@@ -85,17 +90,27 @@ pub(super) fn app(service: Arc<Service>, guard: Guard) -> Router {
         .with_state(service)
 }
 
-fn fine_tuning_paths() -> Router<Arc<Service>> {
-    use fine_tuning::{
-        cancel, checkpoints, create_job, delete_file, events, file, file_content, files, job, jobs,
-        upload,
-    };
-    const JOBS: &str = "/v1/fine_tuning/jobs";
-    let limit = DefaultBodyLimit::max(fine_tuning::FILE);
+fn file_paths() -> Router<Arc<Service>> {
+    let limit = DefaultBodyLimit::max(files::FILE);
+    let all = get(files::files).post(files::upload);
     Router::new()
-        .route(UPLOAD, get(files).post(upload).layer(limit))
-        .route("/v1/files/{id}", get(file).delete(delete_file))
-        .route("/v1/files/{id}/content", get(file_content))
+        .route(UPLOAD, all.layer(limit))
+        .route("/v1/files/{id}", get(files::file).delete(files::delete))
+        .route("/v1/files/{id}/content", get(files::file_content))
+}
+
+fn batch_paths() -> Router<Arc<Service>> {
+    let all = get(batches::batches).post(batches::create);
+    Router::new()
+        .route("/v1/batches", all)
+        .route("/v1/batches/{id}", get(batches::batch))
+        .route("/v1/batches/{id}/cancel", post(batches::cancel))
+}
+
+fn fine_tuning_paths() -> Router<Arc<Service>> {
+    use fine_tuning::{cancel, checkpoints, create_job, events, job, jobs};
+    const JOBS: &str = "/v1/fine_tuning/jobs";
+    Router::new()
         .route(JOBS, get(jobs).post(create_job))
         .route(&format!("{JOBS}/{{id}}"), get(job))
         .route(&format!("{JOBS}/{{id}}/cancel"), post(cancel))

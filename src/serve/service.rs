@@ -16,6 +16,8 @@ use flowrun_steps::bundle::UNKNOWN;
 use flowrun_steps::serving::{Ask, Ended, Engine, Event, Loaded, ModelEntry, Piece, Prompt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use super::batches::Batches;
+use super::files::Files;
 use super::fine_tuning::FineTuning;
 use super::metrics::Metrics;
 use super::problem::{Problem, Refused};
@@ -31,8 +33,17 @@ pub(super) struct Limits {
     pub(super) answer: Duration,
     /// How long a client may take to send its request.
     pub(super) read: Duration,
+    /// How long a client may take nothing of an answer that is there for it.
+    pub(super) write: Duration,
     /// How long requests under way may take once the server was told to stop.
     pub(super) drain: Duration,
+}
+
+impl Limits {
+    /// Answers to requests of batches at once.
+    pub(super) fn batched(&self) -> usize {
+        (self.batch / 2).max(1)
+    }
 }
 
 /// What answers.
@@ -68,10 +79,19 @@ pub(super) struct About {
     pub(super) inputs: Vec<RowInput>,
     /// The program's labels.
     pub(super) labels: Vec<String>,
+    /// Whether its answers are these and no others.
+    pub(super) closed: bool,
     /// Seconds since 1970 when the server started.
     pub(super) started: u64,
     /// Folders that adapters may come from.
     pub(super) adapters: Vec<PathBuf>,
+}
+
+impl About {
+    /// Whether a label is one that the program may give.
+    pub(super) fn allows(&self, label: &str) -> bool {
+        !self.closed || self.labels.iter().any(|known| known == label)
+    }
 }
 
 /// What every handler knows.
@@ -82,7 +102,11 @@ pub(crate) struct Service {
     pub(super) metrics: Arc<Metrics>,
     /// Trains, where it was asked to.
     pub(super) fine_tuning: Option<Arc<FineTuning>>,
+    /// Answers batches, where it was asked to.
+    pub(super) batches: Option<Arc<Batches>>,
     places: Arc<Semaphore>,
+    /// Answers to requests of batches at once.
+    batched: Arc<Semaphore>,
     /// Calls of an [`Answerer`] at once.
     callers: Arc<Semaphore>,
     draining: AtomicBool,
@@ -119,7 +143,9 @@ impl Service {
             limits,
             metrics,
             fine_tuning: None,
+            batches: None,
             places: Arc::new(Semaphore::new(limits.batch + limits.queue)),
+            batched: Arc::new(Semaphore::new(limits.batched())),
             callers: Arc::new(Semaphore::new(callers.max(1))),
             draining: AtomicBool::new(false),
         }
@@ -131,15 +157,41 @@ impl Service {
         self
     }
 
-    /// Places for `count` requests, until what this returns is dropped.
-    pub(super) fn admit(&self, count: usize) -> Result<OwnedSemaphorePermit, Problem> {
+    /// The same, answering the batches that it is given.
+    pub(super) fn batching(mut self, batches: Option<Batches>) -> Self {
+        self.batches = batches.map(Arc::new);
+        self
+    }
+
+    /// The folders of files.
+    pub(super) fn files(&self) -> Vec<Files> {
+        let of_tuning = self.fine_tuning.iter().map(|tuning| tuning.files().clone());
+        let of_batches = self.batches.iter().map(|batches| batches.files().clone());
+        let mut all: Vec<Files> = of_tuning.chain(of_batches).collect();
+        // One folder may be named for both.
+        all.dedup();
+        all
+    }
+
+    /// Whether callers may upload files.
+    pub(super) fn keeps_files(&self) -> bool {
+        self.fine_tuning.is_some() || self.batches.is_some()
+    }
+
+    /// As a number of places, if there are so many.
+    fn fitting(&self, count: usize) -> Result<u32, Problem> {
         let most = self.limits.batch + self.limits.queue;
         let count = u32::try_from(count)
             .ok()
             .filter(|count| *count as usize <= most);
-        let count = count.ok_or_else(|| {
+        count.ok_or_else(|| {
             Problem::bad(format!("this server takes {most} answers at once, at most"))
-        })?;
+        })
+    }
+
+    /// Places for `count` requests, until what this returns is dropped.
+    pub(super) fn admit(&self, count: usize) -> Result<OwnedSemaphorePermit, Problem> {
+        let count = self.fitting(count)?;
         let places = Arc::clone(&self.places).try_acquire_many_owned(count);
         places.map_err(|_| {
             self.metrics.refused("queue_full");
@@ -152,6 +204,21 @@ impl Service {
     pub(super) fn admit_rows(&self, rows: usize) -> Result<OwnedSemaphorePermit, Problem> {
         let most = self.limits.batch + self.limits.queue;
         self.admit(rows.min(most.div_ceil(2)))
+    }
+
+    /// Places for a request of a batch, once they are free: nobody waits for it. All that batches
+    /// ask for has half of the rows that are computed together at most, so that others find room.
+    pub(super) async fn admit_batched(
+        &self,
+        count: usize,
+    ) -> Result<[OwnedSemaphorePermit; 2], Problem> {
+        let gone = |_| Problem::from(Refused::Down);
+        let count = self.fitting(count)?;
+        let share = count.min(u32::try_from(self.limits.batched()).unwrap_or(u32::MAX));
+        let turn = Arc::clone(&self.batched).acquire_many_owned(share).await;
+        let turn = turn.map_err(gone)?;
+        let places = Arc::clone(&self.places).acquire_many_owned(count).await;
+        Ok([turn, places.map_err(gone)?])
     }
 
     /// Places that are taken.

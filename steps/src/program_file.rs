@@ -211,6 +211,20 @@ impl ProgramFile {
         }
     }
 
+    /// The labels, where it has no other answers: a classifier, or a prompt whose answer is of
+    /// type `label`.
+    #[must_use]
+    pub fn closed_labels(&self) -> Option<&[String]> {
+        let closed = match self {
+            Self::Prompt(saved) => {
+                let prompt = saved.spec.prompt();
+                prompt.is_some_and(|prompt| prompt.label_output().is_some())
+            }
+            Self::Classifier(_) => true,
+        };
+        Some(self.labels()).filter(|labels| closed && !labels.is_empty())
+    }
+
     /// The rows that it came from; `None` when that is not known.
     #[must_use]
     pub fn lineage(&self) -> Option<&Lineage> {

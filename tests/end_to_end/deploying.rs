@@ -270,6 +270,38 @@ fn a_worse_bundle_is_refused_with_the_rows_it_loses() {
 }
 
 #[test]
+fn a_failed_smoke_test_leaves_the_old_version_serving() {
+    // Another model than the one that was scored.
+    let local = all_right();
+    local.run(&[]).ok();
+    let first = local.current();
+    write_model(&local.0.path("other"), 2);
+    let models = "models:\n  other:\n    provider: embedded\n    weights: { file: other }\n";
+    local.0.edit(PIPELINE, "models:\n", models);
+    local.0.edit(
+        PIPELINE,
+        "name: tiny\n      model: student\n",
+        "name: tiny\n      model: other\n",
+    );
+    let refused = local.run(&[]);
+    assert_eq!(refused.code, Some(5), "{}", refused.stdout);
+    assert!(
+        refused
+            .stdout
+            .contains("the smoke test failed, nothing was deployed"),
+        "{}",
+        refused.stdout
+    );
+    assert_eq!(local.current(), first);
+    assert!(is_up(&first));
+    let url = first["url"].as_str().unwrap();
+    let folder = first["folder"].as_str().unwrap();
+    let check = ["deploy", "check", url, "--bundle", folder, "--json"];
+    let checked = local.0.run(&check).ok().events();
+    assert_eq!(checked[0]["smoke"]["agreed"], checked[0]["smoke"]["rows"]);
+}
+
+#[test]
 fn a_bundle_is_checked_later_by_what_it_was_admitted_with() {
     // Another model than the one that was scored, and all the same admitted.
     let local = all_right();
@@ -387,6 +419,35 @@ fn a_bundle_is_rendered_for_every_target_that_can_run_it() {
             "{said}"
         );
     }
+}
+
+#[test]
+fn the_manifests_are_valid_by_the_schemas_of_kubernetes() {
+    let Some(validate) = std::env::var_os("FLOWRUN_KUBERNETES_VALIDATE") else {
+        println!("skipped: FLOWRUN_KUBERNETES_VALIDATE names no `kubernetes-validate`");
+        return;
+    };
+    let project = tiny::project();
+    project.run(&[PIPELINE]).ok();
+    let render = ["deploy", "render", "bundle", "--target", "kubernetes"];
+    let set = ["-o", "k8s", "--set", "namespace=bank"];
+    project.run(&[&render[..], &set].concat()).ok();
+    let valid = |file: &str| {
+        let checked = Command::new(&validate)
+            .args(["-k", "1.31", "--strict"])
+            .arg(project.path(file))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&checked.stderr).into_owned();
+        (checked.status.success(), said + &errors)
+    };
+    let (good, said) = valid("k8s/kubernetes.yaml");
+    assert!(good, "{said}");
+    let wrong = project.read("k8s/kubernetes.yaml");
+    let wrong = wrong.replace("containerPort:", "containerPorts:");
+    project.write("k8s/wrong.yaml", &wrong);
+    assert!(!valid("k8s/wrong.yaml").0, "a wrong one is refused");
 }
 
 #[test]

@@ -69,6 +69,26 @@ fn the_layers_hold() {
 }
 
 #[test]
+fn the_tests_that_the_faults_of_serving_name_are_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let page = read("docs/design/serving.md");
+    let (_, section) = page.split_once("\n## Faults\n").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let named = section.split('`').filter_map(|word| word.split_once("::"));
+    let mut count = 0;
+    for (file, test) in named {
+        let source = read(&format!("tests/end_to_end/{file}.rs"));
+        assert!(
+            source.contains(&format!("#[test]\nfn {test}() {{")),
+            "{file}::{test}"
+        );
+        count += 1;
+    }
+    assert!(count > 15, "{count}");
+}
+
+#[test]
 fn the_generated_schemas_are_current() {
     let project = crate::project::Project::new();
     for (args, name) in [

@@ -49,6 +49,7 @@ mod remote_s3;
 mod sandbox;
 mod schema;
 mod search;
+mod serve_batches;
 mod server;
 mod serving;
 mod shards;

@@ -3,8 +3,11 @@
 use std::path::Path;
 use std::process::Stdio;
 
+use serde_json::Value;
+
 use crate::project::{Project, Run};
-use crate::tiny::write_model;
+use crate::server::{Server, chat};
+use crate::tiny::{write_adapter, write_model};
 
 /// Opens a model and ends at once if that goes well.
 fn open(project: &Project, path: &Path) -> Run {
@@ -248,4 +251,113 @@ fn damaged_files_of_a_model_are_errors() {
         std::fs::write(&config, text.replace(from, to)).unwrap();
         assert_refused(&open(&project, &folder), to);
     }
+}
+
+/// `good` with a few bits turned over among its first `head` bytes, cut off, or with bytes between;
+/// another one each round.
+fn damaged(good: &[u8], head: usize, round: usize) -> Vec<u8> {
+    let mut bad = good.to_vec();
+    let end = bad.len().min(head);
+    let place = |at: usize| (round * 7919 + at * 104_729) % end;
+    match round % 4 {
+        0 => bad.truncate(place(1)),
+        1 => {
+            let number = u64::MAX >> (round % 64);
+            let at = place(2).min(bad.len().saturating_sub(8));
+            bad[at..at + 8].copy_from_slice(&number.to_le_bytes());
+        }
+        2 => {
+            let again = bad[..place(3)].to_vec();
+            bad = [again, bad].concat();
+        }
+        _ => {
+            for at in 0..4 {
+                bad[place(at)] ^= 1 << ((round + at) % 8);
+            }
+        }
+    }
+    bad
+}
+
+#[test]
+fn no_damage_to_a_gguf_is_a_crash() {
+    let good = concat!(env!("CARGO_MANIFEST_DIR"), "/model/parity/tiny/mixed.gguf");
+    let good = std::fs::read(good).unwrap();
+    let project = Project::new();
+    let path = project.path("x.gguf");
+    std::fs::write(&path, &good).unwrap();
+    let run = open(&project, &path);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    for round in 0..64 {
+        std::fs::write(&path, damaged(&good, 8000, round)).unwrap();
+        let run = open(&project, &path);
+        // It may still be a model.
+        if run.code != Some(0) {
+            assert_refused(&run, &format!("round {round}"));
+        }
+    }
+}
+
+#[test]
+fn no_damage_to_an_adapter_ends_the_server_or_spoils_other_adapters() {
+    let project = Project::new();
+    write_model(&project.path("tiny"), 1);
+    for (name, seed) in [("good", 11), ("bad", 12)] {
+        write_adapter(&project.path(&format!("adapters/{name}")), seed);
+    }
+    let mut command = project.command(&["serve", "tiny", "--adapters", "adapters"]);
+    command.env_remove("FLOWRUN_API_KEY");
+    let server = Server::start(command);
+    let said = |id: &str| -> (u16, Value) {
+        let answer = server.ask("/v1/chat/completions", &chat(id, "hello", 4));
+        (answer.status().as_u16(), answer.json().unwrap())
+    };
+    let before = said("tiny:good").1["choices"].clone();
+    let mut refused = 0;
+    for name in ["adapter_model.safetensors", "adapter_config.json"] {
+        let path = project.path("adapters/bad").join(name);
+        let good = std::fs::read(&path).unwrap();
+        for round in 0..100 {
+            // Another file each time, whatever the clock says: it is read anew.
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, damaged(&good, 2000, round)).unwrap();
+            let (status, body) = said("tiny:bad");
+            assert!(
+                [200, 400].contains(&status),
+                "{name}, round {round}: {body}"
+            );
+            if status == 400 {
+                assert!(body["error"]["message"].is_string(), "{body}");
+                refused += 1;
+            }
+        }
+        std::fs::write(&path, good).unwrap();
+    }
+    assert!(refused > 100, "{refused}");
+    let (status, answer) = said("tiny:good");
+    assert_eq!((status, &answer["choices"]), (200, &before));
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn what_python_would_run_is_never_read() {
+    let project = Project::new();
+    let folder = project.path("tiny");
+    write_model(&folder, 1);
+    let weights = folder.join("model.safetensors");
+    std::fs::rename(&weights, folder.join("pytorch_model.bin")).unwrap();
+    let run = open(&project, &folder);
+    assert_refused(&run, "a pickled model");
+    assert!(run.stderr.contains("safetensors"), "{}", run.stderr);
+    std::fs::rename(folder.join("pytorch_model.bin"), weights).unwrap();
+    write_adapter(&project.path("adapters/one"), 11);
+    let adapter = project.path("adapters/one/adapter_model.safetensors");
+    std::fs::rename(&adapter, adapter.with_extension("bin")).unwrap();
+    let mut command = project.command(&["serve", "tiny", "--adapters", "adapters"]);
+    command.env_remove("FLOWRUN_API_KEY");
+    let server = Server::start(command);
+    let models: Value = server.get("/v1/models").json().unwrap();
+    assert_eq!(models["data"].as_array().unwrap().len(), 1);
+    let (status, _) = server.problem("/v1/chat/completions", &chat("tiny:one", "a", 1));
+    assert_eq!(status, 404);
 }

@@ -1,7 +1,9 @@
 """The official `openai` package against `flowrun serve`: argv is the base URL and the model's id."""
 
 import asyncio
+import json
 import sys
+import time
 
 import openai
 
@@ -76,4 +78,46 @@ async def together():
 
 answers = asyncio.run(together())
 assert answers[0] == answers[3] == text and answers[1] == other.choices[0].message.content
+
+
+def request(name, **changes):
+    body = {**greedy, **changes}
+    return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body})
+
+
+def ended(batch):
+    deadline = time.monotonic() + 120
+    while batch.status not in ("completed", "failed", "expired", "cancelled"):
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+        batch = client.batches.retrieve(batch.id)
+    return batch
+
+
+def lines(file):
+    answers = map(json.loads, client.files.content(file).text.splitlines())
+    return {answer["custom_id"]: answer["response"] for answer in answers}
+
+
+requests = [request("base"), request("one", model=ids[1]), request("none", model="another")]
+file = client.files.create(file=("requests.jsonl", "\n".join(requests).encode()), purpose="batch")
+assert file.purpose == "batch" and client.files.retrieve(file.id).filename == "requests.jsonl"
+order = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+batch = ended(client.batches.create(**order, metadata={"for": "a test"}))
+counts = batch.request_counts
+assert batch.status == "completed" and batch.metadata == {"for": "a test"}, batch
+assert (counts.total, counts.completed, counts.failed) == (3, 2, 1), batch
+answered = lines(batch.output_file_id)
+said = {name: answer["body"]["choices"][0]["message"]["content"] for name, answer in answered.items()}
+assert said == {"base": text, "one": other.choices[0].message.content}, said
+assert lines(batch.error_file_id)["none"]["status_code"] == 404
+assert [b.id for b in client.batches.list(limit=1)] == [batch.id]
+
+slow = client.files.create(file=("slow.jsonl", request("slow", max_tokens=20000).encode()), purpose="batch")
+cancelled = ended(client.batches.cancel(client.batches.create(**{**order, "input_file_id": slow.id}).id))
+assert cancelled.status == "cancelled", cancelled
+assert {b.id for b in client.batches.list(limit=1)} == {batch.id, cancelled.id}
+assert {f.id for f in client.files.list()} >= {file.id, slow.id, batch.output_file_id}
+assert client.files.delete(slow.id).deleted
+
 print("ok", openai.__version__)

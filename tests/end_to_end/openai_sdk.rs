@@ -33,7 +33,9 @@ fn the_official_client_works_unmodified() {
     write_model(&project.path("tiny"), 1);
     write_adapter(&project.path("adapters/one"), 11);
     write_adapter(&project.path("adapters/two"), 12);
-    let mut command = project.command(&["serve", "tiny", "--adapters", "adapters"]);
+    let serve = ["serve", "tiny", "--adapters", "adapters"];
+    let mut command = project.command(&serve);
+    command.args(["--batches", "batches"]);
     command.env_remove("FLOWRUN_API_KEY");
     let server = Server::start(command);
     let script = concat!(

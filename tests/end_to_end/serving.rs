@@ -121,6 +121,84 @@ fn the_program_of_a_bundle_always_answers() {
     assert_eq!(server.stop(), Some(0));
 }
 
+/// The prompt within a saved program.
+fn prompt(program: &mut Value) -> Option<&mut Value> {
+    if program.get("outputs").is_some() {
+        return Some(program);
+    }
+    program.as_object_mut()?.values_mut().find_map(prompt)
+}
+
+#[test]
+fn an_answer_that_is_no_label_is_unknown_with_what_the_model_said() {
+    let project = tiny::project();
+    project.run(&["pipeline.yaml"]).ok();
+    let saved: Value = serde_json::from_str(&project.read("bundle/program.json")).unwrap();
+    // The model is held to nothing: it says what is no label, or knows not the form of two fields.
+    for (second, reason) in [
+        (None, "is none of the program's labels"),
+        (Some(json!({"name": "sure", "type": "bool"})), ""),
+    ] {
+        let mut program = saved.clone();
+        let spec = prompt(&mut program).unwrap();
+        spec["constrain"] = false.into();
+        spec["outputs"].as_array_mut().unwrap().extend(second);
+        std::fs::remove_file(project.path("bundle/program.json")).unwrap();
+        project.write("bundle/program.json", &program.to_string());
+        let server = serve(&project, &["bundle"]);
+        let answer = server.json("/predict", &json!({"text": "Where is my card?"}));
+        assert_eq!(answer["label"], "unknown", "{answer}");
+        assert!(!answer["raw"].as_str().unwrap().is_empty(), "{answer}");
+        assert!(
+            answer["error"].as_str().unwrap().contains(reason),
+            "{answer}"
+        );
+        assert!(answer["confidence"].is_null(), "{answer}");
+        let answers = server.json("/predict/batch", &json!({"texts": ["My PIN"]}));
+        assert_eq!(answers["predictions"][0]["label"], "unknown");
+    }
+}
+
+#[test]
+fn the_command_that_a_server_tells_of_works_with_curl() {
+    let project = tiny::project();
+    project.run(&["pipeline.yaml"]).ok();
+    let log = project.path("log");
+    let mut command = project.command(&["serve", "bundle", "--port", "0"]);
+    command
+        .env_remove("FLOWRUN_API_KEY")
+        .stderr(std::fs::File::create(&log).unwrap());
+    let mut child = command.spawn().unwrap();
+    let told = loop {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let mut lines = text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        if let Some(line) = lines.find(|line| line.trim().starts_with("curl ")) {
+            break line.trim().to_owned();
+        }
+        assert!(child.try_wait().unwrap().is_none(), "{text}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let asked = Command::new("sh")
+        .args(["-c", &told])
+        .envs([("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")])
+        .output()
+        .unwrap();
+    let stopped = Command::new("kill").arg(child.id().to_string()).status();
+    assert!(stopped.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    // The shell's word for a command that is not there.
+    if asked.status.code() == Some(127) {
+        println!("skipped: there is no curl");
+        return;
+    }
+    let said = String::from_utf8_lossy(&asked.stdout);
+    assert!(asked.status.success(), "{told}: {said}");
+    let answer: Value = serde_json::from_str(&said).unwrap();
+    assert!(answer["label"].is_string(), "{answer}");
+}
+
 #[test]
 fn a_chat_is_whole_or_streamed_token_by_token() {
     let (_project, server) = with_adapters(&[]);
@@ -474,6 +552,28 @@ fn a_full_queue_refuses_and_a_client_that_leaves_makes_room() {
     assert_eq!(server.metric("flowrun_given_up_total"), 2.0);
     let generated = server.metric("flowrun_generated_tokens_total");
     assert!(generated < f64::from(ENDLESS), "{generated}");
+    server.json("/v1/chat/completions", &chat("tiny", "again", 3));
+}
+
+#[test]
+fn a_client_that_leaves_before_its_answer_is_computed_no_further() {
+    let (_project, server) = with_adapters(&["--max-batch", "2", "--max-queue", "0"]);
+    let body = chat("tiny", "hello", ENDLESS).to_string();
+    let request = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut streams = [server.connect(), server.connect()];
+    for stream in &mut streams {
+        stream.write_all(request.as_bytes()).unwrap();
+    }
+    server.wait_for("flowrun_running", 2.0);
+    let refused = server.ask("/v1/chat/completions", &chat("tiny", "no", 3));
+    assert_eq!(refused.status(), 429);
+    drop(streams);
+    server.wait_for("flowrun_running", 0.0);
+    assert_eq!(server.metric("flowrun_given_up_total"), 2.0);
+    assert_eq!(server.metric("flowrun_generated_tokens_total"), 0.0);
     server.json("/v1/chat/completions", &chat("tiny", "again", 3));
 }
 

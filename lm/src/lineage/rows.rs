@@ -87,6 +87,15 @@ impl Rows {
         numbered + self.named.len()
     }
 
+    /// How many rows of each set there are: by what stands before their numbers, without the
+    /// colon; rows that have none are a set of the name "".
+    pub(super) fn sets(&self) -> impl Iterator<Item = (&str, usize)> {
+        let numbered = self.numbered.iter();
+        let numbered = numbered.map(|(start, rows)| (start.trim_end_matches(':'), rows.len()));
+        let named = Some(("", self.named.len())).filter(|(_, count)| *count > 0);
+        numbered.chain(named)
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -11,11 +11,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{is_id, new_id, now, write};
-use crate::exit::{Exit, Failure};
+use crate::exit::Failure;
+use crate::serve::kept::{is_id, new_id, now, read_all, write};
 use crate::serve::problem::Problem;
 
-const PREFIX: &str = "ftjob";
+const PREFIX: &str = "ftjob-";
 /// Characters of a suffix, as at OpenAI.
 const SUFFIX: usize = 64;
 /// Metadata of a job, as at OpenAI.
@@ -241,29 +241,8 @@ struct State {
 impl Jobs {
     /// Reads the jobs of a folder; those that were under way wait again.
     pub(super) fn open(folder: PathBuf, base_id: &str) -> Result<Arc<Self>, Failure> {
-        let failed = |e: &dyn std::fmt::Display| {
-            Failure::new(Exit::Internal, format!("{}: {e}", folder.display()))
-        };
         let mut state = State::default();
-        for entry in std::fs::read_dir(&folder).map_err(|e| failed(&e))? {
-            let path = entry.map_err(|e| failed(&e))?.path();
-            if path.extension().is_none_or(|ending| ending != "json") {
-                continue;
-            }
-            let bytes = std::fs::read(&path).map_err(|e| failed(&e))?;
-            let mut job: Job = match serde_json::from_slice(&bytes) {
-                Ok(job) => job,
-                Err(error) => {
-                    let aside = path.with_extension("damaged");
-                    tracing::warn!(
-                        "{}: {error}; it was renamed to {}",
-                        path.display(),
-                        aside.display()
-                    );
-                    std::fs::rename(&path, &aside).map_err(|e| failed(&e))?;
-                    continue;
-                }
-            };
+        for mut job in read_all::<Job>(&folder)? {
             if job.status == Status::Running && job.starts >= STARTS {
                 let text = format!("the server ended {STARTS} times when it began this job");
                 job.error = Some(text.clone());

@@ -9,9 +9,9 @@ use flowrun_steps::finetune::tuning::{TuneStep, Tuned, publish, read_chats, tune
 use flowrun_steps::models::{EmbeddedSpec, Host};
 use serde_json::json;
 
-use super::files::Files;
 use super::jobs::{Job, Jobs, Status};
-use super::now;
+use crate::serve::files::Files;
+use crate::serve::kept::now;
 
 /// Characters of a job's id that tell its models apart.
 const SHORT: usize = 8;
@@ -60,7 +60,7 @@ fn train(
     world: &World,
     cancel: &Cancel,
 ) -> Result<(), StepError> {
-    let chats = read_chats(&files.chats(&job.training_file))?;
+    let chats = read_chats(&files.content(&job.training_file))?;
     let work = jobs.work(&job.id);
     std::fs::create_dir_all(&work).map_err(|e| StepError::io(&work, &e))?;
     let on_step = |step: TuneStep| {

@@ -76,6 +76,24 @@ impl Choice {
     }
 }
 
+/// Asks the model once there is room, and gives the whole answer.
+pub(super) async fn batched(
+    service: &Arc<Service>,
+    wanted: Wanted,
+    asks: Vec<Ask>,
+) -> Result<Value, Problem> {
+    let _places = service.admit_batched(asks.len()).await?;
+    let deadline = Instant::now() + service.limits.answer;
+    let logprobs = asks.iter().any(|ask| ask.logprobs.is_some());
+    let frame = Frame::new(&wanted);
+    let asked = within(deadline, service.ask(&wanted.model, asks)).await;
+    let events = timed(service, asked)??;
+    let whole = within(deadline, whole(events)).await;
+    let choices = timed(service, whole)??;
+    count(service, &choices);
+    Ok(frame.whole(&choices, logprobs))
+}
+
 /// Asks the model, and answers as wanted.
 pub(super) async fn answer(
     service: &Arc<Service>,

@@ -95,6 +95,21 @@ struct NamedSchema {
 }
 
 impl Chat {
+    /// What is wanted, and what the model is asked for it.
+    pub(super) fn read(mut self) -> Result<(Wanted, Vec<Ask>), Problem> {
+        let wanted = Wanted {
+            kind: Kind::Chat,
+            model: std::mem::take(&mut self.model),
+            prompts: 1,
+            stream: self.stream.unwrap_or(false),
+            usage: self
+                .stream_options
+                .as_ref()
+                .is_some_and(|options| options.include_usage),
+        };
+        Ok((wanted, self.asks()?))
+    }
+
     fn asks(self) -> Result<Vec<Ask>, Problem> {
         refuse_unknown(&self.further)?;
         let messages = self.messages.iter().map(ChatMessage::read);
@@ -207,18 +222,8 @@ pub(in crate::serve) async fn chat(
     State(service): State<Arc<Service>>,
     chat: Result<Json<Chat>, JsonRejection>,
 ) -> Result<Response, Problem> {
-    let Json(mut chat) = chat?;
-    let wanted = Wanted {
-        kind: Kind::Chat,
-        model: std::mem::take(&mut chat.model),
-        prompts: 1,
-        stream: chat.stream.unwrap_or(false),
-        usage: chat
-            .stream_options
-            .as_ref()
-            .is_some_and(|options| options.include_usage),
-    };
-    let asks = chat.asks()?;
+    let Json(chat) = chat?;
+    let (wanted, asks) = chat.read()?;
     answer(&service, wanted, asks).await
 }
 

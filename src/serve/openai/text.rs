@@ -47,6 +47,25 @@ pub(in crate::serve) struct Text {
 }
 
 impl Text {
+    /// What is wanted, and what the model is asked for it.
+    pub(super) fn read(mut self) -> Result<(Wanted, Vec<Ask>), Problem> {
+        let prompts = match &self.prompt {
+            OneOrMany::One(_) => 1,
+            OneOrMany::Many(prompts) => prompts.len(),
+        };
+        let wanted = Wanted {
+            kind: Kind::Text,
+            model: std::mem::take(&mut self.model),
+            prompts,
+            stream: self.stream.unwrap_or(false),
+            usage: self
+                .stream_options
+                .as_ref()
+                .is_some_and(|options| options.include_usage),
+        };
+        Ok((wanted, self.asks()?))
+    }
+
     fn asks(self) -> Result<Vec<Ask>, Problem> {
         refuse_unknown(&self.further)?;
         let prompts = self.prompt.into_vec();
@@ -83,21 +102,7 @@ pub(in crate::serve) async fn text(
     State(service): State<Arc<Service>>,
     text: Result<Json<Text>, JsonRejection>,
 ) -> Result<Response, Problem> {
-    let Json(mut text) = text?;
-    let prompts = match &text.prompt {
-        OneOrMany::One(_) => 1,
-        OneOrMany::Many(prompts) => prompts.len(),
-    };
-    let wanted = Wanted {
-        kind: Kind::Text,
-        model: std::mem::take(&mut text.model),
-        prompts,
-        stream: text.stream.unwrap_or(false),
-        usage: text
-            .stream_options
-            .as_ref()
-            .is_some_and(|options| options.include_usage),
-    };
-    let asks = text.asks()?;
+    let Json(text) = text?;
+    let (wanted, asks) = text.read()?;
     answer(&service, wanted, asks).await
 }

@@ -282,12 +282,19 @@ impl Bundle {
         Ok(checkpoint.adapter.map(|_| folder))
     }
 
-    /// The rows to ask before it is used.
+    /// The rows to ask before it is used, with the labels that a server gives: what is none of the
+    /// program's labels is [`UNKNOWN`].
     ///
     /// # Errors
     /// When they cannot be read.
     pub fn smoke_rows(&self) -> Result<Vec<SmokeRow>, StepError> {
-        read_jsonl(&self.folder.join(SMOKE))
+        let mut rows: Vec<SmokeRow> = read_jsonl(&self.folder.join(SMOKE))?;
+        if let Some(labels) = self.program.closed_labels() {
+            for row in rows.iter_mut().filter(|row| !labels.contains(&row.label)) {
+                UNKNOWN.clone_into(&mut row.label);
+            }
+        }
+        Ok(rows)
     }
 }
 

@@ -102,6 +102,21 @@ fn a_bundle_is_read_as_it_was_written_and_equal_parts_give_equal_bytes() {
 }
 
 #[test]
+fn a_smoke_row_with_a_label_that_there_is_not_is_unknown() {
+    let dir = tempfile::tempdir().unwrap();
+    let remote = model(json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"}));
+    let mut scores = scores("d");
+    scores.programs[0].rows[2].predicted = Some("made_up".to_owned());
+    let bundle = write(&dir.path().join("b"), &remote, &scores, dir.path()).unwrap();
+    let labels = bundle
+        .smoke_rows()
+        .unwrap()
+        .into_iter()
+        .map(|row| row.label);
+    assert_eq!(labels.collect::<Vec<_>>(), ["a", UNKNOWN, "a", "a"]);
+}
+
+#[test]
 fn the_card_says_whether_the_accuracy_is_clean() {
     let dir = tempfile::tempdir().unwrap();
     let remote = model(json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"}));

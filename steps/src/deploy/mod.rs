@@ -9,12 +9,13 @@
 //! | `canary` | the new bundle beside the one in use |
 //! | `local` | the target `local`: leaves the server running |
 //! | `targets` | files for other places to run |
-//! | `ray` | the target `ray-serve`: serves the files on a cluster |
+//! | `ray`, `on_ray` | the target `ray-serve`: serves the files on a cluster; the way back |
 //! | `package` | files as Ray takes them |
 
 mod canary;
 mod expect;
 pub mod local;
+pub mod on_ray;
 pub(crate) mod package;
 mod ray;
 mod server;
@@ -41,7 +42,7 @@ use crate::schema_of;
 use crate::scores::{ProgramScore, Scores};
 use canary::{Canary, Compared};
 use expect::Expect;
-use ray::ClusterSpec;
+pub use ray::ClusterSpec;
 use server::{Endpoint, Life, Server};
 pub use smoke::Agreed;
 use targets::Settings;
@@ -80,14 +81,15 @@ struct Params {
     /// Compares it, row by row, with the bundle in use; nothing is compared where there is none.
     #[serde(default)]
     canary: Option<Canary>,
-    /// The folder of the bundle in use, for `expect` and `canary`; for the target `local` it is
-    /// the one deployed there.
+    /// The folder of the bundle in use, for `expect` and `canary`; for the targets `local` and, on
+    /// a cluster, `ray-serve` it is the one deployed there.
     #[serde(default)]
     against: Option<PathBuf>,
     /// Target `local`: the port to serve on; 0 takes a free one.
     #[serde(default)]
     port: u16,
-    /// Target `local`: the folder of the project where deployed bundles lie.
+    /// Targets `local` and, on a cluster, `ray-serve`: the folder of the project where what is
+    /// deployed lies.
     #[serde(default = "deployed")]
     folder: PathBuf,
     /// Target `ray-serve`: the cluster to serve it on; without one, only its files are written.
@@ -270,7 +272,7 @@ impl Step for Deploy {
                 .metric("stop", format!("kill {}", current.pid));
         }
         if let Some(cluster) = params.cluster() {
-            let url = serve_on_ray(&cluster.open(&ctx.world)?, &params, &bundle, ctx)?;
+            let url = serve_on_ray(cluster, &params, &bundle, &digest, ctx)?;
             outcome = outcome.metric("url", url);
         }
         Ok(outcome)
@@ -279,13 +281,23 @@ impl Step for Deploy {
 
 /// Serves the written files on a cluster, once they answer the smoke rows there.
 fn serve_on_ray(
-    cluster: &ray::Cluster,
+    spec: &ClusterSpec,
     params: &Params,
     bundle: &Bundle,
+    digest: &str,
     ctx: &StepContext,
 ) -> Result<String, StepError> {
+    let cluster = spec.open(&ctx.world)?;
     let package = ctx.work_dir.join("package.zip");
-    let version = ray::Version::pack(&ctx.output("files"), &package)?;
+    let files = ctx.output("files");
+    let version = ray::Version::pack(&files, &package)?;
+    let place = params.place_on_ray(&ctx.world);
+    let release = on_ray::Release {
+        application: version.application(),
+        bundle: digest.to_owned(),
+        folder: place.keep(&files, &version.application())?,
+        since: on_ray::now(),
+    };
     let rows = bundle.smoke_rows()?;
     let told = |done, total| {
         ctx.reporter
@@ -296,7 +308,9 @@ fn serve_on_ray(
         let agreed = smoke::check(endpoint, &rows, agreement, &ctx.cancel, &told)?;
         params.expect.check_speed(&agreed)
     };
-    cluster.deploy(&version, &ctx.world, &ctx.cancel, &smoke)
+    let switch = || cluster.deploy(&version, &ctx.world, &ctx.cancel, &smoke);
+    let (_, url) = place.record(spec, release, switch)?;
+    Ok(url)
 }
 
 impl Params {
@@ -305,6 +319,10 @@ impl Params {
         self.ray
             .as_ref()
             .filter(|_| self.target == Target::RayServe)
+    }
+
+    fn place_on_ray(&self, world: &World) -> on_ray::Place {
+        on_ray::Place::new(&world.root.join(&self.folder), &self.name)
     }
 
     fn place(&self, world: &World) -> local::Place {
@@ -317,13 +335,15 @@ impl Params {
             return Bundle::open(&world.root.join(against)).map(Some);
         }
         let deployed = match self.target {
-            Target::Local => self.place(world).current(),
+            Target::Local => self.place(world).current().map(|current| current.folder),
+            Target::RayServe if self.ray.is_some() => {
+                let current = self.place_on_ray(world).current();
+                current.map(|current| current.release.bundle_folder())
+            }
             _ => None,
         };
-        let there = deployed.filter(|current| crate::bundle::is_bundle(&current.folder));
-        there
-            .map(|current| Bundle::open(&current.folder))
-            .transpose()
+        let there = deployed.filter(|folder| crate::bundle::is_bundle(folder));
+        there.map(|folder| Bundle::open(&folder)).transpose()
     }
 }
 

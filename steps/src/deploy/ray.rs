@@ -34,7 +34,7 @@ const APPLICATIONS: &str = "/api/serve/applications/";
 /// A Ray cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct ClusterSpec {
+pub struct ClusterSpec {
     /// Address of its dashboard, `http://127.0.0.1:8265`. A token is taken from `RAY_AUTH_TOKEN`.
     #[schemars(url, regex(pattern = "^https?://"))]
     dashboard: String,
@@ -62,6 +62,18 @@ pub(super) struct Cluster {
 #[derive(Debug, Clone)]
 struct Served(Value);
 
+/// What Ray says of one application.
+pub(super) struct Look {
+    /// Its word for the state; none where it does not know the application.
+    pub(super) status: Option<String>,
+    /// Seconds since 1970 when it was deployed there.
+    pub(super) since: Option<u64>,
+    /// Where it answers.
+    pub(super) url: Option<String>,
+    /// What went wrong, as far as Ray says.
+    pub(super) why: String,
+}
+
 impl ClusterSpec {
     /// # Errors
     /// Failed when no client can be made.
@@ -82,6 +94,23 @@ impl Cluster {
         }
     }
 
+    /// What Ray says of an application.
+    ///
+    /// # Errors
+    /// Failed when Ray cannot be reached.
+    pub(super) fn look(&self, application: &str) -> Result<Look, StepError> {
+        let served = self.served()?;
+        let since = served.0["applications"][application]["last_deployed_time_s"].as_f64();
+        let route = served.route(application);
+        let url = route.map(|route| self.address(&served.0["http_options"], route));
+        Ok(Look {
+            status: served.state(application).map(str::to_owned),
+            since: since.map(|since| since as u64),
+            url: url.transpose()?,
+            why: served.why(application),
+        })
+    }
+
     /// Serves a version in the place of the one before it, once `smoke` has nothing against it.
     /// One that is served already is only asked. Gives its address.
     ///
@@ -98,7 +127,9 @@ impl Cluster {
         let before = self.served()?;
         let name = version.application();
         let url = self.address(&version.options(&before), &version.route())?;
-        if before.state(&name).is_some_and(|state| state == "RUNNING") {
+        // One that a killed deployment left aside has not taken the route over.
+        let in_place = before.route(&name) == Some(version.route().as_str());
+        if in_place && before.state(&name) == Some("RUNNING") {
             smoke(&Endpoint::new(&url, world)?)?;
             return Ok(url);
         }
@@ -133,7 +164,7 @@ impl Cluster {
     ) -> Result<(), StepError> {
         let name = version.application();
         let aside = format!("/{name}");
-        let mut all = before.applications();
+        let mut all = before.configs(|application| application != name);
         all.push(version.config(&aside));
         self.put(&before.body(version, all))?;
         self.wait_until_running(&name, cancel)?;
@@ -233,8 +264,8 @@ impl Version {
             .unwrap_or_default()
     }
 
-    /// Its application's name: another one where anything in it is another.
-    fn application(&self) -> String {
+    /// Its application's name at Ray: another one where anything in it is another.
+    pub(super) fn application(&self) -> String {
         let what = json!([self.package.name, self.body["applications"]]);
         let digest = Digest::of_record("ray-application", &what).to_hex();
         format!("{}-{}", self.name(), &digest[..SHORT.min(digest.len())])
@@ -267,6 +298,12 @@ impl Version {
 impl Served {
     fn state(&self, name: &str) -> Option<&str> {
         self.0["applications"][name]["status"].as_str()
+    }
+
+    /// The route that it is to have.
+    fn route(&self, name: &str) -> Option<&str> {
+        let config = &self.0["applications"][name]["deployed_app_config"];
+        config["route_prefix"].as_str()
     }
 
     /// What went wrong, as far as Ray says.
@@ -352,6 +389,16 @@ mod tests {
         let names: Vec<&str> = kept.iter().map(|c| c["name"].as_str().unwrap()).collect();
         assert_eq!(names, ["intents-two", "other"]);
         assert_eq!(served().applications().len(), 4);
+    }
+
+    #[test]
+    fn a_route_is_that_of_the_application_as_it_was_asked_for() {
+        let served = Served(json!({"applications": {
+            "a": {"status": "RUNNING", "deployed_app_config": {"route_prefix": "/a"}},
+            "b": {"status": "DELETING", "deployed_app_config": null},
+        }}));
+        assert_eq!(served.route("a"), Some("/a"));
+        assert_eq!((served.route("b"), served.route("c")), (None, None));
     }
 
     #[test]

@@ -21,6 +21,8 @@ use crate::models::embedded::failed;
 const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 /// Bytes of an adapter at most: far more than one of a small model has.
 const LARGEST: u64 = 1 << 30;
+/// Names that callers may give at once.
+const NAMES: usize = 1000;
 
 /// A model in memory. It stays while someone holds it.
 #[derive(Clone)]
@@ -46,6 +48,20 @@ struct State {
 }
 
 impl State {
+    /// Whether `name` may be given: it is known already, or fewer than `most` are. Names whose
+    /// adapter is gone from disk give way.
+    fn room_for(&mut self, name: &str, most: usize) -> Result<(), ModelsError> {
+        if self.named.len() < most || self.named.contains_key(name) {
+            return Ok(());
+        }
+        let there = |folder: &PathBuf| FILES.iter().all(|file| folder.join(file).is_file());
+        self.named.retain(|_, folder| there(folder));
+        match self.named.len() < most {
+            true => Ok(()),
+            false => Err(ModelsError::Full(most)),
+        }
+    }
+
     /// Puts an adapter in the place of what was loaded from its folder; at most `keep` stay.
     fn remember(&mut self, entry: Entry, keep: usize) {
         self.loaded.retain(|other| other.folder != entry.folder);
@@ -186,12 +202,15 @@ impl Adapters {
         if stays || (!again && self.find(name).is_ok()) {
             return Err(ModelsError::Taken(name.to_owned()));
         }
+        // Before a large file is read for nothing.
+        self.state().room_for(name, NAMES)?;
         let entry = Entry {
             stamp: stamp(&folder)?,
             model: self.read(&folder)?,
             folder: folder.clone(),
         };
         let mut state = self.state();
+        state.room_for(name, NAMES)?;
         if let Some(before) = state.named.insert(name.to_owned(), folder) {
             state.loaded.retain(|entry| entry.folder != before);
         }
@@ -309,4 +328,30 @@ fn stamp(folder: &Path) -> Result<Stamp, ModelsError> {
     };
     let [config, weights] = FILES;
     Ok([of(config)?, of(weights)?])
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_bounded_and_those_of_adapters_that_are_gone_give_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = State::default();
+        for name in ["a", "b"] {
+            let folder = dir.path().join(name);
+            std::fs::create_dir_all(&folder).unwrap();
+            for file in FILES {
+                std::fs::write(folder.join(file), "x").unwrap();
+            }
+            state.room_for(name, 2).unwrap();
+            state.named.insert(name.to_owned(), folder);
+        }
+        assert_eq!(state.room_for("c", 2), Err(ModelsError::Full(2)));
+        assert_eq!(state.room_for("a", 2), Ok(()), "it has its place");
+        std::fs::remove_dir_all(dir.path().join("b")).unwrap();
+        assert_eq!(state.room_for("c", 2), Ok(()));
+        assert_eq!(state.named.keys().collect::<Vec<_>>(), ["a"]);
+    }
 }

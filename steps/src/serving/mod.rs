@@ -150,6 +150,9 @@ pub enum ModelsError {
     /// The name is in use.
     #[error("the adapter `{0}` has already been loaded")]
     Taken(String),
+    /// So many names are in use.
+    #[error("{0} adapters have a name already; unload one first")]
+    Full(usize),
     /// The files are no adapter for this base model.
     #[error("{0}")]
     Unusable(String),

@@ -2,9 +2,12 @@
 //! they are a GGUF file), program, and a card with the scores and where they come from.
 
 use flowrun_engine::step::{Cancel, StepError, World};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Content, Facts, File, Target, text};
+use crate::bundle::{ADAPTER, Bundle};
+use crate::checkpoint::Checkpoint;
+use crate::leakage::lineage_of;
 use crate::models::{ModelSpec, local};
 
 pub(super) const TARGET: Target = Target {
@@ -21,6 +24,23 @@ const TOKENIZER: [&str; 4] = [
     "chat_template.jinja",
 ];
 
+/// Which rows it came from, as far as that is known; null where it is not.
+fn lineage(bundle: &Bundle) -> Result<Value, StepError> {
+    let folder = bundle.folder.join(ADAPTER);
+    let checkpoint = match folder.is_dir() {
+        true => Some(Checkpoint::load(&folder)?),
+        false => None,
+    };
+    let lineage = lineage_of(&bundle.program, checkpoint.as_ref());
+    Ok(lineage.map_or(Value::Null, |lineage| {
+        let sets = lineage.sets().into_iter();
+        let sets: Vec<Value> = sets
+            .map(|(name, parts)| json!({"name": name, "parts": parts}))
+            .collect();
+        json!({"sets": sets, "unknown": lineage.has_unknown_teachers()})
+    }))
+}
+
 fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     let bundle = facts.bundle;
     let adapter = bundle.adapter()?;
@@ -36,6 +56,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
         ("weights", json!(weights)),
         ("adapter", json!(adapter.is_some())),
         ("labels", json!(bundle.program.labels())),
+        ("lineage", lineage(bundle)?),
     ];
     let card = facts.fill(
         include_str!("../../../templates/deploy/hugging_face.md"),

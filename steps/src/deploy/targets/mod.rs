@@ -17,6 +17,8 @@ mod weights;
 
 #[cfg(test)]
 mod tests;
+#[cfg(all(test, feature = "model"))]
+mod token_ids;
 
 use std::path::{Path, PathBuf};
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use flowrun_engine::step::Cancel;
+use flowrun_lm::lineage::Lineage;
 use serde_json::json;
 
 use super::*;
@@ -228,6 +229,7 @@ fn a_model_repository_has_its_card_and_peft_files() {
     assert_eq!(head["library_name"], "peft");
     let metric = &head["model-index"][0]["results"][0]["metrics"][0];
     assert_eq!(metric["value"], 0.9);
+    assert!(card.contains("It is not known which rows it was made from."));
     for name in [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -240,6 +242,33 @@ fn a_model_repository_has_its_card_and_peft_files() {
             "{name}"
         );
     }
+}
+
+#[test]
+fn a_card_says_which_rows_the_model_came_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bundle = bundle(dir.path());
+    let folder = bundle.folder.join(ADAPTER);
+    let mut checkpoint = Checkpoint::load(&folder).unwrap();
+    let mut lineage = Lineage::default();
+    lineage.train([("bank:train:0", "a"), ("bank:train:4", "b")]);
+    lineage.select([("bank:dev:0", "c")]);
+    checkpoint.lineage = Some(lineage);
+    checkpoint.save(&folder).unwrap();
+    match &mut bundle.program {
+        ProgramFile::Prompt(saved) => saved.lineage = Some(Lineage::default()),
+        ProgramFile::Classifier(_) => unreachable!("it asks a model"),
+    }
+    let card = |bundle: &Bundle| {
+        let files = render("hugging-face", bundle, &settings(), &World::default()).unwrap();
+        file(&files, "README.md").to_owned()
+    };
+    let known = card(&bundle);
+    assert!(
+        known.contains("| `bank:dev` | 0 | 1 | 0 |\n| `bank:train` | 2 | 0 | 0 |\n"),
+        "{known}"
+    );
+    assert!(!known.contains("not known"), "{known}");
 }
 
 #[test]

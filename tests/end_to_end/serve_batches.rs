@@ -1,0 +1,288 @@
+//! `flowrun serve --batches`: OpenAI's Batch API, asked by our own client and by hand.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::oracle_faults::{all_there, project, run};
+use crate::project::Project;
+use crate::server::{Server, chat, client};
+use crate::tiny::write_model;
+
+const ROWS: usize = 40;
+
+/// A server of the tiny model that answers batches, working in `home`.
+fn start(home: &Project, more: &[&str]) -> Server {
+    let mut command = home.command(&["serve", "tiny", "--batches", "kept"]);
+    command.args(more).env_remove("FLOWRUN_API_KEY");
+    Server::start(command)
+}
+
+fn home() -> Project {
+    let home = Project::new();
+    write_model(&home.path("tiny"), 1);
+    home
+}
+
+fn upload(server: &Server, purpose: &str, bytes: Vec<u8>) -> (u16, Value) {
+    let part = reqwest::blocking::multipart::Part::bytes(bytes);
+    let form = reqwest::blocking::multipart::Form::new()
+        .text("purpose", purpose.to_owned())
+        .part("file", part.file_name("requests.jsonl"));
+    let url = format!("{}/v1/files", server.url);
+    let answer = client().post(url).multipart(form).send().unwrap();
+    (answer.status().as_u16(), answer.json().unwrap())
+}
+
+/// Uploads requests; the file's id.
+fn file(server: &Server, text: &str) -> String {
+    let (status, file) = upload(server, "batch", text.as_bytes().to_vec());
+    assert_eq!(status, 200, "{file}");
+    file["id"].as_str().unwrap().to_owned()
+}
+
+/// A request for a chat of so many tokens.
+fn request(name: &str, model: &str, tokens: u32) -> String {
+    json!({
+        "custom_id": name, "method": "POST", "url": "/v1/chat/completions",
+        "body": chat(model, name, tokens),
+    })
+    .to_string()
+}
+
+fn order(file: &str) -> Value {
+    json!({
+        "input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h",
+    })
+}
+
+/// Orders a batch; its id.
+fn ordered(server: &Server, text: &str) -> String {
+    let batch = server.json("/v1/batches", &order(&file(server, text)));
+    assert_eq!(batch["object"], "batch");
+    batch["id"].as_str().unwrap().to_owned()
+}
+
+fn look(server: &Server, id: &str) -> Value {
+    server.get(&format!("/v1/batches/{id}")).json().unwrap()
+}
+
+fn wait(until: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !until() {
+        assert!(Instant::now() < deadline, "it did not come in time");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits for the end of a batch.
+fn ended(server: &Server, id: &str) -> Value {
+    let ends = ["completed", "failed", "expired", "cancelled"];
+    wait(|| ends.contains(&look(server, id)["status"].as_str().unwrap()));
+    look(server, id)
+}
+
+/// The lines of a file, which has each name once.
+fn lines(server: &Server, id: &Value) -> BTreeMap<String, Value> {
+    let id = id.as_str().unwrap();
+    let text = server.get(&format!("/v1/files/{id}/content"));
+    let text = text.text().unwrap();
+    let named = |line: &str| {
+        let line: Value = serde_json::from_str(line).unwrap();
+        (line["custom_id"].as_str().unwrap().to_owned(), line)
+    };
+    let all: BTreeMap<String, Value> = text.lines().map(named).collect();
+    assert_eq!(all.len(), text.lines().count());
+    all
+}
+
+#[test]
+fn our_own_client_hears_what_it_hears_one_by_one() {
+    let home = home();
+    let server = start(&home, &[]);
+    let url = format!("{}/v1", server.url);
+    let labelled = |more: &str| -> BTreeSet<(String, String)> {
+        let project = project(ROWS, &url, "tiny", more);
+        run(&project).ok();
+        all_there(&project, ROWS);
+        let rows = project.read("rows.jsonl");
+        let row = |line: &str| {
+            let row: Value = serde_json::from_str(line).unwrap();
+            let text = |name: &str| row[name].as_str().unwrap().to_owned();
+            (text("text"), text("label"))
+        };
+        rows.lines().map(row).collect()
+    };
+    let batched = labelled(", batch: true");
+    assert_eq!(batched.len(), ROWS);
+    let listed: Value = server.get("/v1/batches").json().unwrap();
+    let batches = listed["data"].as_array().unwrap();
+    assert_eq!(batches.len(), 1);
+    assert_eq!(batches[0]["status"], "completed");
+    let counts = json!({"total": ROWS, "completed": ROWS, "failed": 0});
+    assert_eq!(batches[0]["request_counts"], counts);
+    assert_eq!(lines(&server, &batches[0]["output_file_id"]).len(), ROWS);
+    assert_eq!(batches[0]["error_file_id"], Value::Null);
+    assert_eq!(labelled(""), batched);
+    assert_eq!(server.stop(), Some(0));
+}
+
+#[test]
+fn a_batch_outlives_its_servers_and_no_answer_is_made_twice() {
+    const TOKENS: u32 = 1000;
+    let home = home();
+    let server = start(&home, &["--max-batch", "2"]);
+    let requests: Vec<String> = (0..ROWS)
+        .map(|row| request(&format!("row {row}"), "tiny", TOKENS))
+        .collect();
+    let id = ordered(&server, &requests.join("\n"));
+    let completed = |server: &Server| {
+        let batch = look(server, &id);
+        batch["request_counts"]["completed"].as_u64().unwrap()
+    };
+    wait(|| completed(&server) >= 2);
+    assert_eq!(server.stop(), Some(0));
+
+    let server = start(&home, &["--max-batch", "2"]);
+    wait(|| completed(&server) >= 5);
+    server.signal("-KILL");
+    drop(server);
+
+    let server = start(&home, &["--max-batch", "2"]);
+    let batch = ended(&server, &id);
+    assert_eq!(batch["status"], "completed", "{batch}");
+    let counts = json!({"total": ROWS, "completed": ROWS, "failed": 0});
+    assert_eq!(batch["request_counts"], counts);
+    let answers = lines(&server, &batch["output_file_id"]);
+    assert_eq!(answers.len(), ROWS);
+    for answer in answers.values() {
+        assert_eq!(answer["response"]["status_code"], 200);
+        let usage = &answer["response"]["body"]["usage"];
+        assert_eq!(usage["completion_tokens"], TOKENS);
+    }
+    let generated = server.metric("flowrun_generated_tokens_total");
+    let rest = (ROWS - 5) as f64 * f64::from(TOKENS);
+    assert!(generated > 0.0 && generated <= rest, "{generated}");
+}
+
+#[test]
+fn others_are_answered_beside_a_batch_and_a_cancelled_one_computes_no_further() {
+    let home = home();
+    let server = start(&home, &["--max-batch", "2", "--max-queue", "1"]);
+    let requests: Vec<String> = (0..6)
+        .map(|row| request(&format!("row {row}"), "tiny", 20_000))
+        .collect();
+    let id = ordered(&server, &requests.join("\n"));
+    server.wait_for("flowrun_running", 1.0);
+    for _ in 0..5 {
+        let answer = server.json("/v1/chat/completions", &chat("tiny", "hello", 4));
+        assert_eq!(answer["usage"]["completion_tokens"], 4);
+    }
+    // One request of a batch at a time, where two rows are computed together.
+    server.wait_for("flowrun_running", 1.0);
+    let batch = look(&server, &id);
+    assert_eq!(batch["status"], "in_progress", "{batch}");
+    assert_eq!(batch["output_file_id"], Value::Null);
+
+    let asked = server.json(&format!("/v1/batches/{id}/cancel"), &json!({}));
+    assert!(asked["cancelling_at"].is_u64(), "{asked}");
+    let batch = ended(&server, &id);
+    assert_eq!(batch["status"], "cancelled");
+    server.wait_for("flowrun_running", 0.0);
+    let left = lines(&server, &batch["error_file_id"]);
+    let codes = left.values().map(|line| &line["error"]["code"]);
+    assert!(codes.clone().all(|code| code == "batch_cancelled"));
+    let done = batch["request_counts"]["completed"].as_u64().unwrap();
+    assert_eq!(codes.count() as u64 + done, 6);
+    assert!(done < 6, "{batch}");
+    // The next one is answered.
+    let id = ordered(&server, &request("next", "tiny", 3));
+    assert_eq!(ended(&server, &id)["status"], "completed");
+}
+
+#[test]
+fn what_cannot_be_answered_says_why() {
+    let home = home();
+    let server = start(&home, &[]);
+    let good = request("good", "tiny", 3);
+    let id = file(&server, &good);
+    for (changes, param) in [
+        (
+            json!({"input_file_id": "file-000000000000000000000000"}),
+            "input_file_id",
+        ),
+        (json!({"input_file_id": "../up"}), "input_file_id"),
+        (json!({"endpoint": "/v1/embeddings"}), "endpoint"),
+        (json!({"completion_window": "1h"}), "completion_window"),
+    ] {
+        let mut body = order(&id);
+        let fields = changes.as_object().unwrap().clone();
+        body.as_object_mut().unwrap().extend(fields);
+        let (status, error) = server.problem("/v1/batches", &body);
+        assert_eq!((status, &error["param"]), (400, &json!(param)), "{error}");
+    }
+    let mut unknown = order(&id);
+    unknown["priority"] = "high".into();
+    let (status, error) = server.problem("/v1/batches", &unknown);
+    assert_eq!(status, 400);
+    assert!(error["message"].as_str().unwrap().contains("priority"));
+    assert_eq!(server.get("/v1/batches/batch_1").status(), 404);
+    assert_eq!(upload(&server, "vision", vec![b'x']).0, 400);
+    assert_eq!(upload(&server, "fine-tune", vec![b'x']).0, 404);
+
+    // A line that is none: nothing is answered, and the line is named.
+    let id = ordered(&server, &format!("{good}\nno json\n"));
+    let batch = ended(&server, &id);
+    assert_eq!(batch["status"], "failed");
+    assert_eq!(batch["errors"]["data"][0]["line"], 2);
+    assert_eq!(batch["errors"]["data"][0]["code"], "invalid_json_line");
+    assert_eq!(batch["output_file_id"], Value::Null);
+
+    // A request that cannot be answered does not spoil the others.
+    let mut streamed: Value = serde_json::from_str(&request("streamed", "tiny", 3)).unwrap();
+    streamed["body"]["stream"] = true.into();
+    let other = request("other", "another", 3);
+    let id = ordered(&server, &format!("{good}\n{other}\n{streamed}\n"));
+    let batch = ended(&server, &id);
+    assert_eq!(batch["status"], "completed");
+    let counts = json!({"total": 3, "completed": 1, "failed": 2});
+    assert_eq!(batch["request_counts"], counts);
+    let answers = lines(&server, &batch["output_file_id"]);
+    assert_eq!(answers["good"]["response"]["status_code"], 200);
+    let errors = lines(&server, &batch["error_file_id"]);
+    let answer = |name: &str| errors[name]["response"].clone();
+    assert_eq!(answer("other")["status_code"], 404);
+    let error = answer("other")["body"]["error"].clone();
+    assert_eq!(error["code"], "model_not_found");
+    assert_eq!(answer("streamed")["status_code"], 400);
+    // As does the same request by itself.
+    let (status, alone) = server.problem("/v1/chat/completions", &chat("another", "other", 3));
+    assert_eq!((status, alone), (404, error));
+
+    // A file that was answered may be deleted, its answers stay.
+    let input = batch["input_file_id"].as_str().unwrap();
+    let url = format!("{}/v1/files/{input}", server.url);
+    assert_eq!(client().delete(url).send().unwrap().status(), 200);
+    assert_eq!(server.get(&format!("/v1/files/{input}")).status(), 404);
+    assert_eq!(lines(&server, &batch["output_file_id"]).len(), 1);
+}
+
+#[test]
+fn a_client_that_does_not_read_its_answer_is_hung_up_on() {
+    const BYTES: usize = 48 << 20;
+    let home = home();
+    let server = start(&home, &["--write-timeout", "1"]);
+    let (status, file) = upload(&server, "batch", vec![b'x'; BYTES]);
+    assert_eq!(status, 200, "{file}");
+    let path = format!("/v1/files/{}/content", file["id"].as_str().unwrap());
+    let mut stream = server.connect();
+    let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    server.wait_for("flowrun_refused_total{reason=\"slow_reader\"}", 1.0);
+    // Another gets all of it.
+    assert_eq!(server.get(&path).bytes().unwrap().len(), BYTES);
+    drop(stream);
+    assert_eq!(server.stop(), Some(0));
+}
