@@ -190,7 +190,6 @@ impl Repository {
 
     fn asked<'a>(&'a self, file: Option<&'a str>) -> Asked<'a> {
         Asked {
-            name: &self.name,
             url: self.repo.url(),
             revision: &self.revision,
             file,

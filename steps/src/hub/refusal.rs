@@ -19,9 +19,7 @@ const BAD_TOKEN: [&str; 3] = [
 
 /// What was asked for.
 pub(super) struct Asked<'a> {
-    /// `owner/name`.
-    pub(super) name: &'a str,
-    /// The same with the kind before it, as in the URL of its page.
+    /// `owner/name`, with the kind before it as in the URL of its page.
     pub(super) url: String,
     pub(super) revision: &'a str,
     /// None for the repository itself.
