@@ -139,7 +139,7 @@ pub fn data_predecessors(step: &StepNode) -> BTreeSet<String> {
         .flatten()
         .chain(foreach)
         .filter_map(|source| match source {
-            Source::Output { step, .. } => Some(step.clone()),
+            Source::Output { step, .. } | Source::Sibling { step, .. } => Some(step.clone()),
             Source::File(_) | Source::Item(_) => None,
         })
         .collect()

@@ -103,16 +103,22 @@ pub(crate) fn expand(
         expressions,
         output,
     };
-    if !expansion.by_item() && !expansion.wanted(None)? {
+    let (by_item, at_once) = expansion.conditions();
+    if !expansion.all_hold(&at_once, None)? {
         return Ok(None);
     }
     let mut requests = Vec::new();
     let mut ids = BTreeSet::new();
     for binding in expansion.bindings()? {
-        if expansion.by_item() && !expansion.wanted(Some(&binding))? {
-            continue;
+        let item = Item {
+            // Of every item, so that one that is left out renames no other.
+            label: expansion.label(&binding, &mut ids),
+            names: expansion.names(&binding)?,
+            binding,
+        };
+        if expansion.all_hold(&by_item, Some(&item.names))? {
+            requests.push(expansion.request(&item)?);
         }
-        requests.push(expansion.request(&binding, &mut ids)?);
     }
     check_publish(node, &requests)?;
     Ok(Some(requests))
@@ -154,6 +160,27 @@ pub(crate) fn gather(
 /// What the `foreach` variables are in one item.
 type Binding = BTreeMap<String, Bound>;
 
+/// One item of a fan-out; of a step without `foreach` the only one.
+struct Item {
+    binding: Binding,
+    /// What expressions see as `item`.
+    names: BTreeMap<String, Value>,
+    label: Option<String>,
+}
+
+/// A condition that is asked for each item, not once.
+pub(crate) fn asks_for_item(when: &str) -> bool {
+    let mut before = ' ';
+    when.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_')
+        .any(|piece| {
+            let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
+            // `params.item` is another.
+            let found = word == "item" && before != '.';
+            before = piece.chars().next_back().unwrap_or(' ');
+            found
+        })
+}
+
 #[derive(Clone)]
 enum Bound {
     Artifact { artifact: Artifact, label: String },
@@ -168,36 +195,58 @@ struct Expansion<'a, F> {
 }
 
 impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
-    /// `when` is asked for each item, not once.
-    fn by_item(&self) -> bool {
-        let names_item = |when: &String| {
-            let mut before = ' ';
-            when.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_')
-                .any(|piece| {
-                    let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
-                    // `params.item` is another.
-                    let found = word == "item" && before != '.';
-                    before = piece.chars().next_back().unwrap_or(' ');
-                    found
-                })
-        };
-        self.node.foreach.is_some() && self.node.when.as_ref().is_some_and(names_item)
+    /// The conditions that are asked for each item, and those that are asked once.
+    fn conditions(&self) -> (Vec<&str>, Vec<&str>) {
+        let foreach = self.node.foreach.as_ref();
+        let own = self.node.when.as_deref();
+        let is_by_item = |when: &&str| foreach.is_some() && asks_for_item(when);
+        let (mut by_item, at_once): (Vec<&str>, Vec<&str>) = own.into_iter().partition(is_by_item);
+        let others = foreach.iter().flat_map(|f| &f.conditions);
+        by_item.extend(others.map(String::as_str));
+        (by_item, at_once)
     }
 
-    fn wanted(&self, binding: Option<&Binding>) -> Result<bool, StepError> {
-        let Some(when) = &self.node.when else {
+    fn all_hold(
+        &self,
+        conditions: &[&str],
+        item: Option<&BTreeMap<String, Value>>,
+    ) -> Result<bool, StepError> {
+        if conditions.is_empty() {
             return Ok(true);
-        };
+        }
         let mut context = json!({
             "params": self.pipeline.params,
             "models": self.pipeline.models,
             "run": { "name": self.pipeline.name },
         });
-        if let Some(binding) = binding {
-            context["item"] = json!(names(binding));
+        if let Some(names) = item {
+            context["item"] = json!(names);
         }
-        (self.expressions.eval_bool)(when, &context)
-            .map_err(|e| StepError::invalid(format!("`when` of `{}`: {e}", self.node.name)))
+        for when in conditions {
+            let holds = (self.expressions.eval_bool)(when, &context);
+            if !holds
+                .map_err(|e| StepError::invalid(format!("`when` of `{}`: {e}", self.node.name)))?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// What expressions see as `item`: values as they are, artifacts by label, and the params of a
+    /// definition that follow from them.
+    fn names(&self, binding: &Binding) -> Result<BTreeMap<String, Value>, StepError> {
+        let mut names: BTreeMap<String, Value> = binding
+            .iter()
+            .map(|(var, bound)| (var.clone(), bound.value()))
+            .collect();
+        let bound = self.node.foreach.iter().flat_map(|f| &f.bound);
+        for (variable, value) in bound {
+            let value = (self.expressions.resolve_item)(value, &names)
+                .map_err(|e| StepError::invalid(format!("a param of `{}`: {e}", self.node.name)))?;
+            names.insert(variable.clone(), value);
+        }
+        Ok(names)
     }
 
     fn bindings(&self) -> Result<Vec<Binding>, StepError> {
@@ -261,27 +310,16 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
     }
 
     fn record(&self, step: &str, port: &str) -> Result<OutputRecord, StepError> {
-        (self.output)(step, port).ok_or_else(|| {
-            let text = format!(
-                "`{}` needs `{step}.{port}`, which was not made",
-                self.node.name
-            );
-            StepError::invalid(text)
-        })
+        (self.output)(step, port).ok_or_else(|| self.not_made(step, port))
     }
 
-    fn request(
-        &self,
-        binding: &Binding,
-        ids: &mut BTreeSet<String>,
-    ) -> Result<ActionRequest, StepError> {
+    fn request(&self, item: &Item) -> Result<ActionRequest, StepError> {
         let node = self.node;
-        let names = names(binding);
         let resolve = |value: &Value| {
-            if binding.is_empty() {
+            if item.binding.is_empty() {
                 return Ok(value.clone());
             }
-            (self.expressions.resolve_item)(value, &names)
+            (self.expressions.resolve_item)(value, &item.names)
                 .map_err(|e| StepError::invalid(format!("`{}`: {e}", node.name)))
         };
         let resolve_text = |text: &String| {
@@ -297,19 +335,18 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         };
         let mut inputs = BTreeMap::new();
         for (port, sources) in &node.inputs {
-            let given = self.port(port, sources, binding)?;
+            let given = self.port(port, sources, item)?;
             // What it reads was not made: it works without.
             if !given.entries.is_empty() || given.list || !node.may_lack(port) {
                 inputs.insert(port.clone(), given);
             }
         }
-        let label = self.label(binding, ids);
         Ok(ActionRequest {
-            id: match &label {
+            id: match &item.label {
                 Some(label) => format!("{}[{label}]", node.name),
                 None => node.name.clone(),
             },
-            label,
+            label: item.label.clone(),
             node: Arc::clone(node),
             params: resolve(&node.params)?,
             key_params: resolve(&node.key_params)?,
@@ -323,12 +360,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         })
     }
 
-    fn port(
-        &self,
-        port: &str,
-        sources: &[Source],
-        binding: &Binding,
-    ) -> Result<PortInputs, StepError> {
+    fn port(&self, port: &str, sources: &[Source], item: &Item) -> Result<PortInputs, StepError> {
         let mut list = sources.len() > 1;
         if let Action::Uses(step) = &self.node.action {
             list = step.inputs().iter().any(|p| p.name == port && p.many);
@@ -337,7 +369,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         for source in sources {
             match source {
                 Source::File(path) => entries.push(Entry::File(path.clone())),
-                Source::Item(var) => match binding.get(var).cloned() {
+                Source::Item(var) => match item.binding.get(var).cloned() {
                     Some(Bound::Artifact { artifact, label }) => {
                         entries.push(Entry::Artifact { artifact, label });
                     }
@@ -348,7 +380,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                         )));
                     }
                 },
-                Source::Output { step, output }
+                Source::Output { step, output } | Source::Sibling { step, output, .. }
                     if self.node.may_lack(port) && (self.output)(step, output).is_none() => {}
                 Source::Output { step, output } => {
                     if matches!(self.record(step, output)?.value, OutputValue::List(_)) {
@@ -361,9 +393,54 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                             .map(|(artifact, label)| Entry::Artifact { artifact, label }),
                     );
                 }
+                Source::Sibling { step, output, many } => {
+                    list |= many;
+                    let found = self.of_sibling(step, output, *many, item)?;
+                    if found.is_empty() && !many && !self.node.may_lack(port) {
+                        return Err(self.not_made(step, output));
+                    }
+                    entries.extend(
+                        found
+                            .into_iter()
+                            .map(|(artifact, label)| Entry::Artifact { artifact, label }),
+                    );
+                }
             }
         }
         Ok(PortInputs { list, entries })
+    }
+
+    /// What another step of the same walk made for this item: see [`gather`]. Labels of such
+    /// items hold no `/`.
+    fn of_sibling(
+        &self,
+        step: &str,
+        output: &str,
+        many: bool,
+        item: &Item,
+    ) -> Result<Vec<(Artifact, String)>, StepError> {
+        let label = item.label.as_deref().unwrap_or_default();
+        let OutputValue::List(all) = self.record(step, output)?.value else {
+            return Err(self.not_made(step, output));
+        };
+        let of_item = |entry: ListItem| {
+            if many {
+                let inner = entry.label.strip_prefix(label)?.strip_prefix('/')?;
+                let inner = inner.to_owned();
+                return Some((entry.artifact, inner));
+            }
+            // As a step without `foreach` would see it.
+            (entry.label == label).then(|| (entry.artifact, output.to_owned()))
+        };
+        Ok(all.into_iter().filter_map(of_item).collect())
+    }
+
+    fn not_made(&self, step: &str, port: &str) -> StepError {
+        let text = format!(
+            "`{}` needs `{step}.{port}`, which was not made",
+            self.node.name
+        );
+        StepError::invalid(text)
     }
 
     /// The label of an item: of its first artifact, else its first value;
@@ -377,7 +454,16 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         let text = artifact
             .or_else(|| binding.values().next().map(|b| text(&b.value())))
             .unwrap_or_default();
-        let text: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut text: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        if self
+            .node
+            .foreach
+            .as_ref()
+            .is_some_and(|f| f.walker.is_some())
+        {
+            // In the label of a gathered output `/` parts it from what is inside the item.
+            text = text.replace('/', ":");
+        }
         let mut label: String = text.chars().take(LABEL).collect();
         if label.len() < text.len() {
             label.push('…');
@@ -399,14 +485,6 @@ impl Bound {
             Self::Value(value) => value.clone(),
         }
     }
-}
-
-/// What expressions see as `item`: values as they are, artifacts by label.
-fn names(binding: &Binding) -> BTreeMap<String, Value> {
-    binding
-        .iter()
-        .map(|(var, bound)| (var.clone(), bound.value()))
-        .collect()
 }
 
 fn text(value: &Value) -> String {

@@ -5,6 +5,7 @@
 //! pipeline. Knows no step kind (the [`Vocabulary`] does), runs nothing, prints nothing.
 
 mod check;
+mod conditions;
 mod definition;
 mod diagnostic;
 mod draft;
@@ -29,6 +30,7 @@ mod suggest;
 mod tests;
 mod token;
 mod variant;
+mod walk;
 mod wiring;
 
 use std::collections::BTreeMap;
