@@ -10,7 +10,8 @@ use hf_hub::{Cache, Repo, RepoType};
 ///
 /// # Errors
 /// Transient when it is not in the hub's cache and the hub cannot be reached; invalid when the hub
-/// has no such file, or not for this user.
+/// has no such file, or not for this user; unseen when it would have to be fetched and the world is
+/// only looked at.
 pub fn dataset_file(
     repo: &str,
     revision: &str,
@@ -65,6 +66,9 @@ fn fetch(repo: Repo, file: &str, world: &World) -> Result<PathBuf, StepError> {
         return Err(unavailable(
             "it is not in the cache and `--offline` is set".to_owned(),
         ));
+    }
+    if world.look_only {
+        return Err(StepError::unseen(&name));
     }
     let mut builder = ApiBuilder::from_cache(cache)
         .with_progress(false)
