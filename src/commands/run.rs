@@ -143,8 +143,15 @@ async fn drive(
 ) -> Result<RunSummary, Failure> {
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
     let reporter = match &work {
-        Work::Whole(loaded) => Reporter::new(global, &loaded.pipeline),
-        Work::Changed(changed, _) => Reporter::new(global, &changed.pipeline()),
+        Work::Whole(loaded) => {
+            let steps = loaded.pipeline.steps.iter();
+            Reporter::new(global, &loaded.pipeline.name, || {
+                steps.map(|step| step.name.clone()).collect()
+            })
+        }
+        Work::Changed(changed, _) => {
+            Reporter::new(global, &changed.pipeline().name, || changed.within_reach())
+        }
     };
     let cancel = Cancel::default();
     tokio::spawn(stop_on_signal(cancel.clone(), reporter.teller()));
