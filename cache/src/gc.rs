@@ -16,6 +16,7 @@ use crate::action::{ActionKey, ActionResult};
 use crate::cache::{Cache, CacheReader};
 use crate::digest::Digest;
 use crate::error::CacheError;
+use crate::removal::{Removal, Remover};
 use crate::survey::{Share, Survey};
 
 /// How large and how old a cache may grow.
@@ -96,11 +97,12 @@ impl Garbage {
             && self.leftovers.is_empty()
     }
 
-    /// Removes it. The cache is held, so no run needs what [`Garbage::find`] found meanwhile.
+    /// Removes it, and remembers who did. The cache is held, so no run needs what [`Garbage::find`] found meanwhile.
     ///
     /// # Errors
     /// When something cannot be removed; what was removed until then was garbage.
-    pub fn remove(&self, cache: &Cache) -> Result<(), CacheError> {
+    pub fn remove(&self, cache: &Cache, by: Remover) -> Result<(), CacheError> {
+        Removal::note(cache, by, &self.results);
         for key in &self.results {
             remove_file(&cache.actions().path(key))?;
         }
@@ -357,7 +359,7 @@ mod tests {
     fn collect(cache: &Cache, uses: &Uses, bounds: Bounds) -> Garbage {
         let reader = CacheReader::open(cache.dir());
         let found = Garbage::find(&reader, uses, bounds, SystemTime::now());
-        found.remove(cache).unwrap();
+        found.remove(cache, Remover::Collection).unwrap();
         found
     }
 
