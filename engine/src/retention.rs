@@ -101,16 +101,22 @@ pub fn garbage(cache: &CacheReader, retention: &Retention) -> Garbage {
 /// # Errors
 /// When something cannot be removed.
 pub fn collect(cache: &Cache, retention: &Retention) -> Result<Garbage, CacheError> {
-    collect_for(cache, retention, Remover::Collection)
+    collect_for(cache, retention, Remover::Collection, &|| false)
 }
 
-fn collect_for(cache: &Cache, retention: &Retention, by: Remover) -> Result<Garbage, CacheError> {
+fn collect_for(
+    cache: &Cache,
+    retention: &Retention,
+    by: Remover,
+    stop: &dyn Fn() -> bool,
+) -> Result<Garbage, CacheError> {
     let garbage = garbage(&CacheReader::open(cache.dir()), retention);
-    garbage.remove(cache, by)?;
+    garbage.remove(cache, by, stop)?;
     Ok(garbage)
 }
 
-/// Does so at the end of a run, if it is time. `ran` says whether the run made anything.
+/// Does so at the end of a run, if it is time. `ran` says whether the run made anything; once
+/// `stop` says so, the rest is left to the end of the next run.
 ///
 /// # Errors
 /// As [`collect`].
@@ -118,6 +124,7 @@ pub fn tidy(
     cache: &Cache,
     retention: &Retention,
     ran: bool,
+    stop: &dyn Fn() -> bool,
 ) -> Result<Option<Garbage>, CacheError> {
     let now = SystemTime::now();
     let path = cache.dir().join(NOTE);
@@ -135,9 +142,12 @@ pub fn tidy(
     let size = || Survey::of(cache.dir()).total().bytes;
     let over = retention.bounds.max_size.is_some_and(|max| size() > max);
     let collected = match over || old {
-        true => Some(collect_for(cache, retention, Remover::Run)?),
+        true => Some(collect_for(cache, retention, Remover::Run, stop)?),
         false => None,
     };
+    if stop() {
+        return Ok(None);
+    }
     let note = Note {
         looked: now,
         took: started.elapsed(),
