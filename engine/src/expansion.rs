@@ -201,7 +201,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         let own = self.node.when.as_deref();
         let is_by_item = |when: &&str| foreach.is_some() && asks_for_item(when);
         let (mut by_item, at_once): (Vec<&str>, Vec<&str>) = own.into_iter().partition(is_by_item);
-        let others = foreach.iter().flat_map(|f| &f.conditions);
+        let others = foreach.into_iter().flat_map(|f| &f.conditions);
         by_item.extend(others.map(String::as_str));
         (by_item, at_once)
     }
