@@ -10,7 +10,7 @@ use std::sync::Arc;
 use flowrun_cache::{Artifact, ListItem, OutputRecord, OutputValue};
 use serde_json::{Value, json};
 
-use crate::pipeline::{Action, Foreach, ForeachList, Pipeline, Source, StepNode};
+use crate::pipeline::{Action, ForeachList, Pipeline, Source, StepNode};
 use crate::step::StepError;
 
 /// Characters of an item's value in its label.
@@ -110,14 +110,18 @@ pub(crate) fn expand(
     let mut requests = Vec::new();
     let mut ids = BTreeSet::new();
     for binding in expansion.bindings()? {
+        // Of every item, so that one that is left out renames no other.
+        let label = expansion.label(&binding, &mut ids);
         let item = Item {
-            // Of every item, so that one that is left out renames no other.
-            label: expansion.label(&binding, &mut ids),
             names: expansion.names(&binding)?,
+            walked: label.clone().unwrap_or_default(),
+            label,
             binding,
         };
-        if expansion.all_hold(&by_item, Some(&item.names))? {
-            requests.push(expansion.request(&item)?);
+        for item in expansion.within(item)? {
+            if expansion.all_hold(&by_item, Some(&item.names))? {
+                requests.push(expansion.request(&item)?);
+            }
         }
     }
     check_publish(node, &requests)?;
@@ -166,6 +170,8 @@ struct Item {
     /// What expressions see as `item`.
     names: BTreeMap<String, Value>,
     label: Option<String>,
+    /// Its label among those of the walker: what the steps beside this one have it by.
+    walked: String,
 }
 
 /// A condition that is asked for each item, not once.
@@ -252,17 +258,47 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
     fn bindings(&self) -> Result<Vec<Binding>, StepError> {
         match &self.node.foreach {
             None => Ok(vec![Binding::new()]),
-            Some(foreach) => self.zip(foreach),
+            Some(foreach) => self.zip(&foreach.vars, None),
         }
     }
 
-    fn zip(&self, foreach: &Foreach) -> Result<Vec<Binding>, StepError> {
+    /// The items of the lists that the step itself walks within an item of its walker; that item
+    /// alone when it walks none.
+    fn within(&self, item: Item) -> Result<Vec<Item>, StepError> {
+        let inner = self.node.foreach.as_ref().map(|f| &f.inner);
+        let Some(inner) = inner.filter(|lists| !lists.is_empty()) else {
+            return Ok(vec![item]);
+        };
+        let mut taken = BTreeSet::new();
+        let mut items = Vec::new();
+        for binding in self.zip(inner, Some(&item))? {
+            let label = self.label(&binding, &mut taken).unwrap_or_default();
+            let mut all = Item {
+                names: item.names.clone(),
+                label: Some(format!("{}/{label}", item.walked)),
+                binding: item.binding.clone(),
+                walked: item.walked.clone(),
+            };
+            for (var, bound) in binding {
+                all.names.insert(var.clone(), bound.value());
+                all.binding.insert(var, bound);
+            }
+            items.push(all);
+        }
+        Ok(items)
+    }
+
+    fn zip(
+        &self,
+        vars: &BTreeMap<String, ForeachList>,
+        item: Option<&Item>,
+    ) -> Result<Vec<Binding>, StepError> {
         let mut lists: Vec<(&String, Vec<Bound>)> = Vec::new();
-        for (var, list) in &foreach.vars {
+        for (var, list) in vars {
             let values = match list {
                 ForeachList::Values(values) => values.iter().cloned().map(Bound::Value).collect(),
                 ForeachList::Artifacts(sources) => self
-                    .elements(sources)?
+                    .elements(sources, item)?
                     .into_iter()
                     .map(|(artifact, label)| Bound::Artifact { artifact, label })
                     .collect(),
@@ -292,17 +328,32 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         Ok((0..len).map(binding).collect())
     }
 
-    fn elements(&self, sources: &[Source]) -> Result<Vec<(Artifact, String)>, StepError> {
+    /// The artifacts of sources; `item` is the one in which they are walked or read.
+    fn elements(
+        &self,
+        sources: &[Source],
+        item: Option<&Item>,
+    ) -> Result<Vec<(Artifact, String)>, StepError> {
         let mut all = Vec::new();
         for source in sources {
-            let Source::Output { step, output } = source else {
-                let text = format!("`{}` can walk outputs of steps only", self.node.name);
-                return Err(StepError::invalid(text));
-            };
-            match self.record(step, output)?.value {
-                OutputValue::One(artifact) => all.push((artifact, output.clone())),
-                OutputValue::List(items) => {
-                    all.extend(items.into_iter().map(|i| (i.artifact, i.label)));
+            match (source, item) {
+                (Source::Output { step, output }, _) => match self.record(step, output)?.value {
+                    OutputValue::One(artifact) => all.push((artifact, output.clone())),
+                    OutputValue::List(items) => {
+                        all.extend(items.into_iter().map(|i| (i.artifact, i.label)));
+                    }
+                },
+                (Source::Sibling { step, output, many }, Some(item)) => {
+                    let found = self.of_sibling(step, output, *many, item)?;
+                    if found.is_empty() && !many {
+                        return Err(self.not_made(step, output));
+                    }
+                    all.extend(found);
+                }
+                (Source::Item(var), Some(item)) => all.push(self.artifact_of(var, item)?),
+                _ => {
+                    let text = format!("`{}` can walk outputs of steps only", self.node.name);
+                    return Err(StepError::invalid(text));
                 }
             }
         }
@@ -369,24 +420,17 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         for source in sources {
             match source {
                 Source::File(path) => entries.push(Entry::File(path.clone())),
-                Source::Item(var) => match item.binding.get(var).cloned() {
-                    Some(Bound::Artifact { artifact, label }) => {
-                        entries.push(Entry::Artifact { artifact, label });
-                    }
-                    _ => {
-                        return Err(StepError::invalid(format!(
-                            "input `{port}` of `{}` needs an artifact, but `item.{var}` is a value",
-                            self.node.name
-                        )));
-                    }
-                },
+                Source::Item(var) => {
+                    let (artifact, label) = self.artifact_of(var, item)?;
+                    entries.push(Entry::Artifact { artifact, label });
+                }
                 Source::Output { step, output } | Source::Sibling { step, output, .. }
                     if self.node.may_lack(port) && (self.output)(step, output).is_none() => {}
                 Source::Output { step, output } => {
                     if matches!(self.record(step, output)?.value, OutputValue::List(_)) {
                         list = true;
                     }
-                    let elements = self.elements(std::slice::from_ref(source))?;
+                    let elements = self.elements(std::slice::from_ref(source), None)?;
                     entries.extend(
                         elements
                             .into_iter()
@@ -410,6 +454,16 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         Ok(PortInputs { list, entries })
     }
 
+    fn artifact_of(&self, variable: &str, item: &Item) -> Result<(Artifact, String), StepError> {
+        match item.binding.get(variable) {
+            Some(Bound::Artifact { artifact, label }) => Ok((artifact.clone(), label.clone())),
+            _ => Err(StepError::invalid(format!(
+                "`{}` needs an artifact, but `item.{variable}` is a value",
+                self.node.name
+            ))),
+        }
+    }
+
     /// What another step of the same walk made for this item: see [`gather`]. Labels of such
     /// items hold no `/`.
     fn of_sibling(
@@ -419,7 +473,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         many: bool,
         item: &Item,
     ) -> Result<Vec<(Artifact, String)>, StepError> {
-        let label = item.label.as_deref().unwrap_or_default();
+        let label = item.walked.as_str();
         let OutputValue::List(all) = self.record(step, output)?.value else {
             return Err(self.not_made(step, output));
         };

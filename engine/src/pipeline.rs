@@ -127,6 +127,19 @@ pub struct StepNode {
     pub expect: Vec<String>,
 }
 
+impl Foreach {
+    /// What a variable walks.
+    #[must_use]
+    pub fn list(&self, variable: &str) -> Option<&ForeachList> {
+        self.inner.get(variable).or_else(|| self.vars.get(variable))
+    }
+
+    /// All lists that are walked.
+    pub fn lists(&self) -> impl Iterator<Item = &ForeachList> {
+        self.vars.values().chain(self.inner.values())
+    }
+}
+
 impl StepNode {
     /// It works without this input port.
     #[must_use]
@@ -197,6 +210,8 @@ pub struct Foreach {
     /// The use of a step definition that walks, when it is not the step itself: its other steps
     /// walk the same items under the same labels.
     pub walker: Option<String>,
+    /// Lists that the step itself walks within each item of its walker; without one it has none.
+    pub inner: BTreeMap<String, ForeachList>,
     /// Further variables of `item`, in order: the params of the definition that differ from item
     /// to item. Each value is filled in with the variables before it.
     pub bound: Vec<(String, Value)>,

@@ -87,7 +87,7 @@ impl PlanSource {
             }
             Source::File(path) => Self::File(path.clone()),
             Source::Item(var) => {
-                let walked = step.foreach.as_ref().and_then(|f| f.vars.get(var));
+                let walked = step.foreach.as_ref().and_then(|f| f.list(var));
                 let walked = match walked {
                     Some(ForeachList::Artifacts(sources)) => {
                         sources.iter().map(|s| Self::one(step, s)).collect()

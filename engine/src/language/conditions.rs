@@ -30,7 +30,9 @@ pub(crate) fn hand_on(steps: &mut [StepNode]) {
             continue;
         }
         foreach.conditions.clone_from(&conditions);
-        conditions.extend(step.when.clone().filter(|when| asks_for_item(when)));
+        // What only some of its own items lack is no reason to leave out the item around them.
+        let own = step.when.clone().filter(|_| foreach.inner.is_empty());
+        conditions.extend(own.filter(|when| asks_for_item(when)));
         known.insert(step.name.clone(), conditions);
     }
 }

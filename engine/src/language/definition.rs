@@ -20,7 +20,7 @@ use super::load::{identity, load_used, tidy};
 use super::mismatch::Shape;
 use super::node::{Data, Entry, Node};
 use super::overlay::fits;
-use super::resolution::{close_when, forbid, join_conditions, resolve_step};
+use super::resolution::{MAX_PARALLEL, close_when, forbid, join_conditions, resolve_step};
 use super::schema::{definition_shape, pipeline_shape};
 use super::source_map::{SourceMap, Span};
 use super::suggest;
@@ -161,7 +161,7 @@ impl Inliner<'_> {
             let message = "`in` stands for the inputs of the definition".to_owned();
             self.report(entry.key, "bad-name", message, None);
         }
-        self.refuse_nested_walk(&mut entry.value);
+        self.check_nested_walk(&mut entry.value);
         resolve_step(self.map, &mut entry.value, scope);
         let full = format!("{prefix}{name}");
         let uses = entry
@@ -182,21 +182,45 @@ impl Inliner<'_> {
             return self.used(prefix, full, entry, &path, at, scope);
         }
         if let (Some(foreach), Some(fields)) = (&self.walked, entry.value.as_map_mut()) {
-            fields.insert(FOREACH.to_owned(), foreach.clone());
+            // Beside its own, it walks that of the use, wherever it is looked for.
+            fields
+                .entry(FOREACH.to_owned())
+                .or_insert_with(|| foreach.clone());
         }
         self.done.insert(full, entry);
     }
 
-    /// One `foreach` around a step is enough.
-    fn refuse_nested_walk(&mut self, step: &mut Node) {
-        let own = step.entry(FOREACH).map(|e| e.key);
-        let Some(at) = own.filter(|_| self.walked.is_some()) else {
+    /// Within a walked definition a step may walk lists of its own, under other names; what uses a
+    /// definition may not.
+    fn check_nested_walk(&mut self, step: &mut Node) {
+        let Some(outer) = &self.walked else {
             return;
         };
-        let message = "a `foreach` inside a definition whose use has a `foreach`".to_owned();
-        let help = "walk one of the two lists: here, or where the definition is used".to_owned();
-        self.report(at, "misplaced-field", message, Some(help));
-        step.remove(&[FOREACH.to_owned()]);
+        let uses = step.get("uses").and_then(Node::as_text);
+        let is_use = uses.is_some_and(is_path);
+        let clash = |name: &&String| *name != MAX_PARALLEL && outer.value.entry(name).is_some();
+        let clash = step.entries(FOREACH).find(|(name, _)| clash(name));
+        let clash = clash.map(|(name, entry)| (name.clone(), entry.key));
+        let own = step.entry(FOREACH).map(|e| e.key);
+        match (own, clash) {
+            (Some(at), _) if is_use => {
+                let message = "a `foreach` on the use of a definition inside a definition whose use has a `foreach`";
+                let help = "walk the list here, or where the definition around is used";
+                self.report(
+                    at,
+                    "misplaced-field",
+                    message.to_owned(),
+                    Some(help.to_owned()),
+                );
+                step.remove(&[FOREACH.to_owned()]);
+            }
+            (_, Some((name, at))) => {
+                let message = format!("`{name}` is a variable of the `foreach` around already");
+                let help = "choose another name for this one".to_owned();
+                self.report(at, "bad-name", message, Some(help));
+            }
+            _ => {}
+        }
     }
 
     fn used(

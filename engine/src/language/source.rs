@@ -209,16 +209,17 @@ impl<'a, 'b> Sources<'a, 'b> {
     /// The output of the step at `index`.
     fn output_at(&mut self, index: usize, text: &str, output: &str, span: Span) -> Option<Supply> {
         self.waits_for.push((index, span));
-        let draft = &self.drafts.list[index];
+        let drafts = self.drafts;
+        let draft = &drafts.list[index];
         let ports = draft.outputs.as_ref();
         let port = ports.and_then(|ports| ports.iter().find(|p| p.name == output));
         if let (Some(ports), None) = (ports, port) {
             self.unknown_output(text, ports.iter().map(|p| p.name.as_str()).collect(), span);
             return None;
         }
-        let many = port.is_some_and(|p| p.many);
         let beside = self.beside.as_ref();
         let is_sibling = beside.is_some_and(|prefix| draft.name.starts_with(prefix.as_str()));
+        let many = port.is_some_and(|p| p.many) || (is_sibling && draft.walks_itself(drafts.uses));
         let (step, output) = (draft.name.to_owned(), output.to_owned());
         Some(Supply {
             source: if is_sibling {

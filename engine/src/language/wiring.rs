@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::definition::{INPUTS, Use, around, walker};
 use super::draft::Draft;
 use super::expr::has_expression;
-use super::node::{Data, Node};
+use super::node::{Data, Entry, Node};
 use super::source::{Drafts, Item, Sources, Supply};
 use super::source_map::{SourceMap, Span};
 use super::suggest;
@@ -195,9 +195,15 @@ impl Wirer<'_, '_> {
                 break;
             }
         }
+        let is_own = |e: &&Entry| used.foreach().is_none_or(|outer| outer.key != e.key);
+        let own = self.step.node.entry("foreach").filter(is_own);
+        let own = own.and_then(|e| foreach(&mut self.sources, self.scope, e));
+        let own = own.unwrap_or_default();
         self.wiring.foreach = Some(Foreach {
             walker: Some(walker.to_owned()),
             bound: bound.into_iter().rev().flatten().cloned().collect(),
+            inner: own.vars,
+            max_parallel: own.max_parallel.or(walked.max_parallel),
             ..walked
         });
     }

@@ -322,6 +322,90 @@ steps:
 }
 
 #[test]
+fn a_step_inside_may_walk_lists_of_its_own_within_each_item() {
+    let inner = "\
+params:
+  n:
+in: { rows: examples }
+out: { both: join.both }
+steps:
+  part:
+    foreach: { half: [a, b] }
+    run: echo '${{ params.n }}${{ item.half }}' > \"$piece\"; cat \"$rows\"
+    in: { rows: in.rows }
+    out: { piece: piece.txt }
+  each:
+    foreach: { piece: part.piece }
+    run: cat \"$x\" > \"$y\"
+    in: { x: \"${{ item.piece }}\" }
+    out: { y: y.txt }
+  join:
+    run: cat \"$all\"/* > \"$both\"
+    in: { all: each.y }
+    out: { both: both.txt }
+";
+    let main = "\
+steps:
+  load: { uses: load, with: { path: rows.csv } }
+  cut:
+    uses: ./inner.yaml
+    foreach: { n: [3, 5] }
+    in: { rows: load.train }
+    with:
+      n: ${{ item.n }}
+";
+    let pipeline = load(&[("main.yaml", main), ("inner.yaml", inner)]);
+    let pieces = ["3/a", "3/b", "5/a", "5/b"];
+    let outputs = |step: &str, _: &str| match step {
+        "load" => Some(record(None)),
+        _ => Some(record(Some(&pieces))),
+    };
+    let expanded = |name: &str| {
+        let node = Arc::new(step(&pipeline, name).clone());
+        let items = expand(&pipeline, &node, &EXPRESSIONS, outputs);
+        items.unwrap().unwrap()
+    };
+    let parts = expanded("cut/part");
+    let ids: Vec<&str> = parts.iter().map(|r| r.id.as_str()).collect();
+    assert_eq!(
+        ids,
+        [
+            "cut/part[3/a]",
+            "cut/part[3/b]",
+            "cut/part[5/a]",
+            "cut/part[5/b]"
+        ]
+    );
+    let command = parts[3].command.as_deref().unwrap();
+    assert!(command.starts_with("echo '5b'"), "{command}");
+    let each = expanded("cut/each");
+    let ids: Vec<&str> = each.iter().map(|r| r.id.as_str()).collect();
+    assert_eq!(
+        ids,
+        [
+            "cut/each[3/a]",
+            "cut/each[3/b]",
+            "cut/each[5/a]",
+            "cut/each[5/b]"
+        ]
+    );
+    let read = |input: &Entry| match input {
+        Entry::Artifact { artifact, .. } => artifact.digest,
+        Entry::File(_) => panic!("an artifact"),
+    };
+    assert_eq!(
+        read(&each[2].inputs["x"].entries[0]),
+        artifact("5/a").digest
+    );
+    let joined = expanded("cut/join");
+    assert_eq!(joined.len(), 2);
+    let all = &joined[1].inputs["all"];
+    assert!(all.list);
+    let digests: Vec<Digest> = all.entries.iter().map(read).collect();
+    assert_eq!(digests, [artifact("5/a").digest, artifact("5/b").digest]);
+}
+
+#[test]
 fn what_a_use_says_is_filled_in_once() {
     let one = "steps:\n  a:\n    run: echo $A\n";
     let main = "steps:\n  x:\n    uses: ./one.yaml\n    env: { A: \"$${{ x }}\" }\n";
@@ -393,8 +477,8 @@ fn each_mistake_of_a_walk_is_found() {
         (
             "score.yaml",
             "    in: { rows: filter.train }",
-            "    in: { rows: filter.train }\n    foreach: { x: [1] }",
-            "a `foreach` inside a definition whose use has a `foreach`",
+            "    in: { rows: filter.train }\n    foreach: { size: [1] }",
+            "`size` is a variable of the `foreach` around already",
         ),
         (
             "score.yaml",
