@@ -10,6 +10,7 @@ mod definition;
 mod diagnostic;
 mod draft;
 mod expr;
+mod handed;
 mod load;
 mod mismatch;
 mod node;
