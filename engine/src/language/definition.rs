@@ -32,6 +32,8 @@ use crate::step::Port;
 const MAX_DEPTH: usize = 16;
 /// Most uses of one pipeline.
 const MAX_USES: usize = 10_000;
+/// Most values of the lists that the steps inside walked definitions walk, counted for each step.
+const MAX_WALKED: usize = 2_000_000;
 
 /// The name by which the steps of a definition read its inputs.
 pub(crate) const INPUTS: &str = "in";
@@ -105,6 +107,8 @@ pub(crate) fn inline(map: &mut SourceMap, root: &mut Node, scope: &mut Scope) ->
         uses: Uses::new(),
         open: Vec::new(),
         walked: None,
+        length: 0,
+        handed: 0,
         done: IndexMap::new(),
     };
     let steps = root.as_map_mut().and_then(|m| m.get_mut("steps"));
@@ -136,6 +140,10 @@ struct Inliner<'a> {
     open: Vec<(PathBuf, PathBuf)>,
     /// The `foreach` of the use around.
     walked: Option<Entry>,
+    /// How many values it has.
+    length: usize,
+    /// How many values were handed to steps.
+    handed: usize,
     done: IndexMap<String, Entry>,
 }
 
@@ -177,13 +185,31 @@ impl Inliner<'_> {
         if let Some((path, at)) = uses {
             return self.used(prefix, full, entry, &path, at, scope);
         }
-        if let (Some(foreach), Some(fields)) = (&self.walked, entry.value.as_map_mut()) {
-            // Beside its own, it walks that of the use, wherever it is looked for.
+        self.walk(&mut entry.value);
+        self.done.insert(full, entry);
+    }
+
+    /// Has a step walk the lists of the use around it, beside its own.
+    fn walk(&mut self, step: &mut Node) {
+        let (Some(foreach), Some(fields)) = (&self.walked, step.as_map_mut()) else {
+            return;
+        };
+        let at = foreach.key;
+        let before = self.handed;
+        self.handed = before.saturating_add(self.length);
+        if self.handed <= MAX_WALKED {
+            // Where it has its own, that of the use is found there.
             fields
                 .entry(FOREACH.to_owned())
                 .or_insert_with(|| foreach.clone());
+            return;
         }
-        self.done.insert(full, entry);
+        fields.shift_remove(FOREACH);
+        if before <= MAX_WALKED {
+            let message =
+                format!("more than {MAX_WALKED} values are walked by the steps inside definitions");
+            self.report(at, "yaml-limit", message, None);
+        }
     }
 
     /// Within a walked definition a step may walk lists of its own, under other names; what uses a
@@ -234,6 +260,7 @@ impl Inliner<'_> {
         let own = own.filter(|foreach| foreach.value.as_map().is_some());
         let walks = own.is_some();
         if walks {
+            self.length = own.as_ref().map_or(0, |foreach| values(&foreach.value));
             self.walked = own;
         }
         let mut bound = Vec::new();
@@ -486,6 +513,15 @@ impl Definition {
         let mut makers = self.outputs.values().map(maker);
         let first = makers.next()??;
         makers.all(|other| other == Some(first)).then_some(first)
+    }
+}
+
+/// How many values there are in one.
+fn values(node: &Node) -> usize {
+    match &node.data {
+        Data::List(items) => items.iter().map(values).sum(),
+        Data::Map(entries) => entries.values().map(|e| values(&e.value)).sum(),
+        _ => 1,
     }
 }
 

@@ -184,7 +184,9 @@ impl Wirer<'_, '_> {
             self.wiring.foreach = own.and_then(|e| foreach(&mut self.sources, self.scope, e));
             return;
         };
-        let walked = used.foreach();
+        // A step that was handed none is one too many: that was told.
+        let is_handed = self.step.node.entry("foreach").is_some();
+        let walked = used.foreach().filter(|_| is_handed);
         let Some(walked) = walked.and_then(|e| foreach(&mut self.sources, &used.scope, e)) else {
             return;
         };

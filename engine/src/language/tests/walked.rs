@@ -406,6 +406,22 @@ steps:
 }
 
 #[test]
+fn what_is_walked_is_bounded() {
+    let list = "1, ".repeat(50_000);
+    let main = format!("steps:\n  many:\n    uses: ./steps.yaml\n    foreach: {{ x: [{list}] }}\n");
+    let step = |i: usize| format!("  s{i}: {{ run: ls }}\n");
+    let steps = format!("steps:\n{}", (0..50).map(step).collect::<String>());
+    let found = mistakes_in(&[("main.yaml", &main), ("steps.yaml", &steps)]);
+    assert_eq!(
+        found.len(),
+        1,
+        "{:?}",
+        found.iter().map(String::len).collect::<Vec<_>>()
+    );
+    assert!(found[0].contains("values are walked by the steps inside"));
+}
+
+#[test]
 fn what_a_use_says_is_filled_in_once() {
     let one = "steps:\n  a:\n    run: echo $A\n";
     let main = "steps:\n  x:\n    uses: ./one.yaml\n    env: { A: \"$${{ x }}\" }\n";
