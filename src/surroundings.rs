@@ -82,6 +82,7 @@ pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> 
     let env = environment();
     Ok(World {
         offline: global.offline,
+        look_only: false,
         distdir: global.distdir.clone(),
         user_cache: user_cache(&env),
         root: absolute(root)?,

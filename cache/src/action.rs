@@ -181,6 +181,14 @@ impl ActionCache {
             .join(format!("{}.json", &hex[2..]))
     }
 
+    /// The key of the result that [`ActionCache::path`] puts there.
+    pub(crate) fn key_at(&self, path: &Path) -> Option<ActionKey> {
+        let inner = path.strip_prefix(self.root.as_path()).ok()?;
+        let folder = inner.parent()?.to_str()?;
+        let name = inner.file_stem()?.to_str()?;
+        Digest::parse(&format!("{folder}{name}"))
+    }
+
     /// The result of `key`; `None` when there is none, or it is damaged (then a
     /// warning is kept and the file set aside) or of another version.
     #[must_use]

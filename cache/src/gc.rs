@@ -16,6 +16,7 @@ use crate::action::{ActionKey, ActionResult};
 use crate::cache::{Cache, CacheReader};
 use crate::digest::Digest;
 use crate::error::CacheError;
+use crate::removal::{Removal, Remover};
 use crate::survey::{Share, Survey};
 
 /// How large and how old a cache may grow.
@@ -96,21 +97,33 @@ impl Garbage {
             && self.leftovers.is_empty()
     }
 
-    /// Removes it. The cache is held, so no run needs what [`Garbage::find`] found meanwhile.
+    /// Removes it, and remembers who did. The cache is held, so no run needs what
+    /// [`Garbage::find`] found meanwhile. `stop` is asked before each file; what is left then is
+    /// there for the next collection.
     ///
     /// # Errors
     /// When something cannot be removed; what was removed until then was garbage.
-    pub fn remove(&self, cache: &Cache) -> Result<(), CacheError> {
-        for key in &self.results {
-            remove_file(&cache.actions().path(key))?;
-        }
-        for digest in &self.objects {
-            remove_file(&cache.store().object_path(digest))?;
-        }
-        for path in &self.leftovers {
-            remove_file(path)?;
+    pub fn remove(
+        &self,
+        cache: &Cache,
+        by: Remover,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), CacheError> {
+        Removal::note(cache, by, &self.results);
+        let results = self.results.iter().map(|key| cache.actions().path(key));
+        let objects = self.objects.iter();
+        let objects = objects.map(|digest| cache.store().object_path(digest));
+        let leftovers = self.leftovers.iter().cloned();
+        for path in results.chain(objects).chain(leftovers) {
+            if stop() {
+                return Ok(());
+            }
+            remove_file(&path)?;
         }
         for folder in self.runs.iter().chain(&self.partial) {
+            if stop() {
+                return Ok(());
+            }
             std::fs::remove_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
         }
         Ok(())
@@ -357,7 +370,7 @@ mod tests {
     fn collect(cache: &Cache, uses: &Uses, bounds: Bounds) -> Garbage {
         let reader = CacheReader::open(cache.dir());
         let found = Garbage::find(&reader, uses, bounds, SystemTime::now());
-        found.remove(cache).unwrap();
+        found.remove(cache, Remover::Collection, &|| false).unwrap();
         found
     }
 

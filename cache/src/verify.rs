@@ -13,6 +13,7 @@ use crate::cache::{Cache, CacheReader};
 use crate::completion;
 use crate::digest::Digest;
 use crate::error::CacheError;
+use crate::removal::{Removal, Remover};
 
 /// What was read, and what is damaged.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -162,6 +163,12 @@ fn missing(
 /// When the cache cannot be written.
 pub fn repair(cache: &Cache) -> Result<Verified, CacheError> {
     let found = verify(&CacheReader::open(cache.dir()));
+    let results = found.damage.iter().filter_map(|damage| match damage {
+        Damage::Result { path } => cache.actions().key_at(path),
+        Damage::Incomplete { key, .. } => Some(*key),
+        Damage::Object { .. } | Damage::Completions { .. } => None,
+    });
+    Removal::note(cache, Remover::Repair, &results.collect::<Vec<_>>());
     for damage in &found.damage {
         match damage {
             Damage::Object { digest, .. } => cache.store().set_aside(digest),

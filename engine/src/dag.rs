@@ -129,7 +129,7 @@ pub fn data_predecessors(step: &StepNode) -> BTreeSet<String> {
     let foreach = step
         .foreach
         .iter()
-        .flat_map(|f| f.vars.values())
+        .flat_map(|f| f.lists())
         .flat_map(|list| match list {
             ForeachList::Artifacts(sources) => sources.as_slice(),
             ForeachList::Values(_) => &[],
@@ -139,7 +139,7 @@ pub fn data_predecessors(step: &StepNode) -> BTreeSet<String> {
         .flatten()
         .chain(foreach)
         .filter_map(|source| match source {
-            Source::Output { step, .. } => Some(step.clone()),
+            Source::Output { step, .. } | Source::Sibling { step, .. } => Some(step.clone()),
             Source::File(_) | Source::Item(_) => None,
         })
         .collect()

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use flowrun_cache::{Artifact, ListItem, OutputRecord, OutputValue};
 use serde_json::{Value, json};
 
-use crate::pipeline::{Action, Foreach, ForeachList, Pipeline, Source, StepNode};
+use crate::pipeline::{Action, ForeachList, Pipeline, Source, StepNode};
 use crate::step::StepError;
 
 /// Characters of an item's value in its label.
@@ -103,16 +103,26 @@ pub(crate) fn expand(
         expressions,
         output,
     };
-    if !expansion.by_item() && !expansion.wanted(None)? {
+    let (by_item, at_once) = expansion.conditions();
+    if !expansion.all_hold(&at_once, None)? {
         return Ok(None);
     }
     let mut requests = Vec::new();
     let mut ids = BTreeSet::new();
     for binding in expansion.bindings()? {
-        if expansion.by_item() && !expansion.wanted(Some(&binding))? {
-            continue;
+        // Of every item, so that one that is left out renames no other.
+        let label = expansion.label(&binding, &mut ids);
+        let item = Item {
+            names: expansion.names(&binding)?,
+            walked: label.clone().unwrap_or_default(),
+            label,
+            binding,
+        };
+        for item in expansion.within(item)? {
+            if expansion.all_hold(&by_item, Some(&item.names))? {
+                requests.push(expansion.request(&item)?);
+            }
         }
-        requests.push(expansion.request(&binding, &mut ids)?);
     }
     check_publish(node, &requests)?;
     Ok(Some(requests))
@@ -154,6 +164,29 @@ pub(crate) fn gather(
 /// What the `foreach` variables are in one item.
 type Binding = BTreeMap<String, Bound>;
 
+/// One item of a fan-out; of a step without `foreach` the only one.
+struct Item {
+    binding: Binding,
+    /// What expressions see as `item`.
+    names: BTreeMap<String, Value>,
+    label: Option<String>,
+    /// Its label among those of the walker: what the steps beside this one have it by.
+    walked: String,
+}
+
+/// A condition that is asked for each item, not once.
+pub(crate) fn asks_for_item(when: &str) -> bool {
+    let mut before = ' ';
+    when.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_')
+        .any(|piece| {
+            let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
+            // `params.item` is another.
+            let found = word == "item" && before != '.';
+            before = piece.chars().next_back().unwrap_or(' ');
+            found
+        })
+}
+
 #[derive(Clone)]
 enum Bound {
     Artifact { artifact: Artifact, label: String },
@@ -168,52 +201,104 @@ struct Expansion<'a, F> {
 }
 
 impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
-    /// `when` is asked for each item, not once.
-    fn by_item(&self) -> bool {
-        let names_item = |when: &String| {
-            let mut before = ' ';
-            when.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_')
-                .any(|piece| {
-                    let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
-                    // `params.item` is another.
-                    let found = word == "item" && before != '.';
-                    before = piece.chars().next_back().unwrap_or(' ');
-                    found
-                })
-        };
-        self.node.foreach.is_some() && self.node.when.as_ref().is_some_and(names_item)
+    /// The conditions that are asked for each item, and those that are asked once.
+    fn conditions(&self) -> (Vec<&str>, Vec<&str>) {
+        let foreach = self.node.foreach.as_ref();
+        let own = self.node.when.as_deref();
+        let is_by_item = |when: &&str| foreach.is_some() && asks_for_item(when);
+        let (mut by_item, at_once): (Vec<&str>, Vec<&str>) = own.into_iter().partition(is_by_item);
+        let others = foreach.into_iter().flat_map(|f| &f.conditions);
+        by_item.extend(others.map(String::as_str));
+        (by_item, at_once)
     }
 
-    fn wanted(&self, binding: Option<&Binding>) -> Result<bool, StepError> {
-        let Some(when) = &self.node.when else {
+    fn all_hold(
+        &self,
+        conditions: &[&str],
+        item: Option<&BTreeMap<String, Value>>,
+    ) -> Result<bool, StepError> {
+        if conditions.is_empty() {
             return Ok(true);
-        };
+        }
         let mut context = json!({
             "params": self.pipeline.params,
             "models": self.pipeline.models,
             "run": { "name": self.pipeline.name },
         });
-        if let Some(binding) = binding {
-            context["item"] = json!(names(binding));
+        if let Some(names) = item {
+            context["item"] = json!(names);
         }
-        (self.expressions.eval_bool)(when, &context)
-            .map_err(|e| StepError::invalid(format!("`when` of `{}`: {e}", self.node.name)))
+        for when in conditions {
+            let holds = (self.expressions.eval_bool)(when, &context);
+            if !holds
+                .map_err(|e| StepError::invalid(format!("`when` of `{}`: {e}", self.node.name)))?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// What expressions see as `item`: values as they are, artifacts by label, and the params of a
+    /// definition that follow from them.
+    fn names(&self, binding: &Binding) -> Result<BTreeMap<String, Value>, StepError> {
+        let mut names: BTreeMap<String, Value> = binding
+            .iter()
+            .map(|(var, bound)| (var.clone(), bound.value()))
+            .collect();
+        let bound = self.node.foreach.iter().flat_map(|f| &f.bound);
+        for (variable, value) in bound {
+            let value = (self.expressions.resolve_item)(value, &names)
+                .map_err(|e| StepError::invalid(format!("a param of `{}`: {e}", self.node.name)))?;
+            names.insert(variable.clone(), value);
+        }
+        Ok(names)
     }
 
     fn bindings(&self) -> Result<Vec<Binding>, StepError> {
         match &self.node.foreach {
             None => Ok(vec![Binding::new()]),
-            Some(foreach) => self.zip(foreach),
+            Some(foreach) => self.zip(&foreach.vars, None),
         }
     }
 
-    fn zip(&self, foreach: &Foreach) -> Result<Vec<Binding>, StepError> {
+    /// The items of the lists that the step itself walks within an item of its walker; that item
+    /// alone when it walks none.
+    fn within(&self, item: Item) -> Result<Vec<Item>, StepError> {
+        let inner = self.node.foreach.as_ref().map(|f| &f.inner);
+        let Some(inner) = inner.filter(|lists| !lists.is_empty()) else {
+            return Ok(vec![item]);
+        };
+        let mut taken = BTreeSet::new();
+        let mut items = Vec::new();
+        for binding in self.zip(inner, Some(&item))? {
+            let label = self.label(&binding, &mut taken).unwrap_or_default();
+            let mut all = Item {
+                names: item.names.clone(),
+                label: Some(format!("{}/{label}", item.walked)),
+                binding: item.binding.clone(),
+                walked: item.walked.clone(),
+            };
+            for (var, bound) in binding {
+                all.names.insert(var.clone(), bound.value());
+                all.binding.insert(var, bound);
+            }
+            items.push(all);
+        }
+        Ok(items)
+    }
+
+    fn zip(
+        &self,
+        vars: &BTreeMap<String, ForeachList>,
+        item: Option<&Item>,
+    ) -> Result<Vec<Binding>, StepError> {
         let mut lists: Vec<(&String, Vec<Bound>)> = Vec::new();
-        for (var, list) in &foreach.vars {
+        for (var, list) in vars {
             let values = match list {
                 ForeachList::Values(values) => values.iter().cloned().map(Bound::Value).collect(),
                 ForeachList::Artifacts(sources) => self
-                    .elements(sources)?
+                    .elements(sources, item)?
                     .into_iter()
                     .map(|(artifact, label)| Bound::Artifact { artifact, label })
                     .collect(),
@@ -243,17 +328,32 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         Ok((0..len).map(binding).collect())
     }
 
-    fn elements(&self, sources: &[Source]) -> Result<Vec<(Artifact, String)>, StepError> {
+    /// The artifacts of sources; `item` is the one in which they are walked or read.
+    fn elements(
+        &self,
+        sources: &[Source],
+        item: Option<&Item>,
+    ) -> Result<Vec<(Artifact, String)>, StepError> {
         let mut all = Vec::new();
         for source in sources {
-            let Source::Output { step, output } = source else {
-                let text = format!("`{}` can walk outputs of steps only", self.node.name);
-                return Err(StepError::invalid(text));
-            };
-            match self.record(step, output)?.value {
-                OutputValue::One(artifact) => all.push((artifact, output.clone())),
-                OutputValue::List(items) => {
-                    all.extend(items.into_iter().map(|i| (i.artifact, i.label)));
+            match (source, item) {
+                (Source::Output { step, output }, _) => match self.record(step, output)?.value {
+                    OutputValue::One(artifact) => all.push((artifact, output.clone())),
+                    OutputValue::List(items) => {
+                        all.extend(items.into_iter().map(|i| (i.artifact, i.label)));
+                    }
+                },
+                (Source::Sibling { step, output, many }, Some(item)) => {
+                    let found = self.of_sibling(step, output, *many, item)?;
+                    if found.is_empty() && !many {
+                        return Err(self.not_made(step, output));
+                    }
+                    all.extend(found);
+                }
+                (Source::Item(var), Some(item)) => all.push(self.artifact_of(var, item)?),
+                _ => {
+                    let text = format!("`{}` can walk outputs of steps only", self.node.name);
+                    return Err(StepError::invalid(text));
                 }
             }
         }
@@ -261,27 +361,16 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
     }
 
     fn record(&self, step: &str, port: &str) -> Result<OutputRecord, StepError> {
-        (self.output)(step, port).ok_or_else(|| {
-            let text = format!(
-                "`{}` needs `{step}.{port}`, which was not made",
-                self.node.name
-            );
-            StepError::invalid(text)
-        })
+        (self.output)(step, port).ok_or_else(|| self.not_made(step, port))
     }
 
-    fn request(
-        &self,
-        binding: &Binding,
-        ids: &mut BTreeSet<String>,
-    ) -> Result<ActionRequest, StepError> {
+    fn request(&self, item: &Item) -> Result<ActionRequest, StepError> {
         let node = self.node;
-        let names = names(binding);
         let resolve = |value: &Value| {
-            if binding.is_empty() {
+            if item.binding.is_empty() {
                 return Ok(value.clone());
             }
-            (self.expressions.resolve_item)(value, &names)
+            (self.expressions.resolve_item)(value, &item.names)
                 .map_err(|e| StepError::invalid(format!("`{}`: {e}", node.name)))
         };
         let resolve_text = |text: &String| {
@@ -297,19 +386,18 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         };
         let mut inputs = BTreeMap::new();
         for (port, sources) in &node.inputs {
-            let given = self.port(port, sources, binding)?;
+            let given = self.port(port, sources, item)?;
             // What it reads was not made: it works without.
             if !given.entries.is_empty() || given.list || !node.may_lack(port) {
                 inputs.insert(port.clone(), given);
             }
         }
-        let label = self.label(binding, ids);
         Ok(ActionRequest {
-            id: match &label {
+            id: match &item.label {
                 Some(label) => format!("{}[{label}]", node.name),
                 None => node.name.clone(),
             },
-            label,
+            label: item.label.clone(),
             node: Arc::clone(node),
             params: resolve(&node.params)?,
             key_params: resolve(&node.key_params)?,
@@ -323,12 +411,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         })
     }
 
-    fn port(
-        &self,
-        port: &str,
-        sources: &[Source],
-        binding: &Binding,
-    ) -> Result<PortInputs, StepError> {
+    fn port(&self, port: &str, sources: &[Source], item: &Item) -> Result<PortInputs, StepError> {
         let mut list = sources.len() > 1;
         if let Action::Uses(step) = &self.node.action {
             list = step.inputs().iter().any(|p| p.name == port && p.many);
@@ -337,26 +420,31 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         for source in sources {
             match source {
                 Source::File(path) => entries.push(Entry::File(path.clone())),
-                Source::Item(var) => match binding.get(var).cloned() {
-                    Some(Bound::Artifact { artifact, label }) => {
-                        entries.push(Entry::Artifact { artifact, label });
-                    }
-                    _ => {
-                        return Err(StepError::invalid(format!(
-                            "input `{port}` of `{}` needs an artifact, but `item.{var}` is a value",
-                            self.node.name
-                        )));
-                    }
-                },
-                Source::Output { step, output }
+                Source::Item(var) => {
+                    let (artifact, label) = self.artifact_of(var, item)?;
+                    entries.push(Entry::Artifact { artifact, label });
+                }
+                Source::Output { step, output } | Source::Sibling { step, output, .. }
                     if self.node.may_lack(port) && (self.output)(step, output).is_none() => {}
                 Source::Output { step, output } => {
                     if matches!(self.record(step, output)?.value, OutputValue::List(_)) {
                         list = true;
                     }
-                    let elements = self.elements(std::slice::from_ref(source))?;
+                    let elements = self.elements(std::slice::from_ref(source), None)?;
                     entries.extend(
                         elements
+                            .into_iter()
+                            .map(|(artifact, label)| Entry::Artifact { artifact, label }),
+                    );
+                }
+                Source::Sibling { step, output, many } => {
+                    list |= many;
+                    let found = self.of_sibling(step, output, *many, item)?;
+                    if found.is_empty() && !many && !self.node.may_lack(port) {
+                        return Err(self.not_made(step, output));
+                    }
+                    entries.extend(
+                        found
                             .into_iter()
                             .map(|(artifact, label)| Entry::Artifact { artifact, label }),
                     );
@@ -364,6 +452,49 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
             }
         }
         Ok(PortInputs { list, entries })
+    }
+
+    fn artifact_of(&self, variable: &str, item: &Item) -> Result<(Artifact, String), StepError> {
+        match item.binding.get(variable) {
+            Some(Bound::Artifact { artifact, label }) => Ok((artifact.clone(), label.clone())),
+            _ => Err(StepError::invalid(format!(
+                "`{}` needs an artifact, but `item.{variable}` is a value",
+                self.node.name
+            ))),
+        }
+    }
+
+    /// What another step of the same walk made for this item: see [`gather`]. Labels of such
+    /// items hold no `/`.
+    fn of_sibling(
+        &self,
+        step: &str,
+        output: &str,
+        many: bool,
+        item: &Item,
+    ) -> Result<Vec<(Artifact, String)>, StepError> {
+        let label = item.walked.as_str();
+        let OutputValue::List(all) = self.record(step, output)?.value else {
+            return Err(self.not_made(step, output));
+        };
+        let of_item = |entry: ListItem| {
+            if many {
+                let inner = entry.label.strip_prefix(label)?.strip_prefix('/')?;
+                let inner = inner.to_owned();
+                return Some((entry.artifact, inner));
+            }
+            // As a step without `foreach` would see it.
+            (entry.label == label).then(|| (entry.artifact, output.to_owned()))
+        };
+        Ok(all.into_iter().filter_map(of_item).collect())
+    }
+
+    fn not_made(&self, step: &str, port: &str) -> StepError {
+        let text = format!(
+            "`{}` needs `{step}.{port}`, which was not made",
+            self.node.name
+        );
+        StepError::invalid(text)
     }
 
     /// The label of an item: of its first artifact, else its first value;
@@ -377,7 +508,16 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         let text = artifact
             .or_else(|| binding.values().next().map(|b| text(&b.value())))
             .unwrap_or_default();
-        let text: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut text: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        if self
+            .node
+            .foreach
+            .as_ref()
+            .is_some_and(|f| f.walker.is_some())
+        {
+            // In the label of a gathered output `/` parts it from what is inside the item.
+            text = text.replace('/', ":");
+        }
         let mut label: String = text.chars().take(LABEL).collect();
         if label.len() < text.len() {
             label.push('…');
@@ -399,14 +539,6 @@ impl Bound {
             Self::Value(value) => value.clone(),
         }
     }
-}
-
-/// What expressions see as `item`: values as they are, artifacts by label.
-fn names(binding: &Binding) -> BTreeMap<String, Value> {
-    binding
-        .iter()
-        .map(|(var, bound)| (var.clone(), bound.value()))
-        .collect()
 }
 
 fn text(value: &Value) -> String {

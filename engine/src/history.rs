@@ -4,11 +4,11 @@
 //! a run's events say what each step used, also when it came from the cache. For a
 //! step that the newest runs do not know, all results are asked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use flowrun_cache::{ActionCache, ActionKey, ActionResult, CacheReader};
+use flowrun_cache::{ActionCache, ActionKey, ActionResult, CacheReader, Removal};
 
 use crate::run_keys::RunKeys;
 
@@ -23,6 +23,7 @@ pub(crate) struct History {
     current: Option<PathBuf>,
     runs: Mutex<Runs>,
     all: OnceLock<BTreeMap<String, (String, ActionKey)>>,
+    removed: OnceLock<HashMap<ActionKey, Removal>>,
 }
 
 /// What a step id had once.
@@ -31,6 +32,8 @@ pub(crate) struct Earlier {
     pub(crate) key: ActionKey,
     /// The run that used it, if that is known.
     pub(crate) run: Option<String>,
+    /// There was a result under the key then.
+    pub(crate) had_result: bool,
 }
 
 /// Runs of the pipeline, newest first, as far as they were read.
@@ -49,7 +52,14 @@ impl History {
             current,
             runs: Mutex::default(),
             all: OnceLock::new(),
+            removed: OnceLock::new(),
         }
+    }
+
+    /// That the result of a key was taken out of the cache, where that is remembered.
+    pub(crate) fn removal(&self, key: &ActionKey) -> Option<Removal> {
+        let removed = self.removed.get_or_init(|| Removal::all(self.reader.dir()));
+        removed.get(key).copied()
     }
 
     /// The label that results of a step carry.
@@ -85,9 +95,10 @@ impl History {
                 .extend(RunKeys::read(&folder, Some(&self.pipeline)));
         }
         let run = &runs.read[at];
-        Some(run.keys.get(id).map(|key| Earlier {
-            key: *key,
+        Some(run.keys.get(id).map(|used| Earlier {
+            key: used.key,
             run: Some(run.run.clone()),
+            had_result: used.has_result,
         }))
     }
 
@@ -97,6 +108,7 @@ impl History {
         Some(Earlier {
             key: *key,
             run: None,
+            had_result: true,
         })
     }
 }

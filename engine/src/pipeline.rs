@@ -127,6 +127,19 @@ pub struct StepNode {
     pub expect: Vec<String>,
 }
 
+impl Foreach {
+    /// What a variable walks.
+    #[must_use]
+    pub fn list(&self, variable: &str) -> Option<&ForeachList> {
+        self.inner.get(variable).or_else(|| self.vars.get(variable))
+    }
+
+    /// All lists that are walked.
+    pub fn lists(&self) -> impl Iterator<Item = &ForeachList> {
+        self.vars.values().chain(self.inner.values())
+    }
+}
+
 impl StepNode {
     /// It works without this input port.
     #[must_use]
@@ -175,15 +188,36 @@ pub enum Source {
     File(PathBuf),
     /// The current item's value of a `foreach` variable.
     Item(String),
+    /// Of a step that belongs to the same use of a definition, which is walked by `foreach`: its
+    /// output for the current item.
+    Sibling {
+        /// The step.
+        step: String,
+        /// Its output port.
+        output: String,
+        /// The port gives a list for each item.
+        many: bool,
+    },
 }
 
 /// Fan-out: several variables are walked in step (zipped), so their lists must be of equal length.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Foreach {
     /// Variable to what it walks.
     pub vars: BTreeMap<String, ForeachList>,
     /// At most this many items at once.
     pub max_parallel: Option<usize>,
+    /// The use of a step definition that walks, when it is not the step itself: its other steps
+    /// walk the same items under the same labels.
+    pub walker: Option<String>,
+    /// Lists that the step itself walks within each item of its walker; without one it has none.
+    pub inner: BTreeMap<String, ForeachList>,
+    /// Further variables of `item`, in order: the params of the definition that differ from item
+    /// to item. Each value is filled in with the variables before it.
+    pub bound: Vec<(String, Value)>,
+    /// Conditions of the steps of the same walker without which there is nothing to read for an
+    /// item: where one is false, the item is left out.
+    pub conditions: Vec<String>,
 }
 
 /// What a `foreach` variable walks.

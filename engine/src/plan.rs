@@ -1,5 +1,5 @@
 //! [`plan`]: what a run would do, and why. Reads the cache without its lock,
-//! runs nothing and writes nothing.
+//! runs nothing, fetches nothing and writes nothing.
 //!
 //! A step is known only when everything before it is fresh: behind a stale
 //! step it is pending, because that step may make the same bytes again.
@@ -19,7 +19,7 @@ use crate::history::History;
 use crate::lookup::{Found, Lookup};
 use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
 use crate::run::{RunError, RunOptions, Selection};
-use crate::step::World;
+use crate::step::{StepErrorKind, World};
 use crate::why::{Cause, Reason, why};
 
 /// What a run would do, in topological order.
@@ -41,7 +41,7 @@ pub struct PlannedStep {
     pub kind: String,
     /// Its items by id, where they are known. A step without `foreach` has one.
     pub items: Vec<PlannedItem>,
-    /// Fresh when all items are; stale when one is.
+    /// Fresh when all items are; stale when one is; else unknown.
     pub status: PlanStatus,
     /// What it is likely to cost while its items are not known.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -94,6 +94,12 @@ pub enum PlanStatus {
         /// Their names.
         after: Vec<String>,
     },
+    /// Not known until a run has looked at something that is not on this machine: a plan fetches
+    /// nothing.
+    Unknown {
+        /// What that is.
+        why: String,
+    },
     /// It would not run: its `when` is false, or it needs a step that would not run.
     Skipped {
         /// Why.
@@ -107,7 +113,10 @@ impl PlanStatus {
     pub fn why(&self) -> &str {
         match self {
             Self::Fresh => "nothing changed",
-            Self::Stale { why, .. } | Self::Pending { why, .. } | Self::Skipped { why } => why,
+            Self::Stale { why, .. }
+            | Self::Pending { why, .. }
+            | Self::Unknown { why }
+            | Self::Skipped { why } => why,
         }
     }
 
@@ -190,7 +199,15 @@ pub fn plan(
     let planner = Planner {
         pipeline,
         options,
-        lookup: Lookup::reading(&pipeline.root, world.clone(), cache, options.remote.clone()),
+        lookup: Lookup::reading(
+            &pipeline.root,
+            World {
+                look_only: true,
+                ..world.clone()
+            },
+            cache,
+            options.remote.clone(),
+        ),
         history: History::new(&pipeline.name, cache.dir(), None),
         selection,
         cache,
@@ -326,7 +343,10 @@ impl Planner<'_> {
         let keyed = match self.lookup.key(request) {
             Ok(keyed) => keyed,
             Err(error) => {
-                let status = PlanStatus::stale(error.message);
+                let status = match error.kind {
+                    StepErrorKind::Unseen => PlanStatus::Unknown { why: error.message },
+                    _ => PlanStatus::stale(error.message),
+                };
                 return (planned(String::new(), status), None);
             }
         };
@@ -398,8 +418,12 @@ impl Planner<'_> {
 /// The status of a step from those of its items.
 fn of_items(items: &[PlannedItem]) -> PlanStatus {
     let stale: Vec<&PlannedItem> = items.iter().filter(|i| i.status.is_stale()).collect();
+    let unknown = |item: &&PlannedItem| matches!(item.status, PlanStatus::Unknown { .. });
     match stale.first().map(|item| &item.status) {
-        None => PlanStatus::Fresh,
+        None => items
+            .iter()
+            .find(unknown)
+            .map_or(PlanStatus::Fresh, |item| item.status.clone()),
         Some(status) if items.len() == 1 => status.clone(),
         Some(PlanStatus::Stale { why, .. }) => {
             PlanStatus::stale(format!("{} of {} items: {why}", stale.len(), items.len()))

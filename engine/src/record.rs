@@ -82,10 +82,12 @@ impl PlanSource {
 
     fn one(step: &StepNode, source: &Source) -> Self {
         match source {
-            Source::Output { step, output } => Self::Output(format!("{step}.{output}")),
+            Source::Output { step, output } | Source::Sibling { step, output, .. } => {
+                Self::Output(format!("{step}.{output}"))
+            }
             Source::File(path) => Self::File(path.clone()),
             Source::Item(var) => {
-                let walked = step.foreach.as_ref().and_then(|f| f.vars.get(var));
+                let walked = step.foreach.as_ref().and_then(|f| f.list(var));
                 let walked = match walked {
                     Some(ForeachList::Artifacts(sources)) => {
                         sources.iter().map(|s| Self::one(step, s)).collect()

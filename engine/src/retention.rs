@@ -11,12 +11,12 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::{
-    ActionKey, ActionResult, Bounds, Cache, CacheError, CacheReader, Garbage, Survey, Uses,
+    ActionKey, ActionResult, Bounds, Cache, CacheError, CacheReader, Garbage, Remover, Survey, Uses,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::record::REPLACED;
-use crate::run_keys::RunKeys;
+use crate::run_keys::{RunKeys, Used};
 
 /// The longest time between two looks at what is old.
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -64,7 +64,7 @@ pub fn uses(cache: &CacheReader, keep_runs: usize) -> Uses {
         let number = seen.entry((run.pipeline, run.ok)).or_default();
         *number += 1;
         let kept = *number <= keep_runs;
-        for key in run.keys.into_values() {
+        for Used { key, .. } in run.keys.into_values() {
             let last = uses.last.entry(key).or_insert(run.at);
             *last = (*last).max(run.at);
             if kept {
@@ -85,6 +85,7 @@ pub fn keys_of(run_dir: &Path) -> BTreeSet<ActionKey> {
     let run = RunKeys::read(run_dir, None);
     run.into_iter()
         .flat_map(|run| run.keys.into_values())
+        .map(|used| used.key)
         .collect()
 }
 
@@ -117,12 +118,22 @@ pub fn garbage(cache: &CacheReader, retention: &Retention) -> Garbage {
 /// # Errors
 /// When something cannot be removed.
 pub fn collect(cache: &Cache, retention: &Retention) -> Result<Garbage, CacheError> {
+    collect_for(cache, retention, Remover::Collection, &|| false)
+}
+
+fn collect_for(
+    cache: &Cache,
+    retention: &Retention,
+    by: Remover,
+    stop: &dyn Fn() -> bool,
+) -> Result<Garbage, CacheError> {
     let garbage = garbage(&CacheReader::open(cache.dir()), retention);
-    garbage.remove(cache)?;
+    garbage.remove(cache, by, stop)?;
     Ok(garbage)
 }
 
-/// Does so at the end of a run, if it is time. `ran` says whether the run made anything.
+/// Does so at the end of a run, if it is time. `ran` says whether the run made anything; once
+/// `stop` says so, the rest is left to the end of the next run.
 ///
 /// # Errors
 /// As [`collect`].
@@ -130,6 +141,7 @@ pub fn tidy(
     cache: &Cache,
     retention: &Retention,
     ran: bool,
+    stop: &dyn Fn() -> bool,
 ) -> Result<Option<Garbage>, CacheError> {
     let now = SystemTime::now();
     let path = cache.dir().join(NOTE);
@@ -147,9 +159,12 @@ pub fn tidy(
     let size = || Survey::of(cache.dir()).total().bytes;
     let over = retention.bounds.max_size.is_some_and(|max| size() > max);
     let collected = match over || old {
-        true => Some(collect(cache, retention)?),
+        true => Some(collect_for(cache, retention, Remover::Run, stop)?),
         false => None,
     };
+    if stop() {
+        return Ok(None);
+    }
     let note = Note {
         looked: now,
         took: started.elapsed(),

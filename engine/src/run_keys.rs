@@ -9,6 +9,8 @@ use std::time::SystemTime;
 use flowrun_cache::{ActionKey, Digest};
 use serde::Deserialize;
 
+use crate::event::StepStatus;
+
 /// The keys of a run.
 #[derive(Debug)]
 pub(crate) struct RunKeys {
@@ -21,7 +23,15 @@ pub(crate) struct RunKeys {
     /// It ended, and well.
     pub(crate) ok: bool,
     /// What each step id used; of one that began and did not end, what it was about to make.
-    pub(crate) keys: HashMap<String, ActionKey>,
+    pub(crate) keys: HashMap<String, Used>,
+}
+
+/// The key that a step id used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Used {
+    pub(crate) key: ActionKey,
+    /// There was a result: it was made, or it was there.
+    pub(crate) has_result: bool,
 }
 
 #[derive(Deserialize)]
@@ -34,6 +44,8 @@ struct Line<'a> {
     step: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     key: Option<Cow<'a, str>>,
+    #[serde(default)]
+    status: Option<StepStatus>,
     #[serde(default)]
     ok: bool,
 }
@@ -62,8 +74,9 @@ impl RunKeys {
             };
             ok |= line.ok;
             if let (Some(step), Some(key)) = (line.step, line.key.and_then(|k| Digest::parse(&k))) {
+                let has_result = matches!(line.status, Some(StepStatus::Ran | StepStatus::Cached));
                 // A step that was made again in the same run stands as it ended last.
-                keys.insert(step.into_owned(), key);
+                keys.insert(step.into_owned(), Used { key, has_result });
             }
         }
         Some(Self {

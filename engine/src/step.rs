@@ -37,10 +37,12 @@ pub trait Step: Send + Sync {
     fn outputs(&self) -> Vec<Port>;
     /// Facts about the outside world that the result depends on (for example
     /// the digest of a file that a param names, or which source of a download is
-    /// at hand). They enter the action key. Called when a step is planned.
+    /// at hand). They enter the action key. Called when a step is planned, and fetches nothing
+    /// then ([`World::look_only`]); called again when it is about to run.
     ///
     /// # Errors
-    /// When the world makes the step impossible (a file is missing).
+    /// When the world makes the step impossible (a file is missing); [`StepErrorKind::Unseen`]
+    /// when something would have to be fetched first, and may not be.
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         let _ = (params, world);
         Ok(BTreeMap::new())
@@ -108,6 +110,9 @@ impl Port {
 pub struct World {
     /// No network may be used.
     pub offline: bool,
+    /// [`Step::observe`] only looks at this machine, although a run may fetch: what it cannot know
+    /// without is an error of the kind [`StepErrorKind::Unseen`].
+    pub look_only: bool,
     /// Folder of files that stand in for downloads, looked up by sha256.
     pub distdir: Option<PathBuf>,
     /// The user's cache folder (`~/.cache/flowrun`): downloads and weights.
@@ -362,6 +367,9 @@ pub enum StepErrorKind {
     Gate,
     /// The run was asked to stop (exit 130).
     Cancelled,
+    /// Nothing failed: what a step depends on is known only when a run fetches it. Of
+    /// [`Step::observe`] alone.
+    Unseen,
 }
 
 /// A step's failure.
@@ -400,6 +408,12 @@ impl StepError {
     #[must_use]
     pub fn cancelled() -> Self {
         Self::new(StepErrorKind::Cancelled, "stopped before it finished")
+    }
+    /// What `name` holds is known only when a run fetches it.
+    #[must_use]
+    pub fn unseen(name: &str) -> Self {
+        let text = format!("`{name}` is not on this machine: a run looks at it first");
+        Self::new(StepErrorKind::Unseen, text)
     }
     /// An input or output error on `path`.
     #[must_use]

@@ -186,10 +186,7 @@ impl StepNode {
         self
     }
     fn foreach_mut(&mut self) -> &mut Foreach {
-        self.foreach.get_or_insert_with(|| Foreach {
-            vars: BTreeMap::new(),
-            max_parallel: None,
-        })
+        self.foreach.get_or_insert_with(Foreach::default)
     }
     pub(crate) fn change(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);

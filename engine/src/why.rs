@@ -1,11 +1,14 @@
 //! [`why`]: the reason that an action runs, in words. Planning, running and
 //! `flowrun why` all ask here.
 
+use flowrun_cache::{ActionKey, Removal, Remover};
+
 use crate::expansion::ActionRequest;
 use crate::history::{Earlier, History};
 use crate::lookup::Keyed;
 use crate::manifest::diff;
 use crate::pipeline::CachePolicy;
+use crate::record::timestamp;
 
 /// What is known before the history is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +44,20 @@ impl Reason {
     }
 }
 
+/// Nobody knows why a result is gone.
+const LOST: &str = "its last result is no longer in the cache";
+
+/// `its last result was removed from the cache by `flowrun cache gc` at …`.
+fn told(removal: &Removal) -> String {
+    let by = match removal.by {
+        Remover::Collection => "by `flowrun cache gc`",
+        Remover::Run => "for its bounds, when a run ended,",
+        Remover::Repair => "by `flowrun cache repair`",
+    };
+    let at = timestamp(removal.at);
+    format!("its last result was removed from the cache {by} at {at}")
+}
+
 /// Why an action runs, compared with the nearest earlier run that gave a result.
 pub(crate) fn why(
     history: &History,
@@ -54,19 +71,24 @@ pub(crate) fn why(
     if cause == Cause::Broken {
         return Reason::plain("an output is missing from the cache or damaged");
     }
-    let Some(last) = history.last(&request.id) else {
-        return Reason::plain("never ran");
+    let gone = |key: &ActionKey| {
+        let removal = history.removal(key);
+        removal.map(|removal| Reason::plain(&told(&removal)))
     };
+    let Some(last) = history.last(&request.id) else {
+        // Its runs' records may be gone too.
+        return gone(&keyed.key).unwrap_or_else(|| Reason::plain("never ran"));
+    };
+    let lost = || gone(&last.key).unwrap_or_else(|| Reason::plain(LOST));
     if last.key == keyed.key {
-        let asked = cause == Cause::Forced;
-        return Reason::plain(if asked {
-            "asked to run again"
-        } else {
-            "its last run gave no result"
-        });
+        return match (cause, last.had_result) {
+            (Cause::Forced, _) => Reason::plain("asked to run again"),
+            (_, true) => lost(),
+            (_, false) => Reason::plain("its last run gave no result"),
+        };
     }
     match history.nearest(&request.id) {
-        None => Reason::plain("its last result is no longer in the cache"),
+        None => lost(),
         Some((earlier, _)) if earlier.key == keyed.key => Reason::plain("asked to run again"),
         Some((Earlier { run, .. }, result)) => Reason {
             lines: diff(&result.manifest, &keyed.manifest.to_value()),

@@ -115,10 +115,16 @@ fn counts(plan: &Plan) -> String {
     let later = of(|s| matches!(s, PlanStatus::Pending { .. }));
     let fresh = of(|s| matches!(s, PlanStatus::Fresh));
     let skipped = of(|s| matches!(s, PlanStatus::Skipped { .. }));
+    let unknown = of(|s| matches!(s, PlanStatus::Unknown { .. }));
     if plan.is_fresh() {
         return "nothing to do\n".to_owned();
     }
     let mut parts = vec![format!("{stale} to run")];
+    if unknown > 0 {
+        parts.push(format!(
+            "{unknown} known only when its source was looked at"
+        ));
+    }
     if later > 0 {
         parts.push(format!("{later} after them, if their inputs change"));
     }
@@ -135,6 +141,7 @@ pub(super) fn word(status: &PlanStatus) -> console::StyledObject<&'static str> {
         PlanStatus::Fresh => style("cached").dim(),
         PlanStatus::Stale { .. } => style("run   ").green().bold(),
         PlanStatus::Pending { .. } => style("later ").yellow(),
+        PlanStatus::Unknown { .. } => style("maybe ").yellow(),
         PlanStatus::Skipped { .. } => style("skip  ").dim(),
     }
 }

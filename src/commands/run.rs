@@ -11,6 +11,7 @@ use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
 use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline, run_changed};
 use flowrun_engine::step::{Cancel, StepErrorKind, World};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{GlobalArgs, RunArgs};
 use crate::commands::cache::{removed, retention};
@@ -39,8 +40,10 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
             Some(Recalled::Unchanged(unchanged)) => {
                 surroundings::remember(&asked.file, open.dir());
                 let summary = finish(&unchanged, open, global)?;
-                tidy(open, args, &summary, global);
-                return Ok(exit_of(&summary));
+                // Nothing listens to signals here: the first one ends the program.
+                let nobody = Cancel::default();
+                tidy(open, args, &summary, global, &nobody);
+                return Ok(exit_of(&summary, &nobody));
             }
             found => changed = found,
         }
@@ -69,9 +72,10 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);
-    let summary = runtime.block_on(drive(work, held, options, global))?;
-    tidy(&cache, args, &summary, global);
-    Ok(exit_of(&summary))
+    let cancel = Cancel::default();
+    let summary = runtime.block_on(drive(work, held, options, global, cancel.clone()))?;
+    tidy(&cache, args, &summary, global, &cancel);
+    Ok(exit_of(&summary, &cancel))
 }
 
 /// All of the pipeline, and what is fresh stays.
@@ -103,9 +107,13 @@ fn finish(
 
 /// Removes what the bounds of the cache ask to. The run is over, so that it does not work is
 /// worth a warning only.
-fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs) {
+fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs, cancel: &Cancel) {
+    if cancel.is_cancelled() {
+        return;
+    }
     let kept = retention(&args.retention);
-    let text = match tidy_cache(cache, &kept, summary.ran > 0) {
+    let stop = || cancel.is_cancelled();
+    let text = match tidy_cache(cache, &kept, summary.ran > 0, &stop) {
         Ok(Some(found)) if !global.quiet => format!("cache: removed {}", removed(&found)),
         Ok(_) => return,
         Err(error) => format!("warning: the cache could not be tidied: {error}"),
@@ -140,14 +148,21 @@ async fn drive(
     cache: Arc<Cache>,
     options: RunOptions,
     global: &GlobalArgs,
+    cancel: Cancel,
 ) -> Result<RunSummary, Failure> {
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
     let reporter = match &work {
-        Work::Whole(loaded) => Reporter::new(global, &loaded.pipeline),
-        Work::Changed(changed, _) => Reporter::new(global, &changed.pipeline()),
+        Work::Whole(loaded) => {
+            let steps = loaded.pipeline.steps.iter();
+            Reporter::new(global, &loaded.pipeline.name, || {
+                steps.map(|step| step.name.clone()).collect()
+            })
+        }
+        Work::Changed(changed, _) => {
+            Reporter::new(global, &changed.pipeline().name, || changed.within_reach())
+        }
     };
-    let cancel = Cancel::default();
-    tokio::spawn(stop_on_signal(cancel.clone(), reporter.teller()));
+    listen(cancel.clone(), reporter.teller())?;
     let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
     let summary = match work {
         Work::Whole(loaded) => {
@@ -168,17 +183,35 @@ async fn drive(
 /// How long killed commands have to be gone once the second signal came.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
 
+/// Listens to signals until the program ends, on a thread of its own: what a run does at its end
+/// holds up the thread that drives it.
+fn listen(cancel: Cancel, tell: Teller) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let signals = {
+        let _here = runtime.enter();
+        [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+        ]
+        .map(signal)
+    };
+    let [Ok(interrupt), Ok(terminate), Ok(hang_up)] = signals else {
+        // Then the system does what it does to any program.
+        return Ok(());
+    };
+    let thread = std::thread::Builder::new().name("signals".to_owned());
+    let signals = [interrupt, terminate, hang_up];
+    thread.spawn(move || runtime.block_on(stop_on_signal(signals, cancel, tell)))?;
+    Ok(())
+}
+
 /// The first signal asks the steps to stop, the second kills them and ends the program.
 #[allow(clippy::exit)]
-async fn stop_on_signal(cancel: Cancel, tell: Teller) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hang_up)) = (
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::terminate()),
-        signal(SignalKind::hangup()),
-    ) else {
-        return;
-    };
+async fn stop_on_signal(signals: [Signal; 3], cancel: Cancel, tell: Teller) {
+    let [mut interrupt, mut terminate, mut hang_up] = signals;
     loop {
         tokio::select! {
             _ = interrupt.recv() => {}
@@ -196,15 +229,49 @@ async fn stop_on_signal(cancel: Cancel, tell: Teller) {
     }
 }
 
-fn exit_of(summary: &RunSummary) -> Exit {
+/// Whoever was asked to stop says so, also where all steps had ended: what follows them was cut
+/// short.
+fn exit_of(summary: &RunSummary, cancel: &Cancel) -> Exit {
+    if summary.interrupted || (summary.ok && cancel.is_cancelled()) {
+        return Exit::Interrupted;
+    }
     if summary.ok {
         return Exit::Ok;
-    }
-    if summary.interrupted {
-        return Exit::Interrupted;
     }
     match &summary.first_error {
         Some((_, error)) if error.kind == StepErrorKind::Gate => Exit::Gate,
         _ => Exit::StepFailed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowrun_engine::step::StepError;
+
+    use super::*;
+
+    #[test]
+    fn whoever_was_asked_to_stop_exits_so() {
+        let summary = |ok: bool, interrupted: bool, failed: bool| RunSummary {
+            run_id: String::new(),
+            run_dir: std::path::PathBuf::new(),
+            ok,
+            ran: 0,
+            cached: 0,
+            failed: usize::from(failed),
+            skipped: 0,
+            interrupted,
+            gate_failed: false,
+            first_error: failed.then(|| ("s".to_owned(), StepError::failed("no"))),
+            steps: Vec::new(),
+        };
+        let (calm, stopped) = (Cancel::default(), Cancel::default());
+        stopped.cancel();
+        let code = |summary: &RunSummary, cancel| exit_of(summary, cancel) as i32;
+        assert_eq!(code(&summary(true, false, false), &calm), 0);
+        // After the last step.
+        assert_eq!(code(&summary(true, false, false), &stopped), 130);
+        assert_eq!(code(&summary(false, true, false), &stopped), 130);
+        assert_eq!(code(&summary(false, false, true), &calm), 4);
     }
 }

@@ -64,9 +64,12 @@ fn behind<'a>(plan: &'a Plan, step: &PlannedStep) -> Vec<&'a PlannedStep> {
             add(&mut wanted, &before.status);
         }
     }
+    let decides =
+        |s: &&PlannedStep| s.status.is_stale() || matches!(s.status, PlanStatus::Unknown { .. });
     let steps = plan.steps.iter();
     steps
-        .filter(|s| wanted.contains(s.step.as_str()) && s.status.is_stale())
+        .filter(|s| wanted.contains(s.step.as_str()))
+        .filter(decides)
         .collect()
 }
 

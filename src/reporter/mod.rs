@@ -12,7 +12,6 @@ use std::path::PathBuf;
 
 use flowrun_cache::CacheReader;
 use flowrun_engine::event::{RunEvent, StepStatus};
-use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::record::RunRecord;
 use indicatif::MultiProgress;
 use serde_json::Value;
@@ -37,11 +36,18 @@ pub(crate) enum Reporter {
 impl Reporter {
     /// JSON when asked for; bars on a terminal that can draw them; plain lines when piped, in
     /// a dumb terminal and in continuous integration.
-    pub(crate) fn new(global: &GlobalArgs, pipeline: &Pipeline) -> Self {
+    ///
+    /// `steps` gives the names of those that may run, of the pipeline `pipeline`.
+    pub(crate) fn new(
+        global: &GlobalArgs,
+        pipeline: &str,
+        steps: impl FnOnce() -> BTreeSet<String>,
+    ) -> Self {
         if global.json {
             Self::Json(JsonReporter::default())
         } else if draws() && !global.quiet {
-            Self::Terminal(TerminalReporter::new(Earlier::of(pipeline, global)))
+            let earlier = Earlier::new(pipeline, steps(), global);
+            Self::Terminal(TerminalReporter::new(earlier))
         } else {
             Self::Plain(PlainReporter::new(global.quiet, global.verbose))
         }
@@ -124,17 +130,17 @@ fn draws() -> bool {
 /// of large runs are long, and a run that does nothing needs none.
 pub(crate) struct Earlier {
     pipeline: String,
-    /// Its steps.
+    /// Its steps that may run.
     steps: BTreeSet<String>,
     cache_dir: PathBuf,
     took: OnceCell<BTreeMap<String, u64>>,
 }
 
 impl Earlier {
-    fn of(pipeline: &Pipeline, global: &GlobalArgs) -> Self {
+    fn new(pipeline: &str, steps: BTreeSet<String>, global: &GlobalArgs) -> Self {
         Self {
-            pipeline: pipeline.name.clone(),
-            steps: pipeline.steps.iter().map(|s| s.name.clone()).collect(),
+            pipeline: pipeline.to_owned(),
+            steps,
             cache_dir: global.cache_dir.clone(),
             took: OnceCell::new(),
         }
@@ -150,7 +156,7 @@ impl Earlier {
         })
     }
 
-    /// The step, or the item of a step, is still in the pipeline.
+    /// The step, or the item of a step, may run.
     fn has(&self, id: &str) -> bool {
         let step = id.split_once('[').map_or(id, |(step, _)| step);
         self.steps.contains(step)

@@ -83,7 +83,8 @@ fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> 
 /// The file with this sha256: local, else fetched from `url` into the user's cache.
 ///
 /// # Errors
-/// Transient when the network fails; invalid when what arrived has another digest.
+/// Transient when the network fails; invalid when what arrived has another digest; unseen when it
+/// would have to be fetched and the world is only looked at.
 pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepError> {
     if let Some(path) = find_local(sha256, world) {
         return Ok(path);
@@ -94,6 +95,9 @@ pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepErro
             format!("`{url}` is not at hand and `--offline` forbids fetching it"),
         )
         .help("put the file into the folder named by --distdir"));
+    }
+    if world.look_only {
+        return Err(StepError::unseen(url));
     }
     let _one = one_at_a_time();
     let dest = cache_path(sha256, world);
@@ -327,6 +331,19 @@ mod tests {
         assert!(fetch(&url, &sha, &world).is_err());
         assert_eq!(fetch(&url, &sha, &world).unwrap(), path);
         assert_eq!(*asked.lock().unwrap(), ["all", "4-", "4-", "all"]);
+    }
+
+    #[test]
+    fn who_only_looks_fetches_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = World {
+            offline: false,
+            look_only: true,
+            ..world(dir.path())
+        };
+        let error = fetch("http://127.0.0.1:9/x", &"0".repeat(64), &world).unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Unseen, "{}", error.message);
+        assert!(!world.user_cache.exists(), "nothing is written");
     }
 
     #[test]

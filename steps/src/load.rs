@@ -139,18 +139,13 @@ impl Step for Load {
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
         let params: Params = serde_json::from_value(params.clone())
             .map_err(|e| StepError::invalid(format!("params of `load`: {e}")))?;
-        let found = params.locate(world);
-        if let Err(error) = &found
-            && !(params.stand_in && error.kind == StepErrorKind::Transient)
-        {
-            return Err(error.clone());
-        }
-        let data = match found {
-            Ok((train, Some(test))) => {
-                json!({ "train": train.digest()?, "test": test.digest()? })
+        let data = match params.digests(world) {
+            Ok((train, Some(test))) => json!({ "train": train, "test": test }),
+            Ok((train, None)) => json!({ "train": train }),
+            Err(error) if params.stand_in && error.kind == StepErrorKind::Transient => {
+                json!({ "stand_in": stand_in::digest() })
             }
-            Ok((train, None)) => json!({ "train": train.digest()? }),
-            Err(_) => json!({ "stand_in": stand_in::digest() }),
+            Err(error) => return Err(error),
         };
         Ok(BTreeMap::from([("data".to_owned(), data)]))
     }
@@ -224,6 +219,21 @@ impl Params {
     fn locate(&self, world: &World) -> Result<(Located, Option<Located>), StepError> {
         let train = self.train.locate("train", world)?;
         let test = self.test.as_ref().map(|test| test.locate("test", world));
+        Ok((train, test.transpose()?))
+    }
+
+    /// The sha256 of the files.
+    fn digests(&self, world: &World) -> Result<(String, Option<String>), StepError> {
+        let of = |source: &SourceSpec, name| match source.locate(name, world) {
+            Ok(located) => located.digest(),
+            // Where no stand-in can take its place, a run has the declared file or none.
+            Err(error) if error.kind == StepErrorKind::Unseen && !self.stand_in => {
+                source.sha256.clone().ok_or(error)
+            }
+            Err(error) => Err(error),
+        };
+        let train = of(&self.train, "train")?;
+        let test = self.test.as_ref().map(|test| of(test, "test"));
         Ok((train, test.transpose()?))
     }
 
@@ -398,6 +408,30 @@ mod tests {
         let (test, train): (Vec<Row>, _) = rows.into_iter().partition(is_set_aside);
         let test = test.into_iter().map(|row| as_test_row(row, dataset));
         (train, test.collect())
+    }
+
+    #[test]
+    fn a_plan_fetches_nothing_and_says_what_it_cannot_know() {
+        let home = std::env::temp_dir().join(format!("flowrun-load-{}", std::process::id()));
+        let world = World {
+            user_cache: home.clone(),
+            look_only: true,
+            ..World::default()
+        };
+        // Nobody listens there.
+        let url = json!({ "url": "http://127.0.0.1:9/a.csv", "sha256": "0".repeat(64) });
+        let seen = |train: &Value, stand_in: bool| {
+            let params = json!({ "name": "n", "train": train, "stand_in": stand_in });
+            let seen = Load.observe(&params, &world);
+            seen.map(|mut seen| seen.remove("data"))
+                .map_err(|error| error.kind)
+        };
+        let declared = json!({ "train": "0".repeat(64) });
+        assert_eq!(seen(&url, false), Ok(Some(declared)));
+        assert_eq!(seen(&url, true), Err(StepErrorKind::Unseen));
+        let hub = json!({ "hf": { "repo": "owner/name", "file": "a.csv" } });
+        assert_eq!(seen(&hub, false), Err(StepErrorKind::Unseen));
+        assert!(!home.exists());
     }
 
     #[test]

@@ -69,6 +69,35 @@ fn without_the_data_the_stand_in_is_used_and_said() {
 }
 
 #[test]
+fn a_plan_downloads_nothing() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    let project = Project::new();
+    let at = PIPELINE.replace("127.0.0.1:9", &address.to_string());
+    project.write("pipeline.yaml", &at);
+    let plan = project.run(&["plan", "pipeline.yaml"]).ok().stdout;
+    assert!(plan.contains("maybe  load"), "{plan}");
+    assert!(plan.contains("train.csv` is not on this machine"), "{plan}");
+    assert!(plan.contains("after `load`"), "{plan}");
+    let why = project.run(&["why", "split", "pipeline.yaml"]).ok().stdout;
+    assert!(why.contains("maybe  load: "), "{why}");
+    // With no stand-in to fall back on, what is declared is what a run reads.
+    project.edit("pipeline.yaml", "      stand_in: true\n", "");
+    let plan = project
+        .run(&["plan", "pipeline.yaml", "--json"])
+        .ok()
+        .stdout;
+    let plan: Value = serde_json::from_str(&plan).unwrap();
+    let load = &plan["steps"][0]["items"][0];
+    assert_eq!(load["status"]["status"], "stale", "{plan:#}");
+    assert_eq!(load["key"].as_str().unwrap().len(), 64);
+    let asked = listener.accept();
+    assert!(asked.is_err(), "the server was asked");
+    assert!(!project.path("user-cache").exists());
+}
+
+#[test]
 fn the_real_data_gives_the_notebooks_sets_and_is_not_taken_for_the_stand_in() {
     let Some(dist) = distdir() else {
         println!("skipped: banking77 is not at hand (set FLOWRUN_DISTDIR)");

@@ -459,6 +459,34 @@ fn on_a_terminal(
 }
 
 #[test]
+fn the_rest_of_a_run_is_estimated_when_only_files_changed() {
+    let project = Project::new();
+    project.write("text.txt", "one");
+    project.write(
+        "pipeline.yaml",
+        "\
+steps:
+  first:
+    run: sleep 1.2; cat \"$text\" > \"$x\"
+    in: { text: { file: text.txt } }
+    out: { x: x.txt }
+  second:
+    run: sleep 1.2; cat \"$x\"
+    in: { x: first.x }
+",
+    );
+    let run = || on_a_terminal(&project, "pipeline.yaml", "", &[]);
+    let Some(first) = run() else {
+        println!("skipped: there is no `script` to make a terminal with");
+        return;
+    };
+    assert!(!first.contains("ETA"), "nothing is known yet: {first:?}");
+    project.write("text.txt", "two");
+    let again = run().unwrap();
+    assert!(again.contains("running, ETA"), "{again:?}");
+}
+
+#[test]
 fn a_terminal_gets_bars_and_colour_unless_it_says_no() {
     let project = Project::new();
     project.write("pipeline.yaml", FAN);

@@ -90,6 +90,156 @@ fn a_mistake_in_a_definition_is_shown_there_and_at_its_uses() {
     }
 }
 
+/// How often a word stands in a text.
+const COUNT: &str = "\
+params:
+  word:
+in: { text: file }
+out: { count: count.count, metrics: count.metrics }
+steps:
+  pick:
+    run: tr ' ' '\\n' < \"$text\" | grep -x '${{ params.word }}' > \"$found\" || true
+    in: { text: in.text }
+    out: { found: found.txt }
+  count:
+    run: wc -l < \"$found\" > \"$count\"; printf '{\"n\":%d}' \"$(cat \"$count\")\" > \"$metrics\"
+    in: { found: pick.found }
+    out: { count: count.txt, metrics: metrics.json }
+";
+
+#[test]
+fn a_definition_is_run_for_each_item_and_gated_by_its_metrics() {
+    let project = Project::new();
+    project.write("text.txt", "apple oak apple\n");
+    project.write("count.yaml", COUNT);
+    project.write(
+        "pipeline.yaml",
+        "\
+params: { words: [apple, oak] }
+steps:
+  each:
+    uses: ./count.yaml
+    foreach:
+      word: ${{ params.words }}
+    in: { text: { file: text.txt } }
+    with:
+      word: ${{ item.word }}
+    expect: [n > 0]
+    publish: { count: \"results/${{ item.word }}.txt\" }
+  all:
+    run: cat \"$counts\"/* > \"$all\"
+    in: { counts: each.count }
+    out: { all: all.txt }
+    publish: { all: results/all.txt }
+",
+    );
+    let run = |words: &str| {
+        let set = format!("words={words}");
+        project.run(&["pipeline.yaml", "--json", "--set", &set])
+    };
+    let first = run("[apple, oak]").ok();
+    let mut ran = first.steps("ran");
+    ran.sort();
+    let all = [
+        "all",
+        "each/count[apple]",
+        "each/count[oak]",
+        "each/pick[apple]",
+        "each/pick[oak]",
+    ];
+    assert_eq!(ran, all);
+    let numbers = |name: &str| {
+        let text = project.read(name);
+        text.split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(numbers("results/all.txt"), ["2", "1"], "in item order");
+    assert_eq!(numbers("results/oak.txt"), ["1"]);
+    let again = run("[apple, oak]").ok();
+    assert!(again.steps("ran").is_empty(), "{}", again.stdout);
+    // Another order runs what reads the list, and nothing else.
+    let turned = run("[oak, apple]").ok();
+    assert_eq!(turned.steps("ran"), ["all"]);
+    assert_eq!(numbers("results/all.txt"), ["1", "2"]);
+    // A new item runs alone; its gate is not met.
+    let gated = run("[apple, ash, oak]");
+    assert_eq!(gated.code, Some(5), "{}", gated.stderr);
+    assert_eq!(gated.steps("ran"), ["each/pick[ash]"]);
+    assert_eq!(gated.steps("failed"), ["each/count[ash]"]);
+    let why = project.run(&["why", "each", "pipeline.yaml"]).ok().stdout;
+    assert!(
+        why.contains("each/pick") && why.contains("each/count"),
+        "{why}"
+    );
+    // One file changed, and with it both items.
+    project.write("text.txt", "oak apple apple\n");
+    let changed = run("[apple, oak]").ok();
+    let mut ran = changed.steps("ran");
+    ran.sort();
+    assert_eq!(
+        ran,
+        ["each/pick[apple]", "each/pick[oak]"],
+        "equal counts stop it there"
+    );
+}
+
+#[test]
+fn a_definition_walks_a_list_that_exists_only_at_run_time() {
+    let project = example("shards");
+    project.write(
+        "lines.yaml",
+        "\
+in: { rows: any }
+out: { both: both.both }
+steps:
+  lines:
+    run: wc -l < \"$rows\" > \"$lines\"
+    in: { rows: in.rows }
+    out: { lines: lines.txt }
+  both:
+    run: cat \"$rows\" \"$lines\" > \"$both\"
+    in: { rows: in.rows, lines: lines.lines }
+    out: { both: both.txt }
+",
+    );
+    project.write(
+        "pipeline.yaml",
+        "\
+steps:
+  load:
+    uses: load
+    with: { name: queries, train: { file: known.csv }, test: { file: queries.csv } }
+  shard:
+    uses: shard
+    in: { rows: load.test }
+    with: { size: 4 }
+  each:
+    uses: ./lines.yaml
+    foreach: { shard: shard.shards }
+    in:
+      rows: ${{ item.shard }}
+  all:
+    run: cat \"$parts\"/* > \"$all\"
+    in: { parts: each.both }
+    out: { all: all.txt }
+",
+    );
+    let run = project.run(&["pipeline.yaml", "--json"]).ok();
+    let ran = run.steps("ran");
+    for id in [
+        "each/lines[000000]",
+        "each/both[000000]",
+        "each/both[000001]",
+    ] {
+        assert!(ran.iter().any(|step| step == id), "{id} in {ran:?}");
+    }
+    let again = project.run(&["pipeline.yaml", "--json"]).ok();
+    assert!(again.steps("ran").is_empty(), "{}", again.stdout);
+    let plan = project.run(&["plan", "pipeline.yaml"]).ok().stdout;
+    assert!(plan.contains("each/both"), "{plan}");
+}
+
 #[test]
 fn the_pools_example_runs() {
     let project = example("pools");

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::project::Project;
+use crate::project::{Project, Run};
 
 const JSON: &[&str] = &["pipeline.yaml", "--json"];
 
@@ -56,6 +56,47 @@ fn a_param_of_a_kind_is_named_and_so_is_the_run_that_it_is_compared_with() {
     );
     let again = why(&project, "split", &["--set", "keep=9"]);
     assert!(again.contains("its last run gave no result"), "{again}");
+}
+
+#[test]
+fn a_result_that_was_removed_from_the_cache_is_told_with_who_did_it() {
+    let project = Project::shell();
+    project.run(JSON).ok();
+    let everything = ["cache", "gc", "--keep-runs", "0", "--max-size", "0"];
+    project.run(&everything).ok();
+    let text = why(&project, "strip", &[]);
+    let by_gc = "its last result was removed from the cache by `flowrun cache gc` at 20";
+    assert!(text.contains(by_gc), "{text}");
+    let again = project.run(JSON).ok();
+    let ended = |run: &Run, step: &str| {
+        let events = run.events();
+        let of = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;
+        events.iter().find(of).unwrap()["why"].to_string()
+    };
+    assert!(ended(&again, "strip").contains(by_gc), "{}", again.stdout);
+
+    let results = project.path(".flowrun/actions");
+    for folder in std::fs::read_dir(results).unwrap() {
+        for file in std::fs::read_dir(folder.unwrap().path()).unwrap() {
+            std::fs::write(file.unwrap().path(), "spoilt").unwrap();
+        }
+    }
+    project.run(&["cache", "repair"]);
+    let text = why(&project, "strip", &[]);
+    assert!(
+        text.contains("removed from the cache by `flowrun cache repair` at 20"),
+        "{text}"
+    );
+
+    // Without a note it is still no failure of the run.
+    project.run(JSON).ok();
+    std::fs::remove_dir_all(project.path(".flowrun/actions")).unwrap();
+    std::fs::remove_file(project.path(".flowrun/removed.jsonl")).unwrap();
+    let text = why(&project, "strip", &[]);
+    assert!(
+        text.contains("its last result is no longer in the cache"),
+        "{text}"
+    );
 }
 
 #[test]

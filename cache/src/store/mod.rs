@@ -7,6 +7,7 @@
 mod address;
 mod lent;
 mod place;
+mod staging;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
@@ -22,6 +23,7 @@ use std::time::{Duration, SystemTime};
 use self::address::address;
 pub use self::lent::Lent;
 use self::lent::Stamp;
+pub use self::staging::{Staged, Staging};
 use crate::artifact::{Artifact, ArtifactKind, TREE_VERSION, TreeObject};
 use crate::digest::Digest;
 use crate::durability::Unsynced;

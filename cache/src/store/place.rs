@@ -4,13 +4,14 @@ use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use super::{ArtifactStore, Lent, copy_hashed};
+use super::{ArtifactStore, Lent, Staging, copy_hashed};
 use crate::artifact::{Artifact, ArtifactKind};
 use crate::digest::Digest;
 use crate::error::CacheError;
 
+/// How an artifact is put somewhere.
 #[derive(Clone, Copy)]
-enum Placement {
+pub(super) enum Placement {
     Copy,
     Link,
 }
@@ -21,32 +22,12 @@ impl ArtifactStore {
     /// # Errors
     /// As [`ArtifactStore::read`], or when `dest` cannot be written; `dest` is then as it was.
     pub fn materialize(&self, artifact: &Artifact, dest: &Path) -> Result<(), CacheError> {
-        let folder = dest
-            .parent()
-            .filter(|p| !p.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        std::fs::create_dir_all(folder).map_err(|e| CacheError::outside(folder, e))?;
-        let staging = tempfile::Builder::new()
-            .prefix(".flowrun-")
-            .tempdir_in(folder)
-            .map_err(|e| CacheError::outside(folder, e))?;
-        let staged = staging.path().join("new");
-        self.place(artifact, &staged, Placement::Copy)?;
-        // A folder cannot be renamed over a folder: the old one steps aside first.
-        let old = staging.path().join("old");
-        let aside = dest.is_dir();
-        if aside {
-            std::fs::rename(dest, &old).map_err(|e| CacheError::outside(dest, e))?;
-        } else if artifact.kind == ArtifactKind::Tree && dest.exists() {
-            std::fs::remove_file(dest).map_err(|e| CacheError::outside(dest, e))?;
+        let mut staging = Staging::new(self);
+        match staging.add(artifact, dest, &|| false)? {
+            Some(staged) => staged.put(),
+            // Nobody asked to stop.
+            None => Ok(()),
         }
-        std::fs::rename(&staged, dest).map_err(|e| {
-            if aside {
-                // It would go with the folder that it lies in.
-                let _ = std::fs::rename(&old, dest);
-            }
-            CacheError::outside(dest, e)
-        })
     }
 
     /// Places the artifact at `dest` for reading only: hard links where the
@@ -63,16 +44,30 @@ impl ArtifactStore {
             .map(|digest| Ok((digest, self.stamp(&digest)?)))
             .collect::<Result<_, CacheError>>()?;
         self.verify(artifact)?;
-        self.place(artifact, dest, Placement::Link)?;
+        self.place(artifact, dest, Placement::Link, &|| false)?;
         Ok(Lent { stamps })
     }
 
-    fn place(&self, artifact: &Artifact, dest: &Path, how: Placement) -> Result<(), CacheError> {
+    /// False when `stop` said so, which is asked before each file: then only a part is there.
+    pub(super) fn place(
+        &self,
+        artifact: &Artifact,
+        dest: &Path,
+        how: Placement,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<bool, CacheError> {
         match artifact.kind {
-            ArtifactKind::File => self.place_file(&artifact.digest, dest, false, how),
+            ArtifactKind::File if stop() => Ok(false),
+            ArtifactKind::File => {
+                self.place_file(&artifact.digest, dest, false, how)?;
+                Ok(true)
+            }
             ArtifactKind::Tree => {
                 std::fs::create_dir_all(dest).map_err(|e| CacheError::outside(dest, e))?;
                 for entry in self.tree(&artifact.digest)?.entries {
+                    if stop() {
+                        return Ok(false);
+                    }
                     let path = dest.join(&entry.path);
                     if let Some(folder) = path.parent() {
                         std::fs::create_dir_all(folder)
@@ -80,7 +75,7 @@ impl ArtifactStore {
                     }
                     self.place_file(&entry.digest, &path, entry.executable, how)?;
                 }
-                Ok(())
+                Ok(true)
             }
         }
     }

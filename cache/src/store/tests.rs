@@ -201,3 +201,38 @@ fn nothing_is_moved_where_there_is_a_link() {
     store.take_path(&link).unwrap();
     assert!(outside.join("weights").exists());
 }
+
+#[test]
+fn what_is_staged_touches_nothing_until_it_is_put() {
+    let (dir, store) = store();
+    let source = dir.path().join("source");
+    std::fs::create_dir_all(&source).unwrap();
+    std::fs::write(source.join("a"), "new").unwrap();
+    std::fs::write(source.join("b"), "new").unwrap();
+    let tree = store.put_path(&source).unwrap();
+    let project = dir.path().join("project");
+    let dest = project.join("dest");
+    std::fs::create_dir_all(&dest).unwrap();
+    std::fs::write(dest.join("a"), "old").unwrap();
+    let a = || std::fs::read_to_string(dest.join("a")).unwrap();
+    let names = || std::fs::read_dir(&project).unwrap().count();
+
+    // Stopped between its two files.
+    let asked = std::cell::Cell::new(0);
+    let stop = || asked.replace(asked.get() + 1) >= 1;
+    let mut staging = Staging::new(&store);
+    assert!(staging.add(&tree, &dest, &stop).unwrap().is_none());
+    drop(staging);
+    assert_eq!((a(), names()), ("old".to_owned(), 1));
+
+    let mut staging = Staging::new(&store);
+    let staged = staging.add(&tree, &dest, &|| false).unwrap().unwrap();
+    let other = project.join("other");
+    let never_put = staging.add(&tree, &other, &|| false).unwrap();
+    assert!(never_put.is_some());
+    assert_eq!(a(), "old");
+    staged.put().unwrap();
+    drop(staging);
+    assert_eq!(a(), "new");
+    assert_eq!(names(), 1, "nothing is left of what was not put");
+}

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use petgraph::graph::NodeIndex;
 use serde_json::{Map, Value, json};
 
+use super::conditions;
 use super::definition::{self, Uses};
 use super::draft::Draft;
 use super::mismatch::{Mismatch, Shape};
@@ -295,7 +296,12 @@ fn check_steps(
         nodes.push(Some(node));
     }
     match order::order(&graph) {
-        Ok(order) => order.into_iter().filter_map(|i| nodes[i].take()).collect(),
+        Ok(order) => {
+            let mut steps: Vec<StepNode> =
+                order.into_iter().filter_map(|i| nodes[i].take()).collect();
+            conditions::hand_on(&mut steps);
+            steps
+        }
         Err(circles) => {
             for circle in circles {
                 let mut names: Vec<&str> =
@@ -376,7 +382,7 @@ fn with<'a>(
     for mismatch in shape.check(&value) {
         report_with(map, draft, mismatch);
     }
-    let completed = complete(shape.schema(), value, tables);
+    let completed = complete(shape.schema(), value, tables, draft.fans_out());
     for bad in completed.bad {
         report_name(map, draft, tables, &bad);
     }

@@ -1,7 +1,9 @@
 //! Step definitions: a step that `uses` a file is replaced by the steps of that file.
 //!
 //! The step `tidy` of a definition that `clean` uses becomes `clean/tidy`. Params are filled in
-//! here; ports are joined where all steps are known ([`Use`] says how). Knows no step kind.
+//! here; ports are joined where all steps are known ([`Use`] says how). When `clean` has a
+//! `foreach`, all steps inside walk its lists; params that differ from item to item become
+//! variables of theirs ([`Use::bound`]). Knows no step kind.
 //!
 //! Invariant: what is replaced is bounded in depth and number, whatever the files say.
 
@@ -13,28 +15,31 @@ use serde_json::{Map, Value, json};
 
 use super::check::report_mismatch;
 use super::draft::{is_port_name, is_step_name};
-use super::expr::{Scope, has_expression};
+use super::expr::{Scope, has_expression, holds_expression, unescaped};
+use super::handed::{EXPECT, hand_down};
 use super::load::{identity, load_used, tidy};
 use super::mismatch::Shape;
 use super::node::{Data, Entry, Node};
 use super::overlay::fits;
-use super::resolution::{forbid, join_conditions, resolve_step};
+use super::resolution::{MAX_PARALLEL, close_when, forbid, join_conditions, resolve_step};
 use super::schema::{definition_shape, pipeline_shape};
 use super::source_map::{SourceMap, Span};
 use super::suggest;
-use crate::pipeline::DefinitionUse;
+use crate::pipeline::{DefinitionUse, METRICS};
 use crate::step::Port;
 
 /// Deepest use within a use.
 const MAX_DEPTH: usize = 16;
 /// Most uses of one pipeline.
 const MAX_USES: usize = 10_000;
+/// Most values of the lists that the steps inside walked definitions walk, counted for each step.
+const MAX_WALKED: usize = 2_000_000;
 
 /// The name by which the steps of a definition read its inputs.
 pub(crate) const INPUTS: &str = "in";
 
-/// Fields of a use that the steps inside take over when they do not say otherwise.
-const HANDED_DOWN: [&str; 6] = ["retry", "timeout", "resources", "pool", "runner", "cache"];
+/// The field that has a step run once for each item.
+const FOREACH: &str = "foreach";
 
 /// One use of a step definition.
 pub(crate) struct Use {
@@ -46,6 +51,18 @@ pub(crate) struct Use {
     pub(crate) node: Node,
     /// What the definition says; None when that is not known.
     pub(crate) definition: Option<Definition>,
+    /// Its params that differ from item to item: variable of `item` to the value, in which
+    /// `${{ item… }}` waits.
+    pub(crate) bound: Vec<(String, Value)>,
+}
+
+impl Use {
+    /// The lists that it walks.
+    pub(crate) fn foreach(&self) -> Option<&Entry> {
+        self.node
+            .entry(FOREACH)
+            .filter(|e| e.value.as_map().is_some())
+    }
 }
 
 /// The ports of a step definition.
@@ -65,18 +82,39 @@ pub(crate) struct Definition {
 /// The uses of a pipeline, by name.
 pub(crate) type Uses = BTreeMap<String, Use>;
 
+/// The uses around the steps of `scope`, innermost first.
+pub(crate) fn around<'a>(uses: &'a Uses, scope: &str) -> impl Iterator<Item = (&'a str, &'a Use)> {
+    std::iter::successors(use_of(uses, scope), move |(_, used)| {
+        use_of(uses, &used.scope)
+    })
+}
+
+/// The use whose steps have the prefix `scope`.
+fn use_of<'a>(uses: &'a Uses, scope: &str) -> Option<(&'a str, &'a Use)> {
+    let (name, used) = uses.get_key_value(scope.strip_suffix('/')?)?;
+    Some((name.as_str(), used))
+}
+
+/// The use with a `foreach` that the steps of `scope` belong to.
+pub(crate) fn walker<'a>(uses: &'a Uses, scope: &str) -> Option<(&'a str, &'a Use)> {
+    around(uses, scope).find(|(_, used)| used.foreach().is_some())
+}
+
 /// Resolves the steps of the file, and replaces those that use a definition.
 pub(crate) fn inline(map: &mut SourceMap, root: &mut Node, scope: &mut Scope) -> Uses {
     let mut inliner = Inliner {
         map,
         uses: Uses::new(),
         open: Vec::new(),
+        walked: None,
+        length: 0,
+        handed: 0,
         done: IndexMap::new(),
     };
     let steps = root.as_map_mut().and_then(|m| m.get_mut("steps"));
     if let Some(steps) = steps.and_then(|s| s.value.as_map_mut()) {
         for (name, entry) in std::mem::take(steps) {
-            inliner.step("", &name, entry, scope);
+            inliner.step("", &name, entry, scope, None);
         }
         *steps = inliner.done;
     }
@@ -100,11 +138,25 @@ struct Inliner<'a> {
     uses: Uses,
     /// The definitions around, outermost first: their identity, and as shown.
     open: Vec<(PathBuf, PathBuf)>,
+    /// The `foreach` of the use around.
+    walked: Option<Entry>,
+    /// How many values it has.
+    length: usize,
+    /// How many values were handed to steps.
+    handed: usize,
     done: IndexMap<String, Entry>,
 }
 
 impl Inliner<'_> {
-    fn step(&mut self, prefix: &str, name: &str, mut entry: Entry, scope: &mut Scope) {
+    /// `around`: the use of a definition, and the definition, that the step stands in.
+    fn step(
+        &mut self,
+        prefix: &str,
+        name: &str,
+        mut entry: Entry,
+        scope: &mut Scope,
+        around: Option<(&Node, &Definition)>,
+    ) {
         if !is_step_name(name) {
             let message = format!("`{name}` is not a step name");
             let help = "lower-case letters, digits, `-` and `_`, a letter first".to_owned();
@@ -113,20 +165,83 @@ impl Inliner<'_> {
             let message = "`in` stands for the inputs of the definition".to_owned();
             self.report(entry.key, "bad-name", message, None);
         }
+        self.check_nested_walk(&mut entry.value);
         resolve_step(self.map, &mut entry.value, scope);
         let full = format!("{prefix}{name}");
         let uses = entry
             .value
             .get("uses")
-            .and_then(|u| Some((u.as_text()?, u.span)));
-        match uses {
-            Some((path, at)) if is_path(path) => {
-                let path = path.to_owned();
-                self.used(prefix, full, entry, &path, at, scope);
+            .and_then(|u| Some((u.as_text()?.to_owned(), u.span)));
+        let uses = uses.filter(|(path, _)| is_path(path));
+        if uses.is_some() || around.is_some() {
+            close_when(self.map, &mut entry.value, scope);
+        }
+        if let Some((outer, definition)) = around {
+            // Not before: what the use says was filled in where it is written.
+            let again = self.walked.is_none() && entry.value.entry(FOREACH).is_some();
+            hand_down(outer, definition, name, &mut entry.value, again);
+            join_conditions(outer, &mut entry.value);
+        }
+        if let Some((path, at)) = uses {
+            return self.used(prefix, full, entry, &path, at, scope);
+        }
+        self.walk(&mut entry.value);
+        self.done.insert(full, entry);
+    }
+
+    /// Has a step walk the lists of the use around it, beside its own.
+    fn walk(&mut self, step: &mut Node) {
+        let (Some(foreach), Some(fields)) = (&self.walked, step.as_map_mut()) else {
+            return;
+        };
+        let at = foreach.key;
+        let before = self.handed;
+        self.handed = before.saturating_add(self.length);
+        if self.handed <= MAX_WALKED {
+            // Where it has its own, that of the use is found there.
+            fields
+                .entry(FOREACH.to_owned())
+                .or_insert_with(|| foreach.clone());
+            return;
+        }
+        fields.shift_remove(FOREACH);
+        if before <= MAX_WALKED {
+            let message =
+                format!("more than {MAX_WALKED} values are walked by the steps inside definitions");
+            self.report(at, "yaml-limit", message, None);
+        }
+    }
+
+    /// Within a walked definition a step may walk lists of its own, under other names; what uses a
+    /// definition may not.
+    fn check_nested_walk(&mut self, step: &mut Node) {
+        let Some(outer) = &self.walked else {
+            return;
+        };
+        let uses = step.get("uses").and_then(Node::as_text);
+        let is_use = uses.is_some_and(is_path);
+        let clash = |name: &&String| *name != MAX_PARALLEL && outer.value.entry(name).is_some();
+        let clash = step.entries(FOREACH).find(|(name, _)| clash(name));
+        let clash = clash.map(|(name, entry)| (name.clone(), entry.key));
+        let own = step.entry(FOREACH).map(|e| e.key);
+        match (own, clash) {
+            (Some(at), _) if is_use => {
+                let message = "a `foreach` on the use of a definition inside a definition whose use has a `foreach`";
+                let help = "walk the list here, or where the definition around is used";
+                self.report(
+                    at,
+                    "misplaced-field",
+                    message.to_owned(),
+                    Some(help.to_owned()),
+                );
+                step.remove(&[FOREACH.to_owned()]);
             }
-            _ => {
-                self.done.insert(full, entry);
+            (_, Some((name, at))) => {
+                let message = format!("`{name}` is a variable of the `foreach` around already");
+                let help = "choose another name for this one".to_owned();
+                self.report(at, "bad-name", message, Some(help));
             }
+            _ => {}
         }
     }
 
@@ -141,12 +256,24 @@ impl Inliner<'_> {
     ) {
         prune_step(self.map, &name, &mut entry);
         self.check_fields(&entry);
-        let definition = self.definition(&name, &entry, path, at, scope);
+        let own = entry.value.entry(FOREACH).cloned();
+        let own = own.filter(|foreach| foreach.value.as_map().is_some());
+        let walks = own.is_some();
+        if walks {
+            self.length = own.as_ref().map_or(0, |foreach| values(&foreach.value));
+            self.walked = own;
+        }
+        let mut bound = Vec::new();
+        let definition = self.definition(&name, &entry, path, at, scope, &mut bound);
+        if walks {
+            self.walked = None;
+        }
         let used = Use {
             scope: prefix.to_owned(),
             key: entry.key,
             node: entry.value,
             definition,
+            bound,
         };
         self.uses.insert(name, used);
     }
@@ -159,18 +286,24 @@ impl Inliner<'_> {
         path: &str,
         at: Span,
         scope: &Scope,
+        bound: &mut Vec<(String, Value)>,
     ) -> Option<Definition> {
         let around = self.map.path(at);
         let file = tidy(&around.parent().unwrap_or(Path::new("")).join(path));
         self.check_open(&file, path, at)?;
         let mut tree = load_used(self.map, &file, name, at)?;
         prune_definition(self.map, &mut tree)?;
-        let params = self.bind(entry, path, at, &tree);
+        let bindings = self.bind(entry, path, at, &tree);
         let mut inner = Scope {
             context: scope.context.clone(),
-            items: None,
+            walked: self.walked.is_some(),
+            ..Scope::default()
         };
-        inner.context["params"] = Value::Object(params);
+        inner.context["params"] = Value::Object(bindings.known);
+        for (param, variable, value) in bindings.waiting {
+            inner.deferred.insert(param, variable.clone());
+            bound.push((variable, value));
+        }
         let mut definition = Definition {
             about: tree.get("about").and_then(Node::as_text).map(str::to_owned),
             inputs: self.inputs(&tree),
@@ -185,11 +318,11 @@ impl Inliner<'_> {
         }
         self.open.push((identity(&file), file));
         let prefix = format!("{name}/");
-        for (inner_name, mut step) in steps {
+        self.check_gates(&entry.value, &definition, path);
+        for (inner_name, step) in steps {
             definition.steps.push(format!("{prefix}{inner_name}"));
-            hand_down(&entry.value, &definition, &inner_name, &mut step.value);
-            join_conditions(self.map, &entry.value, &mut step.value, scope, &inner);
-            self.step(&prefix, &inner_name, step, &mut inner);
+            let around = Some((&entry.value, &definition));
+            self.step(&prefix, &inner_name, step, &mut inner, around);
         }
         self.open.pop();
         Some(definition)
@@ -220,12 +353,10 @@ impl Inliner<'_> {
     /// Fields that mean nothing on a use.
     fn check_fields(&mut self, entry: &Entry) {
         let help = |field: &str| match field {
-            "foreach" => "put it on the steps inside, over an input that takes a list",
-            "expect" => "put it on the step inside that has the metric",
             "out" => "the definition's own `out` says what it gives",
             _ => "a step is one of a kind (`uses`) or a command (`run`)",
         };
-        for field in ["foreach", "expect", "out", "run"] {
+        for field in ["out", "run"] {
             if let Some(found) = entry.value.entry(field) {
                 let message = format!("`{field}` cannot stand beside the use of a definition");
                 self.report(
@@ -239,12 +370,21 @@ impl Inliner<'_> {
     }
 
     /// The params of the definition, as this use has them.
-    fn bind(&mut self, entry: &Entry, path: &str, at: Span, tree: &Node) -> Map<String, Value> {
-        let mut params = Map::new();
+    fn bind(&mut self, entry: &Entry, path: &str, at: Span, tree: &Node) -> Bindings {
+        let mut bindings = Bindings::default();
         let with = entry.value.get("with");
-        for (name, default) in tree.entries("params") {
+        let walked = self.walked.is_some();
+        for (index, (name, default)) in tree.entries("params").enumerate() {
             forbid(self.map, &default.value);
             let given = with.and_then(|w| w.entry(name));
+            let value = given.map(|given| given.value.to_value());
+            if let Some(value) = value.as_ref().filter(|v| walked && holds_expression(v)) {
+                let variable = self.variable(index, name);
+                bindings
+                    .waiting
+                    .push((name.clone(), variable, value.clone()));
+                continue;
+            }
             match given {
                 Some(given) => self.check_param(name, default, given),
                 None if default.value.data == Data::Null => {
@@ -254,17 +394,47 @@ impl Inliner<'_> {
                 }
                 None => {}
             }
-            let value = given.map_or(&default.value, |g| &g.value).to_value();
-            params.insert(name.clone(), value);
+            let value = match value {
+                // It was to be read once more, as what waits is.
+                Some(value) if walked => unescaped(value),
+                Some(value) => value,
+                None => default.value.to_value(),
+            };
+            bindings.known.insert(name.clone(), value);
         }
+        let params = || tree.entries("params").map(|(name, _)| name.as_str());
         for (name, given) in entry.value.entries("with") {
-            if !params.contains_key(name) {
-                let help = suggest::help(name, "its params", params.keys().map(String::as_str));
+            if !params().any(|param| param == name) {
+                let help = suggest::help(name, "its params", params());
                 let message = format!("`{path}` has no param `{name}`");
                 self.report(given.key, "unknown-param", message, help);
             }
         }
-        params
+        bindings
+    }
+
+    /// The variable of `item` for a param of the definition that is read: no `foreach` can have
+    /// one of that name, and no definition around this one has.
+    fn variable(&self, index: usize, param: &str) -> String {
+        let depth = self.open.len();
+        if is_port_name(param) {
+            format!("_{depth}_{param}")
+        } else {
+            format!("_{depth}_{index}")
+        }
+    }
+
+    /// Gates (`expect`) are on the metrics of one step inside.
+    fn check_gates(&mut self, outer: &Node, definition: &Definition, path: &str) {
+        let gates = outer.entry(EXPECT);
+        let Some(gates) = gates.filter(|_| definition.gated().is_none()) else {
+            return;
+        };
+        let message = format!("`{path}` does not say whose metrics these are");
+        let help = format!(
+            "give the definition an output `{METRICS}`, or put `expect` on the step inside"
+        );
+        self.report(gates.key, "misplaced-field", message, Some(help));
     }
 
     fn check_param(&mut self, name: &str, default: &Entry, given: &Entry) {
@@ -321,6 +491,40 @@ impl Inliner<'_> {
     }
 }
 
+/// What the params of a definition are in one use.
+#[derive(Default)]
+struct Bindings {
+    /// Those that are known.
+    known: Map<String, Value>,
+    /// Those that differ from item to item: the param, the variable that holds it, its value.
+    waiting: Vec<(String, String, Value)>,
+}
+
+impl Definition {
+    /// The step inside whose metrics a gate on the use means: the one that makes the output
+    /// `metrics`, else the one that makes all outputs.
+    pub(crate) fn gated(&self) -> Option<&str> {
+        fn maker(output: &Entry) -> Option<&str> {
+            Some(output.value.as_text()?.split_once('.')?.0)
+        }
+        if let Some(metrics) = self.outputs.get(METRICS) {
+            return maker(metrics);
+        }
+        let mut makers = self.outputs.values().map(maker);
+        let first = makers.next()??;
+        makers.all(|other| other == Some(first)).then_some(first)
+    }
+}
+
+/// How many values there are in one.
+fn values(node: &Node) -> usize {
+    match &node.data {
+        Data::List(items) => items.iter().map(values).sum(),
+        Data::Map(entries) => entries.values().map(|e| values(&e.value)).sum(),
+        _ => 1,
+    }
+}
+
 /// `uses` names a file, not a step kind.
 pub(crate) fn is_path(uses: &str) -> bool {
     let file = Path::new(uses)
@@ -373,74 +577,4 @@ fn steps_of(data: Data) -> IndexMap<String, Entry> {
         Some(Data::Map(steps)) => steps,
         _ => IndexMap::new(),
     }
-}
-
-/// Gives a step inside what the use says for all of them, and what it says of this one's outputs.
-fn hand_down(outer: &Node, definition: &Definition, name: &str, step: &mut Node) {
-    if step.data == Data::Null {
-        step.data = Data::Map(IndexMap::new());
-    }
-    let published = published(outer, definition, name);
-    let Some(fields) = step.as_map_mut() else {
-        return;
-    };
-    for field in HANDED_DOWN {
-        if let (Some(entry), false) = (outer.entry(field), fields.contains_key(field)) {
-            fields.insert(field.to_owned(), entry.clone());
-        }
-    }
-    if let Some(entry) = outer.entry("env") {
-        add_missing(fields, "env", entry);
-    }
-    if let Some(entry) = published {
-        add_missing(fields, "publish", &entry);
-    }
-    if let Some(entry) = outer.entry("secrets") {
-        let own = fields.entry("secrets".into()).or_insert_with(|| Entry {
-            key: entry.key,
-            value: Node {
-                span: entry.value.span,
-                data: Data::List(Vec::new()),
-            },
-        });
-        if let (Data::List(own), Some(more)) = (&mut own.value.data, entry.value.as_list()) {
-            own.extend(more.iter().cloned());
-        }
-    }
-}
-
-/// Lays the entries of a map under those that are there.
-fn add_missing(fields: &mut IndexMap<String, Entry>, field: &str, from: &Entry) {
-    let Some(own) = fields.get_mut(field) else {
-        fields.insert(field.to_owned(), from.clone());
-        return;
-    };
-    if let (Some(own), Some(more)) = (own.value.as_map_mut(), from.value.as_map()) {
-        for (name, entry) in more {
-            own.entry(name.clone()).or_insert_with(|| entry.clone());
-        }
-    }
-}
-
-/// The `publish` of the use, for the outputs that come from the step `name` inside.
-fn published(outer: &Node, definition: &Definition, name: &str) -> Option<Entry> {
-    let publish = outer.entry("publish")?;
-    let mut ours: IndexMap<String, Entry> = IndexMap::new();
-    for (port, entry) in publish.value.as_map()? {
-        let source = definition.outputs.get(port).and_then(|e| e.value.as_text());
-        if let Some((step, output)) = source.and_then(|s| s.split_once('.'))
-            && step == name
-        {
-            ours.insert(output.to_owned(), entry.clone());
-        }
-    }
-    let value = Node {
-        span: publish.value.span,
-        data: Data::Map(ours),
-    };
-    let filled = value.as_map().is_some_and(|m| !m.is_empty());
-    filled.then_some(Entry {
-        key: publish.key,
-        value,
-    })
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path};
 use std::sync::Arc;
 
+use super::definition::{Uses, walker};
 use super::expr::has_expression;
 use super::node::{Entry, Node};
 use super::source_map::{SourceMap, Span};
@@ -80,6 +81,13 @@ impl<'a> Draft<'a> {
     /// True when it fans out, whether or not its `foreach` is right.
     pub(crate) fn fans_out(&self) -> bool {
         self.node.get("foreach").is_some_and(Node::is_container)
+    }
+
+    /// True when it has lists of its own to walk within the items of the use around it.
+    pub(crate) fn walks_itself(&self, uses: &Uses) -> bool {
+        let around = walker(uses, self.scope()).and_then(|(_, used)| used.foreach());
+        let own = self.node.entry("foreach").map(|e| e.key);
+        self.fans_out() && around.is_some_and(|around| own != Some(around.key))
     }
 
     /// Where the field `name` is written: its value, or its key when that is a map or list.

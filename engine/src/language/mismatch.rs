@@ -9,7 +9,7 @@ use jsonschema::error::{TypeKind, ValidationErrorKind as Kind};
 use jsonschema::{JsonType, ValidationError, Validator};
 use serde_json::Value;
 
-use super::expr::has_expression;
+use super::expr::{has_expression, holds_expression};
 use super::node::describe;
 use super::suggest;
 use super::variant::{self, Tag};
@@ -440,16 +440,6 @@ fn known_fields(schema: Option<&Value>) -> Vec<&str> {
     properties
         .map(|p| p.keys().map(String::as_str).collect())
         .unwrap_or_default()
-}
-
-/// True when some text in the value still holds an expression.
-fn holds_expression(value: &Value) -> bool {
-    match value {
-        Value::String(text) => has_expression(text),
-        Value::Array(items) => items.iter().any(holds_expression),
-        Value::Object(map) => map.values().any(holds_expression),
-        _ => false,
-    }
 }
 
 fn first_sentence(text: &str) -> String {

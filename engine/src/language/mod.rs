@@ -5,10 +5,12 @@
 //! pipeline. Knows no step kind (the [`Vocabulary`] does), runs nothing, prints nothing.
 
 mod check;
+mod conditions;
 mod definition;
 mod diagnostic;
 mod draft;
 mod expr;
+mod handed;
 mod load;
 mod mismatch;
 mod node;
@@ -29,6 +31,7 @@ mod suggest;
 mod tests;
 mod token;
 mod variant;
+mod walk;
 mod wiring;
 
 use std::collections::BTreeMap;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::expr::has_expression;
+use super::expr::{escaped, has_expression};
 use super::variant;
 
 /// Deepest schema that is followed; one may refer to itself.
@@ -45,11 +45,13 @@ pub(crate) struct Completed {
     pub(crate) bad: Vec<BadName>,
 }
 
-/// Completes the params `with` by their schema.
-pub(crate) fn complete(schema: &Value, with: Value, tables: &Tables<'_>) -> Completed {
+/// Completes the params `with` by their schema. `again`: the result is read once more, per item,
+/// so that a literal `${{` in an entry must be escaped.
+pub(crate) fn complete(schema: &Value, with: Value, tables: &Tables<'_>, again: bool) -> Completed {
     let mut walk = Walk {
         root: schema,
         tables,
+        again,
         path: Vec::new(),
         bad: Vec::new(),
     };
@@ -66,6 +68,7 @@ pub(crate) fn complete(schema: &Value, with: Value, tables: &Tables<'_>) -> Comp
 struct Walk<'a> {
     root: &'a Value,
     tables: &'a Tables<'a>,
+    again: bool,
     path: Vec<String>,
     bad: Vec<BadName>,
 }
@@ -178,8 +181,8 @@ impl Walk<'_> {
                 };
                 match entries.get(&name) {
                     Some(entry) => {
-                        *params = entry.clone();
-                        *key = self.keyed(table, entry);
+                        *params = self.entry(entry.clone());
+                        *key = self.entry(self.keyed(table, entry));
                     }
                     None => self.bad.push(BadName {
                         path: self.path.clone(),
@@ -190,6 +193,11 @@ impl Walk<'_> {
             }
             _ => {}
         }
+    }
+
+    /// An entry, as it stands in params.
+    fn entry(&self, entry: Value) -> Value {
+        if self.again { escaped(entry) } else { entry }
     }
 
     fn keyed(&self, table: &str, entry: &Value) -> Value {
@@ -275,7 +283,8 @@ mod tests {
         });
         let with = json!({"model": "m", "judges": ["m", "q"], "student": null,
                           "nested": {"program": "p"}});
-        let done = complete(&schema, with, &tables(&models, &programs, &unkeyed));
+        let tables = tables(&models, &programs, &unkeyed);
+        let done = complete(&schema, with, &tables, false);
         let full = json!({"model": "x", "base_url": "u"});
         let keyed = json!({"model": "x"});
         assert_eq!(
@@ -299,6 +308,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_read_once_more_is_escaped_in_entries_and_keys() {
+        let program = json!({"predict": {"instructions": "Write ${{ x }}."}});
+        let programs = BTreeMap::from([("p".to_owned(), program)]);
+        let none = BTreeMap::new();
+        let schema = json!({"properties": {"program": {"x-flowrun-ref": "programs"}}});
+        let text = |again| {
+            let with = json!({"program": "p"});
+            let done = complete(&schema, with, &tables(&none, &programs, &[]), again);
+            assert_eq!(done.params, done.key_params);
+            done.params["program"]["predict"]["instructions"].clone()
+        };
+        assert_eq!(text(false), "Write ${{ x }}.");
+        assert_eq!(text(true), "Write $${{ x }}.");
+    }
+
+    #[test]
     fn a_variant_gets_its_own_defaults() {
         let schema = json!({"properties": {"how": {"oneOf": [
             {"type": "object", "required": ["kind"],
@@ -311,6 +336,7 @@ mod tests {
             &schema,
             json!({"how": {"kind": "b"}}),
             &tables(&none, &none, &[]),
+            false,
         );
         assert_eq!(done.params, json!({"how": {"kind": "b", "y": 2}}));
     }
@@ -320,8 +346,9 @@ mod tests {
         let schema = json!({"$ref": "#/$defs/T", "$defs": {"T": {"properties": {
             "child": {"$ref": "#/$defs/T", "default": {}}}}}});
         let none = BTreeMap::new();
-        let done = complete(&schema, json!({}), &tables(&none, &none, &[]));
+        let done = complete(&schema, json!({}), &tables(&none, &none, &[]), false);
         assert_eq!(done.params, json!({"child": {}}));
-        let _ = complete(&json!({"$ref": "#"}), json!({}), &tables(&none, &none, &[]));
+        let tables = tables(&none, &none, &[]);
+        let _ = complete(&json!({"$ref": "#"}), json!({}), &tables, false);
     }
 }

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use super::definition::{Uses, inline};
 use super::expr::{
-    ExprError, Resolved, Scope, close_condition, condition, escape, has_expression, resolve,
+    ExprError, Resolved, Scope, close_condition, condition, escaped, has_expression, resolve,
 };
-use super::node::{Data, Entry, Node};
+use super::node::{Data, Node};
 use super::source_map::{SourceMap, Span};
 
 /// The one key of `foreach` that is no variable.
@@ -25,7 +25,7 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> (
     let params = root.get("params").map_or_else(|| json!({}), Node::to_value);
     let mut scope = Scope {
         context: json!({ "params": params, "run": { "name": name } }),
-        items: None,
+        ..Scope::default()
     };
     fill_section(map, root, "models", &scope);
     let models = root.get("models").map_or_else(|| json!({}), Node::to_value);
@@ -48,6 +48,7 @@ fn fill_section(map: &mut SourceMap, root: &mut Node, section: &str, scope: &Sco
 /// Fills in everything in a step that is known before the run.
 pub(crate) fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
     let items = variables(step);
+    let again = items.is_some() || scope.walked;
     let Some(fields) = step.as_map_mut() else {
         return;
     };
@@ -57,6 +58,7 @@ pub(crate) fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Sco
             "in" => (true, false),
             "when" => {
                 scope.items.clone_from(&items);
+                scope.may_wait = true;
                 if let Some(text) = field.value.as_text()
                     && let Err(error) = condition(text, scope)
                 {
@@ -67,49 +69,52 @@ pub(crate) fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Sco
             _ => (false, false),
         };
         scope.items = if sees_item { items.clone() } else { None };
-        fill(map, &mut field.value, scope, escapes && items.is_some());
+        scope.may_wait = sees_item;
+        fill(map, &mut field.value, scope, escapes && again);
     }
     scope.items = None;
+    scope.may_wait = false;
 }
 
-/// Gives a step inside a definition a `when` of its own: the condition of the use and the step's,
-/// each filled in with the params that it sees. What is wrong is told when the step is resolved.
-pub(crate) fn join_conditions(
-    map: &mut SourceMap,
-    outer: &Node,
-    step: &mut Node,
-    outer_scope: &Scope,
-    inner_scope: &Scope,
-) {
-    let items = variables(step);
-    let scope = Scope {
-        context: inner_scope.context.clone(),
-        items,
-    };
-    let own = closed(map, step, &scope);
-    let around = closed(map, outer, outer_scope);
-    let chosen = match (around, own) {
-        (Some(around), _) if around.value.as_text() == Some("false") => around,
-        (_, Some(own)) => own,
-        (Some(around), None) => around,
-        (None, None) => return,
-    };
-    if let Some(fields) = step.as_map_mut() {
-        fields.insert("when".into(), chosen);
+/// Fills in the `when` of a step that is a use of a definition or stands in one, with the params
+/// that it sees, so that it means the same elsewhere. What is wrong with it was told when the step
+/// was resolved, but for a value that is neither true nor false.
+pub(crate) fn close_when(map: &mut SourceMap, step: &mut Node, scope: &mut Scope) {
+    scope.items = variables(step);
+    scope.may_wait = true;
+    let entry = step.as_map_mut().and_then(|fields| fields.get_mut("when"));
+    if let Some(entry) = entry
+        && let Some(text) = entry.value.as_text().map(str::to_owned)
+    {
+        match close_condition(&text, scope) {
+            Ok(text) => entry.value.data = Data::Text(text),
+            Err(_) if condition(&text, scope).is_err() => {}
+            Err(error) => report(map, entry.value.span, &error),
+        }
     }
+    scope.items = None;
+    scope.may_wait = false;
 }
 
-/// The `when` of a step, filled in; as it is when something is wrong with it.
-fn closed(map: &mut SourceMap, step: &Node, scope: &Scope) -> Option<Entry> {
-    let mut entry = step.entry("when")?.clone();
-    let text = entry.value.as_text()?.to_owned();
-    match close_condition(&text, scope) {
-        Ok(text) => entry.value.data = Data::Text(text),
-        // Told when the step is resolved.
-        Err(_) if condition(&text, scope).is_err() => {}
-        Err(error) => report(map, entry.value.span, &error),
+/// Gives a step inside a definition the condition of the use too. Both were closed.
+pub(crate) fn join_conditions(outer: &Node, step: &mut Node) {
+    let Some(around) = outer.entry("when") else {
+        return;
+    };
+    let Some(fields) = step.as_map_mut() else {
+        return;
+    };
+    let Some(own) = fields.get_mut("when") else {
+        fields.insert("when".into(), around.clone());
+        return;
+    };
+    match (around.value.as_text(), own.value.as_text()) {
+        (_, Some("false")) | (Some("true") | None, _) => {}
+        (Some(before), Some(condition)) if before != "false" && condition != "true" => {
+            own.value.data = Data::Text(format!("({before}) and ({condition})"));
+        }
+        _ => *own = around.clone(),
     }
-    Some(entry)
 }
 
 /// The names of the `foreach` variables of a step that has some.
@@ -144,15 +149,6 @@ fn fill(map: &mut SourceMap, node: &mut Node, scope: &Scope, escapes: bool) {
                 .for_each(|e| fill(map, &mut e.value, scope, escapes));
         }
         _ => {}
-    }
-}
-
-fn escaped(value: Value) -> Value {
-    match value {
-        Value::String(text) => Value::String(escape(&text)),
-        Value::Array(items) => items.into_iter().map(escaped).collect(),
-        Value::Object(map) => map.into_iter().map(|(k, v)| (k, escaped(v))).collect(),
-        other => other,
     }
 }
 

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::definition::{Definition, INPUTS, Use, Uses};
+use super::definition::{Definition, INPUTS, Use, Uses, walker};
 use super::draft::{Draft, is_port_name};
 use super::expr::has_expression;
 use super::node::{Data, Node};
@@ -79,9 +79,22 @@ pub(crate) struct Sources<'a, 'b> {
     pub(crate) items: HashMap<String, Item>,
     /// The steps that were named, and where.
     pub(crate) waits_for: Vec<(usize, Span)>,
+    /// The prefix of the steps that walk the same items.
+    beside: Option<String>,
 }
 
-impl Sources<'_, '_> {
+impl<'a, 'b> Sources<'a, 'b> {
+    /// For what is written in `scope`.
+    pub(crate) fn new(map: &'a mut SourceMap, drafts: &'a Drafts<'b>, scope: &str) -> Self {
+        Self {
+            map,
+            drafts,
+            items: HashMap::new(),
+            waits_for: Vec::new(),
+            beside: walker(drafts.uses, scope).map(|(name, _)| format!("{name}/")),
+        }
+    }
+
     pub(crate) fn report(
         &mut self,
         at: Span,
@@ -196,28 +209,30 @@ impl Sources<'_, '_> {
     /// The output of the step at `index`.
     fn output_at(&mut self, index: usize, text: &str, output: &str, span: Span) -> Option<Supply> {
         self.waits_for.push((index, span));
-        let draft = &self.drafts.list[index];
-        let mut supply = Supply {
-            source: Source::Output {
-                step: draft.name.to_owned(),
-                output: output.to_owned(),
+        let drafts = self.drafts;
+        let draft = &drafts.list[index];
+        let ports = draft.outputs.as_ref();
+        let port = ports.and_then(|ports| ports.iter().find(|p| p.name == output));
+        if let (Some(ports), None) = (ports, port) {
+            self.unknown_output(text, ports.iter().map(|p| p.name.as_str()).collect(), span);
+            return None;
+        }
+        let beside = self.beside.as_ref();
+        let is_sibling = beside.is_some_and(|prefix| draft.name.starts_with(prefix.as_str()));
+        let many = port.is_some_and(|p| p.many) || (is_sibling && draft.walks_itself(drafts.uses));
+        let (step, output) = (draft.name.to_owned(), output.to_owned());
+        Some(Supply {
+            source: if is_sibling {
+                Source::Sibling { step, output, many }
+            } else {
+                Source::Output { step, output }
             },
             span,
             shown: text.to_owned(),
-            ty: None,
-            many: draft.fans_out(),
-        };
-        let Some(ports) = &draft.outputs else {
-            return Some(supply);
-        };
-        let Some(port) = ports.iter().find(|p| p.name == output) else {
-            self.unknown_output(text, ports.iter().map(|p| p.name.as_str()).collect(), span);
-            return None;
-        };
-        supply.many |= port.many;
-        // What a command writes has the type that its reader asks for.
-        supply.ty = (!draft.is_run()).then(|| port.ty.clone());
-        Some(supply)
+            // What a command writes has the type that its reader asks for.
+            ty: port.filter(|_| !draft.is_run()).map(|p| p.ty.clone()),
+            many: many || (draft.fans_out() && !is_sibling),
+        })
     }
 
     fn unknown_output(&mut self, text: &str, names: Vec<&str>, span: Span) {

@@ -4,6 +4,7 @@
 mod definitions;
 mod files;
 mod runners;
+mod walked;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

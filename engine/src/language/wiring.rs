@@ -1,19 +1,19 @@
 //! What a step reads and waits for: `in`, `foreach` and `needs`, with the types of
 //! the ports at both ends. Knows nothing of params.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::definition::{INPUTS, Use};
-use super::draft::{Draft, is_port_name};
+use super::definition::{INPUTS, Use, around, walker};
+use super::draft::Draft;
 use super::expr::has_expression;
-use super::node::{Data, Node};
-use super::resolution::MAX_PARALLEL;
+use super::node::{Data, Entry, Node};
 use super::source::{Drafts, Item, Sources, Supply};
 use super::source_map::{SourceMap, Span};
 use super::suggest;
-use crate::pipeline::{Foreach, ForeachList, Source};
+use super::walk::foreach;
+use crate::pipeline::{Foreach, Source};
 use crate::step::Port;
 
 /// The wiring of one step.
@@ -32,7 +32,7 @@ pub(crate) struct Wiring {
 /// Wires one step.
 pub(crate) fn wire(map: &mut SourceMap, drafts: &Drafts<'_>, step: &Draft<'_>) -> Wiring {
     let mut wirer = Wirer {
-        sources: sources(map, drafts),
+        sources: Sources::new(map, drafts, step.scope()),
         scope: step.scope(),
         step,
         wiring: Wiring::default(),
@@ -49,17 +49,8 @@ pub(crate) fn wire(map: &mut SourceMap, drafts: &Drafts<'_>, step: &Draft<'_>) -
 /// Checks what is given to step definitions, and what they give.
 pub(crate) fn check_uses(map: &mut SourceMap, drafts: &Drafts<'_>) {
     for (name, used) in drafts.uses {
-        let mut sources = sources(map, drafts);
+        let mut sources = Sources::new(map, drafts, &used.scope);
         check_use(&mut sources, name, used);
-    }
-}
-
-fn sources<'a, 'b>(map: &'a mut SourceMap, drafts: &'a Drafts<'b>) -> Sources<'a, 'b> {
-    Sources {
-        map,
-        drafts,
-        items: HashMap::new(),
-        waits_for: Vec::new(),
     }
 }
 
@@ -69,6 +60,10 @@ fn check_use(sources: &mut Sources<'_, '_>, name: &str, used: &Use) {
     };
     let path = used.node.get("uses").and_then(Node::as_text);
     let path = path.unwrap_or_default();
+    if let Some(entry) = used.foreach() {
+        // The inputs may name its variables.
+        foreach(sources, &used.scope, entry);
+    }
     for (port, entry) in used.node.entries("in") {
         match definition.inputs.iter().find(|p| p.name == *port) {
             None => unknown_port(sources, path, port, entry.key, &definition.inputs),
@@ -181,140 +176,38 @@ impl Wirer<'_, '_> {
 
     // ---- foreach
 
+    /// The lists that the step walks: its own, or those of a use around it.
     fn foreach(&mut self) {
-        let Some(node) = self.step.node.get("foreach") else {
+        let uses = self.sources.drafts.uses;
+        let Some((walker, used)) = walker(uses, self.scope) else {
+            let own = self.step.node.entry("foreach");
+            self.wiring.foreach = own.and_then(|e| foreach(&mut self.sources, self.scope, e));
             return;
         };
-        let Some(entries) = node.as_map() else { return };
-        let mut foreach = Foreach {
-            vars: BTreeMap::new(),
-            max_parallel: None,
+        // A step that was handed none is one too many: that was told.
+        let is_handed = self.step.node.entry("foreach").is_some();
+        let walked = used.foreach().filter(|_| is_handed);
+        let Some(walked) = walked.and_then(|e| foreach(&mut self.sources, &used.scope, e)) else {
+            return;
         };
-        let mut lengths: Vec<(String, usize, Span)> = Vec::new();
-        for (name, entry) in entries {
-            if name == MAX_PARALLEL {
-                let value = entry.value.to_value().as_u64();
-                foreach.max_parallel = value.and_then(|n| usize::try_from(n).ok());
-                continue;
-            }
-            if !is_port_name(name) {
-                let help = "lower-case letters, digits and `_`, a letter first".to_owned();
-                let message = format!("`{name}` is not a name for a variable");
-                self.report(entry.key, "bad-name", message, Some(help));
-            }
-            let Some(list) = self.foreach_list(name, &entry.value) else {
-                continue;
-            };
-            if let ForeachList::Values(values) = &list {
-                lengths.push((name.clone(), values.len(), entry.key));
-            }
-            foreach.vars.insert(name.clone(), list);
-        }
-        if let [(first, length, _), rest @ ..] = lengths.as_slice()
-            && let Some((name, other, at)) = rest.iter().find(|(_, n, _)| n != length)
-        {
-            let message = format!("`{name}` has {other} values, but `{first}` has {length}");
-            let help = "several variables are walked in step, so their lists are equally long";
-            self.report(*at, "foreach-length", message, Some(help.to_owned()));
-        }
-        if entries.keys().all(|k| k == MAX_PARALLEL) {
-            let at = self.step.key_of(&["foreach"]);
-            let help = "for example `foreach: { checkpoint: finetune.checkpoints }`".to_owned();
-            self.report(
-                at,
-                "foreach-empty",
-                "`foreach` has no variable".into(),
-                Some(help),
-            );
-        }
-        self.wiring.foreach = Some(foreach);
-    }
-
-    fn foreach_list(&mut self, name: &str, node: &Node) -> Option<ForeachList> {
-        match &node.data {
-            Data::Text(text) if has_expression(text) => {
-                if !self.sources.map.has_error_in(node.span) {
-                    let message = "`foreach` walks a list known here".to_owned();
-                    self.report(node.span, "bad-source", message, None);
-                }
-                None
-            }
-            Data::Text(text) => {
-                let supplies = self.sources.output(self.scope, text, node.span);
-                if let [supply] = supplies.as_slice()
-                    && supply.ty.is_some()
-                    && !supply.many
-                {
-                    let message = format!("`{text}` is one artifact, not a list");
-                    let help = format!("to walk just this one write `[{text}]`");
-                    self.report(node.span, "foreach-single", message, Some(help));
-                }
-                Some(self.artifacts(name, supplies))
-            }
-            Data::List(items) if self.are_sources(items) => {
-                let each = items.iter().map(|item| self.element(item));
-                let supplies = each.collect::<Vec<_>>().into_iter().flatten().collect();
-                Some(self.artifacts(name, supplies))
-            }
-            Data::List(items) => {
-                self.sources.items.insert(name.to_owned(), Item::Value);
-                let values: Vec<Value> = items.iter().map(Node::to_value).collect();
-                Some(ForeachList::Values(values))
-            }
-            _ => None,
-        }
-    }
-
-    /// One element of a list of artifacts.
-    fn element(&mut self, node: &Node) -> Vec<Supply> {
-        if node.as_map().is_some() {
-            let message = "`foreach` walks outputs of steps, not files".to_owned();
-            let help = "walk the file names: they are plain values, for `with` or `run`".to_owned();
-            self.report(node.span, "bad-source", message, Some(help));
-            return Vec::new();
-        }
-        self.sources.supply(self.scope, node)
-    }
-
-    fn artifacts(&mut self, name: &str, supplies: Vec<Supply>) -> ForeachList {
-        let file = supplies
-            .iter()
-            .find(|s| matches!(s.source, Source::File(_)));
-        if let Some(supply) = file {
-            let (span, shown) = (supply.span, supply.shown.clone());
-            let message = format!("`foreach` walks outputs of steps, but `{shown}` is a file here");
-            self.report(span, "bad-source", message, None);
-        }
-        let sources = supplies.iter().map(|s| s.source.clone()).collect();
-        self.sources
-            .items
-            .insert(name.to_owned(), Item::Artifact(supplies));
-        ForeachList::Artifacts(sources)
-    }
-
-    /// Whether a list is one of artifacts: every element has the form of a source, and one of
-    /// them names a step (or nearly does) or a file.
-    fn are_sources(&self, items: &[Node]) -> bool {
-        let mut certain = false;
-        for item in items {
-            match &item.data {
-                Data::Map(map) if map.len() == 1 && map.contains_key("file") => certain = true,
-                Data::Text(text) => {
-                    let Some((step, output)) = text.split_once('.') else {
-                        return false;
-                    };
-                    if !is_port_name(output) {
-                        return false;
-                    }
-                    let drafts = self.sources.drafts;
-                    certain |= drafts.named(self.scope, step).is_some()
-                        || (step == INPUTS && !self.scope.is_empty())
-                        || suggest::nearest(step, drafts.names(self.scope)).is_some();
-                }
-                _ => return false,
+        let mut bound: Vec<&[(String, Value)]> = Vec::new();
+        for (name, used) in around(uses, self.scope) {
+            bound.push(&used.bound);
+            if name == walker {
+                break;
             }
         }
-        certain
+        let is_own = |e: &&Entry| used.foreach().is_none_or(|outer| outer.key != e.key);
+        let own = self.step.node.entry("foreach").filter(is_own);
+        let own = own.and_then(|e| foreach(&mut self.sources, self.scope, e));
+        let own = own.unwrap_or_default();
+        self.wiring.foreach = Some(Foreach {
+            walker: Some(walker.to_owned()),
+            bound: bound.into_iter().rev().flatten().cloned().collect(),
+            inner: own.vars,
+            max_parallel: own.max_parallel.or(walked.max_parallel),
+            ..walked
+        });
     }
 
     // ---- needs

@@ -86,6 +86,40 @@ impl Changed {
         &self.affected
     }
 
+    /// The steps after each step.
+    pub(crate) fn after(&self) -> Vec<Vec<usize>> {
+        let known = self.known();
+        let mut after = vec![Vec::new(); known.len()];
+        for i in 0..known.len() {
+            for before in known.before(i).filter(|before| *before < known.len()) {
+                after[before].push(i);
+            }
+        }
+        after
+    }
+
+    /// Whether the changed files may reach each step, given the steps after each.
+    pub(crate) fn may_reach(&self, after: &[Vec<usize>]) -> Vec<bool> {
+        let mut reached = vec![false; after.len()];
+        let mut next: Vec<usize> = self.affected.iter().copied().collect();
+        while let Some(i) = next.pop() {
+            if !std::mem::replace(&mut reached[i], true) {
+                next.extend(&after[i]);
+            }
+        }
+        reached
+    }
+
+    /// The names of the steps that the changed files may reach.
+    #[must_use]
+    pub fn within_reach(&self) -> BTreeSet<String> {
+        let reached = self.may_reach(&self.after()).into_iter().enumerate();
+        reached
+            .filter(|(_, reached)| *reached)
+            .filter_map(|(i, _)| Some(self.known.ended(i)?.name))
+            .collect()
+    }
+
     /// Names of secrets.
     pub(crate) fn secrets(&self) -> &[String] {
         &self.remembered.head.secrets

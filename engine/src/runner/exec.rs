@@ -134,6 +134,7 @@ pub(super) fn work(
         params: request.params,
         world: World {
             offline: request.offline,
+            look_only: false,
             distdir: request.distdir,
             user_cache: request.user_cache,
             root: request.root,

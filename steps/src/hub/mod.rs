@@ -106,7 +106,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// Transient when it is not in the cache and the hub cannot be reached; invalid when the hub
-    /// has no such file, or not for this user.
+    /// has no such file, or not for this user; unseen when the world is only looked at.
     pub fn file(&self, file: &str) -> Result<PathBuf, StepError> {
         check_path(file, "file")?;
         let place = self.folder().join(file);
@@ -115,6 +115,9 @@ impl Snapshot {
         }
         if let Some(why) = self.of.settings.offline {
             return Err(self.missing(file, why));
+        }
+        if self.of.settings.look_only {
+            return Err(StepError::unseen(&self.of.name));
         }
         let _one = one_at_a_time();
         if place.is_file() {
@@ -204,6 +207,9 @@ impl Repository {
         let kept = self.kept();
         if let Some(why) = self.settings.offline {
             return kept.ok_or_else(|| self.unknown(why));
+        }
+        if self.settings.look_only {
+            return kept.ok_or_else(|| StepError::unseen(&self.name));
         }
         match (self.ask(), kept) {
             (Ok(commit), _) => {

@@ -26,6 +26,8 @@ pub(super) struct Settings {
     pub(super) token: Option<Token>,
     /// What forbids asking, in words.
     pub(super) offline: Option<&'static str>,
+    /// Only what is on this machine counts: nothing is asked for.
+    pub(super) look_only: bool,
 }
 
 /// A token and where it is from.
@@ -70,6 +72,7 @@ impl Settings {
             endpoint: endpoint.to_owned(),
             token,
             offline: offline(world),
+            look_only: world.look_only,
         })
     }
 }

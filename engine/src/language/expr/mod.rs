@@ -11,7 +11,9 @@ mod run_time;
 
 pub use run_time::{eval_bool, resolve_item};
 
+use std::borrow::Cow;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
@@ -125,6 +127,30 @@ pub(crate) struct Scope {
     pub(crate) context: Value,
     /// The `foreach` variables, when the text belongs to a step that has some.
     pub(crate) items: Option<Vec<String>>,
+    /// The params of the step definition around that differ from item to item, each with the
+    /// variable of `item` that holds it.
+    pub(crate) deferred: BTreeMap<String, String>,
+    /// The text belongs to a definition whose use has a `foreach`: it is read once more, per item.
+    pub(crate) walked: bool,
+    /// The text is read once more when the item is known, if it asks for it.
+    pub(crate) may_wait: bool,
+}
+
+impl Scope {
+    /// The variable of `item` that holds what is referred to, when that is a deferred param.
+    fn variable(&self, reference: &Reference<'_>) -> Option<&str> {
+        match reference.segments.get(1) {
+            Some(Segment::Key(name)) if reference.root() == "params" => {
+                self.deferred.get(name).map(String::as_str)
+            }
+            _ => None,
+        }
+    }
+
+    /// `name` is a variable that stands for a deferred param.
+    fn is_deferred(&self, name: &str) -> bool {
+        self.deferred.values().any(|variable| variable == name)
+    }
 }
 
 /// What became of a text.
@@ -165,8 +191,9 @@ pub(crate) fn resolve(text: &str, scope: &Scope) -> Result<Resolved, ExprError> 
             Part::Escape => out.push_str(if waits { ESCAPED } else { OPEN }),
             Part::Expr(source) => {
                 let at = |e| ExprError { skip, ..e };
-                if refers_to_item(source) {
-                    let filled = fill(source, &scope.context).map_err(at)?;
+                let renamed = renamed(source, scope).map_err(at)?;
+                if refers_to_item(&renamed) {
+                    let filled = fill(&renamed, &scope.context).map_err(at)?;
                     out.push_str(&format!("${{{{ {filled} }}}}"));
                 } else {
                     let value = evaluate(source, &scope.context).map_err(at)?;
@@ -187,6 +214,39 @@ pub(crate) fn resolve(text: &str, scope: &Scope) -> Result<Resolved, ExprError> 
 /// The text with every literal `${{` escaped.
 pub(crate) fn escape(text: &str) -> String {
     text.replace(OPEN, ESCAPED)
+}
+
+/// The value with every text in it changed.
+fn each_text(value: Value, change: fn(&str) -> String) -> Value {
+    match value {
+        Value::String(text) => Value::String(change(&text)),
+        Value::Array(items) => items.into_iter().map(|v| each_text(v, change)).collect(),
+        Value::Object(map) => map
+            .into_iter()
+            .map(|(k, v)| (k, each_text(v, change)))
+            .collect(),
+        other => other,
+    }
+}
+
+/// The value with every literal `${{` in it escaped, so that [`resolve_item`] gives it back.
+pub(crate) fn escaped(value: Value) -> Value {
+    each_text(value, escape)
+}
+
+/// What [`escaped`] was made from.
+pub(crate) fn unescaped(value: Value) -> Value {
+    each_text(value, |text| text.replace(ESCAPED, OPEN))
+}
+
+/// True when some text in the value holds an expression.
+pub(crate) fn holds_expression(value: &Value) -> bool {
+    match value {
+        Value::String(text) => has_expression(text),
+        Value::Array(items) => items.iter().any(holds_expression),
+        Value::Object(map) => map.values().any(holds_expression),
+        _ => false,
+    }
 }
 
 /// The expression of `when` or `expect`: the text, or what stands inside its `${{ }}`.
@@ -213,8 +273,9 @@ pub(crate) fn condition<'a>(text: &'a str, scope: &Scope) -> Result<&'a str, Exp
 /// A mistake in it, or a value that is neither true nor false.
 pub(crate) fn close_condition(text: &str, scope: &Scope) -> Result<String, ExprError> {
     let source = condition(text, scope)?;
-    if refers_to_item(source) {
-        return fill(source, &scope.context);
+    let renamed = renamed(source, scope)?;
+    if refers_to_item(&renamed) {
+        return fill(&renamed, &scope.context);
     }
     match evaluate(source, &scope.context)? {
         Value::Bool(holds) => Ok(holds.to_string()),
@@ -237,6 +298,12 @@ fn check(source: &str, scope: &Scope) -> Result<bool, ExprError> {
         if reference.root() == "item" {
             item = true;
             check_item(&reference, scope)?;
+        } else if scope.variable(&reference).is_some() {
+            item = true;
+            check_deferred(&reference, scope)?;
+        } else if reference.segments.len() == 1 && reference.root() == "params" {
+            check_params(&reference, scope)?;
+            check_reference(&reference, &scope.context)?;
         } else {
             check_reference(&reference, &scope.context)?;
         }
@@ -245,7 +312,34 @@ fn check(source: &str, scope: &Scope) -> Result<bool, ExprError> {
     Ok(item)
 }
 
+/// A param that differs from item to item is not known everywhere.
+fn check_deferred(reference: &Reference<'_>, scope: &Scope) -> Result<(), ExprError> {
+    if scope.may_wait {
+        return Ok(());
+    }
+    let message = format!(
+        "`{}` depends on the item: it is known only in `with`, `env`, `run`, `publish` and `when`",
+        reference.prefix(2)
+    );
+    Err(ExprError::new(reference.text, "unknown-variable", message))
+}
+
+/// `params` as a whole.
+fn check_params(reference: &Reference<'_>, scope: &Scope) -> Result<(), ExprError> {
+    let Some(name) = scope.deferred.keys().next() else {
+        return Ok(());
+    };
+    let message = format!("`params` as a whole is not known here: `{name}` depends on the item");
+    let error = ExprError::new(reference.text, "expression", message);
+    Err(error.help("name the params one by one"))
+}
+
 fn check_item(reference: &Reference<'_>, scope: &Scope) -> Result<(), ExprError> {
+    if let Some(Segment::Key(name)) = reference.segments.get(1)
+        && scope.is_deferred(name)
+    {
+        return Ok(());
+    }
     let Some(items) = &scope.items else {
         let message = "`item` is known only in `in`, `with`, `env`, `run`, `publish` and `when` of a `foreach` step";
         return Err(ExprError::new(reference.text, "unknown-variable", message));
@@ -328,6 +422,38 @@ fn refers_to_item(source: &str) -> bool {
             .any(|reference| reference.root() == "item"))
     });
     found.unwrap_or(false)
+}
+
+/// The expression with `item.…` in place of every deferred param.
+fn renamed<'a>(source: &'a str, scope: &Scope) -> Result<Cow<'a, str>, ExprError> {
+    if scope.deferred.is_empty() {
+        return Ok(Cow::Borrowed(source));
+    }
+    let tokens = tokens(source)?;
+    let mut out = String::new();
+    let mut from = 0;
+    for reference in references(source, &tokens)? {
+        let Some(variable) = scope.variable(&reference) else {
+            continue;
+        };
+        out.push_str(&source[from..reference.start]);
+        out.push_str("item.");
+        out.push_str(variable);
+        from = reference.start + second_segment_end(&reference);
+    }
+    out.push_str(&source[from..]);
+    Ok(Cow::Owned(out))
+}
+
+/// How far the text of a reference goes to the end of its second segment: `.n` or `["n"]`.
+fn second_segment_end(reference: &Reference<'_>) -> usize {
+    let root = reference.root().len();
+    let tail = reference.text.get(root..).unwrap_or_default();
+    let length = match reference.segments.get(1) {
+        Some(Segment::Key(name)) if tail.starts_with('.') => 1 + name.len(),
+        _ => tail.find(']').map_or(tail.len(), |at| at + 1),
+    };
+    root + length
 }
 
 /// The expression with every known reference replaced by its value, so that only `item` is left.
@@ -517,7 +643,7 @@ mod tests {
                 "models": {"oracle": {"model": "m"}},
                 "run": {"name": "p"},
             }),
-            items: None,
+            ..Scope::default()
         }
     }
 
@@ -638,6 +764,65 @@ mod tests {
         assert!(resolve("${{ item.y }}", &scope).unwrap_err().help.is_some());
         assert!(resolve("${{ item }}", &scope).is_err());
         assert!(resolve("${{ item.x ~ params.nested }}", &scope).is_err());
+    }
+
+    #[test]
+    fn a_param_that_differs_from_item_to_item_waits_with_it() {
+        let deferred = [("k", "_0_k"), ("a-b", "_0_1")];
+        let deferred = deferred.map(|(name, variable)| (name.to_owned(), variable.to_owned()));
+        let scope = Scope {
+            deferred: deferred.into(),
+            walked: true,
+            may_wait: true,
+            ..scope()
+        };
+        let waits = |text: &str| match resolve(text, &scope).unwrap() {
+            Resolved::Waits(text) => text,
+            Resolved::Done(value) => panic!("{value}"),
+        };
+        assert_eq!(waits("${{ params.k }}"), "${{ item._0_k }}");
+        assert_eq!(waits("${{ params[\"a-b\"].x }}"), "${{ item._0_1.x }}");
+        assert_eq!(
+            waits("${{ params.k * params.n + params.k }} $${{ params.k }}"),
+            "${{ item._0_k * 25 + item._0_k }} $${{ params.k }}"
+        );
+        let item = BTreeMap::from([
+            ("_0_k".to_owned(), json!(2)),
+            ("_0_1".to_owned(), json!({"x": "y"})),
+        ]);
+        let full = |text: &str| resolve_item(&json!(waits(text)), &item).unwrap();
+        assert_eq!(full("${{ params.k * params.n }}"), json!(50));
+        assert_eq!(
+            full("${{ params[\"a-b\"].x }}-${{ params.k }}"),
+            json!("y-2")
+        );
+        assert_eq!(
+            close_condition("params.k > params.n", &scope),
+            Ok("item._0_k > 25".to_owned())
+        );
+        assert_eq!(
+            resolve("${{ params.n }}", &scope),
+            Ok(Resolved::Done(json!(25)))
+        );
+        // Closed once, it can be read again.
+        assert_eq!(condition("item._0_k > 25", &scope), Ok("item._0_k > 25"));
+        let message = |text: &str, scope: &Scope| resolve(text, scope).unwrap_err().message;
+        assert!(message("${{ params | length }}", &scope).contains("`a-b` depends on the item"));
+        assert!(message("${{ item.k }}", &scope).contains("foreach"));
+        let fixed = Scope {
+            may_wait: false,
+            ..scope.clone()
+        };
+        assert!(message("${{ params.k }}", &fixed).contains("`params.k` depends on the item"));
+    }
+
+    #[test]
+    fn escaping_whole_values_goes_there_and_back() {
+        let value = json!({"a": ["${{ x }}", 1], "b": {"c": "$${{"}});
+        let there = escaped(value.clone());
+        assert!(!holds_expression(&there), "{there}");
+        assert!(holds_expression(&value));
+        assert_eq!(unescaped(there), value);
     }
 
     #[test]

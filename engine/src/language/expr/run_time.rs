@@ -20,7 +20,7 @@ pub fn resolve_item(value: &Value, item: &BTreeMap<String, Value>) -> Result<Val
     }
     let scope = Scope {
         context: json!({ "item": item }),
-        items: None,
+        ..Scope::default()
     };
     fill_items(value, &scope.context)
 }

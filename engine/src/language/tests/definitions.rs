@@ -293,15 +293,15 @@ fn each_mistake_of_a_use_is_found() {
         ),
         (
             "    uses: ./clean.yaml",
-            "    uses: ./clean.yaml\n    foreach: { x: [1] }",
+            "    uses: ./clean.yaml\n    out: { x: x.txt }",
             "main.yaml:8:5",
-            "`foreach` cannot stand",
+            "`out` cannot stand",
         ),
         (
             "    uses: ./clean.yaml",
             "    uses: ./clean.yaml\n    expect: [n > 1]",
             "main.yaml:8:5",
-            "`expect` cannot stand",
+            "does not say whose metrics",
         ),
         (
             "    uses: ./clean.yaml",

@@ -23,19 +23,8 @@ impl Scheduler {
         worker: Worker,
     ) -> Self {
         let known = changed.known();
-        let mut after = vec![Vec::new(); known.len()];
-        for i in 0..known.len() {
-            for before in known.before(i).filter(|before| *before < known.len()) {
-                after[before].push(i);
-            }
-        }
-        let mut waits = vec![false; known.len()];
-        let mut next: Vec<usize> = changed.affected().iter().copied().collect();
-        while let Some(i) = next.pop() {
-            if !std::mem::replace(&mut waits[i], true) {
-                next.extend(&after[i]);
-            }
-        }
+        let after = changed.after();
+        let waits = changed.may_reach(&after);
         let blank = Arc::new(StepNode::default());
         let step = |(i, after): (usize, Vec<usize>)| StepState {
             node: Arc::clone(&blank),

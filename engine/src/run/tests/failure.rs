@@ -252,3 +252,32 @@ fn a_step_that_says_cancelled_on_its_own_has_failed() {
     let ran = bench.run(&[uses("liar", Arc::new(liar))]);
     assert_eq!((ran.summary.failed, ran.summary.interrupted), (1, false));
 }
+
+#[test]
+fn a_run_that_is_stopped_while_it_publishes_publishes_nothing_of_the_step() {
+    let mut bench = Bench::new().unwrap();
+    let cancel = bench.cancel.clone();
+    let mut two = Toy::new("two", move |ctx| {
+        write(ctx, "out", "new")?;
+        write(ctx, "other", "new")?;
+        // The last step is done; what follows it is not.
+        cancel.cancel();
+        Ok(StepOutcome::default())
+    });
+    two.outputs
+        .push(crate::step::Port::new("other", "file", ""));
+    let published = [("out", "r/out.txt"), ("other", "r/other.txt")];
+    let published = published.map(|(port, path)| (port.to_owned(), path.to_owned()));
+    let step = uses("two", Arc::new(two)).change(|s| s.publish = published.into());
+    let ran = bench.run(std::slice::from_ref(&step));
+    assert!(ran.summary.interrupted && !ran.summary.ok);
+    assert_eq!(ran.ends(), ["two skipped"]);
+    assert!(!bench.root().join("r").exists());
+    bench.cancel = crate::step::Cancel::default();
+    let again = bench.run(&[step]);
+    assert_eq!(again.ends(), ["two cached"], "what it made is kept");
+    for name in ["r/out.txt", "r/other.txt"] {
+        let text = std::fs::read_to_string(bench.root().join(name)).unwrap();
+        assert_eq!(text, "new");
+    }
+}

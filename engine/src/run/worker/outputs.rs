@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 
 use flowrun_cache::{
     ActionKey, ActionResult, Artifact, ArtifactStore, CacheReader, Digest, ListItem, OutputRecord,
-    OutputValue,
+    OutputValue, Staged, Staging,
 };
 use serde_json::Value;
 
@@ -90,29 +90,33 @@ impl Worker {
         stored.map_err(cache_error)
     }
 
-    /// Puts outputs into the project tree where they are missing or different.
+    /// Puts outputs into the project tree where they are missing or different: all of them, or
+    /// none when the run is asked to stop meanwhile.
     pub(super) fn publish(
         &self,
         request: &ActionRequest,
         result: &ActionResult,
     ) -> Result<(), Trouble> {
+        let mut staging = Staging::new(self.cache.store());
+        let mut staged = Vec::new();
         for (port, path) in &request.publish {
             let dest = inside(&self.lookup.root, path)?;
             match result.outputs.get(port).map(|o| &o.value) {
                 Some(OutputValue::One(artifact)) => {
-                    self.place_in_project(request, artifact, &dest)?
+                    staged.extend(self.stage(&mut staging, request, artifact, &dest)?);
                 }
                 Some(OutputValue::List(items)) => {
                     for item in items {
-                        self.place_in_project(
-                            request,
-                            &item.artifact,
-                            &inside(&dest, &item.label)?,
-                        )?;
+                        let dest = inside(&dest, &item.label)?;
+                        staged.extend(self.stage(&mut staging, request, &item.artifact, &dest)?);
                     }
                 }
                 None => {}
             }
+        }
+        for one in staged {
+            self.put_aside(request, one.dest())?;
+            one.put().map_err(cache_error)?;
         }
         let report = result.outputs.values().find(|o| o.ty == "report");
         if let Some(OutputValue::One(artifact)) = report.map(|o| &o.value) {
@@ -124,23 +128,31 @@ impl Worker {
         Ok(())
     }
 
-    fn place_in_project(
+    /// An artifact beside its place in the project; nothing where it is there already.
+    fn stage(
         &self,
+        staging: &mut Staging<'_>,
         request: &ActionRequest,
         artifact: &Artifact,
         dest: &Path,
-    ) -> Result<(), Trouble> {
-        self.claim(request, dest)?;
-        // What is there is looked at each time: no record of an earlier run is trusted.
-        if !self.lookup.is_at(artifact, dest) {
-            self.put_aside(request, dest)?;
-            self.place(artifact, dest)?;
+    ) -> Result<Option<Staged>, Trouble> {
+        if self.cancel.is_cancelled() {
+            return Err(StepError::cancelled().into());
         }
+        self.claim(request, dest)?;
         if let Some(memory) = self.memory() {
             let inner = dest.strip_prefix(&self.lookup.root).unwrap_or(dest);
             memory.file(&request.node.name, inner, artifact);
         }
-        Ok(())
+        // What is there is looked at each time: no record of an earlier run is trusted.
+        if self.lookup.is_at(artifact, dest) {
+            return Ok(None);
+        }
+        let staged = staging.add(artifact, dest, &|| self.cancel.is_cancelled());
+        match staged.map_err(|e| broken_or_failed(e, artifact))? {
+            Some(staged) => Ok(Some(staged)),
+            None => Err(StepError::cancelled().into()),
+        }
     }
 
     fn place(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
