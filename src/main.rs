@@ -5,6 +5,7 @@ mod commands;
 mod completion;
 mod exit;
 mod graph;
+mod hooks;
 mod output;
 mod param_docs;
 mod recorded;

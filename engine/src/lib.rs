@@ -10,6 +10,7 @@ pub mod estimate;
 pub mod event;
 mod expansion;
 mod history;
+pub mod hook;
 pub mod language;
 pub mod lineage;
 mod lookup;

@@ -9,6 +9,7 @@ use flowrun_cache::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::hook::Hook;
 use crate::runner::JobRunner;
 use crate::step::{Port, Step};
 
@@ -36,6 +37,8 @@ pub struct Pipeline {
     pub pools: BTreeMap<String, usize>,
     /// Job systems that steps run on, by name.
     pub runners: BTreeMap<String, JobRunner>,
+    /// Who is told that a run ended, by name.
+    pub hooks: BTreeMap<String, Hook>,
     /// Steps that used a step definition, by name. The steps of `clean` are named `clean/…`.
     pub uses: BTreeMap<String, DefinitionUse>,
     /// Steps in topological order; ties keep the file's order.

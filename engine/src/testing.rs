@@ -222,6 +222,7 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
         runners: BTreeMap::new(),
+        hooks: BTreeMap::new(),
         uses: BTreeMap::new(),
         steps,
         sources: Vec::new(),

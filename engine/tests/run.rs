@@ -61,6 +61,7 @@ fn chain(root: &Path) -> Pipeline {
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
         runners: BTreeMap::new(),
+        hooks: BTreeMap::new(),
         uses: BTreeMap::new(),
         sources: vec![],
         steps: vec![

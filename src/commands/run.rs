@@ -1,11 +1,13 @@
 //! `flowrun [PIPELINE]`.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
 use flowrun_cache::{Cache, RemoteCache};
 use flowrun_engine::event::RunEvent;
+use flowrun_engine::hook::Hook;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
@@ -16,6 +18,7 @@ use crate::args::{GlobalArgs, RunArgs};
 use crate::commands::cache::{removed, retention};
 use crate::commands::plan;
 use crate::exit::{Exit, Failure};
+use crate::hooks;
 use crate::output::unwritable;
 use crate::reporter::{Reporter, Teller};
 use crate::surroundings::{self, Surroundings, wait};
@@ -40,6 +43,8 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
                 surroundings::remember(&asked.file, open.dir());
                 let summary = finish(&unchanged, open, global)?;
                 tidy(open, args, &summary, global);
+                drop(cache.take());
+                warn(&hooks::tell(unchanged.hooks(), &summary, &asked.world));
                 return Ok(exit_of(&summary));
             }
             found => changed = found,
@@ -69,9 +74,20 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);
+    let (told, world) = work.told();
     let summary = runtime.block_on(drive(work, held, options, global))?;
     tidy(&cache, args, &summary, global);
-    Ok(exit_of(&summary))
+    // A hook may run a pipeline of its own on the same cache.
+    drop(cache);
+    let exit = exit_of(&summary);
+    // In the runtime, which hears signals still.
+    let telling = async move {
+        let tell = move || hooks::tell(&told, &summary, &world);
+        // Its panic would be a bug of ours alone, and no result of the run.
+        tokio::task::spawn_blocking(tell).await.unwrap_or_default()
+    };
+    warn(&runtime.block_on(telling));
+    Ok(exit)
 }
 
 /// All of the pipeline, and what is fresh stays.
@@ -114,6 +130,14 @@ fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
+/// Says what went wrong after the run. It changes nothing of how the run ended.
+fn warn(texts: &[String]) {
+    for text in texts {
+        // Whether somebody reads it does not change that either.
+        let _ = writeln!(std::io::stderr(), "warning: {text}");
+    }
+}
+
 /// What is to be run.
 enum Work {
     Whole(Box<Surroundings>),
@@ -122,6 +146,14 @@ enum Work {
 }
 
 impl Work {
+    /// Who is told that it ended, and with what of the machine.
+    fn told(&self) -> (BTreeMap<String, Hook>, World) {
+        match self {
+            Self::Whole(loaded) => (loaded.pipeline.hooks.clone(), loaded.world.clone()),
+            Self::Changed(changed, world) => (changed.pipeline().hooks, world.clone()),
+        }
+    }
+
     /// Jobs of job systems at once: each is followed by a thread.
     fn jobs_elsewhere(&self) -> usize {
         let jobs = |pipeline: &Pipeline| -> usize {

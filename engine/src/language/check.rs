@@ -22,7 +22,7 @@ use super::source::Drafts;
 use super::source_map::{SourceMap, Span};
 use super::spec::StepSpec;
 use super::wiring::{Wiring, check_uses, wire};
-use super::{settings, suggest};
+use super::{hooks, settings, suggest};
 use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode};
 use crate::runner::{JobRunner, runner_schema};
 use crate::vocabulary::Vocabulary;
@@ -67,6 +67,7 @@ pub(crate) fn check(
     let drafts = drafts(map, &tree, &uses, setting);
     let pools = pools(&tree);
     let runners = runners(map, &tree, setting);
+    let hooks = hooks::read(map, &tree, setting.environment);
     let around = settings::Around {
         environment: setting.environment,
         pools: &pools,
@@ -91,6 +92,7 @@ pub(crate) fn check(
         models,
         pools,
         runners,
+        hooks,
         uses: definition::summary(&uses),
         steps,
         sources: map.sources(),

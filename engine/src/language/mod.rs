@@ -9,6 +9,7 @@ mod definition;
 mod diagnostic;
 mod draft;
 mod expr;
+mod hooks;
 mod load;
 mod mismatch;
 mod node;

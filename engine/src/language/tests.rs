@@ -3,6 +3,7 @@
 
 mod definitions;
 mod files;
+mod hooks;
 mod runners;
 
 use std::path::{Path, PathBuf};

@@ -74,7 +74,10 @@ impl Changed {
     /// The pipeline, without its steps.
     #[must_use]
     pub fn pipeline(&self) -> Pipeline {
-        self.known.pipeline()
+        Pipeline {
+            hooks: self.remembered.head.hooks.clone(),
+            ..self.known.pipeline()
+        }
     }
 
     pub(crate) fn known(&self) -> &Known {

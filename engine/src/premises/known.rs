@@ -132,6 +132,7 @@ impl Known {
             models: head.models.clone(),
             pools: head.pools.clone(),
             runners: self.runners.clone(),
+            hooks: BTreeMap::new(),
             uses: BTreeMap::new(),
             steps: Vec::new(),
             sources: Vec::new(),

@@ -32,11 +32,12 @@ use serde_json::Value;
 pub use self::changed::Changed;
 pub use self::check::{Recalled, Unchanged, recall};
 pub(crate) use self::memory::Memory;
+use crate::hook::Hook;
 use crate::language::LoadOptions;
 use crate::step::World;
 
 /// Version of the file. Another one on disk is as good as none.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Folder in the cache.
 const FOLDER: &str = "premises";
 /// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.
@@ -106,6 +107,7 @@ struct Premises {
     root: PathBuf,
     sources: Vec<(PathBuf, Digest)>,
     secrets: Vec<String>,
+    hooks: BTreeMap<String, Hook>,
     environment: Digest,
     files: Vec<FilePremise>,
     absent: Vec<String>,

@@ -318,6 +318,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
         runners: BTreeMap::new(),
+        hooks: BTreeMap::new(),
         uses: BTreeMap::new(),
         steps: (0..steps).map(node).collect(),
         sources: Vec::new(),
