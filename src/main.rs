@@ -1,5 +1,6 @@
 //! The command line. The only package that prints, reads the environment and exits.
 
+mod address;
 mod args;
 mod commands;
 mod completion;
@@ -12,6 +13,7 @@ mod recorded;
 mod reporter;
 mod serve;
 mod surroundings;
+mod tracking;
 
 use std::io::Write;
 

@@ -22,6 +22,7 @@ use crate::hooks;
 use crate::output::unwritable;
 use crate::reporter::{Reporter, Teller};
 use crate::surroundings::{self, Surroundings, wait};
+use crate::tracking::Trackers;
 
 /// Threads beside those of steps that wait: lookups, which ask a remote cache, and writers.
 const BLOCKING: usize = 24;
@@ -41,19 +42,26 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         match recall(open, name, &asked.vocabulary, &asked.world) {
             Some(Recalled::Unchanged(unchanged)) => {
                 surroundings::remember(&asked.file, open.dir());
-                let summary = finish(&unchanged, open, global)?;
+                let mut trackers = Trackers::start(&asked.world.env, global.offline);
+                let summary = finish(&unchanged, open, &mut trackers, global)?;
                 tidy(open, args, &summary, global);
                 drop(cache.take());
+                warn(&trackers.end());
                 warn(&hooks::tell(unchanged.hooks(), &summary, &asked.world));
                 return Ok(exit_of(&summary));
             }
             found => changed = found,
         }
     }
+    let trackers = match args.dry_run {
+        true => Trackers::default(),
+        false => Trackers::start(&asked.world.env, global.offline),
+    };
     let options = RunOptions {
         remember: name,
         keep_going: args.keep_going,
         remote,
+        traced: trackers.want_spans(),
         ..surroundings::run_options(args.jobs, &args.scope)
     };
     let file = asked.file.clone();
@@ -75,14 +83,18 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         .build()?;
     let held = Arc::clone(&cache);
     let (told, world) = work.told();
-    let summary = runtime.block_on(drive(work, held, options, global))?;
+    let (summary, trackers) = runtime.block_on(drive(work, held, options, trackers, global))?;
     tidy(&cache, args, &summary, global);
     // A hook may run a pipeline of its own on the same cache.
     drop(cache);
     let exit = exit_of(&summary);
     // In the runtime, which hears signals still.
     let telling = async move {
-        let tell = move || hooks::tell(&told, &summary, &world);
+        let tell = move || {
+            let mut warnings = trackers.end();
+            warnings.extend(hooks::tell(&told, &summary, &world));
+            warnings
+        };
         // Its panic would be a bug of ours alone, and no result of the run.
         tokio::task::spawn_blocking(tell).await.unwrap_or_default()
     };
@@ -101,13 +113,16 @@ fn is_plain(args: &RunArgs) -> bool {
 fn finish(
     unchanged: &Unchanged,
     cache: &Cache,
+    trackers: &mut Trackers,
     global: &GlobalArgs,
 ) -> Result<RunSummary, Failure> {
     let mut reporter = Reporter::plain(global);
     let summary = unchanged.run(cache, |event| {
+        trackers.hear(event);
         reporter.show(event);
         if matches!(event, RunEvent::RunStarted { .. }) {
             reporter.show_recorded(unchanged.step_events());
+            trackers.hear_recorded(unchanged.step_events());
         }
     })?;
     for text in cache.warnings() {
@@ -171,8 +186,9 @@ async fn drive(
     work: Work,
     cache: Arc<Cache>,
     options: RunOptions,
+    mut trackers: Trackers,
     global: &GlobalArgs,
-) -> Result<RunSummary, Failure> {
+) -> Result<(RunSummary, Trackers), Failure> {
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
     let reporter = match &work {
         Work::Whole(loaded) => Reporter::new(global, &loaded.pipeline),
@@ -180,7 +196,10 @@ async fn drive(
     };
     let cancel = Cancel::default();
     tokio::spawn(stop_on_signal(cancel.clone(), reporter.teller()));
-    let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
+    let reporting = tokio::task::spawn_blocking(move || {
+        let reported = reporter.follow(heard, |event| trackers.hear(event));
+        (reported, trackers)
+    });
     let summary = match work {
         Work::Whole(loaded) => {
             let Surroundings { pipeline, world } = *loaded;
@@ -191,10 +210,10 @@ async fn drive(
         }
     };
     // The reporter ends when the run's last sender is gone; its panic would be a bug of ours alone.
-    let reported = reporting.await.unwrap_or(Ok(()));
+    let (reported, trackers) = reporting.await.unwrap_or((Ok(()), Trackers::default()));
     let summary = summary?;
     reported.map_err(|e| unwritable(&e))?;
-    Ok(summary)
+    Ok((summary, trackers))
 }
 
 /// How long killed commands have to be gone once the second signal came.

@@ -1,7 +1,6 @@
 //! A server that is told that a run ended: one POST of the JSON, with a few more tries when the
 //! server cannot be reached or is busy.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use flowrun_engine::hook::{Webhook, fill};
@@ -12,6 +11,7 @@ use reqwest::{StatusCode, Url};
 
 use super::Call;
 use super::document::event_name;
+use crate::address::{causes, is_loopback, shown};
 
 /// First wait between two tries; doubles each time.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
@@ -105,57 +105,4 @@ fn is_busy(status: StatusCode) -> bool {
     status.is_server_error()
         || status == StatusCode::TOO_MANY_REQUESTS
         || status == StatusCode::REQUEST_TIMEOUT
-}
-
-/// The server without the path, which may be a secret.
-fn shown(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    match url.port() {
-        Some(port) => format!("{}://{host}:{port}", url.scheme()),
-        None => format!("{}://{host}", url.scheme()),
-    }
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-/// What went wrong, down to its cause, without the URL.
-fn causes(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(why) = cause {
-        text = format!("{text}: {why}");
-        cause = why.source();
-    }
-    text
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_server_is_shown_without_what_may_be_secret() {
-        for (url, server, loopback) in [
-            (
-                "https://u:p@chat.example/hooks/s3cret?k=v",
-                "https://chat.example",
-                false,
-            ),
-            ("http://127.0.0.1:8000/x", "http://127.0.0.1:8000", true),
-            ("http://[::1]:8000/x", "http://[::1]:8000", true),
-            ("http://localhost/x", "http://localhost", true),
-        ] {
-            let url = Url::parse(url).unwrap();
-            assert_eq!(
-                (shown(&url).as_str(), is_loopback(&url)),
-                (server, loopback)
-            );
-        }
-    }
 }

@@ -52,5 +52,6 @@ mod slow_job;
 mod slurm;
 mod stale;
 mod tiny;
+mod traces;
 mod unchanged;
 mod weed;

@@ -255,12 +255,13 @@ impl ObjectPremise {
     }
 }
 
-/// The environment, less the values of secrets. A shell's `_` differs from call to call.
+/// The environment, less the values of secrets. A shell's `_`, and the trace that a run is a
+/// part of, differ from call to call.
 fn environment(world: &World, secrets: &[String]) -> Digest {
     let shown: BTreeMap<&String, Option<&String>> = world
         .env
         .iter()
-        .filter(|(name, _)| *name != "_")
+        .filter(|(name, _)| !matches!(name.as_str(), "_" | "TRACEPARENT" | "TRACESTATE"))
         .map(|(name, value)| (name, (!secrets.contains(name)).then_some(value)))
         .collect();
     Digest::of_record("environment", &shown)

@@ -15,7 +15,7 @@ use flowrun_cache::{ActionCache, CompletionCache};
 use super::process::GRACE;
 use super::protocol::{PROTOCOL_VERSION, StepMessage, StepRequest};
 use super::{Inline, Runner};
-use crate::step::{Cancel, StepContext, StepError, StepOutcome, StepReporter, World};
+use crate::step::{Cancel, StepContext, StepError, StepOutcome, StepReporter, TraceSpan, World};
 use crate::vocabulary::Vocabulary;
 
 /// At most twenty progress messages a second.
@@ -70,7 +70,7 @@ pub fn exec(
         serde_json::from_str(&line).map_err(|e| no_request(e.to_string()))?;
     let cancel = Cancel::default();
     let ended = watch(input, cancel.clone(), abandoned);
-    let writer = Arc::new(Writer::new(output, PROGRESS_EVERY));
+    let writer = Arc::new(Writer::new(output, PROGRESS_EVERY, request.traced));
     let reporter: Arc<dyn StepReporter> = Arc::clone(&writer) as Arc<dyn StepReporter>;
     let response = match work(host, request, &reporter, cancel) {
         Ok(outcome) => StepMessage::Done(outcome),
@@ -180,15 +180,18 @@ pub(super) struct Writer {
     output: Mutex<Box<dyn Write + Send>>,
     /// Progress is told at most once in this time.
     every: Duration,
+    /// Whether spans are wanted.
+    traced: bool,
     /// When progress was last told.
     told: Mutex<Option<Instant>>,
 }
 
 impl Writer {
-    pub(super) fn new(output: impl Write + Send + 'static, every: Duration) -> Self {
+    pub(super) fn new(output: impl Write + Send + 'static, every: Duration, traced: bool) -> Self {
         Self {
             output: Mutex::new(Box::new(output)),
             every,
+            traced,
             told: Mutex::new(None),
         }
     }
@@ -230,6 +233,16 @@ impl StepReporter for Writer {
 
     fn log(&self, text: &str) {
         self.tell(&StepMessage::Log(text.to_owned()));
+    }
+
+    fn traces(&self) -> bool {
+        self.traced
+    }
+
+    fn span(&self, span: TraceSpan) {
+        if self.traced {
+            self.tell(&StepMessage::Span(span));
+        }
     }
 
     fn cut(&self, line: &[u8], _: usize) -> Option<usize> {
