@@ -27,6 +27,7 @@ mod sandbox;
 pub mod step;
 #[cfg(test)]
 mod testing;
+pub mod tracking;
 pub mod vocabulary;
 mod warden;
 mod why;

@@ -13,6 +13,7 @@ use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
 use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline, run_changed};
 use flowrun_engine::step::{Cancel, StepErrorKind, World};
+use flowrun_engine::tracking::Tracking;
 
 use crate::args::{GlobalArgs, RunArgs};
 use crate::commands::cache::{removed, retention};
@@ -42,7 +43,8 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         match recall(open, name, &asked.vocabulary, &asked.world) {
             Some(Recalled::Unchanged(unchanged)) => {
                 surroundings::remember(&asked.file, open.dir());
-                let mut trackers = Trackers::start(&asked.world.env, global.offline);
+                let (env, tracking) = (&asked.world.env, unchanged.tracking());
+                let mut trackers = Trackers::start(env, tracking, open.dir(), global.offline);
                 let summary = finish(&unchanged, open, &mut trackers, global)?;
                 tidy(open, args, &summary, global);
                 drop(cache.take());
@@ -53,15 +55,10 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
             found => changed = found,
         }
     }
-    let trackers = match args.dry_run {
-        true => Trackers::default(),
-        false => Trackers::start(&asked.world.env, global.offline),
-    };
-    let options = RunOptions {
+    let mut options = RunOptions {
         remember: name,
         keep_going: args.keep_going,
         remote,
-        traced: trackers.want_spans(),
         ..surroundings::run_options(args.jobs, &args.scope)
     };
     let file = asked.file.clone();
@@ -82,7 +79,13 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);
-    let (told, world) = work.told();
+    let Told {
+        hooks: told,
+        tracking,
+        world,
+    } = work.told();
+    let trackers = Trackers::start(&world.env, &tracking, cache.dir(), global.offline);
+    options.traced = trackers.want_spans();
     let (summary, trackers) = runtime.block_on(drive(work, held, options, trackers, global))?;
     tidy(&cache, args, &summary, global);
     // A hook may run a pipeline of its own on the same cache.
@@ -153,6 +156,13 @@ fn warn(texts: &[String]) {
     }
 }
 
+/// Who is told of a run besides those who look on, and with what of the machine.
+struct Told {
+    hooks: BTreeMap<String, Hook>,
+    tracking: Tracking,
+    world: World,
+}
+
 /// What is to be run.
 enum Work {
     Whole(Box<Surroundings>),
@@ -161,11 +171,21 @@ enum Work {
 }
 
 impl Work {
-    /// Who is told that it ended, and with what of the machine.
-    fn told(&self) -> (BTreeMap<String, Hook>, World) {
+    fn told(&self) -> Told {
         match self {
-            Self::Whole(loaded) => (loaded.pipeline.hooks.clone(), loaded.world.clone()),
-            Self::Changed(changed, world) => (changed.pipeline().hooks, world.clone()),
+            Self::Whole(loaded) => Told {
+                hooks: loaded.pipeline.hooks.clone(),
+                tracking: loaded.pipeline.tracking.clone(),
+                world: loaded.world.clone(),
+            },
+            Self::Changed(changed, world) => {
+                let pipeline = changed.pipeline();
+                Told {
+                    hooks: pipeline.hooks,
+                    tracking: pipeline.tracking,
+                    world: world.clone(),
+                }
+            }
         }
     }
 

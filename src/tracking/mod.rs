@@ -2,23 +2,27 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `mlflow` | params, metrics and artifacts, for an MLflow server |
 //! | `otlp` | traces, for a collector that speaks OTLP |
 //!
 //! A tracker is a fold over the run's events, in a thread of its own. Knows no scheduler.
 //! Invariant: whatever a tracker meets with is a warning, and costs the run a bounded time and
 //! memory; no result and no exit code depends on it.
 
+mod mlflow;
 mod otlp;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use flowrun_engine::event::RunEvent;
+use flowrun_engine::tracking::Tracking;
 
-/// How long the trackers may take, all together, to end once the run did.
+/// How long a tracker may get nothing done once the run ended; then it is given up.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a tracker waits for an event before it is told that there is none.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -37,6 +41,20 @@ trait Tracker {
 
 type Heard = (SystemTime, Arc<RunEvent>);
 
+/// Shows that a tracker gets something done.
+#[derive(Clone, Default)]
+pub(crate) struct Heartbeat(Arc<AtomicUsize>);
+
+impl Heartbeat {
+    pub(crate) fn beat(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// The trackers of a run.
 #[derive(Default)]
 pub(crate) struct Trackers(Vec<Listener>);
@@ -46,6 +64,7 @@ struct Listener {
     name: &'static str,
     events: Sender<Heard>,
     ended: Receiver<Vec<String>>,
+    beat: Heartbeat,
     /// Events that it did not take yet.
     waiting: Arc<AtomicUsize>,
     passed_over: usize,
@@ -55,13 +74,21 @@ struct Listener {
 
 impl Trackers {
     /// Those that the environment asks for; none where no network may be used.
-    pub(crate) fn start(env: &BTreeMap<String, String>, offline: bool) -> Self {
+    pub(crate) fn start(
+        env: &BTreeMap<String, String>,
+        tracking: &Tracking,
+        cache_dir: &Path,
+        offline: bool,
+    ) -> Self {
         let mut trackers = Self::default();
         if offline {
             return trackers;
         }
         if let Some(otlp) = otlp::Settings::of(env) {
-            trackers.add("OpenTelemetry", true, move || otlp::Otlp::new(otlp));
+            trackers.add("OpenTelemetry", true, |beat| otlp::Otlp::new(otlp, beat));
+        }
+        if let Some(mlflow) = mlflow::Settings::of(env, &tracking.mlflow, cache_dir) {
+            trackers.add("MLflow", false, |beat| mlflow::Mlflow::new(mlflow, beat));
         }
         trackers
     }
@@ -75,14 +102,16 @@ impl Trackers {
         &mut self,
         name: &'static str,
         spans: bool,
-        make: impl FnOnce() -> Result<T, String> + Send + 'static,
+        make: impl FnOnce(Heartbeat) -> Result<T, String> + Send + 'static,
     ) {
         let (events, heard) = channel();
         let (tell, ended) = channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let taken = Arc::clone(&waiting);
+        let beat = Heartbeat::default();
+        let beating = beat.clone();
         std::thread::spawn(move || {
-            let warnings = match make() {
+            let warnings = match make(beating) {
                 Ok(tracker) => follow(tracker, &heard, &taken),
                 Err(why) => vec![why],
             };
@@ -93,6 +122,7 @@ impl Trackers {
             name,
             events,
             ended,
+            beat,
             waiting,
             passed_over: 0,
             spans,
@@ -131,34 +161,59 @@ impl Trackers {
 
     /// Waits for them to end. What went wrong, for people.
     pub(crate) fn end(self) -> Vec<String> {
-        let until = Instant::now() + PATIENCE;
-        let mut warnings = Vec::new();
         // All of them end while the first is waited for.
-        let ending = self.0.into_iter().map(|listener| {
-            drop(listener.events);
-            (listener.name, listener.passed_over, listener.ended)
-        });
-        for (name, passed_over, ended) in ending.collect::<Vec<_>>() {
-            let left = until.saturating_duration_since(Instant::now());
-            let told = match ended.recv_timeout(left) {
-                Ok(told) => told,
+        let ending = self.0.into_iter().map(Listener::close);
+        let ending: Vec<Ending> = ending.collect();
+        ending.into_iter().flat_map(Ending::wait).collect()
+    }
+}
+
+impl Listener {
+    /// Tells the tracker that the run is over.
+    fn close(self) -> Ending {
+        drop(self.events);
+        Ending {
+            name: self.name,
+            ended: self.ended,
+            beat: self.beat,
+            passed_over: self.passed_over,
+        }
+    }
+}
+
+/// A tracker that was told that the run is over.
+struct Ending {
+    name: &'static str,
+    ended: Receiver<Vec<String>>,
+    beat: Heartbeat,
+    passed_over: usize,
+}
+
+impl Ending {
+    /// Waits for its end, for as long as it gets something done.
+    fn wait(self) -> Vec<String> {
+        let mut told = loop {
+            let before = self.beat.count();
+            match self.ended.recv_timeout(PATIENCE) {
+                Ok(told) => break told,
+                Err(RecvTimeoutError::Timeout) if self.beat.count() != before => {}
                 Err(RecvTimeoutError::Timeout) => {
                     let seconds = PATIENCE.as_secs();
-                    vec![format!("not all was sent within {seconds} s after the run")]
+                    break vec![format!("given up, as nothing was sent for {seconds} s")];
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    vec!["the tracker panicked; this is a fault of flowrun".to_owned()]
+                    break vec!["the tracker panicked; this is a fault of flowrun".to_owned()];
                 }
-            };
-            warnings.extend(told.into_iter().map(|text| format!("{name}: {text}")));
-            if passed_over > 0 {
-                warnings.push(format!(
-                    "{name}: {passed_over} spans were left out, as they came faster than they \
-                     could be sent"
-                ));
             }
+        };
+        if self.passed_over > 0 {
+            let count = self.passed_over;
+            told.push(format!(
+                "{count} spans were left out, as they came faster than they could be sent"
+            ));
         }
-        warnings
+        let named = |text: String| format!("{}: {text}", self.name);
+        told.into_iter().map(named).collect()
     }
 }
 

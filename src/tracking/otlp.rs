@@ -23,7 +23,7 @@ use opentelemetry_sdk::trace::{
 use reqwest::Url;
 use serde_json::Value;
 
-use super::Tracker;
+use super::{Heartbeat, Tracker};
 use crate::address::{causes, is_loopback, shown};
 
 /// Spans of one request.
@@ -173,6 +173,7 @@ impl Parent {
 pub(super) struct Otlp {
     exporter: SpanExporter,
     endpoint: String,
+    beat: Heartbeat,
     tree: Tree,
     /// Requests that failed since one was answered.
     failures: usize,
@@ -184,8 +185,9 @@ pub(super) struct Otlp {
 impl Otlp {
     /// # Errors
     /// When the environment says what cannot be done.
-    pub(super) fn new(settings: Settings) -> Result<Self, String> {
+    pub(super) fn new(settings: Settings, beat: Heartbeat) -> Result<Self, String> {
         Ok(Self {
+            beat,
             exporter: settings.exporter()?,
             tree: Tree::new(settings.parent),
             endpoint: settings.endpoint,
@@ -206,7 +208,10 @@ impl Otlp {
             return;
         }
         match futures::executor::block_on(self.exporter.export(spans)) {
-            Ok(()) => self.failures = 0,
+            Ok(()) => {
+                self.failures = 0;
+                self.beat.beat();
+            }
             Err(error) => {
                 self.failures += 1;
                 self.lost += count;

@@ -26,6 +26,7 @@ mod language;
 mod leakage;
 mod llama_server;
 mod malformed;
+mod mlflow;
 mod mount;
 mod notebook;
 mod openai_sdk;

@@ -22,7 +22,7 @@ use super::source::Drafts;
 use super::source_map::{SourceMap, Span};
 use super::spec::StepSpec;
 use super::wiring::{Wiring, check_uses, wire};
-use super::{hooks, settings, suggest};
+use super::{hooks, settings, suggest, tracking};
 use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode};
 use crate::runner::{JobRunner, runner_schema};
 use crate::vocabulary::Vocabulary;
@@ -75,6 +75,7 @@ pub(crate) fn check(
         job_kinds: &setting.vocabulary.runners,
     };
     let steps = check_steps(map, &drafts, &tables, &around, &setting.root);
+    let tracking = tracking::read(map, &tree, &steps);
     if map.has_errors() {
         return None;
     }
@@ -93,6 +94,7 @@ pub(crate) fn check(
         pools,
         runners,
         hooks,
+        tracking,
         uses: definition::summary(&uses),
         steps,
         sources: map.sources(),

@@ -29,6 +29,7 @@ mod suggest;
 #[cfg(test)]
 mod tests;
 mod token;
+mod tracking;
 mod variant;
 mod wiring;
 

@@ -44,6 +44,8 @@ pub struct PipelineSpec {
     pub runners: Option<BTreeMap<String, Value>>,
     /// Who is told that a run ended, by name.
     pub hooks: Option<BTreeMap<String, Option<HookSpec>>>,
+    /// What programs of others are told of a run.
+    pub tracking: Option<TrackingSpec>,
     /// Steps by name.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
 }
@@ -72,6 +74,8 @@ pub struct ProfileSpec {
     pub runners: Option<BTreeMap<String, Value>>,
     /// Changes of hooks.
     pub hooks: Option<BTreeMap<String, Option<HookSpec>>>,
+    /// Other words on tracking.
+    pub tracking: Option<TrackingSpec>,
     /// Changes of steps.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
 }
@@ -106,6 +110,37 @@ pub struct WebhookSpec {
     /// Further tries when the server cannot be reached or is busy; 2 when left out.
     #[schemars(range(max = 10))]
     pub retries: Option<u32>,
+}
+
+/// What programs of others are told of a run.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrackingSpec {
+    /// What an MLflow server is told; `MLFLOW_TRACKING_URI` says where it is, and without it
+    /// nothing is told.
+    pub mlflow: Option<MlflowSpec>,
+}
+
+/// What an MLflow server is told, besides params and metrics.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MlflowSpec {
+    /// Name of the experiment. Left out: `MLFLOW_EXPERIMENT_NAME`, else the pipeline's name.
+    pub experiment: Option<String>,
+    /// Outputs that are sent as artifacts: `step.output`. The report is sent anyway.
+    pub artifacts: Option<Vec<String>>,
+    /// An output that becomes a version of a registered model when the run ends well.
+    pub register: Option<RegisterSpec>,
+}
+
+/// An output that becomes a version of a registered model.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterSpec {
+    /// Name of the registered model.
+    pub name: Option<String>,
+    /// The output: `step.output`.
+    pub output: Option<String>,
 }
 
 /// A step definition: a file that a step names with `uses: ./steps/clean.yaml`.

@@ -5,6 +5,7 @@ mod definitions;
 mod files;
 mod hooks;
 mod runners;
+mod tracking;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -76,6 +76,7 @@ impl Changed {
     pub fn pipeline(&self) -> Pipeline {
         Pipeline {
             hooks: self.remembered.head.hooks.clone(),
+            tracking: self.remembered.head.tracking.clone(),
             ..self.known.pipeline()
         }
     }

@@ -15,6 +15,7 @@ use crate::hook::Hook;
 use crate::record::{next_run_id, timestamp};
 use crate::run::{RunError, RunSummary};
 use crate::step::World;
+use crate::tracking::Tracking;
 use crate::vocabulary::Vocabulary;
 
 /// A run that has nothing to do.
@@ -205,6 +206,12 @@ impl Unchanged {
     #[must_use]
     pub fn hooks(&self) -> &BTreeMap<String, Hook> {
         &self.remembered.head.hooks
+    }
+
+    /// What programs of others are told of the run.
+    #[must_use]
+    pub fn tracking(&self) -> &Tracking {
+        &self.remembered.head.tracking
     }
 
     /// The events of the steps, one JSON object a line.

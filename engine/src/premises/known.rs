@@ -18,6 +18,7 @@ use crate::pipeline::{Action, Pipeline, StepNode};
 use crate::run::Outputs;
 use crate::runner::JobRunner;
 use crate::step::Step;
+use crate::tracking::Tracking;
 use crate::vocabulary::Vocabulary;
 
 /// The pipeline without its steps.
@@ -133,6 +134,7 @@ impl Known {
             pools: head.pools.clone(),
             runners: self.runners.clone(),
             hooks: BTreeMap::new(),
+            tracking: Tracking::default(),
             uses: BTreeMap::new(),
             steps: Vec::new(),
             sources: Vec::new(),

@@ -158,6 +158,7 @@ impl Memory {
             environment: Digest::of_bytes(&[]),
             secrets: secrets.into_iter().cloned().collect(),
             hooks: pipeline.hooks.clone(),
+            tracking: pipeline.tracking.clone(),
             files: Vec::new(),
             absent: Vec::new(),
             observed: Vec::new(),

@@ -35,6 +35,7 @@ pub(crate) use self::memory::Memory;
 use crate::hook::Hook;
 use crate::language::LoadOptions;
 use crate::step::World;
+use crate::tracking::Tracking;
 
 /// Version of the file. Another one on disk is as good as none.
 const VERSION: u32 = 3;
@@ -108,6 +109,7 @@ struct Premises {
     sources: Vec<(PathBuf, Digest)>,
     secrets: Vec<String>,
     hooks: BTreeMap<String, Hook>,
+    tracking: Tracking,
     environment: Digest,
     files: Vec<FilePremise>,
     absent: Vec<String>,
