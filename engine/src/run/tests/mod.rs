@@ -141,7 +141,7 @@ fn spans_are_told_to_those_who_trace_and_are_in_no_record() {
     for traced in [true, false] {
         bench.options.traced = traced;
         bench.options.force = true;
-        let ran = bench.run(&[step.clone()]);
+        let ran = bench.run(std::slice::from_ref(&step));
         let spans = ran.events.iter().filter(|event| {
             matches!(event, RunEvent::Span { step, span } if step == "toy" && span.name == "unmistakable")
         });
