@@ -100,6 +100,7 @@ fn options() -> RunOptions {
             eval_bool: |_, _| Ok(true),
         },
         remember: None,
+        traced: false,
         remote: None,
     }
 }

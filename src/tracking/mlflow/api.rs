@@ -315,14 +315,16 @@ mod tests {
 
     #[test]
     fn only_a_server_that_takes_artifacts_is_given_some() {
-        let folder = |uri: &str| artifact_folder(uri);
         assert_eq!(
-            folder("mlflow-artifacts:/1/r/artifacts").unwrap(),
+            artifact_folder("mlflow-artifacts:/1/r/artifacts").unwrap(),
             "/1/r/artifacts"
         );
-        assert_eq!(folder("mlflow-artifacts://h:1/1/r").unwrap(), "/1/r");
+        assert_eq!(
+            artifact_folder("mlflow-artifacts://h:1/1/r").unwrap(),
+            "/1/r"
+        );
         for other in ["s3://bucket/1/r", "/mlruns/1/r", "file:///mlruns/1"] {
-            assert!(folder(other).is_err(), "{other}");
+            assert!(artifact_folder(other).is_err(), "{other}");
         }
     }
 

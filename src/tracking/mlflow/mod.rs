@@ -8,36 +8,36 @@
 //! | file | what |
 //! |---|---|
 //! | `api` | the server's REST API |
+//! | `artifacts` | files, and the registered model |
+//! | `entries` | names and values of params, metrics and tags |
 
 mod api;
+mod artifacts;
+mod entries;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use flowrun_cache::{Artifact, CacheReader, Digest, OutputValue};
 use flowrun_engine::event::{RunEvent, StepStatus};
 use flowrun_engine::record::RunRecord;
 use flowrun_engine::tracking::{MlflowTracking, TrackedOutput};
 use serde_json::{Value, json};
 
 use self::api::{Api, ApiError, RunInfo};
+use self::entries::{curve, metric, pair, parts, plain, valid};
 use super::{Heartbeat, Tracker};
 
 /// Metrics of one call, of the 1000 that MLflow takes.
 const METRICS: usize = 900;
 /// Params or tags of one call.
 const PARAMS: usize = 100;
-/// Bytes of a name.
-const NAME: usize = 250;
 /// Characters of a param's value.
 const PARAM_VALUE: usize = 6000;
 /// Characters of a tag's value.
 const TAG_VALUE: usize = 5000;
 /// Steps that failed, in the run's description.
 const FAILURES: usize = 20;
-/// Bytes of a curve that is read.
-const CURVE: u64 = 64 << 20;
 /// Different warnings that are told.
 const WARNINGS: usize = 5;
 
@@ -293,116 +293,6 @@ impl Mlflow {
         let closed = self.api.post("runs/update", &body);
         self.check("the run's end", closed);
     }
-
-    fn send_report(&mut self, run_dir: &Path) {
-        let page = run_dir.join("report.html");
-        let figures = self.report.take();
-        let files = [(Some(page), "report.html"), (figures, "report.json")];
-        for (file, name) in files {
-            if let Some(file) = file.filter(|file| file.is_file()) {
-                self.put(name, &file);
-            }
-        }
-    }
-
-    fn put(&mut self, path: &str, file: &Path) -> Option<()> {
-        let run = self.run.clone().filter(|_| !self.gave_up)?;
-        let put = self.api.put(&run, path, file);
-        self.check("artifacts", put)
-    }
-
-    /// Sends an output of a step, or of all its items.
-    fn send_outputs(&mut self, wanted: &TrackedOutput) {
-        let of_step = self
-            .keys
-            .iter()
-            .filter(|(id, _)| parts(id).0 == wanted.step);
-        let results: Vec<(String, String)> =
-            of_step.map(|(id, key)| (valid(id), key.clone())).collect();
-        for (step, key) in results {
-            for (label, artifact) in self.artifacts(&key, &wanted.output) {
-                let label = label.map(|label| format!("/{label}")).unwrap_or_default();
-                self.send(&format!("{step}/{}{label}", wanted.output), &artifact);
-            }
-        }
-    }
-
-    /// The artifacts of a result's output: of a list each with its label.
-    fn artifacts(&mut self, key: &str, output: &str) -> Vec<(Option<String>, Artifact)> {
-        let reader = CacheReader::open(&self.settings.cache_dir);
-        let key = Digest::parse(key);
-        let result = key.and_then(|key| reader.actions().get(&key));
-        let found = result.and_then(|mut result| result.outputs.remove(output));
-        match found.map(|record| record.value) {
-            Some(OutputValue::One(artifact)) => vec![(None, artifact)],
-            Some(OutputValue::List(items)) => {
-                let items = items.into_iter();
-                items
-                    .map(|item| (Some(item.label), item.artifact))
-                    .collect()
-            }
-            None => {
-                self.warn(format!("the output `{output}` is no longer in the cache"));
-                Vec::new()
-            }
-        }
-    }
-
-    /// Sends a file or folder of the store, verified.
-    fn send(&mut self, path: &str, artifact: &Artifact) -> Option<()> {
-        self.run.as_ref().filter(|_| !self.gave_up)?;
-        let reader = CacheReader::open(&self.settings.cache_dir);
-        let folder = match tempfile::tempdir() {
-            Ok(folder) => folder,
-            Err(error) => {
-                self.warn(format!("artifacts: no folder can be made: {error}"));
-                return None;
-            }
-        };
-        let place = folder.path().join("artifact");
-        if let Err(error) = reader.store().materialize(artifact, &place) {
-            self.warn(format!("artifacts: {error}"));
-            return None;
-        }
-        for (below, file) in files(&place) {
-            let whole = match below.is_empty() {
-                true => path.to_owned(),
-                false => format!("{path}/{below}"),
-            };
-            self.put(&whole, &file)?;
-        }
-        Some(())
-    }
-
-    /// Makes the output that the pipeline names a version of a registered model.
-    fn register(&mut self) -> Option<()> {
-        let register = self.settings.tracking.register.clone()?;
-        let key = self.keys.get(&register.output.step)?.clone();
-        let found = self.artifacts(&key, &register.output.output);
-        let (_, artifact) = found.into_iter().next()?;
-        let path = format!(
-            "{}/{}",
-            valid(&register.output.step),
-            register.output.output
-        );
-        self.send(&path, &artifact)?;
-        let run = self.run.clone()?;
-        let what = format!("the model `{}`", register.name);
-        let name = json!({ "name": register.name });
-        match self.api.post("registered-models/create", &name) {
-            Err(ApiError::Refused { code, .. }) if code == "RESOURCE_ALREADY_EXISTS" => {}
-            other => {
-                self.check(&what, other)?;
-            }
-        }
-        let version = json!({
-            "name": register.name,
-            "source": format!("{}/{path}", run.artifact_uri),
-            "run_id": run.id,
-        });
-        let made = self.api.post("model-versions/create", &version);
-        self.check(&what, made).map(|_| ())
-    }
 }
 
 impl Tracker for Mlflow {
@@ -451,129 +341,9 @@ fn millis(at: SystemTime) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn metric(name: &str, value: f64, at: u64, step: u64) -> Value {
-    json!({ "key": cut(name, NAME), "value": value, "timestamp": at, "step": step })
-}
-
-fn pair(name: &str, value: &str, longest: usize) -> Value {
-    json!({ "key": cut(name, NAME), "value": cut(value, longest) })
-}
-
-/// The first characters.
-fn cut(text: &str, longest: usize) -> String {
-    text.chars().take(longest).collect()
-}
-
-/// A value as people write it.
-fn plain(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
-}
-
-/// A step's name, and its item.
-fn parts(step: &str) -> (&str, Option<&str>) {
-    match step.split_once('[') {
-        Some((name, item)) => (name, Some(item.strip_suffix(']').unwrap_or(item))),
-        None => (step, None),
-    }
-}
-
-/// A name that MLflow takes: `evaluate[epoch 2]` becomes `evaluate/epoch 2`. Letters, digits, `_`,
-/// `-`, `.`, spaces and `/`; a path without empty or dotted parts.
-fn valid(name: &str) -> String {
-    let (name, item) = parts(name);
-    let whole = match item {
-        Some(item) => format!("{name}/{}", item.replace('/', "_")),
-        None => name.to_owned(),
-    };
-    let allowed = |c: char| c.is_ascii_alphanumeric() || "_-. /".contains(c);
-    let whole: String = whole
-        .chars()
-        .map(|c| if allowed(c) { c } else { '_' })
-        .collect();
-    let segments = whole.split('/').map(|part| match part {
-        "" | "." | ".." => "_",
-        part => part,
-    });
-    segments.collect::<Vec<_>>().join("/")
-}
-
-/// The points of a curve: name, value, step.
-fn curve(file: &Path) -> Vec<(String, f64, u64)> {
-    let small = std::fs::metadata(file).is_ok_and(|meta| meta.len() <= CURVE);
-    let bytes = match small {
-        true => std::fs::read(file).unwrap_or_default(),
-        false => Vec::new(),
-    };
-    let points: Vec<BTreeMap<String, Value>> = serde_json::from_slice(&bytes).unwrap_or_default();
-    let mut all = Vec::new();
-    for point in points {
-        let Some(step) = point.get("step").and_then(Value::as_u64) else {
-            continue;
-        };
-        let values = point.iter().filter(|(name, _)| *name != "step");
-        all.extend(values.filter_map(|(name, value)| Some((valid(name), value.as_f64()?, step))));
-    }
-    all
-}
-
-/// The files of a folder, or the file itself, with their paths below it.
-fn files(place: &Path) -> Vec<(String, PathBuf)> {
-    if place.is_file() {
-        return vec![(String::new(), place.to_owned())];
-    }
-    let mut all = Vec::new();
-    let mut folders = vec![(String::new(), place.to_owned())];
-    while let Some((below, folder)) = folders.pop() {
-        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let below = match below.is_empty() {
-                true => name,
-                false => format!("{below}/{name}"),
-            };
-            match entry.path() {
-                path if path.is_dir() => folders.push((below, path)),
-                path => all.push((below, path)),
-            }
-        }
-    }
-    all.sort();
-    all
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_those_that_mlflow_takes() {
-        for (name, expected) in [
-            ("load", "load"),
-            ("evaluate[epoch-2]", "evaluate/epoch-2"),
-            ("frequent/rank", "frequent/rank"),
-            ("a[x/../y: ü]", "a/x_.._y_ _"),
-            ("../a//b", "_/a/_/b"),
-        ] {
-            assert_eq!(valid(name), expected);
-        }
-    }
-
-    #[test]
-    fn a_curve_has_a_point_for_each_number_of_a_step() -> std::io::Result<()> {
-        let folder = tempfile::tempdir()?;
-        let file = folder.path().join("loss");
-        std::fs::write(
-            &file,
-            r#"[{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5, "x": "y"}, {}]"#,
-        )?;
-        let expected = [("loss".to_owned(), 2.5, 1), ("loss".to_owned(), 1.5, 2)];
-        assert_eq!(curve(&file), expected);
-        std::fs::write(&file, "nonsense")?;
-        assert!(curve(&file).is_empty() && curve(folder.path()).is_empty());
-        Ok(())
-    }
 
     #[test]
     fn a_folder_of_others_is_no_server() {
