@@ -242,3 +242,91 @@ fn tell(tracker: &mut impl Tracker, at: SystemTime, event: &RunEvent) {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::panic)]
+mod tests {
+    use flowrun_engine::step::TraceSpan;
+
+    use super::*;
+
+    /// Takes the first event only when it is let.
+    struct Slow(Receiver<()>, usize);
+
+    impl Tracker for Slow {
+        fn hear(&mut self, _: SystemTime, _: &RunEvent) {
+            if self.1 == 0 {
+                // Whoever lets it may be gone.
+                let _ = self.0.recv();
+            }
+            self.1 += 1;
+        }
+
+        fn end(self) -> Vec<String> {
+            vec![self.1.to_string()]
+        }
+    }
+
+    struct Broken;
+
+    impl Tracker for Broken {
+        fn hear(&mut self, _: SystemTime, _: &RunEvent) {
+            panic!("on purpose");
+        }
+
+        fn end(self) -> Vec<String> {
+            Vec::new()
+        }
+    }
+
+    fn span() -> RunEvent {
+        RunEvent::Span {
+            step: "s".to_owned(),
+            span: TraceSpan {
+                name: "x".to_owned(),
+                started_at: SystemTime::UNIX_EPOCH,
+                took: Duration::ZERO,
+                failed: None,
+                attributes: BTreeMap::new(),
+            },
+        }
+    }
+
+    #[test]
+    fn spans_that_come_too_fast_are_counted_and_left_out() {
+        let (letting, lets) = channel();
+        let mut trackers = Trackers::default();
+        trackers.add("slow", true, move |_| Ok(Slow(lets, 0)));
+        let all = QUEUE + 10;
+        for _ in 0..all {
+            trackers.hear(&span());
+        }
+        let left_out = trackers.0[0].passed_over;
+        // One may be under way besides those that wait.
+        assert!((9..=10).contains(&left_out), "{left_out}");
+        drop(letting);
+        let warnings = trackers.end();
+        assert_eq!(warnings[0], format!("slow: {}", all - left_out));
+        assert!(warnings[1].starts_with(&format!("slow: {left_out} spans were left out")));
+    }
+
+    #[test]
+    fn a_tracker_that_breaks_is_told_and_others_go_on() {
+        let (letting, lets) = channel();
+        drop(letting);
+        let mut trackers = Trackers::default();
+        trackers.add("broken", true, |_| Ok(Broken));
+        trackers.add("refused", true, |_| Err::<Broken, _>("no".to_owned()));
+        trackers.add("slow", false, move |_| Ok(Slow(lets, 0)));
+        // A span is for those who want some.
+        trackers.hear(&span());
+        let warning = RunEvent::Warning {
+            step: None,
+            text: String::new(),
+        };
+        trackers.hear(&warning);
+        let warnings = trackers.end();
+        assert!(warnings[0].starts_with("broken: the tracker panicked"));
+        assert_eq!(warnings[1..], ["refused: no", "slow: 1"]);
+    }
+}

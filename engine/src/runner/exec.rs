@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,6 +21,9 @@ use crate::vocabulary::Vocabulary;
 
 /// At most twenty progress messages a second.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
+
+/// Spans of an attempt that are told: those of a job lie in a file until they are read.
+const SPANS: usize = 100_000;
 
 /// Bytes of a line of output from which on it is cut: this end does not know what is to be
 /// hidden, so a line is sent whole, and the runner cuts it.
@@ -182,6 +186,8 @@ pub(super) struct Writer {
     every: Duration,
     /// Whether spans are wanted.
     traced: bool,
+    /// Spans that were told.
+    spans: AtomicUsize,
     /// When progress was last told.
     told: Mutex<Option<Instant>>,
 }
@@ -192,6 +198,7 @@ impl Writer {
             output: Mutex::new(Box::new(output)),
             every,
             traced,
+            spans: AtomicUsize::new(0),
             told: Mutex::new(None),
         }
     }
@@ -240,7 +247,7 @@ impl StepReporter for Writer {
     }
 
     fn span(&self, span: TraceSpan) {
-        if self.traced {
+        if self.traced && self.spans.fetch_add(1, Ordering::Relaxed) < SPANS {
             self.tell(&StepMessage::Span(span));
         }
     }

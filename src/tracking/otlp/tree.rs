@@ -320,6 +320,123 @@ fn attribute(name: String, value: &Value) -> KeyValue {
 mod tests {
     use super::*;
 
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn started() -> RunEvent {
+        RunEvent::RunStarted {
+            run: "r".to_owned(),
+            pipeline: "p".to_owned(),
+            steps: 1,
+            at: String::new(),
+        }
+    }
+
+    fn step_started(step: &str) -> RunEvent {
+        RunEvent::StepStarted {
+            step: step.to_owned(),
+            kind: "k".to_owned(),
+            key: String::new(),
+            why: "never ran".to_owned(),
+        }
+    }
+
+    fn step_finished(step: &str, status: StepStatus, took_ms: u64) -> RunEvent {
+        RunEvent::StepFinished {
+            step: step.to_owned(),
+            kind: "k".to_owned(),
+            status,
+            key: String::new(),
+            took_ms,
+            why: "why".to_owned(),
+            outputs: BTreeMap::new(),
+            metrics: BTreeMap::from([("rows".to_owned(), Value::from(3))]),
+            help: None,
+            from: None,
+        }
+    }
+
+    fn call(step: &str, began: u64) -> RunEvent {
+        RunEvent::Span {
+            step: step.to_owned(),
+            span: TraceSpan {
+                name: "chat m".to_owned(),
+                started_at: at(began),
+                took: Duration::from_secs(1),
+                failed: Some("unavailable".to_owned()),
+                attributes: BTreeMap::new(),
+            },
+        }
+    }
+
+    fn named<'a>(tree: &'a Tree, name: &str) -> &'a SpanData {
+        let mut found = tree.done.iter().filter(|span| span.name == name);
+        match (found.next(), found.next()) {
+            (Some(span), None) => span,
+            _ => unreachable!("{name}: {:?}", tree.done),
+        }
+    }
+
+    #[test]
+    fn a_span_lies_in_the_one_that_it_is_a_part_of() {
+        let mut tree = Tree::new(None);
+        tree.fold(at(10), &started());
+        tree.fold(at(11), &step_started("a[x]"));
+        tree.fold(at(13), &call("a[x]", 12));
+        tree.fold(at(14), &step_finished("a[x]", StepStatus::Ran, 3500));
+        tree.fold(at(15), &step_finished("b", StepStatus::Cached, 0));
+        let last = RunEvent::RunFinished {
+            ok: true,
+            ran: 1,
+            cached: 1,
+            failed: 0,
+            skipped: 0,
+            run_dir: String::new(),
+            took_ms: 6000,
+        };
+        tree.fold(at(16), &last);
+        let [run, a, b, call] = ["run p", "step a", "step b", "chat m"].map(|n| named(&tree, n));
+        assert_eq!(tree.done.len(), 4);
+        for step in [a, b] {
+            assert_eq!(step.parent_span_id, run.span_context.span_id());
+            assert_eq!(step.span_context.trace_id(), run.span_context.trace_id());
+        }
+        assert_eq!(call.parent_span_id, a.span_context.span_id());
+        assert_eq!((run.start_time, run.end_time), (at(10), at(16)));
+        // Its work began before its event was heard.
+        let began = at(14) - Duration::from_millis(3500);
+        assert_eq!((a.start_time, a.end_time), (began, at(14)));
+        assert_eq!((call.start_time, call.end_time), (at(12), at(13)));
+        assert_eq!(call.status, Status::error("unavailable"));
+        assert_eq!((&run.status, &a.status), (&Status::Ok, &Status::Ok));
+        let cached = KeyValue::new("flowrun.step.cached", true);
+        assert!(b.attributes.contains(&cached) && !a.attributes.contains(&cached));
+        assert!(
+            a.attributes
+                .contains(&KeyValue::new("flowrun.metric.rows", 3_i64))
+        );
+    }
+
+    #[test]
+    fn what_broke_off_is_an_error_in_the_trace_of_its_parent() {
+        let text = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let parent = Parent::parse(text);
+        let mut tree = Tree::new(parent);
+        tree.fold(at(10), &started());
+        tree.fold(at(11), &step_started("a"));
+        tree.close(at(12));
+        let (run, a) = (named(&tree, "run p"), named(&tree, "step a"));
+        assert_eq!(Some(run.parent_span_id), parent.map(|parent| parent.span));
+        assert_eq!(
+            Some(a.span_context.trace_id()),
+            parent.map(|parent| parent.trace)
+        );
+        for span in [run, a] {
+            assert!(matches!(span.status, Status::Error { .. }));
+        }
+    }
+
     #[test]
     fn texts_are_cut_between_characters() {
         let text = "ä".repeat(DESCRIPTION);
