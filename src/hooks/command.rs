@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
@@ -47,10 +48,9 @@ pub(super) fn run(call: &Call<'_>, command: &[String]) -> Result<(), String> {
         .spawn()
         .map_err(|e| format!("`{program}` cannot be started: {e}"))?;
     feed(&mut child, body);
-    let said = listen(output);
+    let output = Output::listen(output);
     let status = wait(&mut child, call.hook.timeout);
-    let said = said.recv_timeout(LAST_WORDS).unwrap_or_default();
-    let said = call.masked(&String::from_utf8_lossy(&said));
+    let said = call.masked(&String::from_utf8_lossy(&output.take()));
     let log = keep(call, &said);
     let last = said.lines().rfind(|line| !line.trim().is_empty());
     let last = last.map(|line| format!(": {line}")).unwrap_or_default();
@@ -105,22 +105,41 @@ fn feed(child: &mut Child, body: Vec<u8>) {
     }
 }
 
-/// Reads what the program prints. The receiver gets it when the last holder of the pipe is gone.
-fn listen(mut output: PipeReader) -> Receiver<Vec<u8>> {
-    let (tell, hears) = channel();
-    std::thread::spawn(move || {
-        let mut said = Vec::new();
-        let mut chunk = [0; 8 << 10];
-        while let Ok(n) = output.read(&mut chunk)
-            && n > 0
-        {
-            let room = OUTPUT.saturating_sub(said.len());
-            said.extend_from_slice(&chunk[..n.min(room)]);
-        }
-        // It may have been given up.
-        let _ = tell.send(said);
-    });
-    hears
+/// What a program prints, as far as it was read.
+struct Output {
+    said: Arc<Mutex<Vec<u8>>>,
+    /// Hears when the last holder of the pipe is gone.
+    ended: Receiver<()>,
+}
+
+impl Output {
+    /// Reads the pipe in a thread of its own.
+    fn listen(mut pipe: PipeReader) -> Self {
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let keeps = Arc::clone(&said);
+        let (tell, ended) = channel();
+        std::thread::spawn(move || {
+            let mut chunk = [0; 8 << 10];
+            while let Ok(n) = pipe.read(&mut chunk)
+                && n > 0
+            {
+                let mut said = keeps.lock().unwrap_or_else(PoisonError::into_inner);
+                let room = OUTPUT.saturating_sub(said.len());
+                said.extend_from_slice(&chunk[..n.min(room)]);
+            }
+            // It may have been given up.
+            let _ = tell.send(());
+        });
+        Self { said, ended }
+    }
+
+    /// What was printed by a program that is gone.
+    fn take(self) -> Vec<u8> {
+        // What it left behind may hold the pipe longer.
+        let _ = self.ended.recv_timeout(LAST_WORDS);
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *said)
+    }
 }
 
 /// Waits for the program; `None` when its time was up and all that it started was killed.
