@@ -251,3 +251,24 @@ fn a_collector_that_is_not_there_is_a_warning() {
     assert!(!ended.stderr.contains("OpenTelemetry"), "{}", ended.stderr);
     assert_eq!(refuses.sent().len(), before);
 }
+
+#[test]
+fn protobuf_is_sent_unless_json_is_asked_for() {
+    let oracle = Oracle::start(|_| Some("pin".to_owned()));
+    let project = project();
+    let collector = Receiver::start(|_, _| (200, String::new()));
+    let env = [("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url.as_str())];
+    let ended = run(&project, &oracle, &env).ok();
+    assert!(!ended.stderr.contains("OpenTelemetry"), "{}", ended.stderr);
+    let sent = collector.sent();
+    assert!(!sent.is_empty());
+    for one in &sent {
+        assert_eq!(one.headers["content-type"], "application/x-protobuf");
+    }
+    // Texts stand in it as they are.
+    let holds = |text: &str| {
+        let mut bodies = sent.iter().flat_map(|one| one.body.windows(text.len()));
+        bodies.any(|window| window == text.as_bytes())
+    };
+    assert!(holds("run classify") && holds("chat m") && holds("gen_ai.request.model"));
+}
