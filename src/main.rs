@@ -1,10 +1,12 @@
 //! The command line. The only package that prints, reads the environment and exits.
 
+mod address;
 mod args;
 mod commands;
 mod completion;
 mod exit;
 mod graph;
+mod hooks;
 mod output;
 mod param_docs;
 mod recorded;
@@ -12,6 +14,7 @@ mod reporter;
 mod serve;
 mod settings;
 mod surroundings;
+mod tracking;
 
 use std::io::Write;
 

@@ -7,6 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::step::TraceSpan;
+
 /// The JSON Schema of one event.
 #[must_use]
 pub fn event_schema() -> Value {
@@ -103,6 +105,14 @@ pub enum RunEvent {
         /// Where a cached result came from, when it was not here.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         from: Option<ResultFrom>,
+    },
+    /// A part of a step's work ended: for those who trace the run, and in no record.
+    #[serde(skip)]
+    Span {
+        /// Step id.
+        step: String,
+        /// What and when.
+        span: TraceSpan,
     },
     /// Steps that ended as an earlier run recorded it, one event in JSON a line. In a record
     /// and on standard output these lines stand in its place.

@@ -10,6 +10,7 @@ pub mod estimate;
 pub mod event;
 mod expansion;
 mod history;
+pub mod hook;
 pub mod language;
 pub mod lineage;
 mod lookup;
@@ -26,6 +27,7 @@ mod sandbox;
 pub mod step;
 #[cfg(test)]
 mod testing;
+pub mod tracking;
 pub mod vocabulary;
 mod warden;
 mod why;

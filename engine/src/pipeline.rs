@@ -9,8 +9,10 @@ use flowrun_cache::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::hook::Hook;
 use crate::runner::JobRunner;
 use crate::step::{Port, Step};
+use crate::tracking::Tracking;
 
 /// The output of a `run` step whose file, a JSON object, gives the step's metrics.
 pub const METRICS: &str = "metrics";
@@ -36,6 +38,10 @@ pub struct Pipeline {
     pub pools: BTreeMap<String, usize>,
     /// Job systems that steps run on, by name.
     pub runners: BTreeMap<String, JobRunner>,
+    /// Who is told that a run ended, by name.
+    pub hooks: BTreeMap<String, Hook>,
+    /// What programs of others are told of a run.
+    pub tracking: Tracking,
     /// Steps that used a step definition, by name. The steps of `clean` are named `clean/…`.
     pub uses: BTreeMap<String, DefinitionUse>,
     /// Steps in topological order; ties keep the file's order.

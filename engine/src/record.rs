@@ -134,6 +134,9 @@ impl RunRecorder {
                 lines.extend_from_slice(earlier);
                 continue;
             }
+            if matches!(event, RunEvent::Span { .. }) {
+                continue;
+            }
             serde_json::to_writer(&mut lines, event)?;
             lines.push(b'\n');
         }
@@ -277,6 +280,7 @@ impl RunRecord {
             }
             RunEvent::StepExpanded { .. }
             | RunEvent::Recorded { .. }
+            | RunEvent::Span { .. }
             | RunEvent::Progress { .. }
             | RunEvent::StepRetry { .. }
             | RunEvent::Uploading { .. }

@@ -16,6 +16,7 @@ use crate::pipeline::{
 use crate::plan::{Costs, Plan, plan};
 use crate::run::{Expressions, RunOptions, RunSummary, run};
 use crate::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World};
+use crate::tracking::Tracking;
 
 type Work = dyn Fn(&StepContext) -> Result<StepOutcome, StepError> + Send + Sync;
 
@@ -219,6 +220,8 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
         runners: BTreeMap::new(),
+        hooks: BTreeMap::new(),
+        tracking: Tracking::default(),
         uses: BTreeMap::new(),
         steps,
         sources: Vec::new(),

@@ -10,6 +10,7 @@ use flowrun_engine::event::{RunEvent, StepStatus};
 use flowrun_engine::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, Source, StepNode};
 use flowrun_engine::run::{Expressions, RunOptions, RunSummary, run};
 use flowrun_engine::step::{Cancel, Port, World};
+use flowrun_engine::tracking::Tracking;
 use serde_json::json;
 
 fn shell(name: &str, command: &str, inputs: &[(&str, Source)]) -> StepNode {
@@ -61,6 +62,8 @@ fn chain(root: &Path) -> Pipeline {
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
         runners: BTreeMap::new(),
+        hooks: BTreeMap::new(),
+        tracking: Tracking::default(),
         uses: BTreeMap::new(),
         sources: vec![],
         steps: vec![
@@ -97,6 +100,7 @@ fn options() -> RunOptions {
             eval_bool: |_, _| Ok(true),
         },
         remember: None,
+        traced: false,
         remote: None,
     }
 }

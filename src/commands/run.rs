@@ -1,25 +1,30 @@
 //! `flowrun [PIPELINE]`.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
 use flowrun_cache::{Cache, RemoteCache};
 use flowrun_engine::event::RunEvent;
+use flowrun_engine::hook::Hook;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
 use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline, run_changed};
 use flowrun_engine::step::{Cancel, StepErrorKind, World};
+use flowrun_engine::tracking::Tracking;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{GlobalArgs, RunArgs};
 use crate::commands::cache::{removed, retention};
 use crate::commands::plan;
 use crate::exit::{Exit, Failure};
+use crate::hooks;
 use crate::output::unwritable;
 use crate::reporter::{Reporter, Teller};
 use crate::surroundings::{self, Surroundings, wait};
+use crate::tracking::Trackers;
 
 /// Threads beside those of steps that wait: lookups, which ask a remote cache, and writers.
 const BLOCKING: usize = 24;
@@ -39,16 +44,21 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         match recall(open, name, &asked.vocabulary, &asked.world) {
             Some(Recalled::Unchanged(unchanged)) => {
                 surroundings::remember(&asked.file, open.dir());
-                let summary = finish(&unchanged, open, global)?;
                 // Nothing listens to signals here: the first one ends the program.
                 let nobody = Cancel::default();
+                let (env, tracking) = (&asked.world.env, unchanged.tracking());
+                let mut trackers = Trackers::start(env, tracking, open.dir(), global.offline);
+                let summary = finish(&unchanged, open, &mut trackers, global)?;
                 tidy(open, args, &summary, global, &nobody);
+                drop(cache.take());
+                warn(&trackers.end());
+                warn(&hooks::tell(unchanged.hooks(), &summary, &asked.world));
                 return Ok(exit_of(&summary, &nobody));
             }
             found => changed = found,
         }
     }
-    let options = RunOptions {
+    let mut options = RunOptions {
         remember: name,
         keep_going: args.keep_going,
         remote,
@@ -72,9 +82,21 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);
+    let Told {
+        hooks: told,
+        tracking,
+        world,
+    } = work.told();
+    let trackers = Trackers::start(&world.env, &tracking, cache.dir(), global.offline);
+    options.traced = trackers.want_spans();
     let cancel = Cancel::default();
-    let summary = runtime.block_on(drive(work, held, options, global, cancel.clone()))?;
+    let driven = drive(work, held, options, trackers, global, cancel.clone());
+    let (summary, trackers) = runtime.block_on(driven)?;
     tidy(&cache, args, &summary, global, &cancel);
+    // A hook may run a pipeline of its own on the same cache.
+    drop(cache);
+    warn(&trackers.end());
+    warn(&hooks::tell(&told, &summary, &world));
     Ok(exit_of(&summary, &cancel))
 }
 
@@ -89,13 +111,16 @@ fn is_plain(args: &RunArgs) -> bool {
 fn finish(
     unchanged: &Unchanged,
     cache: &Cache,
+    trackers: &mut Trackers,
     global: &GlobalArgs,
 ) -> Result<RunSummary, Failure> {
     let mut reporter = Reporter::plain(global);
     let summary = unchanged.run(cache, |event| {
+        trackers.hear(event);
         reporter.show(event);
         if matches!(event, RunEvent::RunStarted { .. }) {
             reporter.show_recorded(unchanged.step_events());
+            trackers.hear_recorded(unchanged.step_events());
         }
     })?;
     for text in cache.warnings() {
@@ -122,6 +147,21 @@ fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
+/// Says what went wrong after the run. It changes nothing of how the run ended.
+fn warn(texts: &[String]) {
+    for text in texts {
+        // Whether somebody reads it does not change that either.
+        let _ = writeln!(std::io::stderr(), "warning: {text}");
+    }
+}
+
+/// Who is told of a run besides those who look on, and with what of the machine.
+struct Told {
+    hooks: BTreeMap<String, Hook>,
+    tracking: Tracking,
+    world: World,
+}
+
 /// What is to be run.
 enum Work {
     Whole(Box<Surroundings>),
@@ -130,6 +170,24 @@ enum Work {
 }
 
 impl Work {
+    fn told(&self) -> Told {
+        match self {
+            Self::Whole(loaded) => Told {
+                hooks: loaded.pipeline.hooks.clone(),
+                tracking: loaded.pipeline.tracking.clone(),
+                world: loaded.world.clone(),
+            },
+            Self::Changed(changed, world) => {
+                let pipeline = changed.pipeline();
+                Told {
+                    hooks: pipeline.hooks,
+                    tracking: pipeline.tracking,
+                    world: world.clone(),
+                }
+            }
+        }
+    }
+
     /// Jobs of job systems at once: each is followed by a thread.
     fn jobs_elsewhere(&self) -> usize {
         let jobs = |pipeline: &Pipeline| -> usize {
@@ -147,9 +205,10 @@ async fn drive(
     work: Work,
     cache: Arc<Cache>,
     options: RunOptions,
+    mut trackers: Trackers,
     global: &GlobalArgs,
     cancel: Cancel,
-) -> Result<RunSummary, Failure> {
+) -> Result<(RunSummary, Trackers), Failure> {
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
     let reporter = match &work {
         Work::Whole(loaded) => {
@@ -163,7 +222,10 @@ async fn drive(
         }
     };
     listen(cancel.clone(), reporter.teller())?;
-    let reporting = tokio::task::spawn_blocking(move || reporter.follow(heard));
+    let reporting = tokio::task::spawn_blocking(move || {
+        let reported = reporter.follow(heard, |event| trackers.hear(event));
+        (reported, trackers)
+    });
     let summary = match work {
         Work::Whole(loaded) => {
             let Surroundings { pipeline, world } = *loaded;
@@ -174,10 +236,10 @@ async fn drive(
         }
     };
     // The reporter ends when the run's last sender is gone; its panic would be a bug of ours alone.
-    let reported = reporting.await.unwrap_or(Ok(()));
+    let (reported, trackers) = reporting.await.unwrap_or((Ok(()), Trackers::default()));
     let summary = summary?;
     reported.map_err(|e| unwritable(&e))?;
-    Ok(summary)
+    Ok((summary, trackers))
 }
 
 /// How long killed commands have to be gone once the second signal came.

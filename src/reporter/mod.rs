@@ -70,12 +70,17 @@ impl Reporter {
         }
     }
 
-    /// Shows events until the run is over.
+    /// Shows events until the run is over; `hear` hears of them too.
     ///
     /// # Errors
     /// As [`Reporter::end`].
-    pub(crate) fn follow(mut self, mut events: UnboundedReceiver<RunEvent>) -> io::Result<()> {
+    pub(crate) fn follow(
+        mut self,
+        mut events: UnboundedReceiver<RunEvent>,
+        mut hear: impl FnMut(&RunEvent),
+    ) -> io::Result<()> {
         while let Some(event) = events.blocking_recv() {
+            hear(&event);
             self.show(&event);
         }
         self.end()

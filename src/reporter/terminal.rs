@@ -108,6 +108,7 @@ impl TerminalReporter {
                 let lines = lines.iter().filter(|b| **b == b'\n').count();
                 self.run.inc(lines as u64);
             }
+            RunEvent::Span { .. } => {}
             RunEvent::Uploading { .. } => self.run.set_message(uploading(event)),
             RunEvent::Uploaded { .. } => self.line(&uploaded(event)),
             RunEvent::RunFinished { .. } => {

@@ -69,6 +69,10 @@ impl Project {
             .env_remove("FLOWRUN_CACHE_DIR")
             .env_remove("FLOWRUN_REMOTE")
             .env_remove("FLOWRUN_REMOTE_READ_ONLY")
+            .env_remove("MLFLOW_TRACKING_URI")
+            .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT")
+            .env_remove("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+            .env_remove("TRACEPARENT")
             .env("XDG_CACHE_HOME", self.path("user-cache"));
         // The user's own settings of the Hugging Face hub.
         for (name, _) in std::env::vars_os() {

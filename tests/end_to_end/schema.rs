@@ -87,7 +87,12 @@ pools:
 models:
   m: { provider: openai, base_url: http://localhost:1/v1, model: x, concurrency: \"${{ params.n }}\" }
 profiles:
-  p: { about: x, params: { n: 4 }, pools: { api: 2 }, steps: { a: { with: { n: 4 } }, gone: } }
+  p: { about: x, params: { n: 4 }, pools: { api: 2 }, steps: { a: { with: { n: 4 } }, gone: }, hooks: { h: } }
+hooks:
+  h: { about: x, on: [failed], command: [ls, -l], secrets: [TOKEN], timeout: 5s }
+  w: { webhook: { url: \"https://x/${TOKEN}\", headers: { a: b }, retries: \"${{ params.n }}\" } }
+tracking:
+  mlflow: { experiment: x, artifacts: [a.train], register: { name: m, output: a.train } }
 steps:
   a:
     uses: filter-top-n
@@ -157,6 +162,9 @@ fn what_is_wrong_is_underlined() {
         ("retry: { times: \"${{ params.n }}\"", "retry: { times: -1"),
         ("provider: openai", "provider: opneai"),
         ("needs: [b]", "needs: b"),
+        ("on: [failed]", "on: [fails]"),
+        ("headers: { a: b }", "headers: { a: [b] }"),
+        ("experiment: x", "experimant: x"),
         ("{ file: a.txt }", "{ path: a.txt }"),
     ] {
         assert!(EXPRESSIONS.contains(from), "{from}");

@@ -23,7 +23,7 @@ use super::source::Drafts;
 use super::source_map::{SourceMap, Span};
 use super::spec::StepSpec;
 use super::wiring::{Wiring, check_uses, wire};
-use super::{settings, suggest};
+use super::{hooks, settings, suggest, tracking};
 use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode};
 use crate::runner::{JobRunner, runner_schema};
 use crate::vocabulary::Vocabulary;
@@ -68,6 +68,7 @@ pub(crate) fn check(
     let drafts = drafts(map, &tree, &uses, setting);
     let pools = pools(&tree);
     let runners = runners(map, &tree, setting);
+    let hooks = hooks::read(map, &tree, setting.environment);
     let around = settings::Around {
         environment: setting.environment,
         pools: &pools,
@@ -75,6 +76,7 @@ pub(crate) fn check(
         job_kinds: &setting.vocabulary.runners,
     };
     let steps = check_steps(map, &drafts, &tables, &around, &setting.root);
+    let tracking = tracking::read(map, &tree, &steps);
     if map.has_errors() {
         return None;
     }
@@ -92,6 +94,8 @@ pub(crate) fn check(
         models,
         pools,
         runners,
+        hooks,
+        tracking,
         uses: definition::summary(&uses),
         steps,
         sources: map.sources(),

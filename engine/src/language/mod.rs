@@ -11,6 +11,7 @@ mod diagnostic;
 mod draft;
 mod expr;
 mod handed;
+mod hooks;
 mod load;
 mod mismatch;
 mod node;
@@ -30,6 +31,7 @@ mod suggest;
 #[cfg(test)]
 mod tests;
 mod token;
+mod tracking;
 mod variant;
 mod walk;
 mod wiring;

@@ -35,6 +35,8 @@ pub(crate) fn resolve_all(map: &mut SourceMap, root: &mut Node, name: &str) -> (
     fill_section(map, root, "programs", &scope);
     fill_section(map, root, "pools", &scope);
     fill_section(map, root, "runners", &scope);
+    fill_section(map, root, "hooks", &scope);
+    fill_section(map, root, "tracking", &scope);
     let uses = inline(map, root, &mut scope);
     (scope.context, uses)
 }

@@ -253,7 +253,7 @@ fn secrets(
 }
 
 /// `[A-Za-z_][A-Za-z0-9_]*`
-fn check_variable(map: &mut SourceMap, name: &str, at: Span) -> bool {
+pub(crate) fn check_variable(map: &mut SourceMap, name: &str, at: Span) -> bool {
     let good = !name.starts_with(|c: char| c.is_ascii_digit())
         && !name.is_empty()
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');

@@ -11,6 +11,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::hook::HookEvent;
+
 /// A pipeline file.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +42,10 @@ pub struct PipelineSpec {
     /// Job systems by name, for steps whose `runner` names them.
     #[schemars(with = "Option<Map<String, Value>>")]
     pub runners: Option<BTreeMap<String, Value>>,
+    /// Who is told that a run ended, by name.
+    pub hooks: Option<BTreeMap<String, Option<HookSpec>>>,
+    /// What programs of others are told of a run.
+    pub tracking: Option<TrackingSpec>,
     /// Steps by name.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
 }
@@ -66,8 +72,75 @@ pub struct ProfileSpec {
     /// Changes of job systems.
     #[schemars(with = "Option<Map<String, Value>>")]
     pub runners: Option<BTreeMap<String, Value>>,
+    /// Changes of hooks.
+    pub hooks: Option<BTreeMap<String, Option<HookSpec>>>,
+    /// Other words on tracking.
+    pub tracking: Option<TrackingSpec>,
     /// Changes of steps.
     pub steps: Option<BTreeMap<String, Option<StepSpec>>>,
+}
+
+/// Who is told that a run ended: by a `command`, or by a `webhook`.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HookSpec {
+    /// One sentence for people.
+    pub about: Option<String>,
+    /// When: `finished`, the run ended, well or not (when left out); `failed`, it did not end well.
+    pub on: Option<Vec<HookEvent>>,
+    /// A program and its arguments. It gets what happened as JSON on its standard input.
+    pub command: Option<Vec<String>>,
+    /// A server that is sent the same JSON.
+    pub webhook: Option<WebhookSpec>,
+    /// Environment variables that the command gets, and whose values `${NAME}` stands for in the
+    /// URL and the headers. They never reach logs.
+    pub secrets: Option<Vec<String>>,
+    /// Longest time of the command, or of one try of a webhook: `10s`. `30s` when left out.
+    pub timeout: Option<String>,
+}
+
+/// A server that is sent what happened, by POST.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WebhookSpec {
+    /// Where to: `https://…`; `${NAME}` stands for a secret's value.
+    pub url: Option<String>,
+    /// Further headers by name, likewise.
+    pub headers: Option<BTreeMap<String, String>>,
+    /// Further tries when the server cannot be reached or is busy; 2 when left out.
+    #[schemars(range(max = 10))]
+    pub retries: Option<u32>,
+}
+
+/// What programs of others are told of a run.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrackingSpec {
+    /// What an MLflow server is told; `MLFLOW_TRACKING_URI` says where it is, and without it
+    /// nothing is told.
+    pub mlflow: Option<MlflowSpec>,
+}
+
+/// What an MLflow server is told, besides params and metrics.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MlflowSpec {
+    /// Name of the experiment. Left out: `MLFLOW_EXPERIMENT_NAME`, else the pipeline's name.
+    pub experiment: Option<String>,
+    /// Outputs that are sent as artifacts: `step.output`. The report is sent anyway.
+    pub artifacts: Option<Vec<String>>,
+    /// An output that becomes a version of a registered model when the run ends well.
+    pub register: Option<RegisterSpec>,
+}
+
+/// An output that becomes a version of a registered model.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterSpec {
+    /// Name of the registered model.
+    pub name: Option<String>,
+    /// The output: `step.output`.
+    pub output: Option<String>,
 }
 
 /// A step definition: a file that a step names with `uses: ./steps/clean.yaml`.

@@ -3,7 +3,9 @@
 
 mod definitions;
 mod files;
+mod hooks;
 mod runners;
+mod tracking;
 mod walked;
 
 use std::path::{Path, PathBuf};

@@ -74,7 +74,11 @@ impl Changed {
     /// The pipeline, without its steps.
     #[must_use]
     pub fn pipeline(&self) -> Pipeline {
-        self.known.pipeline()
+        Pipeline {
+            hooks: self.remembered.head.hooks.clone(),
+            tracking: self.remembered.head.tracking.clone(),
+            ..self.known.pipeline()
+        }
     }
 
     pub(crate) fn known(&self) -> &Known {

@@ -1,7 +1,7 @@
 //! [`recall`]: whether everything that a run rested on still holds, and the run that
 //! has nothing to do.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
@@ -11,9 +11,11 @@ use super::{
     Changed, ENTRY, FilePremise, ObjectPremise, Premises, Remembered, RunName, environment, write,
 };
 use crate::event::RunEvent;
+use crate::hook::Hook;
 use crate::record::{next_run_id, timestamp};
 use crate::run::{RunError, RunSummary};
 use crate::step::World;
+use crate::tracking::Tracking;
 use crate::vocabulary::Vocabulary;
 
 /// A run that has nothing to do.
@@ -200,6 +202,18 @@ impl Checker<'_> {
 }
 
 impl Unchanged {
+    /// Who is told that the run ended.
+    #[must_use]
+    pub fn hooks(&self) -> &BTreeMap<String, Hook> {
+        &self.remembered.head.hooks
+    }
+
+    /// What programs of others are told of the run.
+    #[must_use]
+    pub fn tracking(&self) -> &Tracking {
+        &self.remembered.head.tracking
+    }
+
     /// The events of the steps, one JSON object a line.
     #[must_use]
     pub fn step_events(&self) -> &[u8] {

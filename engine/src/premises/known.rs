@@ -18,6 +18,7 @@ use crate::pipeline::{Action, Pipeline, StepNode};
 use crate::run::Outputs;
 use crate::runner::JobRunner;
 use crate::step::Step;
+use crate::tracking::Tracking;
 use crate::vocabulary::Vocabulary;
 
 /// The pipeline without its steps.
@@ -132,6 +133,8 @@ impl Known {
             models: head.models.clone(),
             pools: head.pools.clone(),
             runners: self.runners.clone(),
+            hooks: BTreeMap::new(),
+            tracking: Tracking::default(),
             uses: BTreeMap::new(),
             steps: Vec::new(),
             sources: Vec::new(),

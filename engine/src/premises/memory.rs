@@ -144,7 +144,9 @@ impl Memory {
         if !whole || state.spoilt {
             return;
         }
-        let secrets: BTreeSet<&String> = pipeline.steps.iter().flat_map(|s| &s.secrets).collect();
+        let of_hooks = pipeline.hooks.values().flat_map(|hook| &hook.secrets);
+        let of_steps = pipeline.steps.iter().flat_map(|s| &s.secrets);
+        let secrets: BTreeSet<&String> = of_steps.chain(of_hooks).collect();
         let head = Premises {
             version: VERSION,
             pipeline: pipeline.name.clone(),
@@ -155,6 +157,8 @@ impl Memory {
             sources: pipeline.sources.clone(),
             environment: Digest::of_bytes(&[]),
             secrets: secrets.into_iter().cloned().collect(),
+            hooks: pipeline.hooks.clone(),
+            tracking: pipeline.tracking.clone(),
             files: Vec::new(),
             absent: Vec::new(),
             observed: Vec::new(),

@@ -32,11 +32,13 @@ use serde_json::Value;
 pub use self::changed::Changed;
 pub use self::check::{Recalled, Unchanged, recall};
 pub(crate) use self::memory::Memory;
+use crate::hook::Hook;
 use crate::language::LoadOptions;
 use crate::step::World;
+use crate::tracking::Tracking;
 
 /// Version of the file. Another one on disk is as good as none.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Folder in the cache.
 const FOLDER: &str = "premises";
 /// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.
@@ -106,6 +108,8 @@ struct Premises {
     root: PathBuf,
     sources: Vec<(PathBuf, Digest)>,
     secrets: Vec<String>,
+    hooks: BTreeMap<String, Hook>,
+    tracking: Tracking,
     environment: Digest,
     files: Vec<FilePremise>,
     absent: Vec<String>,
@@ -253,21 +257,22 @@ impl ObjectPremise {
     }
 }
 
-/// The environment, less the values of secrets and what a shell notes for itself.
+/// The environment, less the values of secrets and what differs from call to call.
 fn environment(world: &World, secrets: &[String]) -> Digest {
     let shown: BTreeMap<&String, Option<&String>> = world
         .env
         .iter()
-        .filter(|(name, _)| !is_of_the_shell(name))
+        .filter(|(name, _)| !is_of_the_call(name))
         .map(|(name, value)| (name, (!secrets.contains(name)).then_some(value)))
         .collect();
     Digest::of_record("environment", &shown)
 }
 
-/// A shell's notes for itself, which differ from one command to the next; the folder is part of the
-/// name.
-fn is_of_the_shell(name: &str) -> bool {
-    matches!(name, "_" | "OLDPWD" | "PWD" | "SHLVL")
+/// A shell's notes for itself, and the trace that a run is a part of. The folder is part of the name.
+fn is_of_the_call(name: &str) -> bool {
+    let shell = ["_", "OLDPWD", "PWD", "SHLVL"];
+    let trace = ["TRACEPARENT", "TRACESTATE"];
+    shell.contains(&name) || trace.contains(&name)
 }
 
 /// Writes what is remembered under `name`.

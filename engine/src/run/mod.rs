@@ -72,6 +72,8 @@ pub struct RunOptions {
     pub remote: Option<Arc<RemoteCache>>,
     /// Remember what the run rests on, if it ends whole: [`crate::premises`].
     pub remember: Option<RunName>,
+    /// Steps tell of the parts of their work: [`RunEvent::Span`].
+    pub traced: bool,
 }
 
 impl RunOptions {
@@ -89,6 +91,7 @@ impl RunOptions {
             expressions,
             remote: None,
             remember: None,
+            traced: false,
         }
     }
 }
@@ -252,6 +255,7 @@ async fn perform(
         memory.as_ref().map(|(_, memory)| Arc::clone(memory)),
         remote.clone(),
         secrets,
+        options.traced,
     );
     let mut scheduler = match work {
         Work::Whole(selection) => Scheduler::new(Arc::clone(&pipeline), options, selection, worker),

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::event::RunEvent;
-use crate::step::StepReporter;
+use crate::step::{StepReporter, TraceSpan};
 
 /// At most ten progress events a second for each step.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -112,6 +112,8 @@ pub(super) struct EventReporter {
     /// When progress was last told, and how far it was.
     pub(super) last: Mutex<Option<(Instant, u64)>>,
     pub(super) mask: Mask,
+    /// Somebody wants to hear of spans.
+    pub(super) traced: bool,
 }
 
 impl EventReporter {
@@ -159,6 +161,19 @@ impl StepReporter for EventReporter {
         if let Some(file) = log.as_mut() {
             // A full disk shows itself when the step's outputs are stored.
             let _ = file.write_all(line.as_bytes());
+        }
+    }
+
+    fn traces(&self) -> bool {
+        self.traced
+    }
+
+    fn span(&self, span: TraceSpan) {
+        if self.traced {
+            self.send(RunEvent::Span {
+                step: self.step.clone(),
+                span,
+            });
         }
     }
 

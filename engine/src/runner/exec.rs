@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,11 +16,14 @@ use flowrun_cache::{ActionCache, CompletionCache};
 use super::process::GRACE;
 use super::protocol::{PROTOCOL_VERSION, StepMessage, StepRequest};
 use super::{Inline, Runner};
-use crate::step::{Cancel, StepContext, StepError, StepOutcome, StepReporter, World};
+use crate::step::{Cancel, StepContext, StepError, StepOutcome, StepReporter, TraceSpan, World};
 use crate::vocabulary::Vocabulary;
 
 /// At most twenty progress messages a second.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
+
+/// Spans of an attempt that are told: those of a job lie in a file until they are read.
+const SPANS: usize = 100_000;
 
 /// Bytes of a line of output from which on it is cut: this end does not know what is to be
 /// hidden, so a line is sent whole, and the runner cuts it.
@@ -70,7 +74,7 @@ pub fn exec(
         serde_json::from_str(&line).map_err(|e| no_request(e.to_string()))?;
     let cancel = Cancel::default();
     let ended = watch(input, cancel.clone(), abandoned);
-    let writer = Arc::new(Writer::new(output, PROGRESS_EVERY));
+    let writer = Arc::new(Writer::new(output, PROGRESS_EVERY, request.traced));
     let reporter: Arc<dyn StepReporter> = Arc::clone(&writer) as Arc<dyn StepReporter>;
     let response = match work(host, request, &reporter, cancel) {
         Ok(outcome) => StepMessage::Done(outcome),
@@ -181,15 +185,21 @@ pub(super) struct Writer {
     output: Mutex<Box<dyn Write + Send>>,
     /// Progress is told at most once in this time.
     every: Duration,
+    /// Whether spans are wanted.
+    traced: bool,
+    /// Spans that were told.
+    spans: AtomicUsize,
     /// When progress was last told.
     told: Mutex<Option<Instant>>,
 }
 
 impl Writer {
-    pub(super) fn new(output: impl Write + Send + 'static, every: Duration) -> Self {
+    pub(super) fn new(output: impl Write + Send + 'static, every: Duration, traced: bool) -> Self {
         Self {
             output: Mutex::new(Box::new(output)),
             every,
+            traced,
+            spans: AtomicUsize::new(0),
             told: Mutex::new(None),
         }
     }
@@ -231,6 +241,16 @@ impl StepReporter for Writer {
 
     fn log(&self, text: &str) {
         self.tell(&StepMessage::Log(text.to_owned()));
+    }
+
+    fn traces(&self) -> bool {
+        self.traced
+    }
+
+    fn span(&self, span: TraceSpan) {
+        if self.traced && self.spans.fetch_add(1, Ordering::Relaxed) < SPANS {
+            self.tell(&StepMessage::Span(span));
+        }
     }
 
     fn cut(&self, line: &[u8], _: usize) -> Option<usize> {

@@ -15,11 +15,11 @@ use serde_json::Value;
 use crate::child::log_in_pieces;
 use crate::step::{
     InputArtifact, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter,
-    StepSummary,
+    StepSummary, TraceSpan,
 };
 
 /// Version of the protocol; both ends must have the same.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// One attempt of a step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -62,6 +62,8 @@ pub struct StepRequest {
     pub started_at: SystemTime,
     /// Steps that finished before.
     pub finished: Vec<StepSummary>,
+    /// Somebody wants to hear of spans.
+    pub traced: bool,
 }
 
 /// One input artifact.
@@ -94,6 +96,8 @@ pub enum StepMessage {
     Warning(String),
     /// A line for the log.
     Log(String),
+    /// A part of the work ended.
+    Span(TraceSpan),
     /// It ended well.
     Done(StepOutcome),
     /// It failed.
@@ -117,6 +121,7 @@ impl StepMessage {
         match self {
             Self::Warning(text) => reporter.warning(&text),
             Self::Log(text) => log_in_pieces(&text, reporter),
+            Self::Span(span) => reporter.span(span),
             Self::Progress {
                 done,
                 total,
@@ -155,6 +160,7 @@ impl StepRequest {
             root: ctx.world.root.clone(),
             started_at: ctx.started_at,
             finished: ctx.finished.as_ref().clone(),
+            traced: ctx.reporter.traces(),
         }
     }
 }

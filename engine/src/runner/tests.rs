@@ -14,7 +14,7 @@ use flowrun_cache::CompletionCache;
 use serde_json::json;
 
 use super::*;
-use crate::step::{Cancel, InputArtifact, StepReporter};
+use crate::step::{Cancel, InputArtifact, StepReporter, TraceSpan};
 use crate::testing::{Toy, write};
 use crate::vocabulary::Vocabulary;
 use std::collections::BTreeMap;
@@ -53,6 +53,13 @@ fn toy() -> Arc<dyn Step> {
                 ctx.reporter.progress(1, 2, "naps", "");
                 std::thread::sleep(Duration::from_millis(100));
             },
+            "trace" if ctx.reporter.traces() => ctx.reporter.span(TraceSpan {
+                name: "chat toy".to_owned(),
+                started_at: ctx.started_at,
+                took: Duration::from_millis(5),
+                failed: None,
+                attributes: BTreeMap::from([("rows".to_owned(), json!(3))]),
+            }),
             _ => {}
         }
         ctx.reporter.progress(3, 3, "rows", "text");
@@ -100,6 +107,13 @@ impl StepReporter for Heard {
     }
     fn log(&self, text: &str) {
         self.0.lock().unwrap().push(text.to_owned());
+    }
+    fn traces(&self) -> bool {
+        true
+    }
+    fn span(&self, span: TraceSpan) {
+        let attributes = serde_json::to_string(&span.attributes).unwrap();
+        self.log(&format!("{} {:?} {attributes}", span.name, span.took));
     }
 }
 
@@ -172,6 +186,13 @@ fn the_outcome_and_all_reports_come_back() {
     }
     let out = std::fs::read_to_string(ran.dir.path().join("out/out")).unwrap();
     assert_eq!(out, "input secret");
+}
+
+#[test]
+fn spans_come_back() {
+    let ran = run("trace", 0, &Cancel::default());
+    let span = r#"chat toy 5ms {"rows":3}"#;
+    assert!(ran.heard.iter().any(|l| l == span), "{:?}", ran.heard);
 }
 
 #[test]

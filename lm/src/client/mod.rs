@@ -6,6 +6,7 @@
 //! | `endpoint` | the URL |
 //! | `api` | what such a server offers besides chats: files, fine-tuning jobs, adapters |
 //! | `wire` | the JSON of requests and answers |
+//! | `call` | what those hear who trace calls |
 //! | `batch` | requests as one file, answers within a day |
 //! | `gate` | what all users of an entry share: limits, places, connections |
 //! | `limits` | requests and tokens per minute |
@@ -15,6 +16,7 @@
 
 mod api;
 mod batch;
+mod call;
 mod endpoint;
 mod gate;
 mod limits;
@@ -26,7 +28,7 @@ mod wire;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::StreamExt as _;
 use tokio::time::Instant;
@@ -37,6 +39,7 @@ use crate::lm::{
 };
 pub use api::{Api, ApiError};
 pub use batch::{Batched, Told};
+pub use call::{Call, OnCall};
 use endpoint::Endpoint;
 use gate::Gate;
 use retry::{Failure, Pace};
@@ -68,6 +71,8 @@ pub struct OpenAi {
     gate: Arc<Gate>,
     /// What bounds what is spent.
     ledger: Option<Ledger>,
+    /// Hears of each call that ended.
+    on_call: Option<OnCall>,
     /// The last that was seen of the server is that there is none.
     unreachable: AtomicBool,
 }
@@ -109,6 +114,13 @@ impl OpenAi {
         self
     }
 
+    /// The same client, which tells `on_call` of each call that ended.
+    #[must_use]
+    pub fn heard_by(mut self, on_call: Option<OnCall>) -> Self {
+        self.on_call = on_call;
+        self
+    }
+
     fn with_pace(
         spec: &OpenAiSpec,
         key: Option<String>,
@@ -128,6 +140,7 @@ impl OpenAi {
             id: model_id(spec),
             gate,
             ledger: None,
+            on_call: None,
             unreachable: AtomicBool::new(false),
             spec: spec.clone(),
             endpoint,
@@ -135,6 +148,29 @@ impl OpenAi {
             cancelled,
             pace,
         })
+    }
+
+    /// [`Self::ask`], and tells who wants to hear of it.
+    async fn call(&self, request: &Request, down: &std::cell::OnceCell<LmError>) -> Answer {
+        let Some(on_call) = self.on_call.as_ref().filter(|_| down.get().is_none()) else {
+            return self.ask(request, down).await;
+        };
+        let (started_at, started) = (SystemTime::now(), Instant::now());
+        let answer = self.ask(request, down).await;
+        on_call(&Call {
+            model: &self.spec.model,
+            host: self.endpoint.url.host_str().unwrap_or_default(),
+            port: self
+                .endpoint
+                .url
+                .port_or_known_default()
+                .unwrap_or_default(),
+            sampling: &request.sampling,
+            started_at,
+            took: started.elapsed(),
+            answer: &answer,
+        });
+        answer
     }
 
     /// One request until it is answered, refused, or out of tries or time. `down` is set once no
@@ -441,7 +477,7 @@ impl Lm for OpenAi {
         let down = std::cell::OnceCell::new();
         self.gate.block_on(async {
             let calls = requests.iter().enumerate().map(|(index, request)| {
-                let answer = self.ask(request, &down);
+                let answer = self.call(request, &down);
                 async move { (index, answer.await) }
             });
             let mut done =

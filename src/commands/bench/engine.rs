@@ -17,6 +17,7 @@ use flowrun_engine::pipeline::{
 };
 use flowrun_engine::run::run as run_pipeline;
 use flowrun_engine::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_engine::tracking::Tracking;
 use nix::sys::resource::{Usage, UsageWho, getrusage};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -318,6 +319,8 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         models: BTreeMap::new(),
         pools: BTreeMap::new(),
         runners: BTreeMap::new(),
+        hooks: BTreeMap::new(),
+        tracking: Tracking::default(),
         uses: BTreeMap::new(),
         steps: (0..steps).map(node).collect(),
         sources: Vec::new(),

@@ -5,6 +5,7 @@
 //! | `weights` | where a file of weights is and how it is had |
 //! | `embedded` | models that run in this process |
 //! | `remote` | models behind a server, with the adapters of checkpoints |
+//! | `traced` | what a step's trace is told of calls |
 //!
 //! Everything that depends on whether the embedded model was compiled in is in `embedded` and its
 //! stand-in `absent`.
@@ -14,6 +15,7 @@ pub(crate) mod absent;
 #[cfg(feature = "model")]
 pub(crate) mod embedded;
 pub(crate) mod remote;
+mod traced;
 pub mod weights;
 
 #[cfg(not(feature = "model"))]
@@ -245,7 +247,10 @@ pub fn open_lm(
 ) -> Result<Metered, StepError> {
     let lm: Arc<dyn Lm> = match spec {
         ModelSpec::OpenAi(spec) => remote::open_lm(spec, checkpoint, host)?,
-        ModelSpec::Embedded(spec) => local::open_lm(spec, checkpoint, host)?,
+        ModelSpec::Embedded(spec) => {
+            let lm = local::open_lm(spec, checkpoint, host)?;
+            traced::embedded(lm, spec.weights.name(), host.step)
+        }
         ModelSpec::SentenceEncoder(_) => {
             return Err(
                 StepError::invalid("a `sentence-encoder` answers no chats".to_owned())

@@ -13,7 +13,7 @@ use flowrun_lm::client::{AdapterPlace, Api, ApiError, Batched, OpenAi, OpenAiSpe
 use flowrun_lm::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Request};
 use serde_json::json;
 
-use super::Host;
+use super::{Host, traced};
 use crate::checkpoint::{Adapter, Checkpoint};
 use crate::folder;
 
@@ -97,7 +97,8 @@ fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<Arc<dyn Lm>
         Arc::new(move || cancel.is_cancelled()),
     )
     .map_err(|e| StepError::failed(e.to_string()))?;
-    Ok(Arc::new(client.as_model(model).with_ledger(ledger)))
+    let client = client.as_model(model).with_ledger(ledger);
+    Ok(Arc::new(client.heard_by(traced::on_call(host.step))))
 }
 
 /// The ledger of the entry's budget in this run: steps with equal entries share it.

@@ -8,13 +8,16 @@ mod fan_out;
 mod random;
 mod shell;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use serde_json::json;
 
 use crate::event::RunEvent;
 use crate::record::RunRecord;
+use crate::step::{StepOutcome, TraceSpan};
 use crate::testing::{Bench, Toy, node, uses};
 
 /// a → b → d, a → c → d.
@@ -117,6 +120,36 @@ fn progress_is_throttled_and_secrets_are_masked_everywhere() {
         !events.contains("s3cret") && events.contains("fail ***") && events.contains("help ***")
     );
     assert_eq!(ran.summary.first_error.unwrap().1.message, "fail ***");
+}
+
+#[test]
+fn spans_are_told_to_those_who_trace_and_are_in_no_record() {
+    let mut bench = Bench::new().unwrap();
+    let toy = Toy::new("toy", |ctx| {
+        let told = ctx.reporter.traces();
+        ctx.reporter.span(TraceSpan {
+            name: "unmistakable".to_owned(),
+            started_at: ctx.started_at,
+            took: Duration::ZERO,
+            failed: None,
+            attributes: BTreeMap::new(),
+        });
+        crate::testing::write(ctx, "out", &told.to_string())?;
+        Ok(StepOutcome::default())
+    });
+    let step = uses("toy", Arc::new(toy));
+    for traced in [true, false] {
+        bench.options.traced = traced;
+        bench.options.force = true;
+        let ran = bench.run(std::slice::from_ref(&step));
+        let spans = ran.events.iter().filter(|event| {
+            matches!(event, RunEvent::Span { step, span } if step == "toy" && span.name == "unmistakable")
+        });
+        assert_eq!(spans.count(), usize::from(traced));
+        let events = std::fs::read_to_string(ran.summary.run_dir.join("events.jsonl")).unwrap();
+        assert!(!events.contains("unmistakable"), "{events}");
+        assert!(ran.summary.ok);
+    }
 }
 
 #[test]

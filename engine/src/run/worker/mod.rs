@@ -67,6 +67,7 @@ pub(super) struct Worker {
     pub(super) cancel: Cancel,
     expressions: Expressions,
     mask: Mask,
+    traced: bool,
     warden: Warden,
     remotes: Remotes,
     workplaces: Workplaces,
@@ -138,6 +139,7 @@ impl Worker {
         memory: Option<Arc<Memory>>,
         remote: Option<Arc<RemoteCache>>,
         secrets: &[String],
+        traced: bool,
     ) -> Self {
         let names = pipeline
             .steps
@@ -162,6 +164,7 @@ impl Worker {
             cancel,
             expressions,
             mask,
+            traced,
             warden: Warden::new(cache),
             remotes: Remotes::new(pipeline),
             workplaces: Workplaces::new(cache),
@@ -545,6 +548,7 @@ impl Worker {
             log: Mutex::default(),
             last: Mutex::default(),
             mask: self.mask.clone(),
+            traced: self.traced,
         }
     }
 

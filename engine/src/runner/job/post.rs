@@ -18,7 +18,7 @@ use crate::runner::exec::{ExecError, Host, Writer, work};
 use crate::runner::process::GRACE;
 use crate::runner::protocol::{Failure, PROTOCOL_VERSION, StepMessage, StepRequest};
 use crate::sandbox::{Sandbox, local};
-use crate::step::{Cancel, StepError, StepOutcome, StepReporter};
+use crate::step::{Cancel, StepError, StepOutcome, StepReporter, TraceSpan};
 use crate::warden::Warden;
 
 /// At most four progress messages a second: each is a write to a shared folder.
@@ -107,6 +107,14 @@ impl Request {
         }
     }
 
+    /// Somebody wants to hear of spans: a command has none.
+    fn is_traced(&self) -> bool {
+        match self {
+            Self::Step { request, .. } => request.traced,
+            Self::Command(_) => false,
+        }
+    }
+
     fn protocol(&self) -> u32 {
         match self {
             Self::Step { request, .. } => request.protocol,
@@ -178,7 +186,7 @@ pub fn exec_job(
     let response_is_kept = messages.try_clone()?;
     let ended = beat(folder.clone(), cancel.clone(), abandoned);
     let teller = Arc::new(Teller {
-        writer: Writer::new(messages, PROGRESS_EVERY),
+        writer: Writer::new(messages, PROGRESS_EVERY, request.is_traced()),
         console: Mutex::new(Box::new(console)),
         mask: environment.mask(),
     });
@@ -289,6 +297,14 @@ impl StepReporter for Teller {
     fn log(&self, text: &str) {
         self.writer.log(&self.mask.apply(text));
         self.say(text);
+    }
+
+    fn traces(&self) -> bool {
+        self.writer.traces()
+    }
+
+    fn span(&self, span: TraceSpan) {
+        self.writer.span(span);
     }
 
     fn cut(&self, line: &[u8], at: usize) -> Option<usize> {

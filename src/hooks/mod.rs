@@ -1,0 +1,114 @@
+//! Hooks: tells those whom the pipeline names that a run ended.
+//!
+//! | file | what |
+//! |---|---|
+//! | `document` | what is told, as JSON |
+//! | `command` | a program that is told |
+//! | `webhook` | a server that is told |
+//!
+//! Knows no events: a run that ended is its record. Invariants: whatever a hook does, the run's
+//! result and the exit code stay; no secret of a hook is in what it leaves or what is said of it.
+
+mod command;
+mod document;
+mod webhook;
+
+use std::collections::BTreeMap;
+
+use flowrun_engine::hook::{Hook, HookAction, HookEvent};
+use flowrun_engine::run::RunSummary;
+use flowrun_engine::step::World;
+
+use self::document::Document;
+
+/// Tells the hooks, all at once; what went wrong with them comes back as warnings.
+pub(crate) fn tell(
+    hooks: &BTreeMap<String, Hook>,
+    summary: &RunSummary,
+    world: &World,
+) -> Vec<String> {
+    let due: Vec<(&String, &Hook, HookEvent)> = hooks
+        .iter()
+        .filter_map(|(name, hook)| Some((name, hook, event(hook, summary)?)))
+        .collect();
+    if due.is_empty() {
+        return Vec::new();
+    }
+    let document = Document::of(summary);
+    std::thread::scope(|scope| {
+        let document = &document;
+        let telling: Vec<_> = due
+            .iter()
+            .map(|&(name, hook, event)| {
+                let call = Call {
+                    name,
+                    hook,
+                    event,
+                    document,
+                    world,
+                };
+                (name, scope.spawn(move || call.make()))
+            })
+            .collect();
+        let ended = telling.into_iter().map(|(name, thread)| {
+            let panicked = |_| Err("the hook panicked; this is a fault of flowrun".to_owned());
+            (name, thread.join().unwrap_or_else(panicked))
+        });
+        ended
+            .filter_map(|(name, told)| Some(format!("hook `{name}`: {}", told.err()?)))
+            .collect()
+    })
+}
+
+/// What the hook is told of; nothing when the run did not end so.
+fn event(hook: &Hook, summary: &RunSummary) -> Option<HookEvent> {
+    let asks = |event: HookEvent| hook.on.contains(&event).then_some(event);
+    asks(HookEvent::Failed)
+        .filter(|_| !summary.ok)
+        .or_else(|| asks(HookEvent::Finished))
+}
+
+/// One hook and what it is told.
+struct Call<'a> {
+    name: &'a str,
+    hook: &'a Hook,
+    event: HookEvent,
+    document: &'a Document,
+    world: &'a World,
+}
+
+impl Call<'_> {
+    /// # Errors
+    /// What went wrong, without the values of secrets.
+    fn make(&self) -> Result<(), String> {
+        let done = match &self.hook.action {
+            HookAction::Command(command) => command::run(self, command),
+            HookAction::Webhook(webhook) => webhook::post(self, webhook),
+        };
+        done.map_err(|why| self.masked(&why))
+    }
+
+    /// The secret of this name, where it is the hook's.
+    fn secret(&self, name: &str) -> Option<String> {
+        let is_own = self.hook.secrets.iter().any(|own| own == name);
+        self.world.env.get(name).filter(|_| is_own).cloned()
+    }
+
+    /// The text with the values of secrets replaced.
+    fn masked(&self, text: &str) -> String {
+        let values = self
+            .hook
+            .secrets
+            .iter()
+            .filter_map(|name| self.secret(name));
+        let mut values: Vec<String> = values.filter(|value| !value.is_empty()).collect();
+        // One that holds another is hidden whole.
+        values.sort_by_key(|value| std::cmp::Reverse(value.len()));
+        let hide = |text: String, value: &String| text.replace(value.as_str(), "***");
+        values.iter().fold(text.to_owned(), hide)
+    }
+
+    fn body(&self) -> Result<Vec<u8>, String> {
+        self.document.bytes(self.name, self.event)
+    }
+}
