@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use flowrun_cache::{ActionCache, ActionKey, ActionResult, CacheReader, Removal};
 
-use crate::run_keys::RunKeys;
+use crate::run_keys::RunLog;
 
 /// Runs of the pipeline that are looked at.
 const RUNS: usize = 10;
@@ -41,7 +41,7 @@ pub(crate) struct Earlier {
 struct Runs {
     /// Folders that were not looked at; `None` before the first look.
     left: Option<std::vec::IntoIter<PathBuf>>,
-    read: Vec<RunKeys>,
+    read: Vec<RunLog>,
 }
 
 impl History {
@@ -91,11 +91,10 @@ impl History {
                 .left
                 .get_or_insert_with(|| self.reader.runs().into_iter());
             let folder = left.find(|folder| self.current.as_ref() != Some(folder))?;
-            runs.read
-                .extend(RunKeys::read(&folder, Some(&self.pipeline)));
+            runs.read.extend(RunLog::read(&folder, &self.pipeline));
         }
-        let run = &runs.read[at];
-        Some(run.keys.get(id).map(|used| Earlier {
+        let run = &mut runs.read[at];
+        Some(run.used(id).map(|used| Earlier {
             key: used.key,
             run: Some(run.run.clone()),
             had_result: used.has_result,

@@ -3,15 +3,16 @@
 //!
 //! [`uses`] reads it from the runs' records, [`collect`] removes the rest as far as the bounds
 //! ask, and [`tidy`] does so at the end of a run, when it is worth a look: once a day for what is
-//! old, and after a run that made something so that looking takes at most a hundredth of the time
-//! between two looks.
+//! old, and when the size at the last look and what runs wrote since are together over the bound,
+//! but so that looking takes at most a hundredth of the time between two looks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::{
-    ActionKey, ActionResult, Bounds, Cache, CacheError, CacheReader, Garbage, Remover, Survey, Uses,
+    ActionKey, ActionResult, Bounds, Cache, CacheError, CacheReader, Garbage, Remover, Share,
+    Survey, Uses,
 };
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,9 @@ struct Note {
     took: Duration,
     /// When everything was looked at.
     swept: SystemTime,
+    /// Bytes of the cache then, and what runs wrote since.
+    #[serde(default)]
+    size: Option<u64>,
 }
 
 /// Who uses what, by the runs' records. See [`Retention::keep_runs`] for what is needed.
@@ -132,15 +136,15 @@ fn collect_for(
     Ok(garbage)
 }
 
-/// Does so at the end of a run, if it is time. `ran` says whether the run made anything; once
-/// `stop` says so, the rest is left to the end of the next run.
+/// Does so at the end of a run, if it is time. `made` is the folder of the run, if it made anything;
+/// once `stop` says so, the rest is left to the end of the next run.
 ///
 /// # Errors
 /// As [`collect`].
 pub fn tidy(
     cache: &Cache,
     retention: &Retention,
-    ran: bool,
+    made: Option<&Path>,
     stop: &dyn Fn() -> bool,
 ) -> Result<Option<Garbage>, CacheError> {
     let now = SystemTime::now();
@@ -150,14 +154,33 @@ pub fn tidy(
     // A new cache holds nothing old. A clock that was set back makes every look due.
     let swept = last.as_ref().map_or(now, |note| note.swept);
     let is_since = |then: SystemTime, time| now.duration_since(then).map_or(true, |t| t >= time);
-    let grown = ran && last.is_none_or(|note| is_since(note.looked, note.took * SHARE));
     let old = is_since(swept, DAY);
+    let Some(run) = made.map(Share::of).or(old.then(Share::default)) else {
+        return Ok(None);
+    };
+    let max = retention.bounds.max_size;
+    let counted = last.as_ref().and_then(|note| note.size);
+    let counted = counted.map(|size| size + cache.written() + run.bytes);
+    let grown = max.is_some_and(|max| counted.is_none_or(|size| size > max))
+        && last
+            .as_ref()
+            .is_none_or(|note| is_since(note.looked, note.took * SHARE));
+    let write = |note: &Note| {
+        let text = serde_json::to_vec(note).unwrap_or_default();
+        std::fs::write(&path, text).map_err(|e| CacheError::io(&path, e))
+    };
     if !grown && !old {
+        if let Some(note) = last {
+            write(&Note {
+                size: counted,
+                ..note
+            })?;
+        }
         return Ok(None);
     }
     let started = Instant::now();
-    let size = || Survey::of(cache.dir()).total().bytes;
-    let over = retention.bounds.max_size.is_some_and(|max| size() > max);
+    let size = Survey::of(cache.dir()).total().bytes;
+    let over = max.is_some_and(|max| size > max);
     let collected = match over || old {
         true => Some(collect_for(cache, retention, Remover::Run, stop)?),
         false => None,
@@ -165,12 +188,11 @@ pub fn tidy(
     if stop() {
         return Ok(None);
     }
-    let note = Note {
+    write(&Note {
         looked: now,
         took: started.elapsed(),
         swept: if collected.is_some() { now } else { swept },
-    };
-    let text = serde_json::to_vec(&note).unwrap_or_default();
-    std::fs::write(&path, text).map_err(|e| CacheError::io(&path, e))?;
+        size: Some(collected.as_ref().map_or(size, |garbage| garbage.left)),
+    })?;
     Ok(collected.filter(|garbage| !garbage.is_empty()))
 }

@@ -138,7 +138,8 @@ fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs
     }
     let kept = retention(&args.retention);
     let stop = || cancel.is_cancelled();
-    let text = match tidy_cache(cache, &kept, summary.ran > 0, &stop) {
+    let made = (summary.ran > 0).then_some(summary.run_dir.as_path());
+    let text = match tidy_cache(cache, &kept, made, &stop) {
         Ok(Some(found)) if !global.quiet => format!("cache: removed {}", removed(&found)),
         Ok(_) => return,
         Err(error) => format!("warning: the cache could not be tidied: {error}"),

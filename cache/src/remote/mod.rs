@@ -197,6 +197,9 @@ impl Drop for RemoteCache {
     }
 }
 
+/// Is handed a pack of answers.
+type TakePack<'a> = dyn FnMut(Digest, &[u8]) -> Result<(), CacheError> + 'a;
+
 impl RemoteCache {
     /// Opens it. No server is asked anything yet.
     ///
@@ -384,11 +387,7 @@ impl RemoteCache {
 
     /// Hands the packs of answers to `take` that are not in `known`, as they come, until it fails.
     /// May be called wherever work waits for it.
-    pub(crate) fn answers(
-        &self,
-        known: BTreeSet<Digest>,
-        take: &mut dyn FnMut(Digest, &[u8]) -> Result<(), CacheError>,
-    ) {
+    pub(crate) fn answers(&self, known: BTreeSet<Digest>, take: &mut TakePack<'_>) {
         let Some(runtime) = &self.runtime else {
             return;
         };
