@@ -2,6 +2,7 @@
 
     python -m venv venv && venv/bin/pip install torch transformers peft gguf
     venv/bin/python record.py tiny                  # models, adapters and gradients of `tiny/`
+    venv/bin/python record.py families              # the same of `families/`: architectures beside Llama
     venv/bin/python record.py smollm2 MODEL.gguf    # `smollm2.json`
     venv/bin/python record.py logits MODEL.gguf ADAPTER TOKENS...   # to stdout, for a live check
 
@@ -20,11 +21,22 @@ import gguf
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
+FAMILIES = HERE / "families"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -47,9 +59,10 @@ def bytes_to_unicode():
     return table
 
 
-def vocabulary():
+def vocabulary(more=()):
     tokens = list(bytes_to_unicode().values())
     merges = [("a", "r"), ("ar", "d"), ("c", "ard"), ("Ġ", "card"), ("h", "e"), ("l", "l")]
+    merges += more
     tokens += [a + b for a, b in merges]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return tokens, merges, special
@@ -103,22 +116,29 @@ def case_of(model, seed, count=48):
 
 
 class File:
-    """A GGUF file of a Llama."""
+    """A GGUF file. That of a Llama names more than those of others, whose readers infer it."""
 
-    def __init__(self, path, config, theta):
-        self.writer = w = gguf.GGUFWriter(path, "llama")
+    def __init__(self, path, config, theta, architecture="llama", write_tokenizer=None):
+        self.writer = w = gguf.GGUFWriter(path, architecture)
         w.add_context_length(config.max_position_embeddings)
         w.add_embedding_length(config.hidden_size)
         w.add_block_count(config.num_hidden_layers)
         w.add_feed_forward_length(config.intermediate_size)
         w.add_head_count(config.num_attention_heads)
         w.add_head_count_kv(config.num_key_value_heads)
-        w.add_key_length(config.head_dim)
-        w.add_value_length(config.head_dim)
-        w.add_rope_dimension_count(config.head_dim)
+        if architecture != "qwen2":
+            w.add_key_length(config.head_dim)
+            w.add_value_length(config.head_dim)
+        if architecture == "llama":
+            w.add_rope_dimension_count(config.head_dim)
         w.add_rope_freq_base(theta)
         w.add_layer_norm_rms_eps(config.rms_norm_eps)
-        w.add_vocab_size(config.vocab_size)
+        if architecture == "llama":
+            w.add_vocab_size(config.vocab_size)
+        (write_tokenizer or self.smollm)(w)
+
+    @staticmethod
+    def smollm(w):
         tokens, merges, special = vocabulary()
         w.add_tokenizer_model("gpt2")
         w.add_tokenizer_pre("smollm")
@@ -163,10 +183,10 @@ def interleaved(weight, heads):
     return np.swapaxes(halves, 1, 2).reshape(rows, width)
 
 
-def write_gguf(path, model, theta, kind_of, extra=()):
+def write_gguf(path, model, theta, kind_of, extra=(), architecture="llama", write_tokenizer=None):
     """Writes `model`, gives it the values that the file has, and leaves it as the reference."""
     config = model.config
-    file = File(path, config, theta)
+    file = File(path, config, theta, architecture, write_tokenizer)
     names = {
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
@@ -177,14 +197,21 @@ def write_gguf(path, model, theta, kind_of, extra=()):
         "mlp.down_proj": "ffn_down",
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
     }
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    if architecture != "llama":
+        # llama.cpp turns the halves of their heads as `transformers` does.
+        heads = {}
     for name, value in model.named_parameters():
         _, _, rest = name.partition("model.")
         if name == "model.embed_tokens.weight":
             target = "token_embd"
         elif name == "model.norm.weight":
             target = "output_norm"
+        elif name == "lm_head.weight":
+            target = "output"
         else:
             _, layer, rest = rest.split(".", 2)
             target = f"blk.{layer}.{names[rest.rpartition('.')[0]]}"
@@ -272,8 +299,8 @@ def rope(vocab):
 INVOCATION = [257, 31]
 
 
-def adapters(base):
-    """PEFT's own adapters on the model of `rope`, and the gradients of a loss with them."""
+def adapters(base, into=TINY, kinds=(("lora", None), ("alora", INVOCATION))):
+    """PEFT's own adapters on `base`, and the gradients of a loss with them."""
     made = {}
     rng = np.random.default_rng(9)
     rows = []
@@ -282,7 +309,7 @@ def adapters(base):
         prompt = [1, 2, 3, *INVOCATION, 4, *(int(t) for t in rng.integers(0, 250, count))]
         prompt += [*INVOCATION, 60]
         rows.append({"prompt": prompt, "target": [int(t) for t in rng.integers(0, 250, 4)]})
-    for name, invocation in [("lora", None), ("alora", INVOCATION)]:
+    for name, invocation in kinds:
         config = LoraConfig(
             r=2,
             lora_alpha=6,
@@ -297,7 +324,7 @@ def adapters(base):
             for key, value in model.named_parameters():
                 if "lora_" in key:
                     value.copy_(torch.randn(value.shape, generator=noise) * 0.15)
-        folder = TINY / f"peft-{name}"
+        folder = into / f"peft-{name}"
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         model.eval()
@@ -318,7 +345,7 @@ def adapters(base):
             for key, value in model.named_parameters()
             if value.grad is not None
         }
-        assert len(gradients) == 2 * 2 * len(MODULES)
+        assert len(gradients) == 2 * base.config.num_hidden_layers * len(MODULES)
         made[name] = {
             "rows": rows,
             "cases": results,
@@ -354,6 +381,134 @@ def record_tiny():
     base, trained = adapters(base)
     result = {"models": cases, "adapters": trained, "invocation": INVOCATION, "ours": ours(base)}
     (TINY / "expected.json").write_text(json.dumps(result) + "\n")
+
+
+# ---------------------------------------------------------------- other architectures
+
+
+# What Qwen 3's template is made of: a namespace, messages from the last to the first, methods and
+# tests on texts, names that are not there.
+TEMPLATE = """\
+{%- set ns = namespace(last=messages|length - 1, found=false) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if not ns.found and message.role == 'user' and message.content is string %}
+        {%- set ns.found = true %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}
+    {{- 'tools' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and not message.tool_calls %}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+    {%- else %}
+        {%- set content = message.content %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+
+class Qwen:
+    """The tokenizer of Qwen 2 to 3 with few merges, each of which a wrong cut would show."""
+
+    def __init__(self):
+        from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+        more = [("1", "2"), ("Ã", "©"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("'", "s"), ("!", "Ċ"), ("Ġ", "1")]
+        self.words, self.merges, self.special = vocabulary(more)
+        every = self.words + self.special
+        self.tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(every)}, self.merges))
+        self.tokenizer.normalizer = normalizers.NFC()
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self.tokenizer.decoder = decoders.ByteLevel()
+        self.tokenizer.add_special_tokens(self.special)
+
+    def save(self, folder):
+        self.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+    def write(self, w):
+        w.add_tokenizer_model("gpt2")
+        w.add_tokenizer_pre("qwen2")
+        w.add_token_list(self.words + self.special)
+        w.add_token_types([1] * len(self.words) + [3] * len(self.special))
+        w.add_token_merges([f"{a} {b}" for a, b in self.merges])
+        w.add_eos_token_id(len(self.words) + 2)
+        w.add_chat_template(TEMPLATE)
+
+    def answers(self):
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=self.tokenizer, eos_token="<|im_end|>")
+        template = lambda chat, ask: wrapped.apply_chat_template(
+            chat, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=ask
+        )
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
+        more = ["it's 12 121 1212", "caf\u0065\u0301 é", "a  b   c", "x!\n\n\ny\n\n z", "  \n\n  12"]
+        return {
+            "tokenizer": [{"text": text, "tokens": encode(text)} for text in corpus() + more],
+            "chats": [
+                {"messages": chat, "asking": template(chat, True), "told": template(chat, False)}
+                for chat in chats()
+            ],
+        }
+
+
+def qwen2(vocab):
+    sizes = shape(32, 8, 4, 2, 64, 2, vocab)
+    del sizes["head_dim"]
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, rope_theta=1000000.0))
+
+
+def qwen3(vocab):
+    """Heads that are wider together than the model, and a head of its own."""
+    sizes = shape(32, 16, 4, 2, 64, 2, vocab) | {"tie_word_embeddings": False}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, rope_theta=1000000.0))
+
+
+def family(name, seed, build, words):
+    """One model in both formats, what it computes, and an adapter of PEFT's on it."""
+    model = randomised(build(len(words.words) + len(words.special)), seed)
+    folder = FAMILIES / name
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    words.save(folder)
+    path = FAMILIES / f"{name}.gguf"
+    write_gguf(path, model, 1000000.0, lambda _: "BF16", (), name, words.write)
+    case = case_of(model, seed, 200)
+    # Not every version of `transformers` reads every GGUF file as llama.cpp does.
+    try:
+        args = dict(gguf_file=path.name, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(FAMILIES, **args).eval()
+        off = float((last_logits(loaded, case["tokens"]) - torch.tensor(case["logits"])).abs().max())
+        print(f"{path.name} through the loader of transformers: off by {off:.2g}")
+    except Exception as error:
+        print(f"{path.name}: transformers cannot read it: {error!r}")
+    _, trained = adapters(model, folder, (("lora", None),))
+    return {"case": case, "trained": trained["lora"], **words.answers()}
+
+
+def record_families():
+    shutil.rmtree(FAMILIES, ignore_errors=True)
+    FAMILIES.mkdir()
+    words = Qwen()
+    result = {
+        "qwen2": family("qwen2", 3, qwen2, words),
+        "qwen3": family("qwen3", 4, qwen3, words),
+    }
+    (FAMILIES / "expected.json").write_text(json.dumps(result) + "\n")
 
 
 # ---------------------------------------------------------------- SmolLM2
@@ -544,6 +699,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["tiny"]:
             record_tiny()
+        case ["families"]:
+            record_families()
         case ["smollm2", path]:
             record_smollm2(path)
         case ["logits", path, adapter, *tokens]:

@@ -1,11 +1,11 @@
-//! The shape of a Llama model. Knows no file format: `weights/` fills it in.
+//! The shape of a model of Llama's family. Knows no file format: `weights/` fills it in.
 //!
 //! Invariant: a [`LlamaConfig`] that passed [`LlamaConfig::check`] describes a model that the
 //! forward pass can run, so later code indexes without checking again.
 
 use serde::{Deserialize, Serialize};
 
-/// Sizes and constants of a Llama model.
+/// Sizes and constants of a model of Llama's family.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LlamaConfig {
     /// Width of the residual stream.
@@ -32,6 +32,33 @@ pub struct LlamaConfig {
     pub norm_eps: f64,
     /// Whether the output head is the embedding matrix.
     pub tied_head: bool,
+    /// What the layers have beside Llama's parts.
+    #[serde(default)]
+    pub parts: LayerParts,
+}
+
+/// Parts of a layer that not every model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LayerParts {
+    /// Whether the query, key and value projections add a bias.
+    pub qkv_bias: bool,
+    /// Whether each head's queries and keys go through an RMS norm before they are rotated.
+    pub head_norms: bool,
+}
+
+impl LayerParts {
+    /// Those of Llama.
+    pub const LLAMA: Self = Self {
+        qkv_bias: false,
+        head_norms: false,
+    };
+}
+
+impl Default for LayerParts {
+    fn default() -> Self {
+        Self::LLAMA
+    }
 }
 
 /// A rescaling of the rotary frequencies.
@@ -200,6 +227,7 @@ mod tests {
             rope_scaling: None,
             norm_eps: 1e-5,
             tied_head: true,
+            parts: LayerParts::LLAMA,
         }
     }
 

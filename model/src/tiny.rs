@@ -9,10 +9,10 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::base_model::BaseModel;
 use crate::chat_template::ChatTemplate;
-use crate::config::LlamaConfig;
+use crate::config::{LayerParts, LlamaConfig};
 use crate::lora::{LoraAdapter, LoraConfig, LoraPair, Module};
 use crate::tokenizer::tiny_tokenizer;
-use crate::weights::{LayerWeights, LlamaWeights};
+use crate::weights::{HeadNorms, LayerWeights, LlamaWeights, QkvBias};
 
 fn tensor(rng: &mut ChaCha8Rng, shape: (usize, usize), size: f32) -> Tensor {
     let n = shape.0 * shape.1;
@@ -22,8 +22,13 @@ fn tensor(rng: &mut ChaCha8Rng, shape: (usize, usize), size: f32) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).expect("the sizes fit")
 }
 
-/// A model with grouped heads, an untied head and a byte tokenizer.
+/// A Llama with grouped heads, an untied head and a byte tokenizer.
 pub(crate) fn base(seed: u64) -> Arc<BaseModel> {
+    base_with(LayerParts::LLAMA, seed)
+}
+
+/// The same with other layers.
+pub(crate) fn base_with(parts: LayerParts, seed: u64) -> Arc<BaseModel> {
     let tokenizer = tiny_tokenizer();
     let config = LlamaConfig {
         hidden: 16,
@@ -38,6 +43,7 @@ pub(crate) fn base(seed: u64) -> Arc<BaseModel> {
         rope_scaling: None,
         norm_eps: 1e-5,
         tied_head: false,
+        parts,
     };
     let c = config.clone();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -58,6 +64,15 @@ pub(crate) fn base(seed: u64) -> Arc<BaseModel> {
         gate: linear(c.ffn, c.hidden),
         up: linear(c.ffn, c.hidden),
         down: linear(c.hidden, c.ffn),
+        bias: parts.qkv_bias.then(|| QkvBias {
+            q: linear(1, c.q_width()).flatten_all().expect("flat"),
+            k: linear(1, c.kv_width()).flatten_all().expect("flat"),
+            v: linear(1, c.kv_width()).flatten_all().expect("flat"),
+        }),
+        head_norms: parts.head_norms.then(|| HeadNorms {
+            q: ones(linear(1, c.head_dim)),
+            k: ones(linear(1, c.head_dim)),
+        }),
     });
     let layers = layers.collect();
     let weights = LlamaWeights {
@@ -129,6 +144,28 @@ fn norm(x: &[Vec<f64>], w: &Tensor, eps: f64) -> Vec<Vec<f64>> {
     x.iter().map(row).collect()
 }
 
+/// The biases and the norms of the heads, where `layer` has them.
+fn complete(layer: &LayerWeights, c: &LlamaConfig, qkv: [&mut Vec<Vec<f64>>; 3]) {
+    let [q, k, v] = qkv;
+    if let Some(bias) = &layer.bias {
+        for (rows, bias) in [(&mut *q, &bias.q), (&mut *k, &bias.k), (v, &bias.v)] {
+            let bias: Vec<f32> = bias.to_vec1().expect("a vector");
+            for row in rows {
+                let values = row.iter_mut().zip(&bias);
+                values.for_each(|(value, bias)| *value += f64::from(*bias));
+            }
+        }
+    }
+    if let Some(norms) = &layer.head_norms {
+        for (rows, weight) in [(q, &norms.q), (k, &norms.k)] {
+            for row in rows {
+                let heads: Vec<Vec<f64>> = row.chunks(c.head_dim).map(<[f64]>::to_vec).collect();
+                *row = norm(&heads, weight, c.norm_eps).concat();
+            }
+        }
+    }
+}
+
 fn rotate(x: &mut [Vec<f64>], config: &LlamaConfig) {
     let frequencies = config.inverse_frequencies();
     let half = frequencies.len();
@@ -157,7 +194,8 @@ pub(crate) fn logits(base: &BaseModel, adapter: Option<&LoraAdapter>, tokens: &[
         let h = norm(&x, &layer.attn_norm, c.norm_eps);
         let mut q = linear(&h, &layer.q, Module::Q);
         let mut k = linear(&h, &layer.k, Module::K);
-        let v = linear(&h, &layer.v, Module::V);
+        let mut v = linear(&h, &layer.v, Module::V);
+        complete(layer, c, [&mut q, &mut k, &mut v]);
         rotate(&mut q, c);
         rotate(&mut k, c);
         let mut mixed = vec![vec![0.0; c.q_width()]; tokens.len()];

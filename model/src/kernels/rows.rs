@@ -94,6 +94,23 @@ pub(crate) fn add_bias(x: &mut [f32], bias: &[f32]) {
     }
 }
 
+/// Per row, in place: `x / rms(x) · weight`. A row may be one head of a token.
+pub(crate) fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+    let width = weight.len();
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for row in x.chunks_exact_mut(width) {
+                let mean = sum(width, |i| row[i] * row[i]) / width as f32;
+                let inverse = 1.0 / (mean + eps).sqrt();
+                for (v, w) in row.iter_mut().zip(weight) {
+                    *v = *v * inverse * w;
+                }
+            }
+        },
+    );
+}
+
 /// Turns one token's heads in place (rotate-half): dimension `i` of each head with dimension
 /// `i + head_dim / 2`. `cos` and `sin` have `head_dim / 2` entries; the result is scaled.
 pub(crate) fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
@@ -113,6 +130,7 @@ pub(crate) fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::vector::rms_norm_row;
 
     fn close(a: f32, b: f32) {
         assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()), "{a} is not {b}");
@@ -169,6 +187,18 @@ mod tests {
             row.iter().map(|v| (v - 0.5) * (v - 0.5)).sum::<f32>() / 13.0,
             4.0,
         );
+    }
+
+    #[test]
+    fn an_rms_norm_in_place_is_that_of_each_row() {
+        let (x, weight) = (values(26, 3), values(13, 4));
+        let mut out = x.clone();
+        rms_norm(&mut out, &weight, 1e-5);
+        for (got, x) in out.chunks(13).zip(x.chunks(13)) {
+            let mut wanted = vec![0.0; 13];
+            rms_norm_row(&mut wanted, x, &weight, 1e-5);
+            assert_eq!(got, wanted);
+        }
     }
 
     #[test]

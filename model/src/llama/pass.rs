@@ -10,9 +10,10 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
-use crate::kernels::rows::{rotate, silu_mul};
+use crate::kernels::rows::{add_bias, rms_norm, rotate, silu_mul};
 use crate::kernels::vector::rms_norm_row;
 use crate::lora::Module;
+use crate::weights::LayerWeights;
 
 /// Activations of a chunk, reused by every layer. `m` is the number of tokens.
 struct Activations {
@@ -136,6 +137,7 @@ impl Llama {
             );
             adapter.layer(layer).qkv.add(h, [q, k, v], inner, threads);
         }
+        complete(&weights.layers[layer], c.norm_eps, [q, k, v])?;
         let scale = 1.0 / (c.head_dim as f32).sqrt();
         let half = c.head_dim / 2;
         let turns = state
@@ -213,6 +215,20 @@ impl Llama {
         matrix.times(x, out, into, threads);
         Ok(())
     }
+}
+
+/// Adds the biases to queries, keys and values, and norms the heads, where the layer does so.
+fn complete(layer: &LayerWeights, eps: f64, [q, k, v]: [&mut [f32]; 3]) -> Result<(), ModelError> {
+    if let Some(bias) = &layer.bias {
+        add_bias(q, &View::new(&bias.q)?);
+        add_bias(k, &View::new(&bias.k)?);
+        add_bias(v, &View::new(&bias.v)?);
+    }
+    if let Some(norms) = &layer.head_norms {
+        rms_norm(q, &View::new(&norms.q)?, eps as f32);
+        rms_norm(k, &View::new(&norms.k)?, eps as f32);
+    }
+    Ok(())
 }
 
 /// Neighbouring rows with one adapter.

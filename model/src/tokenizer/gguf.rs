@@ -36,6 +36,9 @@ pub(crate) fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Tokenizer, 
         .build()
         .map_err(|e| format!("the merges do not fit the vocabulary: {e}"))?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
+    inner
+        .with_normalizer(pre_tokenizer::normalizer(pre))
+        .map_err(|e| e.to_string())?;
     inner.with_pre_tokenizer(Some(pre_tokenizer::by_name(pre)?));
     inner.with_decoder(Some(ByteLevel::default()));
     add_special(&mut inner, metadata, &tokens)?;
@@ -203,6 +206,20 @@ pub(crate) mod tests {
         let plain = tokenizer.encode("<|im_end|>", false).unwrap();
         assert!(plain.len() > 1 && !plain.contains(&2));
         assert_eq!(tokenizer.decode(&plain).unwrap(), "<|im_end|>");
+    }
+
+    #[test]
+    fn qwen_reads_composed_characters() {
+        let mut metadata = tiny_metadata();
+        let pre = Value::String("qwen2".to_owned());
+        metadata.insert("tokenizer.ggml.pre".to_owned(), pre);
+        let qwen = from_gguf(&metadata).unwrap();
+        let encode = |tokenizer: &Tokenizer, text| tokenizer.encode(text, true).unwrap();
+        for text in ["e\u{301}", "a\u{308}rd<|im_end|>"] {
+            let plain = encode(&tiny_tokenizer(), text);
+            assert!(encode(&qwen, text).len() < plain.len(), "{text}");
+        }
+        assert_eq!(qwen.decode(&encode(&qwen, "e\u{301}")).unwrap(), "é");
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::past::Stretch;
 use super::rope::{Rope, Turn};
 use super::tape::{Keep, LayerTape, Room, Tape};
 use crate::kernels::matmul::Into;
+use crate::kernels::rows::add_bias;
 use crate::kernels::vector;
 
 /// First module and number of modules of each group, in the order of `Module::ALL`.
@@ -161,6 +162,31 @@ impl Network<'_> {
         Attention::new(self.frozen.config, layer, pack, values)
     }
 
+    /// Biases on queries, keys and values, and norms of their heads, where the layer has them.
+    fn complete(&self, layer: usize, tape: &mut LayerTape, room: &mut Room) {
+        let frozen = &self.frozen.layers[layer];
+        if let Some(biases) = &frozen.bias {
+            let rows = [&mut room.q, &mut room.k, &mut room.v];
+            for (rows, bias) in rows.into_iter().zip(biases) {
+                let rows = rows.par_chunks_mut(64 * bias.len());
+                rows.for_each(|rows| add_bias(rows, bias));
+            }
+        }
+        if let Some([q, k]) = &frozen.head_norms {
+            let eps = self.frozen.config.norm_eps;
+            norm::forward_in_place(&mut room.q, &mut tape.q_norm, q, eps);
+            norm::forward_in_place(&mut room.k, &mut tape.k_norm, k, eps);
+        }
+    }
+
+    /// The gradients of what [`Network::complete`] made, in `room`, become those of what it got.
+    fn complete_backward(&self, layer: usize, tape: &LayerTape, room: &mut Room) {
+        if let Some([q, k]) = &self.frozen.layers[layer].head_norms {
+            norm::backward_in_place(&mut room.q, &tape.q_norm, q, &mut room.q_heads);
+            norm::backward_in_place(&mut room.k, &tape.k_norm, k, &mut room.k_heads);
+        }
+    }
+
     /// `middle = x + out_proj(attention(norm(x)))`.
     fn attend(
         &self,
@@ -176,6 +202,7 @@ impl Network<'_> {
         let rows = &mut [&mut room.q[..], &mut room.k[..], &mut room.v[..]];
         let linear = self.linear(layer, QKV, params, pack);
         linear.forward(&room.hidden, &mut tape.inner[QKV], Into::Replace, rows);
+        self.complete(layer, tape, room);
         let at = &pack.positions;
         self.rope.split(&mut tape.q, &room.q, at, Turn::Forward);
         self.rope.split(&mut tape.k, &room.k, at, Turn::Forward);
@@ -294,6 +321,7 @@ impl Network<'_> {
         self.rope.merge(&mut room.q, dq, at, Turn::Backward);
         self.rope.merge(&mut room.k, dk, at, Turn::Backward);
         self.rope.merge(&mut room.v, dv, at, Turn::None);
+        self.complete_backward(layer, tape, room);
 
         // Below the first layer there is nothing left to train.
         let d_hidden = (layer > 0).then_some(&mut room.hidden[..]);

@@ -32,17 +32,23 @@ pub(super) fn losses(
             x.matmul(&w.t()?)
         };
         let h = norm(&x, &layer.attn_norm)?;
-        let heads = |name: &str, w: &Tensor| {
-            let y = linear(&h, w, name)?;
+        let heads = |name: &str, w: &Tensor, bias: Option<&Tensor>, weight: Option<&Tensor>| {
+            let mut y = linear(&h, w, name)?;
+            if let Some(bias) = bias {
+                y = y.broadcast_add(&double(bias)?)?;
+            }
             let heads = y.dim(1)? / c.head_dim;
-            y.reshape((n, heads, c.head_dim))?
-                .transpose(0, 1)?
-                .contiguous()
+            let mut y = y.reshape((n, heads, c.head_dim))?;
+            if let Some(weight) = weight {
+                y = norm(&y, weight)?;
+            }
+            y.transpose(0, 1)?.contiguous()
         };
+        let (bias, norms) = (layer.bias.as_ref(), layer.head_norms.as_ref());
         let (q, k, v) = (
-            heads("q_proj", &layer.q)?,
-            heads("k_proj", &layer.k)?,
-            heads("v_proj", &layer.v)?,
+            heads("q_proj", &layer.q, bias.map(|b| &b.q), norms.map(|n| &n.q))?,
+            heads("k_proj", &layer.k, bias.map(|b| &b.k), norms.map(|n| &n.k))?,
+            heads("v_proj", &layer.v, bias.map(|b| &b.v), None)?,
         );
         let (q, k) = (rotate(&q, c.rope_theta)?, rotate(&k, c.rope_theta)?);
         let mut outs = Vec::new();

@@ -92,6 +92,7 @@ impl Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::LayerParts;
 
     #[test]
     fn backward_undoes_forward() {
@@ -108,6 +109,7 @@ mod tests {
             rope_scaling: None,
             norm_eps: 1e-5,
             tied_head: true,
+            parts: LayerParts::LLAMA,
         };
         let rope = Rope::new(&config, 10);
         let rows: Vec<f32> = (0..5 * 12).map(|i| i as f32).collect();

@@ -7,9 +7,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::row::TrainRow;
-use crate::config::LlamaConfig;
+use crate::config::{LayerParts, LlamaConfig};
 use crate::lora::{LoraAdapter, LoraConfig, LoraPair, Module};
-use crate::weights::{LayerWeights, LlamaWeights};
+use crate::weights::{HeadNorms, LayerWeights, LlamaWeights, QkvBias};
 
 pub(crate) fn config() -> LlamaConfig {
     LlamaConfig {
@@ -25,6 +25,7 @@ pub(crate) fn config() -> LlamaConfig {
         rope_scaling: None,
         norm_eps: 1e-5,
         tied_head: false,
+        parts: LayerParts::LLAMA,
     }
 }
 
@@ -36,7 +37,12 @@ fn tensor(rng: &mut ChaCha8Rng, rows: usize, columns: usize, size: f32) -> Tenso
 }
 
 pub(crate) fn weights(seed: u64) -> LlamaWeights {
-    let c = config();
+    weights_with(LayerParts::LLAMA, seed)
+}
+
+/// A model whose layers have `parts`.
+pub(crate) fn weights_with(parts: LayerParts, seed: u64) -> LlamaWeights {
+    let c = LlamaConfig { parts, ..config() };
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut linear =
         |out: usize, input: usize| tensor(&mut rng, out, input, 1.5 / (input as f32).sqrt());
@@ -51,6 +57,15 @@ pub(crate) fn weights(seed: u64) -> LlamaWeights {
         gate: linear(c.ffn, c.hidden),
         up: linear(c.ffn, c.hidden),
         down: linear(c.hidden, c.ffn),
+        bias: parts.qkv_bias.then(|| QkvBias {
+            q: linear(1, q).flatten_all().expect("flat"),
+            k: linear(1, kv).flatten_all().expect("flat"),
+            v: linear(1, kv).flatten_all().expect("flat"),
+        }),
+        head_norms: parts.head_norms.then(|| HeadNorms {
+            q: (linear(1, c.head_dim).flatten_all().expect("flat") + 1.0).expect("f32"),
+            k: (linear(1, c.head_dim).flatten_all().expect("flat") + 1.0).expect("f32"),
+        }),
     });
     let layers = layers.collect();
     LlamaWeights {

@@ -1,4 +1,4 @@
-//! The frozen weights of a Llama model, and the file formats that they come in.
+//! The frozen weights of a model, and the file formats that they come in.
 //!
 //! Knows no tokenizer and no forward pass. Invariant: whatever the file held, here is dense
 //! contiguous f32 on the CPU, every matrix `[out, in]` row-major, query and key rows in the
@@ -35,6 +35,30 @@ pub struct LayerWeights {
     pub up: Tensor,
     /// Down projection, `[hidden, ffn]`.
     pub down: Tensor,
+    /// Biases of `q`, `k` and `v`, where the config says so.
+    pub bias: Option<QkvBias>,
+    /// Norms of the heads, where the config says so.
+    pub head_norms: Option<HeadNorms>,
+}
+
+/// What is added to a layer's queries, keys and values.
+#[derive(Debug, Clone)]
+pub struct QkvBias {
+    /// `[heads * head_dim]`.
+    pub q: Tensor,
+    /// `[kv_heads * head_dim]`.
+    pub k: Tensor,
+    /// `[kv_heads * head_dim]`.
+    pub v: Tensor,
+}
+
+/// RMS norms of every head's queries and keys, before they are rotated.
+#[derive(Debug, Clone)]
+pub struct HeadNorms {
+    /// `[head_dim]`.
+    pub q: Tensor,
+    /// `[head_dim]`.
+    pub k: Tensor,
 }
 
 /// All weights of a model.
@@ -64,6 +88,21 @@ enum Slot {
     Gate,
     Up,
     Down,
+    QBias,
+    KBias,
+    VBias,
+    QNorm,
+    KNorm,
+}
+
+impl Slot {
+    /// The last part of a tensor's name, in every format.
+    fn kind(self) -> &'static str {
+        match self {
+            Self::QBias | Self::KBias | Self::VBias => "bias",
+            _ => "weight",
+        }
+    }
 }
 
 /// Where a file keeps its tensors; one per format.
@@ -102,6 +141,21 @@ fn assemble(config: LlamaConfig, source: &mut dyn TensorSource) -> Result<LlamaW
             gate: get(Slot::Gate, &[c.ffn, c.hidden])?,
             up: get(Slot::Up, &[c.ffn, c.hidden])?,
             down: get(Slot::Down, &[c.hidden, c.ffn])?,
+            bias: match c.parts.qkv_bias {
+                true => Some(QkvBias {
+                    q: get(Slot::QBias, &[c.q_width()])?,
+                    k: get(Slot::KBias, &[c.kv_width()])?,
+                    v: get(Slot::VBias, &[c.kv_width()])?,
+                }),
+                false => None,
+            },
+            head_norms: match c.parts.head_norms {
+                true => Some(HeadNorms {
+                    q: get(Slot::QNorm, &[c.head_dim])?,
+                    k: get(Slot::KNorm, &[c.head_dim])?,
+                }),
+                false => None,
+            },
         });
     }
     Ok(LlamaWeights {

@@ -1,4 +1,4 @@
-//! Llama weights, tokenizer and chat template from a Hugging Face folder: `config.json`,
+//! Weights, tokenizer and chat template from a Hugging Face folder: `config.json`,
 //! `*.safetensors`, `tokenizer.json`, `tokenizer_config.json`.
 
 use std::collections::HashMap;
@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use super::{LlamaWeights, Slot, TensorSource, assemble};
+use crate::architecture::Architecture;
 use crate::chat_template::ChatTemplate;
 use crate::config::{Llama3RopeScaling, LlamaConfig, RopeScaling};
 use crate::error::ModelError;
@@ -28,7 +29,7 @@ impl SafetensorsModel {
         let tensors = tensors(path)?;
         let tied = config.tie_word_embeddings && !tensors.contains_key("lm_head.weight");
         let config = config
-            .llama(tied)
+            .shape(tied)
             .map_err(|reason| ModelError::format(&file, reason))?;
         let weights = assemble(config, &mut Source { tensors })
             .map_err(|reason| ModelError::format(path, reason))?;
@@ -80,6 +81,10 @@ struct HubConfig {
     mlp_bias: bool,
     #[serde(default = "silu")]
     hidden_act: String,
+    #[serde(default)]
+    use_sliding_window: bool,
+    /// The kind of each layer's attention, since transformers 4.53.
+    layer_types: Option<Vec<String>>,
 }
 
 fn silu() -> String {
@@ -100,12 +105,11 @@ struct RopeParameters {
 }
 
 impl HubConfig {
-    fn llama(self, tied_head: bool) -> Result<LlamaConfig, String> {
-        if self.model_type != "llama" {
-            return Err(format!(
-                "`model_type: {}` is not supported, only `llama`",
-                self.model_type
-            ));
+    fn shape(self, tied_head: bool) -> Result<LlamaConfig, String> {
+        let architecture = Architecture::of_model_type(&self.model_type)?;
+        let windowed = |kinds: &Vec<String>| kinds.iter().any(|kind| kind != "full_attention");
+        if self.use_sliding_window || self.layer_types.as_ref().is_some_and(windowed) {
+            return Err("attention with a sliding window is not supported".to_owned());
         }
         if self.attention_bias || self.mlp_bias || self.hidden_act != "silu" {
             return Err("biases and activations other than `silu` are not supported".to_owned());
@@ -121,6 +125,7 @@ impl HubConfig {
             kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
             head_dim: self
                 .head_dim
+                .or(architecture.head_dim)
                 .or(self.hidden_size.checked_div(self.num_attention_heads))
                 .unwrap_or(0),
             ffn: self.intermediate_size,
@@ -130,6 +135,7 @@ impl HubConfig {
             rope_scaling,
             norm_eps: self.rms_norm_eps,
             tied_head,
+            parts: architecture.parts,
         })
     }
 }
@@ -281,8 +287,13 @@ impl TensorSource for Source {
             Slot::Gate => "mlp.gate_proj",
             Slot::Up => "mlp.up_proj",
             Slot::Down => "mlp.down_proj",
+            Slot::QBias => "self_attn.q_proj",
+            Slot::KBias => "self_attn.k_proj",
+            Slot::VBias => "self_attn.v_proj",
+            Slot::QNorm => "self_attn.q_norm",
+            Slot::KNorm => "self_attn.k_norm",
         };
-        self.take(&format!("model.layers.{layer}.{name}.weight"))
+        self.take(&format!("model.layers.{layer}.{name}.{}", slot.kind()))
     }
 
     fn embed(&mut self) -> Result<Tensor, String> {
@@ -315,7 +326,7 @@ mod tests {
             .unwrap()
             .extend(more.as_object().unwrap().clone());
         let config: HubConfig = serde_json::from_value(config).map_err(|e| e.to_string())?;
-        Ok(config.llama(true)?.rope_scaling)
+        Ok(config.shape(true)?.rope_scaling)
     }
 
     #[test]
