@@ -25,6 +25,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -85,14 +87,14 @@ def shape(hidden, head_dim, heads, kv_heads, ffn, layers, vocab):
     )
 
 
-def randomised(model, seed):
+def randomised(model, seed, norms_around=1):
     """Weights large enough that every part of the model shows in the logits."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=rng)
             if name.endswith("norm.weight"):
-                value.copy_(1 + 0.2 * noise)
+                value.copy_(norms_around + 0.2 * noise)
             else:
                 value.copy_(noise * 1.2 / value.shape[-1] ** 0.5)
             # Halves of 16 bits hold them exactly, so that every file type may.
@@ -131,6 +133,8 @@ class File:
             w.add_value_length(config.head_dim)
         if architecture == "llama":
             w.add_rope_dimension_count(config.head_dim)
+        if architecture == "gemma3":
+            w.add_sliding_window(config.sliding_window)
         w.add_rope_freq_base(theta)
         w.add_layer_norm_rms_eps(config.rms_norm_eps)
         if architecture == "llama":
@@ -204,6 +208,13 @@ def write_gguf(path, model, theta, kind_of, extra=(), architecture="llama", writ
     if architecture != "llama":
         # llama.cpp turns the halves of their heads as `transformers` does.
         heads = {}
+    shift = 0
+    if architecture == "gemma3":
+        # `transformers` adds one to every norm's weight, llama.cpp's converter has done so.
+        shift = 1
+        names["post_attention_layernorm"] = "post_attention_norm"
+        names["pre_feedforward_layernorm"] = "ffn_norm"
+        names["post_feedforward_layernorm"] = "post_ffw_norm"
     for name, value in model.named_parameters():
         _, _, rest = name.partition("model.")
         if name == "model.embed_tokens.weight":
@@ -224,7 +235,8 @@ def write_gguf(path, model, theta, kind_of, extra=(), architecture="llama", writ
             pairs = stored.reshape(heads[short], rows // heads[short] // 2, 2, width)
             stored = pairs.transpose(1, 2).reshape(rows, width)
         else:
-            stored = file.tensor(f"{target}.{name.rpartition('.')[2]}", numbers, kind)
+            by = shift if name.endswith("norm.weight") else 0
+            stored = file.tensor(f"{target}.{name.rpartition('.')[2]}", numbers + by, kind) - by
         with torch.no_grad():
             value.copy_(stored.reshape(value.shape))
     for name, value in extra:
@@ -416,6 +428,47 @@ TEMPLATE = """\
 {%- endif %}"""
 
 
+GEMMA_TEMPLATE = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set before = messages[0]['content'] + '\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set before = '' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('user and model take turns') }}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (before if loop.first else '') }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\\n' }}
+{%- endif -%}"""
+
+
+def answers(tokenizer, template, more, **special):
+    """What the tokenizer and its template make of texts and chats."""
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    render = lambda chat, ask: wrapped.apply_chat_template(
+        chat, chat_template=template, tokenize=False, add_generation_prompt=ask
+    )
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return {
+        "tokenizer": [{"text": text, "tokens": encode(text)} for text in corpus() + more],
+        "chats": [
+            {"messages": chat, "asking": render(chat, True), "told": render(chat, False)}
+            for chat in chats()
+        ],
+    }
+
+
 class Qwen:
     """The tokenizer of Qwen 2 to 3 with few merges, each of which a wrong cut would show."""
 
@@ -425,6 +478,7 @@ class Qwen:
         more = [("1", "2"), ("Ã", "©"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("'", "s"), ("!", "Ċ"), ("Ġ", "1")]
         self.words, self.merges, self.special = vocabulary(more)
         every = self.words + self.special
+        self.size = len(every)
         self.tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(every)}, self.merges))
         self.tokenizer.normalizer = normalizers.NFC()
         self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -451,19 +505,61 @@ class Qwen:
         w.add_chat_template(TEMPLATE)
 
     def answers(self):
-        wrapped = PreTrainedTokenizerFast(tokenizer_object=self.tokenizer, eos_token="<|im_end|>")
-        template = lambda chat, ask: wrapped.apply_chat_template(
-            chat, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=ask
-        )
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids
         more = ["it's 12 121 1212", "caf\u0065\u0301 é", "a  b   c", "x!\n\n\ny\n\n z", "  \n\n  12"]
-        return {
-            "tokenizer": [{"text": text, "tokens": encode(text)} for text in corpus() + more],
-            "chats": [
-                {"messages": chat, "asking": template(chat, True), "told": template(chat, False)}
-                for chat in chats()
-            ],
-        }
+        return answers(self.tokenizer, TEMPLATE, more, eos_token="<|im_end|>")
+
+
+class Gemma:
+    """A SentencePiece tokenizer with byte fallback, as the BPE that `transformers` makes of it."""
+
+    def __init__(self):
+        self.special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        self.bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+        # Best first.
+        self.pieces = ["▁t", "he", "in", "er", "▁a", "on", "ar", "▁the", "ca", "card", "▁card", "car"]
+        self.pieces += ["▁▁", "▁▁▁▁", "\n\n", "12", "ing", "'s", "▁1", "▁", "\n"]
+        self.pieces += [chr(c) for c in range(33, 127)]
+        every = self.special + self.bytes + self.pieces
+        self.size = len(every)
+        ids = {token: i for i, token in enumerate(every)}
+        merges = []
+        for piece in self.pieces:
+            cuts = [(piece[:at], piece[at:]) for at in range(len(piece) - 1, 0, -1)]
+            merges += [(a, b) for a, b in cuts if a in ids and b in ids]
+        self.tokenizer = Tokenizer(
+            models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        )
+        self.tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        self.tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        self.tokenizer.add_special_tokens(self.special)
+
+    def save(self, folder):
+        self.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        config = {"bos_token": "<bos>", "eos_token": "<end_of_turn>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+        (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE)
+
+    def write(self, w):
+        w.add_tokenizer_model("llama")
+        w.add_tokenizer_pre("default")
+        w.add_token_list(self.special + self.bytes + self.pieces)
+        scores = [0.0] * (len(self.special) + 256) + [-float(i) for i in range(len(self.pieces))]
+        w.add_token_scores(scores)
+        kinds = [2 if token == "<unk>" else 3 for token in self.special]
+        w.add_token_types(kinds + [6] * 256 + [1] * len(self.pieces))
+        w.add_bos_token_id(2)
+        w.add_eos_token_id(5)
+        w.add_unk_token_id(3)
+        w.add_add_space_prefix(False)
+        w.add_chat_template(GEMMA_TEMPLATE)
+
+    def answers(self):
+        more = ["the card's 12", "a    b  c", "thething \n\n\n in", "<start_of_turn>user<end_of_turn>"]
+        special = {"bos_token": "<bos>", "eos_token": "<end_of_turn>"}
+        return answers(self.tokenizer, GEMMA_TEMPLATE, more, **special)
 
 
 def qwen2(vocab):
@@ -478,9 +574,17 @@ def qwen3(vocab):
     return Qwen3ForCausalLM(Qwen3Config(**sizes, rope_theta=1000000.0))
 
 
+def gemma3(vocab):
+    """Six layers of which the last sees all, and another one with a window."""
+    sizes = shape(32, 16, 4, 2, 64, 7, vocab)
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**sizes, sliding_window=8, query_pre_attn_scalar=24)
+    )
+
+
 def family(name, seed, build, words):
     """One model in both formats, what it computes, and an adapter of PEFT's on it."""
-    model = randomised(build(len(words.words) + len(words.special)), seed)
+    model = randomised(build(words.size), seed, 0 if name == "gemma3" else 1)
     folder = FAMILIES / name
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -488,16 +592,23 @@ def family(name, seed, build, words):
     path = FAMILIES / f"{name}.gguf"
     write_gguf(path, model, 1000000.0, lambda _: "BF16", (), name, words.write)
     case = case_of(model, seed, 200)
+    _, trained = adapters(model, folder, (("lora", None),))
+    in_gguf = case
+    if name == "gemma3":
+        # GGUF files do not name what scores are divided by; it is the head size.
+        for layer in model.model.layers:
+            layer.self_attn.scaling = model.config.head_dim**-0.5
+        in_gguf = case_of(model, seed, 200)
     # Not every version of `transformers` reads every GGUF file as llama.cpp does.
     try:
         args = dict(gguf_file=path.name, dtype=torch.float32)
         loaded = AutoModelForCausalLM.from_pretrained(FAMILIES, **args).eval()
-        off = float((last_logits(loaded, case["tokens"]) - torch.tensor(case["logits"])).abs().max())
+        off = last_logits(loaded, in_gguf["tokens"]) - torch.tensor(in_gguf["logits"])
+        off = float(off.abs().max())
         print(f"{path.name} through the loader of transformers: off by {off:.2g}")
     except Exception as error:
         print(f"{path.name}: transformers cannot read it: {error!r}")
-    _, trained = adapters(model, folder, (("lora", None),))
-    return {"case": case, "trained": trained["lora"], **words.answers()}
+    return {"cases": [in_gguf, case], "trained": trained["lora"], **words.answers()}
 
 
 def record_families():
@@ -507,6 +618,7 @@ def record_families():
     result = {
         "qwen2": family("qwen2", 3, qwen2, words),
         "qwen3": family("qwen3", 4, qwen3, words),
+        "gemma3": family("gemma3", 5, gemma3, Gemma()),
     }
     (FAMILIES / "expected.json").write_text(json.dumps(result) + "\n")
 

@@ -126,7 +126,8 @@ fn parameters(base: &BaseModel) -> usize {
     let heads = if c.tied_head { 1 } else { 2 };
     let vectors = 2 * c.hidden
         + usize::from(c.parts.qkv_bias) * (c.q_width() + 2 * c.kv_width())
-        + usize::from(c.parts.head_norms) * 2 * c.head_dim;
+        + usize::from(c.parts.head_norms) * 2 * c.head_dim
+        + usize::from(c.parts.post_norms) * 2 * c.hidden;
     linear_values(base) + heads * c.vocab * c.hidden + c.layers * vectors + c.hidden
 }
 

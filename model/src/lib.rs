@@ -26,7 +26,9 @@ mod weights;
 
 pub use base_model::BaseModel;
 pub use chat_template::{ChatMessage, ChatTemplate};
-pub use config::{LayerParts, Llama3RopeScaling, LlamaConfig, RopeScaling};
+pub use config::{
+    Activation, LayerParts, Llama3RopeScaling, LlamaConfig, LocalAttention, RopeScaling,
+};
 pub use embed::SentenceEncoder;
 pub use error::ModelError;
 pub use generate::{
@@ -36,4 +38,4 @@ pub use generate::{
 pub use llama::Precision;
 pub use lora::{LoraAdapter, LoraConfig, LoraPair};
 pub use tokenizer::{Tokenizer, files_of_gguf};
-pub use weights::{HeadNorms, LayerWeights, LlamaWeights, QkvBias};
+pub use weights::{HeadNorms, LayerWeights, LlamaWeights, PostNorms, QkvBias};

@@ -1,4 +1,4 @@
-//! Llama, and SmolLM2, which is one.
+//! Llama, and SmolLM2, which is one. The others say what they do differently.
 
 use super::Architecture;
 use crate::config::LayerParts;
@@ -9,4 +9,11 @@ pub(super) const LLAMA: Architecture = Architecture {
     parts: LayerParts::LLAMA,
     interleaved: true,
     head_dim: None,
+    rope_theta: 10_000.0,
+    tied_head: false,
+    ffn_norm: "post_attention_layernorm",
+    norms_less_one: false,
+    scaled_embedding: false,
+    query_scalar: None,
+    local: None,
 };

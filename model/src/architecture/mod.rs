@@ -4,11 +4,14 @@
 //! To add one: a file that declares its [`Architecture`], and a line in [`ALL`]. A part that no
 //! other has also needs its code in both passes. Knows no tensor.
 
+mod gemma3;
 mod llama;
 mod qwen2;
 mod qwen3;
 
-use crate::config::LayerParts;
+#[cfg(test)]
+use crate::config::LocalAttention;
+use crate::config::{LayerParts, LlamaConfig};
 
 /// What tells one architecture from the others.
 #[derive(Debug)]
@@ -23,10 +26,34 @@ pub(crate) struct Architecture {
     pub(crate) interleaved: bool,
     /// Head size where `config.json` names none; without it, the hidden size over the heads.
     pub(crate) head_dim: Option<usize>,
+    /// Base of the rotary frequencies where the files name none.
+    pub(crate) rope_theta: f64,
+    /// Whether the head is the embedding matrix where `config.json` does not say.
+    pub(crate) tied_head: bool,
+    /// What Hugging Face's tensors call the norm before the feed-forward layer.
+    pub(crate) ffn_norm: &'static str,
+    /// Whether Hugging Face's tensors hold the norms' weights less one.
+    pub(crate) norms_less_one: bool,
+    /// Whether embeddings are multiplied by the square root of their width.
+    pub(crate) scaled_embedding: bool,
+    /// Scores are divided by the square root of this; without it, of the head size.
+    pub(crate) query_scalar: Option<fn(&LlamaConfig) -> f64>,
+    /// Its local layers, if it has any.
+    pub(crate) local: Option<LocalLayers>,
+}
+
+/// What an architecture with local layers says where its files do not.
+#[derive(Debug)]
+pub(crate) struct LocalLayers {
+    /// Base of their rotary frequencies.
+    pub(crate) rope_theta: f64,
+    /// Each layer is local but every one whose number, counted from 1, this divides.
+    pub(crate) pattern: usize,
 }
 
 /// All of them.
-pub(crate) const ALL: [&Architecture; 3] = [&llama::LLAMA, &qwen2::QWEN2, &qwen3::QWEN3];
+pub(crate) const ALL: [&Architecture; 4] =
+    [&llama::LLAMA, &qwen2::QWEN2, &qwen3::QWEN3, &gemma3::GEMMA3];
 
 impl Architecture {
     /// The one that a GGUF file names, or a sentence that lists the known ones.
@@ -40,6 +67,17 @@ impl Architecture {
         find(name, |architecture| architecture.model_type)
             .map_err(|known| format!("`model_type: {name}` is not supported ({known})"))
     }
+}
+
+/// Which layers of a tiny model are local, where the architecture has such: the first alone.
+#[cfg(test)]
+pub(crate) fn tiny_local(architecture: &Architecture, layers: usize) -> Option<LocalAttention> {
+    let of = |_: &LocalLayers| LocalAttention {
+        window: 4,
+        rope_theta: 30.0,
+        layers: (0..layers).map(|layer| layer == 0).collect(),
+    };
+    architecture.local.as_ref().map(of)
 }
 
 fn find(
@@ -66,7 +104,7 @@ mod tests {
         let error = Architecture::of_gguf("qwen2moe").err().unwrap_or_default();
         assert_eq!(
             error,
-            "the architecture `qwen2moe` is not supported (known: llama, qwen2, qwen3)"
+            "the architecture `qwen2moe` is not supported (known: llama, qwen2, qwen3, gemma3)"
         );
         let error = Architecture::of_model_type("bert")
             .err()

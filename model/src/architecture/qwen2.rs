@@ -1,6 +1,7 @@
 //! Qwen 2 and 2.5: queries, keys and values have biases.
 
 use super::Architecture;
+use super::llama::LLAMA;
 use crate::config::LayerParts;
 
 pub(super) const QWEN2: Architecture = Architecture {
@@ -11,5 +12,5 @@ pub(super) const QWEN2: Architecture = Architecture {
         ..LayerParts::LLAMA
     },
     interleaved: false,
-    head_dim: None,
+    ..LLAMA
 };

@@ -2,6 +2,7 @@
 //! their own.
 
 use super::Architecture;
+use super::llama::LLAMA;
 use crate::config::LayerParts;
 
 pub(super) const QWEN3: Architecture = Architecture {
@@ -13,4 +14,5 @@ pub(super) const QWEN3: Architecture = Architecture {
     },
     interleaved: false,
     head_dim: Some(128),
+    ..LLAMA
 };

@@ -4,7 +4,8 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::matmul::{Into, Mat, MatMut, Threads, matmul};
-use super::vector::{exp, sum};
+use super::vector::{exp, gelu_tanh, sum};
+use crate::config::Activation;
 
 /// `out = x · wᵀ` or `out += x · wᵀ`: the linear layer. `x` is `[rows, inputs]`, `w` is
 /// `[outputs, inputs]`, `out` is `[rows, outputs]`.
@@ -35,13 +36,32 @@ pub(crate) fn linear(
     );
 }
 
-/// `gate = gate · sigmoid(gate) · up`.
-pub(crate) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+/// `gate = activation(gate) · up`.
+pub(crate) fn gate_mul(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => silu_mul(gate, up),
+        Activation::GeluTanh => gelu_tanh_mul(gate, up),
+    }
+}
+
+fn silu_mul(gate: &mut [f32], up: &[f32]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
             for (g, u) in gate.iter_mut().zip(up) {
                 *g = *g / (1.0 + exp(-*g)) * u;
+            }
+        },
+    );
+}
+
+fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (g, u) in gate.iter_mut().zip(up) {
+                let (argument, _) = gelu_tanh(*g);
+                *g = *g / (1.0 + exp(-argument)) * u;
             }
         },
     );
@@ -166,9 +186,16 @@ mod tests {
     #[test]
     fn activations_match_their_definitions() {
         let mut gate = [1.5f32, -2.0, 0.0];
-        silu_mul(&mut gate, &[2.0, 1.0, 1.0]);
+        gate_mul(Activation::Silu, &mut gate, &[2.0, 1.0, 1.0]);
         close(gate[0], 2.0 * 1.5 / (1.0 + (-1.5f32).exp()));
         close(gate[1], -2.0 / (1.0 + 2f32.exp()));
+        let x = [1.5f32, -2.0, 0.0, 40.0, -40.0];
+        let mut gate = x;
+        gate_mul(Activation::GeluTanh, &mut gate, &[2.0; 5]);
+        for (got, x) in gate.into_iter().zip(x) {
+            let z = std::f32::consts::FRAC_2_PI.sqrt() * (x + 0.044_715 * x * x * x);
+            close(got, x * (1.0 + z.tanh()));
+        }
         // Reference values of 0.5 x (1 + erf(x / sqrt 2)).
         let mut x = [1.0f32, -1.0, 3.0, 0.0];
         gelu(&mut x);

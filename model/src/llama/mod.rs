@@ -52,7 +52,8 @@ pub(crate) struct Llama {
     base: Arc<BaseModel>,
     adapter: Option<Adapter>,
     precision: Precision,
-    frequencies: Vec<f64>,
+    /// See [`LlamaConfig::frequency_tables`](crate::config::LlamaConfig::frequency_tables).
+    frequencies: Vec<Vec<f64>>,
 }
 
 impl Llama {
@@ -64,7 +65,7 @@ impl Llama {
     ) -> Result<Self, ModelError> {
         let config = &base.weights.config;
         let adapter = adapter.map(|adapter| Adapter::new(adapter, config));
-        let frequencies = config.inverse_frequencies();
+        let frequencies = config.frequency_tables();
         if precision == Precision::Int8 {
             base.int8()?;
         }
@@ -190,7 +191,7 @@ mod tests {
         let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % 200).collect();
         let mut seen = Vec::new();
         for architecture in architecture::ALL {
-            let base = tiny::base_with(architecture.parts, 1);
+            let base = tiny::base_of(architecture, 1);
             let adapter = tiny::adapter(&base.weights.config, 2);
             for adapter in [None, Some(&adapter)] {
                 let llama = Llama::new(base.clone(), adapter, Precision::F32).unwrap();
@@ -205,7 +206,7 @@ mod tests {
     #[test]
     fn a_sequence_may_be_fed_in_stretches() {
         for architecture in architecture::ALL {
-            fed_in_stretches(&tiny::base_with(architecture.parts, 3));
+            fed_in_stretches(&tiny::base_of(architecture, 3));
         }
     }
 

@@ -18,6 +18,8 @@ pub(super) struct FrozenLayer<'a> {
     pub(super) bias: Option<[View<'a>; 3]>,
     /// Norms of each head's queries and keys.
     pub(super) head_norms: Option<[View<'a>; 2]>,
+    /// Norms of what attention and feed-forward layer add to the residual stream.
+    pub(super) post_norms: Option<[View<'a>; 2]>,
 }
 
 /// The whole model.
@@ -65,6 +67,13 @@ impl<'a> Frozen<'a> {
                     Some(norms) => Some([
                         get(&norms.q, c.head_dim, "q norm")?,
                         get(&norms.k, c.head_dim, "k norm")?,
+                    ]),
+                    None => None,
+                },
+                post_norms: match &w.post_norms {
+                    Some(norms) => Some([
+                        get(&norms.attn, c.hidden, "norm after attention")?,
+                        get(&norms.ffn, c.hidden, "norm after the feed-forward layer")?,
                     ]),
                     None => None,
                 },

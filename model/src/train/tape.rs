@@ -37,6 +37,10 @@ pub(super) struct LayerTape {
     pub(super) q_norm: NormTape,
     /// Of the keys' norm, where there is one.
     pub(super) k_norm: NormTape,
+    /// Of the norm after the attention, where there is one.
+    pub(super) attn_post: NormTape,
+    /// Of the norm after the feed-forward layer, where there is one.
+    pub(super) ffn_post: NormTape,
 }
 
 /// What a norm that not every model has leaves for the backward pass; empty without it.
@@ -140,6 +144,12 @@ impl Tape {
                 size(&mut tape.q_norm.inverse, model.heads);
                 size(&mut tape.k_norm.x, kv);
                 size(&mut tape.k_norm.inverse, model.kv_heads);
+            }
+            if model.parts.post_norms {
+                for post in [&mut tape.attn_post, &mut tape.ffn_post] {
+                    size(&mut post.x, model.hidden);
+                    size(&mut post.inverse, 1);
+                }
             }
         }
         size(&mut self.out, model.hidden);

@@ -50,11 +50,11 @@ impl<'a> Probe<'a> {
 
     fn run(&self, params: &[f32], mut grads: Option<&mut [f32]>) -> f64 {
         let frozen = Frozen::new(self.weights).unwrap();
-        let rope = Rope::new(&self.weights.config, 64);
+        let ropes = Rope::tables(&self.weights.config, 64);
         let network = Network {
             frozen: &frozen,
             layout: &self.layout,
-            rope: &rope,
+            ropes: &ropes,
             scale: self.scale,
             dropout: self.dropout,
         };
@@ -128,7 +128,7 @@ fn close(a: &[f32], b: &[f32]) {
 fn gradients_equal_finite_differences() {
     let rows = tiny::rows(4, 2);
     for architecture in architecture::ALL {
-        let weights = tiny::weights_with(architecture.parts, 1);
+        let weights = tiny::weights_of(architecture, 1);
         for share_prefix in [false, true] {
             let probe = Probe::new(&weights, &lora(), vec![pack(&rows, share_prefix)]);
             let start = tiny::adapter(&lora(), &weights.config, 3);
@@ -190,7 +190,7 @@ fn a_shared_prefix_and_split_passes_change_nothing() {
 fn computing_activations_again_changes_no_bit() {
     let rows = tiny::rows(6, 9);
     for architecture in architecture::ALL {
-        let weights = tiny::weights_with(architecture.parts, 8);
+        let weights = tiny::weights_of(architecture, 8);
         let mut probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
         probe.dropout = Some(Dropout { share: 0.2, key: 3 });
         let start = tiny::adapter(&lora(), &weights.config, 3);
@@ -221,7 +221,7 @@ fn a_row_longer_than_a_pass_may_be_is_trained_all_the_same() {
 fn the_loss_equals_a_plain_implementation() {
     let rows = tiny::rows(3, 2);
     for architecture in architecture::ALL {
-        let weights = tiny::weights_with(architecture.parts, 1);
+        let weights = tiny::weights_of(architecture, 1);
         let adapter = tiny::adapter(&lora(), &weights.config, 3);
         let probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
         let got = probe.run(&probe.layout.flatten(&adapter).unwrap(), None);
@@ -491,6 +491,26 @@ fn an_activated_training_learns_and_resumes_and_needs_its_invocation() {
         error.contains("lacks the invocation tokens [30, 30, 30]"),
         "{error}"
     );
+}
+
+/// Before its first step an adapter changes nothing, so what it sees of the base model's part must
+/// be what one pass over the whole row sees.
+#[test]
+fn what_comes_before_an_invocation_is_seen_as_in_a_plain_pass() {
+    let rows = tiny::rows(12, 2);
+    for architecture in architecture::ALL {
+        let weights = tiny::weights_of(architecture, 1);
+        let loss = |lora| {
+            let trainer = Trainer::new(&weights, lora, config(), &rows).unwrap();
+            trainer.evaluate(&rows).unwrap().loss
+        };
+        let (plain, activated) = (loss(lora()), loss(activated()));
+        let name = architecture.gguf;
+        assert!(
+            (plain - activated).abs() < 1e-5,
+            "{name}: {activated}, not {plain}"
+        );
+    }
 }
 
 #[test]

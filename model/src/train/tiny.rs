@@ -7,9 +7,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::row::TrainRow;
+use crate::architecture::{self, Architecture, tiny_local};
 use crate::config::{LayerParts, LlamaConfig};
 use crate::lora::{LoraAdapter, LoraConfig, LoraPair, Module};
-use crate::weights::{HeadNorms, LayerWeights, LlamaWeights, QkvBias};
+use crate::weights::{HeadNorms, LayerWeights, LlamaWeights, PostNorms, QkvBias};
 
 pub(crate) fn config() -> LlamaConfig {
     LlamaConfig {
@@ -26,6 +27,7 @@ pub(crate) fn config() -> LlamaConfig {
         norm_eps: 1e-5,
         tied_head: false,
         parts: LayerParts::LLAMA,
+        local: None,
     }
 }
 
@@ -37,12 +39,17 @@ fn tensor(rng: &mut ChaCha8Rng, rows: usize, columns: usize, size: f32) -> Tenso
 }
 
 pub(crate) fn weights(seed: u64) -> LlamaWeights {
-    weights_with(LayerParts::LLAMA, seed)
+    weights_of(architecture::ALL[0], seed)
 }
 
-/// A model whose layers have `parts`.
-pub(crate) fn weights_with(parts: LayerParts, seed: u64) -> LlamaWeights {
-    let c = LlamaConfig { parts, ..config() };
+/// A model of another architecture than Llama.
+pub(crate) fn weights_of(architecture: &Architecture, seed: u64) -> LlamaWeights {
+    let parts = architecture.parts;
+    let c = LlamaConfig {
+        parts,
+        local: tiny_local(architecture, config().layers),
+        ..config()
+    };
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut linear =
         |out: usize, input: usize| tensor(&mut rng, out, input, 1.5 / (input as f32).sqrt());
@@ -65,6 +72,10 @@ pub(crate) fn weights_with(parts: LayerParts, seed: u64) -> LlamaWeights {
         head_norms: parts.head_norms.then(|| HeadNorms {
             q: (linear(1, c.head_dim).flatten_all().expect("flat") + 1.0).expect("f32"),
             k: (linear(1, c.head_dim).flatten_all().expect("flat") + 1.0).expect("f32"),
+        }),
+        post_norms: parts.post_norms.then(|| PostNorms {
+            attn: (linear(1, c.hidden).flatten_all().expect("flat") + 1.0).expect("f32"),
+            ffn: (linear(1, c.hidden).flatten_all().expect("flat") + 1.0).expect("f32"),
         }),
     });
     let layers = layers.collect();

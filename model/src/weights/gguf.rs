@@ -8,10 +8,10 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 
-use super::{LlamaWeights, Slot, TensorSource, assemble};
-use crate::architecture::Architecture;
+use super::{LlamaWeights, Shape, Slot, TensorSource, assemble, local_layers};
+use crate::architecture::{Architecture, LocalLayers};
 use crate::chat_template::ChatTemplate;
-use crate::config::{LlamaConfig, RopeScaling};
+use crate::config::{LlamaConfig, LocalAttention, RopeScaling};
 use crate::error::ModelError;
 use crate::gguf_header;
 use crate::tokenizer::{self, Tokenizer};
@@ -41,7 +41,12 @@ impl GgufModel {
             architecture,
         };
         config.rope_scaling = source.rope_scaling().map_err(bad)?;
-        let weights = assemble(config, &mut source).map_err(bad)?;
+        let shape = Shape {
+            config,
+            architecture,
+            query_scalar: None,
+        };
+        let weights = assemble(shape, &mut source).map_err(bad)?;
         tokenizer.check_fits(weights.config.vocab).map_err(bad)?;
         Ok(Self {
             weights,
@@ -74,20 +79,30 @@ fn config(content: &Content, architecture: &Architecture) -> Result<LlamaConfig,
     }
     let embed = content.tensor_infos.get("token_embd.weight");
     let vocab = embed.and_then(|info| info.shape.dims().first().copied());
+    let layers = size("block_count")?;
+    let local = |local: &LocalLayers| {
+        let pattern = optional("attention.sliding_window_pattern")?.unwrap_or(local.pattern);
+        Ok::<_, String>(LocalAttention {
+            window: size("attention.sliding_window")?,
+            rope_theta: number("rope.freq_base_swa")?.unwrap_or(local.rope_theta),
+            layers: local_layers(layers, pattern)?,
+        })
+    };
     Ok(LlamaConfig {
         hidden,
-        layers: size("block_count")?,
+        layers,
         heads,
         kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         ffn: size("feed_forward_length")?,
         vocab: vocab.ok_or("the tensor `token_embd.weight` is missing")?,
         context: size("context_length")?,
-        rope_theta: number("rope.freq_base")?.unwrap_or(10_000.0),
+        rope_theta: number("rope.freq_base")?.unwrap_or(architecture.rope_theta),
         rope_scaling: None,
         norm_eps: number(NORM_EPS)?.ok_or_else(|| missing(NORM_EPS))?,
         tied_head: !content.tensor_infos.contains_key("output.weight"),
         parts: architecture.parts,
+        local: architecture.local.as_ref().map(local).transpose()?,
     })
 }
 
@@ -203,6 +218,8 @@ impl TensorSource for Source<'_> {
             Slot::VBias => "attn_v",
             Slot::QNorm => "attn_q_norm",
             Slot::KNorm => "attn_k_norm",
+            Slot::AttnPostNorm => "post_attention_norm",
+            Slot::FfnPostNorm => "post_ffw_norm",
         };
         let tensor = self.tensor(&format!("blk.{layer}.{name}.{}", slot.kind()))?;
         match slot {
