@@ -81,11 +81,16 @@ fn config(content: &Content, architecture: &Architecture) -> Result<LlamaConfig,
     let vocab = embed.and_then(|info| info.shape.dims().first().copied());
     let layers = size("block_count")?;
     let local = |local: &LocalLayers| {
-        let pattern = optional("attention.sliding_window_pattern")?.unwrap_or(local.pattern);
+        const PATTERN: &str = "attention.sliding_window_pattern";
+        let layers = match metadata.get(&named(PATTERN)) {
+            Some(Value::Array(each)) => truths(each)
+                .ok_or_else(|| format!("the entry `{}` is not a list of truths", named(PATTERN)))?,
+            _ => local_layers(layers, optional(PATTERN)?.unwrap_or(local.pattern))?,
+        };
         Ok::<_, String>(LocalAttention {
             window: size("attention.sliding_window")?,
             rope_theta: number("rope.freq_base_swa")?.unwrap_or(local.rope_theta),
-            layers: local_layers(layers, pattern)?,
+            layers,
         })
     };
     Ok(LlamaConfig {
@@ -104,6 +109,14 @@ fn config(content: &Content, architecture: &Architecture) -> Result<LlamaConfig,
         parts: architecture.parts,
         local: architecture.local.as_ref().map(local).transpose()?,
     })
+}
+
+fn truths(values: &[Value]) -> Option<Vec<bool>> {
+    let truth = |value: &Value| match value {
+        Value::Bool(truth) => Some(*truth),
+        _ => None,
+    };
+    values.iter().map(truth).collect()
 }
 
 const NORM_EPS: &str = "attention.layer_norm_rms_epsilon";
