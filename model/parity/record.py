@@ -2,6 +2,7 @@
 
     python -m venv venv && venv/bin/pip install torch transformers peft gguf
     venv/bin/python record.py tiny                  # models, adapters and gradients of `tiny/`
+    venv/bin/python record.py families              # the same of `families/`: architectures beside Llama
     venv/bin/python record.py smollm2 MODEL.gguf    # `smollm2.json`
     venv/bin/python record.py logits MODEL.gguf ADAPTER TOKENS...   # to stdout, for a live check
 
@@ -20,11 +21,24 @@ import gguf
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"
+FAMILIES = HERE / "families"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -47,9 +61,10 @@ def bytes_to_unicode():
     return table
 
 
-def vocabulary():
+def vocabulary(more=()):
     tokens = list(bytes_to_unicode().values())
     merges = [("a", "r"), ("ar", "d"), ("c", "ard"), ("Ġ", "card"), ("h", "e"), ("l", "l")]
+    merges += more
     tokens += [a + b for a, b in merges]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return tokens, merges, special
@@ -72,14 +87,14 @@ def shape(hidden, head_dim, heads, kv_heads, ffn, layers, vocab):
     )
 
 
-def randomised(model, seed):
+def randomised(model, seed, norms_around=1):
     """Weights large enough that every part of the model shows in the logits."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=rng)
             if name.endswith("norm.weight"):
-                value.copy_(1 + 0.2 * noise)
+                value.copy_(norms_around + 0.2 * noise)
             else:
                 value.copy_(noise * 1.2 / value.shape[-1] ** 0.5)
             # Halves of 16 bits hold them exactly, so that every file type may.
@@ -103,22 +118,31 @@ def case_of(model, seed, count=48):
 
 
 class File:
-    """A GGUF file of a Llama."""
+    """A GGUF file. That of a Llama names more than those of others, whose readers infer it."""
 
-    def __init__(self, path, config, theta):
-        self.writer = w = gguf.GGUFWriter(path, "llama")
+    def __init__(self, path, config, theta, architecture="llama", write_tokenizer=None):
+        self.writer = w = gguf.GGUFWriter(path, architecture)
         w.add_context_length(config.max_position_embeddings)
         w.add_embedding_length(config.hidden_size)
         w.add_block_count(config.num_hidden_layers)
         w.add_feed_forward_length(config.intermediate_size)
         w.add_head_count(config.num_attention_heads)
         w.add_head_count_kv(config.num_key_value_heads)
-        w.add_key_length(config.head_dim)
-        w.add_value_length(config.head_dim)
-        w.add_rope_dimension_count(config.head_dim)
+        if architecture != "qwen2":
+            w.add_key_length(config.head_dim)
+            w.add_value_length(config.head_dim)
+        if architecture == "llama":
+            w.add_rope_dimension_count(config.head_dim)
+        if architecture == "gemma3":
+            w.add_sliding_window(config.sliding_window)
         w.add_rope_freq_base(theta)
         w.add_layer_norm_rms_eps(config.rms_norm_eps)
-        w.add_vocab_size(config.vocab_size)
+        if architecture == "llama":
+            w.add_vocab_size(config.vocab_size)
+        (write_tokenizer or self.smollm)(w)
+
+    @staticmethod
+    def smollm(w):
         tokens, merges, special = vocabulary()
         w.add_tokenizer_model("gpt2")
         w.add_tokenizer_pre("smollm")
@@ -163,10 +187,10 @@ def interleaved(weight, heads):
     return np.swapaxes(halves, 1, 2).reshape(rows, width)
 
 
-def write_gguf(path, model, theta, kind_of, extra=()):
+def write_gguf(path, model, theta, kind_of, extra=(), architecture="llama", write_tokenizer=None):
     """Writes `model`, gives it the values that the file has, and leaves it as the reference."""
     config = model.config
-    file = File(path, config, theta)
+    file = File(path, config, theta, architecture, write_tokenizer)
     names = {
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
@@ -177,14 +201,28 @@ def write_gguf(path, model, theta, kind_of, extra=()):
         "mlp.down_proj": "ffn_down",
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
     }
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    if architecture != "llama":
+        # llama.cpp turns the halves of their heads as `transformers` does.
+        heads = {}
+    shift = 0
+    if architecture == "gemma3":
+        # `transformers` adds one to every norm's weight, llama.cpp's converter has done so.
+        shift = 1
+        names["post_attention_layernorm"] = "post_attention_norm"
+        names["pre_feedforward_layernorm"] = "ffn_norm"
+        names["post_feedforward_layernorm"] = "post_ffw_norm"
     for name, value in model.named_parameters():
         _, _, rest = name.partition("model.")
         if name == "model.embed_tokens.weight":
             target = "token_embd"
         elif name == "model.norm.weight":
             target = "output_norm"
+        elif name == "lm_head.weight":
+            target = "output"
         else:
             _, layer, rest = rest.split(".", 2)
             target = f"blk.{layer}.{names[rest.rpartition('.')[0]]}"
@@ -197,7 +235,8 @@ def write_gguf(path, model, theta, kind_of, extra=()):
             pairs = stored.reshape(heads[short], rows // heads[short] // 2, 2, width)
             stored = pairs.transpose(1, 2).reshape(rows, width)
         else:
-            stored = file.tensor(f"{target}.{name.rpartition('.')[2]}", numbers, kind)
+            by = shift if name.endswith("norm.weight") else 0
+            stored = file.tensor(f"{target}.{name.rpartition('.')[2]}", numbers + by, kind) - by
         with torch.no_grad():
             value.copy_(stored.reshape(value.shape))
     for name, value in extra:
@@ -272,8 +311,8 @@ def rope(vocab):
 INVOCATION = [257, 31]
 
 
-def adapters(base):
-    """PEFT's own adapters on the model of `rope`, and the gradients of a loss with them."""
+def adapters(base, into=TINY, kinds=(("lora", None), ("alora", INVOCATION))):
+    """PEFT's own adapters on `base`, and the gradients of a loss with them."""
     made = {}
     rng = np.random.default_rng(9)
     rows = []
@@ -282,7 +321,7 @@ def adapters(base):
         prompt = [1, 2, 3, *INVOCATION, 4, *(int(t) for t in rng.integers(0, 250, count))]
         prompt += [*INVOCATION, 60]
         rows.append({"prompt": prompt, "target": [int(t) for t in rng.integers(0, 250, 4)]})
-    for name, invocation in [("lora", None), ("alora", INVOCATION)]:
+    for name, invocation in kinds:
         config = LoraConfig(
             r=2,
             lora_alpha=6,
@@ -297,7 +336,7 @@ def adapters(base):
             for key, value in model.named_parameters():
                 if "lora_" in key:
                     value.copy_(torch.randn(value.shape, generator=noise) * 0.15)
-        folder = TINY / f"peft-{name}"
+        folder = into / f"peft-{name}"
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         model.eval()
@@ -318,7 +357,7 @@ def adapters(base):
             for key, value in model.named_parameters()
             if value.grad is not None
         }
-        assert len(gradients) == 2 * 2 * len(MODULES)
+        assert len(gradients) == 2 * base.config.num_hidden_layers * len(MODULES)
         made[name] = {
             "rows": rows,
             "cases": results,
@@ -354,6 +393,234 @@ def record_tiny():
     base, trained = adapters(base)
     result = {"models": cases, "adapters": trained, "invocation": INVOCATION, "ours": ours(base)}
     (TINY / "expected.json").write_text(json.dumps(result) + "\n")
+
+
+# ---------------------------------------------------------------- other architectures
+
+
+# What Qwen 3's template is made of: a namespace, messages from the last to the first, methods and
+# tests on texts, names that are not there.
+TEMPLATE = """\
+{%- set ns = namespace(last=messages|length - 1, found=false) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if not ns.found and message.role == 'user' and message.content is string %}
+        {%- set ns.found = true %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}
+    {{- 'tools' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and not message.tool_calls %}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+    {%- else %}
+        {%- set content = message.content %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+
+GEMMA_TEMPLATE = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set before = messages[0]['content'] + '\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set before = '' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('user and model take turns') }}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (before if loop.first else '') }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\\n' }}
+{%- endif -%}"""
+
+
+def answers(tokenizer, template, more, **special):
+    """What the tokenizer and its template make of texts and chats."""
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    render = lambda chat, ask: wrapped.apply_chat_template(
+        chat, chat_template=template, tokenize=False, add_generation_prompt=ask
+    )
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return {
+        "tokenizer": [{"text": text, "tokens": encode(text)} for text in corpus() + more],
+        "chats": [
+            {"messages": chat, "asking": render(chat, True), "told": render(chat, False)}
+            for chat in chats()
+        ],
+    }
+
+
+class Qwen:
+    """The tokenizer of Qwen 2 to 3 with few merges, each of which a wrong cut would show."""
+
+    def __init__(self):
+        from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+        more = [("1", "2"), ("Ã", "©"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("'", "s"), ("!", "Ċ"), ("Ġ", "1")]
+        self.words, self.merges, self.special = vocabulary(more)
+        every = self.words + self.special
+        self.size = len(every)
+        self.tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(every)}, self.merges))
+        self.tokenizer.normalizer = normalizers.NFC()
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self.tokenizer.decoder = decoders.ByteLevel()
+        self.tokenizer.add_special_tokens(self.special)
+
+    def save(self, folder):
+        self.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+
+    def write(self, w):
+        w.add_tokenizer_model("gpt2")
+        w.add_tokenizer_pre("qwen2")
+        w.add_token_list(self.words + self.special)
+        w.add_token_types([1] * len(self.words) + [3] * len(self.special))
+        w.add_token_merges([f"{a} {b}" for a, b in self.merges])
+        w.add_eos_token_id(len(self.words) + 2)
+        w.add_chat_template(TEMPLATE)
+
+    def answers(self):
+        more = ["it's 12 121 1212", "caf\u0065\u0301 é", "a  b   c", "x!\n\n\ny\n\n z", "  \n\n  12"]
+        return answers(self.tokenizer, TEMPLATE, more, eos_token="<|im_end|>")
+
+
+class Gemma:
+    """A SentencePiece tokenizer with byte fallback, as the BPE that `transformers` makes of it."""
+
+    def __init__(self):
+        self.special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        self.bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+        # Best first.
+        self.pieces = ["▁t", "he", "in", "er", "▁a", "on", "ar", "▁the", "ca", "card", "▁card", "car"]
+        self.pieces += ["▁▁", "▁▁▁▁", "\n\n", "12", "ing", "'s", "▁1", "▁", "\n"]
+        self.pieces += [chr(c) for c in range(33, 127)]
+        every = self.special + self.bytes + self.pieces
+        self.size = len(every)
+        ids = {token: i for i, token in enumerate(every)}
+        merges = []
+        for piece in self.pieces:
+            cuts = [(piece[:at], piece[at:]) for at in range(len(piece) - 1, 0, -1)]
+            merges += [(a, b) for a, b in cuts if a in ids and b in ids]
+        self.tokenizer = Tokenizer(
+            models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        )
+        self.tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        self.tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        self.tokenizer.add_special_tokens(self.special)
+
+    def save(self, folder):
+        self.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        config = {"bos_token": "<bos>", "eos_token": "<end_of_turn>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
+        (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE)
+
+    def write(self, w):
+        w.add_tokenizer_model("llama")
+        w.add_tokenizer_pre("default")
+        w.add_token_list(self.special + self.bytes + self.pieces)
+        scores = [0.0] * (len(self.special) + 256) + [-float(i) for i in range(len(self.pieces))]
+        w.add_token_scores(scores)
+        kinds = [2 if token == "<unk>" else 3 for token in self.special]
+        w.add_token_types(kinds + [6] * 256 + [1] * len(self.pieces))
+        w.add_bos_token_id(2)
+        w.add_eos_token_id(5)
+        w.add_unk_token_id(3)
+        w.add_add_space_prefix(False)
+        w.add_chat_template(GEMMA_TEMPLATE)
+
+    def answers(self):
+        more = ["the card's 12", "a    b  c", "thething \n\n\n in", "<start_of_turn>user<end_of_turn>"]
+        special = {"bos_token": "<bos>", "eos_token": "<end_of_turn>"}
+        return answers(self.tokenizer, GEMMA_TEMPLATE, more, **special)
+
+
+def qwen2(vocab):
+    sizes = shape(32, 8, 4, 2, 64, 2, vocab)
+    del sizes["head_dim"]
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, rope_theta=1000000.0))
+
+
+def qwen3(vocab):
+    """Heads that are wider together than the model, and a head of its own."""
+    sizes = shape(32, 16, 4, 2, 64, 2, vocab) | {"tie_word_embeddings": False}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, rope_theta=1000000.0))
+
+
+def gemma3(vocab):
+    """Six layers of which the last sees all, and another one with a window."""
+    sizes = shape(32, 16, 4, 2, 64, 7, vocab)
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**sizes, sliding_window=8, query_pre_attn_scalar=24)
+    )
+
+
+def family(name, seed, build, words):
+    """One model in both formats, what it computes, and an adapter of PEFT's on it."""
+    model = randomised(build(words.size), seed, 0 if name == "gemma3" else 1)
+    folder = FAMILIES / name
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    words.save(folder)
+    path = FAMILIES / f"{name}.gguf"
+    write_gguf(path, model, 1000000.0, lambda _: "BF16", (), name, words.write)
+    case = case_of(model, seed, 200)
+    _, trained = adapters(model, folder, (("lora", None),))
+    in_gguf = case
+    if name == "gemma3":
+        # GGUF files do not name what scores are divided by; it is the head size.
+        for layer in model.model.layers:
+            layer.self_attn.scaling = model.config.head_dim**-0.5
+        in_gguf = case_of(model, seed, 200)
+    # Not every version of `transformers` reads every GGUF file as llama.cpp does.
+    try:
+        args = dict(gguf_file=path.name, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(FAMILIES, **args).eval()
+        off = last_logits(loaded, in_gguf["tokens"]) - torch.tensor(in_gguf["logits"])
+        off = float(off.abs().max())
+        print(f"{path.name} through the loader of transformers: off by {off:.2g}")
+    except Exception as error:
+        print(f"{path.name}: transformers cannot read it: {error!r}")
+    return {"cases": [in_gguf, case], "trained": trained["lora"], **words.answers()}
+
+
+def record_families():
+    shutil.rmtree(FAMILIES, ignore_errors=True)
+    FAMILIES.mkdir()
+    words = Qwen()
+    result = {
+        "qwen2": family("qwen2", 3, qwen2, words),
+        "qwen3": family("qwen3", 4, qwen3, words),
+        "gemma3": family("gemma3", 5, gemma3, Gemma()),
+    }
+    (FAMILIES / "expected.json").write_text(json.dumps(result) + "\n")
 
 
 # ---------------------------------------------------------------- SmolLM2
@@ -544,6 +811,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["tiny"]:
             record_tiny()
+        case ["families"]:
+            record_families()
         case ["smollm2", path]:
             record_smollm2(path)
         case ["logits", path, adapter, *tokens]:

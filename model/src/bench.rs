@@ -124,7 +124,11 @@ fn linear_values(base: &BaseModel) -> usize {
 fn parameters(base: &BaseModel) -> usize {
     let c = &base.weights.config;
     let heads = if c.tied_head { 1 } else { 2 };
-    linear_values(base) + heads * c.vocab * c.hidden + (2 * c.layers + 1) * c.hidden
+    let vectors = 2 * c.hidden
+        + usize::from(c.parts.qkv_bias) * (c.q_width() + 2 * c.kv_width())
+        + usize::from(c.parts.head_norms) * 2 * c.head_dim
+        + usize::from(c.parts.post_norms) * 2 * c.hidden;
+    linear_values(base) + heads * c.vocab * c.hidden + c.layers * vectors + c.hidden
 }
 
 /// Operations a second of the largest layer's product with 512 tokens: the best of a second.

@@ -227,6 +227,58 @@ mod tests {
         );
     }
 
+    /// What Qwen 3's template is made of: a namespace, messages from the last to the first, methods
+    /// and tests on texts, names that are not there.
+    const THINKING: &str = r"{%- set ns = namespace(last=messages|length - 1, found=false) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if not ns.found and message.role == 'user' and message.content is string and not(message.content.startswith('<tool>') and message.content.endswith('</tool>')) %}
+        {%- set ns.found = true %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}
+    {{- 'tools' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and not message.tool_calls %}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+    {%- else %}
+        {%- set content = message.content %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if loop.index0 > ns.last and loop.last %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+    {{- content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}";
+
+    #[test]
+    fn a_template_that_hides_earlier_thoughts_works() {
+        let said = ChatMessage::new("assistant", "<think>\nhm\n</think>\n\nb");
+        let user = |text: &str| ChatMessage::new("user", text);
+        let told = |messages: &[ChatMessage], ask| {
+            let template = ChatTemplate::new(THINKING, "", "<|im_end|>").unwrap();
+            template.render(messages, ask).unwrap()
+        };
+        assert_eq!(
+            told(&[user("a"), said.clone(), user("c")], true),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n\
+             <|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+        );
+        assert_eq!(
+            told(&[user("a"), said], false),
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n\
+             b<|im_end|>\n"
+        );
+    }
+
     #[test]
     fn a_refusal_carries_the_templates_words() {
         let error = render("{{ raise_exception('roles must alternate') }}", &[]).unwrap_err();

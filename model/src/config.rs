@@ -1,11 +1,11 @@
-//! The shape of a Llama model. Knows no file format: `weights/` fills it in.
+//! The shape of a model of Llama's family. Knows no file format: `weights/` fills it in.
 //!
 //! Invariant: a [`LlamaConfig`] that passed [`LlamaConfig::check`] describes a model that the
 //! forward pass can run, so later code indexes without checking again.
 
 use serde::{Deserialize, Serialize};
 
-/// Sizes and constants of a Llama model.
+/// Sizes and constants of a model of Llama's family.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LlamaConfig {
     /// Width of the residual stream.
@@ -32,6 +32,65 @@ pub struct LlamaConfig {
     pub norm_eps: f64,
     /// Whether the output head is the embedding matrix.
     pub tied_head: bool,
+    /// What the layers have beside Llama's parts.
+    #[serde(default)]
+    pub parts: LayerParts,
+    /// Which layers see only the last tokens; none means that all see all.
+    #[serde(default)]
+    pub local: Option<LocalAttention>,
+}
+
+/// Parts of a layer that not every model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LayerParts {
+    /// Whether the query, key and value projections add a bias.
+    pub qkv_bias: bool,
+    /// Whether each head's queries and keys go through an RMS norm before they are rotated.
+    pub head_norms: bool,
+    /// Whether attention and feed-forward layer each end with an RMS norm, before their result is
+    /// added to the residual stream.
+    pub post_norms: bool,
+    /// What the gate of the feed-forward layer goes through.
+    pub activation: Activation,
+}
+
+/// The function of a gated feed-forward layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// GELU by its tanh approximation (Hendrycks and Gimpel 2016).
+    GeluTanh,
+}
+
+/// Layers that see only the last tokens, between those that see all.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalAttention {
+    /// How many tokens a token sees there, itself included.
+    pub window: usize,
+    /// Base of the rotary frequencies there; they are never rescaled.
+    pub rope_theta: f64,
+    /// Of each layer, whether it is such a one.
+    pub layers: Vec<bool>,
+}
+
+impl LayerParts {
+    /// Those of Llama.
+    pub const LLAMA: Self = Self {
+        qkv_bias: false,
+        head_norms: false,
+        post_norms: false,
+        activation: Activation::Silu,
+    };
+}
+
+impl Default for LayerParts {
+    fn default() -> Self {
+        Self::LLAMA
+    }
 }
 
 /// A rescaling of the rotary frequencies.
@@ -92,6 +151,9 @@ impl LlamaConfig {
         }
         positive("rope base", self.rope_theta)?;
         positive("epsilon of the norms", self.norm_eps)?;
+        if let Some(local) = &self.local {
+            local.check(self.layers)?;
+        }
         match &self.rope_scaling {
             None => Ok(()),
             Some(RopeScaling::Llama3(scaling)) => scaling.check(),
@@ -125,11 +187,37 @@ impl LlamaConfig {
     /// The rotary inverse frequencies, `head_dim / 2` of them, in the order of the
     /// rotate-half layout: dimension `i` turns with dimension `i + head_dim / 2`.
     pub fn inverse_frequencies(&self) -> Vec<f64> {
+        self.frequencies(self.rope_theta, self.rope_scaling.as_ref())
+    }
+
+    /// The inverse frequencies of layers that see all tokens, then those of local layers where
+    /// there are any. [`LlamaConfig::frequency_table`] says which of the two a layer takes.
+    pub fn frequency_tables(&self) -> Vec<Vec<f64>> {
+        let local = self.local.as_ref();
+        let local = local.map(|local| self.frequencies(local.rope_theta, None));
+        std::iter::once(self.inverse_frequencies())
+            .chain(local)
+            .collect()
+    }
+
+    /// The place of a layer's frequencies in [`LlamaConfig::frequency_tables`].
+    pub fn frequency_table(&self, layer: usize) -> usize {
+        usize::from(self.window(layer).is_some())
+    }
+
+    /// How many tokens a token sees in `layer`, itself included; none means all.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        let local = self.local.as_ref()?;
+        let is_local = local.layers.get(layer).copied().unwrap_or(false);
+        is_local.then_some(local.window)
+    }
+
+    fn frequencies(&self, theta: f64, scaling: Option<&RopeScaling>) -> Vec<f64> {
         let dim = self.head_dim as f64;
         (0..self.head_dim / 2)
-            .map(|i| self.rope_theta.powf(-(2.0 * i as f64) / dim))
+            .map(|i| theta.powf(-(2.0 * i as f64) / dim))
             .enumerate()
-            .map(|(i, f)| match &self.rope_scaling {
+            .map(|(i, f)| match scaling {
                 None => f,
                 Some(RopeScaling::Llama3(scaling)) => scaling.rescale(f),
                 Some(RopeScaling::Linear(factor)) => f / factor,
@@ -143,6 +231,22 @@ fn positive(name: &str, value: f64) -> Result<(), String> {
     match value.is_finite() && value > 0.0 {
         true => Ok(()),
         false => Err(format!("the {name} is {value}, not a positive number")),
+    }
+}
+
+impl LocalAttention {
+    fn check(&self, layers: usize) -> Result<(), String> {
+        positive("rope base of the local layers", self.rope_theta)?;
+        if self.window == 0 {
+            return Err("the window of the local layers is zero".to_owned());
+        }
+        match self.layers.len() == layers {
+            true => Ok(()),
+            false => Err(format!(
+                "of {layers} layers, {} are said to be local or not",
+                self.layers.len()
+            )),
+        }
     }
 }
 
@@ -200,6 +304,8 @@ mod tests {
             rope_scaling: None,
             norm_eps: 1e-5,
             tied_head: true,
+            parts: LayerParts::LLAMA,
+            local: None,
         }
     }
 
@@ -276,6 +382,54 @@ mod tests {
         ] {
             let error = bad.check().err().unwrap_or_default();
             assert!(error.contains(name), "{bad:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn local_layers_turn_by_their_own_base_and_are_checked() {
+        let local = LocalAttention {
+            window: 3,
+            rope_theta: 100.0,
+            layers: vec![true, false],
+        };
+        let with = |local| LlamaConfig {
+            layers: 2,
+            head_dim: 4,
+            rope_scaling: Some(RopeScaling::Linear(2.0)),
+            local: Some(local),
+            ..config()
+        };
+        let good = with(local.clone());
+        assert_eq!(good.check(), Ok(()));
+        assert_eq!((good.window(0), good.window(1)), (Some(3), None));
+        let tables = good.frequency_tables();
+        let second = |layer: usize| tables[good.frequency_table(layer)][1];
+        assert!((second(0) - 0.1).abs() < 1e-12 && (second(1) - 0.005).abs() < 1e-12);
+        for (bad, name) in [
+            (
+                LocalAttention {
+                    window: 0,
+                    ..local.clone()
+                },
+                "window",
+            ),
+            (
+                LocalAttention {
+                    rope_theta: -1.0,
+                    ..local.clone()
+                },
+                "rope base of the local",
+            ),
+            (
+                LocalAttention {
+                    layers: vec![true],
+                    ..local
+                },
+                "of 2 layers, 1",
+            ),
+        ] {
+            let error = with(bad).check().err().unwrap_or_default();
+            assert!(error.contains(name), "{error}");
         }
     }
 

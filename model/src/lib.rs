@@ -1,8 +1,10 @@
-//! The embedded model: weights, tokenizer, Llama, LoRA, training and generation.
+//! The embedded model: weights, tokenizer, the models of Llama's family, LoRA, training and
+//! generation.
 //!
 //! Knows no workflow and no prompting program. Everything computes on the CPU: training in f32,
 //! generation in f32 or on 8-bit weights.
 
+mod architecture;
 mod base_model;
 pub mod bench;
 mod chat_template;
@@ -24,7 +26,9 @@ mod weights;
 
 pub use base_model::BaseModel;
 pub use chat_template::{ChatMessage, ChatTemplate};
-pub use config::{Llama3RopeScaling, LlamaConfig, RopeScaling};
+pub use config::{
+    Activation, LayerParts, Llama3RopeScaling, LlamaConfig, LocalAttention, RopeScaling,
+};
 pub use embed::SentenceEncoder;
 pub use error::ModelError;
 pub use generate::{
@@ -34,4 +38,4 @@ pub use generate::{
 pub use llama::Precision;
 pub use lora::{LoraAdapter, LoraConfig, LoraPair};
 pub use tokenizer::{Tokenizer, files_of_gguf};
-pub use weights::{LayerWeights, LlamaWeights};
+pub use weights::{HeadNorms, LayerWeights, LlamaWeights, PostNorms, QkvBias};

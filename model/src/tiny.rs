@@ -7,12 +7,13 @@ use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::architecture::{self, Architecture, tiny_local};
 use crate::base_model::BaseModel;
 use crate::chat_template::ChatTemplate;
-use crate::config::LlamaConfig;
+use crate::config::{Activation, LlamaConfig};
 use crate::lora::{LoraAdapter, LoraConfig, LoraPair, Module};
 use crate::tokenizer::tiny_tokenizer;
-use crate::weights::{LayerWeights, LlamaWeights};
+use crate::weights::{HeadNorms, LayerWeights, LlamaWeights, PostNorms, QkvBias};
 
 fn tensor(rng: &mut ChaCha8Rng, shape: (usize, usize), size: f32) -> Tensor {
     let n = shape.0 * shape.1;
@@ -22,8 +23,14 @@ fn tensor(rng: &mut ChaCha8Rng, shape: (usize, usize), size: f32) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).expect("the sizes fit")
 }
 
-/// A model with grouped heads, an untied head and a byte tokenizer.
+/// A Llama with grouped heads, an untied head and a byte tokenizer.
 pub(crate) fn base(seed: u64) -> Arc<BaseModel> {
+    base_of(architecture::ALL[0], seed)
+}
+
+/// The same of another architecture.
+pub(crate) fn base_of(architecture: &Architecture, seed: u64) -> Arc<BaseModel> {
+    let parts = architecture.parts;
     let tokenizer = tiny_tokenizer();
     let config = LlamaConfig {
         hidden: 16,
@@ -38,6 +45,8 @@ pub(crate) fn base(seed: u64) -> Arc<BaseModel> {
         rope_scaling: None,
         norm_eps: 1e-5,
         tied_head: false,
+        parts,
+        local: tiny_local(architecture, 2),
     };
     let c = config.clone();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -58,6 +67,19 @@ pub(crate) fn base(seed: u64) -> Arc<BaseModel> {
         gate: linear(c.ffn, c.hidden),
         up: linear(c.ffn, c.hidden),
         down: linear(c.hidden, c.ffn),
+        bias: parts.qkv_bias.then(|| QkvBias {
+            q: linear(1, c.q_width()).flatten_all().expect("flat"),
+            k: linear(1, c.kv_width()).flatten_all().expect("flat"),
+            v: linear(1, c.kv_width()).flatten_all().expect("flat"),
+        }),
+        head_norms: parts.head_norms.then(|| HeadNorms {
+            q: ones(linear(1, c.head_dim)),
+            k: ones(linear(1, c.head_dim)),
+        }),
+        post_norms: parts.post_norms.then(|| PostNorms {
+            attn: ones(linear(1, c.hidden)),
+            ffn: ones(linear(1, c.hidden)),
+        }),
     });
     let layers = layers.collect();
     let weights = LlamaWeights {
@@ -129,8 +151,49 @@ fn norm(x: &[Vec<f64>], w: &Tensor, eps: f64) -> Vec<Vec<f64>> {
     x.iter().map(row).collect()
 }
 
-fn rotate(x: &mut [Vec<f64>], config: &LlamaConfig) {
-    let frequencies = config.inverse_frequencies();
+/// The biases and the norms of the heads, where `layer` has them.
+fn complete(layer: &LayerWeights, c: &LlamaConfig, qkv: [&mut Vec<Vec<f64>>; 3]) {
+    let [q, k, v] = qkv;
+    if let Some(bias) = &layer.bias {
+        for (rows, bias) in [(&mut *q, &bias.q), (&mut *k, &bias.k), (v, &bias.v)] {
+            let bias: Vec<f32> = bias.to_vec1().expect("a vector");
+            for row in rows {
+                let values = row.iter_mut().zip(&bias);
+                values.for_each(|(value, bias)| *value += f64::from(*bias));
+            }
+        }
+    }
+    if let Some(norms) = &layer.head_norms {
+        for (rows, weight) in [(q, &norms.q), (k, &norms.k)] {
+            for row in rows {
+                let heads: Vec<Vec<f64>> = row.chunks(c.head_dim).map(<[f64]>::to_vec).collect();
+                *row = norm(&heads, weight, c.norm_eps).concat();
+            }
+        }
+    }
+}
+
+/// `x += y`, `y` normed first where `layer` does so after this block.
+fn add(x: &mut [Vec<f64>], y: Vec<Vec<f64>>, post: Option<&Tensor>, eps: f64) {
+    let y = post.map_or(y.clone(), |weight| norm(&y, weight, eps));
+    for (x, y) in x.iter_mut().flatten().zip(y.into_iter().flatten()) {
+        *x += y;
+    }
+}
+
+fn activate(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let z = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            0.5 * x * (1.0 + z.tanh())
+        }
+    }
+}
+
+fn rotate(x: &mut [Vec<f64>], config: &LlamaConfig, layer: usize) {
+    let mut tables = config.frequency_tables();
+    let frequencies = tables.swap_remove(config.frequency_table(layer));
     let half = frequencies.len();
     for (position, row) in x.iter_mut().enumerate() {
         for head in row.chunks_mut(2 * half) {
@@ -157,9 +220,11 @@ pub(crate) fn logits(base: &BaseModel, adapter: Option<&LoraAdapter>, tokens: &[
         let h = norm(&x, &layer.attn_norm, c.norm_eps);
         let mut q = linear(&h, &layer.q, Module::Q);
         let mut k = linear(&h, &layer.k, Module::K);
-        let v = linear(&h, &layer.v, Module::V);
-        rotate(&mut q, c);
-        rotate(&mut k, c);
+        let mut v = linear(&h, &layer.v, Module::V);
+        complete(layer, c, [&mut q, &mut k, &mut v]);
+        rotate(&mut q, c, index);
+        rotate(&mut k, c, index);
+        let window = c.window(index).unwrap_or(usize::MAX);
         let mut mixed = vec![vec![0.0; c.q_width()]; tokens.len()];
         for t in 0..tokens.len() {
             for head in 0..c.heads {
@@ -169,27 +234,27 @@ pub(crate) fn logits(base: &BaseModel, adapter: Option<&LoraAdapter>, tokens: &[
                     let dot: f64 = (0..c.head_dim).map(|d| q[t][from + d] * k[s][kv + d]).sum();
                     (dot / (c.head_dim as f64).sqrt()).exp()
                 };
-                let scores: Vec<f64> = (0..=t).map(score).collect();
+                let first = (t + 1).saturating_sub(window);
+                let scores: Vec<f64> = (first..=t).map(score).collect();
                 let total: f64 = scores.iter().sum();
                 for d in 0..c.head_dim {
-                    let sum: f64 = scores.iter().zip(&v).map(|(p, v)| p * v[kv + d]).sum();
+                    let values = scores.iter().zip(&v[first..]);
+                    let sum: f64 = values.map(|(p, v)| p * v[kv + d]).sum();
                     mixed[t][from + d] = sum / total;
                 }
             }
         }
-        let add = |x: &mut [Vec<f64>], y: Vec<Vec<f64>>| {
-            for (x, y) in x.iter_mut().flatten().zip(y.into_iter().flatten()) {
-                *x += y;
-            }
-        };
-        add(&mut x, linear(&mixed, &layer.o, Module::O));
+        let post = layer.post_norms.as_ref();
+        let attended = linear(&mixed, &layer.o, Module::O);
+        add(&mut x, attended, post.map(|p| &p.attn), c.norm_eps);
         let h = norm(&x, &layer.ffn_norm, c.norm_eps);
         let mut gate = linear(&h, &layer.gate, Module::Gate);
         let up = linear(&h, &layer.up, Module::Up);
         for (g, u) in gate.iter_mut().flatten().zip(up.iter().flatten()) {
-            *g = *g / (1.0 + (-*g).exp()) * u;
+            *g = activate(c.parts.activation, *g) * u;
         }
-        add(&mut x, linear(&gate, &layer.down, Module::Down));
+        let fed = linear(&gate, &layer.down, Module::Down);
+        add(&mut x, fed, post.map(|p| &p.ffn), c.norm_eps);
     }
     let last = norm(&x[tokens.len() - 1..], &weights.norm, c.norm_eps);
     linear(&last, &weights.head, None, 0.0).remove(0)

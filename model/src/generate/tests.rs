@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
+use crate::architecture::{self, Architecture};
 use crate::tiny;
 
 fn request(text: &str, max_tokens: usize) -> GenerateRequest {
@@ -19,7 +20,11 @@ fn request(text: &str, max_tokens: usize) -> GenerateRequest {
 }
 
 fn generator(seed: u64, batch: usize) -> Generator {
-    let base = tiny::base(seed);
+    generator_of(architecture::ALL[0], seed, batch)
+}
+
+fn generator_of(architecture: &Architecture, seed: u64, batch: usize) -> Generator {
+    let base = tiny::base_of(architecture, seed);
     let adapter = tiny::adapter(&base.weights.config, seed + 1);
     Generator::new(
         base,
@@ -59,11 +64,14 @@ fn slow_greedy(generator: &Generator, seed: u64, text: &str, max_tokens: usize) 
 #[test]
 fn greedy_answers_equal_the_slow_pass_in_any_batch() {
     let texts = ["a", "hello", "where is my card", "b c", "where is"];
-    for batch in [1, 2, 8] {
-        let generator = generator(1, batch);
-        let requests: Vec<_> = texts.iter().map(|text| request(text, 7)).collect();
-        for (answer, text) in all(&generator, &requests).iter().zip(texts) {
-            assert_eq!(answer.text, slow_greedy(&generator, 1, text, 7), "{text}");
+    for architecture in architecture::ALL {
+        for batch in [1, 2, 8] {
+            let generator = generator_of(architecture, 1, batch);
+            let requests: Vec<_> = texts.iter().map(|text| request(text, 7)).collect();
+            for (answer, text) in all(&generator, &requests).iter().zip(texts) {
+                let wanted = slow_greedy(&generator, 1, text, 7);
+                assert_eq!(answer.text, wanted, "{} {text}", architecture.gguf);
+            }
         }
     }
 }

@@ -4,7 +4,8 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::matmul::{Into, Mat, MatMut, Threads, matmul};
-use super::vector::{exp, sum};
+use super::vector::{exp, gelu_tanh, sum};
+use crate::config::Activation;
 
 /// `out = x · wᵀ` or `out += x · wᵀ`: the linear layer. `x` is `[rows, inputs]`, `w` is
 /// `[outputs, inputs]`, `out` is `[rows, outputs]`.
@@ -35,13 +36,32 @@ pub(crate) fn linear(
     );
 }
 
-/// `gate = gate · sigmoid(gate) · up`.
-pub(crate) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+/// `gate = activation(gate) · up`.
+pub(crate) fn gate_mul(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => silu_mul(gate, up),
+        Activation::GeluTanh => gelu_tanh_mul(gate, up),
+    }
+}
+
+fn silu_mul(gate: &mut [f32], up: &[f32]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
             for (g, u) in gate.iter_mut().zip(up) {
                 *g = *g / (1.0 + exp(-*g)) * u;
+            }
+        },
+    );
+}
+
+fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (g, u) in gate.iter_mut().zip(up) {
+                let (argument, _) = gelu_tanh(*g);
+                *g = *g / (1.0 + exp(-argument)) * u;
             }
         },
     );
@@ -94,6 +114,23 @@ pub(crate) fn add_bias(x: &mut [f32], bias: &[f32]) {
     }
 }
 
+/// Per row, in place: `x / rms(x) · weight`. A row may be one head of a token.
+pub(crate) fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+    let width = weight.len();
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for row in x.chunks_exact_mut(width) {
+                let mean = sum(width, |i| row[i] * row[i]) / width as f32;
+                let inverse = 1.0 / (mean + eps).sqrt();
+                for (v, w) in row.iter_mut().zip(weight) {
+                    *v = *v * inverse * w;
+                }
+            }
+        },
+    );
+}
+
 /// Turns one token's heads in place (rotate-half): dimension `i` of each head with dimension
 /// `i + head_dim / 2`. `cos` and `sin` have `head_dim / 2` entries; the result is scaled.
 pub(crate) fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
@@ -113,6 +150,7 @@ pub(crate) fn rotate(heads: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::vector::rms_norm_row;
 
     fn close(a: f32, b: f32) {
         assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()), "{a} is not {b}");
@@ -148,9 +186,16 @@ mod tests {
     #[test]
     fn activations_match_their_definitions() {
         let mut gate = [1.5f32, -2.0, 0.0];
-        silu_mul(&mut gate, &[2.0, 1.0, 1.0]);
+        gate_mul(Activation::Silu, &mut gate, &[2.0, 1.0, 1.0]);
         close(gate[0], 2.0 * 1.5 / (1.0 + (-1.5f32).exp()));
         close(gate[1], -2.0 / (1.0 + 2f32.exp()));
+        let x = [1.5f32, -2.0, 0.0, 40.0, -40.0];
+        let mut gate = x;
+        gate_mul(Activation::GeluTanh, &mut gate, &[2.0; 5]);
+        for (got, x) in gate.into_iter().zip(x) {
+            let z = std::f32::consts::FRAC_2_PI.sqrt() * (x + 0.044_715 * x * x * x);
+            close(got, x * (1.0 + z.tanh()));
+        }
         // Reference values of 0.5 x (1 + erf(x / sqrt 2)).
         let mut x = [1.0f32, -1.0, 3.0, 0.0];
         gelu(&mut x);
@@ -169,6 +214,18 @@ mod tests {
             row.iter().map(|v| (v - 0.5) * (v - 0.5)).sum::<f32>() / 13.0,
             4.0,
         );
+    }
+
+    #[test]
+    fn an_rms_norm_in_place_is_that_of_each_row() {
+        let (x, weight) = (values(26, 3), values(13, 4));
+        let mut out = x.clone();
+        rms_norm(&mut out, &weight, 1e-5);
+        for (got, x) in out.chunks(13).zip(x.chunks(13)) {
+            let mut wanted = vec![0.0; 13];
+            rms_norm_row(&mut wanted, x, &weight, 1e-5);
+            assert_eq!(got, wanted);
+        }
     }
 
     #[test]

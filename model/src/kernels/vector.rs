@@ -5,6 +5,8 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use crate::config::Activation;
+
 /// Values per lane group; sums keep this many partial sums, so that they vectorise.
 pub(crate) const LANES: usize = 16;
 /// Values per parallel task of an elementwise loop.
@@ -66,8 +68,44 @@ pub(crate) fn add(target: &mut [f32], other: &[f32]) {
     });
 }
 
-/// `out = silu(gate) · up`.
-pub(crate) fn swiglu(out: &mut [f32], gate: &[f32], up: &[f32]) {
+/// Both activations are `x · sigmoid(a(x))`: this is `a` and its slope for SiLU.
+#[inline(always)]
+fn silu(x: f32) -> (f32, f32) {
+    (x, 1.0)
+}
+
+/// The same for GELU by its tanh approximation, since `(1 + tanh z) / 2 = sigmoid(2z)`.
+#[inline(always)]
+pub(crate) fn gelu_tanh(x: f32) -> (f32, f32) {
+    // 2 · √(2/π)
+    const SCALE: f32 = 1.595_769_1;
+    let square = 0.044_715 * x * x;
+    (SCALE * x * (1.0 + square), SCALE * (1.0 + 3.0 * square))
+}
+
+/// `out = activation(gate) · up`.
+pub(crate) fn glu(activation: Activation, out: &mut [f32], gate: &[f32], up: &[f32]) {
+    match activation {
+        Activation::Silu => glu_of(silu, out, gate, up),
+        Activation::GeluTanh => glu_of(gelu_tanh, out, gate, up),
+    }
+}
+
+/// Backward of [`glu`]: from the gradient of its result to those of `gate` and `up`, written over
+/// the values themselves; `d_out` becomes the recomputed result.
+pub(crate) fn glu_backward(
+    activation: Activation,
+    d_out: &mut [f32],
+    gate: &mut [f32],
+    up: &mut [f32],
+) {
+    match activation {
+        Activation::Silu => glu_backward_of(silu, d_out, gate, up),
+        Activation::GeluTanh => glu_backward_of(gelu_tanh, d_out, gate, up),
+    }
+}
+
+fn glu_of(a: impl Fn(f32) -> (f32, f32) + Sync, out: &mut [f32], gate: &[f32], up: &[f32]) {
     let tasks = out.par_chunks_mut(TASK).zip(gate.par_chunks(TASK));
     tasks
         .zip(up.par_chunks(TASK))
@@ -76,16 +114,20 @@ pub(crate) fn swiglu(out: &mut [f32], gate: &[f32], up: &[f32]) {
                 #[inline(always)]
                 || {
                     for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                        *o = g * sigmoid(*g) * u;
+                        let (argument, _) = a(*g);
+                        *o = g * sigmoid(argument) * u;
                     }
                 },
             );
         });
 }
 
-/// Backward of [`swiglu`]: from the gradient of its result to those of `gate` and `up`, written
-/// over the values themselves; `d_out` becomes the recomputed result.
-pub(crate) fn swiglu_backward(d_out: &mut [f32], gate: &mut [f32], up: &mut [f32]) {
+fn glu_backward_of(
+    a: impl Fn(f32) -> (f32, f32) + Sync,
+    d_out: &mut [f32],
+    gate: &mut [f32],
+    up: &mut [f32],
+) {
     let tasks = d_out.par_chunks_mut(TASK).zip(gate.par_chunks_mut(TASK));
     tasks
         .zip(up.par_chunks_mut(TASK))
@@ -95,11 +137,11 @@ pub(crate) fn swiglu_backward(d_out: &mut [f32], gate: &mut [f32], up: &mut [f32
                 || {
                     for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
                         let (d, x) = (*o, *g);
-                        let s = sigmoid(x);
-                        let silu = x * s;
-                        *o = silu * *u;
-                        *g = d * *u * s * (1.0 + x * (1.0 - s));
-                        *u = d * silu;
+                        let (argument, slope) = a(x);
+                        let s = sigmoid(argument);
+                        *o = x * s * *u;
+                        *g = d * *u * s * (1.0 + x * (1.0 - s) * slope);
+                        *u = d * (x * s);
                     }
                 },
             );
@@ -255,6 +297,29 @@ mod tests {
         let mut again = x.clone();
         softmax_again_row(&mut again, 0.5, log_sum);
         assert!(p.iter().zip(&again).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
+
+    #[test]
+    fn gradients_of_gated_activations_equal_finite_differences() {
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let result = |gate: f32| {
+                let mut out = [0.0];
+                glu(activation, &mut out, &[gate], &[1.5]);
+                f64::from(out[0])
+            };
+            for i in -40..40 {
+                let x = i as f32 * 0.1 + 0.03;
+                let (mut out, mut gate, mut up) = ([2.0], [x], [1.5]);
+                glu_backward(activation, &mut out, &mut gate, &mut up);
+                let want = 2.0 * (result(x + 1e-2) - result(x - 1e-2)) / 2e-2;
+                assert!(
+                    (f64::from(gate[0]) - want).abs() < 2e-3,
+                    "{x}: {gate:?} {want}"
+                );
+                assert!((f64::from(out[0]) - result(x)).abs() < 1e-6);
+                assert!((f64::from(up[0]) - 2.0 * result(x) / 1.5).abs() < 1e-5);
+            }
+        }
     }
 
     #[test]

@@ -6,10 +6,11 @@ use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::kernels::vector::softmax_row;
 
 /// Attends `queries` (`[tokens, heads * head_dim]`, rotated and scaled) to all tokens of
-/// `stretches`, the last of which ends with the run's own; writes `out` of the same shape.
-/// `scores` is scratch space.
+/// `stretches`, the last of which ends with the run's own, or to the last of them where `layer` is
+/// a local one; writes `out` of the same shape. `scores` is scratch space.
 pub(super) fn attend(
     config: &LlamaConfig,
+    layer: usize,
     queries: &[f32],
     stretches: &[&LayerCache],
     out: &mut [f32],
@@ -20,6 +21,7 @@ pub(super) fn attend(
     let tokens = queries.len() / width;
     let context: usize = stretches.iter().map(|s| s.keys.len() / kv_width).sum();
     let group = config.heads / config.kv_heads;
+    let window = config.window(layer);
     // With one token, the query heads that share a key head are the rows of one product; with
     // many, the tokens are.
     let (rows, stride, blocks) = match tokens {
@@ -50,7 +52,9 @@ pub(super) fn attend(
             } else {
                 context - tokens + row + 1
             };
-            softmax_row(&mut scores[..visible], 1.0);
+            let first = window.map_or(0, |window| visible.saturating_sub(window));
+            scores[..first].fill(0.0);
+            softmax_row(&mut scores[first..visible], 1.0);
             scores[visible..].fill(0.0);
         }
         let mut column = 0;

@@ -1,4 +1,4 @@
-//! Inference of a Llama model: many token runs through the layers at once.
+//! Inference of a model of Llama's family: many token runs through the layers at once.
 //!
 //! Knows no text and no sampling. All runs of a call are laid end to end into one matrix, so
 //! linear layers waste nothing on padding; only attention looks at one run at a time. The rows
@@ -52,7 +52,8 @@ pub(crate) struct Llama {
     base: Arc<BaseModel>,
     adapter: Option<Adapter>,
     precision: Precision,
-    frequencies: Vec<f64>,
+    /// See [`LlamaConfig::frequency_tables`](crate::config::LlamaConfig::frequency_tables).
+    frequencies: Vec<Vec<f64>>,
 }
 
 impl Llama {
@@ -64,7 +65,7 @@ impl Llama {
     ) -> Result<Self, ModelError> {
         let config = &base.weights.config;
         let adapter = adapter.map(|adapter| Adapter::new(adapter, config));
-        let frequencies = config.inverse_frequencies();
+        let frequencies = config.frequency_tables();
         if precision == Precision::Int8 {
             base.int8()?;
         }
@@ -157,7 +158,7 @@ fn plan(runs: Vec<Run<'_>>, chunks: usize) -> Vec<Vec<Run<'_>>> {
 mod tests {
     use super::*;
     use crate::config::LlamaConfig;
-    use crate::tiny;
+    use crate::{architecture, tiny};
 
     fn last_logits(
         llama: &Llama,
@@ -187,22 +188,32 @@ mod tests {
 
     #[test]
     fn logits_equal_the_slow_pass_with_and_without_an_adapter() {
-        let base = tiny::base(1);
-        let adapter = tiny::adapter(&base.weights.config, 2);
         let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % 200).collect();
-        for adapter in [None, Some(&adapter)] {
-            let llama = Llama::new(base.clone(), adapter, Precision::F32).unwrap();
-            let (got, _) = last_logits(&llama, llama.adapter(), vec![], &tokens);
-            assert_close(&got, &tiny::logits(&base, adapter, &tokens));
+        let mut seen = Vec::new();
+        for architecture in architecture::ALL {
+            let base = tiny::base_of(architecture, 1);
+            let adapter = tiny::adapter(&base.weights.config, 2);
+            for adapter in [None, Some(&adapter)] {
+                let llama = Llama::new(base.clone(), adapter, Precision::F32).unwrap();
+                let (got, _) = last_logits(&llama, llama.adapter(), vec![], &tokens);
+                assert_close(&got, &tiny::logits(&base, adapter, &tokens));
+                assert!(!seen.contains(&got), "{} is another's", architecture.gguf);
+                seen.push(got);
+            }
         }
     }
 
     #[test]
     fn a_sequence_may_be_fed_in_stretches() {
-        let base = tiny::base(3);
+        for architecture in architecture::ALL {
+            fed_in_stretches(&tiny::base_of(architecture, 3));
+        }
+    }
+
+    fn fed_in_stretches(base: &Arc<BaseModel>) {
         let llama = Llama::new(base.clone(), None, Precision::F32).unwrap();
         let tokens: Vec<u32> = (0..12).map(|i| i * 11 + 1).collect();
-        let wanted = tiny::logits(&base, None, &tokens);
+        let wanted = tiny::logits(base, None, &tokens);
         let (_, first) = last_logits(&llama, None, vec![], &tokens[..4]);
         let empty = llama.cache(0);
         let (_, mut second) = last_logits(&llama, None, vec![&first, &empty], &tokens[4..7]);

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use candle_core::Tensor;
+
 use super::attention::attend;
 use super::delta::Adapter;
 use super::matrices::Matrix;
@@ -10,15 +12,16 @@ use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
-use crate::kernels::rows::{rotate, silu_mul};
+use crate::kernels::rows::{add_bias, gate_mul, rms_norm, rotate};
 use crate::kernels::vector::rms_norm_row;
 use crate::lora::Module;
+use crate::weights::{LayerWeights, PostNorms};
 
 /// Activations of a chunk, reused by every layer. `m` is the number of tokens.
 struct Activations {
     /// The residual stream, `[m, hidden]`.
     x: Vec<f32>,
-    /// `x` normed, `[m, hidden]`.
+    /// `x` normed, or what a block makes before it is normed, `[m, hidden]`.
     h: Vec<f32>,
     /// `[m, heads * head_dim]`.
     q: Vec<f32>,
@@ -30,9 +33,8 @@ struct Activations {
     /// `[m, ffn]` each.
     gate: Vec<f32>,
     up: Vec<f32>,
-    /// Rotations of each token's position, `[m, head_dim / 2]` each.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// Cosines and sines of each token's position, `[m, head_dim / 2]` each, by frequency table.
+    turns: Vec<[Vec<f32>; 2]>,
     scores: Vec<f32>,
     inner: Vec<f32>,
 }
@@ -72,14 +74,17 @@ impl Llama {
         let weights = &self.base.weights;
         let c = &weights.config;
         let embed = View::new(&weights.embed)?;
-        let (mut x, mut cos, mut sin) = (Vec::new(), Vec::new(), Vec::new());
+        let mut x = Vec::new();
+        let mut turns = vec![[Vec::new(), Vec::new()]; self.frequencies.len()];
         for run in runs {
             let before: usize = run.past.iter().map(|past| past.len()).sum();
             for (offset, token) in run.tokens.iter().enumerate() {
                 x.extend_from_slice(&embed[*token as usize * c.hidden..][..c.hidden]);
                 let position = (before + run.own.len() + offset) as f64;
-                cos.extend(self.frequencies.iter().map(|f| (position * f).cos() as f32));
-                sin.extend(self.frequencies.iter().map(|f| (position * f).sin() as f32));
+                for ([cos, sin], frequencies) in turns.iter_mut().zip(&self.frequencies) {
+                    cos.extend(frequencies.iter().map(|f| (position * f).cos() as f32));
+                    sin.extend(frequencies.iter().map(|f| (position * f).sin() as f32));
+                }
             }
         }
         let m = x.len() / c.hidden;
@@ -94,8 +99,7 @@ impl Llama {
             scores: Vec::new(),
             inner: Vec::new(),
             x,
-            cos,
-            sin,
+            turns,
         })
     }
 
@@ -136,12 +140,11 @@ impl Llama {
             );
             adapter.layer(layer).qkv.add(h, [q, k, v], inner, threads);
         }
+        complete(&weights.layers[layer], c.norm_eps, [q, k, v])?;
         let scale = 1.0 / (c.head_dim as f32).sqrt();
         let half = c.head_dim / 2;
-        let turns = state
-            .cos
-            .chunks_exact(half)
-            .zip(state.sin.chunks_exact(half));
+        let [cos, sin] = &state.turns[c.frequency_table(layer)];
+        let turns = cos.chunks_exact(half).zip(sin.chunks_exact(half));
         let tokens = q
             .chunks_exact_mut(c.q_width())
             .zip(k.chunks_exact_mut(c.kv_width()));
@@ -171,12 +174,15 @@ impl Llama {
             inner,
             ..
         } = state;
-        self.linear(layer, Module::O, mixed, x, Into::Add, threads)?;
+        let post = weights.layers[layer].post_norms.as_ref();
+        let (out, into) = way_back(post, x, h);
+        self.linear(layer, Module::O, mixed, out, into, threads)?;
         for (rows, adapter) in adapted {
-            let out = &mut x[scaled(rows, c.hidden)];
+            let out = &mut out[scaled(rows, c.hidden)];
             let mixed = &mixed[scaled(rows, c.q_width())];
             adapter.layer(layer).o.add(mixed, [out], inner, threads);
         }
+        come_back(post.map(|norms| &norms.attn), c.norm_eps, h, x)?;
         norm(
             x,
             &View::new(&weights.layers[layer].ffn_norm)?,
@@ -190,14 +196,15 @@ impl Llama {
             let outs = [&mut gate[scaled(rows, c.ffn)], &mut up[scaled(rows, c.ffn)]];
             adapter.layer(layer).gate_up.add(h, outs, inner, threads);
         }
-        silu_mul(gate, up);
-        self.linear(layer, Module::Down, gate, x, Into::Add, threads)?;
+        gate_mul(c.parts.activation, gate, up);
+        let (out, into) = way_back(post, x, h);
+        self.linear(layer, Module::Down, gate, out, into, threads)?;
         for (rows, adapter) in adapted {
-            let out = &mut x[scaled(rows, c.hidden)];
+            let out = &mut out[scaled(rows, c.hidden)];
             let gate = &gate[scaled(rows, c.ffn)];
             adapter.layer(layer).down.add(gate, [out], inner, threads);
         }
-        Ok(())
+        come_back(post.map(|norms| &norms.ffn), c.norm_eps, h, x)
     }
 
     fn linear(
@@ -213,6 +220,48 @@ impl Llama {
         matrix.times(x, out, into, threads);
         Ok(())
     }
+}
+
+/// Adds the biases to queries, keys and values, and norms the heads, where the layer does so.
+fn complete(layer: &LayerWeights, eps: f64, [q, k, v]: [&mut [f32]; 3]) -> Result<(), ModelError> {
+    if let Some(bias) = &layer.bias {
+        add_bias(q, &View::new(&bias.q)?);
+        add_bias(k, &View::new(&bias.k)?);
+        add_bias(v, &View::new(&bias.v)?);
+    }
+    if let Some(norms) = &layer.head_norms {
+        rms_norm(q, &View::new(&norms.q)?, eps as f32);
+        rms_norm(k, &View::new(&norms.k)?, eps as f32);
+    }
+    Ok(())
+}
+
+/// Where a block writes: to the residual stream `x`, or to `h` where a norm comes before that.
+fn way_back<'a>(
+    post: Option<&PostNorms>,
+    x: &'a mut [f32],
+    h: &'a mut [f32],
+) -> (&'a mut [f32], Into) {
+    match post {
+        None => (x, Into::Add),
+        Some(_) => (h, Into::Replace),
+    }
+}
+
+/// Adds `h` to `x`, normed, where a norm comes before that.
+fn come_back(
+    post: Option<&Tensor>,
+    eps: f64,
+    h: &mut [f32],
+    x: &mut [f32],
+) -> Result<(), ModelError> {
+    if let Some(weight) = post {
+        rms_norm(h, &View::new(weight)?, eps as f32);
+        for (x, h) in x.iter_mut().zip(h) {
+            *x += *h;
+        }
+    }
+    Ok(())
 }
 
 /// Neighbouring rows with one adapter.
@@ -263,6 +312,7 @@ fn mix(
         stretches.push(run.own.layer(layer));
         let rows = rows.start * c.q_width()..rows.end * c.q_width();
         let (queries, out) = (&state.q[rows.clone()], &mut state.mixed[rows]);
-        attend(c, queries, &stretches, out, &mut state.scores, threads);
+        let scores = &mut state.scores;
+        attend(c, layer, queries, &stretches, out, scores, threads);
     }
 }

@@ -1,10 +1,11 @@
 //! Against the reference implementations: what `transformers` and PEFT compute, as recorded by
 //! `parity/record.py`.
 //!
-//! Here the tiny models in `parity/tiny/`, which are checked everywhere; in `smollm2` the real
-//! one.
+//! Here the tiny models in `parity/tiny/`, which are checked everywhere; in `families` those of
+//! other architectures than Llama; in `smollm2` the real one.
 #![allow(clippy::unwrap_used)]
 
+mod families;
 mod smollm2;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use crate::base_model::BaseModel;
+use crate::chat_template::ChatMessage;
 use crate::llama::{Llama, Precision, Run};
 use crate::lora::{LoraAdapter, LoraConfig, LoraPair, Module};
 use crate::train::{TrainRow, gradients};
@@ -74,6 +76,34 @@ struct Trained {
 }
 
 #[derive(Deserialize)]
+struct Encoded {
+    text: String,
+    tokens: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+struct Chat {
+    messages: Vec<ChatMessage>,
+    asking: String,
+    told: String,
+}
+
+fn check_tokens(base: &BaseModel, recorded: &[Encoded]) {
+    for Encoded { text, tokens } in recorded {
+        let got = base.tokenizer.encode(text, true).unwrap();
+        assert_eq!(&got, tokens, "{text:?}");
+    }
+}
+
+fn check_chats(base: &BaseModel, recorded: &[Chat]) {
+    for chat in recorded {
+        let render = |asking| base.chat.render(&chat.messages, asking).unwrap();
+        assert_eq!(render(true), chat.asking);
+        assert_eq!(render(false), chat.told);
+    }
+}
+
+#[derive(Deserialize)]
 struct Tiny {
     models: BTreeMap<String, Case>,
     adapters: BTreeMap<String, Trained>,
@@ -102,18 +132,20 @@ fn logits_of_every_kind_of_file_equal_transformers() {
 #[test]
 fn eight_bits_are_close_to_f32() {
     let (case, base) = (&tiny().models["mixed.gguf"], tiny_base("mixed.gguf"));
-    let exact = logits(
-        &Llama::new(base.clone(), None, Precision::F32).unwrap(),
-        &case.tokens,
-    );
-    let rounded = logits(
-        &Llama::new(base, None, Precision::Int8).unwrap(),
-        &case.tokens,
-    );
+    let share = rounding(&base, &case.tokens);
+    assert!(share > 0.0 && share < 0.03, "off by {share} of the logits");
+}
+
+/// How far 8 bits move the logits after `tokens`, as a share of their size.
+fn rounding(base: &Arc<BaseModel>, tokens: &[u32]) -> f32 {
+    let compute = |precision| {
+        let llama = Llama::new(base.clone(), None, precision).unwrap();
+        logits(&llama, tokens)
+    };
+    let (exact, rounded) = (compute(Precision::F32), compute(Precision::Int8));
     let size = exact.iter().map(|v| v * v).sum::<f32>().sqrt();
     let off = exact.iter().zip(&rounded).map(|(a, b)| (a - b) * (a - b));
-    let share = off.sum::<f32>().sqrt() / size;
-    assert!(share > 0.0 && share < 0.03, "off by {share} of the logits");
+    off.sum::<f32>().sqrt() / size
 }
 
 #[test]
@@ -143,41 +175,44 @@ fn adapters_that_peft_wrote_compute_what_peft_computes() {
 #[test]
 fn gradients_equal_those_of_peft() {
     for (name, trained) in tiny().adapters {
-        let base = tiny_base("rope");
         let files = folder().join("tiny").join(format!("peft-{name}"));
-        let adapter = LoraAdapter::load(&files, &base.weights.config).unwrap();
-        let rows: Vec<TrainRow> = trained
-            .rows
-            .into_iter()
-            .map(|row| TrainRow {
-                prompt: row.prompt,
-                target: row.target,
-            })
-            .collect();
-        let (loss, grads) = gradients(&base.weights, &adapter, &rows);
-        assert!((loss - trained.loss).abs() < 1e-5, "{name}: {loss}");
-        let mut seen = 0;
-        for (layer, pairs) in grads.layers.iter().enumerate() {
-            for (module, pair) in pairs {
-                for (factor, got) in [("lora_A", &pair.a), ("lora_B", &pair.b)] {
-                    let block = Module::from_name(module).unwrap().block();
-                    let key = format!(
-                        "base_model.model.model.layers.{layer}.{block}.{module}.{factor}.weight"
-                    );
-                    let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
-                    let wanted = &trained.gradients[&key];
-                    let size = wanted.iter().fold(0f32, |most, v| most.max(v.abs()));
-                    let off = worst(&got, wanted);
-                    assert!(
-                        size > 0.0 && off < 1e-4 * (1.0 + size),
-                        "{name} {key}: {off}"
-                    );
-                    seen += 1;
-                }
+        check_gradients(&name, &tiny_base("rope"), &files, trained);
+    }
+}
+
+fn check_gradients(name: &str, base: &BaseModel, files: &Path, trained: Trained) {
+    let adapter = LoraAdapter::load(files, &base.weights.config).unwrap();
+    let rows: Vec<TrainRow> = trained
+        .rows
+        .into_iter()
+        .map(|row| TrainRow {
+            prompt: row.prompt,
+            target: row.target,
+        })
+        .collect();
+    let (loss, grads) = gradients(&base.weights, &adapter, &rows);
+    assert!((loss - trained.loss).abs() < 1e-5, "{name}: {loss}");
+    let mut seen = 0;
+    for (layer, pairs) in grads.layers.iter().enumerate() {
+        for (module, pair) in pairs {
+            for (factor, got) in [("lora_A", &pair.a), ("lora_B", &pair.b)] {
+                let block = Module::from_name(module).unwrap().block();
+                let key = format!(
+                    "base_model.model.model.layers.{layer}.{block}.{module}.{factor}.weight"
+                );
+                let got: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
+                let wanted = &trained.gradients[&key];
+                let size = wanted.iter().fold(0f32, |most, v| most.max(v.abs()));
+                let off = worst(&got, wanted);
+                assert!(
+                    size > 0.0 && off < 1e-4 * (1.0 + size),
+                    "{name} {key}: {off}"
+                );
+                seen += 1;
             }
         }
-        assert_eq!(seen, trained.gradients.len());
     }
+    assert_eq!(seen, trained.gradients.len());
 }
 
 /// An adapter of plain numbers, the same on every machine.

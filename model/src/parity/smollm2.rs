@@ -12,26 +12,14 @@ use std::sync::{Arc, LazyLock};
 
 use serde::Deserialize;
 
-use super::{adapter_of_ours, folder, logits, read, worst};
+use super::{Chat, Encoded, adapter_of_ours, check_chats, check_tokens};
+use super::{folder, logits, read, worst};
 use crate::base_model::BaseModel;
 use crate::chat_template::ChatMessage;
 use crate::llama::{Llama, Precision, Run};
 
 fn full() -> bool {
     std::env::var("FLOWRUN_E2E").is_ok_and(|value| value == "full")
-}
-
-#[derive(Deserialize)]
-struct Encoded {
-    text: String,
-    tokens: Vec<u32>,
-}
-
-#[derive(Deserialize)]
-struct Chat {
-    messages: Vec<ChatMessage>,
-    asking: String,
-    told: String,
 }
 
 #[derive(Deserialize)]
@@ -101,15 +89,8 @@ fn tokens_equal_the_reference() {
     let Some((recorded, base)) = smollm2() else {
         return;
     };
-    let count = recorded.tokenizer.len();
-    for Encoded { text, tokens } in recorded.tokenizer {
-        assert_eq!(
-            base.tokenizer.encode(&text, true).unwrap(),
-            tokens,
-            "{text:?}"
-        );
-    }
-    println!("{count} texts have equal tokens");
+    check_tokens(base, &recorded.tokenizer);
+    println!("{} texts have equal tokens", recorded.tokenizer.len());
 }
 
 #[test]
@@ -117,11 +98,7 @@ fn chats_equal_the_reference() {
     let Some((recorded, base)) = smollm2() else {
         return;
     };
-    for chat in recorded.chats {
-        let render = |asking| base.chat.render(&chat.messages, asking).unwrap();
-        assert_eq!(render(true), chat.asking);
-        assert_eq!(render(false), chat.told);
-    }
+    check_chats(base, &recorded.chats);
 }
 
 #[test]

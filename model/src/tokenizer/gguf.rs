@@ -1,4 +1,5 @@
-//! A byte-level BPE tokenizer from the metadata of a GGUF file.
+//! A tokenizer from the metadata of a GGUF file: byte-level BPE here, the other kind in
+//! `sentence_piece`.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -7,7 +8,7 @@ use tokenizers::AddedToken;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::{BPE, Vocab};
 
-use super::{Tokenizer, pre_tokenizer};
+use super::{Tokenizer, pre_tokenizer, sentence_piece};
 
 /// GGUF's token types: control tokens are special, user-defined ones are matched whole.
 const CONTROL: i64 = 3;
@@ -16,14 +17,30 @@ const USER_DEFINED: i64 = 4;
 /// Builds the tokenizer, or says in a sentence what the metadata lacks.
 pub(crate) fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Tokenizer, String> {
     let model = string(metadata, "tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        return Err(format!(
-            "the tokenizer model `{model}` is not supported, only `gpt2` (byte-level BPE); use \
-             the model's safetensors folder with its tokenizer.json"
-        ));
-    }
     let tokens = strings(metadata, "tokenizer.ggml.tokens")?;
-    let merges = merges(&tokens, strings(metadata, "tokenizer.ggml.merges")?)?;
+    let mut inner = match model {
+        "gpt2" => byte_level(metadata, &tokens)?,
+        "llama" => sentence_piece::build(metadata, &tokens)?,
+        _ => {
+            return Err(format!(
+                "the tokenizer model `{model}` is not supported, only `gpt2` (byte-level BPE) and \
+                 `llama` (SentencePiece); use the model's safetensors folder with its \
+                 tokenizer.json"
+            ));
+        }
+    };
+    add_special(&mut inner, metadata, &tokens)?;
+    Ok(Tokenizer::new(
+        inner,
+        eos(metadata, tokens.len())?.as_slice(),
+    ))
+}
+
+fn byte_level(
+    metadata: &HashMap<String, Value>,
+    tokens: &[&str],
+) -> Result<tokenizers::Tokenizer, String> {
+    let merges = merges(tokens, strings(metadata, "tokenizer.ggml.merges")?)?;
     let pre = string(metadata, "tokenizer.ggml.pre").unwrap_or("default");
     let ids = tokens
         .iter()
@@ -36,13 +53,12 @@ pub(crate) fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Tokenizer, 
         .build()
         .map_err(|e| format!("the merges do not fit the vocabulary: {e}"))?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
+    inner
+        .with_normalizer(pre_tokenizer::normalizer(pre))
+        .map_err(|e| e.to_string())?;
     inner.with_pre_tokenizer(Some(pre_tokenizer::by_name(pre)?));
     inner.with_decoder(Some(ByteLevel::default()));
-    add_special(&mut inner, metadata, &tokens)?;
-    Ok(Tokenizer::new(
-        inner,
-        eos(metadata, tokens.len())?.as_slice(),
-    ))
+    Ok(inner)
 }
 
 /// The token that ends a turn, where one is named.
@@ -203,6 +219,20 @@ pub(crate) mod tests {
         let plain = tokenizer.encode("<|im_end|>", false).unwrap();
         assert!(plain.len() > 1 && !plain.contains(&2));
         assert_eq!(tokenizer.decode(&plain).unwrap(), "<|im_end|>");
+    }
+
+    #[test]
+    fn qwen_reads_composed_characters() {
+        let mut metadata = tiny_metadata();
+        let pre = Value::String("qwen2".to_owned());
+        metadata.insert("tokenizer.ggml.pre".to_owned(), pre);
+        let qwen = from_gguf(&metadata).unwrap();
+        let encode = |tokenizer: &Tokenizer, text| tokenizer.encode(text, true).unwrap();
+        for text in ["e\u{301}", "a\u{308}rd<|im_end|>"] {
+            let plain = encode(&tiny_tokenizer(), text);
+            assert!(encode(&qwen, text).len() < plain.len(), "{text}");
+        }
+        assert_eq!(qwen.decode(&encode(&qwen, "e\u{301}")).unwrap(), "é");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod gguf;
 mod hugging_face;
 mod pre_tokenizer;
+mod sentence_piece;
 mod stream;
 
 use std::path::Path;
@@ -20,13 +21,15 @@ use crate::error::ModelError;
 pub(crate) use gguf::tests::tiny_tokenizer;
 
 /// Tokens that end a turn under any of the usual chat formats.
-const TURN_ENDS: [&str; 6] = [
+const TURN_ENDS: [&str; 8] = [
     "<|im_end|>",
     "<|endoftext|>",
     "<|eot_id|>",
     "<|end_of_text|>",
     "<|eom_id|>",
     "</s>",
+    "<end_of_turn>",
+    "<eos>",
 ];
 
 /// The tokenizer of one model.

@@ -1,9 +1,11 @@
 //! Pre-tokenizers: how text is cut into words before BPE merges, by the name that a GGUF file
 //! gives (`tokenizer.ggml.pre`).
 //!
-//! To add one: a line in [`REGEXES`], or an arm in [`by_name`].
+//! To add one: a line in [`REGEXES`], or an arm in [`by_name`]; and one in [`normalizer`] where the
+//! models with it read normalised text.
 
 use tokenizers::PreTokenizerWrapper;
+use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::{
     byte_level::ByteLevel,
     digits::Digits,
@@ -44,6 +46,11 @@ pub(super) fn by_name(name: &str) -> Result<PreTokenizerWrapper, String> {
             )),
         },
     }
+}
+
+/// What is done to text before it is cut, by the same name.
+pub(super) fn normalizer(name: &str) -> Option<NFC> {
+    (name == "qwen2").then_some(NFC)
 }
 
 fn byte_level(use_regex: bool) -> ByteLevel {

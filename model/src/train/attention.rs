@@ -6,6 +6,8 @@
 //! their square. Invariant: gradients that several spans send to the prefix are added in the
 //! order of the spans, so equal inputs give equal bits.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::pack::Pack;
@@ -44,6 +46,8 @@ pub(super) struct Attention<'a> {
     dim: usize,
     tokens: usize,
     layer: usize,
+    /// How many columns a row sees at most, its own included.
+    window: Option<usize>,
     spans: &'a [Span],
     past: &'a [Vec<Past>],
     q: &'a [f32],
@@ -97,6 +101,7 @@ impl<'a> Attention<'a> {
             dim: config.head_dim,
             tokens,
             layer,
+            window: config.window(layer),
             spans,
             past,
             q,
@@ -122,9 +127,9 @@ impl<'a> Attention<'a> {
             |scratch, (head, span, out, sums)| {
                 let width = self.scores(&mut scratch.p, head, span);
                 for (row, (p, sum)) in scratch.p.chunks_exact_mut(width).zip(sums).enumerate() {
-                    let (seen, hidden) = p.split_at_mut(span.before() + row + 1);
-                    *sum = vector::softmax_row(seen, self.scale());
-                    hidden.fill(0.0);
+                    let seen = self.seen(span, row);
+                    *sum = vector::softmax_row(&mut p[seen.clone()], self.scale());
+                    hide(p, &seen);
                 }
                 let kv_head = head / self.group;
                 let values = self.parts(1, kv_head, span);
@@ -212,17 +217,17 @@ impl<'a> Attention<'a> {
             let probabilities = scratch.p.chunks_exact_mut(width);
             let gradients = scratch.dp.chunks_exact_mut(width);
             for (row, (p, dp)) in probabilities.zip(gradients).enumerate() {
-                let (seen, hidden) = p.split_at_mut(span.before() + row + 1);
+                let seen = self.seen(span, row);
                 let log_sum = given.log_sums[head * self.tokens + span.start + row];
-                vector::softmax_again_row(seen, self.scale(), log_sum);
-                hidden.fill(0.0);
+                vector::softmax_again_row(&mut p[seen.clone()], self.scale(), log_sum);
+                hide(p, &seen);
                 let at = at + row * rows;
                 let here = at..at + self.dim;
                 // Σ p·dp over a row equals its output times the output's gradient.
                 let dot = vector::dot(&given.out[here.clone()], &given.d_out[here]);
-                let (seen_d, hidden_d) = dp.split_at_mut(seen.len());
-                vector::softmax_backward_row(seen_d, seen, dot, self.scale());
-                hidden_d.fill(0.0);
+                let (seen_p, seen_d) = (&p[seen.clone()], &mut dp[seen.clone()]);
+                vector::softmax_backward_row(seen_d, seen_p, dot, self.scale());
+                hide(dp, &seen);
             }
 
             self.times(dq, &scratch.dp, span, &self.parts(0, kv_head, span));
@@ -241,6 +246,14 @@ impl<'a> Attention<'a> {
             }
         }
         shared
+    }
+
+    /// The columns that a row of a span sees. They stand for tokens one after the other, from the
+    /// sequence's first on.
+    fn seen(&self, span: Span, row: usize) -> Range<usize> {
+        let end = span.before() + row + 1;
+        let first = self.window.map_or(0, |window| end.saturating_sub(window));
+        first..end
     }
 
     fn scale(&self) -> f32 {
@@ -305,6 +318,12 @@ impl<'a> Attention<'a> {
             self.dim,
         )
     }
+}
+
+/// Clears what a row does not see.
+fn hide(row: &mut [f32], seen: &Range<usize>) {
+    row[..seen.start].fill(0.0);
+    row[seen.end..].fill(0.0);
 }
 
 /// The rows of each span, `width` values a row.

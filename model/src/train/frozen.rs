@@ -14,6 +14,12 @@ pub(super) struct FrozenLayer<'a> {
     pub(super) attn_norm: View<'a>,
     pub(super) ffn_norm: View<'a>,
     pub(super) modules: [View<'a>; 7],
+    /// Biases of queries, keys and values.
+    pub(super) bias: Option<[View<'a>; 3]>,
+    /// Norms of each head's queries and keys.
+    pub(super) head_norms: Option<[View<'a>; 2]>,
+    /// Norms of what attention and feed-forward layer add to the residual stream.
+    pub(super) post_norms: Option<[View<'a>; 2]>,
 }
 
 /// The whole model.
@@ -49,6 +55,28 @@ impl<'a> Frozen<'a> {
                     get(&w.up, c.ffn * c.hidden, "up")?,
                     get(&w.down, c.hidden * c.ffn, "down")?,
                 ],
+                bias: match &w.bias {
+                    Some(bias) => Some([
+                        get(&bias.q, q, "q bias")?,
+                        get(&bias.k, kv, "k bias")?,
+                        get(&bias.v, kv, "v bias")?,
+                    ]),
+                    None => None,
+                },
+                head_norms: match &w.head_norms {
+                    Some(norms) => Some([
+                        get(&norms.q, c.head_dim, "q norm")?,
+                        get(&norms.k, c.head_dim, "k norm")?,
+                    ]),
+                    None => None,
+                },
+                post_norms: match &w.post_norms {
+                    Some(norms) => Some([
+                        get(&norms.attn, c.hidden, "norm after attention")?,
+                        get(&norms.ffn, c.hidden, "norm after the feed-forward layer")?,
+                    ]),
+                    None => None,
+                },
             })
         });
         Ok(Self {

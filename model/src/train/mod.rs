@@ -8,7 +8,7 @@
 //! | `pack` | rows as one matrix without padding, common prefixes once |
 //! | `activated`, `past` | what comes before an activated adapter's invocation |
 //! | `network`, `tape` | forward and backward of the model, and what lies between them |
-//! | `linear`, `attention`, `head`, `norm`, `rope` | its parts |
+//! | `linear`, `attention`, `head`, `norm`, `residual`, `rope` | its parts |
 //! | `params`, `frozen` | trained and frozen values as plain slices |
 //!
 //! The arithmetic is in `kernels/`. Knows no text and no prompt. Computes in f32 on the CPU, in the current rayon pool. Invariant:
@@ -31,6 +31,7 @@ mod params;
 mod past;
 #[cfg(test)]
 mod reference;
+mod residual;
 mod rope;
 mod row;
 mod schedule;

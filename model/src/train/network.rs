@@ -15,9 +15,11 @@ use super::order::mix;
 use super::pack::Pack;
 use super::params::Layout;
 use super::past::Stretch;
+use super::residual::Residual;
 use super::rope::{Rope, Turn};
 use super::tape::{Keep, LayerTape, Room, Tape};
 use crate::kernels::matmul::Into;
+use crate::kernels::rows::add_bias;
 use crate::kernels::vector;
 
 /// First module and number of modules of each group, in the order of `Module::ALL`.
@@ -31,7 +33,8 @@ const DOWN: usize = 3;
 pub(super) struct Network<'a> {
     pub(super) frozen: &'a Frozen<'a>,
     pub(super) layout: &'a Layout,
-    pub(super) rope: &'a Rope,
+    /// One for each of the model's frequency tables.
+    pub(super) ropes: &'a [Rope],
     /// `alpha / rank`.
     pub(super) scale: f32,
     /// Share of the adapters' inputs to drop, with the seed of this pass.
@@ -156,12 +159,50 @@ impl Network<'_> {
         }
     }
 
+    fn rope(&self, layer: usize) -> &Rope {
+        &self.ropes[self.frozen.config.frequency_table(layer)]
+    }
+
+    /// The way of a layer's attention (0) or feed-forward layer (1) into the residual stream.
+    fn residual(&self, layer: usize, block: usize) -> Residual<'_> {
+        let norms = self.frozen.layers[layer].post_norms.as_ref();
+        Residual {
+            norm: norms.map(|norms| &norms[block][..]),
+            eps: self.frozen.config.norm_eps,
+        }
+    }
+
     fn attention<'b>(&self, layer: usize, pack: &'b Pack, tape: &'b LayerTape) -> Attention<'b> {
         let values = [&tape.q[..], &tape.k, &tape.v];
         Attention::new(self.frozen.config, layer, pack, values)
     }
 
-    /// `middle = x + out_proj(attention(norm(x)))`.
+    /// Biases on queries, keys and values, and norms of their heads, where the layer has them.
+    fn complete(&self, layer: usize, tape: &mut LayerTape, room: &mut Room) {
+        let frozen = &self.frozen.layers[layer];
+        if let Some(biases) = &frozen.bias {
+            let rows = [&mut room.q, &mut room.k, &mut room.v];
+            for (rows, bias) in rows.into_iter().zip(biases) {
+                let rows = rows.par_chunks_mut(64 * bias.len());
+                rows.for_each(|rows| add_bias(rows, bias));
+            }
+        }
+        if let Some([q, k]) = &frozen.head_norms {
+            let eps = self.frozen.config.norm_eps;
+            norm::forward_in_place(&mut room.q, &mut tape.q_norm, q, eps);
+            norm::forward_in_place(&mut room.k, &mut tape.k_norm, k, eps);
+        }
+    }
+
+    /// The gradients of what [`Network::complete`] made, in `room`, become those of what it got.
+    fn complete_backward(&self, layer: usize, tape: &LayerTape, room: &mut Room) {
+        if let Some([q, k]) = &self.frozen.layers[layer].head_norms {
+            norm::backward_in_place(&mut room.q, &tape.q_norm, q, &mut room.q_heads);
+            norm::backward_in_place(&mut room.k, &tape.k_norm, k, &mut room.k_heads);
+        }
+    }
+
+    /// `middle = x + out_proj(attention(norm(x)))`, where the model has a norm after it, with that.
     fn attend(
         &self,
         layer: usize,
@@ -176,27 +217,30 @@ impl Network<'_> {
         let rows = &mut [&mut room.q[..], &mut room.k[..], &mut room.v[..]];
         let linear = self.linear(layer, QKV, params, pack);
         linear.forward(&room.hidden, &mut tape.inner[QKV], Into::Replace, rows);
-        let at = &pack.positions;
-        self.rope.split(&mut tape.q, &room.q, at, Turn::Forward);
-        self.rope.split(&mut tape.k, &room.k, at, Turn::Forward);
-        self.rope.split(&mut tape.v, &room.v, at, Turn::None);
+        self.complete(layer, tape, room);
+        let (rope, at) = (self.rope(layer), &pack.positions);
+        rope.split(&mut tape.q, &room.q, at, Turn::Forward);
+        rope.split(&mut tape.k, &room.k, at, Turn::Forward);
+        rope.split(&mut tape.v, &room.v, at, Turn::None);
         let mut log_sums = std::mem::take(&mut tape.log_sums);
         self.attention(layer, pack, tape)
             .forward(&mut room.q_heads, &mut log_sums);
         tape.log_sums = log_sums;
-        self.rope
-            .merge(&mut tape.attended, &room.q_heads, at, Turn::None);
+        rope.merge(&mut tape.attended, &room.q_heads, at, Turn::None);
         tape.middle.copy_from_slice(&tape.x);
         let linear = self.linear(layer, OUT, params, pack);
-        linear.forward(
+        self.residual(layer, 0).forward(
+            &linear,
             &tape.attended,
             &mut tape.inner[OUT],
-            Into::Add,
-            &mut [&mut tape.middle],
+            &mut tape.attn_post,
+            &mut room.hidden,
+            &mut tape.middle,
         );
     }
 
-    /// `next = middle + down(silu(gate(norm(middle))) · up(norm(middle)))`.
+    /// `next = middle + down(activation(gate(norm(middle))) · up(norm(middle)))`, where the model
+    /// has a norm after it, with that.
     fn feed_forward(
         &self,
         layer: usize,
@@ -218,10 +262,18 @@ impl Network<'_> {
         let linear = self.linear(layer, GATE_UP, params, pack);
         let rows = &mut [&mut tape.gate[..], &mut tape.up[..]];
         linear.forward(&room.hidden, &mut tape.inner[GATE_UP], Into::Replace, rows);
-        vector::swiglu(&mut room.ffn, &tape.gate, &tape.up);
+        let activation = self.frozen.config.parts.activation;
+        vector::glu(activation, &mut room.ffn, &tape.gate, &tape.up);
         next.copy_from_slice(&tape.middle);
         let linear = self.linear(layer, DOWN, params, pack);
-        linear.forward(&room.ffn, &mut tape.inner[DOWN], Into::Add, &mut [next]);
+        self.residual(layer, 1).forward(
+            &linear,
+            &room.ffn,
+            &mut tape.inner[DOWN],
+            &mut tape.ffn_post,
+            &mut room.hidden,
+            next,
+        );
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -236,14 +288,17 @@ impl Network<'_> {
         dx: &mut [f32],
     ) {
         let down = self.linear(layer, DOWN, params, pack);
+        let residual = self.residual(layer, 1);
+        let d_down = residual.backward(&tape.ffn_post, dx, &mut room.hidden2);
         down.backward(
-            &[dx],
+            &[d_down],
             &tape.inner[DOWN],
             &mut room.inner,
             grads,
             Some(&mut room.ffn),
         );
-        vector::swiglu_backward(&mut room.ffn, &mut tape.gate, &mut tape.up);
+        let activation = self.frozen.config.parts.activation;
+        vector::glu_backward(activation, &mut room.ffn, &mut tape.gate, &mut tape.up);
         down.backward_a(&room.ffn, &room.inner, grads);
 
         let gate_up = self.linear(layer, GATE_UP, params, pack);
@@ -273,8 +328,10 @@ impl Network<'_> {
         dx: &mut [f32],
     ) {
         let out = self.linear(layer, OUT, params, pack);
+        let residual = self.residual(layer, 0);
+        let d_out = residual.backward(&tape.attn_post, dx, &mut room.hidden2);
         out.backward(
-            &[dx],
+            &[d_out],
             &tape.inner[OUT],
             &mut room.inner,
             grads,
@@ -290,10 +347,11 @@ impl Network<'_> {
         let (dq, dk, dv) = (&mut room.q_heads, &mut room.k_heads, &mut room.v_heads);
         self.attention(layer, pack, tape)
             .backward(&given, dq, dk, dv);
-        let at = &pack.positions;
-        self.rope.merge(&mut room.q, dq, at, Turn::Backward);
-        self.rope.merge(&mut room.k, dk, at, Turn::Backward);
-        self.rope.merge(&mut room.v, dv, at, Turn::None);
+        let (rope, at) = (self.rope(layer), &pack.positions);
+        rope.merge(&mut room.q, dq, at, Turn::Backward);
+        rope.merge(&mut room.k, dk, at, Turn::Backward);
+        rope.merge(&mut room.v, dv, at, Turn::None);
+        self.complete_backward(layer, tape, room);
 
         // Below the first layer there is nothing left to train.
         let d_hidden = (layer > 0).then_some(&mut room.hidden[..]);

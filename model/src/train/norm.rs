@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::tape::NormTape;
 use crate::kernels::vector;
 
 /// Rows per parallel task.
@@ -37,4 +38,23 @@ pub(super) fn backward(dx: &mut [f32], dy: &[f32], inverse: &[f32], x: &[f32], w
         .for_each(|(((dx, dy), x), inverse)| {
             vector::rms_norm_backward_row(dx, dy, x, weight, *inverse);
         });
+}
+
+/// Normalises `rows` in place, in rows as wide as `weight`, and records it.
+pub(super) fn forward_in_place(rows: &mut Vec<f32>, tape: &mut NormTape, weight: &[f32], eps: f64) {
+    std::mem::swap(rows, &mut tape.x);
+    forward(rows, &mut tape.inverse, &tape.x, weight, eps);
+}
+
+/// Turns the gradient of a recorded norm's result into that of its input. `spare` is room of the
+/// same size.
+pub(super) fn backward_in_place(
+    d: &mut Vec<f32>,
+    tape: &NormTape,
+    weight: &[f32],
+    spare: &mut Vec<f32>,
+) {
+    spare.fill(0.0);
+    backward(spare, d, &tape.inverse, &tape.x, weight);
+    std::mem::swap(d, spare);
 }

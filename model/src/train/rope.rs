@@ -27,9 +27,13 @@ pub(super) enum Turn {
 }
 
 impl Rope {
-    /// Tables for positions below `positions`.
-    pub(super) fn new(config: &LlamaConfig, positions: usize) -> Self {
-        let frequencies = config.inverse_frequencies();
+    /// Tables for positions below `positions`, one for each of the model's frequency tables.
+    pub(super) fn tables(config: &LlamaConfig, positions: usize) -> Vec<Self> {
+        let tables = config.frequency_tables().into_iter();
+        tables.map(|table| Self::new(&table, positions)).collect()
+    }
+
+    fn new(frequencies: &[f64], positions: usize) -> Self {
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         let (sin, cos) = angles
             .map(|angle| (angle.sin() as f32, angle.cos() as f32))
@@ -37,7 +41,7 @@ impl Rope {
         Self {
             cos,
             sin,
-            half: config.head_dim / 2,
+            half: frequencies.len(),
         }
     }
 
@@ -92,6 +96,7 @@ impl Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::LayerParts;
 
     #[test]
     fn backward_undoes_forward() {
@@ -108,8 +113,10 @@ mod tests {
             rope_scaling: None,
             norm_eps: 1e-5,
             tied_head: true,
+            parts: LayerParts::LLAMA,
+            local: None,
         };
-        let rope = Rope::new(&config, 10);
+        let rope = Rope::tables(&config, 10).remove(0);
         let rows: Vec<f32> = (0..5 * 12).map(|i| i as f32).collect();
         let positions = [0, 1, 2, 7, 9];
         let (mut heads, mut back) = (vec![0.0; 60], vec![0.0; 60]);

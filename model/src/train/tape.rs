@@ -33,6 +33,23 @@ pub(super) struct LayerTape {
     pub(super) up: Vec<f32>,
     /// `x·Aᵀ` of each group.
     pub(super) inner: [Vec<f32>; 4],
+    /// Of the queries' norm, where there is one.
+    pub(super) q_norm: NormTape,
+    /// Of the keys' norm, where there is one.
+    pub(super) k_norm: NormTape,
+    /// Of the norm after the attention, where there is one.
+    pub(super) attn_post: NormTape,
+    /// Of the norm after the feed-forward layer, where there is one.
+    pub(super) ffn_post: NormTape,
+}
+
+/// What a norm that not every model has leaves for the backward pass; empty without it.
+#[derive(Default)]
+pub(super) struct NormTape {
+    /// Its input.
+    pub(super) x: Vec<f32>,
+    /// `1 / rms` of every row of it.
+    pub(super) inverse: Vec<f32>,
 }
 
 /// Room for values that do not outlive a layer.
@@ -121,6 +138,18 @@ impl Tape {
             size(&mut tape.up, model.ffn);
             for (inner, group) in tape.inner.iter_mut().zip(groups) {
                 size(inner, group.inner);
+            }
+            if model.parts.head_norms {
+                size(&mut tape.q_norm.x, q);
+                size(&mut tape.q_norm.inverse, model.heads);
+                size(&mut tape.k_norm.x, kv);
+                size(&mut tape.k_norm.inverse, model.kv_heads);
+            }
+            if model.parts.post_norms {
+                for post in [&mut tape.attn_post, &mut tape.ffn_post] {
+                    size(&mut post.x, model.hidden);
+                    size(&mut post.inverse, 1);
+                }
             }
         }
         size(&mut self.out, model.hidden);

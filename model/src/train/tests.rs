@@ -13,6 +13,7 @@ use super::rope::Rope;
 use super::tape::{Keep, Tape};
 use super::tiny;
 use super::{Hooks, TrainConfig, TrainRow, Trainer, TrainerState};
+use crate::architecture;
 use crate::error::ModelError;
 use crate::lora::{LoraAdapter, LoraConfig, Module};
 use crate::weights::LlamaWeights;
@@ -49,11 +50,11 @@ impl<'a> Probe<'a> {
 
     fn run(&self, params: &[f32], mut grads: Option<&mut [f32]>) -> f64 {
         let frozen = Frozen::new(self.weights).unwrap();
-        let rope = Rope::new(&self.weights.config, 64);
+        let ropes = Rope::tables(&self.weights.config, 64);
         let network = Network {
             frozen: &frozen,
             layout: &self.layout,
-            rope: &rope,
+            ropes: &ropes,
             scale: self.scale,
             dropout: self.dropout,
         };
@@ -125,11 +126,14 @@ fn close(a: &[f32], b: &[f32]) {
 
 #[test]
 fn gradients_equal_finite_differences() {
-    let (weights, rows) = (tiny::weights(1), tiny::rows(4, 2));
-    for share_prefix in [false, true] {
-        let probe = Probe::new(&weights, &lora(), vec![pack(&rows, share_prefix)]);
-        let start = tiny::adapter(&lora(), &weights.config, 3);
-        probe.check_gradient(&probe.layout.flatten(&start).unwrap());
+    let rows = tiny::rows(4, 2);
+    for architecture in architecture::ALL {
+        let weights = tiny::weights_of(architecture, 1);
+        for share_prefix in [false, true] {
+            let probe = Probe::new(&weights, &lora(), vec![pack(&rows, share_prefix)]);
+            let start = tiny::adapter(&lora(), &weights.config, 3);
+            probe.check_gradient(&probe.layout.flatten(&start).unwrap());
+        }
     }
 }
 
@@ -184,14 +188,17 @@ fn a_shared_prefix_and_split_passes_change_nothing() {
 
 #[test]
 fn computing_activations_again_changes_no_bit() {
-    let (weights, rows) = (tiny::weights(8), tiny::rows(6, 9));
-    let mut probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
-    probe.dropout = Some(Dropout { share: 0.2, key: 3 });
-    let start = tiny::adapter(&lora(), &weights.config, 3);
-    let params = probe.layout.flatten(&start).unwrap();
-    let whole = probe.gradient(&params);
-    probe.keep = Keep::Inputs;
-    assert_eq!(probe.gradient(&params), whole);
+    let rows = tiny::rows(6, 9);
+    for architecture in architecture::ALL {
+        let weights = tiny::weights_of(architecture, 8);
+        let mut probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
+        probe.dropout = Some(Dropout { share: 0.2, key: 3 });
+        let start = tiny::adapter(&lora(), &weights.config, 3);
+        let params = probe.layout.flatten(&start).unwrap();
+        let whole = probe.gradient(&params);
+        probe.keep = Keep::Inputs;
+        assert_eq!(probe.gradient(&params), whole);
+    }
 }
 
 #[test]
@@ -212,21 +219,22 @@ fn a_row_longer_than_a_pass_may_be_is_trained_all_the_same() {
 /// The loss again, computed with plain candle operations and no code of this module.
 #[test]
 fn the_loss_equals_a_plain_implementation() {
-    let (weights, rows) = (tiny::weights(1), tiny::rows(3, 2));
-    let adapter = tiny::adapter(&lora(), &weights.config, 3);
-    let probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
-    let got = probe.run(&probe.layout.flatten(&adapter).unwrap(), None);
-    let (mut sum, mut count) = (0.0, 0);
-    for row in &rows {
-        let loss = super::reference::losses(&weights, &adapter, row).unwrap();
-        count += loss.len();
-        sum += loss.iter().sum::<f64>();
+    let rows = tiny::rows(3, 2);
+    for architecture in architecture::ALL {
+        let weights = tiny::weights_of(architecture, 1);
+        let adapter = tiny::adapter(&lora(), &weights.config, 3);
+        let probe = Probe::new(&weights, &lora(), vec![pack(&rows, true)]);
+        let got = probe.run(&probe.layout.flatten(&adapter).unwrap(), None);
+        let (mut sum, mut count) = (0.0, 0);
+        for row in &rows {
+            let loss = super::reference::losses(&weights, &adapter, row).unwrap();
+            count += loss.len();
+            sum += loss.iter().sum::<f64>();
+        }
+        let wanted = sum / count as f64;
+        let name = architecture.gguf;
+        assert!((got - wanted).abs() < 1e-5, "{name}: {got} is not {wanted}");
     }
-    assert!(
-        (got - sum / count as f64).abs() < 1e-5,
-        "{got} is not {}",
-        sum / count as f64
-    );
 }
 
 fn config() -> TrainConfig {
@@ -535,6 +543,26 @@ fn an_activated_training_learns_and_resumes_and_needs_its_invocation() {
         error.contains("lacks the invocation tokens [30, 30, 30]"),
         "{error}"
     );
+}
+
+/// Before its first step an adapter changes nothing, so what it sees of the base model's part must
+/// be what one pass over the whole row sees.
+#[test]
+fn what_comes_before_an_invocation_is_seen_as_in_a_plain_pass() {
+    let rows = tiny::rows(12, 2);
+    for architecture in architecture::ALL {
+        let weights = tiny::weights_of(architecture, 1);
+        let loss = |lora| {
+            let trainer = Trainer::new(&weights, lora, config(), &rows).unwrap();
+            trainer.evaluate(&rows).unwrap().loss
+        };
+        let (plain, activated) = (loss(lora()), loss(activated()));
+        let name = architecture.gguf;
+        assert!(
+            (plain - activated).abs() < 1e-5,
+            "{name}: {activated}, not {plain}"
+        );
+    }
 }
 
 #[test]

@@ -7,9 +7,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::row::TrainRow;
-use crate::config::LlamaConfig;
+use crate::architecture::{self, Architecture, tiny_local};
+use crate::config::{LayerParts, LlamaConfig};
 use crate::lora::{LoraAdapter, LoraConfig, LoraPair, Module};
-use crate::weights::{LayerWeights, LlamaWeights};
+use crate::weights::{HeadNorms, LayerWeights, LlamaWeights, PostNorms, QkvBias};
 
 pub(crate) fn config() -> LlamaConfig {
     LlamaConfig {
@@ -25,6 +26,8 @@ pub(crate) fn config() -> LlamaConfig {
         rope_scaling: None,
         norm_eps: 1e-5,
         tied_head: false,
+        parts: LayerParts::LLAMA,
+        local: None,
     }
 }
 
@@ -36,7 +39,17 @@ fn tensor(rng: &mut ChaCha8Rng, rows: usize, columns: usize, size: f32) -> Tenso
 }
 
 pub(crate) fn weights(seed: u64) -> LlamaWeights {
-    let c = config();
+    weights_of(architecture::ALL[0], seed)
+}
+
+/// A model of another architecture than Llama.
+pub(crate) fn weights_of(architecture: &Architecture, seed: u64) -> LlamaWeights {
+    let parts = architecture.parts;
+    let c = LlamaConfig {
+        parts,
+        local: tiny_local(architecture, config().layers),
+        ..config()
+    };
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut linear =
         |out: usize, input: usize| tensor(&mut rng, out, input, 1.5 / (input as f32).sqrt());
@@ -51,6 +64,19 @@ pub(crate) fn weights(seed: u64) -> LlamaWeights {
         gate: linear(c.ffn, c.hidden),
         up: linear(c.ffn, c.hidden),
         down: linear(c.hidden, c.ffn),
+        bias: parts.qkv_bias.then(|| QkvBias {
+            q: linear(1, q).flatten_all().expect("flat"),
+            k: linear(1, kv).flatten_all().expect("flat"),
+            v: linear(1, kv).flatten_all().expect("flat"),
+        }),
+        head_norms: parts.head_norms.then(|| HeadNorms {
+            q: (linear(1, c.head_dim).flatten_all().expect("flat") + 1.0).expect("f32"),
+            k: (linear(1, c.head_dim).flatten_all().expect("flat") + 1.0).expect("f32"),
+        }),
+        post_norms: parts.post_norms.then(|| PostNorms {
+            attn: (linear(1, c.hidden).flatten_all().expect("flat") + 1.0).expect("f32"),
+            ffn: (linear(1, c.hidden).flatten_all().expect("flat") + 1.0).expect("f32"),
+        }),
     });
     let layers = layers.collect();
     LlamaWeights {

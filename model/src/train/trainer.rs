@@ -51,7 +51,7 @@ pub struct TrainOutcome {
 /// What steps share, and the room that they reuse.
 struct Workspace<'f> {
     frozen: &'f Frozen<'f>,
-    rope: Rope,
+    ropes: Vec<Rope>,
     tape: Tape,
     head: HeadRoom,
     grads: Vec<f32>,
@@ -235,7 +235,7 @@ impl<'a> Trainer<'a> {
         let invocation = self.lora.invocation_tokens.as_deref();
         let mut work = Workspace {
             frozen,
-            rope: Rope::new(model, longest),
+            ropes: Rope::tables(model, longest),
             tape: Tape::default(),
             head: HeadRoom::default(),
             grads: vec![0.0; grads],
@@ -334,7 +334,7 @@ impl<'a> Trainer<'a> {
         Network {
             frozen: work.frozen,
             layout: &self.layout,
-            rope: &work.rope,
+            ropes: &work.ropes,
             scale: self.lora.scale() as f32,
             dropout,
         }

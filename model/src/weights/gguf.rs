@@ -1,4 +1,4 @@
-//! Llama weights, tokenizer and chat template from one GGUF file.
+//! Weights, tokenizer and chat template from one GGUF file.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -8,9 +8,10 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 
-use super::{LlamaWeights, Slot, TensorSource, assemble};
+use super::{LlamaWeights, Shape, Slot, TensorSource, assemble, local_layers};
+use crate::architecture::{Architecture, LocalLayers};
 use crate::chat_template::ChatTemplate;
-use crate::config::{LlamaConfig, RopeScaling};
+use crate::config::{LlamaConfig, LocalAttention, RopeScaling};
 use crate::error::ModelError;
 use crate::gguf_header;
 use crate::tokenizer::{self, Tokenizer};
@@ -28,15 +29,24 @@ impl GgufModel {
         let (content, mut reader) = gguf_header::open(path)?;
         let bad = |reason: String| ModelError::format(path, reason);
         let metadata = &content.metadata;
-        let mut config = config(&content).map_err(bad)?;
+        let architecture = tokenizer::string(metadata, "general.architecture");
+        let architecture = architecture.and_then(Architecture::of_gguf).map_err(bad)?;
+        let mut config = config(&content, architecture).map_err(bad)?;
+        check_biases(&content, architecture).map_err(bad)?;
         let tokenizer = tokenizer::from_gguf(metadata).map_err(bad)?;
         let chat = chat(metadata)?;
         let mut source = Source {
             content: &content,
             reader: &mut reader,
+            architecture,
         };
         config.rope_scaling = source.rope_scaling().map_err(bad)?;
-        let weights = assemble(config, &mut source).map_err(bad)?;
+        let shape = Shape {
+            config,
+            architecture,
+            query_scalar: None,
+        };
+        let weights = assemble(shape, &mut source).map_err(bad)?;
         tokenizer.check_fits(weights.config.vocab).map_err(bad)?;
         Ok(Self {
             weights,
@@ -46,50 +56,89 @@ impl GgufModel {
     }
 }
 
-fn config(content: &Content) -> Result<LlamaConfig, String> {
+fn config(content: &Content, architecture: &Architecture) -> Result<LlamaConfig, String> {
     let metadata = &content.metadata;
-    let architecture = tokenizer::string(metadata, "general.architecture")?;
-    if architecture != "llama" {
-        return Err(format!(
-            "the architecture `{architecture}` is not supported, only `llama`"
-        ));
-    }
-    let optional = |key: &str| match metadata.get(key) {
+    let named = |name: &str| entry(architecture, name);
+    let optional = |name: &str| match metadata.get(&named(name)) {
         None => Ok(None),
         Some(value) => tokenizer::integer(value)
             .and_then(|v| usize::try_from(v).ok())
             .map(Some)
-            .ok_or_else(|| format!("the entry `{key}` is not a size")),
+            .ok_or_else(|| format!("the entry `{}` is not a size", named(name))),
     };
-    let size = |key: &str| optional(key)?.ok_or_else(|| format!("the entry `{key}` is missing"));
-    let (hidden, heads) = (
-        size("llama.embedding_length")?,
-        size("llama.attention.head_count")?,
-    );
-    let head_dim = match optional("llama.attention.key_length")? {
+    let missing = |name: &str| format!("the entry `{}` is missing", named(name));
+    let size = |name: &str| optional(name)?.ok_or_else(|| missing(name));
+    let number = |name: &str| float(metadata, &named(name));
+    let (hidden, heads) = (size("embedding_length")?, size("attention.head_count")?);
+    let head_dim = match optional("attention.key_length")? {
         Some(dim) => dim,
         None => hidden.checked_div(heads).unwrap_or(0),
     };
-    if optional("llama.rope.dimension_count")?.is_some_and(|dim| dim != head_dim) {
+    if optional("rope.dimension_count")?.is_some_and(|dim| dim != head_dim) {
         return Err("partial rotary embeddings are not supported".to_owned());
     }
     let embed = content.tensor_infos.get("token_embd.weight");
     let vocab = embed.and_then(|info| info.shape.dims().first().copied());
+    let layers = size("block_count")?;
+    let local = |local: &LocalLayers| {
+        const PATTERN: &str = "attention.sliding_window_pattern";
+        let layers = match metadata.get(&named(PATTERN)) {
+            Some(Value::Array(each)) => truths(each)
+                .ok_or_else(|| format!("the entry `{}` is not a list of truths", named(PATTERN)))?,
+            _ => local_layers(layers, optional(PATTERN)?.unwrap_or(local.pattern))?,
+        };
+        Ok::<_, String>(LocalAttention {
+            window: size("attention.sliding_window")?,
+            rope_theta: number("rope.freq_base_swa")?.unwrap_or(local.rope_theta),
+            layers,
+        })
+    };
     Ok(LlamaConfig {
         hidden,
-        layers: size("llama.block_count")?,
+        layers,
         heads,
-        kv_heads: optional("llama.attention.head_count_kv")?.unwrap_or(heads),
+        kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        ffn: size("llama.feed_forward_length")?,
+        ffn: size("feed_forward_length")?,
         vocab: vocab.ok_or("the tensor `token_embd.weight` is missing")?,
-        context: size("llama.context_length")?,
-        rope_theta: float(metadata, "llama.rope.freq_base")?.unwrap_or(10_000.0),
+        context: size("context_length")?,
+        rope_theta: number("rope.freq_base")?.unwrap_or(architecture.rope_theta),
         rope_scaling: None,
-        norm_eps: float(metadata, "llama.attention.layer_norm_rms_epsilon")?
-            .ok_or("the entry `llama.attention.layer_norm_rms_epsilon` is missing")?,
+        norm_eps: number(NORM_EPS)?.ok_or_else(|| missing(NORM_EPS))?,
         tied_head: !content.tensor_infos.contains_key("output.weight"),
+        parts: architecture.parts,
+        local: architecture.local.as_ref().map(local).transpose()?,
     })
+}
+
+fn truths(values: &[Value]) -> Option<Vec<bool>> {
+    let truth = |value: &Value| match value {
+        Value::Bool(truth) => Some(*truth),
+        _ => None,
+    };
+    values.iter().map(truth).collect()
+}
+
+const NORM_EPS: &str = "attention.layer_norm_rms_epsilon";
+
+/// The full name of an entry that every architecture has.
+fn entry(architecture: &Architecture, name: &str) -> String {
+    format!("{}.{name}", architecture.gguf)
+}
+
+/// Refuses biases that the architecture has not: without them every result would be another.
+fn check_biases(content: &Content, architecture: &Architecture) -> Result<(), String> {
+    let qkv = [".attn_q.bias", ".attn_k.bias", ".attn_v.bias"];
+    let known = |name: &str| architecture.parts.qkv_bias && qkv.iter().any(|b| name.ends_with(*b));
+    let biases = content.tensor_infos.keys();
+    let unknown = biases.filter(|name| name.ends_with(".bias") && !known(name));
+    match unknown.min() {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "the tensor `{name}` is not one that the architecture `{}` has",
+            architecture.gguf
+        )),
+    }
 }
 
 /// An f32 entry as the decimal that it was written as, so that 1e-5 is 1e-5 in f64 too.
@@ -124,6 +173,7 @@ fn chat(metadata: &HashMap<String, Value>) -> Result<ChatTemplate, ModelError> {
 struct Source<'a> {
     content: &'a Content,
     reader: &'a mut BufReader<File>,
+    architecture: &'static Architecture,
 }
 
 impl Source<'_> {
@@ -150,10 +200,12 @@ impl Source<'_> {
             return Ok(Some(RopeScaling::Divisors(divisors)));
         }
         let metadata = &self.content.metadata;
-        let Some(Value::String(kind)) = metadata.get("llama.rope.scaling.type") else {
+        let named = |name: &str| entry(self.architecture, name);
+        let Some(Value::String(kind)) = metadata.get(&named("rope.scaling.type")) else {
             return Ok(None);
         };
-        match (kind.as_str(), float(metadata, "llama.rope.scaling.factor")?) {
+        let factor = float(metadata, &named("rope.scaling.factor"))?;
+        match (kind.as_str(), factor) {
             ("none", _) => Ok(None),
             ("linear", Some(factor)) => Ok(Some(RopeScaling::Linear(factor))),
             ("linear", None) => Err("the linear rope scaling lacks its factor".to_owned()),
@@ -174,11 +226,18 @@ impl TensorSource for Source<'_> {
             Slot::Gate => "ffn_gate",
             Slot::Up => "ffn_up",
             Slot::Down => "ffn_down",
+            Slot::QBias => "attn_q",
+            Slot::KBias => "attn_k",
+            Slot::VBias => "attn_v",
+            Slot::QNorm => "attn_q_norm",
+            Slot::KNorm => "attn_k_norm",
+            Slot::AttnPostNorm => "post_attention_norm",
+            Slot::FfnPostNorm => "post_ffw_norm",
         };
-        let tensor = self.tensor(&format!("blk.{layer}.{name}.weight"))?;
+        let tensor = self.tensor(&format!("blk.{layer}.{name}.{}", slot.kind()))?;
         match slot {
-            Slot::Q => rotate_half_rows(&tensor, config.heads),
-            Slot::K => rotate_half_rows(&tensor, config.kv_heads),
+            Slot::Q if self.architecture.interleaved => rotate_half_rows(&tensor, config.heads),
+            Slot::K if self.architecture.interleaved => rotate_half_rows(&tensor, config.kv_heads),
             _ => Ok(tensor),
         }
     }

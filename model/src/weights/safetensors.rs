@@ -1,15 +1,16 @@
-//! Llama weights, tokenizer and chat template from a Hugging Face folder: `config.json`,
+//! Weights, tokenizer and chat template from a Hugging Face folder: `config.json`,
 //! `*.safetensors`, `tokenizer.json`, `tokenizer_config.json`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::{LlamaWeights, Slot, TensorSource, assemble};
+use super::{LlamaWeights, Shape, Slot, TensorSource, assemble, local_layers};
+use crate::architecture::{Architecture, LocalLayers};
 use crate::chat_template::ChatTemplate;
-use crate::config::{Llama3RopeScaling, LlamaConfig, RopeScaling};
+use crate::config::{Activation, Llama3RopeScaling, LlamaConfig, LocalAttention, RopeScaling};
 use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
 
@@ -26,12 +27,16 @@ impl SafetensorsModel {
         let file = path.join("config.json");
         let config: HubConfig = json(&file)?;
         let tensors = tensors(path)?;
-        let tied = config.tie_word_embeddings && !tensors.contains_key("lm_head.weight");
-        let config = config
-            .llama(tied)
+        let shape = config
+            .shape(tensors.contains_key("lm_head.weight"))
             .map_err(|reason| ModelError::format(&file, reason))?;
-        let weights = assemble(config, &mut Source { tensors })
-            .map_err(|reason| ModelError::format(path, reason))?;
+        let architecture = shape.architecture;
+        let mut source = Source {
+            tensors,
+            architecture,
+        };
+        let weights =
+            assemble(shape, &mut source).map_err(|reason| ModelError::format(path, reason))?;
         let settings: TokenizerConfig = optional_json(&path.join("tokenizer_config.json"))?;
         let eos = settings.eos_token.as_ref().map_or("", SpecialToken::text);
         let bos = settings.bos_token.as_ref().map_or("", SpecialToken::text);
@@ -72,18 +77,29 @@ struct HubConfig {
     rope_scaling: Option<RopeParameters>,
     /// The name of `rope_scaling` since transformers 5; both may be there.
     rope_parameters: Option<RopeParameters>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
     #[serde(default)]
     attention_bias: bool,
     #[serde(default)]
     mlp_bias: bool,
-    #[serde(default = "silu")]
-    hidden_act: String,
-}
-
-fn silu() -> String {
-    "silu".to_owned()
+    hidden_act: Option<String>,
+    /// Gemma's name of `hidden_act`.
+    hidden_activation: Option<String>,
+    #[serde(default)]
+    use_sliding_window: bool,
+    sliding_window: Option<usize>,
+    /// Before there was `layer_types`; files may have both spellings.
+    sliding_window_pattern: Option<usize>,
+    #[serde(rename = "_sliding_window_pattern")]
+    private_pattern: Option<usize>,
+    /// The kind of each layer's attention, since transformers 4.53.
+    layer_types: Option<Vec<String>>,
+    /// Base of the rotary frequencies of layers with a window.
+    rope_local_base_freq: Option<f64>,
+    query_pre_attn_scalar: Option<f64>,
+    attn_logit_softcapping: Option<f64>,
+    final_logit_softcapping: Option<f64>,
+    use_bidirectional_attention: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -97,42 +113,120 @@ struct RopeParameters {
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<usize>,
+    /// Those of each kind of layer, where there are two.
+    full_attention: Option<Box<RopeParameters>>,
+    sliding_attention: Option<Box<RopeParameters>>,
 }
 
 impl HubConfig {
-    fn llama(self, tied_head: bool) -> Result<LlamaConfig, String> {
-        if self.model_type != "llama" {
-            return Err(format!(
-                "`model_type: {}` is not supported, only `llama`",
-                self.model_type
-            ));
-        }
-        if self.attention_bias || self.mlp_bias || self.hidden_act != "silu" {
-            return Err("biases and activations other than `silu` are not supported".to_owned());
-        }
-        let (nested_theta, rope_scaling) = match self.rope_parameters.or(self.rope_scaling) {
-            Some(rope) => (rope.rope_theta, rope.scaling()?),
+    fn shape(mut self, has_head: bool) -> Result<Shape, String> {
+        let architecture = Architecture::of_model_type(&self.model_type)?;
+        self.check(architecture)?;
+        let rope = self.rope_parameters.take().or(self.rope_scaling.take());
+        let (full, sliding) = match rope {
             None => (None, None),
+            Some(mut rope) => {
+                let (full, sliding) = (rope.full_attention.take(), rope.sliding_attention.take());
+                (Some(full.map_or(rope, |full| *full)), sliding)
+            }
         };
-        Ok(LlamaConfig {
+        let local = match &architecture.local {
+            Some(layers) => Some(self.local(layers, sliding.and_then(|rope| rope.rope_theta))?),
+            None => None,
+        };
+        let nested_theta = full.as_ref().and_then(|rope| rope.rope_theta);
+        let scaling = full.as_ref().map(RopeParameters::scaling).transpose()?;
+        let tied = self.tie_word_embeddings.unwrap_or(architecture.tied_head);
+        let config = LlamaConfig {
             hidden: self.hidden_size,
             layers: self.num_hidden_layers,
             heads: self.num_attention_heads,
             kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
             head_dim: self
                 .head_dim
+                .or(architecture.head_dim)
                 .or(self.hidden_size.checked_div(self.num_attention_heads))
                 .unwrap_or(0),
             ffn: self.intermediate_size,
             vocab: self.vocab_size,
             context: self.max_position_embeddings,
-            rope_theta: self.rope_theta.or(nested_theta).unwrap_or(10_000.0),
-            rope_scaling,
+            rope_theta: self
+                .rope_theta
+                .or(nested_theta)
+                .unwrap_or(architecture.rope_theta),
+            rope_scaling: scaling.flatten(),
             norm_eps: self.rms_norm_eps,
-            tied_head,
+            tied_head: tied && !has_head,
+            parts: architecture.parts,
+            local,
+        };
+        Ok(Shape {
+            config,
+            architecture,
+            query_scalar: architecture.query_scalar.and(self.query_pre_attn_scalar),
+        })
+    }
+
+    /// Refuses what would make every result another.
+    fn check(&self, architecture: &Architecture) -> Result<(), String> {
+        let wanted = match architecture.parts.activation {
+            Activation::Silu => "silu",
+            Activation::GeluTanh => "gelu_pytorch_tanh",
+        };
+        let named = self.hidden_act.as_ref().or(self.hidden_activation.as_ref());
+        if self.attention_bias || self.mlp_bias || named.is_some_and(|name| name != wanted) {
+            return Err(format!(
+                "`attention_bias`, `mlp_bias` and activations other than `{wanted}` are not supported"
+            ));
+        }
+        let windowed = |kinds: &Vec<String>| kinds.iter().any(|kind| kind != FULL);
+        let windows = self.use_sliding_window || self.layer_types.as_ref().is_some_and(windowed);
+        if windows && architecture.local.is_none() {
+            return Err("attention with a sliding window is not supported".to_owned());
+        }
+        let capped = self.attn_logit_softcapping.or(self.final_logit_softcapping);
+        if capped.is_some() || self.use_bidirectional_attention == Some(true) {
+            return Err(
+                "soft-capped logits and attention in both directions are not supported".to_owned(),
+            );
+        }
+        if self
+            .query_pre_attn_scalar
+            .is_some_and(|scalar| scalar.is_nan() || scalar <= 0.0)
+        {
+            return Err("`query_pre_attn_scalar` is not a positive number".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The layers with a window. `theta` is the base of their rotary frequencies, where it is
+    /// among those of both kinds.
+    fn local(&self, layers: &LocalLayers, theta: Option<f64>) -> Result<LocalAttention, String> {
+        let kind = |kind: &String| match kind.as_str() {
+            FULL => Ok(false),
+            "sliding_attention" => Ok(true),
+            other => Err(format!("the layer type `{other}` is not supported")),
+        };
+        let pattern = self
+            .sliding_window_pattern
+            .or(self.private_pattern)
+            .unwrap_or(layers.pattern);
+        Ok(LocalAttention {
+            window: self.sliding_window.ok_or("`sliding_window` is missing")?,
+            rope_theta: self
+                .rope_local_base_freq
+                .or(theta)
+                .unwrap_or(layers.rope_theta),
+            layers: match &self.layer_types {
+                Some(kinds) => kinds.iter().map(kind).collect::<Result<_, _>>()?,
+                None => local_layers(self.num_hidden_layers, pattern)?,
+            },
         })
     }
 }
+
+/// A layer that sees all tokens.
+const FULL: &str = "full_attention";
 
 impl RopeParameters {
     fn scaling(&self) -> Result<Option<RopeScaling>, String> {
@@ -258,6 +352,7 @@ fn tensors(folder: &Path) -> Result<HashMap<String, Tensor>, ModelError> {
 
 struct Source {
     tensors: HashMap<String, Tensor>,
+    architecture: &'static Architecture,
 }
 
 impl Source {
@@ -266,6 +361,16 @@ impl Source {
         self.tensors
             .remove(name)
             .ok_or_else(|| format!("the tensor `{name}` is missing"))
+    }
+
+    fn take_norm(&mut self, name: &str) -> Result<Tensor, String> {
+        let tensor = self.take(name)?;
+        if !self.architecture.norms_less_one {
+            return Ok(tensor);
+        }
+        // Not in the file's type, which may be too coarse for what is near one.
+        let whole = tensor.to_dtype(DType::F32).and_then(|t| t.affine(1.0, 1.0));
+        whole.map_err(|e| format!("the tensor `{name}` cannot be read as f32: {e}"))
     }
 }
 
@@ -277,12 +382,23 @@ impl TensorSource for Source {
             Slot::K => "self_attn.k_proj",
             Slot::V => "self_attn.v_proj",
             Slot::O => "self_attn.o_proj",
-            Slot::FfnNorm => "post_attention_layernorm",
+            Slot::FfnNorm => self.architecture.ffn_norm,
             Slot::Gate => "mlp.gate_proj",
             Slot::Up => "mlp.up_proj",
             Slot::Down => "mlp.down_proj",
+            Slot::QBias => "self_attn.q_proj",
+            Slot::KBias => "self_attn.k_proj",
+            Slot::VBias => "self_attn.v_proj",
+            Slot::QNorm => "self_attn.q_norm",
+            Slot::KNorm => "self_attn.k_norm",
+            Slot::AttnPostNorm => "post_attention_layernorm",
+            Slot::FfnPostNorm => "post_feedforward_layernorm",
         };
-        self.take(&format!("model.layers.{layer}.{name}.weight"))
+        let name = format!("model.layers.{layer}.{name}.{}", slot.kind());
+        match slot.is_norm() {
+            true => self.take_norm(&name),
+            false => self.take(&name),
+        }
     }
 
     fn embed(&mut self) -> Result<Tensor, String> {
@@ -290,7 +406,7 @@ impl TensorSource for Source {
     }
 
     fn norm(&mut self) -> Result<Tensor, String> {
-        self.take("model.norm.weight")
+        self.take_norm("model.norm.weight")
     }
 
     fn head(&mut self) -> Result<Tensor, String> {
@@ -304,6 +420,11 @@ mod tests {
     use super::*;
 
     fn rope(text: &str) -> Result<Option<RopeScaling>, String> {
+        Ok(shape(text)?.config.rope_scaling)
+    }
+
+    /// What a small `config.json` with these entries says.
+    fn shape(text: &str) -> Result<Shape, String> {
         let mut config = serde_json::json!({
             "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1,
             "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8,
@@ -315,7 +436,7 @@ mod tests {
             .unwrap()
             .extend(more.as_object().unwrap().clone());
         let config: HubConfig = serde_json::from_value(config).map_err(|e| e.to_string())?;
-        Ok(config.llama(true)?.rope_scaling)
+        config.shape(false)
     }
 
     #[test]
@@ -337,6 +458,79 @@ mod tests {
         );
         assert!(rope(r#"{"rope_scaling": {"type": "linear"}}"#).is_err());
         assert!(rope(r#"{"rope_scaling": {"type": "yarn", "factor": 2.0}}"#).is_err());
+    }
+
+    #[test]
+    fn local_layers_are_read_in_all_spellings_of_transformers() {
+        for text in [
+            r#"{"sliding_window_pattern": 3, "rope_local_base_freq": 100.0, "rope_theta": 5000.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0}}"#,
+            r#"{"_sliding_window_pattern": 3, "sliding_window_pattern": 3, "rope_theta": 5000.0,
+                "rope_local_base_freq": 100.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0}}"#,
+            r#"{"layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0}}}"#,
+        ] {
+            let gemma = r#"{"model_type": "gemma3_text", "sliding_window": 7,
+                "query_pre_attn_scalar": 9, "hidden_activation": "gelu_pytorch_tanh",
+                "num_hidden_layers": 3, "#;
+            let Shape {
+                config,
+                query_scalar,
+                ..
+            } = shape(&text.replacen('{', gemma, 1)).unwrap();
+            let local = LocalAttention {
+                window: 7,
+                rope_theta: 100.0,
+                layers: vec![true, true, false],
+            };
+            assert_eq!(config.local, Some(local), "{text}");
+            assert_eq!(config.rope_theta, 5000.0);
+            assert_eq!(config.rope_scaling, Some(RopeScaling::Linear(8.0)));
+            assert_eq!((query_scalar, config.head_dim), (Some(9.0), 256));
+            assert!(config.tied_head && config.parts.post_norms);
+        }
+    }
+
+    #[test]
+    fn what_would_be_computed_otherwise_is_refused() {
+        for (text, why) in [
+            (r#"{"use_sliding_window": true}"#, "sliding window"),
+            (
+                r#"{"layer_types": ["sliding_attention"]}"#,
+                "sliding window",
+            ),
+            (r#"{"hidden_act": "relu"}"#, "activations other than `silu`"),
+            (r#"{"attention_bias": true}"#, "attention_bias"),
+            (r#"{"final_logit_softcapping": 30.0}"#, "soft-capped"),
+            (r#"{"query_pre_attn_scalar": 0}"#, "not a positive number"),
+        ] {
+            let qwen = r#"{"model_type": "qwen2", "#;
+            let error = shape(&text.replacen('{', qwen, 1)).err().unwrap();
+            assert!(error.contains(why), "{error}");
+        }
+        let lacking = shape(r#"{"model_type": "gemma3_text"}"#).err().unwrap();
+        assert_eq!(lacking, "`sliding_window` is missing");
+        let qwen = shape(r#"{"model_type": "qwen3", "hidden_act": "silu"}"#).unwrap();
+        assert!(qwen.config.parts.head_norms && qwen.query_scalar.is_none());
+    }
+
+    #[test]
+    fn norms_that_are_stored_less_one_are_made_whole() {
+        let norm = |architecture| {
+            let weight = Tensor::new(&[0.5f32, -0.25], &Device::Cpu).unwrap();
+            let tensors = HashMap::from([("model.norm.weight".to_owned(), weight)]);
+            let mut source = Source {
+                tensors,
+                architecture,
+            };
+            source.norm().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let of = |name| Architecture::of_model_type(name).unwrap();
+        assert_eq!(norm(of("gemma3_text")), [1.5, 0.75]);
+        assert_eq!(norm(of("qwen3")), [0.5, -0.25]);
     }
 
     #[test]

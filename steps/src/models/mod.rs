@@ -47,13 +47,13 @@ pub enum ModelSpec {
     /// A server that speaks OpenAI's chat completions: vLLM, RayLLM, llama.cpp, OpenAI, …
     #[serde(rename = "openai")]
     OpenAi(OpenAiSpec),
-    /// A Llama model that runs in this process.
+    /// A model that runs in this process: Llama, SmolLM2, Qwen 2.5 or 3, Gemma 3.
     Embedded(EmbeddedSpec),
     /// A sentence encoder that runs in this process; for `embedding_classifier` programs.
     SentenceEncoder(Box<EncoderSpec>),
 }
 
-/// A Llama model that runs in this process.
+/// A model that runs in this process: Llama, SmolLM2, Qwen 2.5 or 3, Gemma 3.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EmbeddedSpec {
