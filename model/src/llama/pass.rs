@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
 use super::attention::attend;
 use super::delta::Adapter;
@@ -294,7 +295,7 @@ fn norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
     }
 }
 
-/// Attention, run by run.
+/// Attention, run by run: several runs at the same time, or the products of one on all threads.
 fn mix(
     c: &LlamaConfig,
     layer: usize,
@@ -303,15 +304,31 @@ fn mix(
     threads: Threads,
 ) {
     let mut start = 0;
-    for run in runs {
+    for run in runs.iter_mut() {
         let rows = start..start + run.tokens.len();
         start = rows.end;
         let kv = rows.start * c.kv_width()..rows.end * c.kv_width();
         run.own.append(layer, &state.k[kv.clone()], &state.v[kv]);
-        let mut stretches: Vec<_> = run.past.iter().map(|past| past.layer(layer)).collect();
-        stretches.push(run.own.layer(layer));
-        let rows = rows.start * c.q_width()..rows.end * c.q_width();
-        let (queries, out) = (&state.q[rows.clone()], &mut state.mixed[rows]);
+    }
+    let (mut queries, mut out) = (&state.q[..], &mut state.mixed[..]);
+    let parts = runs.iter().map(|run| {
+        let width = run.tokens.len() * c.q_width();
+        let own = queries.split_off(..width).unwrap_or_default();
+        let mixed = out.split_off_mut(..width).unwrap_or_default();
+        let past = run.past.iter().map(|past| past.layer(layer));
+        let stretches: Vec<_> = past.chain([run.own.layer(layer)]).collect();
+        (own, stretches, mixed)
+    });
+    let parts: Vec<_> = parts.collect();
+    let pool = rayon::current_num_threads();
+    if threads == Threads::All && pool > 1 && parts.len() >= pool {
+        let parts = parts.into_par_iter();
+        parts.for_each_init(Vec::new, |scores, (queries, stretches, out)| {
+            attend(c, layer, queries, &stretches, out, scores, Threads::One);
+        });
+        return;
+    }
+    for (queries, stretches, out) in parts {
         let scores = &mut state.scores;
         attend(c, layer, queries, &stretches, out, scores, threads);
     }
