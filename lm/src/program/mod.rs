@@ -27,7 +27,7 @@ pub use votes::Votes;
 use crate::adapter::{Adapter, Dialect};
 use crate::example::{Demo, Example, Prediction};
 use crate::lm::{Completion, FinishReason, Lm, LmError, Request, Sampling};
-use crate::metric::alike;
+use crate::metric::{alike, normalize_text};
 use crate::value::{Fields, Value};
 
 /// Why an answer that ended too early is not taken.
@@ -260,12 +260,16 @@ impl Program {
             }
         }
         let field = self.voted_field();
-        // Labels that differ only in what the normalisation leaves out are labels of their own.
-        let labels = self.predictors.iter().filter_map(|p| p.label.as_ref());
-        let alike = labels.flat_map(|rule| alike(&rule.labels)).next().is_some();
+        // Labels that differ only in what the normalisation leaves out are labels of their own, and
+        // so is one of which it leaves nothing.
+        let mut rules = self.predictors.iter().filter_map(|p| p.label.as_ref());
+        let exact = rules.any(|rule| {
+            let nothing = |label: &String| normalize_text(label).is_empty();
+            alike(&rule.labels).is_some() || rule.labels.iter().any(nothing)
+        });
         let chosen = ballots
             .into_iter()
-            .filter_map(|ballots| votes::majority(ballots, field, alike));
+            .filter_map(|ballots| votes::majority(ballots, field, exact));
         chosen.collect()
     }
 
