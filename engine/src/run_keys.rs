@@ -20,8 +20,6 @@ const SEARCHES: usize = 16;
 /// The keys of a run.
 #[derive(Debug)]
 pub(crate) struct RunKeys {
-    /// Run id.
-    pub(crate) run: String,
     /// Pipeline name.
     pub(crate) pipeline: String,
     /// When it began.
@@ -95,7 +93,6 @@ impl RunKeys {
             keys.extend(used);
         }
         Some(Self {
-            run: name(run_dir)?,
             pipeline,
             at,
             ok,

@@ -78,7 +78,7 @@ fn silu(x: f32) -> (f32, f32) {
 #[inline(always)]
 pub(crate) fn gelu_tanh(x: f32) -> (f32, f32) {
     // 2 · √(2/π)
-    const SCALE: f32 = 1.595_769_1;
+    const SCALE: f32 = 1.595_769;
     let square = 0.044_715 * x * x;
     (SCALE * x * (1.0 + square), SCALE * (1.0 + 3.0 * square))
 }
