@@ -35,7 +35,7 @@ use serde_json::{Value, json};
 
 use crate::answer::SamplingSpec;
 use crate::bundle::{Bundle, Parts};
-use crate::models::{ModelSpec, observe};
+use crate::models::{ModelSpec, observe, settle};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_json, write_json, write_jsonl};
 use crate::schema_of;
@@ -218,6 +218,7 @@ impl Step for Deploy {
         Ok(seen)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let params: Params = ctx.params()?;
         let program = ProgramFile::load(&ctx.input("program")?.path)?;
         let scores: Scores = read_json(&ctx.input("scores")?.path)?;
