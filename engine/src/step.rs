@@ -38,7 +38,8 @@ pub trait Step: Send + Sync {
     /// Facts about the outside world that the result depends on (for example
     /// the digest of a file that a param names, or which source of a download is
     /// at hand). They enter the action key. Called when a step is planned, and fetches nothing
-    /// then ([`World::look_only`]); called again when it is about to run.
+    /// then ([`World::look_only`]); called again when it is about to run, and what it gives then
+    /// reaches `run` as [`StepContext::observed`].
     ///
     /// # Errors
     /// When the world makes the step impossible (a file is missing); [`StepErrorKind::Unseen`]
@@ -249,6 +250,10 @@ pub struct StepContext {
     pub step: String,
     /// Resolved params (`with`), model and program names replaced by their entries.
     pub params: Value,
+    /// The facts that entered the key of this work, as [`Step::observe`] gave them where the run
+    /// is. Here, perhaps on another machine, the world may look otherwise; the result is kept
+    /// under that key all the same, so these decide.
+    pub observed: BTreeMap<String, Value>,
     /// What the machine offers.
     pub world: World,
     /// Input port to artifacts, in order.

@@ -17,7 +17,7 @@ use crate::answer::{
 };
 use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
-use crate::models::{Host, ModelSpec, observe};
+use crate::models::{Host, ModelSpec, observe, settle};
 use crate::program_file::{KnnSpec, ProgramFile};
 use crate::rows::{JsonlReader, JsonlWriter, Row, read_json, read_rows};
 use crate::schema_of;
@@ -133,6 +133,7 @@ impl Step for Bootstrap {
         Some(estimate(spec, calls, given))
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let params: Params = ctx.params()?;
         let labels: Vec<String> = read_json(&ctx.input("labels")?.path)?;
         let unlabelled = &ctx.input("unlabelled")?.path;

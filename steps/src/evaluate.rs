@@ -24,7 +24,7 @@ use crate::checkpoint::Checkpoint;
 use crate::estimate::{Calls, estimate, server};
 use crate::format_version::FormatVersion;
 use crate::leakage::{LeakageRule, guard, lineage_of, scored_rows};
-use crate::models::{Host, ModelSpec, observe};
+use crate::models::{Host, ModelSpec, observe, settle};
 use crate::program_file::ProgramFile;
 use crate::rows::{Row, read_json, read_rows, write_json};
 use crate::schema_of;
@@ -136,6 +136,7 @@ impl Step for Evaluate {
         Some(estimate(spec, calls, given))
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let params: Params = ctx.params()?;
         let mut rows = read_rows(&ctx.input("rows")?.path)?;
         rows.truncate(params.max_rows.unwrap_or(usize::MAX));

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::answer::{Answerer, SamplingSpec, check_answered, check_fits, examples, with_usage};
 use crate::estimate::{Calls, estimate, server};
-use crate::models::{Host, ModelSpec, observe};
+use crate::models::{Host, ModelSpec, observe, settle};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_rows, write_rows};
 use crate::schema_of;
@@ -79,6 +79,7 @@ impl Step for Explain {
         Some(estimate(spec, calls, given))
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let params: Params = ctx.params()?;
         let names_it = |spec: &ProgramSpec| {
             let outputs = spec.prompt().map(|prompt| prompt.outputs.as_slice());

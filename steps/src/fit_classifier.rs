@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::leakage::{learn_from_teachers, teachers_port};
-use crate::models::{Host, observe};
+use crate::models::{Host, observe, settle};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_json, read_rows};
 use crate::schema_of;
@@ -53,6 +53,7 @@ impl Step for FitClassifier {
         observe(params, world)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let Params { program } = ctx.params()?;
         let ProgramSpec::EmbeddingClassifier(spec) = program else {
             return Err(StepError::invalid(

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::download;
-use crate::hub::{RepoType, Snapshot};
+use crate::hub::{self, RepoType, Snapshot};
 use crate::rows::{JsonlWriter, Row, write_json};
 use crate::schema_of;
 use crate::stand_in;
@@ -18,6 +18,8 @@ use crate::table::{Format, Record, records, text_of};
 
 /// A fifth of the values of a byte.
 const FIFTH: u8 = 51;
+/// The fact that says what is read: what names the content of the files, or the stand-in.
+const DATA: &str = "data";
 /// Rows between two looks at the cancel flag.
 const LOOK_EVERY: usize = 4096;
 
@@ -147,35 +149,24 @@ impl Step for Load {
             }
             Err(error) => return Err(error),
         };
-        Ok(BTreeMap::from([("data".to_owned(), data)]))
+        Ok(BTreeMap::from([(DATA.to_owned(), data)]))
     }
 
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
         let params: Params = ctx.params()?;
-        // What could be had was had when the key was made; a network that came back since must
-        // not put other rows under that key.
-        let at_hand = World {
-            offline: true,
-            ..ctx.world.clone()
-        };
         let mut out = Written {
             train: JsonlWriter::create(&ctx.output("train"))?,
             test: JsonlWriter::create(&ctx.output("test"))?,
         };
-        let info = match params.locate(&at_hand) {
-            Ok((train, test)) => params.copy(&train, test.as_ref(), &mut out, ctx)?,
-            Err(error) if params.stand_in && error.kind == StepErrorKind::Transient => {
-                ctx.reporter.warning(&format!(
-                    "`{}` is neither on this machine nor could it be fetched; using the stand-in \
-                     data set instead. No score of this run is a {} result.",
-                    params.name, params.name
-                ));
-                let (info, train, test) = stand_in::rows()?;
-                train.iter().try_for_each(|row| out.train.write(row))?;
-                test.iter().try_for_each(|row| out.test.write(row))?;
-                info
+        // The key says which rows these are, whatever is at hand here and now.
+        let nothing = Value::Null;
+        let data = ctx.observed.get(DATA).unwrap_or(&nothing);
+        let info = match data["stand_in"].as_str() {
+            Some(digest) => params.copy_stand_in(digest, &mut out, ctx)?,
+            None => {
+                let (train, test) = params.locate(data, &ctx.world)?;
+                params.copy(&train, test.as_ref(), &mut out, ctx)?
             }
-            Err(error) => return Err(error),
         };
         let info = DataSetInfo {
             train_rows: out.train.finish()?,
@@ -216,9 +207,11 @@ impl Located {
 }
 
 impl Params {
-    fn locate(&self, world: &World) -> Result<(Located, Option<Located>), StepError> {
-        let train = self.train.locate("train", world)?;
-        let test = self.test.as_ref().map(|test| test.locate("test", world));
+    /// The files that the fact [`DATA`] names.
+    fn locate(&self, data: &Value, world: &World) -> Result<(Located, Option<Located>), StepError> {
+        let of = |source: &SourceSpec, name: &str| source.locate_observed(name, &data[name], world);
+        let train = of(&self.train, "train")?;
+        let test = self.test.as_ref().map(|test| of(test, "test"));
         Ok((train, test.transpose()?))
     }
 
@@ -250,6 +243,28 @@ impl Params {
             origin: &from.origin,
         };
         Ok(rows.of(records(&from.path, from.format)?))
+    }
+
+    /// Copies the rows of the stand-in with this digest.
+    fn copy_stand_in(
+        &self,
+        digest: &str,
+        out: &mut Written,
+        ctx: &StepContext,
+    ) -> Result<DataSetInfo, StepError> {
+        if digest != stand_in::digest() {
+            let text = "the program has another stand-in data set here than where the run is";
+            return Err(StepError::failed(text).help("use one version of flowrun everywhere"));
+        }
+        ctx.reporter.warning(&format!(
+            "`{}` was neither at hand nor could it be fetched; using the stand-in data set \
+             instead. No score of this run is a {} result.",
+            self.name, self.name
+        ));
+        let (info, train, test) = stand_in::rows()?;
+        train.iter().try_for_each(|row| out.train.write(row))?;
+        test.iter().try_for_each(|row| out.test.write(row))?;
+        Ok(info)
     }
 
     /// Copies the rows of the files, one by one.
@@ -297,6 +312,31 @@ fn as_test_row(mut row: Row, dataset: &str) -> Row {
 }
 
 impl SourceSpec {
+    /// The file whose content `observed` names.
+    fn locate_observed(
+        &self,
+        name: &str,
+        observed: &Value,
+        world: &World,
+    ) -> Result<Located, StepError> {
+        let observed = observed.as_str().unwrap_or_default();
+        if let (Some(hub), None) = (&self.hf, &self.sha256) {
+            // `REPOSITORY@COMMIT/FILE`
+            let at = observed.strip_prefix(hub.repo.as_str());
+            let at = at.and_then(|rest| rest.strip_prefix('@'));
+            let commit = at.and_then(|at| at.split('/').next());
+            let commit = commit.unwrap_or_default();
+            hub::settle(RepoType::Dataset, &hub.repo, &hub.revision, commit, world)?;
+        }
+        let located = self.locate(name, world)?;
+        match &located.content {
+            Some(content) if content != observed => Err(StepError::failed(format!(
+                "`{name}` is `{content}` here, and `{observed}` where the run is"
+            ))),
+            _ => Ok(located),
+        }
+    }
+
     fn locate(&self, name: &str, world: &World) -> Result<Located, StepError> {
         let (path, content, origin) = match (&self.file, &self.url, &self.hf) {
             (Some(file), None, None) => {
@@ -397,8 +437,47 @@ fn label_of(record: &Record, column: &str, at: &str) -> Result<Option<String>, S
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_read_is_what_the_key_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = World {
+            user_cache: dir.path().join("user"),
+            offline: true,
+            ..World::default()
+        };
+        let commit = |digit: &str| digit.repeat(40);
+        let cache = dir.path().join("huggingface/hub/datasets--o--observed");
+        for (digit, rows) in [("a", "old"), ("b", "new")] {
+            let snapshot = cache.join("snapshots").join(commit(digit));
+            std::fs::create_dir_all(&snapshot).unwrap();
+            std::fs::write(snapshot.join("t.csv"), rows).unwrap();
+        }
+        // As a machine has it that looked before the branch moved.
+        std::fs::create_dir_all(cache.join("refs")).unwrap();
+        std::fs::write(cache.join("refs/main"), commit("a")).unwrap();
+        let params = json!({
+            "name": "n", "stand_in": true,
+            "train": { "hf": { "repo": "o/observed", "file": "t.csv" } },
+        });
+        let params: Params = serde_json::from_value(params).unwrap();
+        let read = |commit: &str| {
+            let data = json!({ "train": format!("o/observed@{commit}/t.csv") });
+            let (train, _) = params.locate(&data, &world)?;
+            Ok::<_, StepError>((std::fs::read_to_string(&train.path).unwrap(), train.origin))
+        };
+        let (rows, origin) = read(&commit("b")).unwrap();
+        assert_eq!(rows, "new");
+        assert!(origin.contains(&commit("b")), "{origin}");
+        let error = read(&commit("c")).unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Transient);
+        assert!(error.message.contains(&commit("c")), "{}", error.message);
+        assert!(read("main").is_err());
+        assert!(params.locate(&Value::Null, &world).is_err());
+    }
 
     fn row(i: usize, text: &str, label: Option<&str>) -> Row {
         Row::new(format!("d:train:{i}"), text.into(), label.map(Into::into))

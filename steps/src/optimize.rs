@@ -22,7 +22,7 @@ use crate::answer::{SamplingSpec, attach_encoders, check_metric, examples, with_
 use crate::checkpoint::Checkpoint;
 use crate::estimate::{Search, estimate_search, server};
 use crate::leakage::{id_and_text, learn_from_teachers, teachers_port};
-use crate::models::{Host, ModelSpec, observe, open_lm};
+use crate::models::{Host, ModelSpec, observe, open_lm, settle};
 use crate::program_file::{KnnSpec, ProgramFile};
 use crate::rows::{read_rows, write_json};
 use crate::schema_of;
@@ -138,6 +138,7 @@ impl Step for Optimize {
         ))
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let params: Params = ctx.params()?;
         let file = ProgramFile::load(&ctx.input("program")?.path)?;
         let (saved, mut student) = file.prompt()?;

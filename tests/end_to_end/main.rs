@@ -13,6 +13,7 @@ mod deploying;
 mod distil;
 mod docs;
 mod dspy;
+mod elsewhere;
 mod fault_proxy;
 mod faults;
 mod fine_tuning;

@@ -136,6 +136,7 @@ pub(super) fn work(
     let ctx = StepContext {
         step: request.step,
         params: request.params,
+        observed: request.observed,
         world: World {
             offline: request.offline,
             look_only: false,

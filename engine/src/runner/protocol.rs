@@ -19,7 +19,7 @@ use crate::step::{
 };
 
 /// Version of the protocol; both ends must have the same.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// One attempt of a step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub struct StepRequest {
     pub step: String,
     /// Resolved params.
     pub params: Value,
+    /// The facts that entered the key.
+    pub observed: BTreeMap<String, Value>,
     /// Input port to artifacts, in order.
     pub inputs: BTreeMap<String, Vec<RequestInput>>,
     /// Empty folder for outputs.
@@ -144,6 +146,7 @@ impl StepRequest {
             version: step.version(),
             step: ctx.step.clone(),
             params: ctx.params.clone(),
+            observed: ctx.observed.clone(),
             inputs: inputs
                 .map(|(port, list)| (port.clone(), list.iter().map(RequestInput::of).collect()))
                 .collect(),

@@ -71,6 +71,7 @@ fn toy() -> Arc<dyn Step> {
         write(ctx, "out", &format!("{text}{secret}"))?;
         Ok(StepOutcome::default()
             .metric("rows", 3)
+            .metric("observed", json!(ctx.observed))
             .list("l", vec!["a".into()]))
     }))
 }
@@ -143,6 +144,7 @@ fn run(what: &str, memory: u64, cancel: &Cancel) -> Ran {
     let ctx = StepContext {
         step: "s".into(),
         params: json!({ "do": what }),
+        observed: BTreeMap::from([("file".to_owned(), json!("a digest"))]),
         world: World {
             env: BTreeMap::from([("TOKEN".to_owned(), "secret".to_owned())]),
             ..World::default()
@@ -176,6 +178,7 @@ fn the_outcome_and_all_reports_come_back() {
     let ran = run("", 0, &Cancel::default());
     let outcome = ran.result.unwrap();
     assert_eq!(outcome.metrics["rows"], 3);
+    assert_eq!(outcome.metrics["observed"], json!({"file": "a digest"}));
     assert_eq!(outcome.lists["l"], ["a"]);
     for line in ["3/3 rows text", "warning: beware", "a line", "a stray line"] {
         assert!(

@@ -35,7 +35,7 @@ use serde_json::{Value, json};
 
 use crate::answer::SamplingSpec;
 use crate::bundle::{Bundle, Parts};
-use crate::models::{ModelSpec, observe};
+use crate::models::{ModelSpec, observe, settle};
 use crate::program_file::ProgramFile;
 use crate::rows::{read_json, write_json, write_jsonl};
 use crate::schema_of;
@@ -218,6 +218,7 @@ impl Step for Deploy {
         Ok(seen)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let params: Params = ctx.params()?;
         let program = ProgramFile::load(&ctx.input("program")?.path)?;
         let scores: Scores = read_json(&ctx.input("scores")?.path)?;
@@ -336,8 +337,9 @@ impl Params {
         }
         let deployed = match self.target {
             Target::Local => self.place(world).current().map(|current| current.folder),
-            Target::RayServe if self.ray.is_some() => {
-                let current = self.place_on_ray(world).current();
+            Target::RayServe => {
+                let place = self.place_on_ray(world);
+                let current = self.cluster().and_then(|ray| place.current_on(ray));
                 current.map(|current| current.release.bundle_folder())
             }
             _ => None,
@@ -441,6 +443,37 @@ pub fn check(url: &str, bundle: Option<&Path>, world: &World) -> Result<Option<A
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::bundle::test_bundle;
+
+    #[test]
+    fn the_bundle_in_use_on_a_cluster_is_one_of_that_cluster() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = World {
+            root: dir.path().to_owned(),
+            ..World::default()
+        };
+        let params = |dashboard: &str| -> Params {
+            let ray = json!({ "dashboard": dashboard });
+            let params = json!({ "name": "intents", "target": "ray-serve", "ray": ray });
+            serde_json::from_value(params).unwrap()
+        };
+        let here = params("http://one:8265");
+        let folder = dir.path().join("deployed/intents/ray/intents-1");
+        let model = json!({ "provider": "openai", "base_url": "http://x/v1", "model": "m" });
+        test_bundle(&folder.join("bundle"), model, dir.path());
+        let release = on_ray::Release {
+            application: "intents-1".to_owned(),
+            bundle: "1".to_owned(),
+            folder,
+            since: 1,
+        };
+        let place = here.place_on_ray(&world);
+        let recorded = place.record(here.cluster().unwrap(), release, || Ok(()));
+        recorded.unwrap();
+        assert!(here.in_use(&world).unwrap().is_some());
+        let elsewhere = params("http://two:8265");
+        assert!(elsewhere.in_use(&world).unwrap().is_none());
+    }
 
     #[test]
     fn every_target_of_the_list_is_one_of_the_step() {

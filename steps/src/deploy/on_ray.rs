@@ -4,6 +4,8 @@
 //! `deployed/<name>/ray/current.json` says which one took the route over last, and which one had it
 //! before: those two are kept. A cluster forgets a package that no replica uses, so the way back
 //! lies here. What is served now, the cluster is asked.
+//!
+//! Invariant: both versions of a record were served on the cluster that it names.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -30,7 +32,7 @@ pub struct Current {
     pub ray: ClusterSpec,
     /// What.
     pub release: Release,
-    /// What was served before.
+    /// What was served there before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Release>,
 }
@@ -105,6 +107,12 @@ impl Place {
         read_json(&self.folder.join(CURRENT)).ok()
     }
 
+    /// What was deployed last, when that was on this cluster.
+    #[must_use]
+    pub(super) fn current_on(&self, ray: &ClusterSpec) -> Option<Current> {
+        self.current().filter(|current| current.ray.is_same(ray))
+    }
+
     /// Keeps the rendered `files` of a version; gives their folder.
     ///
     /// # Errors
@@ -120,7 +128,7 @@ impl Place {
     }
 
     /// Does `switch`, which serves `release` on `ray`, and writes down that it did. Gives what
-    /// `switch` gives.
+    /// `switch` gives. What was deployed on another cluster is nothing to go back to on this one.
     ///
     /// # Errors
     /// Those of `switch`, and when nothing can be written: what was deployed before still is.
@@ -131,7 +139,7 @@ impl Place {
         switch: impl FnOnce() -> Result<T, StepError>,
     ) -> Result<(Current, T), StepError> {
         let before = self.current();
-        let (since, previous) = match before.clone() {
+        let (since, previous) = match self.current_on(ray) {
             Some(before) if before.release.application == release.application => {
                 (before.release.since, before.previous)
             }
@@ -302,7 +310,43 @@ mod tests {
     }
 
     fn cluster() -> ClusterSpec {
-        serde_json::from_value(serde_json::json!({"dashboard": "http://127.0.0.1:9"})).unwrap()
+        cluster_at("http://127.0.0.1:9")
+    }
+
+    fn cluster_at(dashboard: &str) -> ClusterSpec {
+        serde_json::from_value(serde_json::json!({ "dashboard": dashboard })).unwrap()
+    }
+
+    #[test]
+    fn what_another_cluster_served_is_nothing_to_go_back_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::new(dir.path(), "intents");
+        let record = |dashboard: &str, release: Release| {
+            let done = place.record(&cluster_at(dashboard), release, || Ok(()));
+            done.unwrap().0
+        };
+        let long_ago = Release {
+            since: 1,
+            ..release(&place, "a")
+        };
+        record("http://one:8265", long_ago);
+        // The same version there is a new one.
+        let moved = record("http://two:8265", release(&place, "a"));
+        assert!(moved.release.since > 1);
+        let moved = record("http://one:8265", release(&place, "b"));
+        assert_eq!(moved.previous, None);
+        let error = place.rollback(&World::default(), &Cancel::default());
+        let error = error.map(|_| ()).unwrap_err();
+        assert!(
+            error.message.contains("no earlier version"),
+            "{}",
+            error.message
+        );
+        // An address with a slash at its end is the same.
+        let next = record("http://one:8265/", release(&place, "c"));
+        assert_eq!(next.previous.unwrap().application, "b");
+        assert!(place.current_on(&cluster_at("http://one:8265")).is_some());
+        assert_eq!(place.current_on(&cluster_at("http://two:8265")), None);
     }
 
     #[test]

@@ -83,6 +83,12 @@ impl ClusterSpec {
             url: self.url.clone(),
         })
     }
+
+    /// Both name one cluster.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let (one, two) = (&self.dashboard, &other.dashboard);
+        one.trim_end_matches('/') == two.trim_end_matches('/')
+    }
 }
 
 impl Cluster {

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::leakage;
-use crate::models::{ModelSpec, observe};
+use crate::models::{ModelSpec, observe, settle};
 use crate::schema_of;
 
 /// The port of the chats to validate on.
@@ -237,6 +237,7 @@ impl Step for Finetune {
         observe(params, world)
     }
     fn run(&self, ctx: &StepContext) -> Result<StepOutcome, StepError> {
+        settle(ctx)?;
         let params: Params = ctx.params()?;
         let outcome = match (&params.backend, &params.model) {
             #[cfg(feature = "model")]

@@ -11,9 +11,10 @@
 //! there, and the other way round. The requests are our own: the crate's (0.5) hide why the hub
 //! refuses, have no time limits, and a download that was killed at its last byte stays stuck.
 //!
-//! Invariant: a branch or tag stands for one commit as long as this process lives, and that
-//! commit is noted in the cache, where processes that it starts look first. So what a step's key
-//! names is what the step reads, though the branch may move meanwhile.
+//! Invariant: a branch or tag stands for one commit as long as this process lives: the one that a
+//! step's key names ([`settle`]), else the first that was found. So a step reads what its key
+//! names, on whatever machine it runs, though the branch may move meanwhile. The cache has a note
+//! of the commit too, for when the hub does not answer.
 
 mod client;
 mod refusal;
@@ -44,6 +45,30 @@ use settings::Settings;
 #[must_use]
 pub fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Has `revision` stand for `commit` in this process from now on, whatever the hub and the cache
+/// say of it. A commit stands for itself.
+///
+/// # Errors
+/// Invalid when the names cannot be the hub's.
+pub fn settle(
+    kind: RepoType,
+    repo: &str,
+    revision: &str,
+    commit: &str,
+    world: &World,
+) -> Result<(), StepError> {
+    let of = Repository::new(kind, repo, revision, world)?;
+    if !is_commit(commit) {
+        let text = format!("the step's key names no commit of `{repo}` at `{revision}`");
+        return Err(StepError::invalid(text));
+    }
+    if !is_commit(revision) {
+        let mut found = SETTLED.lock().unwrap_or_else(PoisonError::into_inner);
+        found.insert(of.key(), commit.to_owned());
+    }
+    Ok(())
 }
 
 /// A repository of the hub at one commit.
@@ -206,7 +231,8 @@ impl Repository {
         }
         let kept = self.kept();
         if let Some(why) = self.settings.offline {
-            return kept.ok_or_else(|| self.unknown(why));
+            let kept = kept.ok_or_else(|| self.unknown(why))?;
+            return Ok(self.settle(kept));
         }
         if self.settings.look_only {
             return kept.ok_or_else(|| StepError::unseen(&self.name));
@@ -225,7 +251,8 @@ impl Repository {
         }
     }
 
-    /// What this process goes by: a commit itself, or the commit that it found first.
+    /// What this process goes by: a commit itself, the one that a key names, or the one that it
+    /// found first.
     fn settled(&self) -> Option<String> {
         if is_commit(&self.revision) {
             return Some(self.revision.clone());
@@ -234,6 +261,7 @@ impl Repository {
         found.get(&self.key()).cloned()
     }
 
+    /// The commit that was found, unless there is one already.
     fn settle(&self, commit: String) -> String {
         let mut found = SETTLED.lock().unwrap_or_else(PoisonError::into_inner);
         found.entry(self.key()).or_insert(commit).clone()

@@ -111,22 +111,37 @@ impl ModelSpec {
     /// # Errors
     /// When such a file cannot be read.
     pub fn observe(&self, world: &World) -> Result<Value, StepError> {
-        let digests = match self {
-            Self::OpenAi(spec) => {
-                check_budget(spec)?;
-                vec![]
-            }
-            Self::Embedded(spec) => vec![spec.weights.observe(world)?],
+        if let Self::OpenAi(spec) = self {
+            check_budget(spec)?;
+        }
+        let mut digests = Vec::new();
+        for file in self.files() {
+            digests.extend(file.observe(world)?);
+        }
+        Ok(digests.into())
+    }
+
+    /// Has the files be those that `observed`, made by [`ModelSpec::observe`], names.
+    fn settle(&self, observed: Option<&Value>, world: &World) -> Result<(), StepError> {
+        let digests = observed.and_then(Value::as_array);
+        let mut digests = digests.into_iter().flatten();
+        for file in self.files().into_iter().filter(|file| file.is_open()) {
+            let digest = digests.next().and_then(Value::as_str);
+            file.settle(digest.unwrap_or_default(), world)?;
+        }
+        Ok(())
+    }
+
+    /// Its files, in the order in which they are observed.
+    fn files(&self) -> Vec<&WeightsRef> {
+        match self {
+            Self::OpenAi(_) => Vec::new(),
+            Self::Embedded(spec) => vec![&spec.weights],
             Self::SentenceEncoder(spec) => {
-                let config = spec.config.as_ref().map(|config| config.observe(world));
-                vec![
-                    spec.weights.observe(world)?,
-                    spec.tokenizer.observe(world)?,
-                    config.transpose()?.flatten(),
-                ]
+                let own = [&spec.weights, &spec.tokenizer];
+                own.into_iter().chain(&spec.config).collect()
             }
-        };
-        Ok(digests.into_iter().flatten().collect())
+        }
     }
 }
 
@@ -148,6 +163,31 @@ fn check_budget(spec: &OpenAiSpec) -> Result<(), StepError> {
 /// When an entry is no model or a file cannot be read.
 pub fn observe(params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
     let mut seen = BTreeMap::new();
+    for (name, model) in named(params)? {
+        let digests = model.observe(world)?;
+        if digests != Value::Array(Vec::new()) {
+            seen.insert(name.to_owned(), digests);
+        }
+    }
+    Ok(seen)
+}
+
+/// Has the models that a step names be those of its key, wherever it runs: a branch of the hub
+/// stands for the commit that [`observe`] found for it. A step whose facts are those of `observe`
+/// does this before it opens a model.
+///
+/// # Errors
+/// When an entry is no model, or the key names no commit of one.
+pub fn settle(ctx: &StepContext) -> Result<(), StepError> {
+    for (name, model) in named(&ctx.params)? {
+        model.settle(ctx.observed.get(name), &ctx.world)?;
+    }
+    Ok(())
+}
+
+/// The models that a step's params name, by the names of their facts.
+fn named(params: &Value) -> Result<Vec<(&'static str, ModelSpec)>, StepError> {
+    let mut all = Vec::new();
     for (name, place) in [
         ("model", "/model"),
         ("embedder", "/program/embedding_classifier/embedder"),
@@ -160,12 +200,9 @@ pub fn observe(params: &Value, world: &World) -> Result<BTreeMap<String, Value>,
         };
         let model: ModelSpec = serde_json::from_value(entry.clone())
             .map_err(|e| StepError::invalid(format!("`{name}`: {e}")))?;
-        let digests = model.observe(world)?;
-        if digests != Value::Array(Vec::new()) {
-            seen.insert(name.to_owned(), digests);
-        }
+        all.push((name, model));
     }
-    Ok(seen)
+    Ok(all)
 }
 
 /// The sentence encoder that a classifier names with `embedder`.
@@ -266,4 +303,65 @@ pub fn open_lm(
         None => lm,
     };
     Ok(Metered::new(lm, spec.prices()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use flowrun_engine::step::StepErrorKind;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_model_is_of_the_commit_that_the_key_names_whatever_the_cache_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = World {
+            user_cache: dir.path().join("user"),
+            offline: true,
+            ..World::default()
+        };
+        let commit = |digit: &str| digit.repeat(40);
+        let cache = dir.path().join("huggingface/hub/models--o--settled");
+        for (digit, text) in [("a", "old"), ("b", "new")] {
+            let snapshot = cache.join("snapshots").join(commit(digit));
+            std::fs::create_dir_all(&snapshot).unwrap();
+            std::fs::write(snapshot.join("file"), text).unwrap();
+        }
+        // As a machine has it that looked before the branches moved.
+        std::fs::create_dir_all(cache.join("refs")).unwrap();
+        std::fs::write(cache.join("refs/main"), commit("a")).unwrap();
+        std::fs::write(cache.join("refs/side"), commit("b")).unwrap();
+        let entry = json!({
+            "provider": "sentence-encoder",
+            "weights": { "hf": "o/settled", "file": "file" },
+            "tokenizer": { "hf": "o/settled", "file": "file", "sha256": "0".repeat(64) },
+            "config": { "hf": "o/settled", "file": "file", "revision": "side" },
+        });
+        let model: ModelSpec = serde_json::from_value(entry).unwrap();
+        let files = model.files();
+        let read = |file: &WeightsRef| {
+            let found = file.locate(&world, &Cancel::default())?;
+            Ok::<_, StepError>(std::fs::read_to_string(found.path).unwrap())
+        };
+        let key = |main: &str, side: &str| {
+            json!([format!("o/settled@{main}"), format!("o/settled@{side}")])
+        };
+        let named = key(&commit("b"), &commit("a"));
+        model.settle(Some(&named), &world).unwrap();
+        assert_eq!(read(files[0]).unwrap(), "new");
+        assert_eq!(read(files[2]).unwrap(), "old");
+        let pinned = files[0].pinned(&world).unwrap();
+        assert_eq!(pinned.revision, Some(commit("b")));
+        assert_eq!(model.observe(&world).unwrap(), named);
+
+        let absent = key(&commit("c"), &commit("a"));
+        model.settle(Some(&absent), &world).unwrap();
+        let error = read(files[0]).unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Transient);
+        assert!(error.message.contains(&commit("c")), "{}", error.message);
+        for wrong in [Some(key("main", "side")), Some(json!([])), None] {
+            assert!(model.settle(wrong.as_ref(), &world).is_err(), "{wrong:?}");
+        }
+    }
 }

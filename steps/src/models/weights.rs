@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::download::{adopt, cache_path, find_local, one_at_a_time, sha256_of};
-use crate::hub::{RepoType, Snapshot, is_commit};
+use crate::hub::{self, RepoType, Snapshot, is_commit};
 
 /// Where a file is: `pip` or `hf` with `file` in it, or `file` of the project alone.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -67,25 +67,41 @@ impl WeightsRef {
     /// # Errors
     /// When the file cannot be read, or the hub not be asked.
     pub fn observe(&self, world: &World) -> Result<Option<String>, StepError> {
-        if let (Some(repo), None) = (&self.hf, &self.sha256) {
-            if is_commit(self.revision()) {
-                return Ok(None);
-            }
+        if !self.is_open() {
+            return Ok(None);
+        }
+        if let Some(repo) = &self.hf {
             let newest = Snapshot::newest(RepoType::Model, repo, self.revision(), world)?;
             return Ok(Some(format!("{repo}@{}", newest.commit())));
         }
-        match (self, &self.file) {
-            (
-                Self {
-                    pip: None,
-                    hf: None,
-                    sha256: None,
-                    ..
-                },
-                Some(file),
-            ) => local_digest(&world.root.join(file)).map(Some),
-            _ => Ok(None),
+        let file = self.file.as_ref();
+        file.map(|file| local_digest(&world.root.join(file)))
+            .transpose()
+    }
+
+    /// The entry leaves something open, which [`WeightsRef::observe`] finds.
+    pub(super) fn is_open(&self) -> bool {
+        match (&self.pip, &self.hf, &self.file) {
+            _ if self.sha256.is_some() => false,
+            (_, Some(_), _) => !is_commit(self.revision()),
+            (None, None, Some(_)) => true,
+            _ => false,
         }
+    }
+
+    /// Has a branch of the hub stand for the commit that `observed` names, which is what
+    /// [`WeightsRef::observe`] found where the run is.
+    ///
+    /// # Errors
+    /// When it names none.
+    pub(super) fn settle(&self, observed: &str, world: &World) -> Result<(), StepError> {
+        let Some(repo) = &self.hf else {
+            return Ok(());
+        };
+        let commit = observed.strip_prefix(repo.as_str());
+        let commit = commit.and_then(|rest| rest.strip_prefix('@'));
+        let commit = commit.unwrap_or_default();
+        hub::settle(RepoType::Model, repo, self.revision(), commit, world)
     }
 
     fn revision(&self) -> &str {

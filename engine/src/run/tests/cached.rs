@@ -144,9 +144,17 @@ fn a_changed_file_or_observed_fact_is_noticed() {
         crate::testing::write(ctx, "out", &names.count().to_string())?;
         Ok(crate::step::StepOutcome::default())
     }));
+    // What the work is told is what its key holds.
+    let told = Arc::new(Toy::new("told", |ctx| {
+        let digest = flowrun_cache::Digest::of_file(&ctx.world.root.join("data.txt"));
+        let digest = digest.map_err(|e| crate::testing::io(ctx, &e))?;
+        assert_eq!(ctx.observed["data.txt"], json!(digest.short()));
+        crate::testing::write(ctx, "out", "told")?;
+        Ok(crate::step::StepOutcome::default())
+    }));
     let steps = [
         node("reads").input("x", "file:data.txt"),
-        node("watches").with(json!({ "watch": "data.txt" })),
+        uses("watches", told).with(json!({ "watch": "data.txt" })),
         uses("tree", listing).input("x", "file:folder"),
     ];
     bench.run(&steps);

@@ -401,6 +401,7 @@ impl Worker {
                 let ctx = StepContext {
                     step: request.id.clone(),
                     params: request.params.clone(),
+                    observed: keyed.manifest.observed.clone(),
                     world: self.lookup.world_of(request).into_owned(),
                     inputs,
                     out_dir: out_dir.clone(),

@@ -274,6 +274,7 @@ fn paths_of_a_request_are_those_of_the_workers() {
 fn json_request() -> serde_json::Value {
     serde_json::json!({
         "protocol": PROTOCOL_VERSION, "kind": "k", "version": 1, "step": "s", "params": {},
+        "observed": {},
         "inputs": {"x": [{"path": "/here/x", "digest": Digest::of_bytes(b"x"), "label": "x"}]},
         "out_dir": "/here/out", "work_dir": "/here/work", "resume_path": "/here/resume",
         "run_path": "/here/run", "completions": "/here/completions", "actions": "/here/actions",
