@@ -3,6 +3,7 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
@@ -202,6 +203,24 @@ fn a_server_that_is_not_there_or_refuses_is_a_warning() {
     }
     // One call told enough.
     assert_eq!(refuses.sent().len(), 1);
+}
+
+#[test]
+fn what_the_server_may_have_done_is_not_sent_again() {
+    for (status, tries) in [(429, 2), (503, 2), (502, 1), (504, 1)] {
+        let begun = AtomicUsize::new(0);
+        let server = Receiver::start(move |_, sent| {
+            let begins = sent.path.ends_with("/runs/create");
+            match begins && begun.fetch_add(1, Ordering::Relaxed) == 0 {
+                true => (status, String::new()),
+                false => answer(sent),
+            }
+        });
+        let ended = run(&project(), &server.url).ok();
+        assert_eq!(calls(&server.sent(), "runs/create").len(), tries);
+        let told = ended.stderr.contains(&format!("answered {status}"));
+        assert_eq!(told, tries == 1, "{}", ended.stderr);
+    }
 }
 
 #[test]

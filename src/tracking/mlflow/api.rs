@@ -227,7 +227,7 @@ impl Api {
         let why = told["message"].as_str().unwrap_or(&body);
         let why: String = self.masked(why).chars().take(SHOWN).collect();
         Err(Attempt {
-            taken: !is_busy(status),
+            taken: !was_turned_away(status),
             error: ApiError::Refused {
                 code: code.to_owned(),
                 why: format!("{server} answered {status}: {}", why.trim()),
@@ -259,13 +259,12 @@ impl From<Attempt> for ApiError {
     }
 }
 
-fn is_busy(status: StatusCode) -> bool {
+/// Nothing was done with the call. A proxy says 502 and 504 also when the server did it, and only
+/// its answer was lost.
+fn was_turned_away(status: StatusCode) -> bool {
     matches!(
         status,
-        StatusCode::TOO_MANY_REQUESTS
-            | StatusCode::BAD_GATEWAY
-            | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::GATEWAY_TIMEOUT
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
     )
 }
 
