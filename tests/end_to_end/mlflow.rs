@@ -45,6 +45,10 @@ fn project() -> Project {
 }
 
 fn run(project: &Project, url: &str) -> Run {
+    Run::of(command(project, url).output().unwrap())
+}
+
+fn command(project: &Project, url: &str) -> Command {
     let mut command = project.command(&["p.yaml", "--json"]);
     command
         .env("MLFLOW_TRACKING_URI", url)
@@ -52,7 +56,7 @@ fn run(project: &Project, url: &str) -> Run {
         .env_remove("MLFLOW_EXPERIMENT_NAME")
         .env_remove("MLFLOW_EXPERIMENT_ID")
         .env_remove("MLFLOW_TRACKING_USERNAME");
-    Run::of(command.output().unwrap())
+    command
 }
 
 /// Answers as a server that knows no experiment and no model yet.
@@ -176,6 +180,32 @@ fn a_failed_run_is_told_as_one_and_registers_nothing() {
         note.contains("`model`") && note.contains("bad luck"),
         "{note}"
     );
+}
+
+#[allow(clippy::print_stderr)]
+#[test]
+fn a_run_whose_events_cannot_be_written_is_told_to_its_end() {
+    let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
+        eprintln!("skipped: there is no /dev/full");
+        return;
+    };
+    let server = Receiver::start(|_, sent| answer(sent));
+    let project = project();
+    let hook = "name: tracked\nhooks: { tell: { command: [sh, -c, 'cat > told.json'] } }\n";
+    project.edit("p.yaml", "name: tracked\n", hook);
+    // The second has nothing to do.
+    for _ in 0..2 {
+        let before = server.sent().len();
+        let mut command = command(&project, &server.url);
+        let ended = command.stdout(full.try_clone().unwrap()).output().unwrap();
+        let ended = Run::of(ended);
+        assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+        let sent = server.sent().split_off(before);
+        assert_eq!(calls(&sent, "runs/update")[0]["status"], "FINISHED");
+        let told: Value = serde_json::from_str(&project.read("told.json")).unwrap();
+        assert_eq!(told["status"], "ok");
+        std::fs::remove_file(project.path("told.json")).unwrap();
+    }
 }
 
 #[test]
