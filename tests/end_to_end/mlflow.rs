@@ -236,6 +236,35 @@ fn a_server_that_is_not_there_or_refuses_is_a_warning() {
 }
 
 #[test]
+fn a_file_that_breaks_off_costs_neither_the_others_nor_the_end() {
+    let server = Receiver::start(|_, sent| match sent.path.ends_with("/score/1/metrics") {
+        true => (0, String::new()),
+        false => answer(sent),
+    });
+    let ended = run(&project(), &server.url).ok();
+    assert!(ended.stderr.contains("MLflow: artifacts: "));
+    let sent = server.sent();
+    let is_there = |path: &str| sent.iter().any(|one| one.path.ends_with(path));
+    assert!(is_there("/score/2/metrics") && is_there("/model/model/sub/w"));
+    assert_eq!(calls(&sent, "model-versions/create").len(), 1);
+    assert_eq!(calls(&sent, "runs/update")[0]["status"], "FINISHED");
+}
+
+#[test]
+fn a_server_that_breaks_off_is_told_the_end_and_nothing_else() {
+    let server = Receiver::start(|_, sent| match sent.path.ends_with("/runs/log-batch") {
+        true => (0, String::new()),
+        false => answer(sent),
+    });
+    let ended = run(&project(), &server.url).ok();
+    assert_eq!(ended.stderr.matches("MLflow: ").count(), 1);
+    let sent = server.sent();
+    assert_eq!(calls(&sent, "runs/log-batch").len(), 1);
+    assert!(!sent.iter().any(|one| one.method == "PUT"), "{sent:?}");
+    assert_eq!(calls(&sent, "runs/update")[0]["status"], "FINISHED");
+}
+
+#[test]
 fn what_the_server_may_have_done_is_not_sent_again() {
     for (status, tries) in [(429, 2), (503, 2), (502, 1), (504, 1)] {
         let begun = AtomicUsize::new(0);
