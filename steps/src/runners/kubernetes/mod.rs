@@ -406,6 +406,13 @@ impl JobSystem for Cluster {
     }
 
     fn forget(&self, id: &str) -> Result<bool, JobError> {
+        // Nobody may ask again: only one that hung is not asked anew.
+        let failed_at_once = |looked: &Looked| looked.seen.is_err() && looked.took < LOOK_EVERY;
+        let mut slot = lock(&self.look);
+        if slot.as_ref().is_some_and(failed_at_once) {
+            *slot = None;
+        }
+        drop(slot);
         let found = self.find(id).map_err(CallError::of_question)?;
         if let Some((job, pod)) = found {
             let told = outcome::told(&job, pod.as_ref());
