@@ -294,6 +294,8 @@ impl Mlflow {
         let Some(run) = self.run.take() else {
             return;
         };
+        // The calls before it may have taken all patience.
+        self.beat.beat();
         let body = json!({ "run_id": run.id, "status": status, "end_time": millis(at) });
         let closed = self.api.post("runs/update", &body);
         // That it does not answer was told.
