@@ -11,7 +11,7 @@ use flowrun_engine::hook::Hook;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::{Changed, Recalled, Unchanged, recall};
 use flowrun_engine::retention::tidy as tidy_cache;
-use flowrun_engine::run::{RunOptions, RunSummary, run as run_pipeline, run_changed};
+use flowrun_engine::run::{RunError, RunOptions, RunSummary, run as run_pipeline, run_changed};
 use flowrun_engine::step::{Cancel, StepErrorKind, World};
 use flowrun_engine::tracking::Tracking;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -47,12 +47,11 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
                 // Nothing listens to signals here: the first one ends the program.
                 let nobody = Cancel::default();
                 let (env, tracking) = (&asked.world.env, unchanged.tracking());
-                let mut trackers = Trackers::start(env, tracking, open.dir(), global.offline);
-                let summary = finish(&unchanged, open, &mut trackers, global)?;
-                tidy(open, args, &summary, global, &nobody);
+                let trackers = Trackers::start(env, tracking, open.dir(), global.offline);
+                let over = finish(&unchanged, open, trackers, global);
+                tidy(open, args, &over, global, &nobody);
                 drop(cache.take());
-                warn(&trackers.end());
-                warn(&hooks::tell(unchanged.hooks(), &summary, &asked.world));
+                let summary = over.tell(unchanged.hooks(), &asked.world)?;
                 return Ok(exit_of(&summary, &nobody));
             }
             found => changed = found,
@@ -87,16 +86,17 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         tracking,
         world,
     } = work.told();
+    let reporter = work.reporter(global);
+    let cancel = Cancel::default();
+    listen(cancel.clone(), reporter.teller())?;
     let trackers = Trackers::start(&world.env, &tracking, cache.dir(), global.offline);
     options.traced = trackers.want_spans();
-    let cancel = Cancel::default();
-    let driven = drive(work, held, options, trackers, global, cancel.clone());
-    let (summary, trackers) = runtime.block_on(driven)?;
-    tidy(&cache, args, &summary, global, &cancel);
+    let driven = drive(work, held, options, reporter, trackers, cancel.clone());
+    let over = runtime.block_on(driven);
+    tidy(&cache, args, &over, global, &cancel);
     // A hook may run a pipeline of its own on the same cache.
     drop(cache);
-    warn(&trackers.end());
-    warn(&hooks::tell(&told, &summary, &world));
+    let summary = over.tell(&told, &world)?;
     Ok(exit_of(&summary, &cancel))
 }
 
@@ -107,13 +107,37 @@ fn is_plain(args: &RunArgs) -> bool {
     !(part || scope.force || args.dry_run)
 }
 
+/// A run that is over, however it ended.
+struct Over {
+    /// How its steps ended, unless it broke off.
+    summary: Result<RunSummary, RunError>,
+    /// Whether those who look on were told.
+    reported: std::io::Result<()>,
+    trackers: Trackers,
+}
+
+impl Over {
+    /// Tells all others that it is over, also where those who look on could not be told.
+    ///
+    /// # Errors
+    /// When the run broke off, which hooks do not hear of; and when those who look on could not be
+    /// told.
+    fn tell(self, hooks: &BTreeMap<String, Hook>, world: &World) -> Result<RunSummary, Failure> {
+        warn(&self.trackers.end());
+        let summary = self.summary?;
+        warn(&hooks::tell(hooks, &summary, world));
+        self.reported.map_err(|e| unwritable(&e))?;
+        Ok(summary)
+    }
+}
+
 /// A run that has nothing to do.
 fn finish(
     unchanged: &Unchanged,
     cache: &Cache,
-    trackers: &mut Trackers,
+    mut trackers: Trackers,
     global: &GlobalArgs,
-) -> Result<RunSummary, Failure> {
+) -> Over {
     let mut reporter = Reporter::plain(global);
     let summary = unchanged.run(cache, |event| {
         trackers.hear(event);
@@ -122,17 +146,23 @@ fn finish(
             reporter.show_recorded(unchanged.step_events());
             trackers.hear_recorded(unchanged.step_events());
         }
-    })?;
+    });
     for text in cache.warnings() {
         reporter.show(&RunEvent::Warning { step: None, text });
     }
-    reporter.end().map_err(|e| unwritable(&e))?;
-    Ok(summary)
+    Over {
+        summary,
+        reported: reporter.end(),
+        trackers,
+    }
 }
 
 /// Removes what the bounds of the cache ask to. The run is over, so that it does not work is
 /// worth a warning only.
-fn tidy(cache: &Cache, args: &RunArgs, summary: &RunSummary, global: &GlobalArgs, cancel: &Cancel) {
+fn tidy(cache: &Cache, args: &RunArgs, over: &Over, global: &GlobalArgs, cancel: &Cancel) {
+    let Ok(summary) = &over.summary else {
+        return;
+    };
     if cancel.is_cancelled() {
         return;
     }
@@ -189,6 +219,21 @@ impl Work {
         }
     }
 
+    /// Shows people or a program how it goes.
+    fn reporter(&self, global: &GlobalArgs) -> Reporter {
+        match self {
+            Self::Whole(loaded) => {
+                let steps = loaded.pipeline.steps.iter();
+                Reporter::new(global, &loaded.pipeline.name, || {
+                    steps.map(|step| step.name.clone()).collect()
+                })
+            }
+            Self::Changed(changed, _) => {
+                Reporter::new(global, &changed.pipeline().name, || changed.within_reach())
+            }
+        }
+    }
+
     /// Jobs of job systems at once: each is followed by a thread.
     fn jobs_elsewhere(&self) -> usize {
         let jobs = |pipeline: &Pipeline| -> usize {
@@ -206,23 +251,11 @@ async fn drive(
     work: Work,
     cache: Arc<Cache>,
     options: RunOptions,
+    reporter: Reporter,
     mut trackers: Trackers,
-    global: &GlobalArgs,
     cancel: Cancel,
-) -> Result<(RunSummary, Trackers), Failure> {
+) -> Over {
     let (events, heard) = tokio::sync::mpsc::unbounded_channel();
-    let reporter = match &work {
-        Work::Whole(loaded) => {
-            let steps = loaded.pipeline.steps.iter();
-            Reporter::new(global, &loaded.pipeline.name, || {
-                steps.map(|step| step.name.clone()).collect()
-            })
-        }
-        Work::Changed(changed, _) => {
-            Reporter::new(global, &changed.pipeline().name, || changed.within_reach())
-        }
-    };
-    listen(cancel.clone(), reporter.teller())?;
     let reporting = tokio::task::spawn_blocking(move || {
         let reported = reporter.follow(heard, |event| trackers.hear(event));
         (reported, trackers)
@@ -238,9 +271,11 @@ async fn drive(
     };
     // The reporter ends when the run's last sender is gone; its panic would be a bug of ours alone.
     let (reported, trackers) = reporting.await.unwrap_or((Ok(()), Trackers::default()));
-    let summary = summary?;
-    reported.map_err(|e| unwritable(&e))?;
-    Ok((summary, trackers))
+    Over {
+        summary,
+        reported,
+        trackers,
+    }
 }
 
 /// How long killed commands have to be gone once the second signal came.

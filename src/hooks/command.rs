@@ -18,6 +18,9 @@ use super::document::event_name;
 
 /// Bytes of output that are kept.
 const OUTPUT: usize = 1 << 20;
+/// Bytes that are read beyond those, to see whether a secret goes on there; Linux lets no variable
+/// be longer.
+const BEYOND: usize = 128 << 10;
 /// How long to listen for output once the program ended: what it left behind may hold the pipe.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Time between two looks at the program.
@@ -50,7 +53,10 @@ pub(super) fn run(call: &Call<'_>, command: &[String]) -> Result<(), String> {
     feed(&mut child, body);
     let output = Output::listen(output);
     let status = wait(&mut child, call.hook.timeout);
-    let said = call.masked(&String::from_utf8_lossy(&output.take()));
+    let mask = call.mask();
+    let mut said = output.take();
+    said.truncate(mask.cut(&said, OUTPUT).unwrap_or(said.len()));
+    let said = mask.apply(&String::from_utf8_lossy(&said));
     let log = keep(call, &said);
     let last = said.lines().rfind(|line| !line.trim().is_empty());
     let last = last.map(|line| format!(": {line}")).unwrap_or_default();
@@ -124,7 +130,7 @@ impl Output {
                 && n > 0
             {
                 let mut said = keeps.lock().unwrap_or_else(PoisonError::into_inner);
-                let room = OUTPUT.saturating_sub(said.len());
+                let room = (OUTPUT + BEYOND).saturating_sub(said.len());
                 said.extend_from_slice(&chunk[..n.min(room)]);
             }
             // It may have been given up.

@@ -16,7 +16,7 @@ mod webhook;
 use std::collections::BTreeMap;
 
 use flowrun_engine::hook::{Hook, HookAction, HookEvent};
-use flowrun_engine::run::RunSummary;
+use flowrun_engine::run::{Mask, RunSummary};
 use flowrun_engine::step::World;
 
 use self::document::Document;
@@ -85,7 +85,7 @@ impl Call<'_> {
             HookAction::Command(command) => command::run(self, command),
             HookAction::Webhook(webhook) => webhook::post(self, webhook),
         };
-        done.map_err(|why| self.masked(&why))
+        done.map_err(|why| self.mask().apply(&why))
     }
 
     /// The secret of this name, where it is the hook's.
@@ -94,18 +94,10 @@ impl Call<'_> {
         self.world.env.get(name).filter(|_| is_own).cloned()
     }
 
-    /// The text with the values of secrets replaced.
-    fn masked(&self, text: &str) -> String {
-        let values = self
-            .hook
-            .secrets
-            .iter()
-            .filter_map(|name| self.secret(name));
-        let mut values: Vec<String> = values.filter(|value| !value.is_empty()).collect();
-        // One that holds another is hidden whole.
-        values.sort_by_key(|value| std::cmp::Reverse(value.len()));
-        let hide = |text: String, value: &String| text.replace(value.as_str(), "***");
-        values.iter().fold(text.to_owned(), hide)
+    /// Hides the values of the hook's secrets.
+    fn mask(&self) -> Mask {
+        let names = self.hook.secrets.iter();
+        Mask::new(names.filter_map(|name| self.secret(name)))
     }
 
     fn body(&self) -> Result<Vec<u8>, String> {

@@ -2,6 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `heartbeat` | shows that a tracker gets something done |
 //! | `mlflow` | params, metrics and artifacts, for an MLflow server |
 //! | `otlp` | traces, for a collector that speaks OTLP |
 //!
@@ -9,6 +10,7 @@
 //! Invariant: whatever a tracker meets with is a warning, and costs the run a bounded time and
 //! memory; no result and no exit code depends on it.
 
+mod heartbeat;
 mod mlflow;
 mod otlp;
 
@@ -21,6 +23,8 @@ use std::time::{Duration, SystemTime};
 
 use flowrun_engine::event::RunEvent;
 use flowrun_engine::tracking::Tracking;
+
+pub(crate) use self::heartbeat::Heartbeat;
 
 /// How long a tracker may get nothing done once the run ended; then it is given up.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -40,20 +44,6 @@ trait Tracker {
 }
 
 type Heard = (SystemTime, Arc<RunEvent>);
-
-/// Shows that a tracker gets something done.
-#[derive(Clone, Default)]
-pub(crate) struct Heartbeat(Arc<AtomicUsize>);
-
-impl Heartbeat {
-    pub(crate) fn beat(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn count(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 /// The trackers of a run.
 #[derive(Default)]

@@ -110,6 +110,31 @@ fn a_command_is_told_that_a_run_ended_also_when_nothing_was_to_do() {
 }
 
 #[test]
+fn a_secret_of_several_lines_is_in_no_log_and_no_warning_nor_a_part_of_it() {
+    let hooks = r#"  lines:
+    secrets: [HOOK_TOKEN]
+    command: [sh, -c, 'printf "%s" "$HOOK_TOKEN" | while read -r line; do echo "got $line."; done; exit 3']
+  long:
+    secrets: [HOOK_TOKEN]
+    command: [sh, -c, 'head -c 1048570 /dev/zero | tr "\0" x; printf "%s" "$HOOK_TOKEN"; head -c 100 /dev/zero | tr "\0" y']
+"#;
+    let project = project(hooks, "");
+    let mut command = project.command(&["p.yaml", "--json"]);
+    command.env("HOOK_TOKEN", format!("{SECRET}-1\n{SECRET}-2\n"));
+    let ended = Run::of(command.output().unwrap()).ok();
+    let events = ended.events();
+    let last = events.iter().find(|e| e["event"] == "run_finished");
+    let run_dir = last.unwrap()["run_dir"].as_str().unwrap();
+    let log = |name: &str| project.read(&format!("{run_dir}/logs/{name}"));
+    assert_eq!(log("hook-lines.log"), "got ***.\ngot ***.\n");
+    assert!(ended.stderr.contains("(exit status: 3): got ***."));
+    // Where it is cut, no part of the secret stays.
+    let long = log("hook-long.log");
+    assert!(long.len() >= 1_048_570 && long.trim_start_matches('x').is_empty());
+    assert_secret(&project, &ended);
+}
+
+#[test]
 fn a_failed_run_is_told_with_what_failed_and_stays_as_it_was() {
     let hooks = "  bad: { on: [failed], command: [sh, -c, 'cat > bad.json; exit 3'] }
   all: { on: [finished, failed], command: [sh, -c, 'cat > all.json'] }

@@ -3,6 +3,7 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
@@ -44,6 +45,10 @@ fn project() -> Project {
 }
 
 fn run(project: &Project, url: &str) -> Run {
+    Run::of(command(project, url).output().unwrap())
+}
+
+fn command(project: &Project, url: &str) -> Command {
     let mut command = project.command(&["p.yaml", "--json"]);
     command
         .env("MLFLOW_TRACKING_URI", url)
@@ -51,7 +56,7 @@ fn run(project: &Project, url: &str) -> Run {
         .env_remove("MLFLOW_EXPERIMENT_NAME")
         .env_remove("MLFLOW_EXPERIMENT_ID")
         .env_remove("MLFLOW_TRACKING_USERNAME");
-    Run::of(command.output().unwrap())
+    command
 }
 
 /// Answers as a server that knows no experiment and no model yet.
@@ -177,6 +182,32 @@ fn a_failed_run_is_told_as_one_and_registers_nothing() {
     );
 }
 
+#[allow(clippy::print_stderr)]
+#[test]
+fn a_run_whose_events_cannot_be_written_is_told_to_its_end() {
+    let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
+        eprintln!("skipped: there is no /dev/full");
+        return;
+    };
+    let server = Receiver::start(|_, sent| answer(sent));
+    let project = project();
+    let hook = "name: tracked\nhooks: { tell: { command: [sh, -c, 'cat > told.json'] } }\n";
+    project.edit("p.yaml", "name: tracked\n", hook);
+    // The second has nothing to do.
+    for _ in 0..2 {
+        let before = server.sent().len();
+        let mut command = command(&project, &server.url);
+        let ended = command.stdout(full.try_clone().unwrap()).output().unwrap();
+        let ended = Run::of(ended);
+        assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+        let sent = server.sent().split_off(before);
+        assert_eq!(calls(&sent, "runs/update")[0]["status"], "FINISHED");
+        let told: Value = serde_json::from_str(&project.read("told.json")).unwrap();
+        assert_eq!(told["status"], "ok");
+        std::fs::remove_file(project.path("told.json")).unwrap();
+    }
+}
+
 #[test]
 fn a_server_that_is_not_there_or_refuses_is_a_warning() {
     let refuses = Receiver::start(|_, sent| {
@@ -202,6 +233,53 @@ fn a_server_that_is_not_there_or_refuses_is_a_warning() {
     }
     // One call told enough.
     assert_eq!(refuses.sent().len(), 1);
+}
+
+#[test]
+fn a_file_that_breaks_off_costs_neither_the_others_nor_the_end() {
+    let server = Receiver::start(|_, sent| match sent.path.ends_with("/score/1/metrics") {
+        true => (0, String::new()),
+        false => answer(sent),
+    });
+    let ended = run(&project(), &server.url).ok();
+    assert!(ended.stderr.contains("MLflow: artifacts: "));
+    let sent = server.sent();
+    let is_there = |path: &str| sent.iter().any(|one| one.path.ends_with(path));
+    assert!(is_there("/score/2/metrics") && is_there("/model/model/sub/w"));
+    assert_eq!(calls(&sent, "model-versions/create").len(), 1);
+    assert_eq!(calls(&sent, "runs/update")[0]["status"], "FINISHED");
+}
+
+#[test]
+fn a_server_that_breaks_off_is_told_the_end_and_nothing_else() {
+    let server = Receiver::start(|_, sent| match sent.path.ends_with("/runs/log-batch") {
+        true => (0, String::new()),
+        false => answer(sent),
+    });
+    let ended = run(&project(), &server.url).ok();
+    assert_eq!(ended.stderr.matches("MLflow: ").count(), 1);
+    let sent = server.sent();
+    assert_eq!(calls(&sent, "runs/log-batch").len(), 1);
+    assert!(!sent.iter().any(|one| one.method == "PUT"), "{sent:?}");
+    assert_eq!(calls(&sent, "runs/update")[0]["status"], "FINISHED");
+}
+
+#[test]
+fn what_the_server_may_have_done_is_not_sent_again() {
+    for (status, tries) in [(429, 2), (503, 2), (502, 1), (504, 1)] {
+        let begun = AtomicUsize::new(0);
+        let server = Receiver::start(move |_, sent| {
+            let begins = sent.path.ends_with("/runs/create");
+            match begins && begun.fetch_add(1, Ordering::Relaxed) == 0 {
+                true => (status, String::new()),
+                false => answer(sent),
+            }
+        });
+        let ended = run(&project(), &server.url).ok();
+        assert_eq!(calls(&server.sent(), "runs/create").len(), tries);
+        let told = ended.stderr.contains(&format!("answered {status}"));
+        assert_eq!(told, tries == 1, "{}", ended.stderr);
+    }
 }
 
 #[test]

@@ -33,6 +33,7 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     /// `answer` gets how many requests came before, and the request; it gives status and body.
+    /// Status 0: the server hangs up without an answer.
     pub(crate) fn start(
         answer: impl Fn(usize, &Sent) -> (u16, String) + Send + Sync + 'static,
     ) -> Self {
@@ -71,6 +72,9 @@ fn serve(
             kept.len() - 1
         };
         let (status, body) = answer(before, &request);
+        if status == 0 {
+            return;
+        }
         let head = format!(
             "HTTP/1.1 {status} Status\r\ncontent-type: application/json\r\n\
              content-length: {}\r\n\r\n",

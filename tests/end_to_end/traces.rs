@@ -229,6 +229,13 @@ fn a_collector_that_is_not_there_is_a_warning() {
             ],
             "`grpc`",
         ),
+        (
+            vec![(
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+                "http://user:my s3cret@127.0.0.1:4318",
+            )],
+            "`OTEL_EXPORTER_OTLP_ENDPOINT` is no address",
+        ),
     ] {
         let ended = run(&project, &oracle, &env).ok();
         let warning = ended
@@ -241,6 +248,7 @@ fn a_collector_that_is_not_there_is_a_warning() {
             "{}",
             ended.stderr
         );
+        assert!(!ended.stderr.contains("s3cret"), "{}", ended.stderr);
     }
     let quiet = [
         ("OTEL_EXPORTER_OTLP_ENDPOINT", refuses.url.as_str()),

@@ -27,7 +27,7 @@ use flowrun_cache::remote::Sent;
 use flowrun_cache::{Cache, CacheError, CacheReader, RemoteCache};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-pub(crate) use self::reporter::Mask;
+pub use self::reporter::Mask;
 pub use self::room::Capacity;
 use self::scheduler::Scheduler;
 use self::worker::Worker;

@@ -22,12 +22,24 @@ const LIKELY: usize = 8;
 /// Bytes of a line of a secret from which on it is hidden by itself.
 const LINE: usize = 4;
 
-/// Hides the values of secrets.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Mask(Arc<Vec<String>>);
+/// Hides the values of secrets in what is logged, stored or told.
+///
+/// Of a value of several lines each line of 4 bytes and more is hidden by itself, as programs print
+/// line by line; so is a value whose newline at its end is not printed. What is encoded otherwise
+/// (base64, percent signs) is not found.
+#[derive(Clone, Default)]
+pub struct Mask(Arc<Vec<String>>);
+
+impl std::fmt::Debug for Mask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Mask({} values)", self.0.len())
+    }
+}
 
 impl Mask {
-    pub(crate) fn new(values: impl IntoIterator<Item = String>) -> Self {
+    /// Hides these values; empty ones are passed over.
+    #[must_use]
+    pub fn new(values: impl IntoIterator<Item = String>) -> Self {
         let mut values: Vec<String> = values.into_iter().filter(|v| !v.is_empty()).collect();
         // Logs are written line by line, and a carriage return ends one too.
         let ends = ['\n', '\r'];
@@ -49,8 +61,9 @@ impl Mask {
         value.len() >= LIKELY && !value.starts_with('/') && value.parse::<f64>().is_err()
     }
 
-    /// The text with every secret's value replaced.
-    pub(crate) fn apply(&self, text: &str) -> String {
+    /// The text with every secret's value replaced by `***`.
+    #[must_use]
+    pub fn apply(&self, text: &str) -> String {
         let mut text = text.to_owned();
         for secret in self.0.iter() {
             if text.contains(secret) {
@@ -60,9 +73,10 @@ impl Mask {
         text
     }
 
-    /// Where a line of output is cut, so that no secret is cut in two: at `at`, or before the
+    /// Where a line of output is cut, so that no secret is cut in two: at byte `at`, or before the
     /// secret that goes on there. `None` while more must be read to tell.
-    pub(crate) fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
+    #[must_use]
+    pub fn cut(&self, line: &[u8], at: usize) -> Option<usize> {
         let longest = self.0.iter().map(String::len).max().unwrap_or(0);
         if line.len() < at + longest {
             return None;
@@ -192,6 +206,9 @@ mod tests {
         assert_eq!(mask.apply("key-2, key, none"), "***, ***, none");
         let mask = Mask::new(["first line\n}\nlast line".to_owned()]);
         assert_eq!(mask.apply("a last line }"), "a *** }");
+        assert!(!format!("{mask:?}").contains("line"));
+        let mask = Mask::new(["s3cret\n".to_owned()]);
+        assert_eq!(mask.apply("s3cret, s3cret\n"), "***, ***");
     }
 
     #[test]

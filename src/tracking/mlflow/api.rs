@@ -12,9 +12,12 @@ use reqwest::blocking::{Body, Client, RequestBuilder};
 use reqwest::{StatusCode, Url};
 use serde_json::{Value, json};
 
+use super::STALL;
 use crate::address::{causes, is_loopback, shown};
 use crate::tracking::Heartbeat;
 
+/// Longest time until there is a connection.
+const CONNECT: Duration = Duration::from_secs(5);
 /// Longest time of a call.
 const CALL: Duration = Duration::from_secs(10);
 /// Longest time of a file's upload; it is given up sooner when nothing moves.
@@ -31,6 +34,8 @@ const SHOWN: usize = 300;
 pub(super) enum ApiError {
     /// There is no server, or it does not answer.
     Unreachable(String),
+    /// A file that it was sent did not move for [`STALL`].
+    Stalled(String),
     /// It answered no.
     Refused {
         /// MLflow's word for it; empty when the answer is not MLflow's.
@@ -43,12 +48,15 @@ pub(super) enum ApiError {
 impl std::fmt::Display for ApiError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Unreachable(why) | Self::Refused { why, .. } => f.write_str(why),
+            Self::Unreachable(why) | Self::Stalled(why) | Self::Refused { why, .. } => {
+                f.write_str(why)
+            }
         }
     }
 }
 
 /// Who asks.
+#[derive(Clone)]
 enum Login {
     Nobody,
     Token(String),
@@ -65,6 +73,7 @@ pub(super) struct RunInfo {
 }
 
 /// The API of one server.
+#[derive(Clone)]
 pub(super) struct Api {
     http: Client,
     base: Url,
@@ -88,6 +97,7 @@ impl Api {
                 .to_owned()
         })?;
         let client = Client::builder()
+            .connect_timeout(CONNECT)
             .timeout(CALL)
             .user_agent(concat!("flowrun/", env!("CARGO_PKG_VERSION")));
         let client = match is_loopback(&base) {
@@ -151,12 +161,15 @@ impl Api {
         self.call(|| self.http.post(url.clone()).json(body))
     }
 
-    /// Puts a file among a run's artifacts, through the server.
+    /// Puts a file among a run's artifacts, through the server. It may take as long as it moves:
+    /// a server that keeps files elsewhere answers when they are there. That it breaks off is a
+    /// refusal of this file: a server may hang up on one that is too large for it.
     pub(super) fn put(&self, run: &RunInfo, path: &str, file: &Path) -> Result<(), ApiError> {
-        let here = |e: std::io::Error| ApiError::Refused {
+        let refused = |why: String| ApiError::Refused {
             code: String::new(),
-            why: format!("{}: {e}", file.display()),
+            why,
         };
+        let here = |e: std::io::Error| refused(format!("{}: {e}", file.display()));
         let folder = artifact_folder(&run.artifact_uri)?;
         let mut whole = vec!["mlflow-artifacts", "artifacts"];
         whole.extend(folder.split('/').filter(|part| !part.is_empty()));
@@ -164,17 +177,27 @@ impl Api {
         let url = self.url(&whole);
         let length = std::fs::metadata(file).map_err(here)?.len();
         let reader = File::open(file).map_err(here)?;
-        let body = Beating {
-            reader,
-            beat: self.beat.clone(),
+        let api = self.clone();
+        let put = self.beat.during(STALL, move |moves| {
+            let body = Beating {
+                reader,
+                beat: moves.clone(),
+            };
+            let request = api.http.put(url).timeout(UPLOAD);
+            api.once(request.body(Body::sized(body, length)))
+        });
+        let Some(put) = put else {
+            let minutes = STALL.as_secs() / 60;
+            let why = format!("nothing of `{path}` moved for {minutes} minutes");
+            return Err(ApiError::Stalled(why));
         };
-        let request = self
-            .http
-            .put(url)
-            .timeout(UPLOAD)
-            .body(Body::sized(body, length));
-        self.once(request)?;
-        Ok(())
+        put.map(drop).map_err(|attempt| match attempt {
+            Attempt {
+                error: ApiError::Unreachable(why),
+                taken: true,
+            } => refused(why),
+            Attempt { error, .. } => error,
+        })
     }
 
     /// `/api/2.0/…`
@@ -227,7 +250,7 @@ impl Api {
         let why = told["message"].as_str().unwrap_or(&body);
         let why: String = self.masked(why).chars().take(SHOWN).collect();
         Err(Attempt {
-            taken: !is_busy(status),
+            taken: !was_turned_away(status),
             error: ApiError::Refused {
                 code: code.to_owned(),
                 why: format!("{server} answered {status}: {}", why.trim()),
@@ -253,19 +276,12 @@ struct Attempt {
     taken: bool,
 }
 
-impl From<Attempt> for ApiError {
-    fn from(attempt: Attempt) -> Self {
-        attempt.error
-    }
-}
-
-fn is_busy(status: StatusCode) -> bool {
+/// Nothing was done with the call. A proxy says 502 and 504 also when the server did it, and only
+/// its answer was lost.
+fn was_turned_away(status: StatusCode) -> bool {
     matches!(
         status,
-        StatusCode::TOO_MANY_REQUESTS
-            | StatusCode::BAD_GATEWAY
-            | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::GATEWAY_TIMEOUT
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
     )
 }
 

@@ -6,10 +6,14 @@ use std::path::{Path, PathBuf};
 use flowrun_cache::{Artifact, CacheReader, Digest, OutputValue};
 use flowrun_engine::tracking::TrackedOutput;
 use serde_json::json;
+use tempfile::TempDir;
 
-use super::Mlflow;
-use super::api::ApiError;
+use super::api::{ApiError, RunInfo};
 use super::entries::{parts, valid};
+use super::{Mlflow, STALL};
+
+/// Name of what was taken out of the store.
+const TAKEN: &str = "artifact";
 
 impl Mlflow {
     pub(super) fn send_report(&mut self, run_dir: &Path) {
@@ -24,9 +28,15 @@ impl Mlflow {
     }
 
     fn put(&mut self, path: &str, file: &Path) -> Option<()> {
-        let run = self.run.clone().filter(|_| !self.gave_up)?;
+        let run = self.takes_files()?;
         let put = self.api.put(&run, path, file);
         self.check("artifacts", put)
+    }
+
+    /// The run, while the server takes files.
+    fn takes_files(&self) -> Option<RunInfo> {
+        let run = self.run.clone();
+        run.filter(|_| !self.gave_up && !self.stalled)
     }
 
     /// Sends an output of a step, or of all its items.
@@ -68,21 +78,23 @@ impl Mlflow {
 
     /// Sends a file or folder of the store, verified.
     fn send(&mut self, path: &str, artifact: &Artifact) -> Option<()> {
-        self.run.as_ref().filter(|_| !self.gave_up)?;
-        let reader = CacheReader::open(&self.settings.cache_dir);
-        let folder = match tempfile::tempdir() {
+        self.takes_files()?;
+        let (cache_dir, taken) = (self.settings.cache_dir.clone(), artifact.clone());
+        let taken = self.beat.during(STALL, move |_| take(&cache_dir, &taken));
+        let late = || {
+            let minutes = STALL.as_secs() / 60;
+            Err(format!(
+                "`{path}` was not out of the cache after {minutes} minutes"
+            ))
+        };
+        let folder = match taken.unwrap_or_else(late) {
             Ok(folder) => folder,
-            Err(error) => {
-                self.warn(format!("artifacts: no folder can be made: {error}"));
+            Err(why) => {
+                self.warn(format!("artifacts: {why}"));
                 return None;
             }
         };
-        let place = folder.path().join("artifact");
-        if let Err(error) = reader.store().materialize(artifact, &place) {
-            self.warn(format!("artifacts: {error}"));
-            return None;
-        }
-        for (below, file) in files(&place) {
+        for (below, file) in files(&folder.path().join(TAKEN)) {
             let whole = match below.is_empty() {
                 true => path.to_owned(),
                 false => format!("{path}/{below}"),
@@ -121,6 +133,16 @@ impl Mlflow {
         let made = self.api.post("model-versions/create", &version);
         self.check(&what, made).map(|_| ())
     }
+}
+
+/// Takes a file or folder out of the store, verified: [`TAKEN`] in the folder that comes back.
+fn take(cache_dir: &Path, artifact: &Artifact) -> Result<TempDir, String> {
+    let folder = tempfile::tempdir().map_err(|e| format!("no folder can be made: {e}"))?;
+    let reader = CacheReader::open(cache_dir);
+    let place = folder.path().join(TAKEN);
+    let done = reader.store().materialize(artifact, &place);
+    done.map_err(|e| e.to_string())?;
+    Ok(folder)
 }
 
 /// The files of a folder, or the file itself, with their paths below it.

@@ -17,7 +17,7 @@ mod entries;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use flowrun_engine::event::{RunEvent, StepStatus};
 use flowrun_engine::record::RunRecord;
@@ -40,6 +40,9 @@ const TAG_VALUE: usize = 5000;
 const FAILURES: usize = 20;
 /// Different warnings that are told.
 const WARNINGS: usize = 5;
+/// How long a file may not move on its way out of the store and to the server. One that has it
+/// all may copy it to a bucket before it answers.
+const STALL: Duration = Duration::from_secs(600);
 
 /// What the environment and the pipeline say.
 pub(super) struct Settings {
@@ -77,8 +80,11 @@ pub(super) struct Mlflow {
     api: Api,
     settings: Settings,
     run: Option<RunInfo>,
-    /// The server does not answer: nothing more is sent.
+    /// The server does not answer: nothing more is sent but the run's end.
     gave_up: bool,
+    /// A file did not get there in time: no more files are sent.
+    stalled: bool,
+    beat: Heartbeat,
     /// Metrics that were not sent yet.
     metrics: Vec<Value>,
     /// Steps that failed, and why.
@@ -97,10 +103,12 @@ impl Mlflow {
     /// When the environment names no server.
     pub(super) fn new(settings: Settings, beat: Heartbeat) -> Result<Self, String> {
         Ok(Self {
-            api: Api::new(&settings.uri, &settings.env, beat)?,
+            api: Api::new(&settings.uri, &settings.env, beat.clone())?,
             settings,
             run: None,
             gave_up: false,
+            stalled: false,
+            beat,
             metrics: Vec::new(),
             failures: Vec::new(),
             keys: BTreeMap::new(),
@@ -116,6 +124,7 @@ impl Mlflow {
             Ok(value) => Some(value),
             Err(error) => {
                 self.gave_up |= matches!(error, ApiError::Unreachable(_));
+                self.stalled |= matches!(error, ApiError::Stalled(_));
                 self.warn(format!("{what}: {error}"));
                 None
             }
@@ -277,27 +286,31 @@ impl Mlflow {
             let note = pair("mlflow.note.content", &text, TAG_VALUE);
             self.log("the description", &json!({ "tags": [note] }));
         }
-        let status = match (ok, failed) {
-            (true, _) => "FINISHED",
-            (false, 0) => "KILLED",
-            (false, _) => "FAILED",
-        };
-        self.close(at, status);
+        self.close(at, status(ok, failed));
     }
 
+    /// Ends the run, also on a server that did not answer before: else it goes on there for ever.
     fn close(&mut self, at: SystemTime, status: &str) {
-        let Some(run) = self.run.take().filter(|_| !self.gave_up) else {
+        let Some(run) = self.run.take() else {
             return;
         };
+        // The calls before it may have taken all patience.
+        self.beat.beat();
         let body = json!({ "run_id": run.id, "status": status, "end_time": millis(at) });
         let closed = self.api.post("runs/update", &body);
-        self.check("the run's end", closed);
+        // That it does not answer was told.
+        if closed.is_ok() || !self.gave_up {
+            self.check("the run's end", closed);
+        }
     }
 }
 
 impl Tracker for Mlflow {
     fn hear(&mut self, at: SystemTime, event: &RunEvent) {
         if self.gave_up {
+            if let RunEvent::RunFinished { ok, failed, .. } = event {
+                self.close(at, status(*ok, *failed));
+            }
             return;
         }
         match event {
@@ -333,6 +346,15 @@ impl Tracker for Mlflow {
             self.warnings.push(more);
         }
         self.warnings
+    }
+}
+
+/// MLflow's word for how a run ended.
+fn status(ok: bool, failed: usize) -> &'static str {
+    match (ok, failed) {
+        (true, _) => "FINISHED",
+        (false, 0) => "KILLED",
+        (false, _) => "FAILED",
     }
 }
 

@@ -55,6 +55,12 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Settings {
     /// Where to, for people.
     endpoint: String,
+    /// The variable that says it.
+    variable: &'static str,
+    /// What it says, which may hold a password.
+    address: String,
+    /// It is an address of a web server.
+    web: bool,
     /// `http/protobuf`, unless another is asked for.
     protocol: Option<String>,
     /// It is on this machine.
@@ -74,7 +80,8 @@ impl Settings {
         if is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none") {
             return None;
         }
-        let endpoint = ENDPOINTS.iter().find_map(|name| get(name))?;
+        let of_name = |name: &&'static str| Some((*name, get(name)?));
+        let (variable, endpoint) = ENDPOINTS.iter().find_map(of_name)?;
         let parent = get("TRACEPARENT").and_then(Parent::parse);
         // Whoever began the trace decided that it is not kept.
         if parent.is_some_and(|parent| !parent.sampled) {
@@ -83,7 +90,11 @@ impl Settings {
         let resource = get("OTEL_RESOURCE_ATTRIBUTES");
         let url = Url::parse(endpoint).ok();
         let timeout = TIMEOUTS.iter().find_map(|name| get(name)?.parse().ok());
+        let is_web = |url: &Url| matches!(url.scheme(), "http" | "https") && url.has_host();
         Some(Self {
+            variable,
+            address: endpoint.to_owned(),
+            web: url.as_ref().is_some_and(is_web),
             endpoint: url
                 .as_ref()
                 .map_or_else(|| "the collector".to_owned(), shown),
@@ -100,6 +111,16 @@ impl Settings {
     }
 
     fn exporter(&self) -> Result<SpanExporter, String> {
+        let no_address = || {
+            let variable = self.variable;
+            format!(
+                "`{variable}` is no address of a collector; give it as `http://…`, with the port \
+                 that takes OTLP over HTTP (usually 4318)"
+            )
+        };
+        if !self.web {
+            return Err(no_address());
+        }
         let builder = SpanExporter::builder().with_http();
         let builder = match self.protocol.as_deref() {
             None => builder.with_protocol(Protocol::HttpBinary),
@@ -117,7 +138,12 @@ impl Settings {
             true => builder.with_http_client(self.client()?),
             false => builder,
         };
-        let mut exporter = builder.build().map_err(|e| e.to_string())?;
+        let built = builder.build().map_err(|e| match e.to_string() {
+            // It repeats what it does not understand.
+            text if text.contains(&self.address) => no_address(),
+            text => text,
+        });
+        let mut exporter = built?;
         let resource = Resource::builder();
         let resource = match self.named {
             true => resource,
@@ -244,5 +270,20 @@ mod tests {
             told.contains("`grpc`") && told.contains("http/json"),
             "{told}"
         );
+    }
+
+    #[test]
+    fn what_is_no_address_is_told_without_its_password() {
+        for wrong in [
+            "u:s3cret@collector:4318",
+            "http://u:s3cret@collector:no-port",
+            "http://u:s3cret@",
+            "grpc://u:s3cret@collector:4317",
+        ] {
+            let settings = Settings::of(&env(&[(ENDPOINTS[0], wrong)])).unwrap();
+            let told = settings.exporter().err().unwrap();
+            assert!(told.contains(ENDPOINTS[0]), "{told}");
+            assert!(!told.contains("s3cret") && !settings.endpoint.contains("s3cret"));
+        }
     }
 }

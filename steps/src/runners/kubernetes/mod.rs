@@ -110,16 +110,24 @@ struct Cluster {
     owner: Owner,
     /// Value of the label of all jobs of this project.
     project: String,
-    look: Mutex<Option<Look>>,
+    /// What the last look gave. Held while there is another one.
+    look: Mutex<Option<Looked>>,
     /// Ids of jobs that were there.
     known: Mutex<BTreeSet<String>>,
     waits: Mutex<BTreeMap<String, Wait>>,
 }
 
-/// The jobs of the project at one time.
-struct Look {
+/// A look, which is the answer to all who ask as long as it is new. So is a failure: a server
+/// that hangs would else be waited for by each of them in turn.
+struct Looked {
+    /// When it began.
     at: Instant,
     took: Duration,
+    seen: Result<Look, CallError>,
+}
+
+/// The jobs of the project at one time.
+struct Look {
     jobs: BTreeMap<String, Value>,
     /// The newest pod of each.
     pods: BTreeMap<String, Value>,
@@ -200,18 +208,27 @@ impl Cluster {
     fn find(&self, id: &str) -> Result<Option<(Value, Option<Value>)>, CallError> {
         // Others wait meanwhile, for the same answer.
         let mut slot = lock(&self.look);
-        let look = match slot.take().filter(Look::is_new) {
-            Some(look) => look,
-            None => self.look()?,
+        let looked = match slot.take().filter(Looked::is_new) {
+            Some(looked) => looked,
+            None => self.look(),
         };
+        let looked = slot.insert(looked);
+        let look = looked.seen.as_ref().map_err(CallError::clone)?;
         let job = look.jobs.get(id).cloned();
-        let found = job.map(|job| (job, look.pods.get(id).cloned()));
-        *slot = Some(look);
-        Ok(found)
+        Ok(job.map(|job| (job, look.pods.get(id).cloned())))
     }
 
-    fn look(&self) -> Result<Look, CallError> {
+    fn look(&self) -> Looked {
         let at = Instant::now();
+        let seen = self.see();
+        Looked {
+            at,
+            took: at.elapsed(),
+            seen,
+        }
+    }
+
+    fn see(&self) -> Result<Look, CallError> {
         let label = manifest::PROJECT.replace('/', "%2F");
         let ours = format!("labelSelector={label}%3D{}", self.project);
         // Pods first: one that ended because its job was deleted is then not taken for lost.
@@ -232,8 +249,6 @@ impl Cluster {
             jobs: named.collect(),
             // The last of a job stays.
             pods: of_jobs.collect(),
-            at,
-            took: at.elapsed(),
         };
         lock(&self.known).extend(look.jobs.keys().cloned());
         Ok(look)
@@ -344,9 +359,15 @@ impl JobSystem for Cluster {
             return Err(CallError::nonsense("Job").into());
         }
         lock(&self.known).insert(order.id.to_owned());
-        // What was seen before it was made lacks it, which would mean that somebody deleted it.
-        if let Some(look) = lock(&self.look).as_mut() {
-            look.jobs.insert(order.id.to_owned(), made);
+        let mut slot = lock(&self.look);
+        match slot.as_mut().map(|looked| &mut looked.seen) {
+            // What was seen before it was made lacks it, which would mean that somebody deleted it.
+            Some(Ok(look)) => {
+                look.jobs.insert(order.id.to_owned(), made);
+            }
+            // The server answers again.
+            Some(Err(_)) => *slot = None,
+            None => {}
         }
         Ok(())
     }
@@ -385,6 +406,13 @@ impl JobSystem for Cluster {
     }
 
     fn forget(&self, id: &str) -> Result<bool, JobError> {
+        // Nobody may ask again: only one that hung is not asked anew.
+        let failed_at_once = |looked: &Looked| looked.seen.is_err() && looked.took < LOOK_EVERY;
+        let mut slot = lock(&self.look);
+        if slot.as_ref().is_some_and(failed_at_once) {
+            *slot = None;
+        }
+        drop(slot);
         let found = self.find(id).map_err(CallError::of_question)?;
         if let Some((job, pod)) = found {
             let told = outcome::told(&job, pod.as_ref());
@@ -395,7 +423,7 @@ impl JobSystem for Cluster {
                 (false, false) => return Ok(false),
             }
         }
-        if let Some(look) = lock(&self.look).as_mut() {
+        if let Some(Ok(look)) = lock(&self.look).as_mut().map(|looked| &mut looked.seen) {
             look.jobs.remove(id);
         }
         lock(&self.known).remove(id);
@@ -404,9 +432,14 @@ impl JobSystem for Cluster {
     }
 }
 
-impl Look {
+impl Looked {
     fn is_new(&self) -> bool {
-        self.at.elapsed() < LOOK_EVERY.max(self.took * SHARE)
+        let long = match self.seen {
+            Ok(_) => self.took * SHARE,
+            // As long again as it took: the server may be back soon.
+            Err(_) => self.took * 2,
+        };
+        self.at.elapsed() < LOOK_EVERY.max(long)
     }
 }
 
@@ -497,6 +530,19 @@ mod tests {
         assert!(submit("/home/me/.flowrun/jobs/k/1").contains("none of `volumes`"));
         // This one is seen; only the program is missing.
         assert!(submit("/mnt/flowrun/jobs/k/1").contains("/nowhere/kubectl"));
+    }
+
+    #[test]
+    fn a_look_that_failed_is_the_answer_to_all_who_ask() {
+        let mut cluster = cluster(&[]).unwrap();
+        let failed = cluster.find("a").unwrap_err();
+        lock(&cluster.look).as_mut().unwrap().took = Duration::from_secs(3600);
+        // Another look would fail otherwise.
+        cluster.kubectl.program = "/elsewhere/kubectl".to_owned();
+        assert_eq!(cluster.find("b").unwrap_err(), failed);
+        lock(&cluster.look).as_mut().unwrap().took = Duration::ZERO;
+        lock(&cluster.look).as_mut().unwrap().at -= LOOK_EVERY;
+        assert_ne!(cluster.find("b").unwrap_err(), failed);
     }
 
     #[test]
