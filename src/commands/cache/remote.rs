@@ -31,6 +31,9 @@ pub(super) fn push(global: &GlobalArgs) -> Result<Exit, Failure> {
         }
     });
     usable(&remote)?;
+    for text in remote.take_warnings() {
+        say(&format!("warning: {text}"));
+    }
     if global.json {
         return output::json(&sent);
     }
