@@ -19,17 +19,22 @@ use serde_json::Value;
 
 use self::places::{Place, Places};
 use self::shared::Others;
-pub(crate) use self::shared::{note_pack, packs_file};
+use self::shared::forget_packs;
+pub(crate) use self::shared::{known_packs, note_packs, of_remotes, packs_file};
 use crate::digest::Digest;
 use crate::error::CacheError;
 
 /// Longest wait between two looks at the wish to stop.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 struct State {
     index: Places,
     segments: Vec<File>,
+    /// Where the segments lie, until they are read.
+    paths: Vec<PathBuf>,
+    /// Segments in which damaged lines were met.
+    damaged: HashSet<PathBuf>,
     /// The segment this process appends to, made at the first `put`.
     writer: Option<(usize, u64)>,
     /// Without a folder: the answers themselves.
@@ -46,6 +51,8 @@ impl State {
         Self {
             index: Places::new(folder),
             segments,
+            paths: Vec::new(),
+            damaged: HashSet::new(),
             writer: None,
             memory: HashMap::new(),
             is_read: false,
@@ -59,12 +66,17 @@ impl State {
             return;
         }
         let segments = std::mem::take(&mut self.segments);
-        for (number, file) in segments.iter().enumerate() {
-            if let Err(why) = scan(file, number, self) {
-                // What is behind it is lost as well, so it will be asked for again.
-                let folder = self.index.folder().display();
-                tracing::warn!("{folder}: segment {number} cannot be read: {why}");
-                self.skipped += 1;
+        let paths = std::mem::take(&mut self.paths);
+        for (number, (file, path)) in segments.iter().zip(paths).enumerate() {
+            let skipped = self.skipped;
+            match scan(file, number, self) {
+                Ok(()) if self.skipped == skipped => {}
+                Ok(()) => drop(self.damaged.insert(path)),
+                Err(why) => {
+                    // What is behind it is lost as well, so it will be asked for again.
+                    tracing::warn!("{} cannot be read to its end: {why}", path.display());
+                    self.skipped += 1;
+                }
             }
         }
         self.segments = segments;
@@ -125,7 +137,10 @@ impl CompletionCache {
         let open = |path: &PathBuf| File::open(path).map_err(|e| CacheError::io(path, e));
         let segments: Vec<File> = paths.iter().map(open).collect::<Result<_, _>>()?;
         Ok(Self {
-            state: Mutex::new(State::new(folder.clone(), segments)),
+            state: Mutex::new(State {
+                paths,
+                ..State::new(folder.clone(), segments)
+            }),
             folder: Some(folder),
             asked: Mutex::default(),
             settled: Condvar::new(),
@@ -143,8 +158,14 @@ impl CompletionCache {
     /// ([`CompletionCache::share`]). A line that was damaged since it was indexed is a miss.
     #[must_use]
     pub fn get(&self, key: &Digest) -> Option<Value> {
+        self.get_until(key, &|| false)
+    }
+
+    /// The same; those who share their answers are waited for no longer than until `stop`.
+    #[must_use]
+    pub fn get_until(&self, key: &Digest, stop: &dyn Fn() -> bool) -> Option<Value> {
         self.stored(key)
-            .or_else(|| self.ask_others().then(|| self.stored(key)).flatten())
+            .or_else(|| self.ask_others(stop).then(|| self.stored(key)).flatten())
     }
 
     fn stored(&self, key: &Digest) -> Option<Value> {
@@ -350,7 +371,7 @@ fn count(path: PathBuf) -> std::io::Result<Segment> {
     Ok(Segment { path, good, bad })
 }
 
-/// Writes a segment anew without its damaged lines.
+/// Writes a segment anew without its damaged lines. Those of a remote can be had again.
 pub(crate) fn drop_damaged(path: &Path) -> Result<(), CacheError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let copied = || -> std::io::Result<tempfile::NamedTempFile> {
@@ -368,6 +389,8 @@ pub(crate) fn drop_damaged(path: &Path) -> Result<(), CacheError> {
     };
     let failed = |e: std::io::Error| CacheError::io(path, e);
     let good = copied().map_err(failed)?;
+    // First: a kill in between costs one more look.
+    forget_packs(path)?;
     good.persist(path).map_err(|e| failed(e.error))?;
     Ok(())
 }

@@ -38,7 +38,7 @@ struct State {
     written: u64,
     /// A thread is syncing.
     busy: bool,
-    /// Why such a thread could not.
+    /// Why files could not be synced, until somebody is told: the system says it only once.
     failed: Option<CacheError>,
     noted: bool,
     /// The note was there: files are meant that are not among these.
@@ -111,14 +111,13 @@ impl Unsynced {
         let this = Arc::clone(self);
         let thread = std::thread::Builder::new().name("sync".to_owned());
         let work = move || {
-            let synced = this.sync_files();
-            let mut state = this.lock();
-            state.busy = false;
-            state.failed = synced.err();
+            this.sync_files();
+            this.lock().busy = false;
         };
         if thread.spawn(work).is_err() {
             self.lock().busy = false;
-            return self.sync_files();
+            self.sync_files();
+            return self.tell();
         }
         Ok(())
     }
@@ -126,16 +125,18 @@ impl Unsynced {
     /// Syncs everything, and takes the note away.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// When the disk refuses, or refused a thread since the last call.
     pub(crate) fn sync(&self) -> Result<(), CacheError> {
         if self.lock().inherited {
             if !sync_all(&self.folder)? {
                 // What another process left cannot be synced here: the note stays.
-                return self.sync_files();
+                self.sync_files();
+                return self.tell();
             }
             self.lock().inherited = false;
         }
-        self.sync_files()?;
+        self.sync_files();
+        self.tell()?;
         let mut state = self.lock();
         if state.noted && state.files.is_empty() {
             self.forget();
@@ -144,19 +145,27 @@ impl Unsynced {
         Ok(())
     }
 
-    fn sync_files(&self) -> Result<(), CacheError> {
+    /// Syncs the files, after those of a thread that is at it. What fails is told by
+    /// [`Unsynced::tell`].
+    fn sync_files(&self) {
         let _turn = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         let files = {
             let mut state = self.lock();
             state.since = None;
             std::mem::take(&mut state.files)
         };
-        let synced = self.sync_each(&files);
-        if synced.is_err() {
+        if let Err(error) = self.sync_each(&files) {
+            let mut state = self.lock();
             // They are still to be synced.
-            self.lock().files.splice(..0, files);
+            state.files.splice(..0, files);
+            // Before the turn ends: who waits for it must find this.
+            state.failed = Some(error);
         }
-        synced
+    }
+
+    /// Why files could not be synced, once.
+    fn tell(&self) -> Result<(), CacheError> {
+        self.lock().failed.take().map_or(Ok(()), Err)
     }
 
     fn sync_each(&self, files: &[PathBuf]) -> Result<(), CacheError> {
@@ -256,5 +265,16 @@ mod tests {
         wait();
         assert!(unsynced.sync_if_due().is_err());
         assert_eq!(unsynced.lock().files.len(), 1, "it is still to be synced");
+        unsynced.lock().files.clear();
+        // The disk refuses once, and no more when it is asked again.
+        std::fs::write(dir.path().join("plain"), "x").unwrap();
+        add("plain/file");
+        unsynced.sync_if_due().unwrap();
+        wait();
+        std::fs::remove_file(dir.path().join("plain")).unwrap();
+        assert!(unsynced.sync().is_err(), "what the thread met is told");
+        assert!(dir.path().join(NOTE).exists());
+        unsynced.sync().unwrap();
+        assert!(!dir.path().join(NOTE).exists());
     }
 }

@@ -3,7 +3,8 @@
 //! Results go least recently used first, with the objects that no other result holds, until
 //! the bounds are met. Who needs what is the caller's knowledge ([`Uses`]): what it calls
 //! needed stays whatever the bounds say. Objects that no result holds always go: they are
-//! what killed or failed runs left. Completions are never removed: they were paid for.
+//! what killed or failed runs left. Own completions are never removed: they were paid for. Those
+//! of other machines go before any result: they can be had again.
 //!
 //! A result goes before its objects, so a collection that is killed leaves no result without
 //! them, only objects for the next one.
@@ -14,6 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::action::{ActionKey, ActionResult};
 use crate::cache::{Cache, CacheReader};
+use crate::completion;
 use crate::digest::Digest;
 use crate::error::CacheError;
 use crate::removal::{Removal, Remover};
@@ -181,6 +183,7 @@ impl<'a> Search<'a> {
         }
         self.partial(uses);
         self.set_aside();
+        self.answers_of_others();
         results.sort_by(|a, b| a.last.cmp(&b.last).then(a.key.cmp(&b.key)));
         for held in results
             .into_iter()
@@ -273,6 +276,21 @@ impl<'a> Search<'a> {
         for path in crate::record::folder(&self.cache.store().quarantine_path()) {
             let changed = std::fs::metadata(&path).and_then(|m| m.modified());
             if self.goes(changed.unwrap_or(self.now)) {
+                self.freed(Share::of(&path).bytes);
+                self.found.leftovers.push(path);
+            }
+        }
+    }
+
+    /// What came from remotes goes before what was made here.
+    fn answers_of_others(&mut self) {
+        for log in completion::of_remotes(&self.cache.dir().join("completions")) {
+            let changed = std::fs::metadata(&log).and_then(|m| m.modified());
+            if !self.goes(changed.unwrap_or(self.now)) {
+                continue;
+            }
+            // The list first: after a kill in between, the packs in it are fetched again.
+            for path in [log.with_extension("packs"), log] {
                 self.freed(Share::of(&path).bytes);
                 self.found.leftovers.push(path);
             }
@@ -441,6 +459,33 @@ mod tests {
         uses.last.insert(keys[0], SystemTime::now());
         assert_eq!(collect(&cache, &uses, aged).results(), 1);
         assert!(cache.actions().get(&keys[0]).is_some());
+    }
+
+    #[test]
+    fn answers_of_others_go_before_own_results() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path());
+        let kept = cache.store().put_bytes(b"kept").unwrap();
+        let key = put(&cache, "kept", &[&kept]);
+        let folder = dir.path().join("completions");
+        let files = ["000000.log", "remote-ab.log", "remote-ab.packs"].map(|f| folder.join(f));
+        std::fs::create_dir_all(&folder).unwrap();
+        for file in &files {
+            std::fs::write(file, vec![0; 1000]).unwrap();
+        }
+        let total = Survey::of(dir.path()).total().bytes;
+        let size = |max| Bounds {
+            max_size: Some(max),
+            max_age: None,
+        };
+        assert!(collect(&cache, &Uses::default(), size(total)).is_empty());
+        let found = collect(&cache, &Uses::default(), size(total - 1));
+        assert_eq!((found.results(), found.bytes), (0, 2000));
+        assert_eq!(files.map(|file| file.exists()), [true, false, false]);
+        assert_eq!(found.left, Survey::of(dir.path()).total().bytes);
+        assert!(cache.actions().get(&key).is_some());
+        collect(&cache, &Uses::default(), size(0));
+        assert!(folder.join("000000.log").exists(), "own answers stay");
     }
 
     #[test]

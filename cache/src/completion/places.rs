@@ -5,7 +5,7 @@
 //! with the process. Where none can be made (a cache that is only read), memory holds all.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::table::Table;
 use crate::digest::Digest;
@@ -44,11 +44,6 @@ impl Places {
             folder,
             most: IN_MEMORY,
         }
-    }
-
-    /// Where the file is made.
-    pub(super) fn folder(&self) -> &Path {
-        &self.folder
     }
 
     /// Moves places to the file as soon as there are more than these.

@@ -10,80 +10,169 @@ use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::places::Place;
-use super::{CompletionCache, parse_line};
+use super::{CompletionCache, LOOK_EVERY, drop_damaged, parse_line};
 use crate::digest::Digest;
 use crate::error::CacheError;
 use crate::remote::RemoteCache;
 
+/// Bytes of packs after which what came of them is brought to the disk and noted.
+const NOTE_EVERY: usize = 8 << 20;
+
+/// Says that nobody waits any more.
+type Stop = dyn Fn() -> bool + Send + Sync;
+
 /// Who else may have answers.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Others {
-    remote: OnceLock<Arc<RemoteCache>>,
-    asked: OnceLock<()>,
+    source: OnceLock<Source>,
+    asking: Mutex<Asking>,
+    /// Tells when [`Others::asking`] changes.
+    settled: Condvar,
+}
+
+struct Source {
+    remote: Arc<RemoteCache>,
+    stop: Box<Stop>,
+}
+
+/// Whether others were asked.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Asking {
+    #[default]
+    NotYet,
+    UnderWay,
+    Done,
+}
+
+impl std::fmt::Debug for Others {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Others").finish_non_exhaustive()
+    }
+}
+
+impl Others {
+    /// The right to ask them; `None` once they were asked. Waits while another thread asks; an
+    /// error when `stop` came first.
+    fn turn(&self, stop: &dyn Fn() -> bool) -> Result<Option<Turn<'_>>, Stopped> {
+        let mut asking = self.asking();
+        loop {
+            if *asking == Asking::Done {
+                return Ok(None);
+            }
+            if stop() {
+                return Err(Stopped);
+            }
+            if *asking == Asking::NotYet {
+                *asking = Asking::UnderWay;
+                return Ok(Some(Turn {
+                    others: self,
+                    ends: Asking::NotYet,
+                }));
+            }
+            let woken = self.settled.wait_timeout(asking, LOOK_EVERY);
+            asking = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn asking(&self) -> MutexGuard<'_, Asking> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Stopped;
+
+/// The right to ask others. A thread that gives up leaves it to the next.
+struct Turn<'a> {
+    others: &'a Others,
+    ends: Asking,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.others.asking() = self.ends;
+        self.others.settled.notify_all();
+    }
 }
 
 impl CompletionCache {
     /// From now on answers that are missing here are looked for in the remote, and those that are
-    /// put here are sent there from time to time.
-    pub fn share(&self, remote: &Arc<RemoteCache>) {
-        if let Some(folder) = &self.folder
-            && self.others.remote.set(Arc::clone(remote)).is_ok()
-        {
+    /// put here are sent there from time to time. Nobody waits for them once `stop` says so.
+    /// The first call counts.
+    pub fn share(
+        &self,
+        remote: &Arc<RemoteCache>,
+        stop: impl Fn() -> bool + Send + Sync + 'static,
+    ) {
+        let Some(folder) = &self.folder else {
+            return;
+        };
+        let source = Source {
+            remote: Arc::clone(remote),
+            stop: Box::new(stop),
+        };
+        if self.others.source.set(source).is_ok() {
             remote.keep_sending_answers(folder);
         }
     }
 
-    /// Looks for answers elsewhere, the first time; false when there is nowhere to look. Other
-    /// threads wait meanwhile.
-    pub(super) fn ask_others(&self) -> bool {
-        let Some(remote) = self.others.remote.get() else {
+    /// Looks for answers elsewhere, the first time; false when there is nowhere to look, or `stop`
+    /// came first. Other threads wait meanwhile.
+    pub(super) fn ask_others(&self, stop: &dyn Fn() -> bool) -> bool {
+        let Some(Source { remote, stop: all }) = self.others.source.get() else {
             return false;
         };
-        self.others.asked.get_or_init(|| {
-            let taken = self.take_from(remote);
-            tracing::debug!("{taken} answers came from {}", remote.url());
-        });
-        true
+        let stop = || stop() || all();
+        match self.others.turn(&stop) {
+            Err(Stopped) => false,
+            Ok(None) => true,
+            Ok(Some(mut turn)) => {
+                let (taken, whole) = self.take_until(remote, &stop);
+                tracing::debug!("{taken} answers came from {}", remote.url());
+                if whole {
+                    turn.ends = Asking::Done;
+                }
+                whole
+            }
+        }
     }
 
     /// Takes the answers that the remote has and this cache has not; how many.
     pub fn take_from(&self, remote: &RemoteCache) -> usize {
-        let Some(folder) = &self.folder else {
-            return 0;
-        };
-        let list = packs_file(folder, remote.id());
-        let log = folder.join(format!("remote-{}.log", remote.id()));
-        let (mut segment, mut taken) = (None, 0);
-        remote.answers(known_packs(&list), &mut |pack, bytes| {
-            let place = match segment {
-                Some(place) => place,
-                None => *segment.insert(self.open_segment(folder, &log)?),
-            };
-            taken += self.take(place, &log, bytes)?;
-            note_pack(&list, &pack)
-        });
-        taken
+        self.take_until(remote, &|| false).0
     }
 
-    fn open_segment(&self, folder: &Path, log: &Path) -> Result<usize, CacheError> {
-        std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
-        let mut file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .open(log)
-            .map_err(|e| CacheError::io(log, e))?;
-        drop_torn(&mut file).map_err(|e| CacheError::io(log, e))?;
-        let mut state = self.lock();
-        state.segments.push(file);
-        Ok(state.segments.len() - 1)
+    /// The same until `stop`; how many, and whether that was not.
+    fn take_until(&self, remote: &RemoteCache, stop: &dyn Fn() -> bool) -> (usize, bool) {
+        let Some(folder) = &self.folder else {
+            return (0, true);
+        };
+        let mut taking = Taking {
+            cache: self,
+            folder,
+            log: folder.join(format!("remote-{}.log", remote.id())),
+            list: packs_file(folder, remote.id()),
+            segment: None,
+            unnoted: Vec::new(),
+            bytes: 0,
+            taken: 0,
+        };
+        let all = taking.mend().and_then(|()| {
+            let known = known_packs(&taking.list);
+            remote.answers(known, stop, &mut |pack, bytes| taking.take(pack, bytes))
+        });
+        // What came is kept, whatever happened then.
+        let all = taking.note().and(all);
+        if let Err(e) = &all {
+            remote.cannot_keep(e);
+        }
+        (taking.taken, all.unwrap_or(true))
     }
 
     /// Appends the lines whose answers are not here.
-    fn take(&self, segment: usize, log: &Path, bytes: &[u8]) -> Result<usize, CacheError> {
+    fn append(&self, segment: usize, log: &Path, bytes: &[u8]) -> Result<usize, CacheError> {
         let mut state = self.lock();
         let state = &mut *state;
         let file = &mut state.segments[segment];
@@ -110,6 +199,80 @@ impl CompletionCache {
             state.index.insert(&key, place);
         }
         Ok(taken)
+    }
+}
+
+/// Answers on their way from a remote into its segment. A pack is noted only when its lines are on
+/// the disk: else a power cut would lose them for good.
+struct Taking<'a> {
+    cache: &'a CompletionCache,
+    folder: &'a Path,
+    log: PathBuf,
+    list: PathBuf,
+    /// Its number, and the file again: to be synced while others read.
+    segment: Option<(usize, File)>,
+    /// Packs whose lines may not be on the disk yet.
+    unnoted: Vec<Digest>,
+    /// Their bytes.
+    bytes: usize,
+    taken: usize,
+}
+
+impl Taking<'_> {
+    /// Writes the segment anew when it is damaged: the packs are fetched again.
+    fn mend(&self) -> Result<(), CacheError> {
+        if self.cache.lock().damaged.remove(&self.log) {
+            drop_damaged(&self.log)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, pack: Digest, bytes: &[u8]) -> Result<(), CacheError> {
+        let number = match &self.segment {
+            Some((number, _)) => *number,
+            None => self.open()?,
+        };
+        self.taken += self.cache.append(number, &self.log, bytes)?;
+        self.unnoted.push(pack);
+        self.bytes += bytes.len();
+        match self.bytes < NOTE_EVERY {
+            true => Ok(()),
+            false => self.note(),
+        }
+    }
+
+    /// Opens the segment; its number.
+    fn open(&mut self) -> Result<usize, CacheError> {
+        let (folder, log) = (self.folder, &self.log);
+        let failed = |e| CacheError::io(log, e);
+        std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(log)
+            .map_err(failed)?;
+        drop_torn(&mut file).map_err(failed)?;
+        // Its name is to be on the disk before the list is; not every file system can be asked to.
+        let _ = File::open(folder).and_then(|folder| folder.sync_all());
+        let again = file.try_clone().map_err(failed)?;
+        let mut state = self.cache.lock();
+        state.segments.push(file);
+        let number = state.segments.len() - 1;
+        drop(state);
+        self.segment = Some((number, again));
+        Ok(number)
+    }
+
+    /// Brings the segment to the disk and notes what is in it.
+    fn note(&mut self) -> Result<(), CacheError> {
+        let packs = std::mem::take(&mut self.unnoted);
+        self.bytes = 0;
+        if let (Some((_, file)), false) = (&self.segment, packs.is_empty()) {
+            file.sync_data().map_err(|e| CacheError::io(&self.log, e))?;
+            note_packs(&self.list, &packs)?;
+        }
+        Ok(())
     }
 }
 
@@ -145,18 +308,38 @@ pub(crate) fn packs_file(folder: &Path, remote: &str) -> PathBuf {
     folder.join(format!("remote-{remote}.packs"))
 }
 
-fn known_packs(list: &Path) -> BTreeSet<Digest> {
+/// The packs in the list.
+pub(crate) fn known_packs(list: &Path) -> BTreeSet<Digest> {
     // Without the list they are fetched again, which changes nothing.
     let text = std::fs::read_to_string(list).unwrap_or_default();
     text.lines().filter_map(Digest::parse).collect()
 }
 
-/// Notes that a pack's answers are here.
-pub(crate) fn note_pack(list: &Path, pack: &Digest) -> Result<(), CacheError> {
+/// Notes that these packs' answers are here.
+pub(crate) fn note_packs(list: &Path, packs: &[Digest]) -> Result<(), CacheError> {
+    let lines: String = packs.iter().map(|pack| format!("{pack}\n")).collect();
     OpenOptions::new()
         .append(true)
         .create(true)
         .open(list)
-        .and_then(|mut file| file.write_all(format!("{pack}\n").as_bytes()))
+        .and_then(|mut file| file.write_all(lines.as_bytes()))
         .map_err(|e| CacheError::io(list, e))
+}
+
+/// Forgets what is in a segment of a remote's answers, which is damaged or goes: then the packs
+/// are fetched again. Of another segment there is no list.
+pub(super) fn forget_packs(log: &Path) -> Result<(), CacheError> {
+    let list = log.with_extension("packs");
+    match std::fs::remove_file(&list) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(CacheError::io(&list, e)),
+        _ => Ok(()),
+    }
+}
+
+/// The segments of remotes' answers in a folder: what is in them can be had again.
+pub(crate) fn of_remotes(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    crate::record::folder(folder).filter(|path| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| name.starts_with("remote-") && name.ends_with(".log"))
+    })
 }

@@ -4,30 +4,35 @@
 //! A pack is a stretch of a local segment. How far each segment was sent is noted, so a run that
 //! is killed leaves the rest to the next one, and no answer is a request of its own.
 
-use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 
 use futures::{StreamExt, TryStreamExt, stream};
-use object_store::path::Path as Place;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload};
 
 use super::bucket::Bucket;
-use super::download::{self, SMALL, blocking};
+use super::download::{self, blocking};
 use super::{AT_ONCE, PART, Refusal, Shared, upload};
-use crate::completion::{note_pack, packs_file, parse_line};
+use crate::completion::{known_packs, note_packs, packs_file, parse_line};
 use crate::digest::Digest;
 use crate::error::CacheError;
 use crate::record::write_atomic;
 
 /// Bytes of packs that are fetched at most: they are a means to save money, not a burden.
 const MOST: u64 = 2 << 30;
+/// Bytes of a pack at most: it is [`PART`] and the rest of a line. A larger one is not looked at.
+const LARGEST: u64 = 4 * PART;
+/// Bytes of packs from which on it is said by itself that they are fetched.
+const MANY: u64 = 100 << 20;
 /// Folder of the notes on what was sent.
 const NOTES: &str = "answers";
+/// The note of packs there that are damaged.
+const DAMAGED: &str = "damaged";
 
 /// A stretch of a segment that was not sent yet.
 struct Pack {
@@ -42,19 +47,70 @@ struct Pack {
 /// Sends what the segments in `folder` hold that was not sent.
 pub(super) async fn send(shared: &Arc<Shared>, folder: PathBuf) {
     let _one = shared.packing.lock().await;
+    send_but(shared, &folder, &BTreeMap::new()).await;
+}
+
+/// The same; everything that is not there when packs that were sent are there no more.
+pub(super) async fn push(shared: &Arc<Shared>, folder: PathBuf) {
+    let _one = shared.packing.lock().await;
+    if !shared.policy.writes() {
+        return;
+    }
+    let there: BTreeMap<Digest, u64> = match list(shared).await {
+        Ok(all) => all
+            .into_iter()
+            .map(|(pack, meta)| (pack, meta.size))
+            .collect(),
+        Err(refusal) => return shared.refused(refusal),
+    };
+    let packs = packs_file(&folder, &shared.bucket.id);
+    let known = known_packs(&packs);
+    let (kept, lost): (Vec<Digest>, Vec<Digest>) =
+        known.into_iter().partition(|pack| there.contains_key(pack));
+    if !lost.is_empty() || there.is_empty() {
+        tracing::debug!(
+            "{} packs of answers are not in {} any more: all are compared",
+            lost.len(),
+            shared.bucket.url()
+        );
+        let lines: String = kept.iter().map(|pack| format!("{pack}\n")).collect();
+        // In this order: after a kill in between, the next push finds the loss again.
+        let forgotten = forget(&shared.folder.join(NOTES))
+            .and_then(|()| write_atomic(&packs, lines.as_bytes()));
+        if let Err(e) = forgotten {
+            shared.policy.warn(format!(
+                "answers that the remote cache {} lost cannot be sent again: {e}",
+                shared.bucket.url()
+            ));
+        }
+    }
+    send_but(shared, &folder, &there).await;
+}
+
+/// Forgets what was sent.
+fn forget(notes: &Path) -> Result<(), CacheError> {
+    match std::fs::remove_dir_all(notes) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(CacheError::io(notes, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Sends what was not sent, but for packs that are `there`, with their sizes.
+async fn send_but(shared: &Arc<Shared>, folder: &Path, there: &BTreeMap<Digest, u64>) {
     while shared.policy.writes() {
-        let (from, notes) = (folder.clone(), shared.folder.join(NOTES));
+        let (from, notes) = (folder.to_owned(), shared.folder.join(NOTES));
         let Some(pack) = blocking(move || next(&from, &notes)).await else {
             return;
         };
         if !pack.lines.is_empty() {
-            let digest = match put(shared, &pack).await {
-                Ok(digest) => digest,
-                Err(refusal) => return upload::refused(shared, refusal),
-            };
+            let digest = Digest::of_bytes(&pack.lines);
+            let is_there = there.get(&digest) == Some(&(pack.lines.len() as u64));
+            if !is_there && let Err(refusal) = put(shared, &digest, &pack).await {
+                return upload::refused(shared, refusal);
+            }
             // What was sent from here need not be fetched.
-            let list = packs_file(&folder, &shared.bucket.id);
-            if let Err(e) = note_pack(&list, &digest) {
+            let list = packs_file(folder, &shared.bucket.id);
+            if let Err(e) = note_packs(&list, &[digest]) {
                 tracing::debug!("{e}");
             }
         }
@@ -65,18 +121,26 @@ pub(super) async fn send(shared: &Arc<Shared>, folder: PathBuf) {
     }
 }
 
-async fn put(shared: &Shared, pack: &Pack) -> Result<Digest, Refusal> {
-    let digest = Digest::of_bytes(&pack.lines);
+async fn put(shared: &Shared, digest: &Digest, pack: &Pack) -> Result<(), Refusal> {
     let (size, tally) = (pack.lines.len() as u64, &shared.tally);
     tally.of_objects.fetch_add(1, Ordering::Relaxed);
     tally.of_bytes.fetch_add(size, Ordering::Relaxed);
     let _turn = shared.transfers.acquire().await;
     let payload = PutPayload::from(pack.lines.clone());
-    let place = shared.bucket.pack(&digest);
+    let place = shared.bucket.pack(digest);
     shared.bucket.store.put(&place, payload).await?;
     tally.moved(size);
     tally.objects.fetch_add(1, Ordering::Relaxed);
-    Ok(digest)
+    Ok(())
+}
+
+/// The packs that are there.
+async fn list(shared: &Shared) -> Result<Vec<(Digest, ObjectMeta)>, Refusal> {
+    let list = shared.bucket.store.list(Some(&shared.bucket.packs()));
+    let all: Vec<ObjectMeta> = list.try_collect().await?;
+    let packs = all.into_iter();
+    let packs = packs.filter_map(|meta| Some((Bucket::pack_of(&meta.location)?, meta)));
+    Ok(packs.collect())
 }
 
 /// The next stretch, of [`PART`] bytes and the rest of a line.
@@ -143,31 +207,42 @@ pub(super) async fn fetch(
     if !shared.policy.reads() {
         return;
     }
-    let list = shared.bucket.store.list(Some(&shared.bucket.packs()));
-    let all: Vec<_> = match list.try_collect().await {
-        Ok(all) => all,
-        Err(e) => return shared.refused(e.into()),
+    let mut packs = match list(shared).await {
+        Ok(packs) => packs,
+        Err(refusal) => return shared.refused(refusal),
     };
-    let packs = all
-        .into_iter()
-        .filter_map(|meta| Some((Bucket::pack_of(&meta.location)?, meta)));
-    let mut packs: Vec<_> = packs
-        .filter(|(digest, _)| !known.contains(digest))
-        .collect();
-    packs.sort_by_key(|(_, meta)| std::cmp::Reverse(meta.last_modified));
-    let (mut bytes, there) = (0, packs.len());
-    packs.retain(|(_, meta)| {
-        bytes += meta.size;
-        bytes <= MOST
+    let damaged = shared.folder.join(DAMAGED);
+    let noted = std::fs::read_to_string(&damaged).unwrap_or_default();
+    let noted: BTreeSet<&str> = noted.lines().collect();
+    packs.retain(|(digest, meta)| {
+        let is_small = meta.size <= LARGEST;
+        if !is_small {
+            tracing::debug!("{} is too large for a pack of answers", meta.location);
+        }
+        is_small && !known.contains(digest) && !noted.contains(mark(digest, meta).as_str())
     });
-    if packs.len() < there {
+    packs.sort_by_key(|(_, meta)| std::cmp::Reverse(meta.last_modified));
+    let all: u64 = packs.iter().map(|(_, meta)| meta.size).sum();
+    let mut bytes = 0;
+    packs.retain(|(_, meta)| {
+        let fits = bytes + meta.size <= MOST;
+        bytes += if fits { meta.size } else { 0 };
+        fits
+    });
+    let url = shared.bucket.url();
+    if bytes < all {
         shared.policy.warn(format!(
-            "the remote cache {} has kept answers of {bytes} bytes that are not here; the newest {MOST} are used",
-            shared.bucket.url()
+            "the remote cache {url} has kept answers of {all} bytes that are not here; the newest {bytes} are used"
         ));
     }
+    let text = format!("getting kept answers of {bytes} bytes from {url}");
+    match bytes {
+        0 => {}
+        1..MANY => tracing::info!("{text}"),
+        _ => tracing::warn!("{text}; Ctrl-C stops it"),
+    }
     let mut got = stream::iter(packs)
-        .map(|(digest, meta)| get(Arc::clone(shared), digest, meta.location))
+        .map(|(digest, meta)| get(Arc::clone(shared), digest, meta))
         .buffer_unordered(AT_ONCE);
     while let Some(pack) = got.next().await {
         // Who does not listen any more has an error of its own to tell.
@@ -177,10 +252,16 @@ pub(super) async fn fetch(
     }
 }
 
+/// A pack as it is noted: one that is written anew is another.
+fn mark(digest: &Digest, meta: &ObjectMeta) -> String {
+    let written = meta.last_modified.timestamp_millis();
+    format!("{digest} {} {written}", meta.size)
+}
+
 /// A pack, if it is there and whole.
-async fn get(shared: Arc<Shared>, digest: Digest, place: Place) -> Option<(Digest, Vec<u8>)> {
+async fn get(shared: Arc<Shared>, digest: Digest, meta: ObjectMeta) -> Option<(Digest, Vec<u8>)> {
     let _turn = shared.transfers.acquire().await;
-    let (bytes, _) = download::get(&shared, &place, None, SMALL).await?;
+    let (bytes, _) = download::get(&shared, &meta.location, None, LARGEST).await?;
     if Digest::of_bytes(&bytes) == digest {
         return Some((digest, bytes));
     }
@@ -190,5 +271,19 @@ async fn get(shared: Arc<Shared>, digest: Digest, place: Place) -> Option<(Diges
         digest.short()
     );
     shared.policy.warn(text);
+    let noted = note_damaged(&shared.folder, &mark(&digest, &meta));
+    if let Err(e) = noted {
+        tracing::debug!("a damaged pack will be fetched again: {e}");
+    }
     None
+}
+
+/// Notes that a pack is damaged, so that it is not fetched by each run.
+fn note_damaged(folder: &Path, mark: &str) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let mut file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(folder.join(DAMAGED))?;
+    file.write_all(format!("{mark}\n").as_bytes())
 }

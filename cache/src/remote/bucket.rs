@@ -31,6 +31,15 @@ const RETRIES: usize = 3;
 /// How long after its start no request is sent again.
 const RETRY_WITHIN: Duration = Duration::from_secs(15);
 
+/// Variables that name a server of S3's.
+const S3: [&str; 3] = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"];
+/// Variables that name a server of Google's.
+const GOOGLE: [&str; 1] = ["GOOGLE_BASE_URL"];
+/// Variables that name a server of Azure's.
+const AZURE: [&str; 2] = ["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"];
+/// The variable that names the account there, which the containers belong to.
+const ACCOUNT: &str = "AZURE_STORAGE_ACCOUNT_NAME";
+
 /// A folder in a store.
 #[derive(Debug, Clone)]
 pub(super) struct Bucket {
@@ -68,7 +77,6 @@ impl Bucket {
             let mut endpoints = names.iter().filter_map(|name| env.get(*name));
             endpoints.any(|endpoint| endpoint.starts_with("http://"))
         };
-        let endpoints = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"];
         let client = |names: &[&str]| client().with_allow_http(plain(names));
         let mut bucket = match url.scheme() {
             "file" => {
@@ -81,7 +89,7 @@ impl Bucket {
             "s3" | "s3a" => {
                 let mut builder = AmazonS3Builder::new()
                     .with_url(text)
-                    .with_client_options(client(&endpoints))
+                    .with_client_options(client(&S3))
                     .with_retry(retry());
                 for (name, value) in vars("AWS_") {
                     if let Ok(key) = name.parse::<AmazonS3ConfigKey>() {
@@ -93,7 +101,7 @@ impl Bucket {
             "gs" => {
                 let mut builder = GoogleCloudStorageBuilder::new()
                     .with_url(text)
-                    .with_client_options(client(&["GOOGLE_BASE_URL"]))
+                    .with_client_options(client(&GOOGLE))
                     .with_retry(retry());
                 for (name, value) in vars("GOOGLE_") {
                     if let Ok(key) = name.parse() {
@@ -105,7 +113,7 @@ impl Bucket {
             _ => {
                 let mut builder = MicrosoftAzureBuilder::new()
                     .with_url(text)
-                    .with_client_options(client(&["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"]))
+                    .with_client_options(client(&AZURE))
                     .with_retry(retry());
                 for (name, value) in vars("AZURE_") {
                     if let Ok(key) = name.parse() {
@@ -121,9 +129,7 @@ impl Bucket {
         url.as_str()
             .trim_end_matches('/')
             .clone_into(&mut bucket.url);
-        let endpoint = endpoints.iter().find_map(|name| env.get(*name));
-        let endpoint = endpoint.filter(|_| url.scheme().starts_with("s3"));
-        bucket.id = Digest::of_record("remote", &(&bucket.url, endpoint)).short();
+        bucket.id = id(&bucket.url, url.scheme(), env);
         Ok(bucket)
     }
 
@@ -220,6 +226,22 @@ impl Bucket {
         name.split('/')
             .fold(self.prefix.clone(), |path, part| path.join(part))
     }
+}
+
+/// Of the URL and the server that it is asked of.
+fn id(url: &str, scheme: &str, env: &BTreeMap<String, String>) -> String {
+    let first = |names: &[&str]| names.iter().find_map(|name| env.get(*name));
+    let (endpoint, account) = match scheme {
+        "file" => (None, None),
+        "s3" | "s3a" => (first(&S3), None),
+        "gs" => (first(&GOOGLE), None),
+        _ => (first(&AZURE), env.get(ACCOUNT)),
+    };
+    let digest = match account {
+        None => Digest::of_record("remote", &(url, endpoint)),
+        Some(account) => Digest::of_record("remote", &(url, endpoint, account)),
+    };
+    digest.short()
 }
 
 /// The digest that a path is made of: two digits, the others, this ending.
@@ -364,8 +386,17 @@ mod tests {
             Err(RemoteError::Unreachable { .. })
         ));
         assert!(!dir.path().join("absent").exists());
-        let other = BTreeMap::from([("AWS_ENDPOINT_URL".to_owned(), "http://h".to_owned())]);
-        let id = |env| Bucket::open("s3://b/x", true, env).unwrap().id;
-        assert_ne!(id(&env), id(&other), "another server is another remote");
+        for (url, name) in [
+            ("s3://b/x", "AWS_ENDPOINT_URL"),
+            ("gs://b/x", "GOOGLE_BASE_URL"),
+            ("az://c/x", "AZURE_STORAGE_ENDPOINT"),
+            ("az://c/x", "AZURE_STORAGE_ACCOUNT_NAME"),
+        ] {
+            let mut other = env.clone();
+            other.insert(name.to_owned(), "http://h".to_owned());
+            let id = |env| id(url, url.split(':').next().unwrap(), env);
+            assert_eq!(id(&env), Bucket::open(url, true, &env).unwrap().id);
+            assert_ne!(id(&env), id(&other), "another server is another remote");
+        }
     }
 }

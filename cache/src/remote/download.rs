@@ -22,7 +22,7 @@ use crate::error::CacheError;
 use crate::store::ArtifactStore;
 
 /// Bytes of a result or of the list of a folder's files that are read at most.
-pub(super) const SMALL: u64 = 256 << 20;
+const SMALL: u64 = 256 << 20;
 
 /// Why an object could not be had.
 enum Flaw {

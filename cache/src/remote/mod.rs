@@ -30,6 +30,7 @@ mod upload;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ use self::outbox::Outbox;
 use self::policy::{Policy, Refusal};
 use crate::action::{ActionKey, ActionResult};
 use crate::cache::Cache;
-use crate::completion::CompletionCache;
+use crate::completion::{CompletionCache, LOOK_EVERY};
 use crate::digest::Digest;
 use crate::error::CacheError;
 use crate::store::ArtifactStore;
@@ -356,6 +357,15 @@ impl RemoteCache {
 
     /// Sends the answers that were not sent yet, in the background.
     pub fn send_answers(&self, completions: &CompletionCache) {
+        self.start_answers(completions, false);
+    }
+
+    /// The same, and all of them when the remote lost some that were sent.
+    pub fn push_answers(&self, completions: &CompletionCache) {
+        self.start_answers(completions, true);
+    }
+
+    fn start_answers(&self, completions: &CompletionCache, look: bool) {
         let runtime = self.runtime.as_ref();
         let runtime = runtime.filter(|_| !self.shared.read_only && self.shared.policy.writes());
         let (Some(runtime), Some(folder)) = (runtime, completions.folder()) else {
@@ -365,7 +375,10 @@ impl RemoteCache {
         let (shared, folder) = (Arc::clone(&self.shared), folder.to_owned());
         runtime.spawn(async move {
             let done = Pending(Arc::clone(&shared));
-            answers::send(&shared, folder).await;
+            match look {
+                true => answers::push(&shared, folder).await,
+                false => answers::send(&shared, folder).await,
+            }
             drop(done);
         });
     }
@@ -385,25 +398,36 @@ impl RemoteCache {
         });
     }
 
-    /// Hands the packs of answers to `take` that are not in `known`, as they come, until it fails.
-    /// May be called wherever work waits for it.
-    pub(crate) fn answers(&self, known: BTreeSet<Digest>, take: &mut TakePack<'_>) {
+    /// Hands the packs of answers to `take` that are not in `known`, as they come, until it fails
+    /// or `stop`; false when that came first. May be called wherever work waits for it.
+    ///
+    /// # Errors
+    /// That of `take`.
+    pub(crate) fn answers(
+        &self,
+        known: BTreeSet<Digest>,
+        stop: &dyn Fn() -> bool,
+        take: &mut TakePack<'_>,
+    ) -> Result<bool, CacheError> {
         let Some(runtime) = &self.runtime else {
-            return;
+            return Ok(true);
         };
         // As in `part`. What is not taken yet is bounded.
         let (tell, hear) = std::sync::mpsc::sync_channel(2);
         let shared = Arc::clone(&self.shared);
-        runtime.spawn(async move { answers::fetch(&shared, known, tell).await });
-        for (pack, bytes) in hear {
-            if let Err(e) = take(pack, &bytes) {
-                self.shared.policy.warn(format!(
-                    "answers of the remote cache {} cannot be kept: {e}",
-                    self.url()
-                ));
-                return;
-            }
-        }
+        let task = runtime.spawn(async move { answers::fetch(&shared, known, tell).await });
+        let heard = hear_packs(&hear, stop, take);
+        // Nobody waits for what has not come by now.
+        task.abort();
+        heard
+    }
+
+    /// Answers that came cannot be kept: that is worth a warning.
+    pub(crate) fn cannot_keep(&self, why: &CacheError) {
+        self.shared.policy.warn(format!(
+            "answers of the remote cache {} cannot be kept: {why}",
+            self.url()
+        ));
     }
 
     /// Tells apart what is kept locally about different remotes.
@@ -475,6 +499,24 @@ impl RemoteCache {
             Some(runtime) => runtime.block_on(work),
             // Only while it is dropped.
             None => futures::executor::block_on(work),
+        }
+    }
+}
+
+/// Hands on what comes until there is no more, or `stop`; false when that came first.
+fn hear_packs(
+    hear: &Receiver<(Digest, Vec<u8>)>,
+    stop: &dyn Fn() -> bool,
+    take: &mut TakePack<'_>,
+) -> Result<bool, CacheError> {
+    loop {
+        if stop() {
+            return Ok(false);
+        }
+        match hear.recv_timeout(LOOK_EVERY) {
+            Ok((pack, bytes)) => take(pack, &bytes)?,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(true),
         }
     }
 }

@@ -416,7 +416,7 @@ fn what_one_machine_paid_for_another_need_not_ask() {
     let shared = tempfile::tempdir().unwrap();
     let machine = || {
         let machine = Machine::new(folder(&shared), false);
-        machine.cache.completions().share(&machine.remote);
+        machine.cache.completions().share(&machine.remote, || false);
         machine
     };
     let packs = || files(&shared.path().join("answers"));
@@ -437,20 +437,7 @@ fn what_one_machine_paid_for_another_need_not_ask() {
     assert_eq!(packs().len(), 2, "what came from there is not sent back");
 
     // The next run of the first: it fetches what it has not, and has the rest.
-    let again = |machine: Machine| {
-        let Machine { dir, cache, remote } = machine;
-        let place = cache.dir().to_owned();
-        drop((cache, remote));
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        let cache = Cache::open(&place, &options).unwrap();
-        let remote = Arc::new(RemoteCache::of(folder(&shared), false, cache.dir()).unwrap());
-        cache.completions().share(&remote);
-        Machine { dir, cache, remote }
-    };
+    let again = |machine| next_run(machine, &shared);
     let a = again(a);
     assert!(answered(&a, "a") && answered(&a, "d"));
     assert_eq!(a.cache.completions().len(), 4);
@@ -469,6 +456,126 @@ fn what_one_machine_paid_for_another_need_not_ask() {
         .filter(|name| answered(&c, name));
     assert!(matches!(there.count(), 1 | 3));
     assert_eq!(c.remote.take_warnings().len(), 1);
+    // Nor is it fetched again, until it is another one.
+    let c = again(c);
+    assert!(!answered(&c, "nobody's"));
+    assert_eq!(c.remote.take_warnings(), [""; 0]);
+    std::fs::write(&first, "spoilt otherwise").unwrap();
+    let c = again(c);
+    assert!(!answered(&c, "nobody's"));
+    assert_eq!(c.remote.take_warnings().len(), 1);
+}
+
+/// The machine in its next run.
+fn next_run(machine: Machine, shared: &TempDir) -> Machine {
+    let Machine { dir, cache, remote } = machine;
+    let place = cache.dir().to_owned();
+    drop((cache, remote));
+    let options = OpenOptions {
+        wait: LockWait::NoWait,
+        command: "test".into(),
+        on_wait: None,
+    };
+    let cache = Cache::open(&place, &options).unwrap();
+    let remote = Arc::new(RemoteCache::of(folder(shared), false, cache.dir()).unwrap());
+    cache.completions().share(&remote, || false);
+    Machine { dir, cache, remote }
+}
+
+#[test]
+fn who_stops_waits_for_no_answers_and_leaves_the_asking_to_the_next() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    answer(&a, "a");
+    assert_eq!(send_answers(&a), 1);
+    let b = Machine::new(folder(&shared), false);
+    let completions = b.cache.completions();
+    let stops = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let stop = Arc::clone(&stops);
+    completions.share(&b.remote, move || stop.load(Ordering::SeqCst));
+    assert!(!answered(&b, "a"), "the run is to stop");
+    stops.store(false, Ordering::SeqCst);
+    let key = Digest::of_bytes(b"a");
+    assert_eq!(completions.get_until(&key, &|| true), None, "a step is");
+    assert!(answered(&b, "a"));
+    assert!(completions.get_until(&key, &|| true).is_some());
+}
+
+#[test]
+fn answers_of_others_that_were_damaged_here_are_fetched_again() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let names = ["a", "b", "c"];
+    for name in names {
+        answer(&a, name);
+    }
+    assert_eq!(send_answers(&a), 1);
+    let mut b = Machine::new(folder(&shared), false);
+    assert_eq!(b.cache.completions().take_from(&b.remote), 3);
+    let segment = |b: &Machine| {
+        let folder = b.cache.dir().join("completions");
+        crate::completion::of_remotes(&folder).next().unwrap()
+    };
+    let log = segment(&b);
+    let good = std::fs::read(&log).unwrap();
+    let mut bad = good.clone();
+    bad[70] ^= 1;
+    std::fs::write(&log, bad).unwrap();
+    b = next_run(b, &shared);
+    assert!(names.iter().all(|name| answered(&b, name)));
+    assert_eq!(std::fs::read(segment(&b)).unwrap().len(), good.len());
+    let found = verify(&CacheReader::open(b.cache.dir()));
+    assert!(found.damage.is_empty(), "{:?}", found.damage);
+    // What is mended by hand is fetched again as well.
+    std::fs::write(&log, "damaged\n").unwrap();
+    b = next_run(b, &shared);
+    crate::verify::repair(&b.cache).unwrap();
+    b = next_run(b, &shared);
+    assert!(names.iter().all(|name| answered(&b, name)));
+}
+
+#[test]
+fn a_pack_that_is_too_large_is_left_out() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    answer(&a, "a");
+    assert_eq!(send_answers(&a), 1);
+    let large = shared.path().join("answers/ab");
+    std::fs::create_dir_all(&large).unwrap();
+    let large = std::fs::File::create(large.join(format!("{}.log", "c".repeat(62)))).unwrap();
+    // It has no blocks: the disk is not filled.
+    large.set_len(3 << 30).unwrap();
+    let b = Machine::new(folder(&shared), true);
+    assert_eq!(b.cache.completions().take_from(&b.remote), 1);
+    assert_eq!(b.remote.take_warnings(), [""; 0]);
+}
+
+#[test]
+fn answers_that_the_remote_lost_are_pushed_again() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let answers = shared.path().join("answers");
+    let push = || {
+        a.remote.push_answers(&a.cache.completions());
+        a.flush().objects
+    };
+    answer(&a, "a");
+    assert_eq!(push(), 1);
+    answer(&a, "b");
+    assert_eq!(push(), 2);
+    assert_eq!(push(), 2, "all are there");
+    std::fs::remove_dir_all(&answers).unwrap();
+    assert_eq!(send_answers(&a), 2, "a run believes its notes");
+    assert_eq!(push(), 3, "one pack holds both");
+    assert_eq!(push(), 3);
+    answer(&a, "c");
+    assert_eq!(push(), 4);
+    // One of two: what it held is not known.
+    std::fs::remove_file(files(&answers).remove(0)).unwrap();
+    assert_eq!(push(), 5);
+    assert_eq!(push(), 5);
+    let b = Machine::new(folder(&shared), true);
+    assert_eq!(b.cache.completions().take_from(&b.remote), 3);
 }
 
 #[test]

@@ -265,7 +265,9 @@ async fn perform(
     };
     if let Some(remote) = &remote {
         remote.send_waiting(&cache);
-        cache.completions().share(remote);
+        let stop = stop.clone();
+        let stop = move || stop.is_cancelled();
+        cache.completions().share(remote, stop);
     }
     scheduler.run().await;
     if let Some(remote) = remote {

@@ -28,7 +28,7 @@ impl Cached {
         }
     }
 
-    /// Waits for another thread's answer no longer than until `cancelled`.
+    /// Waits for another thread's answer, or a remote cache's, no longer than until `cancelled`.
     #[must_use]
     pub fn until(self, cancelled: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         Self {
@@ -45,10 +45,14 @@ impl Cached {
     }
 
     fn known(&self, key: &Digest) -> Option<Completion> {
-        let value = self.store.get(key)?;
+        let value = self.store.get_until(key, &|| self.is_cancelled())?;
         let mut completion: Completion = serde_json::from_value(value).ok()?;
         completion.cached = true;
         Some(completion)
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.as_ref().is_some_and(|cancelled| cancelled())
     }
 
     fn keep(&self, key: &Digest, answer: &Completion) {
@@ -149,7 +153,7 @@ impl Lm for Cached {
         }
         while !open.is_empty() {
             let others = self.ask_those_that_nobody_asks(requests, open, &tell);
-            let stop = || self.cancelled.as_ref().is_some_and(|cancelled| cancelled());
+            let stop = || self.is_cancelled();
             if !others.iter().all(|(key, _)| self.store.wait(key, &stop)) {
                 let cancelled = Err(LmError::Cancelled);
                 others

@@ -10,7 +10,7 @@ use crate::exit::{Exit, Failure};
 use crate::output::{self, bytes, count};
 use crate::surroundings::{hold_cache, open_remote, wait};
 
-/// Sends every result that the remote cache lacks.
+/// Sends every result and kept answer that the remote cache lacks.
 pub(super) fn push(global: &GlobalArgs) -> Result<Exit, Failure> {
     let remote = open(global)?;
     if remote.is_read_only() {
@@ -18,7 +18,7 @@ pub(super) fn push(global: &GlobalArgs) -> Result<Exit, Failure> {
     }
     let cache = hold_cache(global, wait(global))?;
     let all = remote.push(&cache);
-    remote.send_answers(&cache.completions());
+    remote.push_answers(&cache.completions());
     let sent = remote.flush(&|| false, &mut |now| {
         if console::user_attended_stderr() && !global.quiet {
             say(&format!(
@@ -31,6 +31,9 @@ pub(super) fn push(global: &GlobalArgs) -> Result<Exit, Failure> {
         }
     });
     usable(&remote)?;
+    for text in remote.take_warnings() {
+        say(&format!("warning: {text}"));
+    }
     if global.json {
         return output::json(&sent);
     }

@@ -83,7 +83,7 @@ fn text(stats: &Stats, place: &str) -> String {
         (
             "completions",
             survey.completions,
-            "answers of language models; never removed",
+            "answers of language models; own ones are never removed",
         ),
         ("runs", survey.runs, "records, logs, reports"),
         ("partial", survey.partial, "what unfinished steps saved"),
