@@ -1,11 +1,11 @@
-//! What outlives the server: ids of the things in its folders, files that are written whole, and
-//! records that are read again.
+//! What outlives the server: ids of the things in its folders, files that are written whole,
+//! records that are read again, and whose turn it is to go on with them.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
+use std::fs::{File, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use flowrun_cache::Digest;
 use serde::de::DeserializeOwned;
@@ -14,6 +14,10 @@ use crate::exit::{Exit, Failure};
 
 /// Digits of a random id.
 const ID: usize = 24;
+/// How the name of a file that is being written ends.
+const PART: &str = "part";
+/// Nobody writes any more to what was not touched for so long.
+const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {
@@ -40,11 +44,102 @@ pub(super) fn is_id(id: &str, prefix: &str) -> bool {
 
 /// Writes a file whole: after a power cut it is the old one or the new one.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let part = path.with_extension("part");
-    let mut file = File::create(&part)?;
+    let part = path.with_extension(PART);
+    let written = fill(&part, bytes).and_then(|()| std::fs::rename(&part, path));
+    if written.is_err() {
+        // A disk that is full is not to be kept full by it.
+        let _ = std::fs::remove_file(&part);
+    }
+    written
+}
+
+fn fill(part: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(part)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&part, path)
+    file.sync_all()
+}
+
+/// Removes what kills left half-written in a folder. What another server is writing there stays.
+pub(super) fn sweep(folder: &Path) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let parts = paths.filter(|path| path.extension().is_some_and(|ending| ending == PART));
+    for path in parts.filter(|path| is_abandoned(path)) {
+        if let Err(error) = std::fs::remove_file(&path) {
+            tracing::warn!("{}: {error}", path.display());
+        }
+    }
+}
+
+fn is_abandoned(path: &Path) -> bool {
+    let touched = std::fs::metadata(path).and_then(|about| about.modified());
+    let age = touched.ok().and_then(|touched| touched.elapsed().ok());
+    age.is_some_and(|age| age > ABANDONED)
+}
+
+/// Whose turn it is to go on with what is in a folder: one process's, until it ends.
+#[derive(Debug)]
+pub(super) struct Turn {
+    path: PathBuf,
+    file: File,
+}
+
+impl Turn {
+    /// That of a folder.
+    ///
+    /// # Errors
+    /// When its lock cannot be opened.
+    pub(super) fn of(folder: &Path) -> Result<Self, Failure> {
+        let path = folder.join("lock");
+        let file = File::options()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(&path);
+        let file = file.map_err(|e| unlocked(&path, &e))?;
+        Ok(Self { path, file })
+    }
+
+    /// The lock's file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes it, unless another server has it.
+    ///
+    /// # Errors
+    /// When the folder cannot be locked.
+    pub(super) fn take(&self) -> Result<bool, Failure> {
+        match self.file.try_lock() {
+            Ok(()) => Ok(true),
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(e)) => Err(unlocked(&self.path, &e)),
+        }
+    }
+
+    /// Waits until no other server has it.
+    ///
+    /// # Errors
+    /// When the folder cannot be locked.
+    pub(super) fn wait(&self) -> Result<(), Failure> {
+        let taken = self.file.lock();
+        taken.map_err(|e| unlocked(&self.path, &e))
+    }
+
+    /// Leaves it to others.
+    pub(super) fn give_back(&self) {
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!("{}: {error}", self.path.display());
+        }
+    }
+}
+
+fn unlocked(path: &Path, error: &std::io::Error) -> Failure {
+    let text = format!(
+        "{}: {error}; the folder must be on a file system with locks (`flock`)",
+        path.display()
+    );
+    Failure::new(Exit::Internal, text)
 }
 
 /// Makes a folder of the server's.
@@ -70,7 +165,12 @@ pub(super) fn read_all<T: DeserializeOwned>(folder: &Path) -> Result<Vec<T>, Fai
         if path.extension().is_none_or(|ending| ending != "json") {
             continue;
         }
-        let bytes = std::fs::read(&path).map_err(|e| failed(&e))?;
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            // Another server that has its turn in the folder has removed it.
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            Err(e) => return Err(failed(&e)),
+        };
         match serde_json::from_slice(&bytes) {
             Ok(kept) => all.push(kept),
             Err(error) => {
@@ -106,6 +206,42 @@ mod tests {
         ] {
             assert!(!is_id(id, "file-"), "{id}");
         }
+    }
+
+    #[test]
+    fn what_is_half_written_goes_but_for_what_is_being_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        // A folder cannot be replaced by a file.
+        std::fs::create_dir(at("a.json")).unwrap();
+        assert!(write(&at("a.json"), b"1").is_err());
+        assert!(!at("a.part").exists());
+        let long_ago = SystemTime::now() - ABANDONED * 2;
+        for (name, touched) in [
+            ("old.part", long_ago),
+            ("old.json", long_ago),
+            ("new.part", SystemTime::now()),
+        ] {
+            let file = File::create(at(name)).unwrap();
+            file.set_modified(touched).unwrap();
+        }
+        sweep(dir.path());
+        assert!(!at("old.part").exists());
+        assert!(at("old.json").exists() && at("new.part").exists());
+    }
+
+    #[test]
+    fn one_has_the_turn_until_it_gives_it_back_or_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let turn = || Turn::of(dir.path()).unwrap();
+        let (first, second) = (turn(), turn());
+        assert!(first.take().unwrap());
+        assert!(!second.take().unwrap());
+        first.give_back();
+        assert!(second.take().unwrap());
+        assert!(!first.take().unwrap());
+        drop(second);
+        first.wait().unwrap();
     }
 
     #[test]
