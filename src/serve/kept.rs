@@ -151,6 +151,12 @@ pub(super) fn make(folder: &Path) -> Result<(), Failure> {
         .map_err(|e| Failure::new(Exit::Internal, format!("{}: {e}", folder.display())))
 }
 
+/// Reads one record; none when it is not there, or damaged.
+pub(super) fn read_one<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let bytes = std::fs::read(path).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
 /// Reads every `*.json` of a folder. One that is damaged is set aside under another name.
 ///
 /// # Errors

@@ -12,7 +12,7 @@ use tokio::task::block_in_place;
 use super::batch::{Batch, BatchOrder, PREFIX, Status};
 use crate::exit::Failure;
 use crate::serve::files::Files;
-use crate::serve::kept::{is_id, read_all, write};
+use crate::serve::kept::{is_id, read_all, read_one, write};
 use crate::serve::problem::Problem;
 
 /// Batches that have not ended, at most.
@@ -124,12 +124,22 @@ impl Queue {
     }
 
     pub(super) fn get(&self, id: &str) -> Result<Batch, Problem> {
-        let found = self.fresh().batches.get(id).cloned();
         let missing = || {
             let text = format!("there is no batch `{id}` here");
             Problem::new(StatusCode::NOT_FOUND, text)
         };
-        found.filter(|_| is_id(id, PREFIX)).ok_or_else(missing)
+        if !is_id(id, PREFIX) {
+            return Err(missing());
+        }
+        let mut state = self.fresh();
+        if let Some(batch) = state.batches.get(id) {
+            return Ok(batch.clone());
+        }
+        // One that waits for its turn may have taken the order.
+        let batch: Batch = read_one(&self.record(id)).ok_or_else(missing)?;
+        state.batches.insert(batch.id.clone(), batch.clone());
+        self.arrived.notify_one();
+        Ok(batch)
     }
 
     /// All of them, the newest first.
@@ -351,6 +361,9 @@ mod tests {
         assert_eq!(refused.status(), StatusCode::CONFLICT);
         let own = waits.add(order(), &files).unwrap().id;
         other.change(&id, |batch| batch.enter(Status::Completed));
+        assert!(other.take().is_none());
+        assert_eq!(other.get(&own).unwrap().status, Status::Validating);
+        assert_eq!(other.take().unwrap().0.id, own);
         drop(other);
         waits.take_over().unwrap();
         assert_eq!(waits.take().unwrap().0.id, own);

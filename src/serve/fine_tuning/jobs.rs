@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::exit::Failure;
-use crate::serve::kept::{is_id, new_id, now, read_all, write};
+use crate::serve::kept::{is_id, new_id, now, read_all, read_one, write};
 use crate::serve::problem::Problem;
 
 const PREFIX: &str = "ftjob-";
@@ -317,12 +317,22 @@ impl Jobs {
     }
 
     pub(super) fn get(&self, id: &str) -> Result<Job, Problem> {
-        let found = self.fresh().jobs.get(id).cloned();
         let missing = || {
             let text = format!("there is no job `{id}` here");
             Problem::new(StatusCode::NOT_FOUND, text)
         };
-        found.filter(|_| is_id(id, PREFIX)).ok_or_else(missing)
+        if !is_id(id, PREFIX) {
+            return Err(missing());
+        }
+        let mut state = self.fresh();
+        if let Some(job) = state.jobs.get(id) {
+            return Ok(job.clone());
+        }
+        // One that waits for its turn may have taken the order.
+        let job: Job = read_one(&self.record(id)).ok_or_else(missing)?;
+        state.jobs.insert(job.id.clone(), job.clone());
+        self.arrived.notify_all();
+        Ok(job)
     }
 
     /// All of them, the newest first.
@@ -403,7 +413,11 @@ impl Jobs {
 
     fn keep(&self, job: &Job) -> std::io::Result<()> {
         let bytes = serde_json::to_vec(job)?;
-        write(&self.folder.join(format!("{}.json", job.id)), &bytes)
+        write(&self.record(&job.id), &bytes)
+    }
+
+    fn record(&self, id: &str) -> PathBuf {
+        self.folder.join(format!("{id}.json"))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
