@@ -441,3 +441,40 @@ fn read(folder: &Path) -> Result<BTreeMap<String, Job>, Failure> {
     let all = read_all::<Job>(folder)?.into_iter();
     Ok(all.map(|job| (job.id.clone(), job)).collect())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_waits_for_its_turn_leaves_jobs_alone_until_then() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Jobs::open(dir.path().to_owned(), "tiny").unwrap();
+        let order = || -> Order {
+            let order = json!({"model": "tiny", "training_file": "file-1"});
+            serde_json::from_value(order).unwrap()
+        };
+        let first = open();
+        first.take_over().unwrap();
+        let ended = first.add(order()).unwrap().id;
+        let cut_off = first.add(order()).unwrap().id;
+        for id in [&ended, &cut_off] {
+            first.change(id, |job| job.status = Status::Running);
+        }
+        let second = open();
+        let status = |id: &str| second.get(id).unwrap().status;
+        assert_eq!(status(&ended), Status::Running);
+        let refused = second.cancel(&ended).unwrap_err();
+        assert_eq!(refused.status(), StatusCode::CONFLICT);
+        let own = second.add(order()).unwrap().id;
+        assert_eq!(first.get(&own).unwrap().status, Status::Queued);
+        first.change(&ended, |job| job.end(Status::Succeeded, "the job is done"));
+        assert_eq!(status(&ended), Status::Succeeded);
+        drop(first);
+        second.take_over().unwrap();
+        assert_eq!(status(&ended), Status::Succeeded);
+        assert_eq!(status(&cut_off), Status::Queued);
+        assert_eq!(second.cancel(&own).unwrap().status, Status::Cancelled);
+    }
+}
