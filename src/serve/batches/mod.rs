@@ -26,8 +26,9 @@ mod worker;
 use std::path::Path;
 
 use super::files::{FileObject, Files};
-use super::kept::{Turn, make, sweep};
+use super::kept::{make, sweep};
 use super::problem::Problem;
+use super::turn::Turn;
 use crate::exit::Failure;
 use queue::Queue;
 

@@ -25,8 +25,9 @@ use flowrun_steps::finetune::tuning::read_chats;
 use flowrun_steps::models::EmbeddedSpec;
 
 use super::files::{FileObject, Files};
-use super::kept::{Turn, make, sweep};
+use super::kept::{make, sweep};
 use super::problem::Problem;
+use super::turn::Turn;
 use crate::exit::Failure;
 use jobs::Jobs;
 

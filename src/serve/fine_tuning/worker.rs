@@ -12,7 +12,8 @@ use serde_json::json;
 use super::jobs::{Job, Jobs, Status};
 use crate::exit::Failure;
 use crate::serve::files::Files;
-use crate::serve::kept::{Turn, now};
+use crate::serve::kept::now;
+use crate::serve::turn::Turn;
 
 /// Characters of a job's id that tell its models apart.
 const SHORT: usize = 8;
