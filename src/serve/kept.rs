@@ -2,10 +2,10 @@
 //! records that are read again.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use flowrun_cache::Digest;
 use serde::de::DeserializeOwned;
@@ -14,6 +14,10 @@ use crate::exit::{Exit, Failure};
 
 /// Digits of a random id.
 const ID: usize = 24;
+/// How the name of a file that is being written ends.
+const PART: &str = "part";
+/// Nobody writes any more to what was not touched for so long.
+const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {
@@ -40,11 +44,37 @@ pub(super) fn is_id(id: &str, prefix: &str) -> bool {
 
 /// Writes a file whole: after a power cut it is the old one or the new one.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let part = path.with_extension("part");
-    let mut file = File::create(&part)?;
+    let part = path.with_extension(PART);
+    let written = fill(&part, bytes).and_then(|()| std::fs::rename(&part, path));
+    if written.is_err() {
+        // A disk that is full is not to be kept full by it.
+        let _ = std::fs::remove_file(&part);
+    }
+    written
+}
+
+fn fill(part: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(part)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&part, path)
+    file.sync_all()
+}
+
+/// Removes what kills left half-written in a folder. What another server is writing there stays.
+pub(super) fn sweep(folder: &Path) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let parts = paths.filter(|path| path.extension().is_some_and(|ending| ending == PART));
+    for path in parts.filter(|path| is_abandoned(path)) {
+        if let Err(error) = std::fs::remove_file(&path) {
+            tracing::warn!("{}: {error}", path.display());
+        }
+    }
+}
+
+fn is_abandoned(path: &Path) -> bool {
+    let touched = std::fs::metadata(path).and_then(|about| about.modified());
+    let age = touched.ok().and_then(|touched| touched.elapsed().ok());
+    age.is_some_and(|age| age > ABANDONED)
 }
 
 /// Makes a folder of the server's.
@@ -54,6 +84,12 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 pub(super) fn make(folder: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(folder)
         .map_err(|e| Failure::new(Exit::Internal, format!("{}: {e}", folder.display())))
+}
+
+/// Reads one record; none when it is not there, or damaged.
+pub(super) fn read_one<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let bytes = std::fs::read(path).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// Reads every `*.json` of a folder. One that is damaged is set aside under another name.
@@ -70,7 +106,12 @@ pub(super) fn read_all<T: DeserializeOwned>(folder: &Path) -> Result<Vec<T>, Fai
         if path.extension().is_none_or(|ending| ending != "json") {
             continue;
         }
-        let bytes = std::fs::read(&path).map_err(|e| failed(&e))?;
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            // Another server that has its turn in the folder has removed it.
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            Err(e) => return Err(failed(&e)),
+        };
         match serde_json::from_slice(&bytes) {
             Ok(kept) => all.push(kept),
             Err(error) => {
@@ -106,6 +147,28 @@ mod tests {
         ] {
             assert!(!is_id(id, "file-"), "{id}");
         }
+    }
+
+    #[test]
+    fn what_is_half_written_goes_but_for_what_is_being_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        // A folder cannot be replaced by a file.
+        std::fs::create_dir(at("a.json")).unwrap();
+        assert!(write(&at("a.json"), b"1").is_err());
+        assert!(!at("a.part").exists());
+        let long_ago = SystemTime::now() - ABANDONED * 2;
+        for (name, touched) in [
+            ("old.part", long_ago),
+            ("old.json", long_ago),
+            ("new.part", SystemTime::now()),
+        ] {
+            let file = File::create(at(name)).unwrap();
+            file.set_modified(touched).unwrap();
+        }
+        sweep(dir.path());
+        assert!(!at("old.part").exists());
+        assert!(at("old.json").exists() && at("new.part").exists());
     }
 
     #[test]

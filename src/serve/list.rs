@@ -10,11 +10,12 @@ const PAGE: usize = 20;
 /// Which part of a list.
 #[derive(Debug, Deserialize)]
 pub(super) struct Part {
-    after: Option<String>,
-    limit: Option<usize>,
+    /// The id that it begins behind.
+    pub(super) after: Option<String>,
+    pub(super) limit: Option<usize>,
 }
 
-/// A part of a list whose newest things come first.
+/// A part of a list, whose newest things come first unless the caller asks for another order.
 pub(super) fn page(all: Vec<Value>, part: &Part) -> Json<Value> {
     let id = |value: &Value| value["id"].as_str().map(str::to_owned);
     let after = part.after.as_ref();

@@ -13,7 +13,8 @@
 //! | `files` | `/v1/files` |
 //! | `batches` | `/v1/batches`: answers files of requests |
 //! | `fine_tuning` | `/v1/fine_tuning/…`: trains adapters of the model |
-//! | `kept`, `list` | what outlives the server; lists in OpenAI's shape |
+//! | `kept`, `turn` | what outlives the server; which server goes on with it |
+//! | `list` | lists in OpenAI's shape |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
 //! | `problem` | errors, in OpenAI's shape |
 
@@ -34,6 +35,7 @@ mod question;
 mod routes;
 mod service;
 mod steady;
+mod turn;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};

@@ -206,16 +206,24 @@ impl Service {
         self.admit(rows.min(most.div_ceil(2)))
     }
 
-    /// Places for a request of a batch, once they are free: nobody waits for it. All that batches
-    /// ask for has half of the rows that are computed together at most, so that others find room.
+    /// Whether a request for `count` answers is one that this server takes.
+    ///
+    /// # Errors
+    /// When there are more than it has places.
+    pub(super) fn takes(&self, count: usize) -> Result<(), Problem> {
+        self.fitting(count).map(|_| ())
+    }
+
+    /// Places for `count` answers to a request of a batch, [`Limits::batched`] at most, once they
+    /// are free: nobody waits for it. All that batches ask for has half of the rows that are
+    /// computed together at most, so that others find room.
     pub(super) async fn admit_batched(
         &self,
         count: usize,
     ) -> Result<[OwnedSemaphorePermit; 2], Problem> {
         let gone = |_| Problem::from(Refused::Down);
-        let count = self.fitting(count)?;
-        let share = count.min(u32::try_from(self.limits.batched()).unwrap_or(u32::MAX));
-        let turn = Arc::clone(&self.batched).acquire_many_owned(share).await;
+        let count = self.fitting(count.min(self.limits.batched()))?;
+        let turn = Arc::clone(&self.batched).acquire_many_owned(count).await;
         let turn = turn.map_err(gone)?;
         let places = Arc::clone(&self.places).acquire_many_owned(count).await;
         Ok([turn, places.map_err(gone)?])

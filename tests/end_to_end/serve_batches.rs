@@ -58,6 +58,12 @@ fn order(file: &str) -> Value {
     })
 }
 
+/// Asks for a file to be deleted; the status of the answer.
+fn deleted(server: &Server, id: &str) -> u16 {
+    let url = format!("{}/v1/files/{id}", server.url);
+    client().delete(url).send().unwrap().status().as_u16()
+}
+
 /// Orders a batch; its id.
 fn ordered(server: &Server, text: &str) -> String {
     let batch = server.json("/v1/batches", &order(&file(server, text)));
@@ -263,10 +269,156 @@ fn what_cannot_be_answered_says_why() {
 
     // A file that was answered may be deleted, its answers stay.
     let input = batch["input_file_id"].as_str().unwrap();
-    let url = format!("{}/v1/files/{input}", server.url);
-    assert_eq!(client().delete(url).send().unwrap().status(), 200);
+    assert_eq!(deleted(&server, input), 200);
     assert_eq!(server.get(&format!("/v1/files/{input}")).status(), 404);
     assert_eq!(lines(&server, &batch["output_file_id"]).len(), 1);
+
+    // Only the files that are asked for, in the order that is asked for.
+    let listed = |more: &str| -> Vec<Value> {
+        let path = format!("/v1/files?purpose=batch_output{more}");
+        let list: Value = server.get(&path).json().unwrap();
+        let files = list["data"].as_array().unwrap().iter();
+        files.map(|file| file["id"].clone()).collect()
+    };
+    let newest_first = listed("");
+    let mut oldest_first = listed("&order=asc");
+    let both = ["output_file_id", "error_file_id"].map(|name| batch[name].clone());
+    assert_eq!(newest_first.len(), both.len());
+    assert!(both.iter().all(|id| newest_first.contains(id)));
+    oldest_first.reverse();
+    assert_eq!(oldest_first, newest_first);
+    assert_eq!(listed("&order=desc&limit=1"), newest_first[..1]);
+    let refused = server.get("/v1/files?order=up");
+    assert_eq!(refused.status(), 400);
+}
+
+#[test]
+fn a_line_of_many_answers_leaves_room_for_others() {
+    let home = home();
+    // As many places as the line asks for answers.
+    let server = start(&home, &["--max-batch", "2", "--max-queue", "6"]);
+    let ordered = |texts: &[&str], answers: u32, tokens: u32| {
+        let line = json!({
+            "custom_id": "many", "method": "POST", "url": "/v1/completions",
+            "body": {
+                "model": "tiny", "prompt": texts, "n": answers, "temperature": 0,
+                "max_tokens": tokens,
+            },
+        });
+        let mut order = order(&file(&server, &line.to_string()));
+        order["endpoint"] = "/v1/completions".into();
+        let batch = server.json("/v1/batches", &order);
+        batch["id"].as_str().unwrap().to_owned()
+    };
+    let id = ordered(&["a", "b", "c", "d"], 2, 20_000);
+    server.wait_for("flowrun_running", 1.0);
+    for _ in 0..3 {
+        let answer = server.json("/v1/chat/completions", &chat("tiny", "hello", 4));
+        assert_eq!(answer["usage"]["completion_tokens"], 4);
+    }
+    server.json(&format!("/v1/batches/{id}/cancel"), &json!({}));
+    ended(&server, &id);
+
+    let texts = ["hello", "good morning", "bye"];
+    let id = ordered(&texts, 2, 4);
+    let batch = ended(&server, &id);
+    assert_eq!(batch["status"], "completed", "{batch}");
+    let answers = lines(&server, &batch["output_file_id"]);
+    let body = &answers["many"]["response"]["body"];
+    let alone =
+        json!({"model": "tiny", "prompt": texts, "n": 2, "temperature": 0, "max_tokens": 4});
+    let alone = server.json("/v1/completions", &alone);
+    let choices = body["choices"].as_array().unwrap();
+    let indexes: Vec<u64> = choices
+        .iter()
+        .map(|c| c["index"].as_u64().unwrap())
+        .collect();
+    assert_eq!(indexes, [0, 1, 2, 3, 4, 5]);
+    for name in ["prompt_tokens", "completion_tokens"] {
+        assert_eq!(body["usage"][name], alone["usage"][name], "{name}");
+    }
+}
+
+/// A batch that was cut off after some of its answers, by the end of its server.
+fn cut_off(home: &Project) -> String {
+    let server = start(home, &["--max-batch", "2"]);
+    let requests: Vec<String> = (0..ROWS)
+        .map(|row| request(&format!("row {row}"), "tiny", 1000))
+        .collect();
+    let id = ordered(&server, &requests.join("\n"));
+    wait(|| look(&server, &id)["request_counts"]["completed"].as_u64() >= Some(2));
+    let input = look(&server, &id)["input_file_id"].clone();
+    assert_eq!(
+        deleted(&server, input.as_str().unwrap()),
+        409,
+        "it is needed"
+    );
+    server.signal("-KILL");
+    id
+}
+
+#[test]
+fn a_batch_that_cannot_go_on_keeps_its_answers() {
+    type Spoil = fn(&Project, Value);
+    let ends_its_servers: Spoil = |home, mut record| {
+        record["starts"] = 3.into();
+        let name = format!("kept/batches/{}.json", record["id"].as_str().unwrap());
+        home.write(&name, &record.to_string());
+    };
+    let loses_its_requests: Spoil = |home, record| {
+        let name = format!("kept/files/{}.jsonl", record["input"].as_str().unwrap());
+        std::fs::remove_file(home.path(&name)).unwrap();
+    };
+    for (spoil, status) in [
+        (ends_its_servers, "failed"),
+        (loses_its_requests, "expired"),
+    ] {
+        let home = home();
+        let id = cut_off(&home);
+        let record = home.read(&format!("kept/batches/{id}.json"));
+        spoil(&home, serde_json::from_str(&record).unwrap());
+        let server = start(&home, &["--max-batch", "2"]);
+        let batch = ended(&server, &id);
+        assert_eq!(batch["status"], status, "{batch}");
+        let why = &batch["errors"]["data"][0]["message"];
+        assert!(why.is_string(), "{batch}");
+        let answers = lines(&server, &batch["output_file_id"]);
+        assert!(answers.len() >= 2, "{batch}");
+        assert_eq!(batch["request_counts"]["completed"], answers.len());
+    }
+}
+
+#[test]
+fn a_second_server_on_the_folder_waits_for_its_turn() {
+    const FEW: usize = 10;
+    let home = home();
+    let first = start(&home, &["--max-batch", "2"]);
+    let requests: Vec<String> = (0..FEW)
+        .map(|row| request(&format!("row {row}"), "tiny", 1000))
+        .collect();
+    let id = ordered(&first, &requests.join("\n"));
+    first.wait_for("flowrun_running", 1.0);
+
+    let second = start(&home, &[]);
+    // It shows what the first one does, answers others, and takes orders.
+    assert_eq!(look(&second, &id)["request_counts"]["total"], FEW);
+    let answer = second.json("/v1/chat/completions", &chat("tiny", "hello", 4));
+    assert_eq!(answer["usage"]["completion_tokens"], 4);
+    let path = format!("/v1/batches/{id}/cancel");
+    let (status, error) = second.problem(&path, &json!({}));
+    assert_eq!((status, &error["code"]), (409, &json!("not_in_charge")));
+    let own = ordered(&second, &request("own", "tiny", 3));
+
+    let batch = ended(&first, &id);
+    let counts = json!({"total": FEW, "completed": FEW, "failed": 0});
+    assert_eq!(batch["request_counts"], counts);
+    // No request of it was answered twice.
+    assert!(second.metric("flowrun_generated_tokens_total") <= 4.0);
+    assert_eq!(look(&second, &own)["status"], "validating");
+    assert_eq!(first.stop(), Some(0));
+    assert_eq!(ended(&second, &own)["status"], "completed");
+    assert_eq!(look(&second, &id)["request_counts"], counts);
+    assert_eq!(second.stop(), Some(0));
 }
 
 #[test]

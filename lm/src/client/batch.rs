@@ -32,6 +32,10 @@ type Answer = Result<Completion, LmError>;
 /// Requests of a batch, and bytes of its file, that OpenAI takes.
 const MOST_REQUESTS: usize = 50_000;
 const MOST_BYTES: usize = 190 << 20;
+const OPENAI: &str = "https://api.openai.com/";
+/// Bytes that other servers take, `flowrun serve` among them (64 MiB, the form around the file
+/// included).
+const MOST_BYTES_ELSEWHERE: usize = 60 << 20;
 /// Waits between looks: the first, and the longest.
 const FIRST_LOOK: Duration = Duration::from_millis(500);
 const LONGEST_LOOK: Duration = Duration::from_secs(60);
@@ -264,6 +268,7 @@ impl Batched {
 
     /// The file of the first requests that a batch takes, and how many they are.
     fn file(&self, job: &Job<'_>, taken: &[(usize, Option<Taken<'_>>)]) -> (String, usize) {
+        let most = most_bytes(&self.spec);
         let mut text = String::new();
         let mut count = 0;
         for (at, _) in taken.iter().take(MOST_REQUESTS) {
@@ -275,7 +280,7 @@ impl Batched {
                 "body": wire::body(&self.spec, request),
             });
             let line = line.to_string();
-            if count > 0 && text.len() + line.len() > MOST_BYTES {
+            if count > 0 && text.len() + line.len() > most {
                 break;
             }
             text += &line;
@@ -375,8 +380,8 @@ impl Batched {
             }
         }
         let status = text_of(&batch, "status")?;
-        // Its file was not taken.
-        let refused = status == "failed";
+        // Its file was not taken; one that failed in its midst has answers.
+        let refused = status == "failed" && lines.trim().is_empty();
         let why = batch
             .pointer("/errors/data/0/message")
             .and_then(Value::as_str);
@@ -489,6 +494,14 @@ fn status_of(line: &Value) -> StatusCode {
 /// Whether a line has an answer that was paid for.
 fn is_answer(line: &Value) -> bool {
     line["error"].is_null() && !line["response"]["body"].is_null() && status_of(line).is_success()
+}
+
+/// Bytes of a batch's file that a model's server takes.
+fn most_bytes(spec: &OpenAiSpec) -> usize {
+    match spec.base_url.trim_start().starts_with(OPENAI) {
+        true => MOST_BYTES,
+        false => MOST_BYTES_ELSEWHERE,
+    }
 }
 
 fn text_of(object: &Value, name: &str) -> Result<String, LmError> {

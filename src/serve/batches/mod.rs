@@ -12,8 +12,9 @@
 //!
 //! Everything lies in one folder: `files/`, `batches/`. Invariants: a batch that was accepted
 //! survives the server, and so does every answer that was written; the next server that is started
-//! on the folder answers the rest. What is in memory does not grow with a batch but by the names of
-//! its requests.
+//! on the folder answers the rest. One server at a time answers, the one that holds the lock in
+//! `batches/`; another one waits for its turn. What is in memory does not grow with a batch but by
+//! the names of its requests.
 
 mod batch;
 mod lines;
@@ -25,8 +26,9 @@ mod worker;
 use std::path::Path;
 
 use super::files::{FileObject, Files};
-use super::kept::make;
+use super::kept::{make, sweep};
 use super::problem::Problem;
+use super::turn::Turn;
 use crate::exit::Failure;
 use queue::Queue;
 
@@ -40,6 +42,7 @@ pub(super) const PURPOSE: &str = "batch";
 pub(super) struct Batches {
     files: Files,
     queue: Queue,
+    turn: Turn,
 }
 
 impl Batches {
@@ -51,11 +54,48 @@ impl Batches {
         let (files, batches) = (folder.join("files"), folder.join("batches"));
         for folder in [&files, &batches] {
             make(folder)?;
+            sweep(folder);
+        }
+        let turn = Turn::of(&batches)?;
+        let queue = Queue::open(batches)?;
+        if turn.take()? {
+            queue.take_over()?;
         }
         Ok(Self {
             files: Files::new(files),
-            queue: Queue::open(batches)?,
+            queue,
+            turn,
         })
+    }
+
+    /// Waits until no other server answers the batches of the folder. Blocks.
+    ///
+    /// # Errors
+    /// When the folder cannot be locked or read.
+    fn wait_for_turn(&self) -> Result<(), Failure> {
+        if self.queue.is_mine() {
+            return Ok(());
+        }
+        tracing::warn!(
+            "another server answers the batches of this folder (it holds {}); this one goes on \
+             with them when that one has ended",
+            self.turn.path().display()
+        );
+        self.turn.wait()?;
+        self.queue.take_over()?;
+        tracing::info!("the other server has ended; this one answers the batches now");
+        Ok(())
+    }
+
+    /// This server can answer none of them any more: one that waits for its turn goes on.
+    fn let_go(&self) {
+        self.queue.let_go();
+        self.turn.give_back();
+    }
+
+    /// Whether a file's requests are those of a batch that has not ended.
+    pub(super) fn needs(&self, file: &str) -> bool {
+        self.queue.needs(file)
     }
 
     /// Where its files are.
@@ -70,6 +110,9 @@ impl Batches {
 
     /// Keeps a file of requests. They are looked at when a batch of them begins.
     pub(super) fn upload(&self, name: &str, bytes: &[u8]) -> Result<FileObject, Problem> {
+        let come = self.queue.files_to_come();
+        let room = self.files.room(1 + come);
+        room.map_err(|problem| problem.of("file"))?;
         self.files.add(name, PURPOSE, bytes, |_| Ok(()))
     }
 }

@@ -1,27 +1,28 @@
-//! [`Queue`]: all batches of a server; on disk after every change.
+//! [`Queue`]: all batches of a folder; on disk after every change. While another server answers
+//! them, they are read anew whenever somebody asks.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::http::StatusCode;
 use tokio::sync::Notify;
 use tokio::task::block_in_place;
 
-use super::batch::{Batch, BatchOrder, PREFIX, Status, reason};
+use super::batch::{Batch, BatchOrder, PREFIX, Status};
 use crate::exit::Failure;
-use crate::serve::kept::{is_id, read_all, write};
+use crate::serve::files::Files;
+use crate::serve::kept::{is_id, read_all, read_one, write};
 use crate::serve::problem::Problem;
 
 /// Batches that have not ended, at most.
 const OPEN: usize = 100;
 /// Batches at most; of those that have ended the oldest are forgotten, their files stay.
 const MOST: usize = 1000;
-/// Times that a batch is begun at most before one of its requests is answered: one that ends the
-/// server each time is not begun for ever.
-const STARTS: u32 = 3;
+/// Files that a batch may leave: its answers, its errors.
+const LEFT: usize = 2;
 
-/// All batches of a server.
+/// All batches of a folder.
 pub(super) struct Queue {
     folder: PathBuf,
     state: Mutex<State>,
@@ -33,22 +34,20 @@ struct State {
     batches: BTreeMap<String, Batch>,
     /// The batch that is answered, and how to stop it.
     running: Option<(String, Arc<Notify>)>,
+    /// Whether this server answers them, so that no other one changes them.
+    mine: bool,
 }
 
 impl Queue {
-    /// Reads the batches of a folder.
+    /// Reads the batches of a folder, which another server may be answering.
     ///
     /// # Errors
     /// When the folder cannot be read.
     pub(super) fn open(folder: PathBuf) -> Result<Self, Failure> {
-        let mut state = State::default();
-        for mut batch in read_all::<Batch>(&folder)? {
-            if batch.starts >= STARTS {
-                let text = format!("the server ended {STARTS} times when it began this batch");
-                batch.fail(vec![reason("server_error", &text, None)]);
-            }
-            state.batches.insert(batch.id.clone(), batch);
-        }
+        let state = State {
+            batches: read(&folder)?,
+            ..State::default()
+        };
         Ok(Self {
             folder,
             state: Mutex::new(state),
@@ -56,20 +55,46 @@ impl Queue {
         })
     }
 
-    /// Takes an order on.
-    pub(super) fn add(&self, order: BatchOrder) -> Result<Batch, Problem> {
-        let batch = order.batch()?;
+    /// From now on this server answers them: its turn has come, and no other one changes them.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub(super) fn take_over(&self) -> Result<(), Failure> {
         let mut state = self.state();
-        let all = state.batches.values();
-        if all.filter(|batch| !batch.status.has_ended()).count() >= OPEN {
+        state.batches = read(&self.folder)?;
+        state.mine = true;
+        Ok(())
+    }
+
+    /// Another server is to answer them.
+    pub(super) fn let_go(&self) {
+        let mut state = self.state();
+        state.running = None;
+        state.mine = false;
+    }
+
+    /// Whether this server answers them.
+    pub(super) fn is_mine(&self) -> bool {
+        self.state().mine
+    }
+
+    /// Takes an order on, if `files` has room for what will come of it.
+    pub(super) fn add(&self, order: BatchOrder, files: &Files) -> Result<Batch, Problem> {
+        let batch = order.batch()?;
+        let mut state = self.fresh();
+        let open = state.open().count();
+        if open >= OPEN {
             let text = format!("{OPEN} batches wait already; order this one when one has ended");
             let status = StatusCode::TOO_MANY_REQUESTS;
             return Err(Problem::new(status, text).code("too_many_batches"));
         }
+        files.room(LEFT * (open + 1))?;
         self.keep(&batch)
             .map_err(|e| Problem::internal(e.to_string()))?;
         state.batches.insert(batch.id.clone(), batch.clone());
-        self.forget_the_oldest(&mut state);
+        if state.mine {
+            self.forget_the_oldest(&mut state);
+        }
         self.arrived.notify_one();
         Ok(batch)
     }
@@ -88,18 +113,38 @@ impl Queue {
         }
     }
 
+    /// Files that the open batches may leave, all together.
+    pub(super) fn files_to_come(&self) -> usize {
+        LEFT * self.fresh().open().count()
+    }
+
+    /// Whether a file's requests are those of an open batch.
+    pub(super) fn needs(&self, file: &str) -> bool {
+        self.fresh().open().any(|batch| batch.input == file)
+    }
+
     pub(super) fn get(&self, id: &str) -> Result<Batch, Problem> {
-        let found = self.state().batches.get(id).cloned();
         let missing = || {
             let text = format!("there is no batch `{id}` here");
             Problem::new(StatusCode::NOT_FOUND, text)
         };
-        found.filter(|_| is_id(id, PREFIX)).ok_or_else(missing)
+        if !is_id(id, PREFIX) {
+            return Err(missing());
+        }
+        let mut state = self.fresh();
+        if let Some(batch) = state.batches.get(id) {
+            return Ok(batch.clone());
+        }
+        // One that waits for its turn may have taken the order.
+        let batch: Batch = read_one(&self.record(id)).ok_or_else(missing)?;
+        state.batches.insert(batch.id.clone(), batch.clone());
+        self.arrived.notify_one();
+        Ok(batch)
     }
 
     /// All of them, the newest first.
     pub(super) fn list(&self) -> Vec<Batch> {
-        let mut all: Vec<Batch> = self.state().batches.values().cloned().collect();
+        let mut all: Vec<Batch> = self.fresh().batches.values().cloned().collect();
         all.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
         all
     }
@@ -108,6 +153,11 @@ impl Queue {
     pub(super) fn cancel(&self, id: &str) -> Result<Batch, Problem> {
         let batch = self.get(id)?;
         let mut state = self.state();
+        if !state.mine {
+            let text = "this server is not the one that answers the batches of this folder: ask \
+                        that one, or ask again when it has ended";
+            return Err(Problem::new(StatusCode::CONFLICT, text).code("not_in_charge"));
+        }
         let running = state.running.as_ref();
         let stop = running.and_then(|(running, stop)| (running == id).then(|| Arc::clone(stop)));
         // What has answers already is put together first.
@@ -136,8 +186,9 @@ impl Queue {
 
     fn take(&self) -> Option<(Batch, Arc<Notify>)> {
         let mut state = self.state();
-        let open = state.batches.values().filter(|b| !b.status.has_ended());
-        let first = open.min_by_key(|batch| (batch.created_at, batch.id.clone()))?;
+        let first = state
+            .open()
+            .min_by_key(|batch| (batch.created_at, batch.id.clone()))?;
         let id = first.id.clone();
         let stop = Arc::new(Notify::new());
         state.running = Some((id.clone(), Arc::clone(&stop)));
@@ -201,6 +252,31 @@ impl Queue {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// What there is by now, whoever wrote it. Reads the folder unless this server has its turn.
+    fn fresh(&self) -> MutexGuard<'_, State> {
+        let mut state = self.state();
+        if !state.mine {
+            match read(&self.folder) {
+                Ok(batches) => state.batches = batches,
+                Err(failure) => tracing::warn!("{failure}"),
+            }
+        }
+        state
+    }
+}
+
+impl State {
+    /// The batches that have not ended.
+    fn open(&self) -> impl Iterator<Item = &Batch> {
+        let all = self.batches.values();
+        all.filter(|batch| !batch.status.has_ended())
+    }
+}
+
+fn read(folder: &Path) -> Result<BTreeMap<String, Batch>, Failure> {
+    let all = read_all::<Batch>(folder)?.into_iter();
+    Ok(all.map(|batch| (batch.id.clone(), batch)).collect())
 }
 
 #[cfg(test)]
@@ -215,44 +291,55 @@ mod tests {
         serde_json::from_value(order).unwrap()
     }
 
+    /// The batches of a folder, which are this server's.
+    fn mine(folder: &Path) -> Queue {
+        let queue = Queue::open(folder.to_owned()).unwrap();
+        queue.take_over().unwrap();
+        queue
+    }
+
+    /// A folder without files, and with room for them.
+    fn files(folder: &Path) -> Files {
+        Files::new(folder.join("files"))
+    }
+
     #[test]
-    fn a_batch_survives_and_one_that_never_begins_fails() {
+    fn a_batch_survives_and_its_starts_are_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Queue::open(dir.path().to_owned()).unwrap();
-        let id = open().add(order()).unwrap().id;
-        for starts in 1..=STARTS {
-            let (batch, _) = open().take().unwrap();
+        let files = files(dir.path());
+        let id = mine(dir.path()).add(order(), &files).unwrap().id;
+        for starts in 1..=4 {
+            let (batch, _) = mine(dir.path()).take().unwrap();
             assert_eq!((&batch.id, batch.starts), (&id, starts));
         }
-        let queue = open();
-        assert!(queue.take().is_none());
-        let batch = queue.get(&id).unwrap();
-        assert_eq!(batch.status, Status::Failed);
-        assert!(batch.object()["errors"]["data"][0]["message"].is_string());
+        let queue = mine(dir.path());
+        assert!(queue.needs("file-1") && !queue.needs("file-2"));
+        queue.change(&id, |batch| batch.enter(Status::Completed));
+        assert!(mine(dir.path()).take().is_none());
+        assert!(!queue.needs("file-1"));
         assert!(queue.get("batch_../../x").is_err());
     }
 
     #[test]
     fn an_answer_or_an_end_in_good_order_makes_the_next_start_the_first() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Queue::open(dir.path().to_owned()).unwrap();
-        let queue = open();
-        let id = queue.add(order()).unwrap().id;
+        let queue = mine(dir.path());
+        let id = queue.add(order(), &files(dir.path())).unwrap().id;
         queue.take().unwrap();
         queue.count(&id, false);
-        let queue = open();
+        let queue = mine(dir.path());
         assert_eq!(queue.take().unwrap().0.starts, 1);
         queue.put_down();
-        assert_eq!(open().take().unwrap().0.starts, 1);
+        assert_eq!(mine(dir.path()).take().unwrap().0.starts, 1);
     }
 
     #[test]
     fn one_that_waits_is_cancelled_at_once_and_one_that_runs_is_told() {
         let dir = tempfile::tempdir().unwrap();
-        let queue = Queue::open(dir.path().to_owned()).unwrap();
-        let waiting = queue.add(order()).unwrap().id;
+        let (queue, files) = (mine(dir.path()), files(dir.path()));
+        let waiting = queue.add(order(), &files).unwrap().id;
         assert_eq!(queue.cancel(&waiting).unwrap().status, Status::Cancelled);
-        let running = queue.add(order()).unwrap().id;
+        let running = queue.add(order(), &files).unwrap().id;
         queue.take().unwrap();
         assert_eq!(queue.cancel(&running).unwrap().status, Status::Cancelling);
         queue.change(&running, |batch| batch.enter(Status::Cancelled));
@@ -260,13 +347,53 @@ mod tests {
     }
 
     #[test]
+    fn one_that_waits_for_its_turn_shows_what_the_other_does_and_takes_orders() {
+        let dir = tempfile::tempdir().unwrap();
+        let (other, files) = (mine(dir.path()), files(dir.path()));
+        let waits = Queue::open(dir.path().to_owned()).unwrap();
+        let id = other.add(order(), &files).unwrap().id;
+        assert_eq!(waits.get(&id).unwrap().status, Status::Validating);
+        other.take().unwrap();
+        other.change(&id, |batch| batch.enter(Status::InProgress));
+        assert_eq!(waits.get(&id).unwrap().status, Status::InProgress);
+        assert_eq!(waits.get(&id).unwrap().starts, 1);
+        let refused = waits.cancel(&id).unwrap_err();
+        assert_eq!(refused.status(), StatusCode::CONFLICT);
+        let own = waits.add(order(), &files).unwrap().id;
+        other.change(&id, |batch| batch.enter(Status::Completed));
+        assert!(other.take().is_none());
+        assert_eq!(other.get(&own).unwrap().status, Status::Validating);
+        assert_eq!(other.take().unwrap().0.id, own);
+        drop(other);
+        waits.take_over().unwrap();
+        assert_eq!(waits.take().unwrap().0.id, own);
+    }
+
+    #[test]
     fn what_waits_is_bounded() {
         let dir = tempfile::tempdir().unwrap();
-        let queue = Queue::open(dir.path().to_owned()).unwrap();
+        let (queue, files) = (mine(dir.path()), files(dir.path()));
         for _ in 0..OPEN {
-            queue.add(order()).unwrap();
+            queue.add(order(), &files).unwrap();
         }
-        let refused = queue.add(order()).unwrap_err();
+        let refused = queue.add(order(), &files).unwrap_err();
         assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    }
+
+    #[test]
+    fn no_order_is_taken_whose_answers_would_have_no_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let (queue, files) = (mine(dir.path()), files(dir.path()));
+        std::fs::create_dir(dir.path().join("files")).unwrap();
+        let mut kept = 0;
+        // Room for the answers of one batch alone.
+        while files.room(LEFT + 1).is_ok() {
+            std::fs::write(dir.path().join(format!("files/{kept}.json")), "{}").unwrap();
+            kept += 1;
+        }
+        queue.add(order(), &files).unwrap();
+        let refused = queue.add(order(), &files).unwrap_err();
+        assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
+        assert_eq!(queue.files_to_come(), LEFT);
     }
 }

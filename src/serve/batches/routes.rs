@@ -39,7 +39,7 @@ pub(in crate::serve) async fn create(
     let made = with(service, move |batches| {
         let file = batches.files.get(&order.input_file_id);
         if file.is_ok_and(|file| file.purpose == PURPOSE) {
-            return batches.queue.add(order);
+            return batches.queue.add(order, &batches.files);
         }
         let text = format!(
             "there is no file `{}` of requests here",

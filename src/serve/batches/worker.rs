@@ -16,15 +16,23 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::{Notify, mpsc};
 
 use super::Batches;
-use super::batch::{Batch, Status, reason};
+use super::batch::{Batch, Shown, Status, reason};
 use super::lines::{self, Line};
 use super::queue::Queue;
+use crate::serve::files::Files;
 use crate::serve::kept::{new_id, now};
 use crate::serve::openai::{Endpoint, batched};
 use crate::serve::service::Service;
 
 /// What finished files of answers are for.
 const ANSWERS: &str = "batch_output";
+/// Times that a batch is begun at most before one of its requests is answered: one that ends the
+/// server each time is not begun for ever.
+const STARTS: u32 = 3;
+/// How often, and after which wait, the answers of a batch that failed are put together, until it
+/// succeeds: a full disk may have been what it failed for.
+const TRIES: u32 = 10;
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// How the answering of a batch ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,6 +55,16 @@ struct Paths {
     failures: PathBuf,
 }
 
+impl Paths {
+    fn of(files: &Files, batch: &Batch) -> Self {
+        Self {
+            input: files.content(&batch.input),
+            output: files.content(&batch.output),
+            failures: files.content(&batch.failures),
+        }
+    }
+}
+
 /// Why a batch cannot be answered.
 struct Broken(Vec<Value>);
 
@@ -57,19 +75,31 @@ impl From<Error> for Broken {
     }
 }
 
-/// Answers what comes, as long as the process lives.
+/// Answers what comes, as long as the process lives, once no other server does.
 pub(in crate::serve) async fn work(service: Arc<Service>, batches: Arc<Batches>) {
+    let waits = Arc::clone(&batches);
+    let turn = tokio::task::spawn_blocking(move || waits.wait_for_turn());
+    let hindrance = match turn.await {
+        Ok(Ok(())) => None,
+        Ok(Err(failure)) => Some(failure.to_string()),
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(why) = hindrance {
+        tracing::error!("this server answers no batches: {why}");
+        return;
+    }
     loop {
         let (batch, stop) = batches.queue.next().await;
         match answer(&service, &batches, &batch, &stop).await {
             Ok(Ending::Down) => {
                 tracing::warn!("the batch {} waits for the next server", batch.id);
+                batches.let_go();
                 return;
             }
             Ok(_) => {}
             Err(Broken(reasons)) => {
                 tracing::warn!("the batch {} failed: {}", batch.id, json!(reasons));
-                change(&batches.queue, &batch.id, |batch| batch.fail(reasons));
+                fail(&batches, &batch, reasons).await;
             }
         }
         batches.queue.idle();
@@ -95,24 +125,19 @@ async fn answer(
     batch: &Batch,
     stop: &Notify,
 ) -> Result<Ending, Broken> {
+    if batch.starts > STARTS {
+        let text = format!("the server ended {STARTS} times when it began this batch");
+        return Err(Broken(vec![reason("server_error", &text, None)]));
+    }
     let (queue, files) = (&batches.queue, &batches.files);
-    let paths = Paths {
-        input: files.content(&batch.input),
-        output: files.content(&batch.output),
-        failures: files.content(&batch.failures),
-    };
+    let paths = Paths::of(files, batch);
     let mut total = batch.counts.total;
     if batch.status == Status::Validating {
         let (input, endpoint) = (paths.input.clone(), batch.endpoint);
         let surveyed = aside(move || Ok(lines::survey(&input, endpoint))).await?;
         total = surveyed.map_err(Broken)?;
     }
-    let known = paths.clone();
-    let (completed, failed) = aside(move || {
-        let completed = lines::answered(&known.output)?;
-        Ok((completed, lines::answered(&known.failures)?))
-    })
-    .await?;
+    let (completed, failed) = named(&paths).await?;
     let cancelling = queue
         .get(&batch.id)
         .is_ok_and(|b| b.status == Status::Cancelling);
@@ -124,12 +149,20 @@ async fn answer(
             batch.enter(Status::InProgress);
         }
     });
-    let ending = match cancelling {
-        true => Ending::Cancelled,
-        false => {
-            let mut done = completed;
-            done.extend(failed);
-            answer_rest(service, batches, batch, &paths, done, stop).await?
+    let mut done = completed;
+    done.extend(failed);
+    let there = tokio::fs::try_exists(&paths.input).await?;
+    let ending = match (cancelling, there) {
+        (true, _) => Ending::Cancelled,
+        (false, true) => answer_rest(service, batches, batch, &paths, done, stop).await?,
+        (false, false) if done.len() >= total => Ending::Whole,
+        // The answers that there are do not go with it.
+        (false, false) => {
+            let text = "its file of requests is gone; it ends with the answers that it has";
+            tracing::warn!("the batch {}: {text}", batch.id);
+            let gone = reason("invalid_file", text, None);
+            change(queue, &batch.id, |batch| batch.errors.push(gone));
+            Ending::Expired
         }
     };
     let (code, message, last) = match ending {
@@ -150,35 +183,80 @@ async fn answer(
         change(queue, &batch.id, |batch| batch.enter(Status::Finalizing));
     }
     let of = paths.clone();
-    let (given_up, output, failures) = aside(move || {
-        let given_up = match ending {
-            Ending::Whole => 0,
-            _ => lines::give_up(&of.input, &of.output, &of.failures, code, message)?,
-        };
-        let (output, failures) = (lines::settle(&of.output)?, lines::settle(&of.failures)?);
-        Ok((given_up, output, failures))
+    let given_up = aside(move || match ending {
+        Ending::Whole => Ok(0),
+        _ => lines::give_up(&of.input, &of.output, &of.failures, code, message),
     })
     .await?;
-    let (store, of) = (files.clone(), batch.clone());
-    aside(move || {
-        for (there, id, kind) in [
-            (output, &of.output, "output"),
-            (failures, &of.failures, "error"),
-        ] {
-            if there {
-                store.announce(id, &format!("{}_{kind}.jsonl", of.id), ANSWERS)?;
-            }
-        }
-        Ok(())
-    })
-    .await?;
+    let shown = show(files, batch, &paths).await?;
     change(queue, &batch.id, |batch| {
         batch.counts.failed += given_up;
-        batch.shown.output = output;
-        batch.shown.failures = failures;
+        batch.shown = shown;
         batch.enter(last);
     });
     Ok(ending)
+}
+
+/// The names of the requests that have an answer, and of those that have an error. What was cut
+/// off at the end of the files is taken away.
+async fn named(paths: &Paths) -> Result<(HashSet<String>, HashSet<String>), Error> {
+    let known = paths.clone();
+    aside(move || {
+        let completed = lines::answered(&known.output)?;
+        Ok((completed, lines::answered(&known.failures)?))
+    })
+    .await
+}
+
+/// Lets callers see the files of answers and errors that have any.
+async fn show(files: &Files, batch: &Batch, paths: &Paths) -> Result<Shown, Error> {
+    let (files, of, paths) = (files.clone(), batch.clone(), paths.clone());
+    aside(move || {
+        let show = |path: &Path, id: &str, kind: &str| -> Result<bool, Error> {
+            let there = lines::settle(path)?;
+            if there {
+                files.announce(id, &format!("{}_{kind}.jsonl", of.id), ANSWERS)?;
+            }
+            Ok(there)
+        };
+        Ok(Shown {
+            output: show(&paths.output, &of.output, "output")?,
+            failures: show(&paths.failures, &of.failures, "error")?,
+        })
+    })
+    .await
+}
+
+/// Ends a batch that cannot be answered; what was answered is not lost.
+async fn fail(batches: &Batches, batch: &Batch, reasons: Vec<Value>) {
+    let mut saved = save(&batches.files, batch).await;
+    for _ in 1..TRIES {
+        let Err(error) = &saved else {
+            break;
+        };
+        tracing::warn!("the batch {}: {error}; its answers wait", batch.id);
+        tokio::time::sleep(AGAIN).await;
+        saved = save(&batches.files, batch).await;
+    }
+    if let Err(error) = &saved {
+        tracing::error!("the answers of the batch {} are lost: {error}", batch.id);
+    }
+    change(&batches.queue, &batch.id, |batch| {
+        if let Ok((completed, failed, shown)) = saved {
+            batch.counts.completed = completed;
+            batch.counts.failed = failed;
+            batch.shown = shown;
+        }
+        batch.fail(reasons);
+    });
+}
+
+/// The numbers of answers and of errors, and which files have any.
+async fn save(files: &Files, batch: &Batch) -> Result<(usize, usize, Shown), Error> {
+    let paths = Paths::of(files, batch);
+    let (completed, failed) = named(&paths).await?;
+    let shown = show(files, batch, &paths).await?;
+    Ok((completed.len(), failed.len(), shown))
 }
 
 /// Answers the requests that have no line yet.
@@ -216,9 +294,12 @@ async fn answer_rest(
         let Some((status, line)) = answer else {
             break;
         };
+        // No fault of the request's: it is asked again by the next server.
+        if status.is_server_error() && !service.is_up() {
+            return Ok(Ending::Down);
+        }
         let failed = match status {
             StatusCode::OK => false,
-            // No fault of the request's: it is asked again by the next server.
             StatusCode::SERVICE_UNAVAILABLE => return Ok(Ending::Down),
             _ => true,
         };
@@ -258,4 +339,40 @@ async fn answer_one(
         },
     });
     (status, format!("{line}\n"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_that_fails_shows_the_answers_that_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let batches = Batches::open(dir.path()).unwrap();
+        let order = json!({"input_file_id": "file-1", "endpoint": "/v1/completions",
+            "completion_window": "24h"});
+        let order = serde_json::from_value(order).unwrap();
+        let id = batches.queue.add(order, &batches.files).unwrap().id;
+        let batch = batches.queue.get(&id).unwrap();
+        let output = batches.files.content(&batch.output);
+        let whole = "{\"custom_id\": \"a\"}\n";
+        // A full disk cut off the second line.
+        std::fs::write(&output, format!("{whole}{{\"custom_")).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let reasons = vec![reason("server_error", "the disk is full", None)];
+        runtime.block_on(fail(&batches, &batch, reasons));
+        let batch = batches.queue.get(&id).unwrap();
+        assert_eq!(batch.status, Status::Failed);
+        assert_eq!((batch.counts.completed, batch.counts.failed), (1, 0));
+        let object = batch.object();
+        assert_eq!(object["output_file_id"], batch.output);
+        assert_eq!(object["error_file_id"], Value::Null);
+        assert!(batches.files.get(&batch.output).is_ok());
+        assert_eq!(std::fs::read_to_string(output).unwrap(), whole);
+    }
 }

@@ -63,10 +63,7 @@ impl Files {
         bytes: &[u8],
         check: impl FnOnce(&Path) -> Result<(), Problem>,
     ) -> Result<FileObject, Problem> {
-        if self.ids().count() >= MOST {
-            let text = format!("this server keeps {MOST} files at most; delete some of them");
-            return Err(Problem::bad(text).of("file").code("too_many_files"));
-        }
+        self.room(1).map_err(|problem| problem.of("file"))?;
         let id = Self::next_id();
         let path = self.content(&id);
         let kept = write(&path, bytes)
@@ -101,6 +98,18 @@ impl Files {
         };
         write(&self.note(id), &serde_json::to_vec(&object)?)?;
         Ok(object)
+    }
+
+    /// Whether `more` files can be kept.
+    pub(super) fn room(&self, more: usize) -> Result<(), Problem> {
+        if self.ids().count() + more > MOST {
+            let text = format!(
+                "this server keeps {MOST} files at most, those that its batches will answer \
+                 included; delete some of them"
+            );
+            return Err(Problem::bad(text).code("too_many_files"));
+        }
+        Ok(())
     }
 
     fn ids(&self) -> impl Iterator<Item = String> {

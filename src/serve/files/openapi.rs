@@ -17,6 +17,16 @@ pub(in crate::serve) fn describe(paths: &mut Map<String, Value>) {
     let about = "Uploads requests to answer, or chats to train on";
     add(paths, "/v1/files", "post", about, Some(form));
     add(paths, "/v1/files", "get", "The files", None);
+    if let Some(files) = paths.get_mut("/v1/files") {
+        let part =
+            |name: &str, schema: Value| json!({"name": name, "in": "query", "schema": schema});
+        files["get"]["parameters"] = json!([
+            part("purpose", json!({"type": "string"})),
+            part("order", json!({"type": "string", "enum": ["asc", "desc"]})),
+            part("after", json!({"type": "string"})),
+            part("limit", json!({"type": "integer", "minimum": 0})),
+        ]);
+    }
     add(paths, "/v1/files/{id}", "get", "One file", None);
     add(paths, "/v1/files/{id}", "delete", "Deletes a file", None);
     let about = "The content of a file";

@@ -9,6 +9,7 @@ use axum::extract::{Multipart, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::stream;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
@@ -94,14 +95,48 @@ pub(in crate::serve) async fn upload(State(service): Shared, mut form: Multipart
     Ok(Json(json!(added)))
 }
 
+/// Which files are listed.
+#[derive(Debug, Deserialize)]
+pub(in crate::serve) struct Listing {
+    purpose: Option<String>,
+    /// `asc` or `desc`, by the time that they were made at; the newest first when left out.
+    order: Option<String>,
+    after: Option<String>,
+    limit: Option<usize>,
+}
+
 /// `GET /v1/files`.
-pub(in crate::serve) async fn files(State(service): Shared, Query(part): Query<Part>) -> Answer {
-    let listed = with(&service, |folders| {
+pub(in crate::serve) async fn files(
+    State(service): Shared,
+    Query(listing): Query<Listing>,
+) -> Answer {
+    let oldest_first = match listing.order.as_deref() {
+        Some("asc") => true,
+        None | Some("desc") => false,
+        Some(other) => {
+            let text = format!("`order` is `asc` or `desc`, not `{other}`");
+            return Err(Problem::bad(text).of("order"));
+        }
+    };
+    let purpose = listing.purpose;
+    let listed = with(&service, move |folders| {
         let mut all: Vec<FileObject> = folders.iter().flat_map(Files::list).collect();
+        all.retain(|file| {
+            purpose
+                .as_ref()
+                .is_none_or(|purpose| *purpose == file.purpose)
+        });
         all.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
+        if oldest_first {
+            all.reverse();
+        }
         Ok(all)
     });
     let all = listed.await?;
+    let part = Part {
+        after: listing.after,
+        limit: listing.limit,
+    };
     Ok(page(all.iter().map(|file| json!(file)).collect(), &part))
 }
 
@@ -147,8 +182,17 @@ pub(in crate::serve) async fn file_content(
 
 /// `DELETE /v1/files/{id}`.
 pub(in crate::serve) async fn delete(State(service): Shared, Path(id): Path<String>) -> Answer {
-    let of = id.clone();
-    let deleted = with(&service, move |folders| find(folders, &of)?.0.delete(&of));
+    let (of, batches) = (id.clone(), service.batches.clone());
+    let deleted = with(&service, move |folders| {
+        if batches.is_some_and(|batches| batches.needs(&of)) {
+            let text = format!(
+                "a batch that has not ended answers the file `{of}`; cancel the batch, or wait \
+                 for its end"
+            );
+            return Err(Problem::new(StatusCode::CONFLICT, text).code("file_in_use"));
+        }
+        find(folders, &of)?.0.delete(&of)
+    });
     deleted.await?;
     Ok(Json(json!({"id": id, "object": "file", "deleted": true})))
 }

@@ -1,7 +1,8 @@
 //! [`Jobs`]: what was asked for, how far it is, and what came of it; on disk after every change.
+//! While another server trains them, they are read anew whenever somebody asks.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use axum::http::StatusCode;
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::exit::Failure;
-use crate::serve::kept::{is_id, new_id, now, read_all, write};
+use crate::serve::kept::{is_id, new_id, now, read_all, read_one, write};
 use crate::serve::problem::Problem;
 
 const PREFIX: &str = "ftjob-";
@@ -223,7 +224,7 @@ impl Job {
     }
 }
 
-/// All jobs of a server.
+/// All jobs of a folder.
 pub(super) struct Jobs {
     folder: PathBuf,
     base_id: String,
@@ -236,13 +237,38 @@ struct State {
     jobs: BTreeMap<String, Job>,
     /// The job that is trained, and how to stop it.
     running: Option<(String, Cancel)>,
+    /// Whether this server trains them, so that no other one changes them.
+    mine: bool,
 }
 
 impl Jobs {
-    /// Reads the jobs of a folder; those that were under way wait again.
+    /// Reads the jobs of a folder, which another server may be training.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
     pub(super) fn open(folder: PathBuf, base_id: &str) -> Result<Arc<Self>, Failure> {
-        let mut state = State::default();
-        for mut job in read_all::<Job>(&folder)? {
+        let state = State {
+            jobs: read(&folder)?,
+            ..State::default()
+        };
+        Ok(Arc::new(Self {
+            folder,
+            base_id: base_id.to_owned(),
+            state: Mutex::new(state),
+            arrived: Condvar::new(),
+        }))
+    }
+
+    /// From now on this server trains them: its turn has come, and no other one changes them. Those
+    /// that were under way wait again.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub(super) fn take_over(&self) -> Result<(), Failure> {
+        let mut state = self.state();
+        state.jobs = read(&self.folder)?;
+        state.mine = true;
+        for job in state.jobs.values_mut() {
             if job.status == Status::Running && job.starts >= STARTS {
                 let text = format!("the server ended {STARTS} times when it began this job");
                 job.error = Some(text.clone());
@@ -251,14 +277,13 @@ impl Jobs {
                 job.status = Status::Queued;
                 job.tell("info", "the server was started again", None);
             }
-            state.jobs.insert(job.id.clone(), job);
         }
-        Ok(Arc::new(Self {
-            folder,
-            base_id: base_id.to_owned(),
-            state: Mutex::new(state),
-            arrived: Condvar::new(),
-        }))
+        Ok(())
+    }
+
+    /// Whether this server trains them.
+    pub(super) fn is_mine(&self) -> bool {
+        self.state().mine
     }
 
     /// Takes an order on.
@@ -283,26 +308,36 @@ impl Jobs {
             starts: 0,
         };
         job.tell("info", "the job waits for its turn", None);
+        let mut state = self.fresh();
         self.keep(&job)
             .map_err(|e| Problem::internal(e.to_string()))?;
-        let mut state = self.state();
         state.jobs.insert(job.id.clone(), job.clone());
         self.arrived.notify_all();
         Ok(job)
     }
 
     pub(super) fn get(&self, id: &str) -> Result<Job, Problem> {
-        let found = self.state().jobs.get(id).cloned();
         let missing = || {
             let text = format!("there is no job `{id}` here");
             Problem::new(StatusCode::NOT_FOUND, text)
         };
-        found.filter(|_| is_id(id, PREFIX)).ok_or_else(missing)
+        if !is_id(id, PREFIX) {
+            return Err(missing());
+        }
+        let mut state = self.fresh();
+        if let Some(job) = state.jobs.get(id) {
+            return Ok(job.clone());
+        }
+        // One that waits for its turn may have taken the order.
+        let job: Job = read_one(&self.record(id)).ok_or_else(missing)?;
+        state.jobs.insert(job.id.clone(), job.clone());
+        self.arrived.notify_all();
+        Ok(job)
     }
 
     /// All of them, the newest first.
     pub(super) fn list(&self) -> Vec<Job> {
-        let mut all: Vec<Job> = self.state().jobs.values().cloned().collect();
+        let mut all: Vec<Job> = self.fresh().jobs.values().cloned().collect();
         all.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
         all
     }
@@ -311,6 +346,11 @@ impl Jobs {
     pub(super) fn cancel(&self, id: &str) -> Result<Job, Problem> {
         self.get(id)?;
         let mut state = self.state();
+        if !state.mine {
+            let text = "this server is not the one that trains the jobs of this folder: ask that \
+                        one, or ask again when it has ended";
+            return Err(Problem::new(StatusCode::CONFLICT, text).code("not_in_charge"));
+        }
         match &state.running {
             Some((running, cancel)) if running == id => cancel.cancel(),
             _ => self.change_in(&mut state, id, |job| {
@@ -373,10 +413,68 @@ impl Jobs {
 
     fn keep(&self, job: &Job) -> std::io::Result<()> {
         let bytes = serde_json::to_vec(job)?;
-        write(&self.folder.join(format!("{}.json", job.id)), &bytes)
+        write(&self.record(&job.id), &bytes)
+    }
+
+    fn record(&self, id: &str) -> PathBuf {
+        self.folder.join(format!("{id}.json"))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What there is by now, whoever wrote it. Reads the folder unless this server has its turn.
+    fn fresh(&self) -> MutexGuard<'_, State> {
+        let mut state = self.state();
+        if !state.mine {
+            match read(&self.folder) {
+                Ok(jobs) => state.jobs = jobs,
+                Err(failure) => tracing::warn!("{failure}"),
+            }
+        }
+        state
+    }
+}
+
+fn read(folder: &Path) -> Result<BTreeMap<String, Job>, Failure> {
+    let all = read_all::<Job>(folder)?.into_iter();
+    Ok(all.map(|job| (job.id.clone(), job)).collect())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_waits_for_its_turn_leaves_jobs_alone_until_then() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Jobs::open(dir.path().to_owned(), "tiny").unwrap();
+        let order = || -> Order {
+            let order = json!({"model": "tiny", "training_file": "file-1"});
+            serde_json::from_value(order).unwrap()
+        };
+        let first = open();
+        first.take_over().unwrap();
+        let ended = first.add(order()).unwrap().id;
+        let cut_off = first.add(order()).unwrap().id;
+        for id in [&ended, &cut_off] {
+            first.change(id, |job| job.status = Status::Running);
+        }
+        let second = open();
+        let status = |id: &str| second.get(id).unwrap().status;
+        assert_eq!(status(&ended), Status::Running);
+        let refused = second.cancel(&ended).unwrap_err();
+        assert_eq!(refused.status(), StatusCode::CONFLICT);
+        let own = second.add(order()).unwrap().id;
+        assert_eq!(first.get(&own).unwrap().status, Status::Queued);
+        first.change(&ended, |job| job.end(Status::Succeeded, "the job is done"));
+        assert_eq!(status(&ended), Status::Succeeded);
+        drop(first);
+        second.take_over().unwrap();
+        assert_eq!(status(&ended), Status::Succeeded);
+        assert_eq!(status(&cut_off), Status::Queued);
+        assert_eq!(second.cancel(&own).unwrap().status, Status::Cancelled);
     }
 }

@@ -9,7 +9,8 @@
 //! | `openapi` | what the OpenAPI document says of them |
 //!
 //! Everything lies in one folder: `files/`, `jobs/`, `adapters/`. Invariant: a job that was
-//! accepted survives the server; the next one that is started on the folder goes on with it.
+//! accepted survives the server; the next one that is started on the folder goes on with it. One
+//! server at a time trains, the one that holds the lock in `jobs/`; another one waits for its turn.
 
 mod jobs;
 pub(super) mod openapi;
@@ -24,8 +25,9 @@ use flowrun_steps::finetune::tuning::read_chats;
 use flowrun_steps::models::EmbeddedSpec;
 
 use super::files::{FileObject, Files};
-use super::kept::make;
+use super::kept::{make, sweep};
 use super::problem::Problem;
+use super::turn::Turn;
 use crate::exit::Failure;
 use jobs::Jobs;
 
@@ -61,10 +63,18 @@ impl FineTuning {
         for folder in [&files, &jobs, &adapters] {
             make(folder)?;
         }
+        for folder in [&files, &jobs] {
+            sweep(folder);
+        }
         let files = Files::new(files);
+        let turn = Turn::of(&jobs)?;
         let jobs = Jobs::open(jobs, base_id)?;
+        if turn.take()? {
+            jobs.take_over()?;
+        }
         worker::start(
             Arc::clone(&jobs),
+            turn,
             files.clone(),
             adapters,
             spec.clone(),

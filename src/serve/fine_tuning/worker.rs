@@ -10,23 +10,31 @@ use flowrun_steps::models::{EmbeddedSpec, Host};
 use serde_json::json;
 
 use super::jobs::{Job, Jobs, Status};
+use crate::exit::Failure;
 use crate::serve::files::Files;
 use crate::serve::kept::now;
+use crate::serve::turn::Turn;
 
 /// Characters of a job's id that tell its models apart.
 const SHORT: usize = 8;
 /// Events of steps that one job keeps.
 const STEPS: usize = 200;
 
-/// Starts the thread; it ends with the process. A training that this cuts off is gone on with.
+/// Starts the thread; it ends with the process, and so does its turn. A training that this cuts off
+/// is gone on with.
 pub(super) fn start(
     jobs: Arc<Jobs>,
+    turn: Turn,
     files: Files,
     adapters: PathBuf,
     spec: EmbeddedSpec,
     world: World,
 ) {
     std::thread::spawn(move || {
+        if let Err(failure) = wait_for(&turn, &jobs) {
+            tracing::error!("this server trains nothing: {failure}");
+            return;
+        }
         loop {
             let (job, cancel) = jobs.next();
             let work = || train(&jobs, &job, &files, &adapters, &spec, &world, &cancel);
@@ -49,6 +57,22 @@ pub(super) fn start(
             let _ = std::fs::remove_dir_all(jobs.work(&job.id));
         }
     });
+}
+
+/// Waits until no other server trains the jobs of the folder.
+fn wait_for(turn: &Turn, jobs: &Jobs) -> Result<(), Failure> {
+    if jobs.is_mine() {
+        return Ok(());
+    }
+    tracing::warn!(
+        "another server trains the jobs of this folder (it holds {}); this one goes on with them \
+         when that one has ended",
+        turn.path().display()
+    );
+    turn.wait()?;
+    jobs.take_over()?;
+    tracing::info!("the other server has ended; this one trains the jobs now");
+    Ok(())
 }
 
 fn train(

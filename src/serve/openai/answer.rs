@@ -76,21 +76,29 @@ impl Choice {
     }
 }
 
-/// Asks the model once there is room, and gives the whole answer.
+/// Asks the model once there is room, for as many answers at a time as batches may have, and gives
+/// the whole answer.
 pub(super) async fn batched(
     service: &Arc<Service>,
     wanted: Wanted,
     asks: Vec<Ask>,
 ) -> Result<Value, Problem> {
-    let _places = service.admit_batched(asks.len()).await?;
-    let deadline = Instant::now() + service.limits.answer;
+    service.takes(asks.len())?;
     let logprobs = asks.iter().any(|ask| ask.logprobs.is_some());
     let frame = Frame::new(&wanted);
-    let asked = within(deadline, service.ask(&wanted.model, asks)).await;
-    let events = timed(service, asked)??;
-    let whole = within(deadline, whole(events)).await;
-    let choices = timed(service, whole)??;
-    count(service, &choices);
+    let mut choices = Vec::with_capacity(asks.len());
+    let mut asks = asks.into_iter().peekable();
+    while asks.peek().is_some() {
+        let some: Vec<Ask> = asks.by_ref().take(service.limits.batched()).collect();
+        let _places = service.admit_batched(some.len()).await?;
+        let deadline = Instant::now() + service.limits.answer;
+        let asked = within(deadline, service.ask(&wanted.model, some)).await;
+        let events = timed(service, asked)??;
+        let whole = within(deadline, whole(events)).await;
+        let answered = timed(service, whole)??;
+        count(service, &answered);
+        choices.extend(answered);
+    }
     Ok(frame.whole(&choices, logprobs))
 }
 

@@ -232,6 +232,16 @@ fn what_the_own_order_left_out_has_no_answer() {
 }
 
 #[test]
+fn a_file_is_as_large_as_its_server_takes() {
+    let most = |url: &str| {
+        let spec = json!({"base_url": url, "model": "m"});
+        most_bytes(&serde_json::from_value(spec).unwrap())
+    };
+    assert_eq!(most("https://api.openai.com/v1"), 190 << 20);
+    assert_eq!(most("http://127.0.0.1:8000/v1"), 60 << 20);
+}
+
+#[test]
 fn a_refused_batch_costs_nothing_and_blocks_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let server = serve(|_, text| answered(text));
