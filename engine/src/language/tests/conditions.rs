@@ -20,7 +20,7 @@ fn expanded(
     given: &[(&str, &[&str])],
 ) -> Result<Vec<ActionRequest>, StepError> {
     let given: BTreeMap<&str, &[&str]> = given.iter().copied().collect();
-    let outputs = |step: &str, _: &str| given.get(step).map(|labels| record(Some(labels)));
+    let outputs = |step: &str, _: &str| given.get(step).map(|labels| record(Some(*labels)));
     let node = Arc::new(step(pipeline, name).clone());
     let items = expand(pipeline, &node, &EXPRESSIONS, outputs)?;
     Ok(items.unwrap_or_default())
@@ -44,7 +44,7 @@ steps:
     with: { n: \"${{ item.n }}\" }
 ";
     let a = format!(
-        "params: {{ n: }}\nout: {{ rows: make.rows }}\nsteps:\n  make:\n    when: {when}\n    \
+        "params:\n  n:\nout: {{ rows: make.rows }}\nsteps:\n  make:\n    when: {when}\n    \
          run: echo ${{{{ params.n }}}} > \"$rows\"\n    out: {{ rows: rows.txt }}\n"
     );
     let b = "\
@@ -66,7 +66,8 @@ steps:
 }
 
 const OUTER: &str = "\
-params: { n: }
+params:
+  n:
 steps:
   one: { uses: ./a.yaml, with: { n: \"${{ params.n }}\" } }
   two: { uses: ./b.yaml, in: { rows: one.rows }, with: { n: \"${{ params.n * 10 }}\" } }
@@ -93,7 +94,8 @@ fn a_condition_means_the_same_in_the_steps_of_another_use() {
     assert_eq!(of_three.bound, [outer.clone()]);
     assert_eq!(of_three.handed, [two, one.clone()]);
     let here = foreach(&pipeline, "each/here");
-    assert_eq!((&here.bound, &here.handed), (&vec![outer], &vec![one]));
+    assert_eq!(here.bound, [outer]);
+    assert_eq!(here.handed, [one]);
 
     let given: &[(&str, &[&str])] = &[("each/one/make", &["3"]), ("each/two/see", &["3"])];
     for (name, id) in [
@@ -114,13 +116,13 @@ fn a_condition_means_the_same_in_the_steps_of_another_use() {
 
 #[test]
 fn uses_beside_each_other_have_params_of_their_own() {
-    let outer = OUTER.replace("params.n * 10", "params.n * 2");
+    let outer = OUTER.replace("params.n * 10", "params.n * 4");
     let pipeline = siblings(&outer, "${{ params.n > 9 }}");
-    // 2 * 3 is no more than 9, and 2 * 12 would be; but the first use decides.
+    // 4 * 3 is more than 9, but the param of the first use is meant.
     let given: &[(&str, &[&str])] = &[("each/one/make", &["12"]), ("each/two/see", &["12"])];
     let items = expanded(&pipeline, "each/two/see", given).unwrap();
     assert_eq!(ids(&items), ["each/two/see[12]"]);
-    assert!(command(&items[0]).starts_with("echo 24 "));
+    assert!(command(&items[0]).starts_with("echo 48 "));
     let Action::Run(text) = &step(&pipeline, "each/three/see").action else {
         panic!("a command");
     };
@@ -136,7 +138,7 @@ steps:
     foreach: { n: [3, 5] }
     with: { n: \"${{ item.n }}\" }
 ";
-    let inner = format!("params: {{ n: }}\nsteps:\n{steps}");
+    let inner = format!("params:\n  n:\nsteps:\n{steps}");
     load(&[("main.yaml", main), ("inner.yaml", &inner)])
 }
 
@@ -218,7 +220,8 @@ steps:
     with: { n: \"${{ item.cfg.n }}\" }
 ";
     let inner = "\
-params: { n: }
+params:
+  n:
 steps:
   plain:
     run: echo ${{ params.n }} > \"$out\"
@@ -256,7 +259,8 @@ steps:
 #[test]
 fn what_a_step_reads_is_asked_for_once_for_all_items() {
     let inner = "\
-params: { n: }
+params:
+  n:
 steps:
   part:
     run: echo > \"$out\"
