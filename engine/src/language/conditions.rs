@@ -45,17 +45,16 @@ pub(crate) fn hand_on(steps: &mut [StepNode]) {
                 }
             }
         }
-        let mut left_out = LeftOut {
-            conditions: conditions.clone(),
-            bound: foreach.bound.iter().chain(&handed).cloned().collect(),
-        };
         // What only some of its own items lack is no reason to leave out the item around them.
         let own = step.when.as_ref();
         let own = own.filter(|when| asks_for_item(when) && !names_one_of(when, &foreach.inner));
-        if let Some(own) = own.filter(|own| !conditions.contains(own)) {
-            left_out.conditions.push(own.clone());
-        }
-        if !left_out.conditions.is_empty() {
+        let own = own.filter(|own| !conditions.contains(own));
+        let all: Vec<String> = conditions.iter().chain(own).cloned().collect();
+        if !all.is_empty() {
+            let left_out = LeftOut {
+                conditions: all,
+                bound: foreach.bound.iter().chain(&handed).cloned().collect(),
+            };
             known.insert(step.name.clone(), left_out);
         }
         if let Some(foreach) = &mut step.foreach {
