@@ -3,6 +3,7 @@
 //!
 //! Knows no cache: what it makes is a list of [`ActionRequest`]s.
 
+mod condition;
 mod made;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +14,8 @@ use std::sync::Arc;
 use flowrun_cache::{Artifact, ListItem, OutputRecord, OutputValue};
 use serde_json::{Value, json};
 
+use condition::words;
+pub(crate) use condition::{asks_for_item, names_one_of};
 use made::Made;
 
 use crate::pipeline::{Action, ForeachList, Pipeline, Source, StepNode};
@@ -209,32 +212,6 @@ struct Conditions<'a> {
     by_item: Vec<&'a str>,
     /// For each item of the lists that the step itself walks within an item of its walker.
     within: Vec<&'a str>,
-}
-
-/// The names and numbers of an expression.
-fn words(expression: &str) -> impl Iterator<Item = &str> {
-    let words = expression.split(|c: char| !c.is_alphanumeric() && c != '_');
-    words.filter(|word| !word.is_empty())
-}
-
-/// A condition may ask for one of these variables of `item`.
-pub(crate) fn names_one_of(when: &str, variables: &BTreeMap<String, ForeachList>) -> bool {
-    // `item[params.x]` may be any.
-    let any = when.contains("item[");
-    !variables.is_empty() && (any || words(when).any(|word| variables.contains_key(word)))
-}
-
-/// A condition that is asked for each item, not once.
-pub(crate) fn asks_for_item(when: &str) -> bool {
-    let mut before = ' ';
-    when.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_')
-        .any(|piece| {
-            let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
-            // `params.item` is another.
-            let found = word == "item" && before != '.';
-            before = piece.chars().next_back().unwrap_or(' ');
-            found
-        })
 }
 
 #[derive(Clone)]
