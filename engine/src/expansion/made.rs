@@ -7,14 +7,17 @@ use std::rc::Rc;
 
 use flowrun_cache::{Artifact, OutputRecord, OutputValue};
 
+/// A step and its output port.
+type Port = (String, String);
+
 /// What was made of each item, by the item's label; each artifact with its label within the item.
 type ByItem = BTreeMap<String, Vec<(Artifact, String)>>;
 
 /// Outputs of the steps before a step.
 pub(super) struct Made<F> {
     output: F,
-    records: RefCell<BTreeMap<(String, String), Option<Rc<OutputRecord>>>>,
-    parted: RefCell<BTreeMap<(String, String, bool), Option<ByItem>>>,
+    records: RefCell<BTreeMap<Port, Option<Rc<OutputRecord>>>>,
+    parted: RefCell<BTreeMap<(Port, bool), Option<ByItem>>>,
 }
 
 impl<F: Fn(&str, &str) -> Option<OutputRecord>> Made<F> {
@@ -47,7 +50,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Made<F> {
     ) -> Option<Vec<(Artifact, String)>> {
         let mut parted = self.parted.borrow_mut();
         let by_item = parted
-            .entry((step.to_owned(), port.to_owned(), many))
+            .entry(((step.to_owned(), port.to_owned()), many))
             .or_insert_with(|| self.part(step, port, many));
         let made = by_item.as_ref()?.get(label);
         Some(made.cloned().unwrap_or_default())
