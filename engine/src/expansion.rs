@@ -3,12 +3,20 @@
 //!
 //! Knows no cache: what it makes is a list of [`ActionRequest`]s.
 
+mod condition;
+mod made;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use flowrun_cache::{Artifact, ListItem, OutputRecord, OutputValue};
 use serde_json::{Value, json};
+
+use condition::words;
+pub(crate) use condition::{asks_for_item, names_one_of};
+use made::Made;
 
 use crate::pipeline::{Action, ForeachList, Pipeline, Source, StepNode};
 use crate::step::StepError;
@@ -101,10 +109,10 @@ pub(crate) fn expand(
         pipeline,
         node,
         expressions,
-        output,
+        made: Made::new(output),
     };
-    let (by_item, at_once) = expansion.conditions();
-    if !expansion.all_hold(&at_once, None)? {
+    let conditions = expansion.conditions();
+    if !expansion.all_hold(&conditions.at_once, None)? {
         return Ok(None);
     }
     let mut requests = Vec::new();
@@ -113,13 +121,17 @@ pub(crate) fn expand(
         // Of every item, so that one that is left out renames no other.
         let label = expansion.label(&binding, &mut ids);
         let item = Item {
-            names: expansion.names(&binding)?,
+            names: expansion.names(&binding),
             walked: label.clone().unwrap_or_default(),
             label,
             binding,
         };
+        // Of an item that is left out nothing else need be there.
+        if !expansion.all_hold(&conditions.by_item, Some(&item.names))? {
+            continue;
+        }
         for item in expansion.within(item)? {
-            if expansion.all_hold(&by_item, Some(&item.names))? {
+            if expansion.all_hold(&conditions.within, Some(&item.names))? {
                 requests.push(expansion.request(&item)?);
             }
         }
@@ -167,24 +179,39 @@ type Binding = BTreeMap<String, Bound>;
 /// One item of a fan-out; of a step without `foreach` the only one.
 struct Item {
     binding: Binding,
-    /// What expressions see as `item`.
-    names: BTreeMap<String, Value>,
+    names: Names,
     label: Option<String>,
     /// Its label among those of the walker: what the steps beside this one have it by.
     walked: String,
 }
 
-/// A condition that is asked for each item, not once.
-pub(crate) fn asks_for_item(when: &str) -> bool {
-    let mut before = ' ';
-    when.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_')
-        .any(|piece| {
-            let word = piece.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
-            // `params.item` is another.
-            let found = word == "item" && before != '.';
-            before = piece.chars().next_back().unwrap_or(' ');
-            found
-        })
+/// What expressions see as `item`.
+#[derive(Clone)]
+struct Names {
+    values: BTreeMap<String, Value>,
+    /// The variables that cannot be filled in for this item, and why: that may be the reason to
+    /// leave it out.
+    failed: BTreeMap<String, StepError>,
+}
+
+impl Names {
+    /// Why an expression cannot be evaluated: it names a variable that could not be filled in.
+    fn failure(&self, expression: &str) -> Option<&StepError> {
+        if self.failed.is_empty() {
+            return None;
+        }
+        words(expression).find_map(|word| self.failed.get(word))
+    }
+}
+
+/// The conditions of a step, by when they are asked.
+#[derive(Default)]
+struct Conditions<'a> {
+    at_once: Vec<&'a str>,
+    /// For each item; where the step walks lists of its own, for the item around them.
+    by_item: Vec<&'a str>,
+    /// For each item of the lists that the step itself walks within an item of its walker.
+    within: Vec<&'a str>,
 }
 
 #[derive(Clone)]
@@ -197,26 +224,30 @@ struct Expansion<'a, F> {
     pipeline: &'a Pipeline,
     node: &'a Arc<StepNode>,
     expressions: &'a Expressions,
-    output: F,
+    made: Made<F>,
 }
 
 impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
-    /// The conditions that are asked for each item, and those that are asked once.
-    fn conditions(&self) -> (Vec<&str>, Vec<&str>) {
-        let foreach = self.node.foreach.as_ref();
+    fn conditions(&self) -> Conditions<'_> {
+        let mut all = Conditions::default();
         let own = self.node.when.as_deref();
-        let is_by_item = |when: &&str| foreach.is_some() && asks_for_item(when);
-        let (mut by_item, at_once): (Vec<&str>, Vec<&str>) = own.into_iter().partition(is_by_item);
-        let others = foreach.into_iter().flat_map(|f| &f.conditions);
-        by_item.extend(others.map(String::as_str));
-        (by_item, at_once)
+        let Some(foreach) = &self.node.foreach else {
+            all.at_once.extend(own);
+            return all;
+        };
+        all.by_item
+            .extend(foreach.conditions.iter().map(String::as_str));
+        match own {
+            Some(when) if !asks_for_item(when) => all.at_once.push(when),
+            Some(when) if names_one_of(when, &foreach.inner) => all.within.push(when),
+            Some(when) if !all.by_item.contains(&when) => all.by_item.push(when),
+            _ => {}
+        }
+        all
     }
 
-    fn all_hold(
-        &self,
-        conditions: &[&str],
-        item: Option<&BTreeMap<String, Value>>,
-    ) -> Result<bool, StepError> {
+    /// Conditions are asked in order, up to the first that is false.
+    fn all_hold(&self, conditions: &[&str], item: Option<&Names>) -> Result<bool, StepError> {
         if conditions.is_empty() {
             return Ok(true);
         }
@@ -226,9 +257,12 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
             "run": { "name": self.pipeline.name },
         });
         if let Some(names) = item {
-            context["item"] = json!(names);
+            context["item"] = json!(names.values);
         }
         for when in conditions {
+            if let Some(error) = item.and_then(|names| names.failure(when)) {
+                return Err(error.clone());
+            }
             let holds = (self.expressions.eval_bool)(when, &context);
             if !holds
                 .map_err(|e| StepError::invalid(format!("`when` of `{}`: {e}", self.node.name)))?
@@ -241,18 +275,37 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
 
     /// What expressions see as `item`: values as they are, artifacts by label, and the params of a
     /// definition that follow from them.
-    fn names(&self, binding: &Binding) -> Result<BTreeMap<String, Value>, StepError> {
-        let mut names: BTreeMap<String, Value> = binding
-            .iter()
-            .map(|(var, bound)| (var.clone(), bound.value()))
-            .collect();
-        let bound = self.node.foreach.iter().flat_map(|f| &f.bound);
-        for (variable, value) in bound {
-            let value = (self.expressions.resolve_item)(value, &names)
-                .map_err(|e| StepError::invalid(format!("a param of `{}`: {e}", self.node.name)))?;
-            names.insert(variable.clone(), value);
+    fn names(&self, binding: &Binding) -> Names {
+        let values = binding.iter();
+        let values = values.map(|(var, bound)| (var.clone(), bound.value()));
+        let mut names = Names {
+            values: values.collect(),
+            failed: BTreeMap::new(),
+        };
+        let foreach = self.node.foreach.iter();
+        for (variable, value) in foreach.flat_map(|f| f.bound.iter().chain(&f.handed)) {
+            match (self.expressions.resolve_item)(value, &names.values) {
+                Ok(value) => {
+                    names.values.insert(variable.clone(), value);
+                }
+                Err(e) => {
+                    let own = || format!("a param of `{}`: {e}", self.node.name);
+                    let cause = names.failure(&value.to_string()).cloned();
+                    let cause = cause.unwrap_or_else(|| StepError::invalid(own()));
+                    names.failed.insert(variable.clone(), cause);
+                }
+            }
         }
-        Ok(names)
+        names
+    }
+
+    /// The params that the step itself has are there.
+    fn check_params(&self, names: &Names) -> Result<(), StepError> {
+        let mut bound = self.node.foreach.iter().flat_map(|f| &f.bound);
+        match bound.find_map(|(variable, _)| names.failed.get(variable)) {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
     }
 
     fn bindings(&self) -> Result<Vec<Binding>, StepError> {
@@ -280,7 +333,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                 walked: item.walked.clone(),
             };
             for (var, bound) in binding {
-                all.names.insert(var.clone(), bound.value());
+                all.names.values.insert(var.clone(), bound.value());
                 all.binding.insert(var, bound);
             }
             items.push(all);
@@ -337,10 +390,10 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         let mut all = Vec::new();
         for source in sources {
             match (source, item) {
-                (Source::Output { step, output }, _) => match self.record(step, output)?.value {
-                    OutputValue::One(artifact) => all.push((artifact, output.clone())),
+                (Source::Output { step, output }, _) => match &self.record(step, output)?.value {
+                    OutputValue::One(artifact) => all.push((artifact.clone(), output.clone())),
                     OutputValue::List(items) => {
-                        all.extend(items.into_iter().map(|i| (i.artifact, i.label)));
+                        all.extend(items.iter().map(|i| (i.artifact.clone(), i.label.clone())));
                     }
                 },
                 (Source::Sibling { step, output, many }, Some(item)) => {
@@ -360,17 +413,19 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         Ok(all)
     }
 
-    fn record(&self, step: &str, port: &str) -> Result<OutputRecord, StepError> {
-        (self.output)(step, port).ok_or_else(|| self.not_made(step, port))
+    fn record(&self, step: &str, port: &str) -> Result<Rc<OutputRecord>, StepError> {
+        let record = self.made.record(step, port);
+        record.ok_or_else(|| self.not_made(step, port))
     }
 
     fn request(&self, item: &Item) -> Result<ActionRequest, StepError> {
+        self.check_params(&item.names)?;
         let node = self.node;
         let resolve = |value: &Value| {
             if item.binding.is_empty() {
                 return Ok(value.clone());
             }
-            (self.expressions.resolve_item)(value, &item.names)
+            (self.expressions.resolve_item)(value, &item.names.values)
                 .map_err(|e| StepError::invalid(format!("`{}`: {e}", node.name)))
         };
         let resolve_text = |text: &String| {
@@ -425,7 +480,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                     entries.push(Entry::Artifact { artifact, label });
                 }
                 Source::Output { step, output } | Source::Sibling { step, output, .. }
-                    if self.node.may_lack(port) && (self.output)(step, output).is_none() => {}
+                    if self.node.may_lack(port) && self.made.record(step, output).is_none() => {}
                 Source::Output { step, output } => {
                     if matches!(self.record(step, output)?.value, OutputValue::List(_)) {
                         list = true;
@@ -464,8 +519,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         }
     }
 
-    /// What another step of the same walk made for this item: see [`gather`]. Labels of such
-    /// items hold no `/`.
+    /// What another step of the same walk made for this item.
     fn of_sibling(
         &self,
         step: &str,
@@ -473,20 +527,8 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         many: bool,
         item: &Item,
     ) -> Result<Vec<(Artifact, String)>, StepError> {
-        let label = item.walked.as_str();
-        let OutputValue::List(all) = self.record(step, output)?.value else {
-            return Err(self.not_made(step, output));
-        };
-        let of_item = |entry: ListItem| {
-            if many {
-                let inner = entry.label.strip_prefix(label)?.strip_prefix('/')?;
-                let inner = inner.to_owned();
-                return Some((entry.artifact, inner));
-            }
-            // As a step without `foreach` would see it.
-            (entry.label == label).then(|| (entry.artifact, output.to_owned()))
-        };
-        Ok(all.into_iter().filter_map(of_item).collect())
+        let made = self.made.of_item(step, output, many, &item.walked);
+        made.ok_or_else(|| self.not_made(step, output))
     }
 
     fn not_made(&self, step: &str, port: &str) -> StepError {

@@ -221,9 +221,12 @@ pub struct Foreach {
     /// Further variables of `item`, in order: the params of the definition that differ from item
     /// to item. Each value is filled in with the variables before it.
     pub bound: Vec<(String, Value)>,
-    /// Conditions of the steps of the same walker without which there is nothing to read for an
-    /// item: where one is false, the item is left out.
+    /// Conditions of the uses around it, and of the steps of the same walker without which there is
+    /// nothing to read for an item, in order: at the first that is false the item is left out.
     pub conditions: Vec<String>,
+    /// Variables of `item` that only [`Foreach::conditions`] name, after those that are bound:
+    /// params of other definitions.
+    pub handed: Vec<(String, Value)>,
 }
 
 /// What a `foreach` variable walks.

@@ -20,7 +20,7 @@ use crate::lookup::{Found, Lookup};
 use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
 use crate::run::{RunError, RunOptions, Selection};
 use crate::step::{StepErrorKind, World};
-use crate::why::{Cause, Reason, why};
+use crate::why::{Cause, Reason, why, why_anyway};
 
 /// What a run would do, in topological order.
 #[derive(Debug, Clone, Serialize)]
@@ -340,17 +340,21 @@ impl Planner<'_> {
             status,
             estimate: None,
         };
+        let forced = self.selection.forced.contains(&request.node.name);
         let keyed = match self.lookup.key(request) {
             Ok(keyed) => keyed,
-            Err(error) => {
-                let status = match error.kind {
-                    StepErrorKind::Unseen => PlanStatus::Unknown { why: error.message },
-                    _ => PlanStatus::stale(error.message),
+            Err(error) if error.kind == StepErrorKind::Unseen => {
+                let item = match why_anyway(&self.history, request, forced) {
+                    Some(reason) => self.stale(request, String::new(), reason),
+                    None => planned(String::new(), PlanStatus::Unknown { why: error.message }),
                 };
+                return (item, None);
+            }
+            Err(error) => {
+                let status = PlanStatus::stale(error.message);
                 return (planned(String::new(), status), None);
             }
         };
-        let forced = self.selection.forced.contains(&request.node.name);
         let cause = if forced {
             Cause::Forced
         } else if request.node.cache == CachePolicy::Never {
@@ -366,10 +370,18 @@ impl Planner<'_> {
             }
         };
         let reason = why(&self.history, request, &keyed, cause);
-        let mut item = planned(keyed.key.to_hex(), PlanStatus::because(reason));
+        (self.stale(request, keyed.key.to_hex(), reason), None)
+    }
+
+    /// An action that would run.
+    fn stale(&self, request: &ActionRequest, key: String, reason: Reason) -> PlannedItem {
         let files = self.files(request);
-        item.estimate = self.estimate(&request.node, &request.id, &request.params, files.as_ref());
-        (item, None)
+        PlannedItem {
+            id: request.id.clone(),
+            key,
+            status: PlanStatus::because(reason),
+            estimate: self.estimate(&request.node, &request.id, &request.params, files.as_ref()),
+        }
     }
 
     fn estimate(

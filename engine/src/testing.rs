@@ -109,6 +109,11 @@ impl Step for Toy {
         self.outputs.clone()
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
+        if let Some(name) = params.get("far").and_then(Value::as_str)
+            && world.look_only
+        {
+            return Err(StepError::unseen(name));
+        }
         let Some(name) = params.get("watch").and_then(Value::as_str) else {
             return Ok(BTreeMap::new());
         };

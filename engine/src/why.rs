@@ -44,6 +44,12 @@ impl Reason {
     }
 }
 
+/// What no result is taken for.
+const NEVER_REUSED: &str = "`cache: never`";
+/// No record tells of it.
+const NEVER_RAN: &str = "never ran";
+/// The user wants it, and nothing else asks for it.
+const ASKED: &str = "asked to run again";
 /// Nobody knows why a result is gone.
 const LOST: &str = "its last result is no longer in the cache";
 
@@ -58,6 +64,19 @@ fn told(removal: &Removal) -> String {
     format!("its last result was removed from the cache {by} at {at}")
 }
 
+/// Why an action runs whatever its key is, when that cannot be known; `None` when it may not run.
+pub(crate) fn why_anyway(
+    history: &History,
+    request: &ActionRequest,
+    forced: bool,
+) -> Option<Reason> {
+    if request.node.cache == CachePolicy::Never {
+        return Some(Reason::plain(NEVER_REUSED));
+    }
+    let ran = || history.last(&request.id).is_some();
+    forced.then(|| Reason::plain(if ran() { ASKED } else { NEVER_RAN }))
+}
+
 /// Why an action runs, compared with the nearest earlier run that gave a result.
 pub(crate) fn why(
     history: &History,
@@ -66,7 +85,7 @@ pub(crate) fn why(
     cause: Cause,
 ) -> Reason {
     if request.node.cache == CachePolicy::Never {
-        return Reason::plain("`cache: never`");
+        return Reason::plain(NEVER_REUSED);
     }
     if cause == Cause::Broken {
         return Reason::plain("an output is missing from the cache or damaged");
@@ -77,19 +96,19 @@ pub(crate) fn why(
     };
     let Some(last) = history.last(&request.id) else {
         // Its runs' records may be gone too.
-        return gone(&keyed.key).unwrap_or_else(|| Reason::plain("never ran"));
+        return gone(&keyed.key).unwrap_or_else(|| Reason::plain(NEVER_RAN));
     };
     let lost = || gone(&last.key).unwrap_or_else(|| Reason::plain(LOST));
     if last.key == keyed.key {
         return match (cause, last.had_result) {
-            (Cause::Forced, _) => Reason::plain("asked to run again"),
+            (Cause::Forced, _) => Reason::plain(ASKED),
             (_, true) => lost(),
             (_, false) => Reason::plain("its last run gave no result"),
         };
     }
     match history.nearest(&request.id) {
         None => lost(),
-        Some((earlier, _)) if earlier.key == keyed.key => Reason::plain("asked to run again"),
+        Some((earlier, _)) if earlier.key == keyed.key => Reason::plain(ASKED),
         Some((Earlier { run, .. }, result)) => Reason {
             lines: diff(&result.manifest, &keyed.manifest.to_value()),
             against: run,

@@ -185,6 +185,81 @@ steps:
 }
 
 #[test]
+fn an_item_that_one_definition_leaves_out_is_left_out_of_the_next_by_the_same_params() {
+    let project = Project::new();
+    project.write(
+        "pipeline.yaml",
+        "\
+steps:
+  each:
+    uses: ./outer.yaml
+    foreach: { n: [3, 12] }
+    in: { text: { file: text.txt } }
+    with: { n: \"${{ item.n }}\" }
+    publish: { copy: \"results/${{ item.n }}.txt\" }
+",
+    );
+    project.write(
+        "outer.yaml",
+        "\
+params:
+  n:
+in: { text: file }
+out: { copy: two.copy }
+steps:
+  one:
+    uses: ./first.yaml
+    in: { text: in.text }
+    with: { n: \"${{ params.n }}\" }
+  two:
+    uses: ./copy.yaml
+    in: { text: one.first }
+    with: { n: \"${{ params.n * 10 }}\" }
+",
+    );
+    project.write(
+        "first.yaml",
+        "\
+params:
+  n:
+in: { text: file }
+out: { first: head.first }
+steps:
+  head:
+    when: ${{ params.n < 9 }}
+    run: head -c ${{ params.n }} \"$text\" > \"$first\"
+    in: { text: in.text }
+    out: { first: first.txt }
+",
+    );
+    project.write(
+        "copy.yaml",
+        "\
+params:
+  n:
+in: { text: file }
+out: { copy: copy.copy }
+steps:
+  copy:
+    run: cat \"$text\" > \"$copy\"; echo ' ${{ params.n }}' >> \"$copy\"
+    in: { text: in.text }
+    out: { copy: copy.txt }
+",
+    );
+    for (text, copy) in [("some words\n", "som 30\n"), ("more words\n", "mor 30\n")] {
+        project.write("text.txt", text);
+        let run = project.run(&["pipeline.yaml", "--json"]).ok();
+        let mut ran = run.steps("ran");
+        ran.sort();
+        assert_eq!(ran, ["each/one/head[3]", "each/two/copy[3]"]);
+        assert_eq!(project.read("results/3.txt"), copy);
+        assert!(!project.path("results/12.txt").exists());
+        let again = project.run(&["pipeline.yaml", "--json"]).ok();
+        assert!(again.steps("ran").is_empty(), "{}", again.stdout);
+    }
+}
+
+#[test]
 fn a_definition_walks_a_list_that_exists_only_at_run_time() {
     let project = example("shards");
     project.write(

@@ -109,6 +109,7 @@ pub(crate) fn inline(map: &mut SourceMap, root: &mut Node, scope: &mut Scope) ->
         walked: None,
         length: 0,
         handed: 0,
+        bound: 0,
         done: IndexMap::new(),
     };
     let steps = root.as_map_mut().and_then(|m| m.get_mut("steps"));
@@ -144,6 +145,8 @@ struct Inliner<'a> {
     length: usize,
     /// How many values were handed to steps.
     handed: usize,
+    /// How many uses had their params bound.
+    bound: usize,
     done: IndexMap<String, Entry>,
 }
 
@@ -374,12 +377,14 @@ impl Inliner<'_> {
         let mut bindings = Bindings::default();
         let with = entry.value.get("with");
         let walked = self.walked.is_some();
+        let number = self.bound;
+        self.bound += 1;
         for (index, (name, default)) in tree.entries("params").enumerate() {
             forbid(self.map, &default.value);
             let given = with.and_then(|w| w.entry(name));
             let value = given.map(|given| given.value.to_value());
             if let Some(value) = value.as_ref().filter(|v| walked && holds_expression(v)) {
-                let variable = self.variable(index, name);
+                let variable = variable(number, index, name);
                 bindings
                     .waiting
                     .push((name.clone(), variable, value.clone()));
@@ -411,17 +416,6 @@ impl Inliner<'_> {
             }
         }
         bindings
-    }
-
-    /// The variable of `item` for a param of the definition that is read: no `foreach` can have
-    /// one of that name, and no definition around this one has.
-    fn variable(&self, index: usize, param: &str) -> String {
-        let depth = self.open.len();
-        if is_port_name(param) {
-            format!("_{depth}_{param}")
-        } else {
-            format!("_{depth}_{index}")
-        }
     }
 
     /// Gates (`expect`) are on the metrics of one step inside.
@@ -513,6 +507,16 @@ impl Definition {
         let mut makers = self.outputs.values().map(maker);
         let first = makers.next()??;
         makers.all(|other| other == Some(first)).then_some(first)
+    }
+}
+
+/// The variable of `item` for a param of the use of this number: no `foreach` can have one of that
+/// name, and no other use has, since conditions that name it are handed to the steps of others.
+fn variable(number: usize, index: usize, param: &str) -> String {
+    if is_port_name(param) {
+        format!("_{number}_{param}")
+    } else {
+        format!("_{number}_{index}")
     }
 }
 

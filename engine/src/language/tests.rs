@@ -1,6 +1,7 @@
 //! Whole files, right and wrong.
 #![allow(clippy::unwrap_used)]
 
+mod conditions;
 mod definitions;
 mod files;
 mod hooks;

@@ -13,6 +13,7 @@ use super::source::{Drafts, Item, Sources, Supply};
 use super::source_map::{SourceMap, Span};
 use super::suggest;
 use super::walk::foreach;
+use crate::expansion::asks_for_item;
 use crate::pipeline::{Foreach, Source};
 use crate::step::Port;
 
@@ -191,12 +192,19 @@ impl Wirer<'_, '_> {
             return;
         };
         let mut bound: Vec<&[(String, Value)]> = Vec::new();
+        let mut conditions: Vec<String> = Vec::new();
         for (name, used) in around(uses, self.scope) {
             bound.push(&used.bound);
+            let when = used.node.get("when").and_then(Node::as_text);
+            let when = when.filter(|when| asks_for_item(when));
+            conditions.extend(when.map(str::to_owned));
             if name == walker {
                 break;
             }
         }
+        // Each holds those of the uses around it: a param is asked for only where it is there.
+        conditions.reverse();
+        conditions.dedup();
         let is_own = |e: &&Entry| used.foreach().is_none_or(|outer| outer.key != e.key);
         let own = self.step.node.entry("foreach").filter(is_own);
         let own = own.and_then(|e| foreach(&mut self.sources, self.scope, e));
@@ -204,6 +212,7 @@ impl Wirer<'_, '_> {
         self.wiring.foreach = Some(Foreach {
             walker: Some(walker.to_owned()),
             bound: bound.into_iter().rev().flatten().cloned().collect(),
+            conditions,
             inner: own.vars,
             max_parallel: own.max_parallel.or(walked.max_parallel),
             ..walked

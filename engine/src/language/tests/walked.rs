@@ -54,18 +54,18 @@ steps:
     out: { out: out.txt }
 ";
 
-fn load(files: &[(&str, &str)]) -> Pipeline {
+pub(super) fn load(files: &[(&str, &str)]) -> Pipeline {
     let dir = project(files);
     let options = load_options(dir.path());
     load_pipeline(&dir.path().join("main.yaml"), &vocabulary(), &options).unwrap()
 }
 
-fn step<'a>(pipeline: &'a Pipeline, name: &str) -> &'a StepNode {
+pub(super) fn step<'a>(pipeline: &'a Pipeline, name: &str) -> &'a StepNode {
     let mut steps = pipeline.steps.iter();
     steps.find(|step| step.name == name).unwrap()
 }
 
-fn foreach<'a>(pipeline: &'a Pipeline, name: &str) -> &'a Foreach {
+pub(super) fn foreach<'a>(pipeline: &'a Pipeline, name: &str) -> &'a Foreach {
     step(pipeline, name).foreach.as_ref().unwrap()
 }
 
@@ -76,7 +76,7 @@ fn output(step: &str, output: &str) -> Source {
     }
 }
 
-fn artifact(text: &str) -> Artifact {
+pub(super) fn artifact(text: &str) -> Artifact {
     Artifact {
         digest: Digest::of_bytes(text.as_bytes()),
         kind: ArtifactKind::File,
@@ -85,7 +85,7 @@ fn artifact(text: &str) -> Artifact {
 }
 
 /// One artifact, or a list of those named.
-fn record(labels: Option<&[&str]>) -> OutputRecord {
+pub(super) fn record(labels: Option<&[&str]>) -> OutputRecord {
     let item = |label: &&str| ListItem {
         label: (*label).to_owned(),
         artifact: artifact(label),
@@ -99,7 +99,7 @@ fn record(labels: Option<&[&str]>) -> OutputRecord {
     }
 }
 
-const EXPRESSIONS: Expressions = Expressions {
+pub(super) const EXPRESSIONS: Expressions = Expressions {
     resolve_item,
     eval_bool,
 };
@@ -205,7 +205,10 @@ fn an_item_that_is_left_out_is_left_out_of_what_reads_it() {
     assert_eq!(step(&pipeline, "clean/filter").when.as_deref(), Some(both));
     let count = step(&pipeline, "clean/count");
     assert_eq!(count.when.as_deref(), Some("item.size > 3"));
-    assert_eq!(foreach(&pipeline, "clean/count").conditions, [both]);
+    assert_eq!(
+        foreach(&pipeline, "clean/count").conditions,
+        ["item.size > 3", both]
+    );
     let sizes = |sizes: &str| {
         let main = main.replace("[3, 5]", sizes);
         let pipeline = load(&[("main.yaml", &main), ("score.yaml", &score)]);

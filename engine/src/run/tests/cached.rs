@@ -75,6 +75,29 @@ fn names_do_not_count_but_versions_params_and_env_do() {
 }
 
 #[test]
+fn a_plan_is_sure_of_what_runs_whatever_cannot_be_seen_from_here() {
+    let mut bench = Bench::new().unwrap();
+    let step = |cache| {
+        let far = node("a").with(json!({ "far": "there" }));
+        [far.change(|s| s.cache = cache)]
+    };
+    let plan = bench.plan(&step(CachePolicy::Reuse));
+    assert!(matches!(plan.steps[0].status, PlanStatus::Unknown { .. }));
+    let plan = bench.plan(&step(CachePolicy::Never));
+    assert_eq!(status(&plan, 0), stale("`cache: never`"));
+    bench.options.force = true;
+    let plan = bench.plan(&step(CachePolicy::Reuse));
+    assert_eq!(status(&plan, 0), stale("never ran"));
+    assert_eq!(bench.run(&step(CachePolicy::Reuse)).ran(), ["a"]);
+    bench.options.force = false;
+    let plan = bench.plan(&step(CachePolicy::Reuse));
+    assert!(matches!(plan.steps[0].status, PlanStatus::Unknown { .. }));
+    bench.options.from = Some("a".into());
+    let plan = bench.plan(&step(CachePolicy::Reuse));
+    assert_eq!(status(&plan, 0), stale("asked to run again"));
+}
+
+#[test]
 fn a_change_reruns_exactly_its_cone() {
     let bench = Bench::new().unwrap();
     bench.run(&diamond("a"));

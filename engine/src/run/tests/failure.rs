@@ -1,13 +1,17 @@
 //! Failures, retries, gates, time limits and interruptions.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::diamond;
 use crate::event::RunEvent;
 use crate::pipeline::{Retry, StepNode};
-use crate::step::{StepError, StepErrorKind, StepOutcome};
+use crate::step::{Cancel, Port, StepError, StepErrorKind, StepOutcome};
 use crate::testing::{Bench, Toy, node, uses, write};
 
 fn failing(name: &str) -> StepNode {
@@ -227,7 +231,7 @@ fn an_interrupted_run_keeps_what_finished_and_the_next_goes_on() {
     let s = &ran.summary;
     assert!(s.interrupted && !s.ok && s.first_error.is_none() && s.failed == 0);
     assert_eq!(ran.why("slow"), "stopped before it finished");
-    bench.cancel = crate::step::Cancel::default();
+    bench.cancel = Cancel::default();
     bench.on_event = Arc::new(Mutex::new(|_: &RunEvent| {}));
     *waits.lock().unwrap() = false;
     assert_eq!(
@@ -253,8 +257,66 @@ fn a_step_that_says_cancelled_on_its_own_has_failed() {
     assert_eq!((ran.summary.failed, ran.summary.interrupted), (1, false));
 }
 
+/// Asks a run to stop while it reads the pipe; false when it never reads it.
+fn stop_when_read(pipe: &Path, cancel: &Cancel, is_over: &AtomicBool) -> bool {
+    let mut writing = OpenOptions::new();
+    // Without a reader this is an error at once.
+    writing.write(true).custom_flags(nix::libc::O_NONBLOCK);
+    while !is_over.load(Ordering::SeqCst) {
+        if let Ok(writer) = writing.open(pipe) {
+            cancel.cancel();
+            // Now the reader sees the end.
+            drop(writer);
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
+
 #[test]
 fn a_run_that_is_stopped_while_it_publishes_publishes_nothing_of_the_step() {
+    let mut bench = Bench::new().unwrap();
+    let mut three = Toy::new("three", |ctx| {
+        write(ctx, "a", "new")?;
+        write(ctx, "b", "")?;
+        write(ctx, "c", "new")?;
+        Ok(StepOutcome::default())
+    });
+    let ports = ["a", "b", "c"];
+    three.outputs = ports.map(|port| Port::new(port, "file", "")).into();
+    let step = uses("three", Arc::new(three));
+    let hex = bench.run(std::slice::from_ref(&step)).digest("three", "b");
+    let objects = bench.cache_dir().join("objects");
+    let object = objects.join(&hex[..2]).join(&hex[2..]);
+    // An empty file that is read only as far as the test lets it: `a` is copied then, `c` is not.
+    std::fs::remove_file(&object).unwrap();
+    let made = Command::new("mkfifo").arg(&object).status().unwrap();
+    assert!(made.success());
+    let paths = ports.map(|port| (port.to_owned(), format!("r/{port}.txt")));
+    let step = step.change(|s| s.publish = paths.into());
+    let is_over = Arc::new(AtomicBool::new(false));
+    let (pipe, cancel, over) = (object.clone(), bench.cancel.clone(), Arc::clone(&is_over));
+    let stopper = std::thread::spawn(move || stop_when_read(&pipe, &cancel, &over));
+    let ran = bench.run(std::slice::from_ref(&step));
+    is_over.store(true, Ordering::SeqCst);
+    assert!(stopper.join().unwrap(), "stopped between its outputs");
+    assert!(ran.summary.interrupted && !ran.summary.ok);
+    assert_eq!(ran.ends(), ["three skipped"]);
+    let left = std::fs::read_dir(bench.root().join("r")).unwrap();
+    assert_eq!(left.count(), 0, "neither an output nor a copy of one");
+    std::fs::remove_file(&object).unwrap();
+    std::fs::write(&object, "").unwrap();
+    bench.cancel = Cancel::default();
+    assert_eq!(bench.run(&[step]).ends(), ["three cached"]);
+    for (port, text) in [("a", "new"), ("b", ""), ("c", "new")] {
+        let path = bench.root().join(format!("r/{port}.txt"));
+        assert_eq!(std::fs::read_to_string(path).unwrap(), text);
+    }
+}
+
+#[test]
+fn what_a_step_made_is_kept_when_the_run_is_stopped_before_it_is_published() {
     let mut bench = Bench::new().unwrap();
     let cancel = bench.cancel.clone();
     let mut two = Toy::new("two", move |ctx| {
@@ -264,8 +326,7 @@ fn a_run_that_is_stopped_while_it_publishes_publishes_nothing_of_the_step() {
         cancel.cancel();
         Ok(StepOutcome::default())
     });
-    two.outputs
-        .push(crate::step::Port::new("other", "file", ""));
+    two.outputs.push(Port::new("other", "file", ""));
     let published = [("out", "r/out.txt"), ("other", "r/other.txt")];
     let published = published.map(|(port, path)| (port.to_owned(), path.to_owned()));
     let step = uses("two", Arc::new(two)).change(|s| s.publish = published.into());
@@ -273,7 +334,7 @@ fn a_run_that_is_stopped_while_it_publishes_publishes_nothing_of_the_step() {
     assert!(ran.summary.interrupted && !ran.summary.ok);
     assert_eq!(ran.ends(), ["two skipped"]);
     assert!(!bench.root().join("r").exists());
-    bench.cancel = crate::step::Cancel::default();
+    bench.cancel = Cancel::default();
     let again = bench.run(&[step]);
     assert_eq!(again.ends(), ["two cached"], "what it made is kept");
     for name in ["r/out.txt", "r/other.txt"] {

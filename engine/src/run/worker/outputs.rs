@@ -91,7 +91,8 @@ impl Worker {
     }
 
     /// Puts outputs into the project tree where they are missing or different: all of them, or
-    /// none when the run is asked to stop meanwhile.
+    /// none when the run is asked to stop meanwhile. Until the last is copied, the copies lie
+    /// beside what they replace.
     pub(super) fn publish(
         &self,
         request: &ActionRequest,
