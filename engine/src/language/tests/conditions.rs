@@ -87,11 +87,11 @@ fn a_condition_means_the_same_in_the_steps_of_another_use() {
     let of_two = foreach(&pipeline, "each/two/see");
     assert_eq!(of_two.conditions, ["item._1_n < 9"]);
     assert_eq!(of_two.bound, [outer.clone(), two.clone()]);
-    assert_eq!(of_two.handed, [one.clone()]);
+    assert_eq!(of_two.handed, std::slice::from_ref(&one));
     // One has no such param, one stands beside the uses.
     let of_three = foreach(&pipeline, "each/three/see");
     assert_eq!(of_three.conditions, ["item._1_n < 9"]);
-    assert_eq!(of_three.bound, [outer.clone()]);
+    assert_eq!(of_three.bound, std::slice::from_ref(&outer));
     assert_eq!(of_three.handed, [two, one.clone()]);
     let here = foreach(&pipeline, "each/here");
     assert_eq!(here.bound, [outer]);
