@@ -51,8 +51,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
                 let over = finish(&unchanged, open, trackers, global);
                 tidy(open, args, &over, global, &nobody);
                 drop(cache.take());
-                let summary = over.tell(unchanged.hooks(), &asked.world)?;
-                return Ok(exit_of(&summary, &nobody));
+                return over.tell(unchanged.hooks(), &asked.world, &nobody);
             }
             found => changed = found,
         }
@@ -96,8 +95,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     tidy(&cache, args, &over, global, &cancel);
     // A hook may run a pipeline of its own on the same cache.
     drop(cache);
-    let summary = over.tell(&told, &world)?;
-    Ok(exit_of(&summary, &cancel))
+    over.tell(&told, &world, &cancel)
 }
 
 /// All of the pipeline, and what is fresh stays.
@@ -117,17 +115,24 @@ struct Over {
 }
 
 impl Over {
-    /// Tells all others that it is over, also where those who look on could not be told.
+    /// Tells all others that it is over, also where those who look on could not be told; how the
+    /// program exits. A signal that comes meanwhile does not change that.
     ///
     /// # Errors
     /// When the run broke off, which hooks do not hear of; and when those who look on could not be
     /// told.
-    fn tell(self, hooks: &BTreeMap<String, Hook>, world: &World) -> Result<RunSummary, Failure> {
+    fn tell(
+        self,
+        hooks: &BTreeMap<String, Hook>,
+        world: &World,
+        cancel: &Cancel,
+    ) -> Result<Exit, Failure> {
+        let exit = self.summary.as_ref().map(|run| exit_of(run, cancel));
+        let exit = exit.unwrap_or(Exit::Internal);
         warn(&self.trackers.end());
-        let summary = self.summary?;
-        warn(&hooks::tell(hooks, &summary, world));
+        warn(&hooks::tell(hooks, &self.summary?, world, cancel));
         self.reported.map_err(|e| unwritable(&e))?;
-        Ok(summary)
+        Ok(exit)
     }
 }
 

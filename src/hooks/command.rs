@@ -1,5 +1,5 @@
 //! A program that is told that a run ended: the JSON on its standard input, a few variables in
-//! its environment, the project root as its folder. What it prints is kept beside the steps' logs.
+//! its environment, the project root as its folder. What it prints is kept with the run's record.
 
 use std::collections::BTreeMap;
 use std::io::{PipeReader, Read, Write};
@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use flowrun_engine::step::Cancel;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -52,7 +53,7 @@ pub(super) fn run(call: &Call<'_>, command: &[String]) -> Result<(), String> {
         .map_err(|e| format!("`{program}` cannot be started: {e}"))?;
     feed(&mut child, body);
     let output = Output::listen(output);
-    let status = wait(&mut child, call.hook.timeout);
+    let status = wait(&mut child, call.hook.timeout, call.cancel);
     let mask = call.mask();
     let mut said = output.take();
     said.truncate(mask.cut(&said, OUTPUT).unwrap_or(said.len()));
@@ -148,14 +149,19 @@ impl Output {
     }
 }
 
-/// Waits for the program; `None` when its time was up and all that it started was killed.
-fn wait(child: &mut Child, limit: Duration) -> std::io::Result<Option<ExitStatus>> {
+/// Waits for the program; `None` when its time was up, or flowrun is to end at once, and all that it
+/// started was killed.
+fn wait(
+    child: &mut Child,
+    limit: Duration,
+    cancel: &Cancel,
+) -> std::io::Result<Option<ExitStatus>> {
     let started = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if started.elapsed() > limit {
+        if started.elapsed() > limit || cancel.is_killed() {
             // It was not reaped yet, so its group's number is still its own.
             let _ = killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
             child.wait()?;
@@ -170,8 +176,8 @@ fn keep(call: &Call<'_>, said: &str) -> Option<PathBuf> {
     if said.is_empty() {
         return None;
     }
-    let folder = call.document.run_dir.join("logs");
-    let file = folder.join(format!("hook-{}.log", call.name));
+    let folder = call.document.run_dir.join("hooks");
+    let file = folder.join(format!("{}.log", call.name));
     std::fs::create_dir_all(&folder).ok()?;
     std::fs::write(&file, said).ok()?;
     Some(file)

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 use flowrun_engine::hook::{Hook, HookAction, HookEvent};
 use flowrun_engine::run::{Mask, RunSummary};
-use flowrun_engine::step::World;
+use flowrun_engine::step::{Cancel, World};
 
 use self::document::Document;
 
@@ -26,6 +26,7 @@ pub(crate) fn tell(
     hooks: &BTreeMap<String, Hook>,
     summary: &RunSummary,
     world: &World,
+    cancel: &Cancel,
 ) -> Vec<String> {
     let due: Vec<(&String, &Hook, HookEvent)> = hooks
         .iter()
@@ -46,6 +47,7 @@ pub(crate) fn tell(
                     event,
                     document,
                     world,
+                    cancel,
                 };
                 (name, scope.spawn(move || call.make()))
             })
@@ -75,6 +77,8 @@ struct Call<'a> {
     event: HookEvent,
     document: &'a Document,
     world: &'a World,
+    /// Ends programs at once, when it is killed.
+    cancel: &'a Cancel,
 }
 
 impl Call<'_> {

@@ -92,7 +92,7 @@ fn a_command_is_told_that_a_run_ended_also_when_nothing_was_to_do() {
     assert_eq!(project.read("env.txt"), "finished ok p tell .\n");
     assert!(!project.path("bad").exists());
     let run_dir = json["run_dir"].as_str().unwrap();
-    let log = std::fs::read_to_string(format!("{run_dir}/logs/hook-tell.log")).unwrap();
+    let log = std::fs::read_to_string(format!("{run_dir}/hooks/tell.log")).unwrap();
     assert_eq!(log, "token ***\n");
     assert_secret(&project, &first);
     for _ in 0..2 {
@@ -125,11 +125,11 @@ fn a_secret_of_several_lines_is_in_no_log_and_no_warning_nor_a_part_of_it() {
     let events = ended.events();
     let last = events.iter().find(|e| e["event"] == "run_finished");
     let run_dir = last.unwrap()["run_dir"].as_str().unwrap();
-    let log = |name: &str| project.read(&format!("{run_dir}/logs/{name}"));
-    assert_eq!(log("hook-lines.log"), "got ***.\ngot ***.\n");
+    let log = |name: &str| project.read(&format!("{run_dir}/hooks/{name}"));
+    assert_eq!(log("lines.log"), "got ***.\ngot ***.\n");
     assert!(ended.stderr.contains("(exit status: 3): got ***."));
     // Where it is cut, no part of the secret stays.
-    let long = log("hook-long.log");
+    let long = log("long.log");
     assert!(long.len() >= 1_048_570 && long.trim_start_matches('x').is_empty());
     assert_secret(&project, &ended);
 }
