@@ -294,7 +294,10 @@ fn the_files_for_ray_are_what_it_takes() {
         llm.contains("dynamic_lora_loading_path: \"s3://bucket/adapters\""),
         "{llm}"
     );
-    let wrong = llm.replace("import_path: ray.serve.llm:", "import_path: ray.serve.llm.");
+    let wrong = llm.replace(
+        "import_path: ray.serve.llm:build_openai_app",
+        "import_path: nowhere",
+    );
     assert_ne!(wrong, llm);
     project.write("files/wrong.yaml", &wrong);
     assert!(!taken("files/wrong.yaml").0, "a wrong one is refused");
