@@ -142,8 +142,7 @@ steps:
     load(&[("main.yaml", main), ("inner.yaml", &inner)])
 }
 
-const PARTS: &str = "\
-  part:
+const PARTS: &str = "  part:
     when: ${{ params.n < 4 }}
     run: echo > \"$out\"
     out: { out: out.txt }
