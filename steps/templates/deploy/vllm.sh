@@ -3,6 +3,8 @@
 # on port {{ settings.port }}. Both end together. Needs `vllm` and `flowrun` on the PATH.
 set -eu
 cd "$(dirname "$0")"
+# vLLM would want it as a key, and the program in front asks without one, on loopback.
+unset VLLM_API_KEY
 vllm serve '{{ base }}' --served-model-name '{{ base_id }}' \
   --host 127.0.0.1 --port {{ model_port }}{% if rank %} \
   --enable-lora --max-lora-rank {{ rank }} --lora-modules '{{ model_id }}=adapter'{% endif %} &
