@@ -371,31 +371,41 @@ fn server(what: &str, spec: &OpenAiSpec, world: &World) -> Vec<Finding> {
             format!("{} does not serve `{}`", spec.base_url, spec.model),
             &format!("it serves {}", models.join(", ")),
         ),
-        Err(why) => Finding::missing(
-            what,
-            format!("{} does not answer: {why}", spec.base_url),
-            "start the server, or correct `base_url`",
-        ),
+        Err((why, help)) => Finding::missing(what, format!("{} {why}", spec.base_url), help),
     });
     found
 }
 
-/// The ids that `GET /models` lists.
-fn models_of(spec: &OpenAiSpec, key: Option<&str>) -> Result<Vec<String>, String> {
+/// The ids that `GET /models` lists; else what is wrong, and what to do.
+fn models_of(spec: &OpenAiSpec, key: Option<&str>) -> Result<Vec<String>, (String, &'static str)> {
+    let deaf = |why: String| {
+        (
+            format!("does not answer: {why}"),
+            "start the server, or correct `base_url`",
+        )
+    };
     let url = format!("{}/models", spec.base_url.trim_end_matches('/'));
     let client = reqwest::blocking::Client::builder()
         .timeout(SERVER_WITHIN)
         .build()
-        .map_err(|e| innermost(&e))?;
+        .map_err(|e| deaf(innermost(&e)))?;
     let mut request = client.get(url);
     if let Some(key) = key {
         request = request.bearer_auth(key);
     }
-    let answer = request.send().map_err(|e| innermost(&e))?;
-    if !answer.status().is_success() {
-        return Err(format!("it says {}", answer.status()));
+    let answer = request.send().map_err(|e| deaf(innermost(&e)))?;
+    let status = answer.status();
+    if matches!(status.as_u16(), 401 | 403) {
+        let help = match key {
+            Some(_) => "correct the key in the variable that `api_key_env` names",
+            None => "set `api_key_env` to the variable that holds the key",
+        };
+        return Err((format!("does not let this user in: it says {status}"), help));
     }
-    let list: Value = answer.json().map_err(|e| innermost(&e))?;
+    if !status.is_success() {
+        return Err(deaf(format!("it says {status}")));
+    }
+    let list: Value = answer.json().map_err(|e| deaf(innermost(&e)))?;
     let models = list["data"].as_array().into_iter().flatten();
     Ok(models
         .filter_map(|model| model["id"].as_str().map(str::to_owned))

@@ -241,8 +241,8 @@ fn the_manual_has_every_command() {
     assert!(project.read("man1/flowrun-cache-gc.1").contains("dry"));
 }
 
-/// Answers every request with one JSON text, until the test ends.
-fn server(body: &'static str) -> String {
+/// Answers every request with one status and JSON text, until the test ends.
+fn server(status: &'static str, body: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/v1", listener.local_addr().unwrap());
     std::thread::spawn(move || {
@@ -250,10 +250,10 @@ fn server(body: &'static str) -> String {
             let mut stream = stream.unwrap();
             let mut request = [0; 4096];
             let _ = stream.read(&mut request);
-            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close";
+            let head = "content-type: application/json\r\nconnection: close";
             let _ = write!(
                 stream,
-                "{head}\r\ncontent-length: {}\r\n\r\n{body}",
+                "HTTP/1.1 {status}\r\n{head}\r\ncontent-length: {}\r\n\r\n{body}",
                 body.len()
             );
         }
@@ -270,7 +270,8 @@ fn the_doctor_says_what_is_missing() {
     }
     assert!(!project.path(".flowrun").exists(), "it only looks");
 
-    let url = server(r#"{"object":"list","data":[{"id":"there","object":"model"}]}"#);
+    let list = r#"{"object":"list","data":[{"id":"there","object":"model"}]}"#;
+    let url = server("200 OK", list);
     let models = |model: &str, url: &str| {
         let spec = format!(
             "{{ provider: openai, base_url: \"{url}\", model: {model}, api_key_env: ORACLE_KEY }}"
@@ -307,6 +308,12 @@ fn the_doctor_says_what_is_missing() {
     assert_eq!(status(&found, "does not serve `other`"), "missing");
     let (_, found) = doctor(&models("there", "http://127.0.0.1:9/v1"), Some("k"));
     assert_eq!(status(&found, "does not answer"), "missing");
+    // In vLLM's words.
+    let wary = server("401 Unauthorized", r#"{"error":"Unauthorized"}"#);
+    let (_, found) = doctor(&models("there", &wary), Some("k"));
+    assert_eq!(status(&found, "it says 401"), "missing");
+    let found = found.to_string();
+    assert!(found.contains("correct the key"), "{found}");
 
     project.edit(
         "pipeline.yaml",

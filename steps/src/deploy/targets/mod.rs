@@ -268,32 +268,45 @@ impl Facts<'_> {
 
     /// The base model as others than this program load it, and its id.
     fn base_model(&self, target: &str) -> Result<(String, String), StepError> {
-        let Some(ModelSpec::Embedded(spec)) = &self.manifest().model else {
-            return Err(StepError::invalid(format!(
-                "`{target}` serves a model, and this bundle has none of its own"
-            ))
-            .help("deploy a program that asks a `provider: embedded` model"));
-        };
+        let manifest = self.manifest();
         let named = self.settings.base_model.clone();
-        let hub = spec
-            .weights
-            .hf
-            .clone()
-            .filter(|_| spec.weights.file.is_none());
-        let base = named.or(hub).ok_or_else(|| {
-            StepError::invalid(format!(
-                "`{target}` cannot load the weights `{}`",
-                spec.weights.name()
-            ))
-            .help("set `settings.base_model` to the model on the Hugging Face hub that they were made from, or to its folder")
-        })?;
+        let base = match &manifest.model {
+            Some(ModelSpec::Embedded(spec)) => {
+                let weights = &spec.weights;
+                let hub = weights.hf.clone().filter(|_| weights.file.is_none());
+                named.or(hub).ok_or_else(|| {
+                    StepError::invalid(format!(
+                        "`{target}` cannot load the weights `{}`",
+                        weights.name()
+                    ))
+                    .help("set `settings.base_model` to the model on the Hugging Face hub that they were made from, or to its folder")
+                })?
+            }
+            // A server that takes adapters usually calls its base model what it loads it by.
+            Some(ModelSpec::OpenAi(spec)) if spec.adapters.is_some() => {
+                if manifest.model_id != spec.model && self.bundle.adapter()?.is_none() {
+                    return Err(StepError::invalid(format!(
+                        "`{target}` cannot load `{}`: only its server has it",
+                        manifest.model_id
+                    ))
+                    .help("choose the target `bundle`: it asks that server"));
+                }
+                named.unwrap_or_else(|| spec.model.clone())
+            }
+            _ => {
+                return Err(StepError::invalid(format!(
+                    "`{target}` serves a model, and this bundle has none of its own"
+                ))
+                .help("deploy a program that asks a `provider: embedded` model, or one of a server with `adapters`"));
+            }
+        };
         // Ray and vLLM split an adapter's id at the first colon.
-        let id = match self.manifest().model_id.split_once(':') {
+        let id = match manifest.model_id.split_once(':') {
             Some((base, _)) => base.to_owned(),
-            None => self.manifest().model_id.clone(),
+            None => manifest.model_id.clone(),
         };
         plain("base_model", &base)?;
-        plain("the model's id", &self.manifest().model_id)?;
+        plain("the model's id", &manifest.model_id)?;
         Ok((base, id))
     }
 
@@ -313,11 +326,17 @@ impl Facts<'_> {
     /// A bundle whose program asks the model at `base_url` instead of one of its own: the program
     /// in front of another server.
     fn gateway(&self, base_url: &str) -> Result<Vec<File>, StepError> {
-        let model: ModelSpec = serde_json::from_value(serde_json::json!({
+        let mut entry = serde_json::json!({
             "provider": "openai", "base_url": base_url, "model": self.manifest().model_id,
             "guided": "vllm",
-        }))
-        .map_err(|e| StepError::failed(e.to_string()))?;
+        });
+        // A server's model is asked as it was when it was scored.
+        if let Some(ModelSpec::OpenAi(spec)) = &self.manifest().model {
+            entry["guided"] = serde_json::json!(spec.guided);
+            entry["body"] = serde_json::json!(spec.body);
+        }
+        let model: ModelSpec =
+            serde_json::from_value(entry).map_err(|e| StepError::failed(e.to_string()))?;
         let manifest = Manifest {
             model: Some(model),
             ..self.manifest().clone()

@@ -169,6 +169,47 @@ fn vllm_gets_the_adapter_with_room_for_its_rank_and_the_program_in_front() {
 }
 
 #[test]
+fn vllm_gets_the_adapter_of_a_servers_model_and_the_program_asks_as_it_was_scored() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bundle = bundle(dir.path());
+    let mut server = json!({
+        "provider": "openai", "base_url": "http://h/v1", "model": "w",
+        "api_key_env": "KEY", "body": {"top_p": 0.5},
+        "adapters": {"folder": "adapters", "load": true},
+    });
+    let entry = |server: &serde_json::Value| serde_json::from_value(server.clone()).unwrap();
+    bundle.manifest.model = Some(entry(&server));
+    let files = render("vllm", &bundle, &Settings::default(), &World::default()).unwrap();
+    let script = file(&files, "serve.sh");
+    assert!(
+        script.contains("vllm serve 'w' --served-model-name 'w'"),
+        "{script}"
+    );
+    let lora = "--max-lora-rank 16 --lora-modules 'w:epochs-1-total-trained-steps-8=adapter'";
+    assert!(script.contains(lora), "{script}");
+    let gateway: Manifest = serde_json::from_str(file(&files, "gateway/bundle.json")).unwrap();
+    let Some(ModelSpec::OpenAi(spec)) = &gateway.model else {
+        unreachable!("the gateway asks a server");
+    };
+    assert_eq!(spec.base_url, "http://127.0.0.1:8001/v1");
+    assert_eq!((&spec.api_key_env, spec.guided), (&None, None));
+    assert_eq!(spec.body["top_p"], 0.5);
+
+    let files = render("vllm", &bundle, &settings(), &World::default()).unwrap();
+    assert!(file(&files, "serve.sh").contains("vllm serve 'org/base' --served-model-name 'w'"));
+
+    // Its server alone has what it trained.
+    std::fs::remove_dir_all(bundle.folder.join(ADAPTER)).unwrap();
+    assert!(render("vllm", &bundle, &settings(), &World::default()).is_err());
+    // Nothing says that its weights can be had.
+    "w".clone_into(&mut bundle.manifest.model_id);
+    assert!(render("vllm", &bundle, &settings(), &World::default()).is_ok());
+    server["adapters"] = serde_json::Value::Null;
+    bundle.manifest.model = Some(entry(&server));
+    assert!(render("vllm", &bundle, &settings(), &World::default()).is_err());
+}
+
+#[test]
 fn ray_gets_an_application_and_its_adapters_where_it_looks_for_them() {
     let dir = tempfile::tempdir().unwrap();
     let files = render(
