@@ -380,8 +380,7 @@ impl Drop for Mlflow {
     }
 }
 
-const TRAIN: &str = "\
-  train:
+const TRAIN: &str = "  train:
     uses: finetune
     in: { messages: chats.messages }
     with: { model: student, batch_size: 1, lora: { rank: 2 } }
