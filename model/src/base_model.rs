@@ -22,6 +22,9 @@ pub struct BaseModel {
     pub id: String,
     /// The weights rounded to 8 bits, once a generator asked for them.
     int8: OnceLock<Option<Int8Weights>>,
+    /// The weights on a GPU, once something was asked for there.
+    #[cfg(feature = "cuda")]
+    on_gpu: std::sync::Mutex<Option<std::sync::Arc<crate::gpu::GpuModel>>>,
 }
 
 impl BaseModel {
@@ -33,7 +36,26 @@ impl BaseModel {
             chat,
             id: id.to_owned(),
             int8: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            on_gpu: std::sync::Mutex::default(),
         }
+    }
+
+    /// The weights on `gpu`, which all that computes there share.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(
+        &self,
+        gpu: &crate::gpu::Gpu,
+    ) -> Result<std::sync::Arc<crate::gpu::GpuModel>, ModelError> {
+        use std::sync::{Arc, PoisonError};
+        // Held while copying: whoever else wants them waits.
+        let mut held = self.on_gpu.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(model) = held.as_ref().filter(|model| model.gpu == *gpu) {
+            return Ok(Arc::clone(model));
+        }
+        let model = Arc::new(crate::gpu::GpuModel::new(gpu, &self.weights)?);
+        *held = Some(Arc::clone(&model));
+        Ok(model)
     }
 
     /// The weights rounded to 8 bits; `None` where that would not be faster.

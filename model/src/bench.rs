@@ -314,6 +314,7 @@ fn generate(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench, Mo
     let options = GenerateOptions {
         batch: REQUESTS,
         precision,
+        ..GenerateOptions::default()
     };
     let generator = Generator::new(Arc::clone(base), None, options)?;
     let system: Vec<String> = (0..55)

@@ -61,6 +61,9 @@ pub enum ModelError {
         /// What happened, and the remedy.
         reason: String,
     },
+    /// The GPU that was asked for cannot be used, or failed.
+    #[error("GPU: {0}")]
+    Device(String),
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,

@@ -9,6 +9,8 @@ mod attention;
 mod delta;
 mod kv_cache;
 mod matrices;
+#[cfg(feature = "cuda")]
+mod on_gpu;
 mod pass;
 
 use std::sync::Arc;
@@ -21,6 +23,7 @@ pub(crate) use matrices::Int8Weights;
 pub use matrices::Precision;
 
 use crate::base_model::BaseModel;
+use crate::device::Device;
 use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
@@ -52,11 +55,29 @@ pub(crate) struct Llama {
     base: Arc<BaseModel>,
     adapter: Option<Adapter>,
     precision: Precision,
+    /// Where it computes, when that is not the CPU.
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<on_gpu::OnGpu>,
     /// See [`LlamaConfig::frequency_tables`](crate::config::LlamaConfig::frequency_tables).
     frequencies: Vec<Vec<f64>>,
 }
 
 impl Llama {
+    /// The same on a device; `precision` is for the CPU alone.
+    pub(crate) fn on(
+        base: Arc<BaseModel>,
+        adapter: Option<&LoraAdapter>,
+        precision: Precision,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = device.open()? {
+            return Self::new(base, adapter, Precision::F32)?.moved_to(&gpu);
+        }
+        device.gpu_name()?;
+        Self::new(base, adapter, precision)
+    }
+
     /// Checks that `adapter` fits `base` and repacks it for inference.
     pub(crate) fn new(
         base: Arc<BaseModel>,
@@ -72,6 +93,8 @@ impl Llama {
         Ok(Self {
             adapter: adapter.transpose()?,
             precision,
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
             frequencies,
             base,
         })
@@ -96,6 +119,10 @@ impl Llama {
 
     /// An empty cache with room for `capacity` tokens.
     pub(crate) fn cache(&self, capacity: usize) -> KvCache {
+        #[cfg(feature = "cuda")]
+        if self.on_gpu.is_some() {
+            return KvCache::default();
+        }
         let config = &self.base.weights.config;
         KvCache::new(config.layers, config.kv_width(), capacity)
     }
@@ -103,6 +130,10 @@ impl Llama {
     /// Feeds every run and returns the normed hidden state of each run's last token,
     /// `[runs, hidden]`.
     pub(crate) fn forward(&self, runs: Vec<Run<'_>>) -> Result<Vec<f32>, ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &self.on_gpu {
+            return on_gpu.forward(runs, &self.frequencies);
+        }
         let total: usize = runs.iter().map(|run| run.tokens.len()).sum();
         let longest = runs.iter().map(|run| run.tokens.len()).max().unwrap_or(0);
         let threads = rayon::current_num_threads();
@@ -120,6 +151,10 @@ impl Llama {
 
     /// Logits over the whole vocabulary for `hidden`, `[rows, hidden]`.
     pub(crate) fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &self.on_gpu {
+            return on_gpu.logits(hidden);
+        }
         let weights = &self.base.weights;
         let (width, vocab) = (weights.config.hidden, weights.config.vocab);
         let mut logits = vec![0.0; hidden.len() / width * vocab];
