@@ -52,7 +52,7 @@ impl Device {
     /// The GPU that is meant; none for the processor.
     ///
     /// # Errors
-    /// [`ModelError::Device`] when one is asked for and cannot be used, with what is missing.
+    /// [`ModelError::NoDevice`] when one is asked for and cannot be used, with what is missing.
     #[cfg(feature = "cuda")]
     pub(crate) fn open(self) -> Result<Option<crate::gpu::Gpu>, ModelError> {
         use crate::gpu::Gpu;
@@ -67,7 +67,7 @@ impl Device {
     /// The name of the GPU that is meant; none for the processor.
     ///
     /// # Errors
-    /// [`ModelError::Device`] when one is asked for and cannot be used, with what is missing.
+    /// [`ModelError::NoDevice`] when one is asked for and cannot be used, with what is missing.
     #[cfg(feature = "cuda")]
     pub fn gpu_name(self) -> Result<Option<String>, ModelError> {
         Ok(self.open()?.map(|gpu| gpu.name()))
@@ -76,12 +76,12 @@ impl Device {
     /// The name of the GPU that is meant; none for the processor.
     ///
     /// # Errors
-    /// [`ModelError::Device`] when one is asked for, which this build cannot use.
+    /// [`ModelError::NoDevice`] when one is asked for, which this build cannot use.
     #[cfg(not(feature = "cuda"))]
     pub fn gpu_name(self) -> Result<Option<String>, ModelError> {
         match self {
             Self::Cpu | Self::Auto => Ok(None),
-            Self::Cuda | Self::CudaTf32 => Err(ModelError::Device(format!(
+            Self::Cuda | Self::CudaTf32 => Err(ModelError::NoDevice(format!(
                 "this program was built without GPUs, so `{self}` cannot be had; \
                  build it with `--features cuda`, or use `cpu`"
             ))),

@@ -122,7 +122,7 @@ impl Sizes {
         let fitting = BLOCKS.iter().find(|block| shared(self, **block) <= SHARED);
         fitting.copied().ok_or_else(|| {
             let dim = self.dim;
-            ModelError::Device(format!(
+            ModelError::NoDevice(format!(
                 "heads of {dim} values are too wide for it; use the CPU"
             ))
         })

@@ -48,14 +48,14 @@ impl Cuda {
         }
         let context = CudaContext::new(0).map_err(|e| no_gpu(&describe(e)))?;
         let failed = |what: &'static str| {
-            move |e: DriverError| ModelError::Device(format!("{what}: {}", describe(e)))
+            move |e: DriverError| ModelError::NoDevice(format!("{what}: {}", describe(e)))
         };
         let name = context.name().map_err(failed("its name"))?;
         let capability = context.compute_capability();
         let capability = capability.map_err(failed("its compute capability"))?;
         if capability < OLDEST {
             let (major, minor) = capability;
-            return Err(ModelError::Device(format!(
+            return Err(ModelError::NoDevice(format!(
                 "{name} has compute capability {major}.{minor}, at least {}.{} is needed; use the CPU",
                 OLDEST.0, OLDEST.1
             )));
@@ -78,7 +78,7 @@ impl Cuda {
             this.functions
                 .push(function.map_err(failed(kernel.name()))?);
         }
-        let failed = |e: blas::CublasError| ModelError::Device(format!("cuBLAS: {e:?}"));
+        let failed = |e: blas::CublasError| ModelError::NoDevice(format!("cuBLAS: {e:?}"));
         this.blas = blas::create_handle().map_err(failed)?;
         let math = match tf32 {
             true => blas_sys::cublasMath_t::CUBLAS_TF32_TENSOR_OP_MATH,
@@ -112,7 +112,7 @@ pub(super) fn is_there() -> bool {
 fn libraries() -> Result<(), ModelError> {
     let missing = |name: &str, remedy: &str| {
         let text = format!("{name} cannot be loaded; {remedy}, or use the CPU");
-        Err(ModelError::Device(text))
+        Err(ModelError::NoDevice(text))
     };
     // SAFETY: loading NVIDIA's libraries has no preconditions.
     let [cuda, nvrtc, cublas] = unsafe {
@@ -145,9 +145,9 @@ pub(super) fn has_compiler() -> bool {
 /// The kernels for one architecture (`sm_90`), as the driver loads them. Machine code and no PTX:
 /// a driver of the same major version may be older than the compiler.
 pub(super) fn compile(architecture: &str) -> Result<Vec<u8>, ModelError> {
-    let failed = |e: nvrtc::NvrtcError| ModelError::Device(format!("NVRTC: {e:?}"));
+    let failed = |e: nvrtc::NvrtcError| ModelError::NoDevice(format!("NVRTC: {e:?}"));
     let source = CString::new(SOURCE)
-        .map_err(|_| ModelError::Device("the kernels' source has a zero byte".to_owned()))?;
+        .map_err(|_| ModelError::NoDevice("the kernels' source has a zero byte".to_owned()))?;
     let program = nvrtc::create_program(&source, Some(c"kernels.cu")).map_err(failed)?;
     let options = [
         format!("--gpu-architecture={architecture}"),
@@ -161,7 +161,7 @@ pub(super) fn compile(architecture: &str) -> Result<Vec<u8>, ModelError> {
             let log: Vec<u8> = log.iter().map(|c| c.cast_unsigned()).collect();
             let log = String::from_utf8_lossy(&log);
             let log = log.trim_end_matches(['\0', '\n']);
-            ModelError::Device(format!(
+            ModelError::NoDevice(format!(
                 "NVRTC cannot compile the kernels for {architecture}: {e:?}; is CUDA as new as the GPU?\n{log}"
             ))
         });
@@ -213,7 +213,7 @@ impl Backend for Cuda {
         address.map_err(|error| match error.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 let (free, all) = driver::mem_get_info().unwrap_or_default();
-                too_little(&self.name, bytes, free, all)
+                ModelError::Device(too_little(&self.name, bytes, free, all))
             }
             _ => self.error("allocating", error),
         })
@@ -360,19 +360,19 @@ impl Drop for Cuda {
 }
 
 /// That memory does not suffice, with the sizes.
-pub(super) fn too_little(name: &str, bytes: usize, free: usize, all: usize) -> ModelError {
+pub(super) fn too_little(name: &str, bytes: usize, free: usize, all: usize) -> String {
     let gb = |bytes: usize| bytes as f64 / 1e9;
-    ModelError::Device(format!(
+    format!(
         "{name} has too little memory: {:.2} GB are needed, {:.2} of {:.2} GB are free; \
          use fewer tokens or requests at once, a smaller model, or the CPU",
         gb(bytes),
         gb(free),
         gb(all)
-    ))
+    )
 }
 
 fn no_gpu(why: &str) -> ModelError {
-    ModelError::Device(format!("no NVIDIA GPU can be used: {why}; use the CPU"))
+    ModelError::NoDevice(format!("no NVIDIA GPU can be used: {why}; use the CPU"))
 }
 
 fn describe(error: DriverError) -> String {

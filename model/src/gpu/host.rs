@@ -110,15 +110,14 @@ impl Backend for Host {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, ModelError> {
-        let words = bytes.div_ceil(4).next_multiple_of(2);
-        let mut room: Vec<u64> = vec![u64::from_ne_bytes([0xff; 8]); words / 2];
+        let mut room = vec![u64::MAX; bytes.div_ceil(8)];
         let mark = u64::from(MARK) << 32 | u64::from(MARK);
         room.extend([mark; GUARD / 2]);
         Ok(Box::into_raw(room.into_boxed_slice()).cast::<u64>() as u64)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
-        let words = bytes.div_ceil(4).next_multiple_of(2) / 2 + GUARD / 2;
+        let words = bytes.div_ceil(8) + GUARD / 2;
         let slice = std::ptr::slice_from_raw_parts_mut(address as *mut u64, words);
         // SAFETY: `allocate` made it so.
         let room = unsafe { Box::from_raw(slice) };

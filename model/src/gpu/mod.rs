@@ -8,6 +8,7 @@
 //! | `ops` | a model's operations, with their sizes checked |
 //! | `attention` | which rows see what, and which block takes them |
 //! | `weights` | a base model there |
+//! | `rate` | how fast it multiplies and copies |
 //! | `kernels.cu`, `shim.h` | the kernels, and what they need to run on the CPU |
 //!
 //! The passes are beside those of the CPU: `llama/on_gpu.rs` and `train/on_gpu.rs`. Tokens, losses,
@@ -24,6 +25,7 @@ mod cuda;
 pub(crate) mod host;
 #[allow(unsafe_code)]
 mod ops;
+mod rate;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -33,6 +35,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) use attention::{KeyTiles, Plan, Run, Segment, Sizes, segment_of};
 pub(crate) use backend::{Buffer, Gpu, View};
 pub(crate) use ops::{Attended, Layer, Matrix, Norm};
+pub(crate) use rate::rates;
 pub(crate) use weights::{GpuLayer, GpuModel};
 
 use crate::error::ModelError;
@@ -44,7 +47,7 @@ impl Gpu {
     /// The GPU of this process.
     ///
     /// # Errors
-    /// [`ModelError::Device`] with what is missing.
+    /// [`ModelError::NoDevice`] with what is missing.
     pub(crate) fn open(tf32: bool) -> Result<Self, ModelError> {
         // Held while opening: whoever else wants it waits.
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);

@@ -452,7 +452,7 @@ fn a_model_that_does_not_fit_is_refused_with_the_sizes() {
     let base = tiny::base(1);
     let llama = Llama::new(base, None, Precision::F32).unwrap();
     let error = llama.moved_to(&gpu).err().unwrap();
-    assert!(matches!(error, ModelError::Device(_)));
+    assert!(matches!(error, ModelError::NoDevice(_)));
     let text = error.to_string();
     assert!(
         text.contains("too little memory: 0.54 GB are needed"),

@@ -45,14 +45,15 @@ impl GpuModel {
     /// Copies the weights to `gpu`.
     ///
     /// # Errors
-    /// [`ModelError::Device`] when they do not fit there, with the sizes.
+    /// [`ModelError::NoDevice`] when they do not fit there, with the sizes.
     pub(crate) fn new(gpu: &Gpu, weights: &LlamaWeights) -> Result<Self, ModelError> {
         let c = &weights.config;
         let tied = is_same(&weights.embed, &weights.head)?;
         let needed = size(c, tied) * size_of::<f32>() + SPARE;
         let (free, all) = gpu.memory()?;
         if needed > free {
-            return Err(too_little(&gpu.name(), needed, free, all));
+            let text = too_little(&gpu.name(), needed, free, all);
+            return Err(ModelError::NoDevice(text));
         }
         let get = |tensor: &Tensor, len: usize| -> Result<Buffer<f32>, ModelError> {
             let view = kernels::View::new(tensor)?;

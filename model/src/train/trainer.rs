@@ -121,7 +121,7 @@ impl<'a> Trainer<'a> {
     /// resumed on another device than it was saved on.
     ///
     /// # Errors
-    /// [`ModelError::Device`] when the device cannot be used, with what is missing.
+    /// [`ModelError::NoDevice`] when the device cannot be used, with what is missing.
     #[cfg_attr(
         not(feature = "cuda"),
         allow(unused_mut, unused_variables, clippy::needless_pass_by_value)
