@@ -20,6 +20,9 @@ use crate::error::ModelError;
 /// Oldest compute capability: that of Pascal, the oldest that CUDA 12 supports without warnings.
 const OLDEST: (i32, i32) = (6, 0);
 
+/// Threads of a block that works on one row, and of one of attention, where the GPU allows them.
+const THREADS: [u32; 2] = [256, 128];
+
 /// The default stream.
 const STREAM: sys::CUstream = std::ptr::null_mut();
 
@@ -27,6 +30,7 @@ pub(super) struct Cuda {
     context: Arc<CudaContext>,
     name: String,
     module: sys::CUmodule,
+    threads: [u32; 2],
     /// In the order of [`Kernel::ALL`].
     functions: Vec<sys::CUfunction>,
     blas: blas_sys::cublasHandle_t,
@@ -60,6 +64,9 @@ impl Cuda {
                 OLDEST.0, OLDEST.1
             )));
         }
+        let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        let most = context.attribute(most).map_err(failed("its threads"))?;
+        let most = u32::try_from(most).unwrap_or(1).max(1).ilog2();
         let cubin = compile(&format!("sm_{}{}", capability.0, capability.1))?;
         // SAFETY: the context is bound to this thread; `cubin` is a whole image.
         let module = unsafe { driver::module::load_data(cubin.as_ptr().cast()) };
@@ -67,6 +74,7 @@ impl Cuda {
         let mut this = Self {
             context,
             name,
+            threads: THREADS.map(|threads| threads.min(1 << most)),
             module,
             functions: Vec::new(),
             blas: std::ptr::null_mut(),
@@ -192,7 +200,7 @@ impl Backend for Cuda {
     }
 
     fn threads(&self) -> [u32; 2] {
-        [256, 128]
+        self.threads
     }
 
     fn finish(&self) -> Result<(), ModelError> {

@@ -7,7 +7,7 @@
 //! launch at a time.
 
 use std::ffi::c_void;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
 
@@ -53,31 +53,10 @@ pub(crate) fn small(bytes: usize) -> Option<Gpu> {
     })))
 }
 
-#[allow(clippy::print_stderr)]
 fn compile() -> Option<Vec<Launch>> {
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     let folder = tempfile::tempdir().unwrap();
-    let mut source = format!("{}\n{SOURCE}\n", include_str!("shim.h"));
-    for kernel in Kernel::ALL {
-        source.push_str(&format!("EXPORT({})\n", kernel.name()));
-    }
-    let (input, library): (PathBuf, PathBuf) = (
-        folder.path().join("kernels.cc"),
-        folder.path().join("kernels.so"),
-    );
-    std::fs::write(&input, source).unwrap();
-    let mut command = Command::new(&compiler);
-    command.args(["-std=c++17", "-O2", "-shared", "-fPIC", "-o"]);
-    let output = match command.arg(&library).arg(&input).output() {
-        Ok(output) => output,
-        Err(error) => {
-            let name = compiler.to_string_lossy();
-            eprintln!("skipped: the kernels need a C++ compiler, `{name}`: {error}");
-            return None;
-        }
-    };
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{errors}");
+    let library = folder.path().join("kernels.so");
+    build(&library, "")?;
     // SAFETY: our own library, which does nothing when it is loaded; its functions have this type.
     let functions = unsafe {
         let library = libloading::Library::new(&library).unwrap();
@@ -90,6 +69,52 @@ fn compile() -> Option<Vec<Launch>> {
         functions
     };
     Some(functions)
+}
+
+/// Libraries in `folder` that stand for NVIDIA's; none without a compiler.
+pub(super) fn stubs(folder: &Path) -> Option<()> {
+    let mut table =
+        "typedef unsigned (*Launch)(unsigned, unsigned, unsigned, float*, bool, void**);\n\
+                     struct Named { const char* name; Launch launch; };\n\
+                     static const Named KERNELS[] = {\n"
+            .to_owned();
+    for kernel in Kernel::ALL {
+        let name = kernel.name();
+        table.push_str(&format!("{{\"{name}\", host_{name}}},\n"));
+    }
+    table.push_str("};\n");
+    let library = folder.join("libcuda.so");
+    build(&library, &format!("{table}{}", include_str!("stub.cc")))?;
+    for other in ["libnvrtc.so", "libcublas.so"] {
+        std::fs::copy(&library, folder.join(other)).unwrap();
+    }
+    Some(())
+}
+
+/// Compiles the kernels, and `more`, as a library.
+#[allow(clippy::print_stderr)]
+fn build(library: &Path, more: &str) -> Option<()> {
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    let mut source = format!("{}\n{SOURCE}\n", include_str!("shim.h"));
+    for kernel in Kernel::ALL {
+        source.push_str(&format!("EXPORT({})\n", kernel.name()));
+    }
+    source.push_str(more);
+    let input = library.with_extension("cc");
+    std::fs::write(&input, source).unwrap();
+    let mut command = Command::new(&compiler);
+    command.args(["-std=c++17", "-O2", "-shared", "-fPIC", "-o"]);
+    let output = match command.arg(library).arg(&input).output() {
+        Ok(output) => output,
+        Err(error) => {
+            let name = compiler.to_string_lossy();
+            eprintln!("skipped: the kernels need a C++ compiler, `{name}`: {error}");
+            return None;
+        }
+    };
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    Some(())
 }
 
 impl Backend for Host {

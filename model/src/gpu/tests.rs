@@ -493,3 +493,39 @@ fn a_missing_gpu_is_a_clear_error() {
         assert_eq!(crate::Device::Auto.gpu_name().unwrap_or_default(), None);
     }
 }
+
+/// The calls that reach a GPU, with a library in the place of NVIDIA's: all the tests above once
+/// more, in a process that finds it.
+#[test]
+fn a_gpus_libraries_are_called_as_their_headers_say() {
+    let folder = tempfile::tempdir().unwrap();
+    if std::env::var_os("FLOWRUN_CUDA").is_some() || host::stubs(folder.path()).is_none() {
+        eprintln!("skipped: there is a GPU, or no compiler");
+        return;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["gpu::tests::", "--skip", "a_gpus_libraries"])
+        .env("LD_LIBRARY_PATH", folder.path())
+        .env("FLOWRUN_CUDA", "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{errors}");
+    let asked = "a_real_gpu_is_the_one_that_was_asked_for ... ok";
+    assert!(text.contains(asked), "{text}");
+}
+
+/// What `FLOWRUN_CUDA=1` opens is no test's own device, and says how fast it is.
+#[test]
+fn a_real_gpu_is_the_one_that_was_asked_for() {
+    let Some(gpu) = real() else { return };
+    eprintln!("on {gpu:?}");
+    assert!(!gpu.name().contains("as a GPU"));
+    let (free, all) = gpu.memory().unwrap();
+    assert!(0 < free && free <= all);
+    let (gemm, copy) = super::rates(&gpu, [32, 16, 16]).unwrap();
+    assert!(gemm > 0.0 && copy > 0.0);
+    let error = gpu.room::<f32>(1 << 45).unwrap_err().to_string();
+    assert!(error.contains("too little memory"), "{error}");
+}
