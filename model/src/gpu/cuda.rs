@@ -23,6 +23,9 @@ const OLDEST: (i32, i32) = (6, 0);
 /// Threads of a block that works on one row, and of one of attention, where the GPU allows them.
 const THREADS: [u32; 2] = [256, 128];
 
+/// Freed bytes that the driver keeps.
+const KEPT: u64 = 256 << 20;
+
 /// The default stream.
 const STREAM: sys::CUstream = std::ptr::null_mut();
 
@@ -67,6 +70,7 @@ impl Cuda {
         let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
         let most = context.attribute(most).map_err(failed("its threads"))?;
         let most = u32::try_from(most).unwrap_or(1).max(1).ilog2();
+        keep_freed(&context).map_err(failed("its memory pool"))?;
         let cubin = compile(&format!("sm_{}{}", capability.0, capability.1))?;
         // SAFETY: the context is bound to this thread; `cubin` is a whole image.
         let module = unsafe { driver::module::load_data(cubin.as_ptr().cast()) };
@@ -106,6 +110,22 @@ impl Cuda {
 
     fn error(&self, what: &str, error: DriverError) -> ModelError {
         ModelError::Device(format!("{}: {what}: {}", self.name, describe(error)))
+    }
+}
+
+/// Has the driver keep a little of what is freed: every pass takes some small buffers, and what is
+/// not kept is given back whenever somebody waits for the GPU.
+fn keep_freed(context: &CudaContext) -> Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut pool = std::ptr::null_mut();
+    let mut bytes: u64 = KEPT;
+    // SAFETY: the device is the context's; the attribute is a `cuuint64_t`.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()).result()?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut bytes).cast()).result()
     }
 }
 

@@ -63,6 +63,13 @@ Result cuGetErrorString(Result error, const char** text) {
   return 0;
 }
 Result cuMemGetInfo_v2(size_t* free, size_t* all) { *free = *all = ALL; return 0; }
+Result cuDeviceGetDefaultMemPool(void** pool, int device) {
+  *pool = &context;
+  return device == 7 ? 0 : INVALID;
+}
+Result cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
+  return pool == &context && attribute == 4 && *(uint64_t*)value > 0 ? 0 : INVALID;
+}
 Result cuMemAllocAsync(Pointer* to, size_t bytes, void* stream) {
   return stream ? INVALID : take(to, bytes);
 }

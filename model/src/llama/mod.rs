@@ -105,6 +105,15 @@ impl Llama {
         self.adapter.as_ref()
     }
 
+    /// Whether runs of `other` give the same when they are fed here.
+    pub(crate) fn computes_with(&self, other: &Self) -> bool {
+        #[cfg(feature = "cuda")]
+        if !on_gpu::is_same(self.on_gpu.as_ref(), other.on_gpu.as_ref()) {
+            return false;
+        }
+        Arc::ptr_eq(&self.base, &other.base) && self.precision == other.precision
+    }
+
     /// The rounded weights, where they are wanted and there are any.
     fn int8(&self) -> Result<Option<&Int8Weights>, ModelError> {
         match self.precision {

@@ -107,6 +107,15 @@ struct Pass<'a> {
     adapted: &'a [(Range<usize>, &'a GpuAdapter)],
 }
 
+/// Whether both compute on the same device with the same weights, or neither does on one.
+pub(super) fn is_same(one: Option<&OnGpu>, other: Option<&OnGpu>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => Arc::ptr_eq(&one.model, &other.model),
+        (None, None) => true,
+        _ => false,
+    }
+}
+
 impl Llama {
     /// The same model on a GPU.
     pub(crate) fn moved_to(mut self, gpu: &Gpu) -> Result<Self, ModelError> {
