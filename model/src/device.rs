@@ -16,7 +16,7 @@ pub enum Device {
     /// The same, matrix products with inputs rounded to TF32 (10 bits of mantissa): some times
     /// faster where the GPU has tensor cores, and about as exact as bf16.
     CudaTf32,
-    /// The first NVIDIA GPU in f32 where this build and this machine have one, else the processor.
+    /// The first NVIDIA GPU in f32 where this build and this machine can use one, else the processor.
     Auto,
 }
 

@@ -13,8 +13,8 @@ use flowrun_engine::step::{Cancel, World};
 use flowrun_lm::client::OpenAiSpec;
 use flowrun_steps::download::find_local;
 use flowrun_steps::hub::has_token;
-use flowrun_steps::models::ModelSpec;
 use flowrun_steps::models::weights::WeightsRef;
+use flowrun_steps::models::{ModelSpec, gpu};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -84,6 +84,7 @@ impl Finding {
 pub(crate) fn doctor(args: &DoctorArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let mut found = vec![machine(), cache(global), disk(&global.cache_dir)];
     found.extend(remote(global));
+    found.extend(device(global));
     let named = args.select.pipeline.is_some();
     match surroundings::load(&args.select, global) {
         Ok(loaded) => {
@@ -202,6 +203,19 @@ fn remote(global: &GlobalArgs) -> Option<Finding> {
             Finding::ok(what, format!("{url} can be read{waiting}"))
         }
         Err(why) => Finding::warn(what, format!("{url} cannot be read: {why}"), help),
+    })
+}
+
+/// Where models compute, when that was said.
+fn device(global: &GlobalArgs) -> Option<Finding> {
+    let asked = global.device.as_deref().filter(|asked| *asked != "cpu")?;
+    Some(match gpu(asked) {
+        Ok(Some(name)) => Finding::ok("device", name),
+        Ok(None) => Finding::ok("device", "the processor: no GPU can be used"),
+        Err(error) => {
+            let help = error.help.unwrap_or_default();
+            Finding::missing("device", error.message, &help)
+        }
     })
 }
 

@@ -24,6 +24,9 @@ fn a_device_that_cannot_be_had_is_a_clear_error() {
         assert_eq!(refused.code, Some(3), "{}", refused.stderr);
         assert!(refused.stderr.contains("GPU: "), "{}", refused.stderr);
         assert!(refused.stderr.contains("FLOWRUN_DEVICE"));
+        let doctor = without_gpus(home.command(&["doctor", "--device", device]));
+        assert_eq!(doctor.code, Some(3), "{}", doctor.stdout);
+        assert!(doctor.stdout.contains("device: GPU: "), "{}", doctor.stdout);
     }
 }
 

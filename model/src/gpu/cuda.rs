@@ -129,11 +129,9 @@ fn keep_freed(context: &CudaContext) -> Result<(), DriverError> {
     }
 }
 
-/// Whether a GPU may be asked for: the driver is there and shows one.
+/// Whether a GPU may be asked for: the libraries are there, and the driver shows one.
 pub(super) fn is_there() -> bool {
-    // SAFETY: loads the driver's library, which has no preconditions.
-    let driver = unsafe { sys::is_culib_present() };
-    driver && CudaContext::device_count().is_ok_and(|n| n > 0)
+    libraries().is_ok() && CudaContext::device_count().is_ok_and(|count| count > 0)
 }
 
 /// Everything that is loaded at run time, each with its remedy.

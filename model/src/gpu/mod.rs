@@ -62,7 +62,7 @@ impl Gpu {
         }
     }
 
-    /// Whether there is a driver that shows a GPU.
+    /// Whether there is a GPU, with all that it takes to use one.
     pub(crate) fn is_there() -> bool {
         cuda::is_there()
     }

@@ -121,12 +121,20 @@ impl<'a> Trainer<'a> {
     /// resumed on another device than it was saved on.
     ///
     /// # Errors
-    /// [`ModelError::NoDevice`] when the device cannot be used, with what is missing.
+    /// [`ModelError::NoDevice`] when the device cannot be used, with what is missing;
+    /// [`ModelError::Config`] when `base` is another model.
     #[cfg_attr(
         not(feature = "cuda"),
         allow(unused_mut, unused_variables, clippy::needless_pass_by_value)
     )]
     pub fn compute_on(mut self, base: &BaseModel, device: Device) -> Result<Self, ModelError> {
+        if !std::ptr::eq(&raw const base.weights, self.weights) {
+            let reason = "is not the model whose weights are trained on".to_owned();
+            return Err(ModelError::Config {
+                name: "base",
+                reason,
+            });
+        }
         #[cfg(feature = "cuda")]
         if let Some(gpu) = device.open()? {
             self.on_gpu = Some(base.on_gpu(&gpu)?);

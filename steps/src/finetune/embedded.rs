@@ -166,8 +166,10 @@ impl Training<'_> {
         let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
         let settings = settings(self.params, &base)?;
         let device = device(host.world)?;
-        if let Some(gpu) = device.gpu_name().map_err(failed)? {
-            (self.log)(&format!("training on {gpu}"));
+        match (device.gpu_name().map_err(failed)?, device) {
+            (Some(gpu), _) => (self.log)(&format!("training on {gpu}")),
+            (None, Device::Auto) => (self.log)("training on the processor: no GPU can be used"),
+            (None, _) => {}
         }
         let state = self.resume.join("state.safetensors");
         let mut trainer = self.trainer(

@@ -74,6 +74,15 @@ pub(crate) fn device(world: &World) -> Result<Device, StepError> {
     }
 }
 
+/// The name of the GPU that a device is; none for the processor.
+///
+/// # Errors
+/// Invalid when there is no such device, or it cannot be used, with what is missing.
+pub(super) fn gpu(device: &str) -> Result<Option<String>, StepError> {
+    let device: Device = device.parse().map_err(failed)?;
+    device.gpu_name().map_err(failed)
+}
+
 /// The base model of an entry.
 ///
 /// # Errors
