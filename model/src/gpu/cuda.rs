@@ -17,7 +17,7 @@ use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
 use super::backend::{Arg, Backend, Kernel, SOURCE, Sgemm};
 use crate::error::ModelError;
 
-/// Oldest compute capability: that of Pascal, the oldest that CUDA 12 supports without warnings.
+/// Oldest compute capability: Pascal, which CUDA 12 still compiles for; CUDA 13 begins at 7.5.
 const OLDEST: (i32, i32) = (6, 0);
 
 /// Threads of a block that works on one row, and of one of attention, where the GPU allows them.
