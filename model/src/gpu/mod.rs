@@ -11,7 +11,7 @@
 //! | `rate` | how fast it multiplies and copies |
 //! | `kernels.cu`, `shim.h` | the kernels, and what they need to run on the CPU |
 //!
-//! The passes are beside those of the CPU: `llama/on_gpu.rs` and `train/on_gpu.rs`. Tokens, losses,
+//! The passes are beside those of the CPU: `llama/on_gpu.rs` and `train/on_gpu/`. Tokens, losses,
 //! adapters, their gradients and logits cross the bus; all else stays on the device.
 //! Knows no text. Invariant: only `backend`, `cuda`, `host` and `ops` have `unsafe` in them.
 
