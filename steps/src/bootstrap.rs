@@ -79,7 +79,7 @@ impl Step for Bootstrap {
         "bootstrap"
     }
     fn version(&self) -> u32 {
-        4
+        5
     }
     fn about(&self) -> &'static str {
         "A teacher (a large model, or a classifier fitted on a few labels) labels the unlabelled rows."

@@ -30,7 +30,7 @@ impl Step for FitClassifier {
         "fit-classifier"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Fits an embedding classifier on labelled rows: a baseline that calls no language model."
