@@ -2,13 +2,12 @@
 //! doctor, the first pipeline, plain and drawn output.
 
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::path::Path;
 
 use serde_json::Value;
 
 use crate::project::{Project, Run};
+use crate::receiver::Receiver;
 
 const FAN: &str = "\
 name: fan
@@ -241,24 +240,10 @@ fn the_manual_has_every_command() {
     assert!(project.read("man1/flowrun-cache-gc.1").contains("dry"));
 }
 
-/// Answers every request with one status and JSON text, until the test ends.
-fn server(status: &'static str, body: &'static str) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}/v1", listener.local_addr().unwrap());
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut request = [0; 4096];
-            let _ = stream.read(&mut request);
-            let head = "content-type: application/json\r\nconnection: close";
-            let _ = write!(
-                stream,
-                "HTTP/1.1 {status}\r\n{head}\r\ncontent-length: {}\r\n\r\n{body}",
-                body.len()
-            );
-        }
-    });
-    url
+/// A server that answers every request with one status and JSON text.
+fn server(status: u16, body: &'static str) -> String {
+    let server = Receiver::start(move |_, _| (status, body.to_owned()));
+    format!("{}/v1", server.url)
 }
 
 #[test]
@@ -271,7 +256,7 @@ fn the_doctor_says_what_is_missing() {
     assert!(!project.path(".flowrun").exists(), "it only looks");
 
     let list = r#"{"object":"list","data":[{"id":"there","object":"model"}]}"#;
-    let url = server("200 OK", list);
+    let url = server(200, list);
     let models = |model: &str, url: &str| {
         let spec = format!(
             "{{ provider: openai, base_url: \"{url}\", model: {model}, api_key_env: ORACLE_KEY }}"
@@ -309,7 +294,7 @@ fn the_doctor_says_what_is_missing() {
     let (_, found) = doctor(&models("there", "http://127.0.0.1:9/v1"), Some("k"));
     assert_eq!(status(&found, "does not answer"), "missing");
     // In vLLM's words.
-    let wary = server("401 Unauthorized", r#"{"error":"Unauthorized"}"#);
+    let wary = server(401, r#"{"error":"Unauthorized"}"#);
     let (_, found) = doctor(&models("there", &wary), Some("k"));
     assert_eq!(status(&found, "it says 401"), "missing");
     let found = found.to_string();
