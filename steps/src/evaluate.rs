@@ -36,7 +36,7 @@ use crate::scores::{
 const CHUNK: usize = 256;
 
 /// The step kind.
-pub struct Evaluate;
+pub(crate) struct Evaluate;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

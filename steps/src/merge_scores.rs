@@ -16,7 +16,7 @@ use crate::schema_of;
 use crate::scores::{Leakage, ProgramScore, Scores};
 
 /// The step kind.
-pub struct MergeScores;
+pub(crate) struct MergeScores;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -63,7 +63,7 @@ pub struct Leakage {
 impl Leakage {
     /// Whether no row is known, and none can be unknown, to have had a part.
     #[must_use]
-    pub fn is_clean(&self) -> bool {
+    pub(crate) fn is_clean(&self) -> bool {
         self.known && self.trained + self.selected + self.taught + self.same_text == 0
     }
 }

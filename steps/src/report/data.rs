@@ -63,7 +63,7 @@ impl Report {
     pub const VERSION: u32 = 1;
 
     /// Whether every score must be marked as measured on stand-in data.
-    pub fn is_stand_in(&self) -> bool {
+    pub(crate) fn is_stand_in(&self) -> bool {
         self.stand_in || self.dataset == "stand-in"
     }
 
