@@ -11,7 +11,7 @@ use flowrun_lm::lineage::Overlap;
 use flowrun_lm::lm::Usage;
 use flowrun_lm::metric::MetricKind;
 use flowrun_lm::program::{RowErrorKind, RowResult};
-use flowrun_lm::stats::{Confusion, mcnemar, wilson95};
+use flowrun_lm::stats::{Confusion, LabelScore, mcnemar, wilson95};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -28,9 +28,7 @@ use crate::models::{Host, ModelSpec, observe, settle};
 use crate::program_file::ProgramFile;
 use crate::rows::{Row, read_json, read_rows, write_json};
 use crate::schema_of;
-use crate::scores::{
-    LabelScore, Leakage, PairedTest, ProgramKind, ProgramScore, Role, ScoredRow, Scores,
-};
+use crate::scores::{Leakage, PairedTest, ProgramKind, ProgramScore, Role, ScoredRow, Scores};
 
 /// Rows between two looks at `max_errors`.
 const CHUNK: usize = 256;
@@ -386,7 +384,7 @@ fn per_label(labels: &[String], rows: &[EvaluatedRow]) -> Vec<LabelScore> {
         let gold = row.gold.as_deref().unwrap_or_default();
         (gold, row.pred.as_deref())
     });
-    label_scores(&labels, pairs)
+    Confusion::new(&labels, pairs).per_label()
 }
 
 /// Mean F1 over the labels that rows have.
@@ -394,22 +392,6 @@ pub(crate) fn macro_f1(per_label: &[LabelScore]) -> f64 {
     let seen = per_label.iter().filter(|label| label.n > 0);
     let seen: Vec<f64> = seen.map(|label| label.f1).collect();
     seen.iter().sum::<f64>() / seen.len().max(1) as f64
-}
-
-/// Label by label, from pairs of expected and given.
-pub(crate) fn label_scores<'a>(
-    labels: &[String],
-    pairs: impl IntoIterator<Item = (&'a str, Option<&'a str>)>,
-) -> Vec<LabelScore> {
-    let score = |score: flowrun_lm::stats::LabelScore| LabelScore {
-        label: score.label,
-        n: score.n,
-        precision: score.precision,
-        recall: score.recall,
-        f1: score.f1,
-    };
-    let scores = Confusion::new(labels, pairs).per_label();
-    scores.into_iter().map(score).collect()
 }
 
 fn leakage(overlap: Option<&Overlap>, score: &ProgramScore) -> Leakage {

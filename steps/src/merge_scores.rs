@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
 use flowrun_lm::calibration::calibration;
-use flowrun_lm::stats::wilson95;
+use flowrun_lm::stats::{Confusion, wilson95};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::evaluate::{comparison, label_scores, macro_f1, outcome};
+use crate::evaluate::{comparison, macro_f1, outcome};
 use crate::rows::{read_json, write_json};
 use crate::schema_of;
 use crate::scores::{Leakage, ProgramScore, Scores};
@@ -145,7 +145,7 @@ fn finish(program: &mut ProgramScore, labels: &[String]) {
     program.interval = wilson95(program.correct, program.n);
     let pairs = program.rows.iter();
     let pairs = pairs.map(|row| (row.gold.as_str(), row.predicted.as_deref()));
-    program.per_label = label_scores(labels, pairs);
+    program.per_label = Confusion::new(labels, pairs).per_label();
     program.macro_f1 = macro_f1(&program.per_label);
     let sure = program.rows.iter();
     let sure = sure.filter_map(|row| Some((f64::from(row.confidence?), row.correct)));

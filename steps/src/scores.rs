@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use flowrun_lm::calibration::Calibration;
+use flowrun_lm::stats::LabelScore;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -66,22 +67,6 @@ impl Leakage {
     pub(crate) fn is_clean(&self) -> bool {
         self.known && self.trained + self.selected + self.taught + self.same_text == 0
     }
-}
-
-/// How well one label was told from the others; shares from 0 to 1.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LabelScore {
-    /// The label.
-    pub label: String,
-    /// Rows that have it.
-    pub n: u64,
-    /// Of the rows given it, the share that has it.
-    pub precision: f64,
-    /// Of the rows that have it, the share that was given it.
-    pub recall: f64,
-    /// Harmonic mean of the two.
-    pub f1: f64,
 }
 
 /// How a model did with one program.

@@ -6,6 +6,7 @@
 use std::cmp::Ordering;
 
 use flowrun_lm::calibration::ReliabilityBin;
+use flowrun_lm::stats::LabelScore;
 use serde::Serialize;
 
 use super::data::{CostRow, ErrorRow, Report, TestScore};
@@ -359,7 +360,7 @@ fn comparison_rows(report: &Report, names: &[&str], mark: &str) -> Vec<Compariso
 fn label_rows(report: &Report) -> Vec<LabelRow> {
     let mut labels: Vec<_> = report.per_label.iter().collect();
     labels.sort_by(|a, b| a.f1.total_cmp(&b.f1).then_with(|| a.label.cmp(&b.label)));
-    let row = |score: &super::data::LabelScore| LabelRow {
+    let row = |score: &LabelScore| LabelRow {
         label: score.label.clone(),
         n: score.n,
         precision: percent(score.precision),
