@@ -134,11 +134,6 @@ impl Optimizer for InstructionSearch<'_> {
         session: &Session<'_>,
     ) -> Result<Compiled, OptimizeError> {
         let valset = valset.unwrap_or(trainset);
-        let tell = |progress| {
-            if let Some(on_progress) = session.on_progress {
-                on_progress(progress);
-            }
-        };
         let (first, key) = self.evaluate(student, valset, session, 0)?;
         let mut found = Found {
             student,
@@ -161,7 +156,7 @@ impl Optimizer for InstructionSearch<'_> {
         let total = self.settings.rounds;
         for round in 0..total {
             let seed = i64::try_from(round + 1).unwrap_or(i64::MAX);
-            tell(Progress::Candidate {
+            session.tell(Progress::Candidate {
                 seed,
                 done: round,
                 total,
@@ -178,10 +173,10 @@ impl Optimizer for InstructionSearch<'_> {
                 break;
             }
             let became = self.round(round, parent, &batch, valset, session, &mut found)?;
-            tell(Progress::Proposed { seed, became });
+            session.tell(Progress::Proposed { seed, became });
             if became == Proposed::Scored {
                 let score = |at: usize| found.members[at].result.score;
-                tell(Progress::Scored {
+                session.tell(Progress::Scored {
                     seed,
                     score: score(found.members.len() - 1),
                     best: score(found.best),
@@ -296,9 +291,10 @@ impl InstructionSearch<'_> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::lm::{Completion, FinishReason, LmError, OnAnswer, Request};
+    use crate::lm::{Completion, LmError, OnAnswer, Request};
     use crate::metric::MetricKind;
     use crate::program::ProgramSpec;
+    use crate::testing::{answer_each, completion};
     use std::sync::Mutex;
 
     /// Answers `a` unless the instructions say what `b` is; as a proposer, gives what is said.
@@ -315,9 +311,9 @@ mod tests {
         fn complete(
             &self,
             requests: &[Request],
-            _: &OnAnswer<'_>,
+            on_answer: &OnAnswer<'_>,
         ) -> Vec<Result<Completion, LmError>> {
-            let answer = |request: &Request| {
+            answer_each(requests, on_answer, |request| {
                 let (first, last) = (&request.messages[0], request.messages.last().unwrap());
                 let text = if first.content.starts_with("You improve") {
                     self.asked.lock().unwrap().push(first.content.clone());
@@ -327,16 +323,8 @@ mod tests {
                 } else {
                     "a"
                 };
-                Ok(Completion {
-                    text: text.to_owned(),
-                    finish: FinishReason::Stop,
-                    prompt_tokens: 1,
-                    completion_tokens: 1,
-                    choice_probs: None,
-                    cached: false,
-                })
-            };
-            requests.iter().map(answer).collect()
+                Ok(completion(text))
+            })
         }
     }
 
