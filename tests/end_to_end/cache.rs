@@ -154,7 +154,15 @@ fn a_run_that_ends_keeps_the_cache_within_its_bounds() {
     assert!(!plan("a").contains("nothing to do"));
     // Old things go by age, whatever the size.
     let old = SystemTime::now() - Duration::from_secs(3 * 86_400);
-    let gc = ["cache", "gc", "--keep-runs", "0", "--max-age", "1d", "--json"];
+    let gc = [
+        "cache",
+        "gc",
+        "--keep-runs",
+        "0",
+        "--max-age",
+        "1d",
+        "--json",
+    ];
     let aged = project.run(&gc).ok();
     assert_eq!(aged.events()[0]["results"], 0, "all was used today");
     for file in files(&project, "actions")
