@@ -10,10 +10,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::evaluate::{comparison, macro_f1, outcome};
 use crate::rows::{read_json, write_json};
 use crate::schema_of;
-use crate::scores::{Leakage, ProgramScore, Scores};
+use crate::scores::{Leakage, PairedTest, ProgramScore, Scores, macro_f1};
 
 /// The step kind.
 pub(crate) struct MergeScores;
@@ -58,7 +57,7 @@ impl Step for MergeScores {
         let parts: Result<Vec<Scores>, StepError> = parts.map(|p| read_json(&p.path)).collect();
         let scores = merged(parts?)?;
         write_json(&ctx.output("scores"), &scores)?;
-        Ok(outcome(&scores))
+        Ok(scores.outcome())
     }
 }
 
@@ -98,7 +97,7 @@ fn merged(parts: Vec<Scores>) -> Result<Scores, StepError> {
     for (program, labels) in all.programs.iter_mut().zip(&labels) {
         finish(program, labels);
     }
-    all.comparison = comparison(&all.programs);
+    all.comparison = PairedTest::of(&all.programs);
     Ok(all)
 }
 
