@@ -30,7 +30,7 @@ const OF_A_SERVER: usize = 4_096;
 const IN_A_BATCH: usize = 50_000;
 
 /// The step kind.
-pub struct Bootstrap;
+pub(crate) struct Bootstrap;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -15,7 +15,7 @@ use crate::rows::{read_json, read_rows};
 use crate::schema_of;
 
 /// The step kind.
-pub struct FitClassifier;
+pub(crate) struct FitClassifier;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -114,9 +114,7 @@ impl Server {
     }
 
     pub(crate) fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        let status = Command::new("kill").args([name, &pid]).status().unwrap();
-        assert!(status.success());
+        crate::processes::signal(name, self.pid());
     }
 
     /// Waits for its end; its exit code.
