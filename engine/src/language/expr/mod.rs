@@ -318,7 +318,7 @@ fn check_deferred(reference: &Reference<'_>, scope: &Scope) -> Result<(), ExprEr
         return Ok(());
     }
     let message = format!(
-        "`{}` depends on the item: it is known only in `with`, `env`, `run`, `publish` and `when`",
+        "`{}` depends on the item: it is known only in `with`, `env`, `run`, `publish`, `when` and the lists of `foreach`",
         reference.prefix(2)
     );
     Err(ExprError::new(reference.text, "unknown-variable", message))

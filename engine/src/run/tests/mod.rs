@@ -195,7 +195,7 @@ fn jobs_pools_and_max_parallel_bound_what_runs_at_once() {
     assert_eq!(peak_of(8, |s| s.pool = Some("one".into())), 1);
     assert_eq!(peak_of(8, |s| s.resources.gpu = 0.6), 1);
     let two = |s: &mut crate::pipeline::StepNode| {
-        s.foreach.as_mut().unwrap().max_parallel = Some(2);
+        s.level_mut().max_parallel = Some(2);
     };
     assert!(peak_of(8, two) <= 2);
 }
