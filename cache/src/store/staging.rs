@@ -1,10 +1,11 @@
 //! [`Staging`]: artifacts beside the places where they are wanted, until all of them are there.
 //! Then only names change.
 //!
-//! Invariant: until [`Staged::put`] nothing at the places is touched, and what was not put is
-//! gone with the staging.
+//! Invariant: until [`Staged::put`] nothing at the places is touched, what was put can be taken
+//! back ([`Placed::undo`]), and what was not put is gone with the staging.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
@@ -80,6 +81,14 @@ impl<'a> Staging<'a> {
     }
 }
 
+/// An artifact in its place, and what was there before aside; as long as the staging lives.
+#[derive(Debug)]
+pub struct Placed {
+    new: PathBuf,
+    old: Option<PathBuf>,
+    dest: PathBuf,
+}
+
 impl Staged {
     /// Its place.
     #[must_use]
@@ -87,25 +96,66 @@ impl Staged {
         &self.dest
     }
 
-    /// Puts it there. What was there is replaced.
+    /// Puts it there. What was there is replaced; it is gone when the staging is.
     ///
     /// # Errors
     /// When it cannot; what was there is then as it was.
-    pub fn put(self) -> Result<(), CacheError> {
+    pub fn put(self) -> Result<Placed, CacheError> {
         let dest = &self.dest;
-        // A folder cannot be renamed over a folder: the old one steps aside first.
-        let aside = dest.is_dir();
+        let outside = |e| CacheError::outside(dest, e);
+        let is_folder = match dest.symlink_metadata() {
+            Ok(meta) => Some(meta.is_dir()),
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            Err(e) => return Err(outside(e)),
+        };
+        // A file takes the place of another at once. A folder cannot be renamed over anything, nor
+        // can every file system link: then the old one steps aside first.
+        let over = is_folder == Some(false)
+            && self.kind == ArtifactKind::File
+            && std::fs::hard_link(dest, &self.old).is_ok();
+        let aside = is_folder.is_some() && !over;
         if aside {
-            std::fs::rename(dest, &self.old).map_err(|e| CacheError::outside(dest, e))?;
-        } else if self.kind == ArtifactKind::Tree && dest.exists() {
-            std::fs::remove_file(dest).map_err(|e| CacheError::outside(dest, e))?;
+            std::fs::rename(dest, &self.old).map_err(outside)?;
         }
-        std::fs::rename(&self.new, dest).map_err(|e| {
+        if let Err(e) = std::fs::rename(&self.new, dest) {
             if aside {
                 // It would go with the folder that it lies in.
                 let _ = std::fs::rename(&self.old, dest);
             }
-            CacheError::outside(dest, e)
+            return Err(outside(e));
+        }
+        Ok(Placed {
+            new: self.new,
+            old: is_folder.map(|_| self.old),
+            dest: self.dest,
         })
+    }
+}
+
+impl Placed {
+    /// Its place.
+    #[must_use]
+    pub fn dest(&self) -> &Path {
+        &self.dest
+    }
+
+    /// Takes it away again, and puts back what was there.
+    ///
+    /// # Errors
+    /// When that cannot be.
+    pub fn undo(self) -> Result<(), CacheError> {
+        let dest = &self.dest;
+        let outside = |e| CacheError::outside(dest, e);
+        // At once where one name may take the place of the other.
+        if let Some(old) = &self.old
+            && std::fs::rename(old, dest).is_ok()
+        {
+            return Ok(());
+        }
+        std::fs::rename(dest, &self.new).map_err(outside)?;
+        match &self.old {
+            Some(old) => std::fs::rename(old, dest).map_err(outside),
+            None => Ok(()),
+        }
     }
 }

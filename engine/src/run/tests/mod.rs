@@ -5,6 +5,7 @@ mod cached;
 mod damage;
 mod failure;
 mod fan_out;
+mod publishing;
 mod random;
 mod shell;
 
