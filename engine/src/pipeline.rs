@@ -1,7 +1,7 @@
 //! [`Pipeline`]: a checked pipeline, with every name resolved. Made by
 //! checking a file, taken by planning and running. Knows no YAML.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -101,6 +101,10 @@ pub struct StepNode {
     pub key_params: Value,
     /// Input port to its sources, in order.
     pub inputs: BTreeMap<String, Vec<Source>>,
+    /// Of a command: input ports that are lists, also where one artifact alone comes. A step kind
+    /// says so itself.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub lists: BTreeSet<String>,
     /// Output ports (for `run`: as declared by `out`, type `file`).
     pub outputs: Vec<Port>,
     /// For `run`: output port to its path under `out/`.

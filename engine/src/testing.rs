@@ -1,6 +1,6 @@
 //! Toy steps, pipelines and a bench to run them on, for tests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -141,6 +141,7 @@ pub(crate) fn uses(name: &str, step: Arc<dyn Step>) -> StepNode {
         params: json!({}),
         key_params: json!({}),
         inputs: BTreeMap::new(),
+        lists: BTreeSet::new(),
         out_paths: BTreeMap::new(),
         needs: Vec::new(),
         foreach: None,

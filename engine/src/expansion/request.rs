@@ -123,7 +123,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
     }
 
     fn port(&self, port: &str, sources: &[Source], item: &Item) -> Result<PortInputs, StepError> {
-        let mut list = sources.len() > 1;
+        let mut list = sources.len() > 1 || self.node.lists.contains(port);
         if let Action::Uses(step) = &self.node.action {
             list = step.inputs().iter().any(|p| p.name == port && p.many);
         }

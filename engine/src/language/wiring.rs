@@ -1,7 +1,7 @@
 //! What a step reads and waits for: `in`, `foreach` and `needs`, with the types of
 //! the ports at both ends. Knows nothing of params.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::definition::{INPUTS, Use, around, walker};
 use super::draft::Draft;
@@ -20,6 +20,8 @@ use crate::step::Port;
 pub(crate) struct Wiring {
     /// Input port to its sources.
     pub(crate) inputs: BTreeMap<String, Vec<Source>>,
+    /// Ports of a command that are lists, whatever comes.
+    pub(crate) lists: BTreeSet<String>,
     /// Fan-out.
     pub(crate) foreach: Option<Foreach>,
     /// Steps to finish first.
@@ -149,6 +151,10 @@ impl Wirer<'_, '_> {
             if supplies.is_empty() && !self.scope.is_empty() {
                 // An input of the definition that this use leaves out.
                 continue;
+            }
+            // The use of a definition may give one artifact to an input that takes a list.
+            if self.step.is_run() && supplies.iter().any(|s| s.many) {
+                self.wiring.lists.insert(name.clone());
             }
             let sources = supplies.into_iter().map(|s| s.source).collect();
             self.wiring.inputs.insert(name.clone(), sources);
