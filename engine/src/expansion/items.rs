@@ -248,12 +248,15 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
         let filled = (self.expressions.resolve_item)(list, &around.names.values);
         let filled = filled
             .map_err(|e| StepError::invalid(format!("`foreach` of `{name}`, `{var}`: {e}")))?;
-        if let Value::Array(values) = filled {
-            return Ok(values.into_iter().map(Bound::Value).collect());
+        match filled {
+            Value::Array(values) => Ok(values.into_iter().map(Bound::Value).collect()),
+            other => {
+                let item = around.label.as_deref().unwrap_or_default();
+                let text =
+                    format!("`{name}` walks `{var}`, which is `{other}` for the item `{item}`");
+                Err(StepError::invalid(text).help("a `foreach` walks a list"))
+            }
         }
-        let item = around.label.as_deref().unwrap_or_default();
-        let text = format!("`{name}` walks `{var}`, which is `{filled}` for the item `{item}`");
-        Err(StepError::invalid(text).help("a `foreach` walks a list"))
     }
 
     /// The label of an item within the one around: of its first artifact, else its first value;
