@@ -152,8 +152,10 @@ impl Wirer<'_, '_> {
                 // An input of the definition that this use leaves out.
                 continue;
             }
-            // The use of a definition may give one artifact to an input that takes a list.
-            if self.step.is_run() && supplies.iter().any(|s| s.many) {
+            // A list of one; or an input that takes one, to which the use of a definition gives one
+            // artifact.
+            let is_list = entry.value.as_list().is_some() || supplies.iter().any(|s| s.many);
+            if is_list && self.step.is_run() {
                 self.wiring.lists.insert(name.clone());
             }
             let sources = supplies.into_iter().map(|s| s.source).collect();

@@ -121,6 +121,9 @@ steps:
         assert!(inputs["parts"].list && !inputs["one"].list, "{parts}");
         assert_eq!(inputs["parts"].entries.len(), count, "{parts}");
     }
+    let main = "steps:\n  a: { run: 'echo > $o', out: { o: o } }\n  b: { run: 'cat $x $y/*', in: { x: a.o, y: [a.o] } }\n";
+    let pipeline = load(&[("main.yaml", main)]);
+    assert_eq!(Vec::from_iter(&step(&pipeline, "b").lists), ["y"]);
 }
 
 #[test]
