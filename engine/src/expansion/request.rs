@@ -46,12 +46,6 @@ pub(crate) enum Entry {
     File(PathBuf),
 }
 
-impl From<(Artifact, String)> for Entry {
-    fn from((artifact, label): (Artifact, String)) -> Self {
-        Self::Artifact { artifact, label }
-    }
-}
-
 impl ActionRequest {
     /// Would do the same work.
     pub(crate) fn same_work(&self, other: &Self) -> bool {
@@ -128,10 +122,19 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
             list = step.inputs().iter().any(|p| p.name == port && p.many);
         }
         let mut entries = Vec::new();
+        // One artifact by itself is what the port says: how the output is called that gives it is
+        // nothing to the step, and in no key.
+        let entry = |(artifact, label): (Artifact, String), list: bool| Entry::Artifact {
+            artifact,
+            label: if list { label } else { port.to_owned() },
+        };
         for source in sources {
             match source {
                 Source::File(path) => entries.push(Entry::File(path.clone())),
-                Source::Item(var) => entries.push(self.artifact_of(var, item)?.into()),
+                Source::Item(var) => {
+                    let (artifact, label) = self.artifact_of(var, item)?;
+                    entries.push(Entry::Artifact { artifact, label });
+                }
                 Source::Output { step, output } | Source::Sibling { step, output, .. }
                     if self.node.may_lack(port) && self.made.record(step, output).is_none() => {}
                 Source::Output { step, output } => {
@@ -139,7 +142,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                         list = true;
                     }
                     let elements = self.elements(std::slice::from_ref(source), item)?;
-                    entries.extend(elements.into_iter().map(Entry::from));
+                    entries.extend(elements.into_iter().map(|found| entry(found, list)));
                 }
                 Source::Sibling {
                     step,
@@ -153,7 +156,7 @@ impl<F: Fn(&str, &str) -> Option<OutputRecord>> Expansion<'_, F> {
                     if found.is_empty() && !many && !self.node.may_lack(port) {
                         return Err(self.not_made(step, output));
                     }
-                    entries.extend(found.into_iter().map(Entry::from));
+                    entries.extend(found.into_iter().map(|found| entry(found, list)));
                 }
             }
         }

@@ -161,7 +161,7 @@ fn each_item_reads_what_was_made_of_it_at_its_level() {
         "{}",
         command(&cut[3])
     );
-    assert!(reads(&cut[3], "piece", "5/b", "b") && reads(&cut[3], "rows", "one", "train"));
+    assert!(reads(&cut[3], "piece", "5/b", "b") && reads(&cut[3], "rows", "one", "rows"));
     let mark = expanded(&pipeline, "outer/inner/mark").unwrap();
     assert_eq!(mark.len(), 4);
     assert!(reads(&mark[2], "head", "5/a", "head") && !mark[2].inputs["head"].list);

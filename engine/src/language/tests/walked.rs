@@ -190,7 +190,7 @@ fn each_item_reads_what_was_made_of_it_and_its_own_params() {
         panic!("one artifact");
     };
     assert_eq!(*read, artifact("5"));
-    assert_eq!(label, "train", "as a step that is not walked would see it");
+    assert_eq!(label, "rows", "as a step that is not walked would see it");
     assert!(!counts[1].inputs["rows"].list);
 }
 

@@ -87,7 +87,7 @@ fn a_step_sees_what_finished_before_it() {
         _ => None,
     });
     let seen = std::fs::read_to_string(path.unwrap()).unwrap();
-    assert_eq!(seen, "a cached 5, b ran 12");
+    assert_eq!(seen, "a cached 5, b ran 10");
     assert_eq!(ran.summary.steps.len(), 3);
 }
 
