@@ -7,7 +7,7 @@
 //! | kind, its version, the command text | `kind`, `kind_version`, `command` |
 //! | project files that the command text names | `files` |
 //! | resolved params, models, programs | `params` (less URLs and keys) |
-//! | inputs | `inputs`: content digests, labels the step can see |
+//! | inputs | `inputs`: content digests, labels the step can see, whether it is a folder |
 //! | facts about the outside world that a kind depends on | `observed` |
 //! | declared environment | `env` |
 //! | step name, paths, times, host, retry, resources, runner, secrets | nowhere |
@@ -65,6 +65,9 @@ pub struct InputKey {
     /// The artifact's label, where the step can see it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
+    /// It is a folder: a file may hold the same bytes as the list of a folder's files.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub folder: bool,
 }
 
 impl ActionManifest {
@@ -195,6 +198,9 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
         return format!("input `{port}` was {word}");
     };
     if let ([a], [b]) = (old.as_slice(), new.as_slice()) {
+        if a.get("digest") == b.get("digest") && a.get("folder") != b.get("folder") {
+            return format!("input `{port}`: {} → {}", shape(a), shape(b));
+        }
         if a.get("digest") == b.get("digest") {
             return format!("input `{port}`: {} → {}", label(a), label(b));
         }
@@ -234,6 +240,13 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
     format!("input `{port}`: {}{more}", named.join(", "))
 }
 
+fn shape(input: &Value) -> &'static str {
+    match input.get("folder").and_then(Value::as_bool) {
+        Some(true) => "a folder",
+        _ => "a file",
+    }
+}
+
 fn label(input: &Value) -> String {
     let text = input.get("label").and_then(Value::as_str);
     text.unwrap_or_default().to_owned()
@@ -271,6 +284,7 @@ mod tests {
         InputKey {
             digest: Digest::of_bytes(bytes.as_bytes()),
             label: label.map(str::to_owned),
+            folder: false,
         }
     }
 
@@ -374,6 +388,23 @@ mod tests {
             gone,
             ["file `a.sh` is gone, or the command names it no more"]
         );
+    }
+
+    #[test]
+    fn a_folder_is_no_file_whatever_bytes_stand_for_it() {
+        let folder = InputKey {
+            folder: true,
+            ..input("a", None)
+        };
+        assert_eq!(
+            changed(|m| drop(m.inputs.insert("messages".into(), vec![folder]))),
+            ["input `messages`: a file → a folder"]
+        );
+        let mut other = manifest();
+        if let Some(inputs) = other.inputs.get_mut("messages") {
+            inputs[0].folder = true;
+        }
+        assert_ne!(manifest().key(), other.key());
     }
 
     #[test]
