@@ -4,9 +4,11 @@
 //! Invariant: until [`Staged::put`] nothing at the places is touched, what was put can be taken
 //! back ([`Placed::undo`]), and what was not put is gone with the staging.
 
-use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::TempDir;
 
@@ -15,12 +17,17 @@ use super::place::Placement;
 use crate::artifact::{Artifact, ArtifactKind};
 use crate::error::CacheError;
 
+/// What the name of a folder begins with in which something is staged.
+const PREFIX: &str = ".flowrun-";
+/// A file in it, locked as long as somebody stages there.
+const HELD: &str = "held";
+
 /// Where artifacts lie until they are put.
 #[derive(Debug)]
 pub struct Staging<'a> {
     store: &'a ArtifactStore,
     /// For each folder that places lie in, one within it: names change only within a file system.
-    folders: BTreeMap<PathBuf, TempDir>,
+    folders: BTreeMap<PathBuf, Folder>,
     count: usize,
 }
 
@@ -60,14 +67,10 @@ impl<'a> Staging<'a> {
             .filter(|p| !p.as_os_str().is_empty())
             .unwrap_or(Path::new("."));
         if !self.folders.contains_key(folder) {
-            std::fs::create_dir_all(folder).map_err(|e| CacheError::outside(folder, e))?;
-            let staging = tempfile::Builder::new()
-                .prefix(".flowrun-")
-                .tempdir_in(folder)
-                .map_err(|e| CacheError::outside(folder, e))?;
+            let staging = Folder::within(folder).map_err(|e| CacheError::outside(folder, e))?;
             self.folders.insert(folder.to_owned(), staging);
         }
-        let staging = self.folders[folder].path();
+        let staging = self.folders[folder].dir.path();
         let staged = Staged {
             new: staging.join(format!("new-{}", self.count)),
             old: staging.join(format!("old-{}", self.count)),
@@ -158,4 +161,54 @@ impl Placed {
             None => Ok(()),
         }
     }
+}
+
+/// A folder in which something is staged; gone with all that is left in it when it is dropped.
+#[derive(Debug)]
+struct Folder {
+    dir: TempDir,
+    /// Where a file system has no locks, what a kill leaves behind stays.
+    _held: Option<File>,
+}
+
+impl Folder {
+    fn within(folder: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        sweep(folder);
+        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(folder)?;
+        let held = hold(dir.path()).ok();
+        Ok(Self { dir, _held: held })
+    }
+}
+
+/// Marks a folder as in use, as long as the file is open.
+fn hold(staging: &Path) -> io::Result<File> {
+    let young = staging.join("young");
+    let file = File::create(&young)?;
+    file.lock()?;
+    // It is found only when it is locked.
+    std::fs::rename(young, staging.join(HELD))?;
+    Ok(file)
+}
+
+/// Removes what programs that were killed staged in a folder. Each program looks once.
+fn sweep(folder: &Path) {
+    static SWEPT: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let mut swept = SWEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    if !swept.insert(folder.to_owned()) {
+        return;
+    }
+    drop(swept);
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_left(&entry.path()) {
+            // What stays is in nobody's way.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Whoever staged there is gone.
+fn is_left(staging: &Path) -> bool {
+    File::open(staging.join(HELD)).is_ok_and(|file| file.try_lock().is_ok())
 }

@@ -314,3 +314,26 @@ fn what_cannot_be_put_leaves_its_place_as_it_was() {
     }
     assert_eq!(std::fs::read_to_string(folder.join("in")).unwrap(), "old");
 }
+
+#[test]
+fn what_was_staged_by_a_program_that_was_killed_is_removed() {
+    let (dir, store) = store();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "new").unwrap();
+    let artifact = store.put_path(&file).unwrap();
+    let project = dir.path().join("project");
+    let staging = |name: &str| project.join(format!(".flowrun-{name}"));
+    for name in ["dead", "alive", "unknown"] {
+        std::fs::create_dir_all(staging(name)).unwrap();
+        std::fs::write(staging(name).join("new-0"), "half").unwrap();
+    }
+    File::create(staging("dead").join("held")).unwrap();
+    let held = File::create(staging("alive").join("held")).unwrap();
+    held.lock().unwrap();
+    store.materialize(&artifact, &project.join("dest")).unwrap();
+    assert!(!staging("dead").exists());
+    assert!(staging("alive").join("new-0").exists());
+    assert!(staging("unknown").join("new-0").exists());
+    let names = std::fs::read_dir(&project).unwrap().count();
+    assert_eq!(names, 3, "nothing else is left");
+}
