@@ -36,5 +36,5 @@ pub use lock::LockWait;
 pub use remote::{RemoteCache, RemoteError, RemoteOptions};
 pub use removal::{Removal, Remover};
 pub use stamp::FileStamp;
-pub use store::{ArtifactStore, Lent, Staged, Staging};
+pub use store::{ArtifactStore, Lent, Placed, Staged, Staging};
 pub use survey::{Share, Survey};

@@ -92,7 +92,7 @@ impl PlanSource {
                     Some(ForeachList::Artifacts(sources)) => {
                         sources.iter().map(|s| Self::one(step, s)).collect()
                     }
-                    Some(ForeachList::Values(_)) | None => Vec::new(),
+                    Some(ForeachList::Values(_) | ForeachList::PerItem(_)) | None => Vec::new(),
                 };
                 Self::Item(var.clone(), walked)
             }

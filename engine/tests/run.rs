@@ -1,7 +1,7 @@
 //! Shell steps through the whole run: cache, early cutoff, forcing, failure.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -24,6 +24,7 @@ fn shell(name: &str, command: &str, inputs: &[(&str, Source)]) -> StepNode {
             .iter()
             .map(|(p, s)| ((*p).to_owned(), vec![s.clone()]))
             .collect(),
+        lists: BTreeSet::new(),
         outputs: vec![Port::new("out", "file", "")],
         out_paths: BTreeMap::from([("out".to_owned(), "result.txt".to_owned())]),
         needs: vec![],

@@ -339,6 +339,7 @@ fn step_node(
         params,
         key_params,
         inputs: wiring.inputs,
+        lists: wiring.lists,
         outputs: draft.outputs.clone().unwrap_or_default(),
         out_paths,
         needs: wiring.needs,

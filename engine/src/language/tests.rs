@@ -5,6 +5,7 @@ mod conditions;
 mod definitions;
 mod files;
 mod hooks;
+mod nested;
 mod runners;
 mod tracking;
 mod walked;
@@ -238,7 +239,7 @@ fn a_good_file_is_resolved() {
         evaluate.inputs["adapter"],
         [Source::Item("checkpoint".into())]
     );
-    let walked = &evaluate.foreach.as_ref().unwrap().vars["checkpoint"];
+    let walked = &evaluate.foreach.as_ref().unwrap().levels[0].vars["checkpoint"];
     assert!(matches!(walked, ForeachList::Artifacts(sources) if sources.len() == 2));
     assert_eq!(step("notify").publish["receipt"], "results/receipt.json");
 }

@@ -127,6 +127,9 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
         return format!("input `{port}` was {word}");
     };
     if let ([a], [b]) = (old.as_slice(), new.as_slice()) {
+        if a.get("digest") == b.get("digest") && a.get("folder") != b.get("folder") {
+            return format!("input `{port}`: {} → {}", shape(a), shape(b));
+        }
         if a.get("digest") == b.get("digest") {
             return format!("input `{port}`: {} → {}", label(a), label(b));
         }
@@ -166,6 +169,13 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
     format!("input `{port}`: {}{more}", named.join(", "))
 }
 
+fn shape(input: &Value) -> &'static str {
+    match input.get("folder").and_then(Value::as_bool) {
+        Some(true) => "a folder",
+        _ => "a file",
+    }
+}
+
 fn label(input: &Value) -> String {
     let text = input.get("label").and_then(Value::as_str);
     text.unwrap_or_default().to_owned()
@@ -195,6 +205,7 @@ mod tests {
         InputKey {
             digest: Digest::of_bytes(bytes.as_bytes()),
             label: label.map(str::to_owned),
+            folder: false,
         }
     }
 
@@ -298,6 +309,23 @@ mod tests {
             gone,
             ["file `a.sh` is gone, or the command names it no more"]
         );
+    }
+
+    #[test]
+    fn a_folder_is_no_file_whatever_bytes_stand_for_it() {
+        let folder = InputKey {
+            folder: true,
+            ..input("a", None)
+        };
+        assert_eq!(
+            changed(|m| drop(m.inputs.insert("messages".into(), vec![folder]))),
+            ["input `messages`: a file → a folder"]
+        );
+        let mut other = manifest();
+        if let Some(inputs) = other.inputs.get_mut("messages") {
+            inputs[0].folder = true;
+        }
+        assert_ne!(manifest().key(), other.key());
     }
 
     #[test]

@@ -38,7 +38,7 @@ use crate::step::World;
 use crate::tracking::Tracking;
 
 /// Version of the file. Another one on disk is as good as none.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Folder in the cache.
 const FOLDER: &str = "premises";
 /// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.

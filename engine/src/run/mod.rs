@@ -6,6 +6,7 @@
 //! | `scheduler` | which action is next; owns all state of a run | files, processes |
 //! | `state` | how far each step and item is | who changes it |
 //! | `room` | whether there is room for one more | what it is for |
+//! | `together` | whether one more item of a fan-out may run (`max_parallel`) | other steps |
 //! | `worker` | one action: look it up, or run it and store what it made | other actions |
 //! | `reporter` | what a step says, as events and log lines | the scheduler |
 
@@ -13,6 +14,7 @@ mod reporter;
 mod room;
 mod scheduler;
 mod state;
+mod together;
 mod worker;
 
 #[cfg(test)]

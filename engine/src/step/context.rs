@@ -19,7 +19,7 @@ pub struct InputArtifact {
     pub path: PathBuf,
     /// Content digest.
     pub digest: Digest,
-    /// Label within a list (`epoch-2`), else the producing output's name.
+    /// Label of an item (`epoch-2`); in a list of outputs the output's name, else the port's.
     pub label: String,
 }
 

@@ -4,7 +4,7 @@
 //! all it started, and its peak memory. Where `ninja` is installed, it does the same
 //! work beside it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -293,6 +293,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         params: json!({ "number": i }),
         key_params: json!({ "number": i }),
         inputs: BTreeMap::new(),
+        lists: BTreeSet::new(),
         outputs: step.outputs(),
         out_paths: BTreeMap::new(),
         needs: Vec::new(),

@@ -9,6 +9,7 @@ use crate::dag::{data_predecessors, required_predecessors};
 use crate::event::RunEvent;
 use crate::pipeline::{Pipeline, StepNode};
 use crate::premises::Changed;
+use crate::run::together::Together;
 use crate::run::worker::Worker;
 use crate::run::{Outputs, RunOptions};
 use crate::step::StepError;
@@ -40,7 +41,7 @@ impl Scheduler {
             items: Vec::new(),
             left: 0,
             busy: 0,
-            running: 0,
+            together: Together::default(),
             stalled: false,
             kept: true,
             outputs: Outputs::new(),

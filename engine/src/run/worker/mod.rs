@@ -8,6 +8,7 @@
 mod inputs;
 mod jobs;
 mod outputs;
+mod publishing;
 mod watchdog;
 mod workplace;
 
