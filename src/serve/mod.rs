@@ -13,6 +13,7 @@
 //! | `files` | `/v1/files` |
 //! | `batches` | `/v1/batches`: answers files of requests |
 //! | `fine_tuning` | `/v1/fine_tuning/…`: trains adapters of the model |
+//! | `orders` | what was ordered: batches, jobs |
 //! | `kept`, `turn` | what outlives the server; which server goes on with it |
 //! | `list` | lists in OpenAI's shape |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
@@ -29,6 +30,7 @@ mod listener;
 mod metrics;
 mod openai;
 mod openapi;
+mod orders;
 mod predict;
 mod problem;
 mod question;

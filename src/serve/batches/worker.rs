@@ -29,9 +29,8 @@ const ANSWERS: &str = "batch_output";
 /// Times that a batch is begun at most before one of its requests is answered: one that ends the
 /// server each time is not begun for ever.
 const STARTS: u32 = 3;
-/// How often, and after which wait, the answers of a batch that failed are put together, until it
-/// succeeds: a full disk may have been what it failed for.
-const TRIES: u32 = 10;
+/// After this the answers of a batch that failed are put together again, until it succeeds: a full
+/// disk may have been what it failed for.
 const AGAIN: Duration = Duration::from_secs(30);
 
 /// How the answering of a batch ended.
@@ -89,7 +88,17 @@ pub(in crate::serve) async fn work(service: Arc<Service>, batches: Arc<Batches>)
         return;
     }
     loop {
-        let (batch, stop) = batches.queue.next().await;
+        let of = Arc::clone(&batches);
+        // One that is cut off here ends with the process.
+        let next = tokio::task::spawn_blocking(move || of.queue.next());
+        let (batch, stop) = match next.await {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!("this server answers no batches any more: {error}");
+                batches.let_go();
+                return;
+            }
+        };
         match answer(&service, &batches, &batch, &stop).await {
             Ok(Ending::Down) => {
                 tracing::warn!("the batch {} waits for the next server", batch.id);
@@ -99,7 +108,7 @@ pub(in crate::serve) async fn work(service: Arc<Service>, batches: Arc<Batches>)
             Ok(_) => {}
             Err(Broken(reasons)) => {
                 tracing::warn!("the batch {} failed: {}", batch.id, json!(reasons));
-                fail(&batches, &batch, reasons).await;
+                fail(&batches, &batch, &reasons, AGAIN).await;
             }
         }
         batches.queue.idle();
@@ -132,7 +141,8 @@ async fn answer(
     let (queue, files) = (&batches.queue, &batches.files);
     let paths = Paths::of(files, batch);
     let mut total = batch.counts.total;
-    if batch.status == Status::Validating {
+    // One that was cancelled before its requests were read has none yet.
+    if total == 0 {
         let (input, endpoint) = (paths.input.clone(), batch.endpoint);
         let surveyed = aside(move || Ok(lines::survey(&input, endpoint))).await?;
         total = surveyed.map_err(Broken)?;
@@ -227,36 +237,31 @@ async fn show(files: &Files, batch: &Batch, paths: &Paths) -> Result<Shown, Erro
     .await
 }
 
-/// Ends a batch that cannot be answered; what was answered is not lost.
-async fn fail(batches: &Batches, batch: &Batch, reasons: Vec<Value>) {
-    let mut saved = save(&batches.files, batch).await;
-    for _ in 1..TRIES {
-        let Err(error) = &saved else {
-            break;
-        };
-        tracing::warn!("the batch {}: {error}; its answers wait", batch.id);
-        tokio::time::sleep(AGAIN).await;
-        saved = save(&batches.files, batch).await;
+/// Ends a batch that cannot be answered, with the answers that it has. While these cannot be put
+/// together, or its end cannot be written, it has not ended: they stay on the disk, and the next
+/// server goes on with it. Others wait: a disk that is full would fail them too.
+async fn fail(batches: &Batches, batch: &Batch, reasons: &[Value], pause: Duration) {
+    while let Err(error) = end_failed(batches, batch, reasons).await {
+        tracing::warn!(
+            "the batch {} cannot be ended: {error}; its answers wait on the disk",
+            batch.id
+        );
+        tokio::time::sleep(pause).await;
     }
-    if let Err(error) = &saved {
-        tracing::error!("the answers of the batch {} are lost: {error}", batch.id);
-    }
-    change(&batches.queue, &batch.id, |batch| {
-        if let Ok((completed, failed, shown)) = saved {
-            batch.counts.completed = completed;
-            batch.counts.failed = failed;
-            batch.shown = shown;
-        }
-        batch.fail(reasons);
-    });
 }
 
-/// The numbers of answers and of errors, and which files have any.
-async fn save(files: &Files, batch: &Batch) -> Result<(usize, usize, Shown), Error> {
-    let paths = Paths::of(files, batch);
+async fn end_failed(batches: &Batches, batch: &Batch, reasons: &[Value]) -> Result<(), Error> {
+    let paths = Paths::of(&batches.files, batch);
     let (completed, failed) = named(&paths).await?;
-    let shown = show(files, batch, &paths).await?;
-    Ok((completed.len(), failed.len(), shown))
+    let shown = show(&batches.files, batch, &paths).await?;
+    tokio::task::block_in_place(|| {
+        batches.queue.try_change(&batch.id, |batch| {
+            batch.counts.completed = completed.len();
+            batch.counts.failed = failed.len();
+            batch.shown = shown;
+            batch.fail(reasons.to_vec());
+        })
+    })
 }
 
 /// Answers the requests that have no line yet.
@@ -306,7 +311,7 @@ async fn answer_rest(
         let file = if failed { &mut failures } else { &mut output };
         file.write_all(line.as_bytes()).await?;
         file.flush().await?;
-        batches.queue.count(&batch.id, failed);
+        tokio::task::block_in_place(|| batches.queue.count(&batch.id, failed));
     }
     reader.await.map_err(Error::other)??;
     Ok(Ending::Whole)
@@ -345,34 +350,72 @@ async fn answer_one(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::serve::orders::Order;
+
+    const WHOLE: &str = "{\"custom_id\": \"a\"}\n";
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(work)
+    }
+
+    /// The batches of a folder, one of them with an answer and the half of one.
+    fn cut_off(folder: &Path) -> (Batches, Batch) {
+        let batches = Batches::open(folder).unwrap();
+        let order = json!({"input_file_id": "file-1", "endpoint": "/v1/completions",
+            "completion_window": "24h"});
+        let order = serde_json::from_value(order).unwrap();
+        let batch = batches.queue.order(order, &batches.files).unwrap();
+        let output = batches.files.content(&batch.output);
+        // A full disk cut off the second line.
+        std::fs::write(output, format!("{WHOLE}{{\"custom_")).unwrap();
+        (batches, batch)
+    }
+
+    fn full() -> [Value; 1] {
+        [reason("server_error", "the disk is full", None)]
+    }
 
     #[test]
     fn a_batch_that_fails_shows_the_answers_that_it_has() {
         let dir = tempfile::tempdir().unwrap();
-        let batches = Batches::open(dir.path()).unwrap();
-        let order = json!({"input_file_id": "file-1", "endpoint": "/v1/completions",
-            "completion_window": "24h"});
-        let order = serde_json::from_value(order).unwrap();
-        let id = batches.queue.add(order, &batches.files).unwrap().id;
-        let batch = batches.queue.get(&id).unwrap();
-        let output = batches.files.content(&batch.output);
-        let whole = "{\"custom_id\": \"a\"}\n";
-        // A full disk cut off the second line.
-        std::fs::write(&output, format!("{whole}{{\"custom_")).unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
-        let reasons = vec![reason("server_error", "the disk is full", None)];
-        runtime.block_on(fail(&batches, &batch, reasons));
-        let batch = batches.queue.get(&id).unwrap();
+        let (batches, batch) = cut_off(dir.path());
+        block_on(fail(&batches, &batch, &full(), AGAIN));
+        let batch = batches.queue.get(&batch.id).unwrap();
         assert_eq!(batch.status, Status::Failed);
         assert_eq!((batch.counts.completed, batch.counts.failed), (1, 0));
         let object = batch.object();
         assert_eq!(object["output_file_id"], batch.output);
         assert_eq!(object["error_file_id"], Value::Null);
         assert!(batches.files.get(&batch.output).is_ok());
-        assert_eq!(std::fs::read_to_string(output).unwrap(), whole);
+        let output = std::fs::read_to_string(batches.files.content(&batch.output));
+        assert_eq!(output.unwrap(), WHOLE);
+    }
+
+    #[test]
+    fn one_whose_answers_cannot_be_shown_has_not_ended_until_they_can() {
+        let dir = tempfile::tempdir().unwrap();
+        let (batches, batch) = cut_off(dir.path());
+        // No file takes the place of a folder that has one.
+        let note = batches.files.content(&batch.output).with_extension("json");
+        std::fs::create_dir_all(note.join("in the way")).unwrap();
+        let pause = Duration::from_millis(1);
+        let reasons = full();
+        let clear = async {
+            let refused = end_failed(&batches, &batch, &reasons).await;
+            assert!(refused.is_err());
+            let kept = batches.queue.get(&batch.id).unwrap();
+            assert!(!kept.has_ended());
+            std::fs::remove_dir_all(&note).unwrap();
+        };
+        block_on(async { tokio::join!(fail(&batches, &batch, &reasons, pause), clear) });
+        let batch = batches.queue.get(&batch.id).unwrap();
+        assert_eq!(batch.status, Status::Failed);
+        assert!(batch.shown.output && batches.files.get(&batch.output).is_ok());
+        // So the next server has it.
+        drop(batches);
+        let batches = Batches::open(dir.path()).unwrap();
+        assert_eq!(batches.queue.get(&batch.id).unwrap().status, Status::Failed);
     }
 }

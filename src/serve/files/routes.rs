@@ -137,7 +137,7 @@ pub(in crate::serve) async fn files(
         after: listing.after,
         limit: listing.limit,
     };
-    Ok(page(all.iter().map(|file| json!(file)).collect(), &part))
+    page(all.iter().map(|file| json!(file)).collect(), &part)
 }
 
 /// `GET /v1/files/{id}`.
@@ -182,12 +182,21 @@ pub(in crate::serve) async fn file_content(
 
 /// `DELETE /v1/files/{id}`.
 pub(in crate::serve) async fn delete(State(service): Shared, Path(id): Path<String>) -> Answer {
-    let (of, batches) = (id.clone(), service.batches.clone());
+    let (of, needed) = (id.clone(), Arc::clone(&service));
     let deleted = with(&service, move |folders| {
-        if batches.is_some_and(|batches| batches.needs(&of)) {
+        let batches = needed.batches.as_ref();
+        let tuning = needed.fine_tuning.as_ref();
+        let by = if batches.is_some_and(|batches| batches.needs(&of)) {
+            Some("batch")
+        } else if tuning.is_some_and(|tuning| tuning.needs(&of)) {
+            Some("job")
+        } else {
+            None
+        };
+        if let Some(by) = by {
             let text = format!(
-                "a batch that has not ended answers the file `{of}`; cancel the batch, or wait \
-                 for its end"
+                "a {by} that has not ended needs the file `{of}`; cancel the {by}, or wait for \
+                 its end"
             );
             return Err(Problem::new(StatusCode::CONFLICT, text).code("file_in_use"));
         }

@@ -3,13 +3,13 @@
 use schemars::SchemaGenerator;
 use serde_json::{Map, Value, json};
 
-use super::jobs::Order;
+use super::jobs::JobOrder;
 use crate::serve::openapi::add;
 
 /// Adds them.
 pub(in crate::serve) fn describe(paths: &mut Map<String, Value>, types: &mut SchemaGenerator) {
     const JOBS: &str = "/v1/fine_tuning/jobs";
-    let order = types.subschema_for::<Order>().to_value();
+    let order = types.subschema_for::<JobOrder>().to_value();
     let order = json!({"application/json": {"schema": order}});
     add(paths, JOBS, "get", "The jobs", None);
     add(paths, JOBS, "post", "Trains an adapter", Some(order));
