@@ -11,6 +11,7 @@
 pub(super) mod openapi;
 mod routes;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use axum::http::StatusCode;
@@ -135,11 +136,18 @@ impl Files {
         serde_json::from_slice(&note).map_err(|_| missing())
     }
 
+    /// The note goes last: a content without one would stay for ever.
     fn delete(&self, id: &str) -> Result<(), Problem> {
         self.get(id)?;
-        std::fs::remove_file(self.note(id))
-            .and_then(|()| std::fs::remove_file(self.content(id)))
-            .map_err(|e| Problem::internal(e.to_string()))
+        for path in [self.content(id), self.note(id)] {
+            match std::fs::remove_file(path) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    return Err(Problem::internal(e.to_string()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Where a file's content lies.
@@ -170,6 +178,8 @@ mod tests {
             std::fs::write(dir.path().join(format!("{more}.json")), "{}").unwrap();
         }
         assert!(files.add("a", "batch", b"x", |_| Ok(())).is_err());
+        // What a kill left of an earlier try is deleted too.
+        std::fs::remove_file(files.content(&kept.id)).unwrap();
         files.delete(&kept.id).unwrap();
         assert!(files.get(&kept.id).is_err());
         files.add("a", "batch", b"x", |_| Ok(())).unwrap();
