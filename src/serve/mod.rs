@@ -343,6 +343,9 @@ async fn run(
     if let Some(batches) = &service.batches {
         batches.put_down();
     }
+    if let Some(tuning) = &service.fine_tuning {
+        tuning.put_down();
+    }
     if !finished && !global.quiet {
         eprintln!("stopped before every request was answered");
     }

@@ -89,6 +89,12 @@ impl FineTuning {
         })
     }
 
+    /// The server ends in good order: it is no fault of the job that is trained, and the next server
+    /// goes on with it.
+    pub(super) fn put_down(&self) {
+        self.jobs.put_down(|job| job.starts = 0);
+    }
+
     /// Whether a file's chats are those of a job that has not ended.
     pub(super) fn needs(&self, file: &str) -> bool {
         self.jobs.any_open(|job| job.training_file == file)
