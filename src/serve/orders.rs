@@ -27,6 +27,28 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Orders that have not ended, at most.
 const OPEN: usize = 100;
 
+/// What callers note of an order at most, as at OpenAI: entries, bytes of a name, bytes of a value.
+const NOTES: [usize; 3] = [16, 64, 512];
+
+/// What a caller noted of an order, if it is not too much.
+///
+/// # Errors
+/// 400 with the field.
+pub(super) fn metadata(
+    given: Option<BTreeMap<String, String>>,
+) -> Result<BTreeMap<String, String>, Problem> {
+    let given = given.unwrap_or_default();
+    let [most, name, value] = NOTES;
+    let fits = |(key, text): (&String, &String)| key.len() <= name && text.len() <= value;
+    if given.len() <= most && given.iter().all(fits) {
+        return Ok(given);
+    }
+    let text = format!(
+        "`metadata` has at most {most} entries, their names {name} bytes and their values {value}"
+    );
+    Err(Problem::bad(text).of("metadata"))
+}
+
 /// Something that is ordered.
 pub(super) trait Order: Clone + Serialize + DeserializeOwned {
     /// What one is called.
@@ -326,12 +348,13 @@ impl<T: Order> Orders<T> {
     /// What there is by now, whoever wrote it.
     fn fresh(&self) -> MutexGuard<'_, State<T>> {
         let mut state = self.state();
-        match state.mine {
-            true => self.find_new(&mut state),
-            false => match read_all(&self.folder, false) {
-                Ok(all) => state.all = all,
-                Err(failure) => tracing::warn!("{failure}"),
-            },
+        if state.mine {
+            self.find_new(&mut state);
+            return state;
+        }
+        match read_all(&self.folder, false) {
+            Ok(all) => state.all = all,
+            Err(failure) => tracing::warn!("{failure}"),
         }
         state
     }
@@ -519,6 +542,20 @@ mod tests {
 
     fn add(orders: &Orders<Errand>, created_at: u64) -> String {
         orders.add(errand(created_at), |_| Ok(())).unwrap().id
+    }
+
+    #[test]
+    fn what_callers_note_is_bounded() {
+        let one = |key: usize, text: usize| {
+            let note = ("k".repeat(key), "v".repeat(text));
+            metadata(Some(BTreeMap::from([note])))
+        };
+        assert_eq!(one(64, 512).unwrap().len(), 1);
+        assert!(metadata(None).unwrap().is_empty());
+        let many = (0..17).map(|at| (at.to_string(), String::new()));
+        for refused in [one(65, 1), one(1, 513), metadata(Some(many.collect()))] {
+            assert_eq!(refused.unwrap_err().body()["error"]["param"], "metadata");
+        }
     }
 
     #[test]

@@ -11,14 +11,12 @@ use tokio::sync::Notify;
 use crate::serve::files::Files;
 use crate::serve::kept::{new_id, now};
 use crate::serve::openai::Endpoint;
-use crate::serve::orders::Order;
+use crate::serve::orders::{Order, metadata};
 use crate::serve::problem::Problem;
 
 const PREFIX: &str = "batch_";
 /// The only window that is offered, and its seconds.
 const WINDOW: (&str, u64) = ("24h", 24 * 60 * 60);
-/// Metadata of a batch, as at OpenAI.
-const METADATA: usize = 16;
 
 /// What a caller asks for.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -119,10 +117,7 @@ impl BatchOrder {
             let text = format!("`completion_window` must be `{}`", WINDOW.0);
             return Err(Problem::bad(text).of("completion_window"));
         }
-        let metadata = self.metadata.unwrap_or_default();
-        if metadata.len() > METADATA {
-            return Err(Problem::bad(format!("at most {METADATA} metadata")).of("metadata"));
-        }
+        let metadata = metadata(self.metadata)?;
         let now = now();
         Ok(Batch {
             id: new_id(PREFIX),

@@ -26,6 +26,8 @@ pub(super) use routes::{delete, file, file_content, files, upload};
 pub(super) const FILE: usize = 64 << 20;
 /// Files of a folder at most.
 const MOST: usize = 1000;
+/// Bytes of a file's name at most.
+const NAME: usize = 255;
 const PREFIX: &str = "file-";
 
 /// A folder of files.
@@ -64,6 +66,10 @@ impl Files {
         bytes: &[u8],
         check: impl FnOnce(&Path) -> Result<(), Problem>,
     ) -> Result<FileObject, Problem> {
+        if filename.len() > NAME {
+            let text = format!("the name of a file has at most {NAME} bytes");
+            return Err(Problem::bad(text).of("file"));
+        }
         self.room(1).map_err(|problem| problem.of("file"))?;
         let id = Self::next_id();
         let path = self.content(&id);
@@ -171,6 +177,8 @@ mod tests {
         let files = Files::new(dir.path().to_owned());
         let refused = files.add("a", "batch", b"x", |_| Err(Problem::bad("no")));
         assert!(refused.is_err());
+        let long = "a".repeat(NAME + 1);
+        assert!(files.add(&long, "batch", b"x", |_| Ok(())).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         let kept = files.add("a", "batch", b"xyz", |_| Ok(())).unwrap();
         assert_eq!((kept.bytes, kept.purpose.as_str()), (3, "batch"));

@@ -10,14 +10,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::serve::kept::{new_id, now};
-use crate::serve::orders::{Order, Orders};
+use crate::serve::orders::{Order, Orders, metadata};
 use crate::serve::problem::Problem;
 
 const PREFIX: &str = "ftjob-";
 /// Characters of a suffix, as at OpenAI.
 const SUFFIX: usize = 64;
-/// Metadata of a job, as at OpenAI.
-const METADATA: usize = 16;
 /// Epochs that one job may take.
 const EPOCHS: usize = 100;
 /// Rows of a batch at most.
@@ -78,7 +76,7 @@ impl JobOrder {
             training_file: self.training_file,
             seed: self.seed.unwrap_or(0),
             suffix: self.suffix,
-            metadata: self.metadata.unwrap_or_default(),
+            metadata: metadata(self.metadata)?,
             fine_tuned_model: None,
             trained_tokens: None,
             error: None,
@@ -150,13 +148,6 @@ impl JobOrder {
         if suffix.is_empty() || suffix.len() > SUFFIX || !suffix.chars().all(word) {
             let text = format!("`suffix` has 1 to {SUFFIX} letters, digits, `-` or `_`");
             return Err(Problem::bad(text).of("suffix"));
-        }
-        if self
-            .metadata
-            .as_ref()
-            .is_some_and(|data| data.len() > METADATA)
-        {
-            return Err(Problem::bad(format!("at most {METADATA} metadata")).of("metadata"));
         }
         Ok(())
     }
