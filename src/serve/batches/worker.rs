@@ -29,12 +29,11 @@ const ANSWERS: &str = "batch_output";
 /// Times that a batch is begun at most before one of its requests is answered: one that ends the
 /// server each time is not begun for ever.
 const STARTS: u32 = 3;
-/// After this the answers of a batch that failed are put together again, until it succeeds: a full
-/// disk may have been what it failed for.
+/// After this a batch whose answers could not be put together is tried to be ended again: a full disk
+/// has room at some time.
 const AGAIN: Duration = Duration::from_secs(30);
 
 /// How the answering of a batch ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
     /// Every request has a line.
     Whole,
@@ -42,8 +41,22 @@ enum Ending {
     Cancelled,
     /// Its time is over.
     Expired,
-    /// Nothing can be answered any more in this process.
-    Down,
+    /// It cannot be answered, for these reasons.
+    Failed(Vec<Value>),
+}
+
+impl Ending {
+    /// The code and the message of the error of each request that has no answer.
+    fn left(&self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Whole | Self::Failed(_) => None,
+            Self::Cancelled => Some(("batch_cancelled", "The batch was cancelled.")),
+            Self::Expired => Some((
+                "batch_expired",
+                "This request could not be executed before the completion window expired.",
+            )),
+        }
+    }
 }
 
 /// Where a batch's requests and answers lie.
@@ -99,18 +112,12 @@ pub(in crate::serve) async fn work(service: Arc<Service>, batches: Arc<Batches>)
                 return;
             }
         };
-        match answer(&service, &batches, &batch, &stop).await {
-            Ok(Ending::Down) => {
-                tracing::warn!("the batch {} waits for the next server", batch.id);
-                batches.let_go();
-                return;
-            }
-            Ok(_) => {}
-            Err(Broken(reasons)) => {
-                tracing::warn!("the batch {} failed: {}", batch.id, json!(reasons));
-                fail(&batches, &batch, &reasons, AGAIN).await;
-            }
-        }
+        let Some(ending) = answer(&service, &batches, &batch, &stop).await else {
+            tracing::warn!("the batch {} waits for the next server", batch.id);
+            batches.let_go();
+            return;
+        };
+        end(&batches, &batch, &ending, AGAIN).await;
         batches.queue.idle();
     }
 }
@@ -128,12 +135,28 @@ fn change(queue: &Queue, id: &str, how: impl FnOnce(&mut Batch)) {
     tokio::task::block_in_place(|| queue.change(id, how));
 }
 
+/// Answers a batch; none when nothing can be answered any more in this process.
 async fn answer(
     service: &Arc<Service>,
     batches: &Batches,
     batch: &Batch,
     stop: &Notify,
-) -> Result<Ending, Broken> {
+) -> Option<Ending> {
+    match go_on(service, batches, batch, stop).await {
+        Ok(ending) => ending,
+        Err(Broken(reasons)) => {
+            tracing::warn!("the batch {} failed: {}", batch.id, json!(reasons));
+            Some(Ending::Failed(reasons))
+        }
+    }
+}
+
+async fn go_on(
+    service: &Arc<Service>,
+    batches: &Batches,
+    batch: &Batch,
+    stop: &Notify,
+) -> Result<Option<Ending>, Broken> {
     if batch.starts > STARTS {
         let text = format!("the server ended {STARTS} times when it began this batch");
         return Err(Broken(vec![reason("server_error", &text, None)]));
@@ -163,47 +186,21 @@ async fn answer(
     done.extend(failed);
     let there = tokio::fs::try_exists(&paths.input).await?;
     let ending = match (cancelling, there) {
-        (true, _) => Ending::Cancelled,
+        (true, _) => Some(Ending::Cancelled),
         (false, true) => answer_rest(service, batches, batch, &paths, done, stop).await?,
-        (false, false) if done.len() >= total => Ending::Whole,
+        (false, false) if done.len() >= total => Some(Ending::Whole),
         // The answers that there are do not go with it.
         (false, false) => {
             let text = "its file of requests is gone; it ends with the answers that it has";
             tracing::warn!("the batch {}: {text}", batch.id);
             let gone = reason("invalid_file", text, None);
             change(queue, &batch.id, |batch| batch.errors.push(gone));
-            Ending::Expired
+            Some(Ending::Expired)
         }
     };
-    let (code, message, last) = match ending {
-        Ending::Down => return Ok(ending),
-        Ending::Whole => ("", "", Status::Completed),
-        Ending::Cancelled => (
-            "batch_cancelled",
-            "The batch was cancelled.",
-            Status::Cancelled,
-        ),
-        Ending::Expired => (
-            "batch_expired",
-            "This request could not be executed before the completion window expired.",
-            Status::Expired,
-        ),
-    };
-    if ending == Ending::Whole {
+    if matches!(ending, Some(Ending::Whole)) {
         change(queue, &batch.id, |batch| batch.enter(Status::Finalizing));
     }
-    let of = paths.clone();
-    let given_up = aside(move || match ending {
-        Ending::Whole => Ok(0),
-        _ => lines::give_up(&of.input, &of.output, &of.failures, code, message),
-    })
-    .await?;
-    let shown = show(files, batch, &paths).await?;
-    change(queue, &batch.id, |batch| {
-        batch.counts.failed += given_up;
-        batch.shown = shown;
-        batch.enter(last);
-    });
     Ok(ending)
 }
 
@@ -237,11 +234,11 @@ async fn show(files: &Files, batch: &Batch, paths: &Paths) -> Result<Shown, Erro
     .await
 }
 
-/// Ends a batch that cannot be answered, with the answers that it has. While these cannot be put
-/// together, or its end cannot be written, it has not ended: they stay on the disk, and the next
-/// server goes on with it. Others wait: a disk that is full would fail them too.
-async fn fail(batches: &Batches, batch: &Batch, reasons: &[Value], pause: Duration) {
-    while let Err(error) = end_failed(batches, batch, reasons).await {
+/// Ends a batch, with the answers that it has. While these cannot be put together, or its end cannot
+/// be written, it has not ended: they stay on the disk, and the next server goes on with it. Others
+/// wait: a disk that is full would fail them.
+async fn end(batches: &Batches, batch: &Batch, ending: &Ending, pause: Duration) {
+    while let Err(error) = put_together(batches, batch, ending).await {
         tracing::warn!(
             "the batch {} cannot be ended: {error}; its answers wait on the disk",
             batch.id
@@ -250,8 +247,13 @@ async fn fail(batches: &Batches, batch: &Batch, reasons: &[Value], pause: Durati
     }
 }
 
-async fn end_failed(batches: &Batches, batch: &Batch, reasons: &[Value]) -> Result<(), Error> {
+/// What is done already is not done again.
+async fn put_together(batches: &Batches, batch: &Batch, ending: &Ending) -> Result<(), Error> {
     let paths = Paths::of(&batches.files, batch);
+    if let Some((code, message)) = ending.left() {
+        let of = paths.clone();
+        aside(move || lines::give_up(&of.input, &of.output, &of.failures, code, message)).await?;
+    }
     let (completed, failed) = named(&paths).await?;
     let shown = show(&batches.files, batch, &paths).await?;
     tokio::task::block_in_place(|| {
@@ -259,7 +261,12 @@ async fn end_failed(batches: &Batches, batch: &Batch, reasons: &[Value]) -> Resu
             batch.counts.completed = completed.len();
             batch.counts.failed = failed.len();
             batch.shown = shown;
-            batch.fail(reasons.to_vec());
+            match ending {
+                Ending::Whole => batch.enter(Status::Completed),
+                Ending::Cancelled => batch.enter(Status::Cancelled),
+                Ending::Expired => batch.enter(Status::Expired),
+                Ending::Failed(reasons) => batch.fail(reasons.clone()),
+            }
         })
     })
 }
@@ -272,7 +279,7 @@ async fn answer_rest(
     paths: &Paths,
     done: HashSet<String>,
     stop: &Notify,
-) -> Result<Ending, Broken> {
+) -> Result<Option<Ending>, Broken> {
     let (mut output, mut failures) = (open(&paths.output).await?, open(&paths.failures).await?);
     // As many as are answered at once are read ahead, and no more.
     let (send, requests) = mpsc::channel(1);
@@ -293,19 +300,19 @@ async fn answer_rest(
     loop {
         let answer = tokio::select! {
             answer = answers.next() => answer,
-            () = stop.notified() => return Ok(Ending::Cancelled),
-            () = &mut expiry => return Ok(Ending::Expired),
+            () = stop.notified() => return Ok(Some(Ending::Cancelled)),
+            () = &mut expiry => return Ok(Some(Ending::Expired)),
         };
         let Some((status, line)) = answer else {
             break;
         };
         // No fault of the request's: it is asked again by the next server.
         if status.is_server_error() && !service.is_up() {
-            return Ok(Ending::Down);
+            return Ok(None);
         }
         let failed = match status {
             StatusCode::OK => false,
-            StatusCode::SERVICE_UNAVAILABLE => return Ok(Ending::Down),
+            StatusCode::SERVICE_UNAVAILABLE => return Ok(None),
             _ => true,
         };
         let file = if failed { &mut failures } else { &mut output };
@@ -314,7 +321,7 @@ async fn answer_rest(
         tokio::task::block_in_place(|| batches.queue.count(&batch.id, failed));
     }
     reader.await.map_err(Error::other)??;
-    Ok(Ending::Whole)
+    Ok(Some(Ending::Whole))
 }
 
 /// Lines are added at its end.
@@ -373,15 +380,15 @@ mod tests {
         (batches, batch)
     }
 
-    fn full() -> [Value; 1] {
-        [reason("server_error", "the disk is full", None)]
+    fn failed() -> Ending {
+        Ending::Failed(vec![reason("server_error", "the disk is full", None)])
     }
 
     #[test]
     fn a_batch_that_fails_shows_the_answers_that_it_has() {
         let dir = tempfile::tempdir().unwrap();
         let (batches, batch) = cut_off(dir.path());
-        block_on(fail(&batches, &batch, &full(), AGAIN));
+        block_on(end(&batches, &batch, &failed(), AGAIN));
         let batch = batches.queue.get(&batch.id).unwrap();
         assert_eq!(batch.status, Status::Failed);
         assert_eq!((batch.counts.completed, batch.counts.failed), (1, 0));
@@ -395,27 +402,31 @@ mod tests {
 
     #[test]
     fn one_whose_answers_cannot_be_shown_has_not_ended_until_they_can() {
-        let dir = tempfile::tempdir().unwrap();
-        let (batches, batch) = cut_off(dir.path());
-        // No file takes the place of a folder that has one.
-        let note = batches.files.content(&batch.output).with_extension("json");
-        std::fs::create_dir_all(note.join("in the way")).unwrap();
-        let pause = Duration::from_millis(1);
-        let reasons = full();
-        let clear = async {
-            let refused = end_failed(&batches, &batch, &reasons).await;
-            assert!(refused.is_err());
+        for (ending, status) in [
+            (failed(), Status::Failed),
+            (Ending::Whole, Status::Completed),
+            (Ending::Cancelled, Status::Cancelled),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let (batches, batch) = cut_off(dir.path());
+            // No file takes the place of a folder that has one.
+            let note = batches.files.content(&batch.output).with_extension("json");
+            std::fs::create_dir_all(note.join("in the way")).unwrap();
+            let clear = async {
+                let refused = put_together(&batches, &batch, &ending).await;
+                assert!(refused.is_err());
+                assert!(!batches.queue.get(&batch.id).unwrap().has_ended());
+                std::fs::remove_dir_all(&note).unwrap();
+            };
+            let pause = Duration::from_millis(1);
+            block_on(async { tokio::join!(clear, end(&batches, &batch, &ending, pause)) });
             let kept = batches.queue.get(&batch.id).unwrap();
-            assert!(!kept.has_ended());
-            std::fs::remove_dir_all(&note).unwrap();
-        };
-        block_on(async { tokio::join!(fail(&batches, &batch, &reasons, pause), clear) });
-        let batch = batches.queue.get(&batch.id).unwrap();
-        assert_eq!(batch.status, Status::Failed);
-        assert!(batch.shown.output && batches.files.get(&batch.output).is_ok());
-        // So the next server has it.
-        drop(batches);
-        let batches = Batches::open(dir.path()).unwrap();
-        assert_eq!(batches.queue.get(&batch.id).unwrap().status, Status::Failed);
+            assert_eq!(kept.status, status);
+            assert!(kept.shown.output && batches.files.get(&batch.output).is_ok());
+            // So the next server has it.
+            drop(batches);
+            let batches = Batches::open(dir.path()).unwrap();
+            assert_eq!(batches.queue.get(&batch.id).unwrap().status, status);
+        }
     }
 }
