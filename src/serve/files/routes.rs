@@ -1,5 +1,6 @@
 //! The paths. Files are read and written off the threads that serve others.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -158,7 +159,12 @@ pub(in crate::serve) async fn file_content(
     });
     let path: PathBuf = found.await?;
     let broken = |e: std::io::Error| Problem::internal(e.to_string());
-    let file = tokio::fs::File::open(&path).await.map_err(broken)?;
+    let file = tokio::fs::File::open(&path).await;
+    let file = file.map_err(|e| match e.kind() {
+        // It was deleted just now, or its deletion was cut off.
+        ErrorKind::NotFound => Problem::new(StatusCode::NOT_FOUND, "this file has no content"),
+        _ => broken(e),
+    })?;
     let length = file.metadata().await.map_err(broken)?.len();
     let pieces = stream::unfold(Some(file), |file| async move {
         let mut file = file?;

@@ -4,7 +4,7 @@ use schemars::SchemaGenerator;
 use serde_json::{Map, Value, json};
 
 use super::jobs::JobOrder;
-use crate::serve::openapi::add;
+use crate::serve::openapi::{add, paged};
 
 /// Adds them.
 pub(in crate::serve) fn describe(paths: &mut Map<String, Value>, types: &mut SchemaGenerator) {
@@ -20,5 +20,8 @@ pub(in crate::serve) fn describe(paths: &mut Map<String, Value>, types: &mut Sch
         ("{id}/checkpoints", "get", "The models that came of a job"),
     ] {
         add(paths, &format!("{JOBS}/{path}"), method, about, None);
+    }
+    for list in ["", "/{id}/events", "/{id}/checkpoints"] {
+        paged(paths, &format!("{JOBS}{list}"));
     }
 }
