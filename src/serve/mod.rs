@@ -13,6 +13,7 @@
 //! | `files` | `/v1/files` |
 //! | `batches` | `/v1/batches`: answers files of requests |
 //! | `fine_tuning` | `/v1/fine_tuning/…`: trains adapters of the model |
+//! | `orders` | what was ordered: batches, jobs |
 //! | `kept`, `turn` | what outlives the server; which server goes on with it |
 //! | `list` | lists in OpenAI's shape |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
@@ -29,6 +30,7 @@ mod listener;
 mod metrics;
 mod openai;
 mod openapi;
+mod orders;
 mod predict;
 mod problem;
 mod question;
@@ -340,6 +342,9 @@ async fn run(
     let finished = listener::serve(listener, app, Arc::clone(&service), stop, at_once).await;
     if let Some(batches) = &service.batches {
         batches.put_down();
+    }
+    if let Some(tuning) = &service.fine_tuning {
+        tuning.put_down();
     }
     if !finished && !global.quiet {
         eprintln!("stopped before every request was answered");

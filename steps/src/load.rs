@@ -283,18 +283,24 @@ mod tests {
             "train": { "hf": { "repo": "o/observed", "file": "t.csv" } },
         });
         let params: Params = serde_json::from_value(params).unwrap();
-        let read = |commit: &str| {
+        let read = |commit: &str, world: &World| {
             let data = json!({ "train": format!("o/observed@{commit}/t.csv") });
-            let (train, _) = params.locate(&data, &world)?;
+            let (train, _) = params.locate(&data, world)?;
             Ok::<_, StepError>((std::fs::read_to_string(&train.path).unwrap(), train.origin))
         };
-        let (rows, origin) = read(&commit("b")).unwrap();
+        let (rows, origin) = read(&commit("b"), &world).unwrap();
         assert_eq!(rows, "new");
         assert!(origin.contains(&commit("b")), "{origin}");
-        let error = read(&commit("c")).unwrap_err();
+        assert!(read(&commit("c"), &world).is_err(), "in one run");
+        // As on a machine that has nothing yet.
+        let elsewhere = World {
+            user_cache: dir.path().join("elsewhere/user"),
+            ..world.clone()
+        };
+        let error = read(&commit("c"), &elsewhere).unwrap_err();
         assert_eq!(error.kind, StepErrorKind::Transient);
         assert!(error.message.contains(&commit("c")), "{}", error.message);
-        assert!(read("main").is_err());
+        assert!(read("main", &world).is_err());
         assert!(params.locate(&Value::Null, &world).is_err());
     }
 

@@ -50,8 +50,12 @@ pub fn is_commit(revision: &str) -> bool {
 /// Has `revision` stand for `commit` in this process from now on, whatever the hub and the cache
 /// say of it. A commit stands for itself.
 ///
+/// A process is one run or one step of it, and all keys of a run name one commit of a branch: it
+/// was found once. Another one would change under a step what it is reading.
+///
 /// # Errors
-/// Invalid when the names cannot be the hub's.
+/// Invalid when the names cannot be the hub's; failed when the revision stands for another commit
+/// already, which it goes on doing.
 pub fn settle(
     kind: RepoType,
     repo: &str,
@@ -64,11 +68,20 @@ pub fn settle(
         let text = format!("the step's key names no commit of `{repo}` at `{revision}`");
         return Err(StepError::invalid(text));
     }
-    if !is_commit(revision) {
-        let mut found = SETTLED.lock().unwrap_or_else(PoisonError::into_inner);
-        found.insert(of.key(), commit.to_owned());
+    if is_commit(revision) {
+        return Ok(());
     }
-    Ok(())
+    let settled = of.settle(commit.to_owned());
+    if settled == commit {
+        return Ok(());
+    }
+    let text = format!(
+        "the step's key names commit {commit} of `{repo}` at `{revision}`, and this process goes \
+         by commit {settled}"
+    );
+    Err(StepError::failed(text).help(format!(
+        "run again; `revision: {commit}` keeps to one commit for good"
+    )))
 }
 
 /// A repository of the hub at one commit.

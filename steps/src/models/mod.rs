@@ -356,8 +356,15 @@ mod tests {
         assert_eq!(model.observe(&world).unwrap(), named);
 
         let absent = key(&commit("c"), &commit("a"));
+        assert!(model.settle(Some(&absent), &world).is_err(), "in one run");
+        assert_eq!(read(files[0]).unwrap(), "new");
+        // As on a machine that has nothing yet.
+        let world = World {
+            user_cache: dir.path().join("elsewhere/user"),
+            ..world.clone()
+        };
         model.settle(Some(&absent), &world).unwrap();
-        let error = read(files[0]).unwrap_err();
+        let error = files[0].locate(&world, &Cancel::default()).unwrap_err();
         assert_eq!(error.kind, StepErrorKind::Transient);
         assert!(error.message.contains(&commit("c")), "{}", error.message);
         for wrong in [Some(key("main", "side")), Some(json!([])), None] {
