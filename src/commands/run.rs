@@ -67,6 +67,9 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         Some(Recalled::Changed(changed)) => Work::Changed(changed, asked.world),
         _ => Work::Whole(Box::new(asked.load()?)),
     };
+    if let Work::Whole(loaded) = &work {
+        surroundings::warn(&loaded.pipeline);
+    }
     if let (Work::Whole(loaded), true) = (&work, args.dry_run) {
         return plan::show(loaded, &options, global);
     }

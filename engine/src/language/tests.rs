@@ -6,6 +6,7 @@ mod definitions;
 mod files;
 mod hooks;
 mod runners;
+mod together;
 mod tracking;
 mod walked;
 
@@ -113,6 +114,7 @@ fn vocabulary() -> Vocabulary {
         program_schema: json!({"type": "object"}),
         unkeyed_model_fields: vec!["base_url".into()],
         runners: runners::kinds(),
+        checks: vec![together::check],
     }
 }
 
