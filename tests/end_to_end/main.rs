@@ -53,6 +53,7 @@ mod remote_s3;
 mod sandbox;
 mod schema;
 mod search;
+mod servable;
 mod serve_batches;
 mod server;
 mod serving;

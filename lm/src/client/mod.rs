@@ -43,7 +43,7 @@ pub use call::{Call, OnCall};
 use endpoint::Endpoint;
 use gate::Gate;
 use retry::{Failure, Pace};
-pub use spec::{AdapterPlace, Guided, OpenAiSpec};
+pub use spec::{AdapterPlace, AdapterServer, Guided, OpenAiSpec};
 
 pub use crate::lm::Prices;
 

@@ -7,8 +7,10 @@
 //! | `trainer` | the programs: their config, data and command line |
 //! | `process` | runs the program |
 //! | `collect` | reads the checkpoints and losses that it left |
+//! | `declared` | what its settings say of the adapters |
 
 mod collect;
+mod declared;
 mod process;
 mod trainer;
 
