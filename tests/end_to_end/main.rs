@@ -17,6 +17,7 @@ mod elsewhere;
 mod fault_proxy;
 mod faults;
 mod fine_tuning;
+mod forgotten;
 mod graph;
 mod history;
 mod hooks;

@@ -225,7 +225,8 @@ impl OpenAi {
             let late = spent + wait >= deadline;
             if tried || late {
                 self.unreachable.store(nobody, Ordering::Relaxed);
-                let all = nobody || matches!(failure, Failure::Barred { .. });
+                let all =
+                    nobody || matches!(failure, Failure::Barred { .. } | Failure::NoModel { .. });
                 let tries = match late && !tried {
                     false => format!("{attempts} attempts"),
                     true => format!(

@@ -20,6 +20,8 @@ pub(super) enum Failure {
     Final(LmError),
     /// For good, and so will every other.
     Barred { why: String },
+    /// The server has no such model, and so for every other.
+    NoModel { why: String },
     /// The provider does not let the prompt through.
     Withheld,
     /// It may pass; the server may have said when.
@@ -44,7 +46,7 @@ impl Failure {
     /// Tries after the first one, out of as many as are allowed for errors that pass.
     pub(super) fn retries(&self, allowed: u32) -> u32 {
         match self {
-            Self::Final(_) | Self::Barred { .. } | Self::Withheld => 0,
+            Self::Final(_) | Self::Barred { .. } | Self::NoModel { .. } | Self::Withheld => 0,
             Self::Again { .. } | Self::Lost { .. } | Self::Unreachable { .. } => allowed,
             Self::Unreadable { .. } => allowed.min(REREADS),
         }
@@ -63,9 +65,11 @@ impl Failure {
         match self {
             Self::Lost { .. } | Self::Unreadable { .. } => true,
             Self::Again { computed, .. } => *computed,
-            Self::Final(_) | Self::Barred { .. } | Self::Withheld | Self::Unreachable { .. } => {
-                false
-            }
+            Self::Final(_)
+            | Self::Barred { .. }
+            | Self::NoModel { .. }
+            | Self::Withheld
+            | Self::Unreachable { .. } => false,
         }
     }
 
@@ -74,6 +78,7 @@ impl Failure {
         match self {
             Self::Final(error) => error,
             Self::Barred { why } => LmError::Barred(why),
+            Self::NoModel { why } => LmError::NoModel(why),
             Self::Withheld => LmError::Rejected(format!("{url}: the prompt was withheld")),
             Self::Again { why, .. } | Self::Lost { why } => {
                 LmError::Unavailable(format!("{url}: {why} ({tries})"))
@@ -138,6 +143,8 @@ pub(super) fn of_error(error: &reqwest::Error) -> Failure {
     }
 }
 
+/// The code of a model that the server has not.
+const NO_MODEL: &str = "model_not_found";
 /// Codes of errors that no other request escapes, whatever their status.
 const BARRING: [&str; 8] = [
     "insufficient_quota",
@@ -145,7 +152,7 @@ const BARRING: [&str; 8] = [
     "billing_not_active",
     "account_deactivated",
     "invalid_api_key",
-    "model_not_found",
+    NO_MODEL,
     "unsupported_parameter",
     "unsupported_value",
 ];
@@ -209,7 +216,9 @@ pub(super) fn of_status(
     };
     let why = format!("{url}: status {status}: {why}{help}");
     match status {
-        401 | 402 | 404 => Failure::Barred { why },
+        404 => Failure::NoModel { why },
+        _ if code == Some(NO_MODEL) => Failure::NoModel { why },
+        401 | 402 => Failure::Barred { why },
         _ if barring => Failure::Barred { why },
         _ => Failure::Final(LmError::Rejected(why)),
     }

@@ -1,21 +1,20 @@
-//! Models behind an OpenAI-compatible server. A checkpoint's adapter is put where the server reads
-//! adapters from, and the server told of it, when the first call needs it: answers that are kept
-//! need no server.
+//! Models behind an OpenAI-compatible server, and the adapters of checkpoints there
+//! (`with_adapter`).
 //!
 //! Invariant: an id at a server stands for the same values for ever, as it ends with their digest.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use flowrun_cache::Digest;
 use flowrun_engine::step::StepError;
-use flowrun_lm::client::{AdapterPlace, Api, ApiError, Batched, OpenAi, OpenAiSpec};
-use flowrun_lm::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Request};
+use flowrun_lm::client::{AdapterPlace, Api, Batched, OpenAi, OpenAiSpec};
+use flowrun_lm::lm::{Ledger, Lm};
 use serde_json::json;
 
+use super::with_adapter::WithAdapter;
 use super::{Host, traced};
 use crate::checkpoint::{Adapter, Checkpoint};
-use crate::folder;
 
 /// Length of a digest in hexadecimal: what names a base model that is known by more than a name.
 const DIGEST: usize = 64;
@@ -47,7 +46,7 @@ pub(super) fn open_lm(
         to: host.world.root.join(&place.folder).join(&name),
         seen_as: place.seen_as.as_ref().map(|folder| folder.join(&name)),
         load: place.load,
-        ready: Mutex::new(false),
+        given: Mutex::new(0),
     }))
 }
 
@@ -142,73 +141,4 @@ fn place<'a>(
         ))
         .help("say with `adapters:` of the model's entry which folder its server reads them from")
     })
-}
-
-/// A checkpoint that its server may not have yet.
-struct WithAdapter {
-    client: Arc<dyn Lm>,
-    api: Api,
-    id: String,
-    from: PathBuf,
-    to: PathBuf,
-    seen_as: Option<PathBuf>,
-    load: bool,
-    /// Set once the server has it; held while it is given to it.
-    ready: Mutex<bool>,
-}
-
-impl WithAdapter {
-    fn make_ready(&self) -> Result<(), LmError> {
-        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        if *ready {
-            return Ok(());
-        }
-        folder::copy_whole(&self.from, &self.to).map_err(|e| LmError::Rejected(e.message))?;
-        if self.load {
-            self.tell()?;
-        }
-        *ready = true;
-        Ok(())
-    }
-
-    fn tell(&self) -> Result<(), LmError> {
-        let here = std::path::absolute(&self.to).unwrap_or_else(|_| self.to.clone());
-        let path = self.seen_as.as_ref().unwrap_or(&here);
-        let body = json!({ "lora_name": self.id, "lora_path": path });
-        match self.api.post(&["load_lora_adapter"], &body) {
-            Ok(_) => Ok(()),
-            // Of the same name is of the same values.
-            Err(ApiError::Status { message, .. }) if message.contains("already been loaded") => {
-                Ok(())
-            }
-            Err(ApiError::Cancelled) => Err(LmError::Cancelled),
-            Err(error) if error.may_pass() => Err(LmError::Unavailable(error.to_string())),
-            Err(error) => Err(LmError::Rejected(format!(
-                "{error}; the server does not take the adapter in {}",
-                path.display()
-            ))),
-        }
-    }
-}
-
-impl Lm for WithAdapter {
-    fn id(&self) -> &str {
-        self.client.id()
-    }
-
-    fn complete(
-        &self,
-        requests: &[Request],
-        on_answer: &OnAnswer<'_>,
-    ) -> Vec<Result<Completion, LmError>> {
-        if let Err(error) = self.make_ready() {
-            let answers: Vec<_> = requests.iter().map(|_| Err(error.clone())).collect();
-            answers
-                .iter()
-                .enumerate()
-                .for_each(|(i, a)| on_answer(i, a));
-            return answers;
-        }
-        self.client.complete(requests, on_answer)
-    }
 }
