@@ -75,7 +75,7 @@ impl Forgetful {
             let of_model = format!("\"{model}\" ");
             let all = counts.answers.keys();
             let answered = all.filter(|asked| asked.starts_with(&of_model)).count();
-            if model != "tiny" && answered % 2 == 0 && answered <= 4 {
+            if model != "tiny" && answered.is_multiple_of(2) && answered <= 4 {
                 let name = json!({"lora_name": model});
                 assert_eq!(self.post("/v1/unload_lora_adapter", &name).0, 200);
                 counts.unloads += 1;
