@@ -63,6 +63,7 @@ mod shell;
 mod slow_job;
 mod slurm;
 mod stale;
+mod tensorboard;
 mod tiny;
 mod traces;
 mod training;
