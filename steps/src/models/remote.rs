@@ -127,8 +127,11 @@ fn place<'a>(
     checkpoint: &Checkpoint,
     adapter: &Adapter,
 ) -> Result<&'a AdapterPlace, StepError> {
-    // Against a digest, only the server can compare its base model.
-    if adapter.base.len() != DIGEST && adapter.base != spec.model {
+    // Against a digest, only the server can compare its base model. What was trained on a model of
+    // the hub names its commit too, which a server's name has not.
+    let base = adapter.base.split_once('@');
+    let base = base.map_or(adapter.base.as_str(), |(repository, _)| repository);
+    if base.len() != DIGEST && base != spec.model {
         return Err(StepError::invalid(format!(
             "the checkpoint `{}` was trained on `{}`, and this server has `{}`",
             checkpoint.name, adapter.base, spec.model
@@ -141,4 +144,41 @@ fn place<'a>(
         ))
         .help("say with `adapters:` of the model's entry which folder its server reads them from")
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::format_version::FormatVersion;
+
+    #[test]
+    fn a_server_is_given_the_adapters_of_its_own_model() {
+        let spec =
+            json!({"base_url": "http://h/v1", "model": "org/base", "adapters": {"folder": "a"}});
+        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        for (base, fits) in [
+            ("org/base".to_owned(), true),
+            (format!("org/base@{commit}"), true),
+            ("a".repeat(DIGEST), true),
+            ("org/other".to_owned(), false),
+            (format!("org/other@{commit}"), false),
+        ] {
+            let adapter = Adapter {
+                digest: "d".to_owned(),
+                base: base.clone(),
+            };
+            let checkpoint = Checkpoint {
+                version: FormatVersion,
+                name: "epochs-1-total-trained-steps-8".to_owned(),
+                epoch: 1,
+                step: 8,
+                adapter: Some(adapter.clone()),
+                hosted: None,
+                lineage: None,
+            };
+            assert_eq!(place(&spec, &checkpoint, &adapter).is_ok(), fits, "{base}");
+        }
+    }
 }

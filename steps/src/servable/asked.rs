@@ -93,13 +93,19 @@ fn behind_server(step: &StepNode, spec: &OpenAiSpec, training: &Training<'_>) ->
         return vec![of_asker(Severity::Error, step, MODEL, message, help)];
     };
     let mut found = Vec::new();
-    // What was trained in this process is known by its digest: only the server can compare it.
-    if let ModelSpec::OpenAi(trained) = &training.declared.model
-        && trained.model != spec.model
-    {
+    // A file is known by its digest: only the server can compare it.
+    let trained = match &training.declared.model {
+        ModelSpec::OpenAi(trained) => Some(&trained.model),
+        ModelSpec::Embedded(trained) => {
+            let weights = &trained.weights;
+            weights.hf.as_ref().filter(|_| weights.file.is_none())
+        }
+        ModelSpec::SentenceEncoder(_) => None,
+    };
+    if let Some(trained) = trained.filter(|trained| **trained != spec.model) {
         let message = format!(
-            "the adapters of `{}` are for `{}`, and `{}` asks `{}`",
-            training.step, trained.model, step.name, spec.model
+            "the adapters of `{}` are for `{trained}`, and `{}` asks `{}`",
+            training.step, step.name, spec.model
         );
         let help = "train and ask one model";
         found.push(of_asker(Severity::Error, step, MODEL, message, help));
