@@ -94,6 +94,7 @@ print(json.dumps({tag: [[e.step, e.value] for e in run.Scalars(tag)] for tag in 
 "#;
 
 #[test]
+#[allow(clippy::print_stderr)]
 fn tensorboard_itself_reads_the_curves() {
     let Some(python) = std::env::var_os("FLOWRUN_TENSORBOARD_PYTHON") else {
         eprintln!("skipped: FLOWRUN_TENSORBOARD_PYTHON names no Python with `tensorboard`");

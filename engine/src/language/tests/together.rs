@@ -62,7 +62,7 @@ fn a_warning_stands_where_the_profile_says_it() {
     options.profiles = vec!["fast".into()];
     let fast = load_pipeline(&file, &vocabulary(), &options).unwrap();
     let [warning] = fast.warnings.errors.as_slice() else {
-        panic!("{:#?}", fast.warnings);
+        unreachable!("{:#?}", fast.warnings);
     };
     assert_eq!((warning.line, warning.column), (11, 28));
     let shown = warning.render_plain();
