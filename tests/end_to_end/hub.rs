@@ -310,7 +310,11 @@ fn a_program_that_trains_is_told_the_commit_of_the_key() {
     let text = project.read("pipeline.yaml") + &step;
     project.write("pipeline.yaml", &text);
     for digit in ['a', 'b'] {
-        hub.publish("org/tiny", &commit(digit), &[("config.json", config.clone())]);
+        hub.publish(
+            "org/tiny",
+            &commit(digit),
+            &[("config.json", config.clone())],
+        );
         let ended = run(&project, &hub, &["--until", "train"]);
         assert_eq!(ended.code, Some(4), "{}", ended.stdout);
         let told = project.read("told.yaml");
