@@ -132,7 +132,7 @@ fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
 
     let project = tiny::project();
     let student = format!(
-        "  student:\n    provider: openai\n    base_url: {url}\n    model: tiny\n    adapters: {{ folder: {}, load: true, server: flowrun }}\n",
+        "  student:\n    provider: openai\n    base_url: {url}\n    model: tiny\n    guided: vllm\n    adapters: {{ folder: {}, load: true, server: flowrun }}\n",
         home.path("adapters/given").display()
     );
     write_adapter(&project.path("made/3"), 21);
