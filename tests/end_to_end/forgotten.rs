@@ -155,6 +155,10 @@ fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
     let scored = run.steps("ran");
     let scored = scored.iter().filter(|step| step.starts_with("score["));
     assert_eq!(scored.count(), 3);
+    let events = run.events();
+    let warned = events.iter().filter_map(|event| event["text"].as_str());
+    let warned = warned.filter(|text| text.contains("the server had forgotten `tiny:"));
+    assert_eq!(warned.count(), 2, "once for each checkpoint");
     let counts = forgetful.counts.lock().unwrap();
     assert!(counts.unloads >= 2, "{}", counts.unloads);
     // The first time, and once for each time that it was asked for after it was unloaded.

@@ -36,6 +36,7 @@ pub(super) fn open_lm(
         return client(&spec.model);
     };
     let place = place(spec, checkpoint, adapter)?;
+    let reporter = host.step.map(|ctx| Arc::clone(&ctx.reporter));
     let name = checkpoint.unique_name();
     let id = format!("{}:{name}", spec.model);
     Ok(Arc::new(WithAdapter {
@@ -47,6 +48,12 @@ pub(super) fn open_lm(
         seen_as: place.seen_as.as_ref().map(|folder| folder.join(&name)),
         load: place.load,
         given: Mutex::new(0),
+        // It may come again and again.
+        on_forgotten: Box::new(move |text, is_first| match &reporter {
+            Some(reporter) if is_first => reporter.warning(text),
+            Some(reporter) => reporter.log(text),
+            None => tracing::warn!(text),
+        }),
     }))
 }
 

@@ -21,6 +21,9 @@ const FRUITLESS: u32 = 3;
 
 type Answer = Result<Completion, LmError>;
 
+/// Hears that a server had forgotten the adapter, and whether that is the first time.
+pub(super) type OnForgotten = Box<dyn Fn(&str, bool) + Send + Sync>;
+
 /// A checkpoint at a server.
 pub(super) struct WithAdapter {
     /// Asks for it by its id.
@@ -39,6 +42,8 @@ pub(super) struct WithAdapter {
     pub(super) load: bool,
     /// How often the server was given it; held while it is.
     pub(super) given: Mutex<u64>,
+    /// Hears when that is more than once.
+    pub(super) on_forgotten: OnForgotten,
 }
 
 impl WithAdapter {
@@ -52,6 +57,13 @@ impl WithAdapter {
                 self.tell()?;
             }
             *given += 1;
+            if *given > 1 {
+                let text = format!(
+                    "the server had forgotten `{}`: it was given the adapter again",
+                    self.id
+                );
+                (self.on_forgotten)(&text, *given == 2);
+            }
         }
         Ok(*given)
     }
@@ -114,7 +126,6 @@ impl Lm for WithAdapter {
             let again: Vec<Answer> = match self.give(seen) {
                 Err(error) => refused(open.len(), &error, &told),
                 Ok(given) => {
-                    tracing::warn!(model = self.id, "the server had forgotten the adapter");
                     seen = given;
                     fruitless += 1;
                     let asked: Vec<Request> = open.iter().map(|i| requests[*i].clone()).collect();
@@ -264,6 +275,7 @@ mod tests {
             seen_as: None,
             load: true,
             given: Mutex::new(0),
+            on_forgotten: Box::new(|_, _| {}),
         }
     }
 
