@@ -217,19 +217,10 @@ impl OpenAi {
             let nobody = matches!(failure, Failure::Unreachable { .. });
             // What an earlier call waited for in vain is not waited for again.
             let known = self.unreachable.load(Ordering::Relaxed) && nobody;
-            let wait = match failure.after() {
-                None => self.pace.backoff(attempts),
-                Some(after) => {
-                    self.gate.limits.hold(after);
-                    // A server that asks for too little would use up all tries in no time.
-                    let again = attempts > 1;
-                    after.max(if again {
-                        self.pace.backoff(attempts - 1)
-                    } else {
-                        Duration::ZERO
-                    })
-                }
-            };
+            let wait = self.pace.wait(attempts, failure.after());
+            if let Some(after) = failure.after() {
+                self.gate.limits.hold(after);
+            }
             let tried = known || attempts > failure.retries(self.spec.max_retries);
             let late = spent + wait >= deadline;
             if tried || late {

@@ -109,6 +109,16 @@ impl Default for Pace {
 }
 
 impl Pace {
+    /// The wait after so many attempts, where the server may have asked for one. One that asks for
+    /// too little would have all tries used up in no time: only the first wait is as short as that.
+    pub(super) fn wait(&self, attempts: u32, after: Option<Duration>) -> Duration {
+        match after {
+            None => self.backoff(attempts),
+            Some(after) if attempts <= 1 => after,
+            Some(after) => after.max(self.backoff(attempts - 1)),
+        }
+    }
+
     pub(super) fn backoff(&self, attempt: u32) -> Duration {
         let full = self
             .first
@@ -348,6 +358,18 @@ mod tests {
             let error = failure(400, why, Some("BadRequestError"));
             assert!(matches!(error, LmError::Rejected(_)), "{why}: {error}");
         }
+    }
+
+    #[test]
+    fn a_server_that_asks_for_too_little_does_not_use_up_all_tries() {
+        let pace = Pace::default();
+        let (none, long) = (Duration::ZERO, Duration::from_secs(100));
+        assert_eq!(pace.wait(1, Some(none)), none);
+        assert!(pace.wait(2, Some(none)) >= Duration::from_millis(250));
+        assert!(pace.wait(6, Some(none)) >= Duration::from_secs(4));
+        assert_eq!(pace.wait(1, Some(long)), long);
+        assert_eq!(pace.wait(6, Some(long)), long);
+        assert!(pace.wait(1, None) >= Duration::from_millis(250));
     }
 
     #[test]

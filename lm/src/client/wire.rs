@@ -8,6 +8,8 @@ use crate::lm::{Completion, FinishReason, Request, Spending};
 
 /// The one field of an answer that is an object.
 const ANSWER: &str = "answer";
+/// Ends of an answer that its server broke off (OpenRouter, vLLM, DeepSeek): it is none.
+const BROKEN_OFF: [&str; 3] = ["error", "abort", "insufficient_system_resource"];
 /// Characters of a server's text that an error shows.
 const SHOWN: usize = 200;
 /// Characters of a server's message that an error shows.
@@ -180,6 +182,10 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
     let body: Body = serde_json::from_value(whole).map_err(|e| bad(&e))?;
     let choice = body.choices.into_iter().next();
     let choice = choice.ok_or_else(|| bad(&"it has no choices"))?;
+    let reason = choice.finish_reason.as_deref().unwrap_or_default();
+    if BROKEN_OFF.contains(&reason) {
+        return Err(bad(&format!("the server broke it off: `{reason}`")));
+    }
     let text = choice.message.text().map_err(|why| bad(&why))?;
     let refused = text.is_none() && choice.message.refusal.is_some();
     let finish = match choice.finish_reason.as_deref() {
@@ -366,6 +372,10 @@ mod tests {
         assert_eq!((answer.prompt_tokens, answer.completion_tokens), (12, 0));
         let odd = json!({"choices": [{"message": {"content": 3}}]}).to_string();
         assert!(completion(odd.as_bytes()).unwrap_err().contains("no text"));
+        let choice = json!({"message": {"content": "half"}, "finish_reason": "abort"});
+        let broken = json!({ "choices": [choice] }).to_string();
+        let why = completion(broken.as_bytes()).unwrap_err();
+        assert!(why.contains("broke it off: `abort`"), "{why}");
         let answer = read(json!({"choices": [{"message": {}}], "usage": {"prompt_tokens": 3}}));
         assert_eq!(
             (answer.text.as_str(), answer.finish),
