@@ -56,6 +56,24 @@ impl Beyond {
     }
 }
 
+/// Why a training would not even begin.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Refusal {
+    /// What is wrong.
+    pub(crate) message: String,
+    /// What to do about it.
+    pub(crate) help: String,
+}
+
+impl Refusal {
+    pub(super) fn new(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            help: help.into(),
+        }
+    }
+}
+
 /// What comes of a training.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Declared {
@@ -63,16 +81,14 @@ pub(crate) struct Declared {
     pub(crate) model: ModelSpec,
     /// The server that trains keeps the models; there are no files.
     pub(crate) is_hosted: bool,
-    /// What trains.
-    pub(crate) by: &'static str,
-    /// It trains in this process.
-    pub(crate) is_own: bool,
     /// Rank of every pair of factors; `None` where the program is told in a way of its own.
     pub(crate) rank: Option<Said<u64>>,
     /// Adapted modules, where they are listed.
     pub(crate) modules: Option<Said<Vec<String>>>,
     /// What makes the adapters more than plain LoRA.
     pub(crate) beyond: Vec<Said<Beyond>>,
+    /// What the step itself would refuse when it runs.
+    pub(crate) refused: Vec<Said<Refusal>>,
 }
 
 /// What the params of a `finetune` step say; `None` when they can be known only in a run.
@@ -82,16 +98,11 @@ pub(crate) fn declared(params: &Value) -> Option<Declared> {
     let modules = params.lora.target_modules.clone();
     let mut found = Declared {
         is_hosted: matches!(params.backend, Backend::OpenAi(_)),
-        is_own: matches!(params.backend, Backend::Embedded),
-        by: match &params.backend {
-            Backend::Embedded => "training in this process",
-            Backend::Command(spec) => spec.program(),
-            Backend::OpenAi(_) => "OpenAI's fine-tuning API",
-        },
-        model: params.model,
         rank: Some(Said::new(rank, &["lora", "rank"])),
         modules: modules.map(|modules| Said::new(modules, &["lora", "target_modules"])),
         beyond: Vec::new(),
+        refused: refused(&params),
+        model: params.model,
     };
     if params.lora.invocation.is_some() {
         let activated = Said::new(Beyond::Activated, &["lora", "invocation"]);
@@ -101,4 +112,40 @@ pub(crate) fn declared(params: &Value) -> Option<Declared> {
         spec.declare(&mut found);
     }
     Some(found)
+}
+
+/// What the step would refuse of its own params.
+fn refused(params: &Params) -> Vec<Said<Refusal>> {
+    let name = params.model.name();
+    let of_model = |message: String, help: &str| Said::new(Refusal::new(message, help), &["model"]);
+    let mut found = match (&params.backend, &params.model) {
+        (Backend::Embedded, ModelSpec::Embedded(_))
+        | (Backend::OpenAi(_), ModelSpec::OpenAi(_)) => Vec::new(),
+        (Backend::Embedded, _) => vec![of_model(
+            format!(
+                "`{name}` cannot be trained in this process: only `provider: embedded` models can"
+            ),
+            "say with `backend` what trains it: `command` or `openai`",
+        )],
+        (Backend::OpenAi(_), _) => vec![of_model(
+            format!(
+                "`{name}` is trained by no server: `backend: openai` needs a model with `provider: openai`"
+            ),
+            "name the entry of the server that trains",
+        )],
+        (Backend::Command(spec), _) => spec.refused(params),
+    };
+    let by = match &params.backend {
+        Backend::Embedded => return found,
+        Backend::Command(spec) => spec.program(),
+        Backend::OpenAi(_) => "OpenAI's fine-tuning API",
+    };
+    if params.lora.invocation.is_some() {
+        let refusal = Refusal::new(
+            format!("{by} trains no activated adapters"),
+            "leave `invocation` out, or train in this process",
+        );
+        found.push(Said::new(refusal, &["lora", "invocation"]));
+    }
+    found
 }

@@ -85,21 +85,15 @@ struct Training<'a> {
 impl Training<'_> {
     /// What is wrong with it whoever asks for it.
     fn itself(&self) -> Vec<Finding> {
-        let declared = &self.declared;
-        let mut found = Vec::new();
-        let activated = plain::Beyond::Activated;
-        let said = declared.beyond.iter().find(|said| said.value == activated);
-        if let Some(said) = said.filter(|_| !declared.is_own) {
-            found.push(Finding {
-                severity: Severity::Error,
-                step: self.step.to_owned(),
-                path: said.path.clone(),
-                code: "not-trained",
-                message: format!("{} trains no activated adapters", declared.by),
-                help: "leave `invocation` out, or train in this process".to_owned(),
-            });
-        }
-        found
+        let refused = self.declared.refused.iter().map(|said| Finding {
+            severity: Severity::Error,
+            step: self.step.to_owned(),
+            path: said.path.clone(),
+            code: "not-trained",
+            message: said.value.message.clone(),
+            help: said.value.help.clone(),
+        });
+        refused.collect()
     }
 
     /// A finding about what it says at `path`.

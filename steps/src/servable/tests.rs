@@ -215,6 +215,33 @@ fn a_server_that_keeps_what_it_trains_is_asked_itself() {
 }
 
 #[test]
+fn what_the_training_itself_refuses_is_told_before_it() {
+    let here = "epochs: 1";
+    let words = [
+        "`org/base` cannot be trained in this process",
+        "say with `backend`",
+    ];
+    only(&[("TRAIN", here)], TRAIN, &words);
+    let openai = "backend: { openai: {} }";
+    let all = found(&[("MODEL", GGUF), ("TRAIN", openai)]);
+    assert!(all[0].contains("`w` is trained by no server"), "{all:#?}");
+    for (settings, words) in [
+        ("trainer: trl", "`backend.command.base` is missing"),
+        (
+            "trainer: llama-factory, base: x",
+            "needs `backend.command.template`",
+        ),
+        (
+            "trainer: trl, base: x, micro_batch: 3",
+            "`micro_batch` 3 does not divide `batch_size` 8",
+        ),
+    ] {
+        let train = format!("backend: {{ command: {{ {settings} }} }}");
+        only(&[("MODEL", GGUF), ("TRAIN", &train)], TRAIN, &[words]);
+    }
+}
+
+#[test]
 fn a_base_that_a_target_cannot_load_is_told_before_the_training() {
     let ships = [
         ("MODEL", GGUF),

@@ -5,9 +5,10 @@
 
 use serde_json::Value;
 
-use super::CommandSpec;
 use super::trainer::Trainer;
-use crate::finetune::declared::{Beyond, Declared, Said};
+use super::{CommandSpec, base_name};
+use crate::finetune::Params;
+use crate::finetune::declared::{Beyond, Declared, Refusal, Said};
 
 /// Fields that say what makes an adapter more than plain LoRA.
 const BEYOND: [(Trainer, &str, Beyond); 9] = [
@@ -44,6 +45,40 @@ impl CommandSpec {
     /// The program's name.
     pub(in crate::finetune) fn program(&self) -> &'static str {
         self.trainer.name()
+    }
+
+    /// What the step would refuse of these settings.
+    pub(in crate::finetune) fn refused(&self, params: &Params) -> Vec<Said<Refusal>> {
+        let mut found = Vec::new();
+        let mut refuse = |refusal: Refusal, field: &'static str| {
+            found.push(Said::new(refusal, &["backend", "command", field]));
+        };
+        if let Err(error) = base_name(params, self) {
+            refuse(
+                Refusal::new(error.message, error.help.unwrap_or_default()),
+                "base",
+            );
+        }
+        if self.trainer == Trainer::LlamaFactory && self.template.is_none() {
+            let refusal = Refusal::new(
+                "LLaMA-Factory needs `backend.command.template`",
+                "its name of the model's chat template, such as `llama3` or `qwen`",
+            );
+            refuse(refusal, "template");
+        }
+        if let Some(micro) = self.micro_batch
+            && !params.batch_size.is_multiple_of(micro)
+        {
+            let message = format!(
+                "`micro_batch` {micro} does not divide `batch_size` {}",
+                params.batch_size
+            );
+            refuse(
+                Refusal::new(message, "choose a divisor of it"),
+                "micro_batch",
+            );
+        }
+        found
     }
 
     /// Adds to what the step's params declare, and corrects it.
