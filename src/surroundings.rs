@@ -2,6 +2,7 @@
 //! and which pipeline is meant.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -75,6 +76,14 @@ impl Asked {
 /// Loads and checks the pipeline that is meant.
 pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings, Failure> {
     ask(select, global)?.load()
+}
+
+/// Tells of what may go wrong in a run of it.
+pub(crate) fn warn(pipeline: &Pipeline) {
+    if !pipeline.warnings.errors.is_empty() {
+        // When nobody reads it, the run itself still tells.
+        let _ = writeln!(std::io::stderr(), "{}", pipeline.warnings);
+    }
 }
 
 /// What the machine offers to what lies in `root`.

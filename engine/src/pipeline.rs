@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::hook::Hook;
+use crate::language::Diagnostics;
 use crate::runner::JobRunner;
 use crate::step::{Port, Step};
 use crate::tracking::Tracking;
@@ -48,6 +49,8 @@ pub struct Pipeline {
     pub steps: Vec<StepNode>,
     /// The files that it was read from, with the digests of their texts.
     pub sources: Vec<(PathBuf, Digest)>,
+    /// What may go wrong in a run, which depends on what the file does not say.
+    pub warnings: Diagnostics,
 }
 
 /// A step that used a step definition, and was replaced by its steps.

@@ -9,6 +9,7 @@ use flowrun_cache::{Cache, CacheReader, Digest, LockWait, OpenOptions};
 use serde_json::{Value, json};
 
 use crate::event::{RunEvent, StepStatus};
+use crate::language::Diagnostics;
 use crate::pipeline::{
     Action, CachePolicy, Foreach, ForeachList, Level, Pipeline, Resources, Retry, RunnerKind,
     Source, StepNode,
@@ -235,6 +236,7 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         uses: BTreeMap::new(),
         steps,
         sources: Vec::new(),
+        warnings: Diagnostics::default(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_engine::Diagnostics;
 use flowrun_engine::event::{RunEvent, StepStatus};
 use flowrun_engine::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, Source, StepNode};
 use flowrun_engine::run::{Expressions, RunOptions, RunSummary, run};
@@ -67,6 +68,7 @@ fn chain(root: &Path) -> Pipeline {
         tracking: Tracking::default(),
         uses: BTreeMap::new(),
         sources: vec![],
+        warnings: Diagnostics::default(),
         steps: vec![
             shell(
                 "strip",

@@ -382,7 +382,7 @@ pub(crate) fn check_answered(
         .collect();
     // Of several reasons, the one that must be seen to.
     lost.sort_by_key(|error| match error {
-        LmError::Barred(_) => 0,
+        LmError::Barred(_) | LmError::NoModel(_) => 0,
         LmError::Rejected(_) => 1,
         _ => 2,
     });

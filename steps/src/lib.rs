@@ -36,6 +36,7 @@ pub mod runners;
 mod save_dspy;
 pub mod scores;
 pub mod select;
+mod servable;
 pub mod serving;
 pub mod shard;
 mod split;
@@ -82,6 +83,7 @@ pub fn registry() -> Vocabulary {
         program_schema: schema_of::<flowrun_lm::program::ProgramSpec>(),
         unkeyed_model_fields: models::UNKEYED.map(str::to_owned).to_vec(),
         runners: runners::registry(),
+        checks: vec![servable::check],
     }
 }
 

@@ -293,3 +293,36 @@ fn a_model_of_the_hub_is_followed_by_its_branch_and_pinned_in_the_bundle() {
     assert_eq!(moved.steps("ran"), ["score", "deploy"]);
     assert!(project.read("bundle/bundle.json").contains(&commit('b')));
 }
+
+#[test]
+fn a_program_that_trains_is_told_the_commit_of_the_key() {
+    let hub = Hub::start();
+    let project = tiny::project();
+    let config = std::fs::read(project.path("tiny/config.json")).unwrap();
+    project.edit("pipeline.yaml", "{ file: tiny }", "{ hf: org/tiny }");
+    // All that matters here is what it is told.
+    let script = format!("cp \"$3\" {}; exit 3", project.path("told.yaml").display());
+    project.write("trainer.sh", &script);
+    let step = format!(
+        "  train:\n    uses: finetune\n    in: {{ messages: chats.messages }}\n    with: {{ model: student, backend: {{ command: {{ trainer: trl, program: [sh, {}] }} }} }}\n",
+        project.path("trainer.sh").display()
+    );
+    let text = project.read("pipeline.yaml") + &step;
+    project.write("pipeline.yaml", &text);
+    for digit in ['a', 'b'] {
+        hub.publish(
+            "org/tiny",
+            &commit(digit),
+            &[("config.json", config.clone())],
+        );
+        let ended = run(&project, &hub, &["--until", "train"]);
+        assert_eq!(ended.code, Some(4), "{}", ended.stdout);
+        let told = project.read("told.yaml");
+        for line in [
+            "model_name_or_path: org/tiny".to_owned(),
+            format!("model_revision: {}", commit(digit)),
+        ] {
+            assert!(told.contains(&line), "{line}: {told}");
+        }
+    }
+}

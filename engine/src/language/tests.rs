@@ -7,6 +7,7 @@ mod files;
 mod hooks;
 mod nested;
 mod runners;
+mod together;
 mod tracking;
 mod walked;
 
@@ -114,6 +115,7 @@ fn vocabulary() -> Vocabulary {
         program_schema: json!({"type": "object"}),
         unkeyed_model_fields: vec!["base_url".into()],
         runners: runners::kinds(),
+        checks: vec![together::check],
     }
 }
 

@@ -8,6 +8,8 @@ use crate::lm::{Completion, FinishReason, Request, Spending};
 
 /// The one field of an answer that is an object.
 const ANSWER: &str = "answer";
+/// Ends of an answer that its server broke off (OpenRouter, vLLM, DeepSeek): it is none.
+const BROKEN_OFF: [&str; 3] = ["error", "abort", "insufficient_system_resource"];
 /// Characters of a server's text that an error shows.
 const SHOWN: usize = 200;
 /// Characters of a server's message that an error shows.
@@ -133,8 +135,6 @@ fn quoted(text: &str) -> String {
 #[derive(Deserialize)]
 struct Body {
     choices: Vec<Choice>,
-    #[serde(default)]
-    usage: Option<Usage>,
 }
 
 #[derive(Deserialize)]
@@ -146,16 +146,29 @@ struct Choice {
 
 #[derive(Deserialize)]
 struct Message {
+    /// A text, or a list of parts.
     #[serde(default)]
-    content: Option<String>,
+    content: Value,
     #[serde(default)]
     refusal: Option<String>,
 }
 
-#[derive(Default, Deserialize)]
-struct Usage {
-    prompt_tokens: Option<u64>,
-    completion_tokens: Option<u64>,
+impl Message {
+    /// The text; the parts of a reasoning model's thoughts are none of it. `None` when there is no
+    /// content.
+    fn text(&self) -> Result<Option<String>, &'static str> {
+        match &self.content {
+            Value::Null => Ok(None),
+            Value::String(text) => Ok(Some(text.clone())),
+            Value::Array(parts) => {
+                let texts = parts.iter().filter(|part| part["type"] == "text");
+                Ok(Some(
+                    texts.filter_map(|part| part["text"].as_str()).collect(),
+                ))
+            }
+            _ => Err("its content is no text"),
+        }
+    }
 }
 
 /// Reads an answer.
@@ -163,22 +176,29 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
     let bad = |why: &dyn std::fmt::Display| {
         format!("the answer cannot be read ({why}): {}", shown(bytes))
     };
-    let body: Body = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+    let whole: Value = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+    // Counted as far as it can be read: an answer is not lost for its bill.
+    let used = used(&whole).unwrap_or_default();
+    let body: Body = serde_json::from_value(whole).map_err(|e| bad(&e))?;
     let choice = body.choices.into_iter().next();
     let choice = choice.ok_or_else(|| bad(&"it has no choices"))?;
-    let refused = choice.message.content.is_none() && choice.message.refusal.is_some();
+    let reason = choice.finish_reason.as_deref().unwrap_or_default();
+    if BROKEN_OFF.contains(&reason) {
+        return Err(bad(&format!("the server broke it off: `{reason}`")));
+    }
+    let text = choice.message.text().map_err(|why| bad(&why))?;
+    let refused = text.is_none() && choice.message.refusal.is_some();
     let finish = match choice.finish_reason.as_deref() {
         _ if refused => FinishReason::ContentFilter,
         Some("length") => FinishReason::Length,
         Some("content_filter") => FinishReason::ContentFilter,
         _ => FinishReason::Stop,
     };
-    let usage = body.usage.unwrap_or_default();
     Ok(Completion {
-        text: choice.message.content.unwrap_or_default(),
+        text: text.unwrap_or_default(),
         finish,
-        prompt_tokens: usage.prompt_tokens.unwrap_or(0),
-        completion_tokens: usage.completion_tokens.unwrap_or(0),
+        prompt_tokens: used.prompt,
+        completion_tokens: used.completion,
         choice_probs: None,
         cached: false,
     })
@@ -186,7 +206,13 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
 
 /// What an answer says that it used; `None` where its server does not count.
 pub(super) fn used(body: &Value) -> Option<Spending> {
-    let count = |name: &str| body["usage"][name].as_u64().unwrap_or(0);
+    let count = |name: &str| {
+        let count = &body["usage"][name];
+        // Some write `12.0`.
+        let whole = count.as_f64().filter(|count| *count >= 0.0);
+        let whole = whole.map(|count| count.round() as u64);
+        count.as_u64().or(whole).unwrap_or(0)
+    };
     let used = Spending {
         prompt: count("prompt_tokens"),
         completion: count("completion_tokens"),
@@ -336,6 +362,20 @@ mod tests {
             ("x", FinishReason::Length)
         );
         assert_eq!((answer.prompt_tokens, answer.completion_tokens), (0, 0));
+        let parts = json!([
+            {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+            {"type": "text", "text": "a "}, {"type": "text", "text": "label"},
+        ]);
+        let answer = read(json!({"choices": [{"message": {"content": parts}}],
+            "usage": {"prompt_tokens": 12.0, "completion_tokens": "many"}}));
+        assert_eq!(answer.text, "a label");
+        assert_eq!((answer.prompt_tokens, answer.completion_tokens), (12, 0));
+        let odd = json!({"choices": [{"message": {"content": 3}}]}).to_string();
+        assert!(completion(odd.as_bytes()).unwrap_err().contains("no text"));
+        let choice = json!({"message": {"content": "half"}, "finish_reason": "abort"});
+        let broken = json!({ "choices": [choice] }).to_string();
+        let why = completion(broken.as_bytes()).unwrap_err();
+        assert!(why.contains("broke it off: `abort`"), "{why}");
         let answer = read(json!({"choices": [{"message": {}}], "usage": {"prompt_tokens": 3}}));
         assert_eq!(
             (answer.text.as_str(), answer.finish),

@@ -110,7 +110,7 @@ impl Metered {
                 counted.failed += 1;
                 self.first_error.get_or_init(|| Box::new(error.clone()));
                 counted.unavailable += u64::from(matches!(error, LmError::Unavailable(_)));
-                if matches!(error, LmError::Barred(_)) {
+                if matches!(error, LmError::Barred(_) | LmError::NoModel(_)) {
                     self.barred.get_or_init(|| Box::new(error.clone()));
                 }
             }

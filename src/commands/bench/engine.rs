@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_engine::Diagnostics;
 use flowrun_engine::pipeline::{
     Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode,
 };
@@ -325,6 +326,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         uses: BTreeMap::new(),
         steps: (0..steps).map(node).collect(),
         sources: Vec::new(),
+        warnings: Diagnostics::default(),
     };
     let open = OpenOptions {
         wait: LockWait::NoWait,

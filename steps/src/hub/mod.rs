@@ -84,6 +84,36 @@ pub fn settle(
     )))
 }
 
+/// The file of a repository that the cache holds with this sha256, and a commit that has it: where
+/// the bytes are what is asked for, no branch need be looked up.
+///
+/// # Errors
+/// Invalid when the names cannot be the hub's.
+pub(crate) fn kept_with(
+    kind: RepoType,
+    repo: &str,
+    file: &str,
+    sha256: &str,
+    world: &World,
+) -> Result<Option<(String, PathBuf)>, StepError> {
+    check_path(file, "file")?;
+    let of = Repository::new(kind, repo, "main", world)?;
+    let snapshots = std::fs::read_dir(of.folder().join("snapshots"));
+    let commits = snapshots.into_iter().flatten().flatten();
+    let place = |commit: std::fs::DirEntry| {
+        let name = commit.file_name().to_string_lossy().into_owned();
+        (name, commit.path().join(file))
+    };
+    let mut places: Vec<(String, PathBuf)> = commits.map(place).collect();
+    places.sort();
+    // The cache calls a large file by its sha256.
+    let is_it = |(_, place): &(String, PathBuf)| {
+        let real = std::fs::canonicalize(place);
+        real.is_ok_and(|real| real.file_name().is_some_and(|name| name == sha256))
+    };
+    Ok(places.into_iter().find(is_it))
+}
+
 /// A repository of the hub at one commit.
 #[derive(Debug)]
 pub struct Snapshot {

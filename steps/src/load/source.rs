@@ -122,10 +122,20 @@ impl SourceSpec {
                 )
             }
             (None, None, Some(hub)) => {
-                let snapshot =
-                    Snapshot::newest(RepoType::Dataset, &hub.repo, &hub.revision, world)?;
-                let origin = format!("{}@{}/{}", hub.repo, snapshot.commit(), hub.file);
-                (snapshot.file(&hub.file)?, Some(origin.clone()), origin)
+                let kind = RepoType::Dataset;
+                let kept = match &self.sha256 {
+                    Some(sha256) => hub::kept_with(kind, &hub.repo, &hub.file, sha256, world)?,
+                    None => None,
+                };
+                let (commit, path) = match kept {
+                    Some(kept) => kept,
+                    None => {
+                        let newest = Snapshot::newest(kind, &hub.repo, &hub.revision, world)?;
+                        (newest.commit().to_owned(), newest.file(&hub.file)?)
+                    }
+                };
+                let origin = format!("{}@{commit}/{}", hub.repo, hub.file);
+                (path, Some(origin.clone()), origin)
             }
             _ => {
                 return Err(StepError::invalid(format!(

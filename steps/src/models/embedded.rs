@@ -132,6 +132,20 @@ pub(super) fn open_lm(
             id = format!("{id}+{}", adapter.digest);
             Some(LoraAdapter::load(folder, &base.weights.config).map_err(failed)?)
         }
+        // The base alone would answer in its name.
+        Some((
+            _,
+            Checkpoint {
+                hosted: Some(hosted),
+                ..
+            },
+        )) => {
+            return Err(StepError::invalid(format!(
+                "the checkpoint is the model `{hosted}` of the server that trained it, and `{}` runs in this process",
+                spec.weights.name()
+            ))
+            .help("ask the entry that was trained"));
+        }
         _ => None,
     };
     let options = GenerateOptions {

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `weights` | where a file of weights is and how it is had |
 //! | `embedded` | models that run in this process |
-//! | `remote` | models behind a server, with the adapters of checkpoints |
+//! | `remote` | models behind a server |
+//! | `with_adapter` | a checkpoint's adapter there, given to the server when it lacks it |
 //! | `traced` | what a step's trace is told of calls |
 //!
 //! Everything that depends on whether the embedded model was compiled in is in `embedded` and its
@@ -17,6 +18,7 @@ pub(crate) mod embedded;
 pub(crate) mod remote;
 mod traced;
 pub mod weights;
+mod with_adapter;
 
 #[cfg(not(feature = "model"))]
 pub(crate) use absent as local;

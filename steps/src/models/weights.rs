@@ -209,11 +209,21 @@ impl WeightsRef {
         file: Option<&Path>,
         world: &World,
     ) -> Result<Found, StepError> {
-        let snapshot = Snapshot::known(RepoType::Model, repo, self.revision(), world)?;
-        let Some(file) = file else {
-            return hub_model(repo, &snapshot);
+        let kept = match (file, &self.sha256) {
+            (Some(file), Some(sha256)) => {
+                let file = file.to_string_lossy();
+                hub::kept_with(RepoType::Model, repo, &file, sha256, world)?
+            }
+            _ => None,
         };
-        let path = snapshot.file(&file.to_string_lossy())?;
+        let snapshot = || Snapshot::known(RepoType::Model, repo, self.revision(), world);
+        let Some(file) = file else {
+            return hub_model(repo, &snapshot()?);
+        };
+        let path = match kept {
+            Some((_, path)) => path,
+            None => snapshot()?.file(&file.to_string_lossy())?,
+        };
         let digest = local_digest(&path)?;
         self.check(&digest, &format!("{repo}/{}", file.display()))?;
         Ok(Found { path, digest })
@@ -427,6 +437,35 @@ mod tests {
         assert_eq!(pinned.sha256, None);
         weights.revision = Some(commit.into());
         assert_eq!(weights.observe(&world).unwrap(), None);
+    }
+
+    #[test]
+    fn a_file_with_a_digest_is_found_in_the_hubs_cache_whatever_its_branch_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = world(dir.path());
+        let model = dir.path().join("huggingface/hub/models--a--pinned");
+        let content = dir.path().join("content");
+        std::fs::write(&content, "hello").unwrap();
+        let sha256 = sha256_of(&content).unwrap();
+        let blobs = model.join("blobs");
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::copy(&content, blobs.join(&sha256)).unwrap();
+        let snapshot = model.join("snapshots").join("a".repeat(40));
+        std::fs::create_dir_all(&snapshot).unwrap();
+        let link = snapshot.join("w.gguf");
+        std::os::unix::fs::symlink(blobs.join(&sha256), &link).unwrap();
+        let weights = WeightsRef {
+            hf: Some("a/pinned".into()),
+            file: Some("w.gguf".into()),
+            sha256: Some(sha256.clone()),
+            ..WeightsRef::default()
+        };
+        // There is no note of the branch, and the hub may not be asked.
+        let found = weights.locate(&world, &Cancel::default()).unwrap();
+        assert_eq!((found.path, found.digest), (link, sha256.clone()));
+        std::fs::write(blobs.join(&sha256), "other").unwrap();
+        let error = weights.locate(&world, &Cancel::default()).unwrap_err();
+        assert!(error.message.contains("declared"), "{}", error.message);
     }
 
     #[test]

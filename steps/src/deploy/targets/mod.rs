@@ -10,6 +10,7 @@
 mod docker;
 mod hugging_face;
 mod kubernetes;
+mod plain;
 mod ray_serve;
 mod systemd;
 mod vllm;

@@ -46,6 +46,7 @@ pub(super) struct Job<'a> {
     params: &'a Params,
     spec: &'a CommandSpec,
     base: String,
+    revision: Option<String>,
     rows: usize,
     micro_batch: usize,
 }
@@ -54,7 +55,7 @@ impl<'a> Job<'a> {
     pub(super) fn new(
         params: &'a Params,
         spec: &'a CommandSpec,
-        base: String,
+        (base, revision): (String, Option<String>),
         rows: usize,
     ) -> Result<Self, StepError> {
         let fits = |micro: &usize| params.batch_size.is_multiple_of(*micro);
@@ -75,6 +76,7 @@ impl<'a> Job<'a> {
             params,
             spec,
             base,
+            revision,
             rows,
             micro_batch,
         })
@@ -240,7 +242,7 @@ fn trl(job: &Job<'_>, folder: &Path) -> Value {
     let params = job.params;
     let config = json!({
         "model_name_or_path": job.base,
-        "model_revision": job.spec.revision,
+        "model_revision": job.revision,
         "dtype": if job.is_bf16() { "bfloat16" } else { "float32" },
         "datasets": [{ "path": "json", "data_files": { "train": folder.join(DATA) } }],
         "use_peft": true,
@@ -263,7 +265,7 @@ fn llama_factory(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Result<Va
     })?;
     let config = json!({
         "model_name_or_path": job.base,
-        "model_revision": job.spec.revision,
+        "model_revision": job.revision,
         "stage": "sft",
         "do_train": true,
         "finetuning_type": "lora",
@@ -289,7 +291,7 @@ fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
     let params = job.params;
     json!({
         "base_model": job.base,
-        "revision_of_model": job.spec.revision,
+        "revision_of_model": job.revision,
         "adapter": "lora",
         "lora_r": params.lora.rank,
         "lora_alpha": params.lora.alpha,
