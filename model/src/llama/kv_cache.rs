@@ -35,6 +35,30 @@ impl KvCache {
         self.len
     }
 
+    /// Bytes of keys and values.
+    pub(crate) fn bytes(&self) -> usize {
+        let values = self.layers.iter();
+        let values: usize = values.map(|l| l.keys.len() + l.values.len()).sum();
+        values * size_of::<f32>()
+    }
+
+    /// The first `tokens` tokens and those after them, as two stretches.
+    pub(crate) fn split(&self, tokens: usize) -> (Self, Self) {
+        let cut = |layer: &LayerCache| {
+            let at = layer.keys.len() / self.len.max(1) * tokens;
+            let (keys, later_keys) = layer.keys.split_at(at);
+            let (values, later_values) = layer.values.split_at(at);
+            let part = |keys: &[f32], values: &[f32]| LayerCache {
+                keys: keys.to_vec(),
+                values: values.to_vec(),
+            };
+            (part(keys, values), part(later_keys, later_values))
+        };
+        let (first, second): (Vec<_>, Vec<_>) = self.layers.iter().map(cut).unzip();
+        let stretch = |len, layers| Self { len, layers };
+        (stretch(tokens, first), stretch(self.len - tokens, second))
+    }
+
     pub(super) fn layer(&self, layer: usize) -> &LayerCache {
         &self.layers[layer]
     }

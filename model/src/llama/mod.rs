@@ -11,7 +11,7 @@ mod kv_cache;
 mod matrices;
 mod pass;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use rayon::prelude::*;
 
@@ -92,6 +92,21 @@ impl Llama {
 
     pub(crate) fn base(&self) -> &BaseModel {
         &self.base
+    }
+
+    /// The base model, without keeping it.
+    pub(crate) fn weak_base(&self) -> Weak<BaseModel> {
+        Arc::downgrade(&self.base)
+    }
+
+    /// What its linear layers are computed with.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Whether the two may compute together: they differ in their adapters at most.
+    pub(crate) fn is_beside(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.base, &other.base) && self.precision == other.precision
     }
 
     /// An empty cache with room for `capacity` tokens.
