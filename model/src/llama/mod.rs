@@ -252,6 +252,21 @@ mod tests {
     }
 
     #[test]
+    fn windows_that_span_stretches_and_blocks_of_rows_are_those_of_the_slow_pass() {
+        let base = tiny::base_of(architecture::ALL[3], 7);
+        assert!(base.weights.config.local.is_some());
+        let llama = Llama::new(base.clone(), None, Precision::F32).unwrap();
+        let tokens: Vec<u32> = (0..120).map(|i| (i * 37 + 5) % 200).collect();
+        let wanted = tiny::logits(&base, None, &tokens);
+        for (first, second) in [(50, 51), (1, 40), (63, 119), (2, 3)] {
+            let (_, one) = last_logits(&llama, None, vec![], &tokens[..first]);
+            let (_, two) = last_logits(&llama, None, vec![&one], &tokens[first..second]);
+            let (got, _) = last_logits(&llama, None, vec![&one, &two], &tokens[second..]);
+            assert_close(&got, &wanted);
+        }
+    }
+
+    #[test]
     fn runs_of_one_call_do_not_see_each_other() {
         let base = tiny::base(4);
         let llama = Llama::new(base.clone(), None, Precision::F32).unwrap();
