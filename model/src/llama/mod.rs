@@ -66,8 +66,18 @@ impl Llama {
         let config = &base.weights.config;
         let adapter = adapter.map(|adapter| Adapter::new(adapter, config));
         let frequencies = config.frequency_tables();
-        if precision == Precision::Int8 {
-            base.int8()?;
+        match precision {
+            Precision::Int8 => {
+                base.int8()?;
+            }
+            Precision::F32 if base.answers_only() => {
+                return Err(ModelError::Config {
+                    name: "precision",
+                    reason: "this base model is in memory for 8-bit answers only; load all of it"
+                        .to_owned(),
+                });
+            }
+            Precision::F32 => {}
         }
         Ok(Self {
             adapter: adapter.transpose()?,
@@ -145,7 +155,14 @@ impl Llama {
 
     /// Logits of a few tokens for one hidden state.
     pub(crate) fn logits_of(&self, hidden: &[f32], tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let head = View::new(&self.base.weights.head)?;
+        let weights = &self.base.weights;
+        // A head of its own may be there in 8 bits only; the answer must not hang on that.
+        let int8 = self.int8()?.filter(|_| !weights.config.tied_head);
+        if let Some(head) = int8.and_then(Int8Weights::head) {
+            let logit = |token: &u32| dot(hidden, &head.row(*token as usize));
+            return Ok(tokens.iter().map(logit).collect());
+        }
+        let head = View::new(&weights.head)?;
         let row = |token: &u32| &head[*token as usize * hidden.len()..][..hidden.len()];
         Ok(tokens.iter().map(|token| dot(hidden, row(token))).collect())
     }

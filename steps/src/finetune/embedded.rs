@@ -13,7 +13,7 @@ use flowrun_model::{BaseModel, ChatMessage, LoraAdapter, LoraConfig, ModelError}
 use super::{Params, ScheduleSpec, VALIDATION};
 use crate::checkpoint::Checkpoint;
 use crate::folder;
-use crate::models::local::{failed, open_base};
+use crate::models::local::{failed, open_whole_base};
 use crate::models::{EmbeddedSpec, Host};
 use crate::report::LossPoint;
 use crate::rows::{read_jsonl, write_json};
@@ -159,7 +159,7 @@ impl Saving {
 
 impl Training<'_> {
     pub(super) fn run(&self, host: &Host<'_>) -> Result<Trained, StepError> {
-        let base = open_base(self.spec, host)?;
+        let base = open_whole_base(self.spec, host)?;
         let all_tokens = |chats: &[ChatRow]| -> Result<Vec<TrainRow>, StepError> {
             chats.iter().map(|chat| tokens(&base, chat)).collect()
         };

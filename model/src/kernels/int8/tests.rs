@@ -94,6 +94,19 @@ fn weights_of_four_and_eight_bits_are_kept() {
 }
 
 #[test]
+fn a_row_is_given_back_as_it_was_rounded() {
+    let w = values(40 * 96, 7);
+    let matrix = Int8Matrix::new(&w, 96).expect("whole blocks");
+    for (output, want) in w.chunks(96).enumerate() {
+        let row = matrix.row(output);
+        assert_eq!(row.len(), 96);
+        for (got, want) in row.iter().zip(want) {
+            assert!((got - want).abs() < 0.005, "{got} is not {want}");
+        }
+    }
+}
+
+#[test]
 fn extremes_do_not_overflow() {
     let x = vec![-1.0f32; 64];
     let w: Vec<f32> = (0..64)

@@ -49,6 +49,20 @@ impl Int8Matrix {
         Some(matrix)
     }
 
+    /// The weights of an output, as they were rounded.
+    pub(crate) fn row(&self, output: usize) -> Vec<f32> {
+        let (panel, lane) = (output / PANEL, output % PANEL);
+        let mut row = Vec::with_capacity(self.inputs);
+        for index in 0..self.inputs / BLOCK {
+            let block = self.block(panel, index);
+            row.extend((0..BLOCK).map(|k| {
+                let level = block.weights[k / 4 * 4 * PANEL + lane * 4 + k % 4];
+                f32::from(level).mul_add(block.scales[lane], block.lows[lane])
+            }));
+        }
+        row
+    }
+
     #[inline(always)]
     pub(super) fn block(&self, panel: usize, index: usize) -> Block<'_> {
         let at = panel * (self.inputs / BLOCK) + index;
