@@ -37,6 +37,7 @@ mod service;
 mod steady;
 mod turn;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -215,6 +216,7 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         weights,
         batch: 32,
         prices: None,
+        chat_template_kwargs: BTreeMap::new(),
     };
     let about = About {
         name: base_id.clone(),

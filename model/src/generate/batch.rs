@@ -111,7 +111,10 @@ impl Batch {
         let base = on.base();
         let tokens = match &ask.text {
             Some(text) => base.tokenizer.encode(text, true)?,
-            None => base.prompt_tokens(&ask.request.messages)?,
+            None => {
+                let request = &ask.request;
+                base.prompt_tokens_with(&request.messages, &request.template_arguments)?
+            }
         };
         let mut row = Row::new(id, &ask.request, tokens, &on.llama)?;
         row.watch(ask.top_p, ask.logprobs);

@@ -243,7 +243,7 @@ impl Prefixes {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
     use crate::chat_template::ChatMessage;
@@ -253,6 +253,7 @@ mod tests {
     fn row(generator: &Generator, prompt: Vec<u32>) -> Row {
         let request = GenerateRequest {
             messages: vec![ChatMessage::new("user", "")],
+            template_arguments: BTreeMap::new(),
             max_tokens: 1,
             temperature: 0.0,
             seed: None,

@@ -4,7 +4,7 @@
 //! writes `<|im_end|>` does not end the turn.
 
 use crate::base_model::BaseModel;
-use crate::chat_template::ChatMessage;
+use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::error::ModelError;
 
 /// Private-use characters around a message's number, where its text must not be read as special.
@@ -18,14 +18,26 @@ impl BaseModel {
     /// [`ModelError::Template`] when the chat template refuses the messages;
     /// [`ModelError::Tokenizer`] when the vocabulary cannot express them.
     pub fn prompt_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+        self.prompt_tokens_with(messages, &TemplateArguments::new())
+    }
+
+    /// The same, with what else the chat template is told.
+    ///
+    /// # Errors
+    /// As [`BaseModel::prompt_tokens`].
+    pub fn prompt_tokens_with(
+        &self,
+        messages: &[ChatMessage],
+        arguments: &TemplateArguments,
+    ) -> Result<Vec<u32>, ModelError> {
         for message in messages {
             let text = &message.content;
             if self.tokenizer.encode(text, true)? != self.tokenizer.encode(text, false)? {
-                return self.guarded_tokens(messages);
+                return self.guarded_tokens(messages, arguments);
             }
         }
-        self.tokenizer
-            .encode(&self.chat.render(messages, true)?, true)
+        let rendered = self.chat.render_with(messages, true, arguments)?;
+        self.tokenizer.encode(&rendered, true)
     }
 
     /// The tokens of an assistant's whole answer, with the one that ends the turn.
@@ -39,7 +51,11 @@ impl BaseModel {
     }
 
     /// Renders placeholders, and puts each message's text in their place as plain characters.
-    fn guarded_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+    fn guarded_tokens(
+        &self,
+        messages: &[ChatMessage],
+        arguments: &TemplateArguments,
+    ) -> Result<Vec<u32>, ModelError> {
         if messages.iter().any(|m| m.content.contains([OPEN, CLOSE])) {
             return Err(ModelError::Tokenizer(
                 "a message spells a special token and has the characters U+E000 or U+E001; \
@@ -52,7 +68,7 @@ impl BaseModel {
             .enumerate()
             .map(|(i, m)| ChatMessage::new(m.role.clone(), format!("{OPEN}{i}{CLOSE}")))
             .collect();
-        let rendered = self.chat.render(&marked, true)?;
+        let rendered = self.chat.render_with(&marked, true, arguments)?;
         let mut tokens = Vec::new();
         let mut rest = rendered.as_str();
         while let Some((before, marker)) = rest.split_once(OPEN) {

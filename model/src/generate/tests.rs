@@ -11,6 +11,7 @@ use crate::tiny;
 fn request(text: &str, max_tokens: usize) -> GenerateRequest {
     GenerateRequest {
         messages: vec![ChatMessage::new("user", text)],
+        template_arguments: TemplateArguments::new(),
         max_tokens,
         temperature: 0.0,
         seed: None,

@@ -10,7 +10,7 @@ use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
 use flowrun_model::bench::ModelBench;
 use flowrun_model::{
     BaseModel, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated,
-    Generator, LoraAdapter, ModelError, SentenceEncoder,
+    Generator, LoraAdapter, ModelError, SentenceEncoder, TemplateArguments,
 };
 
 use super::{EmbeddedSpec, EncoderSpec, Host};
@@ -134,6 +134,9 @@ pub(super) fn open_lm(
 ) -> Result<Arc<dyn Lm>, StepError> {
     let base = open_base(spec, host)?;
     let mut id = format!("embedded-{GENERATION}:{}", base.id);
+    if !spec.chat_template_kwargs.is_empty() {
+        id = format!("{id} with {}", serde_json::json!(spec.chat_template_kwargs));
+    }
     let adapter = match checkpoint {
         Some((
             folder,
@@ -162,6 +165,7 @@ pub(super) fn open_lm(
     Ok(Arc::new(LocalLm {
         id,
         generator,
+        template_arguments: spec.chat_template_kwargs.clone(),
         cancel: host.cancel.clone(),
     }))
 }
@@ -228,6 +232,7 @@ fn table(name: &str, found: &ModelBench) -> String {
 struct LocalLm {
     id: String,
     generator: Generator,
+    template_arguments: TemplateArguments,
     cancel: Cancel,
 }
 
@@ -241,6 +246,7 @@ impl Lm for LocalLm {
         requests: &[Request],
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>> {
+        let request = |asked: &Request| request(asked, &self.template_arguments);
         let requests: Vec<GenerateRequest> = requests.iter().map(request).collect();
         let tell = |index: usize, answer: &Result<Generated, ModelError>| {
             on_answer(index, &completion(answer));
@@ -252,7 +258,7 @@ impl Lm for LocalLm {
     }
 }
 
-fn request(request: &Request) -> GenerateRequest {
+fn request(request: &Request, template_arguments: &TemplateArguments) -> GenerateRequest {
     let sampling = &request.sampling;
     GenerateRequest {
         messages: request
@@ -260,6 +266,7 @@ fn request(request: &Request) -> GenerateRequest {
             .iter()
             .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
             .collect(),
+        template_arguments: template_arguments.clone(),
         max_tokens: sampling.max_tokens as usize,
         temperature: sampling.temperature,
         // Another rollout is another draw of the same prompt.
