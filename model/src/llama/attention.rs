@@ -1,7 +1,7 @@
 //! Causal attention of one run over the stretches that came before it and itself.
 //!
-//! The tokens of a local layer go block by block, so that little is computed of what their windows
-//! leave out.
+//! Tokens go block by block, so that the scores of a long run take little room, and little is
+//! computed of what the tokens do not see.
 
 use super::kv_cache::LayerCache;
 use crate::config::LlamaConfig;

@@ -25,6 +25,7 @@ use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
 use crate::kernels::vector::dot;
+use crate::kernels::window::WHOLE;
 use crate::lora::LoraAdapter;
 use matrices::Matrix;
 
@@ -33,6 +34,10 @@ use matrices::Matrix;
 const CHUNK: usize = 512;
 /// Fewest tokens of a call for which splitting rows beats splitting each product.
 const SPLIT: usize = 32;
+
+/// Most tokens of one run in a pass: what they take besides keys and values is bounded by it. Whole
+/// blocks of the attention.
+const PIECE: usize = 4 * WHOLE;
 
 /// Tokens that continue a sequence.
 pub(crate) struct Run<'a> {
@@ -127,11 +132,15 @@ impl Llama {
 
     /// Feeds every run and returns the normed hidden state of each run's last token,
     /// `[runs, hidden]`.
-    pub(crate) fn forward(&self, runs: Vec<Run<'_>>) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn forward(&self, mut runs: Vec<Run<'_>>) -> Result<Vec<f32>, ModelError> {
+        for run in &mut runs {
+            self.shorten(run)?;
+        }
         let total: usize = runs.iter().map(|run| run.tokens.len()).sum();
         let longest = runs.iter().map(|run| run.tokens.len()).max().unwrap_or(0);
         let threads = rayon::current_num_threads();
-        if threads == 1 || total < SPLIT || longest * threads > 2 * total {
+        // Where one run takes half as much again as a thread's share, the others would wait for it.
+        if threads == 1 || total < SPLIT || 2 * longest * threads > 3 * total {
             let whole = plan(runs, total.div_ceil(CHUNK * threads).max(1));
             let parts = whole.into_iter().map(|runs| self.pass(runs, Threads::All));
             return Ok(parts.collect::<Result<Vec<_>, _>>()?.concat());
@@ -141,6 +150,22 @@ impl Llama {
             .into_par_iter()
             .map(|runs| self.pass(runs, Threads::One));
         Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+    }
+
+    /// Feeds all of a run but its last tokens, piece by piece.
+    fn shorten(&self, run: &mut Run<'_>) -> Result<(), ModelError> {
+        while run.tokens.len() > PIECE {
+            let (now, later) = run.tokens.split_at(PIECE);
+            let piece = Run {
+                tokens: now,
+                past: run.past.clone(),
+                own: &mut *run.own,
+                adapter: run.adapter,
+            };
+            self.pass(vec![piece], Threads::All)?;
+            run.tokens = later;
+        }
+        Ok(())
     }
 
     /// Logits over the whole vocabulary for `hidden`, `[rows, hidden]`.
@@ -280,6 +305,28 @@ mod tests {
             let (_, two) = last_logits(&llama, None, vec![&one], &tokens[first..second]);
             let (got, _) = last_logits(&llama, None, vec![&one, &two], &tokens[second..]);
             assert_close(&got, &wanted);
+        }
+    }
+
+    #[test]
+    fn a_long_run_goes_piece_by_piece_and_computes_the_same() {
+        for architecture in [architecture::ALL[0], architecture::ALL[3]] {
+            let base = tiny::base_of(architecture, 8);
+            let adapter = tiny::adapter(&base.weights.config, 9);
+            let llama = Llama::new(base, Some(&adapter), Precision::F32).unwrap();
+            let tokens: Vec<u32> = (0..PIECE as u32 + 700).map(|i| (i * 37) % 200).collect();
+            let (mut whole, mut pieces) = (llama.cache(0), llama.cache(0));
+            let run = |own| Run {
+                tokens: &tokens,
+                past: vec![],
+                own,
+                adapter: llama.adapter(),
+            };
+            let wanted = llama.pass(vec![run(&mut whole)], Threads::One).unwrap();
+            let got = llama.forward(vec![run(&mut pieces)]).unwrap();
+            assert_eq!(pieces.len(), whole.len());
+            let off = got.iter().zip(&wanted).map(|(a, b)| (a - b).abs());
+            assert!(off.fold(0.0, f32::max) < 1e-4, "{}", architecture.gguf);
         }
     }
 

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use super::{LoraAdapter, LoraConfig, LoraPair, Module};
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
+use crate::kernels::View;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -172,6 +173,10 @@ fn read_config(settings: &Map<String, Value>) -> Result<LoraConfig, String> {
         // Rank-stabilised scaling is `alpha / √r`; ours is `alpha / r`.
         alpha *= (rank as f64).sqrt();
     }
+    // Computed with in f32.
+    if !((alpha / rank as f64) as f32).is_finite() {
+        return Err(format!("`lora_alpha` {alpha} is no number to compute with"));
+    }
     get("peft_type")?;
     Ok(LoraConfig {
         rank,
@@ -264,6 +269,13 @@ fn read_layers(
         let tensor = tensor
             .to_dtype(DType::F32)
             .map_err(|e| format!("tensor `{name}`: {e}"))?;
+        let values = View::new(&tensor).map_err(|e| format!("tensor `{name}`: {e}"))?;
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            return Err(format!(
+                "tensor `{name}` has the value {value}; the training that made it went wrong"
+            ));
+        }
+        drop(values);
         let pair = found.entry((layer, module)).or_default();
         *(if is_a { &mut pair.0 } else { &mut pair.1 }) = Some(tensor);
     }
@@ -404,6 +416,24 @@ mod tests {
             config.remove("r");
         });
         assert!(missing.contains("`r` is missing"), "{missing}");
+    }
+
+    #[test]
+    fn numbers_that_would_make_every_answer_nonsense_are_refused() {
+        let error = refused(|config| {
+            config.insert("lora_alpha".to_owned(), json!(1e300));
+        });
+        assert!(error.contains("`lora_alpha`"), "{error}");
+        let (folder, mut adapter) = saved();
+        let pair = adapter.layers[1].get_mut("q_proj").unwrap();
+        pair.b = (&pair.b * f64::NAN).unwrap();
+        adapter.save(folder.path(), "some/base").unwrap();
+        let error = LoraAdapter::load(folder.path(), &tiny::config()).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("layers.1.self_attn.q_proj.lora_B")
+        );
     }
 
     #[test]

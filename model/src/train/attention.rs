@@ -3,8 +3,8 @@
 //! A span may also see keys and values of a stretch that came before the pass; these get no
 //! gradient. Queries, keys and values come as `[heads, tokens, head_dim]`, rotated. Knows no projection.
 //! The scores are computed again in the backward pass, so memory grows with the tokens, not with
-//! their square; the rows of a local layer go block by block, so that little is computed of what
-//! their windows leave out. Invariant: gradients that several spans send to the prefix are added in
+//! their square; the rows go block by block, so that little is computed of what they do not see.
+//! Invariant: gradients that several spans send to the prefix are added in
 //! the order of the spans, so equal inputs give equal bits.
 
 use std::ops::Range;
@@ -301,13 +301,10 @@ impl<'a> Attention<'a> {
         Mat::strided(&given.d_out[at..], block.rows.len(), self.dim, rows)
     }
 
-    /// The blocks of a span: one, unless the layer is a local one.
+    /// The blocks of a span.
     fn blocks(&self, span: Span) -> impl Iterator<Item = Block> {
         blocks(span.len, self.window).map(move |rows| {
-            let columns = match self.window {
-                None => 0..span.before() + span.len,
-                Some(_) => self.seen(span, rows.start).start..span.before() + rows.end,
-            };
+            let columns = self.seen(span, rows.start).start..span.before() + rows.end;
             Block { rows, columns }
         })
     }
@@ -500,9 +497,8 @@ mod tests {
         out
     }
 
-    #[test]
-    fn windows_give_what_the_plain_formula_gives_and_its_gradients() {
-        let spans = spans();
+    /// Compares results, and the gradients of every `every`th value, with the plain formula's.
+    fn check(spans: &[Span], window: Option<usize>, every: usize) {
         let tokens: usize = spans.iter().map(|span| span.len).sum();
         let (q, g) = (
             numbers(HEADS * tokens * DIM, 1),
@@ -510,49 +506,66 @@ mod tests {
         );
         let (k, v) = (numbers(tokens * DIM, 3), numbers(tokens * DIM, 4));
         let wide = |values: &[f32]| values.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
-        for window in [None, Some(1), Some(7), Some(50), Some(80), Some(1000)] {
-            let attention = attention(&spans, window, [&q, &k, &v]);
-            let (mut heads, mut log_sums) = (vec![0f32; q.len()], vec![0f32; HEADS * tokens]);
-            attention.forward(&mut heads, &mut log_sums);
-            let mut out = vec![0f32; heads.len()];
-            for (at, value) in heads.iter().enumerate() {
-                let (head, rest) = (at / (tokens * DIM), at % (tokens * DIM));
-                out[(rest / DIM * HEADS + head) * DIM + rest % DIM] = *value;
-            }
-            let wanted = slow(&spans, window, [&wide(&q), &wide(&k), &wide(&v)]);
-            let off = out
-                .iter()
-                .zip(&wanted)
-                .map(|(a, b)| (f64::from(*a) - b).abs());
-            assert!(off.fold(0.0, f64::max) < 1e-5, "{window:?}");
+        let attention = attention(spans, window, [&q, &k, &v]);
+        let (mut heads, mut log_sums) = (vec![0f32; q.len()], vec![0f32; HEADS * tokens]);
+        attention.forward(&mut heads, &mut log_sums);
+        let mut out = vec![0f32; heads.len()];
+        for (at, value) in heads.iter().enumerate() {
+            let (head, rest) = (at / (tokens * DIM), at % (tokens * DIM));
+            out[(rest / DIM * HEADS + head) * DIM + rest % DIM] = *value;
+        }
+        let wanted = slow(spans, window, [&wide(&q), &wide(&k), &wide(&v)]);
+        let off = out
+            .iter()
+            .zip(&wanted)
+            .map(|(a, b)| (f64::from(*a) - b).abs());
+        assert!(off.fold(0.0, f64::max) < 1e-5, "{window:?}");
 
-            let mut gradients = [
-                vec![0f32; q.len()],
-                vec![0f32; k.len()],
-                vec![0f32; v.len()],
-            ];
-            let [dq, dk, dv] = &mut gradients;
-            let given = OutGradient {
-                out: &out,
-                d_out: &g,
-                log_sums: &log_sums,
-            };
-            attention.backward(&given, dq, dk, dv);
-            let step = 1e-5;
-            for (which, gradient) in gradients.iter().enumerate() {
-                for at in (0..gradient.len()).step_by(29) {
-                    let loss = |by: f64| -> f64 {
-                        let mut given = [wide(&q), wide(&k), wide(&v)];
-                        given[which][at] += by;
-                        let [q, k, v] = &given;
-                        let out = slow(&spans, window, [q, k, v]);
-                        out.iter().zip(&g).map(|(o, g)| o * f64::from(*g)).sum()
-                    };
-                    let wanted = (loss(step) - loss(-step)) / (2.0 * step);
-                    let off = (f64::from(gradient[at]) - wanted).abs();
-                    assert!(off < 1e-4, "{window:?} {which} {at}: off by {off}");
-                }
+        let mut gradients = [
+            vec![0f32; q.len()],
+            vec![0f32; k.len()],
+            vec![0f32; v.len()],
+        ];
+        let [dq, dk, dv] = &mut gradients;
+        let given = OutGradient {
+            out: &out,
+            d_out: &g,
+            log_sums: &log_sums,
+        };
+        attention.backward(&given, dq, dk, dv);
+        let step = 1e-5;
+        for (which, gradient) in gradients.iter().enumerate() {
+            for at in (0..gradient.len()).step_by(every) {
+                let loss = |by: f64| -> f64 {
+                    let mut given = [wide(&q), wide(&k), wide(&v)];
+                    given[which][at] += by;
+                    let [q, k, v] = &given;
+                    let out = slow(spans, window, [q, k, v]);
+                    out.iter().zip(&g).map(|(o, g)| o * f64::from(*g)).sum()
+                };
+                let wanted = (loss(step) - loss(-step)) / (2.0 * step);
+                let off = (f64::from(gradient[at]) - wanted).abs();
+                assert!(off < 1e-4, "{window:?} {which} {at}: off by {off}");
             }
         }
+    }
+
+    #[test]
+    fn windows_give_what_the_plain_formula_gives_and_its_gradients() {
+        for window in [None, Some(1), Some(7), Some(50), Some(80), Some(1000)] {
+            check(&spans(), window, 29);
+        }
+    }
+
+    #[test]
+    fn a_row_of_several_blocks_gives_the_same_and_its_gradients() {
+        let row = Span {
+            start: 0,
+            len: 1100,
+            prefix: 0,
+            past: None,
+            past_len: 0,
+        };
+        check(&[row], None, 997);
     }
 }
