@@ -71,12 +71,15 @@ struct Prefix {
     tokens: Vec<u32>,
     /// One after the other; all but the last belong to shorter prefixes too.
     caches: Vec<Arc<KvCache>>,
+    /// Bytes of a token's keys and values.
+    token_bytes: usize,
 }
 
 impl Prefix {
-    /// Of the last cache.
+    /// Bytes of the last cache.
     fn bytes(&self) -> usize {
-        self.caches.last().map_or(0, |cache| cache.bytes())
+        let last = self.caches.last();
+        last.map_or(0, |cache| cache.len() * self.token_bytes)
     }
 
     fn ends_with(&self, cache: &Arc<KvCache>) -> bool {
@@ -167,20 +170,20 @@ impl Prefixes {
             return Some(at);
         }
         let (link, before) = prefix.link(common);
-        if common >= before + SHORTEST_PREFIX {
-            return Some(self.cut(at, link, common, common - before));
+        if common >= before + SHORTEST_PREFIX
+            && let Some((first, second)) = prefix.caches[link].split(common - before)
+        {
+            return Some(self.cut(at, link, common, [Arc::new(first), Arc::new(second)]));
         }
         let shorter = Arc::clone(&prefix.caches[link.checked_sub(1)?]);
         self.kept.iter().position(|p| p.ends_with(&shorter))
     }
 
-    /// Cuts the cache `link` of a prefix in two after `of_link` tokens, everywhere that it is kept,
-    /// and keeps what the first `tokens` tokens of the prefix then are. Copies, since rows under
-    /// way read the whole.
-    fn cut(&mut self, at: usize, link: usize, tokens: usize, of_link: usize) -> usize {
+    /// Puts its two `parts` in the place of the cache `link` of a prefix, everywhere that it is
+    /// kept, and keeps what the first `tokens` tokens of the prefix then are. The parts are copies:
+    /// rows under way read the whole.
+    fn cut(&mut self, at: usize, link: usize, tokens: usize, parts: [Arc<KvCache>; 2]) -> usize {
         let whole = Arc::clone(&self.kept[at].caches[link]);
-        let (first, second) = whole.split(of_link);
-        let parts = [Arc::new(first), Arc::new(second)];
         for prefix in &mut self.kept {
             let place = prefix.caches.iter().position(|c| Arc::ptr_eq(c, &whole));
             if let Some(place) = place {
@@ -192,6 +195,7 @@ impl Prefixes {
             owner: longer.owner.clone(),
             tokens: longer.tokens[..tokens].to_vec(),
             caches: longer.caches[..=link].to_vec(),
+            token_bytes: longer.token_bytes,
         };
         self.kept.push(start);
         self.kept.len() - 1
@@ -223,11 +227,13 @@ impl Prefixes {
             own: &mut own,
             adapter: row.first_adapter(),
         }])?;
+        let config = &llama.base().weights.config;
         caches.push(Arc::new(own));
         self.kept.push(Prefix {
             owner: Owner::of(row),
             tokens: tokens.to_vec(),
             caches,
+            token_bytes: config.layers * config.kv_width() * 2 * size_of::<f32>(),
         });
         Ok(self.kept.len() - 1)
     }

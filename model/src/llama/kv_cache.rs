@@ -35,15 +35,12 @@ impl KvCache {
         self.len
     }
 
-    /// Bytes of keys and values.
-    pub(crate) fn bytes(&self) -> usize {
-        let values = self.layers.iter();
-        let values: usize = values.map(|l| l.keys.len() + l.values.len()).sum();
-        values * size_of::<f32>()
-    }
-
-    /// The first `tokens` tokens and those after them, as two stretches.
-    pub(crate) fn split(&self, tokens: usize) -> (Self, Self) {
+    /// The first `tokens` tokens and those after them, as two stretches. None where the keys and
+    /// values are not here.
+    pub(crate) fn split(&self, tokens: usize) -> Option<(Self, Self)> {
+        if self.layers.is_empty() {
+            return None;
+        }
         let cut = |layer: &LayerCache| {
             let at = layer.keys.len() / self.len.max(1) * tokens;
             let (keys, later_keys) = layer.keys.split_at(at);
@@ -56,7 +53,7 @@ impl KvCache {
         };
         let (first, second): (Vec<_>, Vec<_>) = self.layers.iter().map(cut).unzip();
         let stretch = |len, layers| Self { len, layers };
-        (stretch(tokens, first), stretch(self.len - tokens, second))
+        Some((stretch(tokens, first), stretch(self.len - tokens, second)))
     }
 
     pub(super) fn layer(&self, layer: usize) -> &LayerCache {
