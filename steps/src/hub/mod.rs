@@ -188,6 +188,12 @@ impl Snapshot {
         self.file(file).map(Some)
     }
 
+    /// Whether asking the hub is forbidden.
+    #[must_use]
+    pub fn is_offline(&self) -> bool {
+        self.of.settings.offline.is_some()
+    }
+
     fn url(&self, file: &str) -> String {
         format!(
             "{}/{}/resolve/{}/{}",

@@ -244,18 +244,23 @@ fn hub_model(repo: &str, snapshot: &Snapshot) -> Result<Found, StepError> {
 }
 
 /// The file in which newer repositories keep the chat template; where it is, it is the template,
-/// whatever `tokenizer_config.json` says. Where the hub cannot be asked whether it is there, a
-/// template of `tokenizer_config.json` is enough.
+/// whatever `tokenizer_config.json` says. Where the hub does not answer whether it is there, a
+/// template of `tokenizer_config.json` is enough; where asking is forbidden, what the cache has is.
 fn template(snapshot: &Snapshot) -> Result<(), StepError> {
     let Err(error) = snapshot.optional_file("chat_template.jinja") else {
         return Ok(());
     };
     let settings = snapshot.file("tokenizer_config.json")?;
-    let settings: serde_json::Value = crate::rows::read_json(&settings)?;
-    match error.kind == StepErrorKind::Transient && !settings["chat_template"].is_null() {
-        true => Ok(()),
-        false => Err(error),
+    // What is wrong with it is said by who loads it.
+    let settings: serde_json::Value = crate::rows::read_json(&settings).unwrap_or_default();
+    let known = !settings["chat_template"].is_null();
+    if error.kind != StepErrorKind::Transient || !(known || snapshot.is_offline()) {
+        return Err(error);
     }
+    if !known {
+        tracing::warn!("{}; going on without a chat template", error.message);
+    }
+    Ok(())
 }
 
 /// What to say of a model that has neither one file nor an index of several: the first, unless it
@@ -472,9 +477,15 @@ mod tests {
     }
 
     #[test]
-    fn without_a_network_a_template_is_where_the_cache_says() {
+    fn a_hub_that_does_not_answer_leaves_the_template_of_the_cache() {
         let dir = tempfile::tempdir().unwrap();
-        let world = world(dir.path());
+        let nobody = ("HF_ENDPOINT".to_owned(), "http://127.0.0.1:1".to_owned());
+        let offline = world(dir.path());
+        let world = World {
+            offline: false,
+            env: [nobody].into_iter().collect(),
+            ..offline.clone()
+        };
         let commit = "0123456789abcdef0123456789abcdef01234567";
         let repository = dir.path().join("huggingface/hub/models--a--template");
         let snapshot = repository.join("snapshots").join(commit);
@@ -493,6 +504,8 @@ mod tests {
             "{}",
             error.message
         );
+        let forbidden = Snapshot::known(RepoType::Model, "a/template", commit, &offline).unwrap();
+        hub_model("a/template", &forbidden).unwrap();
         settings("{\"chat_template\": \"{{ messages }}\"}");
         hub_model("a/template", &known).unwrap();
         settings("{}");
