@@ -1,5 +1,6 @@
 //! The command line's words. Their doc comments are the help.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use clap::parser::ValueSource;
 use clap::{Args as ClapArgs, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use flowrun_engine::{parse_bytes, parse_duration};
+use serde_json::Value;
 
 use crate::completion;
 
@@ -358,6 +360,10 @@ pub(crate) struct ServeArgs {
     /// Id of a base model; its file's name when left out.
     #[arg(long, value_name = "ID")]
     pub(crate) name: Option<String>,
+    /// What a base model's chat template is told besides the messages, as a JSON object:
+    /// `{"enable_thinking": false}` has Qwen 3 answer at once. A request's own wins.
+    #[arg(long, value_name = "JSON", value_parser = parse_object)]
+    pub(crate) default_chat_template_kwargs: Option<BTreeMap<String, Value>>,
     /// Requests that are computed together.
     #[arg(long, value_name = "N")]
     pub(crate) max_batch: Option<usize>,
@@ -583,6 +589,11 @@ where
     T: Into<CompletionCandidate> + 'static,
 {
     ArgValueCandidates::new(move || values().into_iter().map(Into::into).collect())
+}
+
+fn parse_object(text: &str) -> Result<BTreeMap<String, Value>, String> {
+    serde_json::from_str(text)
+        .map_err(|e| format!("{e}; write an object, such as `{{\"enable_thinking\": false}}`"))
 }
 
 fn parse_set(text: &str) -> Result<(String, String), String> {

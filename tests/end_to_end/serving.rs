@@ -82,6 +82,11 @@ fn a_chat_template_is_told_what_the_models_entry_and_the_request_say() {
     );
     assert_eq!(status, 400, "{problem}");
 
+    let told = r#"{"enable_thinking": false}"#;
+    let usual = serve(&project, &["tiny", "--default-chat-template-kwargs", told]);
+    assert_eq!(tokens(&usual, Value::Null), 10);
+    assert_eq!(tokens(&usual, slow.clone()), 5);
+
     // What the entry says is part of the keys and of the bundle, and the request wins over it.
     project.run(&["pipeline.yaml", "--json"]).ok();
     project.edit(
