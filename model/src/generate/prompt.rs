@@ -1,7 +1,10 @@
 //! Chats as tokens. Training and answering share this, so that a model is asked as it was taught.
 //!
 //! Knows no generation. Invariant: what a message says never becomes a special token: a user who
-//! writes `<|im_end|>` does not end the turn.
+//! writes `<|im_end|>` does not end the turn. Nor does what the template is told besides, which
+//! may not spell one.
+
+use serde_json::Value;
 
 use crate::base_model::BaseModel;
 use crate::chat_template::{ChatMessage, TemplateArguments};
@@ -24,15 +27,23 @@ impl BaseModel {
     /// The same, with what else the chat template is told.
     ///
     /// # Errors
-    /// As [`BaseModel::prompt_tokens`].
+    /// As [`BaseModel::prompt_tokens`]; and where `arguments` spell a special token.
     pub fn prompt_tokens_with(
         &self,
         messages: &[ChatMessage],
         arguments: &TemplateArguments,
     ) -> Result<Vec<u32>, ModelError> {
+        for (name, value) in arguments {
+            for text in texts(value) {
+                if self.spells_special(text)? {
+                    return Err(ModelError::Template(format!(
+                        "`{name}` of `chat_template_kwargs` spells a special token; leave it out"
+                    )));
+                }
+            }
+        }
         for message in messages {
-            let text = &message.content;
-            if self.tokenizer.encode(text, true)? != self.tokenizer.encode(text, false)? {
+            if self.spells_special(&message.content)? {
                 return self.guarded_tokens(messages, arguments);
             }
         }
@@ -48,6 +59,10 @@ impl BaseModel {
         let mut tokens = self.tokenizer.encode(text, false)?;
         tokens.extend(self.tokenizer.eos().first());
         Ok(tokens)
+    }
+
+    fn spells_special(&self, text: &str) -> Result<bool, ModelError> {
+        Ok(self.tokenizer.encode(text, true)? != self.tokenizer.encode(text, false)?)
     }
 
     /// Renders placeholders, and puts each message's text in their place as plain characters.
@@ -81,6 +96,19 @@ impl BaseModel {
         }
         tokens.extend(self.tokenizer.encode(rest, true)?);
         Ok(tokens)
+    }
+}
+
+/// Every text in a value, the names of its entries too.
+fn texts(value: &Value) -> Vec<&str> {
+    match value {
+        Value::String(text) => vec![text.as_str()],
+        Value::Array(items) => items.iter().flat_map(texts).collect(),
+        Value::Object(entries) => {
+            let inside = entries.values().flat_map(texts);
+            entries.keys().map(String::as_str).chain(inside).collect()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => Vec::new(),
     }
 }
 
