@@ -322,7 +322,7 @@ mod tests {
         let generator = generator();
         let mut prefixes = Prefixes::new(usize::MAX);
         let long: Vec<u32> = (0..200).map(|i| 3 + i % 40).collect();
-        let mut shared = |length, own| {
+        let mut shared = |length: usize, own: u32| {
             let mut row = row(&generator, prompt(&long[..length], own));
             prefixes.share(&mut row).unwrap();
             let tokens: usize = row.past.iter().map(|cache| cache.len()).sum();
