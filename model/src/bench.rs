@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::base_model::BaseModel;
-use crate::chat_template::ChatMessage;
+use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::error::ModelError;
 use crate::generate::{GenerateOptions, GenerateRequest, Generator};
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
@@ -328,6 +328,7 @@ fn generate(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench, Mo
                 format!("Tell me a long story about the number {index}."),
             ),
         ],
+        template_arguments: TemplateArguments::new(),
         max_tokens: 48,
         temperature: 0.0,
         seed: None,

@@ -1,9 +1,11 @@
 //! The words of `flowrun serve`.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
+use serde_json::Value;
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ServeArgs {
@@ -35,6 +37,10 @@ pub(crate) struct ServeArgs {
     /// Id of a base model; its file's name when left out.
     #[arg(long, value_name = "ID")]
     pub(crate) name: Option<String>,
+    /// What a base model's chat template is told besides the messages, as a JSON object:
+    /// `{"enable_thinking": false}` has Qwen 3 answer at once. A request's own wins.
+    #[arg(long, value_name = "JSON", value_parser = parse_object)]
+    pub(crate) default_chat_template_kwargs: Option<BTreeMap<String, Value>>,
     /// Requests that are computed together.
     #[arg(long, value_name = "N")]
     pub(crate) max_batch: Option<usize>,
@@ -59,4 +65,9 @@ pub(crate) struct ServeArgs {
     /// Stop when stdin ends: with the process that holds its other end.
     #[arg(long, hide = true)]
     pub(crate) until_stdin_closes: bool,
+}
+
+fn parse_object(text: &str) -> Result<BTreeMap<String, Value>, String> {
+    serde_json::from_str(text)
+        .map_err(|e| format!("{e}; write an object, such as `{{\"enable_thinking\": false}}`"))
 }

@@ -138,6 +138,12 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
             "`--fine-tuning` needs a base model, not a bundle",
         ));
     }
+    if args.default_chat_template_kwargs.is_some() {
+        return Err(Failure::usage(
+            "`--default-chat-template-kwargs` needs a base model; a bundle has its own, those of \
+             the model's entry that it was made with",
+        ));
+    }
     let bundle = Bundle::open(&world.root).map_err(unusable)?;
     let manifest = &bundle.manifest;
     let about = About {
@@ -217,6 +223,10 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         weights,
         batch: 32,
         prices: None,
+        chat_template_kwargs: args
+            .default_chat_template_kwargs
+            .clone()
+            .unwrap_or_default(),
     };
     let about = About {
         name: base_id.clone(),

@@ -388,6 +388,10 @@ pub fn model_id(spec: &OpenAiSpec) -> String {
     if !spec.body.is_empty() {
         id += &format!(" with {}", serde_json::json!(spec.body));
     }
+    if !spec.chat_template_kwargs.is_empty() {
+        let told = serde_json::json!(spec.chat_template_kwargs);
+        id += &format!(" with template {told}");
+    }
     id
 }
 

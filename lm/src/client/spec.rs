@@ -52,6 +52,10 @@ pub struct OpenAiSpec {
     /// OpenAI's reasoning models.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub body: BTreeMap<String, Value>,
+    /// What else the model's chat template is told, by servers that take it (vLLM, llama.cpp,
+    /// `flowrun serve`): `{ enable_thinking: false }` has Qwen 3 answer at once.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub chat_template_kwargs: BTreeMap<String, Value>,
     /// How the server comes by the adapters of fine-tuned checkpoints. Without it, it answers as
     /// `model` alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -35,6 +35,9 @@ pub(super) fn body(spec: &OpenAiSpec, request: &Request) -> Value {
         if let Some((name, value)) = restriction(spec, request) {
             fields.insert(name.into(), value);
         }
+        if !spec.chat_template_kwargs.is_empty() {
+            fields.insert(TEMPLATE.into(), json!(spec.chat_template_kwargs));
+        }
         for (name, value) in &spec.body {
             match value {
                 Value::Null => fields.remove(name),
@@ -94,9 +97,14 @@ pub(super) fn worst_case(spec: &OpenAiSpec, request: &Request) -> Spending {
 /// Fields of the body that belong to the client.
 const OWN: [&str; 4] = ["messages", "model", "n", "stream"];
 
+/// The field of what the chat template is told.
+const TEMPLATE: &str = "chat_template_kwargs";
+
 /// The field of `body` that may not be there.
 pub(super) fn misplaced(spec: &OpenAiSpec) -> Option<&'static str> {
-    OWN.into_iter().find(|name| spec.body.contains_key(*name))
+    let told = (!spec.chat_template_kwargs.is_empty()).then_some(TEMPLATE);
+    let mut own = OWN.into_iter().chain(told);
+    own.find(|name| spec.body.contains_key(*name))
 }
 
 /// The text of an answer that came as an object; another one stays as it is.
@@ -266,6 +274,18 @@ mod tests {
     fn spec(guided: Value) -> OpenAiSpec {
         let spec = json!({"base_url": "http://h/v1", "model": "m", "guided": guided});
         serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn what_the_template_is_told_is_sent_and_said_in_one_place() {
+        let mut spec = spec(Value::Null);
+        let told = json!({"enable_thinking": false});
+        spec.chat_template_kwargs = serde_json::from_value(told.clone()).unwrap();
+        assert_eq!(body(&spec, &request(None))["chat_template_kwargs"], told);
+        assert_eq!(misplaced(&spec), None);
+        let other = json!({"chat_template_kwargs": {}});
+        spec.body = serde_json::from_value(other).unwrap();
+        assert_eq!(misplaced(&spec), Some("chat_template_kwargs"));
     }
 
     fn request(after: Option<&str>) -> Request {

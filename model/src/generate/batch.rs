@@ -1,9 +1,9 @@
 //! [`Batch`]: rows that are decoded together; they join and leave while it runs (continuous
 //! batching, Yu et al. 2022, "Orca").
 //!
-//! Rows may be of several [`Generator`]s over one base model, one an adapter; each adapter's rows
-//! are fed in a pass of their own. Knows no threads and no callers. Invariant: a row that was
-//! added ends with one [`Said::End`], unless it is removed.
+//! Rows may be of several [`Generator`]s, one an adapter; those over one base model are fed in one
+//! pass, so that its weights are read once for all. Knows no threads and no callers. Invariant: a
+//! row that was added ends with one [`Said::End`], unless it is removed.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -111,7 +111,10 @@ impl Batch {
         let base = on.base();
         let tokens = match &ask.text {
             Some(text) => base.tokenizer.encode(text, true)?,
-            None => base.prompt_tokens(&ask.request.messages)?,
+            None => {
+                let request = &ask.request;
+                base.prompt_tokens_with(&request.messages, &request.template_arguments)?
+            }
         };
         let mut row = Row::new(id, &ask.request, tokens, &on.llama)?;
         row.watch(ask.top_p, ask.logprobs);
@@ -143,9 +146,9 @@ impl Batch {
             let llama = Arc::clone(&rows[0].llama);
             let (group, others) = rows
                 .into_iter()
-                .partition(|row| Arc::ptr_eq(&row.llama, &llama));
+                .partition(|row| row.llama.is_beside(&llama));
             rows = others;
-            self.advance(&llama, group, tell);
+            self.advance(&llama, by_adapter(group), tell);
         }
     }
 
@@ -206,14 +209,14 @@ impl Batch {
         Ok(self.tries.len() - 1)
     }
 
-    /// One pass over the rows of one model.
+    /// One pass over the rows of one base model, `llama`'s.
     fn advance(&mut self, llama: &Llama, mut rows: Vec<Row>, tell: &mut dyn FnMut(usize, Said)) {
         let fed = feed_plain(llama, &mut rows).and_then(|()| {
             let runs = rows.iter_mut().map(|row| Run {
                 tokens: &row.pending,
                 past: row.past.iter().map(AsRef::as_ref).collect(),
                 own: &mut row.own,
-                adapter: llama.adapter().filter(|_| row.adapted),
+                adapter: row.llama.adapter().filter(|_| row.adapted),
             });
             llama.forward(runs.collect())
         });
@@ -264,7 +267,7 @@ impl Batch {
                 .iter()
                 .map(|(row, hidden)| choices::Start {
                     hidden,
-                    adapter: llama.adapter().filter(|_| row.adapted),
+                    adapter: row.llama.adapter().filter(|_| row.adapted),
                     past: row
                         .past
                         .iter()
@@ -322,6 +325,20 @@ impl Batch {
             }
         }
     }
+}
+
+/// The same rows, those of one adapter beside each other: their products are then one.
+fn by_adapter(mut rows: Vec<Row>) -> Vec<Row> {
+    let mut order = Vec::with_capacity(rows.len());
+    while !rows.is_empty() {
+        let llama = Arc::clone(&rows[0].llama);
+        let (same, others): (Vec<_>, Vec<_>) = rows
+            .into_iter()
+            .partition(|row| Arc::ptr_eq(&row.llama, &llama));
+        order.extend(same);
+        rows = others;
+    }
+    order
 }
 
 /// Feeds the parts of prompts that come before an activated adapter's invocation.

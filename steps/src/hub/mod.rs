@@ -191,22 +191,60 @@ impl Snapshot {
         if place.is_file() {
             return Ok(place);
         }
-        let url = format!(
-            "{}/{}/resolve/{}/{}",
-            self.of.settings.endpoint,
-            self.of.repo.url(),
-            self.commit,
-            encoded(file, b'/')
-        );
         let asked = self.of.asked(Some(file));
         transfer::fetch(
             &Client::new(&self.of.settings),
-            &url,
+            &self.url(file),
             &asked,
             &self.of.folder(),
             &place,
         )?;
         Ok(place)
+    }
+
+    /// A file that not every repository has; none where the hub says that this one has not. That is
+    /// noted in the cache, where the hub's other clients note it too, since a commit never gets
+    /// another file.
+    ///
+    /// # Errors
+    /// As [`Snapshot::file`], but for the hub's word that there is no such file.
+    pub fn optional_file(&self, file: &str) -> Result<Option<PathBuf>, StepError> {
+        check_path(file, "file")?;
+        let at_hand = self.folder().join(file).is_file();
+        let note = self.of.folder().join(".no_exist");
+        let note = note.join(&self.commit).join(file);
+        if !at_hand && note.is_file() {
+            return Ok(None);
+        }
+        let settings = &self.of.settings;
+        if !at_hand && settings.offline.is_none() && !settings.look_only {
+            let asked = self.of.asked(Some(file));
+            let answer = Client::new(settings).head(&self.url(file));
+            let answer = answer.map_err(|e| refusal::no_answer(&asked, &e))?;
+            if refusal::is_of_absent_file(&answer) {
+                // Without the note it is asked again.
+                let folder = note.parent().unwrap_or(Path::new("."));
+                let _ = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&note, ""));
+                return Ok(None);
+            }
+        }
+        self.file(file).map(Some)
+    }
+
+    /// Whether asking the hub is forbidden.
+    #[must_use]
+    pub fn is_offline(&self) -> bool {
+        self.of.settings.offline.is_some()
+    }
+
+    fn url(&self, file: &str) -> String {
+        format!(
+            "{}/{}/resolve/{}/{}",
+            self.of.settings.endpoint,
+            self.of.repo.url(),
+            self.commit,
+            encoded(file, b'/')
+        )
     }
 
     fn missing(&self, file: &str, why: &str) -> StepError {

@@ -68,6 +68,10 @@ pub struct EmbeddedSpec {
     /// What its tokens cost on your machine, for the report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prices: Option<Prices>,
+    /// What else its chat template is told, in training, answering and serving:
+    /// `{ enable_thinking: false }` has Qwen 3 answer at once.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub chat_template_kwargs: BTreeMap<String, Value>,
 }
 
 fn default_batch() -> usize {
@@ -106,6 +110,17 @@ impl ModelSpec {
             Self::Embedded(spec) => spec.prices,
             Self::SentenceEncoder(_) => None,
         }
+    }
+
+    /// What else its chat template is told.
+    #[must_use]
+    pub fn chat_template_kwargs(&self) -> Option<&BTreeMap<String, Value>> {
+        let told = match self {
+            Self::OpenAi(spec) => &spec.chat_template_kwargs,
+            Self::Embedded(spec) => &spec.chat_template_kwargs,
+            Self::SentenceEncoder(_) => return None,
+        };
+        Some(told).filter(|told| !told.is_empty())
     }
 
     /// What a result depends on beyond the entry itself: the digests of the project's own files.

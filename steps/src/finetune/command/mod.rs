@@ -125,7 +125,15 @@ pub(super) fn train(
         }
         None => {}
     }
-    spec.trainer.write_data(folder, &chats)?;
+    let told = params.model.chat_template_kwargs();
+    if told.is_some() && !spec.trainer.tells_the_template() {
+        ctx.reporter.warning(&format!(
+            "{} is not told the model's `chat_template_kwargs`: say with `backend.command.config`, \
+             in its own words, what prompts it is to train on",
+            spec.trainer.name()
+        ));
+    }
+    spec.trainer.write_data(folder, &chats, told)?;
     let config = spec.trainer.write_config(folder, &job, from.as_deref())?;
     let argv = spec.trainer.argv(spec.program.as_deref(), &config);
     let lines = |line: &str| {

@@ -5,6 +5,7 @@
 //! Field names: TRL 1.4 (`SFTConfig`, `ModelConfig`), LLaMA-Factory 0.9.5
 //! (`examples/train_lora`), axolotl 0.21 (its config reference).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::StepError;
@@ -147,12 +148,19 @@ impl Trainer {
     }
 
     /// Writes the conversations as the program reads them.
-    pub(super) fn write_data(self, folder: &Path, chats: &[ChatRow]) -> Result<(), StepError> {
+    /// `told` is what the chat template is told besides; only some programs take that by the row.
+    pub(super) fn write_data(
+        self,
+        folder: &Path,
+        chats: &[ChatRow],
+        told: Option<&BTreeMap<String, Value>>,
+    ) -> Result<(), StepError> {
         let path = folder.join(DATA);
         match self {
             // Only with prompt and completion apart is the loss on the completion alone.
             Self::Trl => {
-                let rows: Result<Vec<Value>, StepError> = chats.iter().map(parted).collect();
+                let rows = chats.iter().map(|chat| parted(chat, told));
+                let rows: Result<Vec<Value>, StepError> = rows.collect();
                 write_jsonl(&path, &rows?)
             }
             Self::Axolotl => {
@@ -173,6 +181,11 @@ impl Trainer {
                 write_json(&folder.join(DATASETS), &about)
             }
         }
+    }
+
+    /// Whether it tells the chat template what the rows say besides their messages.
+    pub(super) fn tells_the_template(self) -> bool {
+        self == Self::Trl
     }
 
     /// Writes the program's config; returns its path.
@@ -198,12 +211,16 @@ impl Trainer {
 }
 
 /// A conversation with the message to learn apart from what comes before it.
-fn parted(chat: &ChatRow) -> Result<Value, StepError> {
+fn parted(chat: &ChatRow, told: Option<&BTreeMap<String, Value>>) -> Result<Value, StepError> {
     let (answer, prompt) = chat
         .messages
         .split_last()
         .ok_or_else(|| StepError::invalid("a chat has no messages"))?;
-    Ok(json!({ "prompt": prompt, "completion": [answer] }))
+    let mut row = json!({ "prompt": prompt, "completion": [answer] });
+    if let Some(told) = told {
+        row["chat_template_kwargs"] = json!(told);
+    }
+    Ok(row)
 }
 
 /// A conversation in which each message says whether it is to be learned.

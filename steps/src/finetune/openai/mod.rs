@@ -96,6 +96,12 @@ pub(super) fn train(
         )));
     };
     params.plain_only(ctx, "OpenAI's fine-tuning API")?;
+    if !model.chat_template_kwargs.is_empty() {
+        ctx.reporter.warning(
+            "OpenAI's fine-tuning API has no place for `chat_template_kwargs`: the server trains on \
+             the prompts that its chat template makes without them",
+        );
+    }
     for own in ["n_epochs", "batch_size"] {
         if backend.hyperparameters.contains_key(own) {
             return Err(StepError::invalid(format!(
