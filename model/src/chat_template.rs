@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use minijinja::{
-    Environment, Error, ErrorKind, Value, context,
+    Environment, Error, ErrorKind, Value,
     syntax::SyntaxConfig,
     value::{Kwargs, Serde},
 };
@@ -123,10 +123,13 @@ impl ChatTemplate {
         let special = special.map(|(name, token)| (name.to_owned(), Value::from(token.as_str())));
         let mut told = BTreeMap::from(special);
         let arguments = arguments.iter();
-        told.extend(arguments.map(|(name, value)| (name.clone(), Value::from_serialize(value))));
+        told.extend(arguments.map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
         let messages: Vec<Value> = messages.iter().map(message).collect();
         told.insert("messages".to_owned(), messages.into());
-        told.insert("add_generation_prompt".to_owned(), add_generation_prompt.into());
+        told.insert(
+            "add_generation_prompt".to_owned(),
+            add_generation_prompt.into(),
+        );
         let template = self.environment.get_template(NAME);
         let template = template.and_then(|template| template.render(told));
         template.map_err(|e| ModelError::Template(e.to_string()))
