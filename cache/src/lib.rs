@@ -33,7 +33,7 @@ pub use error::CacheError;
 pub use gc::{Bounds, Garbage, Uses};
 pub use index::Index;
 pub use lock::LockWait;
-pub use remote::{RemoteCache, RemoteError, RemoteOptions};
+pub use remote::{Depot, DepotError, RemoteCache, RemoteError, RemoteOptions};
 pub use removal::{Removal, Remover};
 pub use stamp::FileStamp;
 pub use store::{ArtifactStore, Lent, Staged, Staging};
