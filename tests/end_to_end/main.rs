@@ -61,6 +61,7 @@ mod shell;
 mod slow_job;
 mod slurm;
 mod stale;
+mod through_remote;
 mod tiny;
 mod traces;
 mod training;
