@@ -168,6 +168,7 @@ impl Trip<'_> {
             folder: worker.cache.job_path(&self.keyed.key),
             place: self.place,
             inputs: self.inputs(),
+            saved: worker.cache.partial_path(&self.keyed.key),
             request,
             environment: self.environment(worker),
             resources: &self.request.node.resources,

@@ -387,7 +387,13 @@ impl Worker {
         if request.node.runner.job().is_none() {
             // A killed run's job would work beside this attempt, on the same saved state.
             let depot = || self.remotes.depot(&self.lookup.world).ok();
-            end_leftover(&self.cache.job_path(&keyed.key), &depot, &cancel, &reporter)?;
+            end_leftover(
+                &self.cache.job_path(&keyed.key),
+                &depot,
+                (self.cache.as_ref(), resume_path.as_path()),
+                &cancel,
+                &reporter,
+            )?;
         }
         let outcome = match &request.node.action {
             Action::Run(_) => self

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use flowrun_cache::Depot;
+use flowrun_cache::{Cache, Depot};
 
 use super::collect::Collector;
 use super::folder::{AttemptFolder, JobFolder, Ordered};
@@ -28,13 +28,15 @@ pub(super) fn answer(attempt: &AttemptFolder) -> Option<Answer> {
 }
 
 /// Ends the job in `jobs/<action key>/`, if there is one, for an action that is now done without
-/// it, and removes the folder. `depot` opens the remote store of this run, if there is one.
+/// it, and removes the folder. `depot` opens the remote store of this run, if there is one; what the
+/// step saved there comes to the folder of `keep`.
 ///
 /// # Errors
 /// When the run is asked to stop meanwhile.
 pub(crate) fn end(
     path: &Path,
     depot: &dyn Fn() -> Option<Arc<Depot>>,
+    keep: (&Cache, &Path),
     cancel: &Cancel,
     reporter: &Arc<dyn StepReporter>,
 ) -> Result<(), StepError> {
@@ -48,6 +50,12 @@ pub(crate) fn end(
             &folder.attempt(left.attempt),
             &left,
             depot.as_ref(),
+            &|shipment| {
+                let (cache, folder) = keep;
+                if let Err(error) = shipment.keep(cache, folder) {
+                    reporter.warning(&format!("what the step saved cannot be kept: {error}"));
+                }
+            },
             cancel,
             reporter,
         )?;
@@ -57,7 +65,7 @@ pub(crate) fn end(
 }
 
 /// Asks the work of an attempt to stop and waits for its end, not for ever. `depot` is the remote
-/// store of this run.
+/// store of this run; `keep` may take from there what the step saved.
 ///
 /// # Errors
 /// When the run is asked to stop meanwhile.
@@ -65,6 +73,7 @@ pub(super) fn silence(
     attempt: &AttemptFolder,
     left: &Ordered,
     depot: Option<&Arc<Depot>>,
+    keep: &dyn Fn(&Shipment),
     cancel: &Cancel,
     reporter: &Arc<dyn StepReporter>,
 ) -> Result<(), StepError> {
@@ -98,6 +107,7 @@ pub(super) fn silence(
             return Ok(());
         }
     };
+    keep(&shipment);
     // What stays there serves nobody, and is small.
     let _ = shipment.clear();
     waited

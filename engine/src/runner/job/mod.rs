@@ -19,6 +19,7 @@
 //! | `shipment` | what lies in a remote store, where the workers do not see the folder |
 //! | `collect` | makes the folder here say what the one there says |
 //! | `outpost` | the other end, with a folder of its own |
+//! | `saving` | when what a step saved there is sent |
 //!
 //! Knows no job system. Invariant: at most one process works for one attempt, and an attempt
 //! that was ordered is followed by whoever runs the action next, not ordered again.
@@ -30,6 +31,7 @@ mod leftover;
 mod outpost;
 mod post;
 mod remote;
+mod saving;
 mod settings;
 mod shipment;
 #[cfg(test)]

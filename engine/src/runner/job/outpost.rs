@@ -14,12 +14,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use flowrun_cache::{
-    Cache, CompletionCache, Depot, DepotError, LockWait, OpenOptions, RemoteCache, RemoteOptions,
+    ArtifactStore, Cache, CompletionCache, Depot, DepotError, LockWait, OpenOptions, RemoteCache,
+    RemoteOptions,
 };
 
 use super::folder::AttemptFolder;
 use super::follow::Growing;
-use super::post::{Environment, Post, exec_with};
+use super::post::{Environment, Post, Request, exec_with};
+use super::saving::Saving;
 use super::shipment::{CACHE, Order, PLACE, Said, Shipment, USER};
 use super::watch::BEAT;
 use crate::runner::exec::{ExecError, Host};
@@ -60,7 +62,11 @@ pub(super) struct Goods {
     pub(super) remote: Arc<RemoteCache>,
     /// Secrets that the environment lacks.
     lacks: Vec<String>,
+    /// Where the step saves what its next attempt can go on from.
+    saved: Option<PathBuf>,
     cancel: Cancel,
+    /// Hears that the work begins.
+    begun: Option<Sender<News>>,
 }
 
 impl Outpost {
@@ -116,6 +122,10 @@ impl Outpost {
             .iter()
             .filter(|name| !secrets.contains_key(*name));
         let lacks = names.cloned().collect();
+        let saved = match &request {
+            Request::Step { request, .. } => Some(request.resume_path.clone()),
+            Request::Command(_) => None,
+        };
         let post = Post::of(
             attempt.clone(),
             request,
@@ -133,7 +143,9 @@ impl Outpost {
                 cache,
                 remote: Arc::new(remote),
                 lacks,
+                saved,
                 cancel: cancel.clone(),
+                begun: None,
             },
             courier,
         }))
@@ -159,10 +171,10 @@ impl Outpost {
     ) -> Result<bool, ExecError> {
         let Self {
             post,
-            goods,
+            mut goods,
             courier,
         } = self;
-        courier.sends_answers(&goods);
+        goods.begun = Some(courier.tell.clone());
         let ended = exec_with(host, post, &goods.cancel, console, abandoned, Some(&goods));
         courier.end();
         ended
@@ -179,7 +191,20 @@ impl Goods {
             ));
         }
         let place = self.attempt.place();
-        self.shipment.fetch(&self.cache, &self.order, &place)
+        let saved = self.saved.as_deref();
+        self.shipment
+            .fetch(&self.cache, &self.order, &place, saved)?;
+        if let Some(begun) = &self.begun {
+            // It listens until it is told of the end.
+            let _ = begun.send(News::Begun(Begun {
+                remote: Arc::clone(&self.remote),
+                completions: self.cache.completions(),
+                store: self.cache.store().clone(),
+                saving: self.saved.clone().map(Saving::new),
+                sent: Instant::now(),
+            }));
+        }
+        Ok(())
     }
 
     /// Sends what the work made, if it ended `well`, and the answers that were paid for in any case.
@@ -191,7 +216,14 @@ impl Goods {
                 self.shipment
                     .deliver(&self.cache, &self.attempt, PATIENCE, &stop)
             }
-            false => Ok(()),
+            false => {
+                if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists())
+                    && let Err(e) = self.shipment.save(self.cache.store(), saved)
+                {
+                    tracing::warn!("what the step saved is lost: {e}");
+                }
+                Ok(())
+            }
         };
         let started = Instant::now();
         let late = || started.elapsed() > LAST_ANSWERS || self.cancel.is_killed();
@@ -227,10 +259,40 @@ struct Courier {
 
 /// What the thread is told.
 enum News {
-    /// Answers of language models come up here.
-    Answers(Arc<RemoteCache>, Arc<CompletionCache>),
+    /// The work begins.
+    Begun(Begun),
     /// The work is over.
     End,
+}
+
+/// What the work leaves on its way that is worth keeping.
+struct Begun {
+    remote: Arc<RemoteCache>,
+    /// Answers of language models come up here.
+    completions: Arc<CompletionCache>,
+    store: ArtifactStore,
+    saving: Option<Saving>,
+    /// When answers were last sent.
+    sent: Instant,
+}
+
+impl Begun {
+    /// Sends what is due.
+    fn pass(&mut self, shipment: &Shipment) {
+        if self.sent.elapsed() >= ANSWERS_EVERY {
+            self.sent = Instant::now();
+            self.remote.send_answers(&self.completions);
+        }
+        if let Some(saving) = &mut self.saving {
+            saving.pass(|folder| match shipment.save(&self.store, folder) {
+                Ok(()) => true,
+                Err(e) => {
+                    tracing::debug!("what the step saved was not sent: {e}");
+                    false
+                }
+            });
+        }
+    }
 }
 
 impl Courier {
@@ -247,14 +309,6 @@ impl Courier {
         let attempt = attempt.clone();
         let thread = std::thread::spawn(move || telling.until_the_end(&attempt, &hears));
         Self { tell, thread }
-    }
-
-    fn sends_answers(&self, goods: &Goods) {
-        let completions = goods.cache.completions();
-        // The thread listens until it is told of the end.
-        let _ = self
-            .tell
-            .send(News::Answers(Arc::clone(&goods.remote), completions));
     }
 
     /// Returns when everything is said, or cannot be.
@@ -277,8 +331,7 @@ struct Telling {
 
 impl Telling {
     fn until_the_end(&mut self, attempt: &AttemptFolder, hears: &Receiver<News>) {
-        let mut answers: Option<(Arc<RemoteCache>, Arc<CompletionCache>)> = None;
-        let mut sent = Instant::now();
+        let mut begun: Option<Begun> = None;
         loop {
             if let Err(e) = self.tell() {
                 tracing::debug!("nothing can be said: {e}");
@@ -286,14 +339,11 @@ impl Telling {
             if self.shipment.is_withdrawn().unwrap_or(false) {
                 attempt.cancel();
             }
-            if let Some((remote, completions)) = &answers
-                && sent.elapsed() >= ANSWERS_EVERY
-            {
-                sent = Instant::now();
-                remote.send_answers(completions);
+            if let Some(begun) = &mut begun {
+                begun.pass(&self.shipment);
             }
             match hears.recv_timeout(BEAT) {
-                Ok(News::Answers(remote, completions)) => answers = Some((remote, completions)),
+                Ok(News::Begun(work)) => begun = Some(work),
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(News::End) | Err(RecvTimeoutError::Disconnected) => break,
             }

@@ -84,6 +84,8 @@ pub(crate) struct Errand<'a> {
     pub(crate) place: &'a Path,
     /// The artifacts in `in/`.
     pub(crate) inputs: Vec<Input>,
+    /// Where the step saves what its next attempt can go on from; it may not exist.
+    pub(crate) saved: PathBuf,
     /// The request, whose paths below `place` are those of this side.
     pub(crate) request: Request,
     pub(crate) environment: Environment,
@@ -184,7 +186,15 @@ impl Remote {
                 attempt.cancel();
             } else {
                 let depot = self.way.as_ref().map(|way| &way.depot);
-                leftover::silence(&attempt, &left, depot, errand.cancel, errand.reporter)?;
+                let keep = |shipment: &Shipment| self.keep(errand, shipment);
+                leftover::silence(
+                    &attempt,
+                    &left,
+                    depot,
+                    &keep,
+                    errand.cancel,
+                    errand.reporter,
+                )?;
             }
         }
         let mut lost = 0;
@@ -316,10 +326,17 @@ impl Remote {
         let names = |variables: &BTreeMap<String, String>| {
             variables.keys().cloned().collect::<Vec<String>>()
         };
+        let saved = match errand.saved.exists() {
+            true => Some(way.cache.store().put_path(&errand.saved)),
+            false => None,
+        };
+        let saved = saved.transpose();
+        let saved = saved.map_err(|e| StepError::failed(e.to_string()))?;
         let order = Order {
             version: SHIPMENT_VERSION,
             request,
             inputs: errand.inputs.clone(),
+            saved,
             folders,
             secrets: names(&errand.environment.secrets),
             handed: names(&errand.environment.handed),
@@ -363,6 +380,8 @@ impl Remote {
                 if let Err(error) = shipment.bring(&way.cache, attempt, patience, &stop) {
                     ended = Ended::Error(error);
                 }
+            } else {
+                self.keep(errand, shipment);
             }
             // What stays there serves nobody, and is small.
             if let Err(error) = shipment.clear() {
@@ -371,6 +390,17 @@ impl Remote {
             }
         }
         ended
+    }
+
+    /// Keeps here what the step saved there: the next attempt goes on from it, wherever it runs.
+    fn keep(&self, errand: &Errand<'_>, shipment: &Shipment) {
+        let Some(way) = &self.way else {
+            return;
+        };
+        if let Err(error) = shipment.keep(&way.cache, &errand.saved) {
+            let text = format!("what the step saved cannot be kept: {error}");
+            errand.reporter.warning(&text);
+        }
     }
 
     /// What the workers see of an attempt, and what they need beside it.

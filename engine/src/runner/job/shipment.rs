@@ -9,6 +9,7 @@
 //! | `claimed` | other end | somebody works for it |
 //! | `said/N` | other end | what was added to its messages and its log since `N - 1` |
 //! | `alive` | other end | counts up while there is nothing to say |
+//! | `saved` | other end | the artifact of what the step saved for its next attempt |
 //! | `made` | other end | the artifact that came out; written before the response is said |
 //!
 //! Files go as objects of the store, by digest. No value of a variable is ever written there: the
@@ -18,7 +19,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use flowrun_cache::{Artifact, Cache, Depot, DepotError};
+use flowrun_cache::{Artifact, ArtifactStore, Cache, Depot, DepotError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +55,8 @@ pub(super) struct Order {
     pub(super) version: u32,
     pub(super) request: Request,
     pub(super) inputs: Vec<Input>,
+    /// What an earlier attempt saved.
+    pub(super) saved: Option<Artifact>,
     /// Folders to be made, below the folder of the work.
     pub(super) folders: Vec<String>,
     /// Names of the variables that the step needs as secrets.
@@ -148,8 +151,9 @@ impl Shipment {
 
     /// Sends what the work reads, then the order.
     pub(super) fn order(&self, cache: &Cache, order: &Order) -> Result<(), DepotError> {
-        let inputs = order.inputs.iter().map(|input| input.artifact.clone());
-        self.depot.send(cache.store(), inputs.collect())?;
+        let inputs = order.inputs.iter().map(|input| &input.artifact);
+        let all = inputs.chain(&order.saved).cloned().collect();
+        self.depot.send(cache.store(), all)?;
         self.depot.write(&self.note("order"), json(order))
     }
 
@@ -219,13 +223,18 @@ impl Shipment {
         Ok(said.and_then(|bytes| Some(Said::parse(&bytes)?.beat)))
     }
 
-    /// Gets what the work reads, and places it.
+    /// Gets what the work reads, and places it; what an earlier attempt saved comes to `saved`.
     pub(super) fn fetch(
         &self,
         cache: &Cache,
         order: &Order,
         place: &Path,
+        saved: Option<&Path>,
     ) -> Result<(), StepError> {
+        if let (Some(artifact), Some(path)) = (&order.saved, saved) {
+            self.depot.get(cache, artifact).map_err(step_error)?;
+            copy(cache, artifact, path)?;
+        }
         for folder in &order.folders {
             let folder = inside(place, folder)?;
             std::fs::create_dir_all(&folder).map_err(|e| StepError::io(&folder, &e))?;
@@ -240,6 +249,25 @@ impl Shipment {
             placed.map_err(|e| StepError::failed(e.to_string()))?;
         }
         Ok(())
+    }
+
+    /// Sends what the step saved for its next attempt.
+    pub(super) fn save(&self, store: &ArtifactStore, folder: &Path) -> Result<(), DepotError> {
+        // It may be written to at this moment: then it is damaged, and the next time is soon.
+        let artifact = store.put_path(folder)?;
+        self.depot.send(store, vec![artifact.clone()])?;
+        self.depot.write(&self.note("saved"), json(&artifact))
+    }
+
+    /// Brings what the step saved into a folder here, if it saved anything.
+    pub(super) fn keep(&self, cache: &Cache, folder: &Path) -> Result<(), StepError> {
+        let saved = self.depot.read(&self.note("saved")).map_err(step_error)?;
+        let Some(saved) = saved else {
+            return Ok(());
+        };
+        let artifact: Artifact = parse(&saved).map_err(StepError::failed)?;
+        self.depot.get(cache, &artifact).map_err(step_error)?;
+        copy(cache, &artifact, folder)
     }
 
     /// Sends what the work made, `out` of the attempt, and says so. `patience` for a store that
@@ -286,14 +314,7 @@ impl Shipment {
         let made: Made = parse(&made).map_err(|e| lost(&e))?;
         let got = patiently(patience, stop, || self.depot.get(cache, &made.artifact));
         got.map_err(step_error)?;
-        match std::fs::remove_dir_all(&out) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(StepError::io(&out, &error));
-            }
-            _ => {}
-        }
-        let placed = cache.store().materialize(&made.artifact, &out);
-        placed.map_err(|e| StepError::failed(e.to_string()))?;
+        copy(cache, &made.artifact, &out)?;
         for folder in &made.folders {
             let folder = inside(&out, folder)?;
             std::fs::create_dir_all(&folder).map_err(|e| StepError::io(&folder, &e))?;
@@ -359,6 +380,21 @@ pub(super) fn folders(root: &Path) -> std::io::Result<Vec<String>> {
     Ok(all)
 }
 
+/// A copy that may be written to, in place of what is there.
+fn copy(cache: &Cache, artifact: &Artifact, path: &Path) -> Result<(), StepError> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
+    }
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(StepError::io(path, &error));
+        }
+        _ => {}
+    }
+    let placed = cache.store().materialize(artifact, path);
+    placed.map_err(|e| StepError::failed(e.to_string()))
+}
+
 /// A path below a folder, as the store names it: what lies there may be of somebody else.
 fn inside(folder: &Path, path: &str) -> Result<PathBuf, StepError> {
     let below = Path::new(path);
@@ -384,7 +420,49 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use flowrun_cache::{LockWait, OpenOptions, RemoteOptions};
+
     use super::*;
+
+    fn cache(dir: &Path) -> Cache {
+        let options = OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".to_owned(),
+            on_wait: None,
+        };
+        Cache::open(dir, &options).unwrap()
+    }
+
+    #[test]
+    fn what_a_step_saved_comes_to_its_next_attempt_and_may_be_written_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (here, there) = (cache(&dir.path().join("a")), cache(&dir.path().join("b")));
+        let options = RemoteOptions {
+            url: format!("file://{}", dir.path().join("store").display()),
+            read_only: false,
+            env: BTreeMap::new(),
+        };
+        let depot = Arc::new(Depot::open(&options, here.dir()).unwrap());
+        let shipment = Shipment::new(&depot, "id");
+        let (saved, kept) = (dir.path().join("saved"), dir.path().join("deep/kept"));
+        shipment.keep(&here, &kept).unwrap();
+        assert!(!kept.exists(), "nothing was saved");
+        for text in ["first", "second"] {
+            std::fs::create_dir_all(saved.join("inner")).unwrap();
+            std::fs::write(saved.join("inner/state"), text).unwrap();
+            shipment.save(there.store(), &saved).unwrap();
+            shipment.keep(&here, &kept).unwrap();
+            let state = kept.join("inner/state");
+            assert_eq!(std::fs::read_to_string(&state).unwrap(), text);
+            std::fs::write(&state, "goes on").unwrap();
+        }
+        shipment.clear().unwrap();
+        shipment.keep(&here, &kept).unwrap();
+        let state = std::fs::read_to_string(kept.join("inner/state")).unwrap();
+        assert_eq!(state, "goes on", "what is here stays");
+    }
 
     #[test]
     fn what_was_said_is_read_as_it_was_written_or_not_at_all() {

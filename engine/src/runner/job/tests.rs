@@ -265,6 +265,7 @@ impl Desk {
             folder: self.folder(),
             place: &place,
             inputs: self.inputs(),
+            saved: self.dir.path().join("saved"),
             request: Request::Command(CommandRequest {
                 protocol: PROTOCOL_VERSION,
                 command: command.to_owned(),
@@ -477,13 +478,15 @@ fn a_job_that_nobody_wants_any_more_ends_before_other_work_begins() {
     while !attempt.place().join("up").exists() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    leftover::end(&desk.folder(), &|| None, &desk.cancel, &reporter).unwrap();
+    let cache = Desk::through_a_store().cache.unwrap();
+    let keep = (cache.as_ref(), Path::new("/nowhere"));
+    leftover::end(&desk.folder(), &|| None, keep, &desk.cancel, &reporter).unwrap();
     assert!(!desk.folder().exists());
     works.join().unwrap();
     // One that nobody has taken is taken by nobody.
     let attempt = desk.leave(WORK);
     let left = folder::JobFolder::at(desk.folder()).ordered().unwrap();
-    leftover::silence(&attempt, &left, None, &desk.cancel, &reporter).unwrap();
+    leftover::silence(&attempt, &left, None, &|_| {}, &desk.cancel, &reporter).unwrap();
     assert!(!attempt.claim().unwrap());
     assert!(Post::take(attempt.path()).unwrap().is_none());
 }
@@ -576,14 +579,17 @@ fn a_job_in_a_store_that_nobody_wants_any_more_is_begun_by_nobody() {
     desk.leave(WORK);
     let reporter: Arc<dyn StepReporter> = Arc::clone(&desk.heard) as Arc<dyn StepReporter>;
     let depot = || desk.way().map(|way| way.depot);
-    leftover::end(&desk.folder(), &depot, &desk.cancel, &reporter).unwrap();
+    let cache = desk.cache.clone().unwrap();
+    let saved = desk.dir.path().join("saved");
+    let keep = (cache.as_ref(), saved.as_path());
+    leftover::end(&desk.folder(), &depot, keep, &desk.cancel, &reporter).unwrap();
     assert!(!desk.folder().exists());
     let args = ["--job", "left", "--through", &desk.url()].map(str::to_owned);
     work_through(&args, &Cancel::default());
     assert_eq!(desk.made(), "");
     // With no way to the store the run goes on, and says so.
     desk.leave(WORK);
-    leftover::end(&desk.folder(), &|| None, &desk.cancel, &reporter).unwrap();
+    leftover::end(&desk.folder(), &|| None, keep, &desk.cancel, &reporter).unwrap();
     assert!(desk.heard("cannot be told to stop"));
 }
 
