@@ -16,6 +16,7 @@
 //! | `watch` | from what is heard of a job to what it means; pure |
 //! | `remote` | the runner: order, watch, begin again, stop, tidy |
 //! | `post` | the other end |
+//! | `way` | how files reach the workers: in the folder, or through a remote store |
 //! | `shipment` | what lies in a remote store, where the workers do not see the folder |
 //! | `collect` | makes the folder here say what the one there says |
 //! | `outpost` | the other end, with a folder of its own |
@@ -37,6 +38,7 @@ mod shipment;
 #[cfg(test)]
 mod tests;
 mod watch;
+mod way;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -48,10 +50,11 @@ pub(crate) use self::leftover::end as end_leftover;
 pub use self::outpost::{Ground, Outpost};
 pub(crate) use self::post::{CommandRequest, Environment, Request};
 pub use self::post::{Post, exec_job};
-pub(crate) use self::remote::{Errand, Remote, Way};
+pub(crate) use self::remote::{Errand, Remote};
 pub(crate) use self::settings::schema as runner_schema;
 pub use self::settings::{JobSettings, Through};
 pub(crate) use self::shipment::Input as ShippedInput;
+pub(crate) use self::way::Way;
 use crate::pipeline::Resources;
 use crate::step::{StepError, World};
 

@@ -5,22 +5,22 @@
 //! follows it. Invariant: when [`Remote::run`] returns with a result or an error of the step,
 //! nothing is left of the job.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use flowrun_cache::{ActionKey, Cache, Depot, Digest};
+use flowrun_cache::{ActionKey, Digest};
 
 use super::collect::Collector;
 use super::folder::{AttemptFolder, JOB_VERSION, JobFolder, Ordered};
 use super::follow::{Answer, Follower};
 use super::leftover;
 use super::post::{Environment, Request};
-use super::shipment::{self, Input, Order, SHIPMENT_VERSION, Shipment};
+use super::shipment::{Input, Shipment};
 use super::watch::{BEAT, Verdict, Watch};
+use super::way::{Sight, Way, link_all};
 use super::{JobEnd, JobError, JobOrder, JobSettings, JobState, JobSystem};
 use crate::pipeline::Resources;
 use crate::step::{Cancel, StepError, StepErrorKind, StepOutcome, StepReporter};
@@ -41,30 +41,16 @@ const ID: usize = 20;
 /// A job system as the steps of a run use it.
 pub(crate) struct Remote {
     system: Arc<dyn JobSystem>,
-    settings: JobSettings,
+    pub(super) settings: JobSettings,
     /// This program as the workers find it.
     program: String,
-    root: PathBuf,
+    pub(super) root: PathBuf,
     /// How the files of jobs go, where the workers do not see the folder.
-    way: Option<Way>,
+    pub(super) way: Option<Way>,
     /// It answered in this run.
     reached: AtomicBool,
     /// Jobs that are to be forgotten once they ended.
     over: Mutex<Vec<String>>,
-}
-
-/// A remote store through which files go, and the cache here that they come from.
-pub(crate) struct Way {
-    pub(crate) depot: Arc<Depot>,
-    pub(crate) cache: Arc<Cache>,
-    /// Variables of this process that open the store.
-    pub(crate) variables: Vec<String>,
-}
-
-impl Way {
-    fn shipment(&self, id: &str) -> Shipment {
-        Shipment::new(&self.depot, id)
-    }
 }
 
 /// What is to be done, by whom, and who hears of it.
@@ -92,12 +78,6 @@ pub(crate) struct Errand<'a> {
     pub(crate) resources: &'a Resources,
     pub(crate) cancel: &'a Cancel,
     pub(crate) reporter: &'a Arc<dyn StepReporter>,
-}
-
-/// What workers see of an attempt: its folder, or nothing; and the variables that they need then.
-struct Sight {
-    folder: Option<PathBuf>,
-    variables: Vec<String>,
 }
 
 /// How the watch over one attempt ended.
@@ -274,81 +254,6 @@ impl Remote {
         folder.order(&ordered).map_err(io)
     }
 
-    /// Into the folder that the workers see.
-    fn place(&self, errand: &Errand<'_>, attempt: &AttemptFolder) -> io::Result<()> {
-        let (from, to) = (errand.place, attempt.place());
-        link_all(&from.join("in"), &to.join("in"))?;
-        // Folders that outputs of a command lie in.
-        link_all(&from.join("out"), &to.join("out"))?;
-        let there = |path: &Path| {
-            let path = match path.strip_prefix(from) {
-                Ok(inner) => to.join(inner),
-                Err(_) => path.to_owned(),
-            };
-            let path = std::path::absolute(&path).unwrap_or(path);
-            self.settings.there(&path, &self.root)
-        };
-        attempt.write_environment(&errand.environment)?;
-        attempt.write_request(&errand.request.clone().with_paths(&there))
-    }
-
-    /// Into the remote store. Of the variables only names go there.
-    fn ship(
-        &self,
-        errand: &Errand<'_>,
-        attempt: &AttemptFolder,
-        way: &Way,
-        shipment: &Shipment,
-    ) -> Result<(), StepError> {
-        let io = |e: io::Error| StepError::io(attempt.path(), &e);
-        let user = match &errand.request {
-            Request::Step { request, .. } => Some(request.user_cache.clone()),
-            Request::Command(_) => None,
-        };
-        let there = |path: &Path| {
-            let below = |folder: &Path, sign: &str| {
-                let rest = path.strip_prefix(folder).ok()?;
-                Some(Path::new(sign).join(rest))
-            };
-            // The place lies in the cache folder.
-            below(errand.place, shipment::PLACE)
-                .or_else(|| below(way.cache.dir(), shipment::CACHE))
-                .or_else(|| below(user.as_deref()?, shipment::USER))
-                .unwrap_or_else(|| {
-                    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-                    self.settings.there(&path, &self.root)
-                })
-        };
-        let request = errand.request.clone().with_paths(&there);
-        let out = shipment::folders(&errand.place.join("out")).map_err(io)?;
-        let mut folders: Vec<String> = out.iter().map(|path| format!("out/{path}")).collect();
-        folders.extend(list_folders(&errand.place.join("in")).map_err(io)?);
-        let names = |variables: &BTreeMap<String, String>| {
-            variables.keys().cloned().collect::<Vec<String>>()
-        };
-        let saved = match errand.saved.exists() {
-            true => Some(way.cache.store().put_path(&errand.saved)),
-            false => None,
-        };
-        let saved = saved.transpose();
-        let saved = saved.map_err(|e| StepError::failed(e.to_string()))?;
-        let order = Order {
-            version: SHIPMENT_VERSION,
-            request,
-            inputs: errand.inputs.clone(),
-            saved,
-            folders,
-            secrets: names(&errand.environment.secrets),
-            handed: names(&errand.environment.handed),
-        };
-        // What shows that there is a job, for whoever comes upon the folder.
-        attempt.write_request(&order.request).map_err(io)?;
-        let patience = Duration::from_secs(self.settings.patience);
-        let stop = || errand.cancel.is_cancelled();
-        let sent = shipment::patiently(patience, &stop, || shipment.order(&way.cache, &order));
-        sent.map_err(shipment::step_error)
-    }
-
     /// Orders a job, unless somebody works for the attempt already, and follows it to its end.
     fn attempt(&self, errand: &Errand<'_>, id: &str, attempt: &AttemptFolder) -> Ended {
         let sight = self.sight(errand, attempt);
@@ -390,39 +295,6 @@ impl Remote {
             }
         }
         ended
-    }
-
-    /// Keeps here what the step saved there: the next attempt goes on from it, wherever it runs.
-    fn keep(&self, errand: &Errand<'_>, shipment: &Shipment) {
-        let Some(way) = &self.way else {
-            return;
-        };
-        if let Err(error) = shipment.keep(&way.cache, &errand.saved) {
-            let text = format!("what the step saved cannot be kept: {error}");
-            errand.reporter.warning(&text);
-        }
-    }
-
-    /// What the workers see of an attempt, and what they need beside it.
-    fn sight(&self, errand: &Errand<'_>, attempt: &AttemptFolder) -> Sight {
-        let Some(way) = &self.way else {
-            let path = attempt.path();
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-            return Sight {
-                folder: Some(self.settings.there(&path, &self.root)),
-                variables: Vec::new(),
-            };
-        };
-        let environment = &errand.environment;
-        let names = way.variables.iter();
-        let names = names
-            .chain(environment.secrets.keys())
-            .chain(environment.handed.keys());
-        let names: BTreeSet<String> = names.cloned().collect();
-        Sight {
-            folder: None,
-            variables: names.into_iter().collect(),
-        }
     }
 
     fn job<'a>(&'a self, errand: &Errand<'a>, id: &'a str, sight: &'a Sight) -> JobOrder<'a> {
@@ -719,24 +591,6 @@ fn failed(
     }
 }
 
-/// Folders of lists of inputs, which may be empty: `in/<port>`.
-fn list_folders(inputs: &Path) -> io::Result<Vec<String>> {
-    let entries = match std::fs::read_dir(inputs) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries?,
-    };
-    let mut all = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_type()?.is_dir()
-            && let Some(name) = entry.file_name().to_str()
-        {
-            all.push(format!("in/{name}"));
-        }
-    }
-    Ok(all)
-}
-
 /// Never the same for two attempts.
 fn id_of(errand: &Errand<'_>, number: u32) -> String {
     let now = SystemTime::now()
@@ -750,27 +604,4 @@ fn id_of(errand: &Errand<'_>, number: u32) -> String {
     );
     let hex = Digest::of_bytes(what.as_bytes()).to_hex();
     format!("flowrun-{}", &hex[..ID.min(hex.len())])
-}
-
-/// Hard links to everything below `from`, where the file system has them.
-fn link_all(from: &Path, to: &Path) -> io::Result<()> {
-    let entries = match std::fs::read_dir(from) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
-    std::fs::create_dir_all(to)?;
-    for entry in entries {
-        let entry = entry?;
-        let (path, dest) = (entry.path(), to.join(entry.file_name()));
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            link_all(&path, &dest)?;
-        } else if std::fs::hard_link(&path, &dest).is_err() {
-            match kind.is_symlink() {
-                true => std::os::unix::fs::symlink(std::fs::read_link(&path)?, &dest)?,
-                false => std::fs::copy(&path, &dest).map(|_| ())?,
-            }
-        }
-    }
-    Ok(())
 }
