@@ -35,7 +35,6 @@ const LAST_ANSWERS: Duration = Duration::from_secs(60);
 const ANSWERS_EVERY: Duration = Duration::from_secs(30);
 
 /// What an [`Outpost`] has of its own.
-#[derive(Debug, Clone)]
 pub struct Ground<'a> {
     /// Empty folder, for a cache and the work.
     pub scratch: &'a Path,
@@ -232,7 +231,7 @@ impl Goods {
     }
 
     /// The objects that this end has.
-    pub(super) fn store(&self) -> &flowrun_cache::ArtifactStore {
+    pub(super) fn store(&self) -> &ArtifactStore {
         self.cache.store()
     }
 }

@@ -215,7 +215,12 @@ impl Remote {
             return false;
         }
         if let Some(way) = &self.way {
-            Collector::new(way.shipment(&left.id), attempt).look_now();
+            let shipment = way.shipment(&left.id);
+            // A run was killed while it tidied up.
+            if shipment.is_gone().unwrap_or(false) {
+                return false;
+            }
+            Collector::new(shipment, attempt).look_now();
         }
         if let Some(answer) = leftover::answer(attempt) {
             return answer.is_ok() && !errand.afresh;

@@ -122,7 +122,7 @@ fn work_through(args: &[String], cancel: &Cancel) {
         ("TOKEN", "hush"),
         ("LC_ALL", "of the worker"),
     ];
-    let env = env.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let env: BTreeMap<String, String> = env.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
     let ground = Ground {
         scratch: scratch.path(),
         user_cache: Path::new("/nowhere"),
@@ -571,6 +571,15 @@ fn what_a_killed_runs_job_sent_is_taken_and_its_order_has_no_values() {
     work_through(&args, &Cancel::default());
     desk.run(WORK, &[]).unwrap();
     assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 0));
+}
+
+#[test]
+fn one_whose_notes_are_gone_is_ordered_anew() {
+    let desk = Desk::through_a_store();
+    desk.leave(WORK);
+    desk.way().unwrap().depot.clear("left").unwrap();
+    desk.run(WORK, &[]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 1));
 }
 
 #[test]
