@@ -1,6 +1,6 @@
 //! A server on loopback that answers as Google's object store does over its XML API, as far as
 //! the remote cache asks it: objects and ranges of them, writing only what is not there, lists in
-//! pages, uploads in parts. Written from Google's documentation of that API; it wants no login.
+//! pages, uploads in parts. Written after what `object_store` sends and reads; it wants no login.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
