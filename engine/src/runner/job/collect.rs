@@ -22,6 +22,8 @@ pub(super) struct Collector {
     attempt: AttemptFolder,
     next: u64,
     looked: Option<Instant>,
+    /// There may be more than was read.
+    behind: bool,
     /// Since when the store does not answer, and what was said of it last.
     away: Option<(Instant, String)>,
 }
@@ -38,6 +40,7 @@ impl Collector {
             attempt: attempt.clone(),
             next: 1,
             looked: None,
+            behind: false,
             away: None,
         }
     }
@@ -48,7 +51,7 @@ impl Collector {
 
     /// Looks for what is new, unless that was done just now.
     pub(super) fn look(&mut self) {
-        if self.looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
+        if self.behind || self.looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
             self.look_now();
         }
     }
@@ -64,6 +67,19 @@ impl Collector {
         }
     }
 
+    /// Reads all that is there.
+    pub(super) fn catch_up(&mut self) {
+        self.look_now();
+        while self.behind {
+            self.look_now();
+        }
+    }
+
+    /// There may be more than was read.
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind
+    }
+
     /// For how long the store has not answered, and why.
     pub(super) fn away(&self) -> Option<(Duration, &str)> {
         let (since, why) = self.away.as_ref()?;
@@ -71,6 +87,7 @@ impl Collector {
     }
 
     fn collect(&mut self) -> Result<(), String> {
+        self.behind = false;
         let there = |e: DepotError| e.to_string();
         let here = |e: io::Error| e.to_string();
         for _ in 0..AT_ONCE {
@@ -86,6 +103,7 @@ impl Collector {
             append(&self.attempt.messages(), &said.messages).map_err(here)?;
             self.next += 1;
         }
+        self.behind = true;
         Ok(())
     }
 

@@ -220,7 +220,7 @@ impl Remote {
             if shipment.is_gone().unwrap_or(false) {
                 return false;
             }
-            Collector::new(shipment, attempt).look_now();
+            Collector::new(shipment, attempt).catch_up();
         }
         if let Some(answer) = leftover::answer(attempt) {
             return answer.is_ok() && !errand.afresh;
@@ -395,6 +395,9 @@ impl Remote {
             }
             if errand.cancel.is_cancelled() {
                 return self.stop(errand, order, attempt, &mut follower, collector);
+            }
+            if collector.as_deref().is_some_and(Collector::is_behind) {
+                continue;
             }
             // Nothing that the job system says can be judged by one who does not hear the job.
             if let Some((since, why)) = collector.as_deref().and_then(Collector::away) {
