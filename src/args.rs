@@ -172,9 +172,12 @@ pub(crate) enum Command {
 pub(crate) enum StepCommand {
     /// Do the work of one request from stdin, or of a job.
     Exec {
-        /// Folder of a job, instead of a request from stdin.
+        /// Folder of a job, instead of a request from stdin; its id with `--through`.
         #[arg(long)]
         job: Option<PathBuf>,
+        /// URL of the remote store in which the job's order lies.
+        #[arg(long, requires = "job")]
+        through: Option<String>,
     },
 }
 

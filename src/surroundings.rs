@@ -204,7 +204,8 @@ fn gpus() -> f64 {
     names.count() as f64
 }
 
-fn user_cache(env: &BTreeMap<String, String>) -> PathBuf {
+/// The user's cache folder, as these variables have it.
+pub(crate) fn user_cache(env: &BTreeMap<String, String>) -> PathBuf {
     let named = env
         .get("XDG_CACHE_HOME")
         .filter(|p| !p.is_empty())

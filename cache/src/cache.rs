@@ -9,6 +9,7 @@ use crate::action::{ActionCache, ActionKey};
 use crate::completion::CompletionCache;
 use crate::durability::Unsynced;
 use crate::error::CacheError;
+use crate::filesystem::FileSystem;
 use crate::index::Index;
 use crate::lock::{Lock, LockWait, lock};
 use crate::store::ArtifactStore;
@@ -78,6 +79,9 @@ impl Cache {
             warnings,
             _lock: held,
         };
+        if let Some(danger) = FileSystem::of(dir).and_then(|found| found.danger()) {
+            cache.warn(danger);
+        }
         if let Some(since) = cache.unsynced.lost_since() {
             let damaged = cache.store.verify_since(since);
             cache.warn(format!(

@@ -6,7 +6,7 @@ mod needs;
 use std::path::Path;
 
 use console::style;
-use flowrun_cache::{LockWait, Survey};
+use flowrun_cache::{FileSystem, LockWait, Reach, Survey};
 use serde::Serialize;
 
 use self::needs::needs;
@@ -73,6 +73,7 @@ impl Finding {
 /// used, 3 when something else is missing.
 pub(crate) fn doctor(args: &DoctorArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let mut found = vec![machine(), cache(global), disk(&global.cache_dir)];
+    found.extend(locks(&global.cache_dir));
     found.extend(remote(global));
     let named = args.select.pipeline.is_some();
     match surroundings::load(&args.select, global) {
@@ -165,6 +166,33 @@ fn cache(global: &GlobalArgs) -> Finding {
             "a run waits for it, unless `--no-wait` is given",
         ),
         Err(failure) => unusable(failure.to_string()),
+    }
+}
+
+/// Whether the cache folder can be used from several machines, where they may see it.
+fn locks(cache_dir: &Path) -> Option<Finding> {
+    let found = FileSystem::of(cache_dir)?;
+    let what = "cache folder";
+    let kind = &found.kind;
+    let several = "one run after the other; for several at once give each machine a cache folder of its own and a common `--remote`";
+    match found.reach {
+        Reach::Local => None,
+        Reach::All => Some(Finding::ok(
+            what,
+            format!("on {kind}, whose locks hold for all machines: their runs wait for each other"),
+        )),
+        Reach::Unknown => Some(Finding::warn(
+            what,
+            format!(
+                "on {kind}: it is not known whether its locks hold for other machines that see it"
+            ),
+            several,
+        )),
+        Reach::ThisMachine | Reach::None => Some(Finding::warn(
+            what,
+            found.danger().unwrap_or_default(),
+            several,
+        )),
     }
 }
 

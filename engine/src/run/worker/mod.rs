@@ -158,7 +158,7 @@ impl Worker {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),
             lookup: Lookup::holding(&pipeline.root, world, cache, memory, remote.clone()),
-            remote_cache: remote,
+            remote_cache: remote.clone(),
             history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
             run_dir,
             events,
@@ -167,7 +167,7 @@ impl Worker {
             mask,
             traced,
             warden: Warden::new(cache),
-            remotes: Remotes::new(pipeline),
+            remotes: Remotes::new(pipeline, cache, remote),
             workplaces: Workplaces::new(cache),
             known_outputs: OnceLock::new(),
             overwritten: Mutex::default(),
@@ -387,7 +387,14 @@ impl Worker {
         let resume_path = self.cache.partial_path(&keyed.key);
         if request.node.runner.job().is_none() {
             // A killed run's job would work beside this attempt, on the same saved state.
-            end_leftover(&self.cache.job_path(&keyed.key), &cancel, &reporter)?;
+            let depot = || self.remotes.depot(&self.lookup.world).ok();
+            end_leftover(
+                &self.cache.job_path(&keyed.key),
+                &depot,
+                (self.cache.as_ref(), resume_path.as_path()),
+                &cancel,
+                &reporter,
+            )?;
         }
         let outcome = match &request.node.action {
             Action::Run(_) => self
