@@ -204,6 +204,12 @@ pub(crate) struct GlobalArgs {
     #[arg(long, global = true, env = "FLOWRUN_REMOTE_READ_ONLY",
         value_parser = clap::builder::FalseyValueParser::new())]
     pub(crate) remote_read_only: bool,
+    /// Where models of this process compute: `cpu` (the default), `cuda` (the first NVIDIA GPU, in
+    /// f32), `cuda-tf32` (the same, faster and less exact), or `auto` (a GPU where there is one).
+    /// Needs a build with the feature `cuda`.
+    #[arg(long, global = true, value_name = "DEVICE", env = "FLOWRUN_DEVICE",
+        value_parser = ["cpu", "cuda", "cuda-tf32", "auto"])]
+    pub(crate) device: Option<String>,
     /// Use no network.
     #[arg(long, global = true)]
     pub(crate) offline: bool,

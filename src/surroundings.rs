@@ -88,7 +88,11 @@ pub(crate) fn warn(pipeline: &Pipeline) {
 
 /// What the machine offers to what lies in `root`.
 pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> {
-    let env = environment();
+    let mut env = environment();
+    // To the steps, and to the processes that run some of them, by the name that users know.
+    if let Some(device) = &global.device {
+        env.insert("FLOWRUN_DEVICE".to_owned(), device.clone());
+    }
     Ok(World {
         offline: global.offline,
         look_only: false,

@@ -29,6 +29,9 @@ pub struct BaseModel {
     int8: OnceLock<Option<Int8Weights>>,
     /// Some matrices are rounded only.
     answers_only: bool,
+    /// The weights on a GPU, once something was asked for there.
+    #[cfg(feature = "cuda")]
+    on_gpu: std::sync::Mutex<Option<std::sync::Arc<crate::gpu::GpuModel>>>,
 }
 
 impl BaseModel {
@@ -41,12 +44,31 @@ impl BaseModel {
             id: id.to_owned(),
             int8: OnceLock::new(),
             answers_only: false,
+            #[cfg(feature = "cuda")]
+            on_gpu: std::sync::Mutex::default(),
         }
     }
 
     /// Whether some matrices are there in 8 bits only: see [`BaseModel::load_to_answer`].
     pub fn answers_only(&self) -> bool {
         self.answers_only
+    }
+
+    /// The weights on `gpu`, which all that computes there share.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(
+        &self,
+        gpu: &crate::gpu::Gpu,
+    ) -> Result<std::sync::Arc<crate::gpu::GpuModel>, ModelError> {
+        use std::sync::{Arc, PoisonError};
+        // Held while copying: whoever else wants them waits.
+        let mut held = self.on_gpu.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(model) = held.as_ref().filter(|model| model.gpu == *gpu) {
+            return Ok(Arc::clone(model));
+        }
+        let model = Arc::new(crate::gpu::GpuModel::new(gpu, &self.weights)?);
+        *held = Some(Arc::clone(&model));
+        Ok(model)
     }
 
     /// The weights rounded to 8 bits; `None` where that would not be faster.

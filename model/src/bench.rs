@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::base_model::BaseModel;
 use crate::chat_template::{ChatMessage, TemplateArguments};
+use crate::device::Device;
 use crate::error::ModelError;
 use crate::generate::{GenerateOptions, GenerateRequest, Generator};
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
@@ -27,12 +28,17 @@ const REQUESTS: usize = 16;
 /// All figures.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelBench {
+    /// What computed: `cpu`, or the name of a GPU.
+    pub device: String,
     /// Values in the model.
     pub parameters: usize,
     /// Threads of the pool.
     pub threads: usize,
-    /// Rate of f32 matrix products in the model's own shapes, in 10⁹ operations a second.
+    /// Rate of matrix products in the model's own shapes, in 10⁹ operations a second: f32, on a GPU
+    /// TF32 where that was asked for.
     pub gemm_gflops: f64,
+    /// Bytes that a GPU copies in its memory, read and written, in 10⁹ a second.
+    pub copy_gb_per_second: Option<f64>,
     /// Training, by kind of row.
     pub training: Vec<TrainingBench>,
     /// Reading prompts, by precision.
@@ -41,6 +47,8 @@ pub struct ModelBench {
     pub generation: Vec<RateBench>,
     /// The most memory that the process held, in bytes, where the system tells.
     pub peak_bytes: Option<u64>,
+    /// Bytes of a GPU's memory that were taken in the end, by all that uses it.
+    pub gpu_bytes: Option<u64>,
 }
 
 /// One kind of training.
@@ -61,26 +69,40 @@ pub struct TrainingBench {
 /// A rate.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RateBench {
-    /// `int8` or `f32`.
+    /// `int8`, `f32` or `tf32`.
     pub precision: &'static str,
     /// Tokens: of the prompts, or generated.
     pub tokens: usize,
     /// Tokens a second.
     pub tokens_per_second: f64,
+    /// Most tokens a second on a GPU: prompts at the measured rate of products, and the weights
+    /// read once for each generated token of all requests together at that of copies.
+    pub floor_tokens_per_second: Option<f64>,
     /// Processor seconds in all, where the system tells.
     pub cpu_seconds: Option<f64>,
 }
 
-/// Measures `base`. `progress` hears what is measured next. Takes about a minute for a model of
+/// What floors are computed from.
+#[derive(Debug, Clone, Copy)]
+struct Rates {
+    /// Operations of matrix products a second.
+    gemm: f64,
+    /// Bytes a second, read or written; of a GPU alone.
+    copy: Option<f64>,
+}
+
+/// Measures `base` on `device`. `progress` hears what is measured next. Takes about a minute for a model of
 /// 135 M parameters.
 ///
 /// # Errors
-/// When a prompt does not fit the model's context of at least 1,024 tokens, and those of
-/// training and generation.
+/// When a prompt does not fit the model's context of at least 1,024 tokens, when the device
+/// cannot be used, and those of training and generation.
 pub fn bench(
     base: &Arc<BaseModel>,
+    device: Device,
     progress: &mut dyn FnMut(&str),
 ) -> Result<ModelBench, ModelError> {
+    let gpu = device.gpu_name()?;
     let config = &base.weights.config;
     if config.context < 1024 || config.vocab < 1024 {
         return Err(ModelError::Config {
@@ -90,28 +112,60 @@ pub fn bench(
         });
     }
     progress("matrix products");
-    let rate = gemm_rate(base);
+    let rates = rates(base, device)?;
     let mut training = Vec::new();
     for kind in KINDS {
         progress(kind.name);
-        training.push(kind.run(base, rate)?);
+        training.push(kind.run(base, device, rates.gemm)?);
     }
     let (mut prompt, mut generation) = (Vec::new(), Vec::new());
-    for precision in [Precision::Int8, Precision::F32] {
+    let precisions = match gpu {
+        None => &[Precision::Int8, Precision::F32][..],
+        // It computes in what the device says.
+        Some(_) => &[Precision::F32],
+    };
+    for precision in precisions {
         progress("prompts");
-        prompt.push(read_prompts(base, precision)?);
+        prompt.push(read_prompts(base, device, *precision, rates)?);
         progress("generation");
-        generation.push(generate(base, precision)?);
+        generation.push(generate(base, device, *precision, rates)?);
     }
     Ok(ModelBench {
+        device: gpu.unwrap_or_else(|| Device::Cpu.to_string()),
         parameters: parameters(base),
         threads: rayon::current_num_threads(),
-        gemm_gflops: rate / 1e9,
+        gemm_gflops: rates.gemm / 1e9,
+        copy_gb_per_second: rates.copy.map(|rate| rate / 1e9),
         training,
         prompt,
         generation,
         peak_bytes: peak_bytes(),
+        gpu_bytes: gpu_bytes(device)?,
     })
+}
+
+fn rates(base: &BaseModel, device: Device) -> Result<Rates, ModelError> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = device.open()? {
+        let c = &base.weights.config;
+        let (gemm, copy) = crate::gpu::rates(&gpu, [512, c.hidden, c.ffn])?;
+        let copy = Some(copy);
+        return Ok(Rates { gemm, copy });
+    }
+    device.gpu_name()?;
+    Ok(Rates {
+        gemm: gemm_rate(base),
+        copy: None,
+    })
+}
+
+fn gpu_bytes(device: Device) -> Result<Option<u64>, ModelError> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = device.open()? {
+        let (free, all) = gpu.memory()?;
+        return Ok(Some((all - free) as u64));
+    }
+    device.gpu_name().map(|_| None)
 }
 
 /// Values of the linear layers, which are what costs.
@@ -198,7 +252,12 @@ const KINDS: [Kind; 4] = [
 ];
 
 impl Kind {
-    fn run(&self, base: &BaseModel, rate: f64) -> Result<TrainingBench, ModelError> {
+    fn run(
+        &self,
+        base: &BaseModel,
+        device: Device,
+        rate: f64,
+    ) -> Result<TrainingBench, ModelError> {
         let rows = self.rows(base);
         let lora = LoraConfig {
             // The mark that ends the common start: the row's own part is adapted.
@@ -227,7 +286,8 @@ impl Kind {
             operations = step.tokens as f64 * (4.0 * adapted + 6.0 * trained)
                 + step.targets as f64 * 4.0 * head;
         });
-        Trainer::new(&base.weights, lora, config, &rows)?.run(hooks)?;
+        let trainer = Trainer::new(&base.weights, lora, config, &rows)?;
+        trainer.compute_on(base, device)?.run(hooks)?;
         let used = cpu.zip(cpu_seconds()).map(|(from, to)| to - from);
         times.sort_by(f64::total_cmp);
         let step = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
@@ -270,16 +330,22 @@ fn lora_values(base: &BaseModel, lora: &LoraConfig) -> usize {
     c.layers * lora.rank * widths.iter().sum::<usize>()
 }
 
-fn name(precision: Precision) -> &'static str {
-    match precision {
-        Precision::Int8 => "int8",
-        Precision::F32 => "f32",
+fn name(precision: Precision, device: Device) -> &'static str {
+    match (device, precision) {
+        (Device::CudaTf32, _) => "tf32",
+        (_, Precision::Int8) => "int8",
+        (_, Precision::F32) => "f32",
     }
 }
 
 /// Four prompts of 512 tokens that have nothing in common.
-fn read_prompts(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench, ModelError> {
-    let llama = Llama::new(Arc::clone(base), None, precision)?;
+fn read_prompts(
+    base: &Arc<BaseModel>,
+    device: Device,
+    precision: Precision,
+    rates: Rates,
+) -> Result<RateBench, ModelError> {
+    let llama = Llama::on(Arc::clone(base), None, precision, device)?;
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let most = base.weights.config.vocab as u32;
     let mut prompts = || -> Vec<Vec<u32>> {
@@ -301,19 +367,27 @@ fn read_prompts(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench
     read(prompts())?;
     let seconds = start.elapsed().as_secs_f64();
     let tokens = 4 * 512;
+    let floor = rates.gemm / (2.0 * linear_values(base) as f64);
     Ok(RateBench {
-        precision: name(precision),
+        precision: name(precision, device),
         tokens,
         tokens_per_second: tokens as f64 / seconds,
+        floor_tokens_per_second: rates.copy.map(|_| floor),
         cpu_seconds: cpu.zip(cpu_seconds()).map(|(from, to)| to - from),
     })
 }
 
 /// 16 requests with about 440 tokens in common, 20 of their own and 48 to come.
-fn generate(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench, ModelError> {
+fn generate(
+    base: &Arc<BaseModel>,
+    device: Device,
+    precision: Precision,
+    rates: Rates,
+) -> Result<RateBench, ModelError> {
     let options = GenerateOptions {
         batch: REQUESTS,
         precision,
+        device,
     };
     let generator = Generator::new(Arc::clone(base), None, options)?;
     let system: Vec<String> = (0..55)
@@ -340,14 +414,26 @@ fn generate(base: &Arc<BaseModel>, precision: Precision) -> Result<RateBench, Mo
     let answers = generator.generate(&requests, &|_, _| {}, &|| false);
     let seconds = start.elapsed().as_secs_f64();
     let used = cpu.zip(cpu_seconds()).map(|(from, to)| to - from);
-    let mut tokens = 0;
+    let (mut tokens, mut steps, mut read, mut shortest) = (0, 0, 0, usize::MAX);
     for answer in answers {
-        tokens += answer?.completion_tokens;
+        let answer = answer?;
+        tokens += answer.completion_tokens;
+        steps = steps.max(answer.completion_tokens);
+        read += answer.prompt_tokens;
+        shortest = shortest.min(answer.prompt_tokens);
     }
+    // Nearly all of the shortest prompt is what they have in common.
+    let read = read - (REQUESTS - 1) * shortest.min(read / REQUESTS);
+    let c = &base.weights.config;
+    let matrices = linear_values(base) as f64;
+    let weights = (matrices + (c.vocab * c.hidden) as f64) * size_of::<f32>() as f64;
+    let least =
+        |copy: f64| 2.0 * matrices * read as f64 / rates.gemm + steps as f64 * weights / copy;
     Ok(RateBench {
-        precision: name(precision),
+        precision: name(precision, device),
         tokens,
         tokens_per_second: tokens as f64 / seconds,
+        floor_tokens_per_second: rates.copy.map(|copy| tokens as f64 / least(copy)),
         cpu_seconds: used,
     })
 }
@@ -378,7 +464,9 @@ mod tests {
 
     #[test]
     fn a_model_that_is_too_small_is_refused() {
-        let error = bench(&tiny::base(1), &mut |_| {}).unwrap_err().to_string();
+        let error = bench(&tiny::base(1), Device::Cpu, &mut |_| {})
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("too small to measure"), "{error}");
     }
 

@@ -61,6 +61,12 @@ pub enum ModelError {
         /// What happened, and the remedy.
         reason: String,
     },
+    /// The GPU that was asked for cannot be had, or does not hold the model.
+    #[error("GPU: {0}")]
+    NoDevice(String),
+    /// The GPU failed at work.
+    #[error("GPU: {0}")]
+    Device(String),
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,

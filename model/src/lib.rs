@@ -1,18 +1,22 @@
 //! The embedded model: weights, tokenizer, the models of Llama's family, LoRA, training and
 //! generation.
 //!
-//! Knows no workflow and no prompting program. Everything computes on the CPU: training in f32,
-//! generation in f32 or on 8-bit weights.
+//! Knows no workflow and no prompting program. Computes on the CPU, training in f32, generation in
+//! f32 or on 8-bit weights; with the feature `cuda` and where it is asked for ([`Device`]) both on
+//! an NVIDIA GPU, in f32.
 
 mod architecture;
 mod base_model;
 pub mod bench;
 mod chat_template;
 mod config;
+mod device;
 mod embed;
 mod error;
 mod generate;
 mod gguf_header;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod kernels;
 mod llama;
 pub mod lora;
@@ -29,6 +33,7 @@ pub use chat_template::{ChatMessage, ChatTemplate, TemplateArguments};
 pub use config::{
     Activation, LayerParts, Llama3RopeScaling, LlamaConfig, LocalAttention, RopeScaling,
 };
+pub use device::Device;
 pub use embed::SentenceEncoder;
 pub use error::ModelError;
 pub use generate::{

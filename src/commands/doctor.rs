@@ -7,6 +7,7 @@ use std::path::Path;
 
 use console::style;
 use flowrun_cache::{FileSystem, LockWait, Reach, Survey};
+use flowrun_steps::models::gpu;
 use serde::Serialize;
 
 use self::needs::needs;
@@ -75,6 +76,7 @@ pub(crate) fn doctor(args: &DoctorArgs, global: &GlobalArgs) -> Result<Exit, Fai
     let mut found = vec![machine(), cache(global), disk(&global.cache_dir)];
     found.extend(locks(&global.cache_dir));
     found.extend(remote(global));
+    found.extend(device(global));
     let named = args.select.pipeline.is_some();
     match surroundings::load(&args.select, global) {
         Ok(loaded) => {
@@ -220,6 +222,19 @@ fn remote(global: &GlobalArgs) -> Option<Finding> {
             Finding::ok(what, format!("{url} can be read{waiting}"))
         }
         Err(why) => Finding::warn(what, format!("{url} cannot be read: {why}"), help),
+    })
+}
+
+/// Where models compute, when that was said.
+fn device(global: &GlobalArgs) -> Option<Finding> {
+    let asked = global.device.as_deref().filter(|asked| *asked != "cpu")?;
+    Some(match gpu(asked) {
+        Ok(Some(name)) => Finding::ok("device", name),
+        Ok(None) => Finding::ok("device", "the processor: no GPU can be used"),
+        Err(error) => {
+            let help = error.help.unwrap_or_default();
+            Finding::missing("device", error.message, &help)
+        }
     })
 }
 

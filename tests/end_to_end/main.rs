@@ -10,6 +10,7 @@ mod classify;
 mod data;
 mod deployed;
 mod deploying;
+mod device;
 mod distil;
 mod docs;
 mod doctor;

@@ -146,7 +146,7 @@ impl Batch {
             let llama = Arc::clone(&rows[0].llama);
             let (group, others) = rows
                 .into_iter()
-                .partition(|row| row.llama.is_beside(&llama));
+                .partition(|row| row.llama.computes_with(&llama));
             rows = others;
             self.advance(&llama, by_adapter(group), tell);
         }

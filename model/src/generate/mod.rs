@@ -27,6 +27,7 @@ use std::sync::Arc;
 
 use crate::base_model::BaseModel;
 use crate::chat_template::{ChatMessage, TemplateArguments};
+use crate::device::Device;
 use crate::error::ModelError;
 use crate::llama::{Adapter, Llama, Precision, Run};
 use crate::lora::LoraAdapter;
@@ -107,6 +108,8 @@ pub struct GenerateOptions {
     pub batch: usize,
     /// What the base model's linear layers are computed with.
     pub precision: Precision,
+    /// Where everything is computed. On a GPU `precision` does not count: it computes in f32.
+    pub device: Device,
 }
 
 impl Default for GenerateOptions {
@@ -114,6 +117,7 @@ impl Default for GenerateOptions {
         Self {
             batch: 32,
             precision: Precision::default(),
+            device: Device::default(),
         }
     }
 }
@@ -129,14 +133,20 @@ pub struct Generator {
 
 impl Generator {
     /// # Errors
-    /// When `adapter` does not fit `base`.
+    /// When `adapter` does not fit `base`, or the device cannot be used.
     pub fn new(
         base: Arc<BaseModel>,
         adapter: Option<&LoraAdapter>,
         options: GenerateOptions,
     ) -> Result<Self, ModelError> {
-        let llama = Arc::new(Llama::new(base, adapter, options.precision)?);
+        let llama = Arc::new(Llama::on(base, adapter, options.precision, options.device)?);
         Ok(Self { llama, options })
+    }
+
+    #[cfg(all(test, feature = "cuda"))]
+    pub(crate) fn of(llama: Llama, options: GenerateOptions) -> Self {
+        let llama = Arc::new(llama);
+        Self { llama, options }
     }
 
     /// The base model.

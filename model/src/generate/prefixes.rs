@@ -34,8 +34,8 @@ pub(super) struct Prefixes {
 /// What computes a start.
 #[derive(Clone)]
 enum Owner {
-    /// The base model.
-    Base(Weak<BaseModel>, Precision),
+    /// The base model, with what precision, and whether on a GPU.
+    Base(Weak<BaseModel>, Precision, bool),
     /// A model with its adapter.
     Adapted(Weak<Llama>),
 }
@@ -44,13 +44,16 @@ impl Owner {
     fn of(row: &Row) -> Self {
         match row.first_adapter() {
             Some(_) => Self::Adapted(Arc::downgrade(&row.llama)),
-            None => Self::Base(row.llama.weak_base(), row.llama.precision()),
+            None => {
+                let llama = &row.llama;
+                Self::Base(llama.weak_base(), llama.precision(), llama.is_on_gpu())
+            }
         }
     }
 
     fn is_gone(&self) -> bool {
         match self {
-            Self::Base(base, _) => base.strong_count() == 0,
+            Self::Base(base, ..) => base.strong_count() == 0,
             Self::Adapted(llama) => llama.strong_count() == 0,
         }
     }
@@ -59,7 +62,9 @@ impl Owner {
 impl PartialEq for Owner {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Base(a, of_a), Self::Base(b, of_b)) => a.ptr_eq(b) && of_a == of_b,
+            (Self::Base(a, of_a, on_a), Self::Base(b, of_b, on_b)) => {
+                a.ptr_eq(b) && of_a == of_b && on_a == on_b
+            }
             (Self::Adapted(a), Self::Adapted(b)) => a.ptr_eq(b),
             _ => false,
         }

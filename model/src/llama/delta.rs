@@ -17,19 +17,19 @@ use crate::lora::{LoraAdapter, LoraPair, Module, activation};
 #[derive(Debug, Default)]
 pub(super) struct Group {
     /// `[width, inputs]`: the `a` factors below each other.
-    a: Vec<f32>,
-    inputs: usize,
-    width: usize,
-    members: Vec<Option<Member>>,
+    pub(super) a: Vec<f32>,
+    pub(super) inputs: usize,
+    pub(super) width: usize,
+    pub(super) members: Vec<Option<Member>>,
 }
 
 #[derive(Debug)]
-struct Member {
+pub(super) struct Member {
     /// The first column of this member in the group's inner activations.
-    column: usize,
-    rank: usize,
+    pub(super) column: usize,
+    pub(super) rank: usize,
     /// `[outputs, rank]`, scaled.
-    b: Vec<f32>,
+    pub(super) b: Vec<f32>,
 }
 
 /// One layer's adapters, grouped by input.
@@ -46,6 +46,9 @@ pub(super) struct LayerDelta {
 pub(crate) struct Adapter {
     layers: Vec<LayerDelta>,
     invocation: Option<Vec<u32>>,
+    /// The factors on a GPU, where it is used there.
+    #[cfg(feature = "cuda")]
+    pub(super) on_gpu: Option<super::on_gpu::GpuAdapter>,
 }
 
 impl Adapter {
@@ -54,6 +57,8 @@ impl Adapter {
         Ok(Self {
             layers: pack(adapter, config)?,
             invocation: adapter.config.invocation_tokens.clone(),
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
         })
     }
 
@@ -73,6 +78,12 @@ impl Adapter {
 
     pub(super) fn layer(&self, layer: usize) -> &LayerDelta {
         &self.layers[layer]
+    }
+
+    /// Every layer's factors.
+    #[cfg(feature = "cuda")]
+    pub(super) fn layers(&self) -> &[LayerDelta] {
+        &self.layers
     }
 }
 

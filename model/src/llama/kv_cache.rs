@@ -4,10 +4,13 @@
 ///
 /// A sequence may be several stretches one after the other: a shared prompt start, the row's own
 /// tokens, a branch of a choice. Invariant: outside of a pass every layer holds `len` tokens.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct KvCache {
     len: usize,
     layers: Vec<LayerCache>,
+    /// Where a GPU keeps them; `layers` is empty then.
+    #[cfg(feature = "cuda")]
+    pub(super) on_gpu: Option<super::on_gpu::GpuCache>,
 }
 
 /// One layer's part: both `[len, kv_width]`.
@@ -25,8 +28,8 @@ impl KvCache {
             values: Vec::with_capacity(capacity * kv_width),
         };
         Self {
-            len: 0,
             layers: (0..layers).map(|_| layer()).collect(),
+            ..Self::default()
         }
     }
 
@@ -52,7 +55,12 @@ impl KvCache {
             (part(keys, values), part(later_keys, later_values))
         };
         let (first, second): (Vec<_>, Vec<_>) = self.layers.iter().map(cut).unzip();
-        let stretch = |len, layers| Self { len, layers };
+        let stretch = |len, layers| Self {
+            len,
+            layers,
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
+        };
         Some((stretch(tokens, first), stretch(self.len - tokens, second)))
     }
 

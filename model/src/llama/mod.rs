@@ -9,6 +9,8 @@ mod attention;
 mod delta;
 mod kv_cache;
 mod matrices;
+#[cfg(feature = "cuda")]
+mod on_gpu;
 mod pass;
 
 use std::sync::{Arc, Weak};
@@ -21,6 +23,7 @@ pub(crate) use matrices::Int8Weights;
 pub use matrices::Precision;
 
 use crate::base_model::BaseModel;
+use crate::device::Device;
 use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
@@ -57,11 +60,29 @@ pub(crate) struct Llama {
     base: Arc<BaseModel>,
     adapter: Option<Adapter>,
     precision: Precision,
+    /// Where it computes, when that is not the CPU.
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<on_gpu::OnGpu>,
     /// See [`LlamaConfig::frequency_tables`](crate::config::LlamaConfig::frequency_tables).
     frequencies: Vec<Vec<f64>>,
 }
 
 impl Llama {
+    /// The same on a device; `precision` is for the CPU alone.
+    pub(crate) fn on(
+        base: Arc<BaseModel>,
+        adapter: Option<&LoraAdapter>,
+        precision: Precision,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = device.open()? {
+            return Self::new(base, adapter, Precision::F32)?.moved_to(&gpu);
+        }
+        device.gpu_name()?;
+        Self::new(base, adapter, precision)
+    }
+
     /// Checks that `adapter` fits `base` and repacks it for inference.
     pub(crate) fn new(
         base: Arc<BaseModel>,
@@ -87,6 +108,8 @@ impl Llama {
         Ok(Self {
             adapter: adapter.transpose()?,
             precision,
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
             frequencies,
             base,
         })
@@ -95,6 +118,15 @@ impl Llama {
     /// The adapter that it was made with.
     pub(crate) fn adapter(&self) -> Option<&Adapter> {
         self.adapter.as_ref()
+    }
+
+    /// Whether the two may compute together: they differ in their adapters at most.
+    pub(crate) fn computes_with(&self, other: &Self) -> bool {
+        #[cfg(feature = "cuda")]
+        if !on_gpu::is_same(self.on_gpu.as_ref(), other.on_gpu.as_ref()) {
+            return false;
+        }
+        Arc::ptr_eq(&self.base, &other.base) && self.precision == other.precision
     }
 
     /// The rounded weights, where they are wanted and there are any.
@@ -119,13 +151,20 @@ impl Llama {
         self.precision
     }
 
-    /// Whether the two may compute together: they differ in their adapters at most.
-    pub(crate) fn is_beside(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.base, &other.base) && self.precision == other.precision
+    /// Whether it computes, and keeps keys and values, on a GPU.
+    pub(crate) fn is_on_gpu(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.on_gpu.is_some();
+        #[cfg(not(feature = "cuda"))]
+        false
     }
 
     /// An empty cache with room for `capacity` tokens.
     pub(crate) fn cache(&self, capacity: usize) -> KvCache {
+        #[cfg(feature = "cuda")]
+        if self.on_gpu.is_some() {
+            return KvCache::default();
+        }
         let config = &self.base.weights.config;
         KvCache::new(config.layers, config.kv_width(), capacity)
     }
@@ -133,6 +172,10 @@ impl Llama {
     /// Feeds every run and returns the normed hidden state of each run's last token,
     /// `[runs, hidden]`.
     pub(crate) fn forward(&self, mut runs: Vec<Run<'_>>) -> Result<Vec<f32>, ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &self.on_gpu {
+            return on_gpu.forward(runs, &self.frequencies);
+        }
         for run in &mut runs {
             self.shorten(run)?;
         }
@@ -170,6 +213,10 @@ impl Llama {
 
     /// Logits over the whole vocabulary for `hidden`, `[rows, hidden]`.
     pub(crate) fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &self.on_gpu {
+            return on_gpu.logits(hidden);
+        }
         let weights = &self.base.weights;
         let (width, vocab) = (weights.config.hidden, weights.config.vocab);
         let mut logits = vec![0.0; hidden.len() / width * vocab];

@@ -5,15 +5,16 @@
 
 use std::sync::Arc;
 
-use super::network::Network;
 use super::pack::Pack;
 use super::params::Layout;
 use super::past::{Past, Stretch};
 use super::row::TrainRow;
-use super::tape::Tape;
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::lora::activation;
+
+/// Computes tokens with the base model alone.
+pub(super) type Plain<'a> = dyn FnMut(&Pack) -> Result<Stretch, ModelError> + 'a;
 
 /// What the rows of an activated adapter have in common.
 pub(super) struct Activated {
@@ -70,23 +71,27 @@ impl Activated {
     }
 
     /// Computes what all rows begin with; `row` is any of them.
-    pub(super) fn compute_shared(&mut self, plain: &Network<'_>, row: &TrainRow, tape: &mut Tape) {
+    pub(super) fn compute_shared(
+        &mut self,
+        plain: &mut Plain<'_>,
+        row: &TrainRow,
+    ) -> Result<(), ModelError> {
         if self.common > 0 {
             let pack = Pack::of_parts([(&row.prompt[..self.common], 0, Vec::new())]);
-            let stretch = Arc::new(run(plain, &pack, tape));
+            let stretch = Arc::new(plain(&pack)?);
             self.shared = Some(Past::new(&stretch, 0, self.common));
         }
+        Ok(())
     }
 
     /// Packs of about `max_tokens` adapted tokens, at least one row each, ready for the adapted
     /// model; also the number of tokens that the base model computed for them.
     pub(super) fn packs(
         &self,
-        plain: &Network<'_>,
+        plain: &mut Plain<'_>,
         rows: &[&TrainRow],
         max_tokens: usize,
-        tape: &mut Tape,
-    ) -> (Vec<Pack>, usize) {
+    ) -> Result<(Vec<Pack>, usize), ModelError> {
         let (mut packs, mut computed, mut rest) = (Vec::new(), 0, rows);
         while !rest.is_empty() {
             let mut size = 0;
@@ -96,15 +101,15 @@ impl Activated {
             };
             let count = rest.iter().take_while(fits).count().max(1);
             let (now, later) = rest.split_at(count);
-            let (pack, tokens) = self.pack(plain, now, tape);
+            let (pack, tokens) = self.pack(plain, now)?;
             packs.push(pack);
             computed += tokens;
             rest = later;
         }
-        (packs, computed)
+        Ok((packs, computed))
     }
 
-    fn pack(&self, plain: &Network<'_>, rows: &[&TrainRow], tape: &mut Tape) -> (Pack, usize) {
+    fn pack(&self, plain: &mut Plain<'_>, rows: &[&TrainRow]) -> Result<(Pack, usize), ModelError> {
         let shared = || self.shared.iter().cloned().collect::<Vec<_>>();
         let parts = rows.iter().map(|row| {
             let part = &row.prompt[self.common..self.start(row)];
@@ -114,7 +119,7 @@ impl Activated {
         let tokens = before.tokens.len();
         let stretch = Arc::new(match tokens {
             0 => Stretch::default(),
-            _ => run(plain, &before, tape),
+            _ => plain(&before)?,
         });
         let mut at = 0;
         let pasts = rows.iter().map(|row| {
@@ -127,17 +132,11 @@ impl Activated {
             past
         });
         let starts = rows.iter().map(|row| self.start(row));
-        (Pack::activated(rows, starts, pasts), tokens)
+        Ok((Pack::activated(rows, starts, pasts), tokens))
     }
 
     /// Where the adapter takes effect; [`check`] made sure that it does.
     fn start(&self, row: &TrainRow) -> usize {
         activation(&row.prompt, &self.invocation).unwrap_or(row.prompt.len() - 1)
     }
-}
-
-fn run(plain: &Network<'_>, pack: &Pack, tape: &mut Tape) -> Stretch {
-    let mut stretch = Stretch::new(pack.tokens.len());
-    plain.forward_only(&[], pack, tape, Some(&mut stretch));
-    stretch
 }

@@ -34,10 +34,23 @@ pub(super) struct Dropout {
 }
 
 impl Dropout {
+    /// The same for another place of the network.
+    pub(super) fn of_place(self, place: u64) -> Self {
+        Self {
+            key: mix(self.key ^ mix(place)),
+            ..self
+        }
+    }
+
+    /// Draws of 2³² that drop a value, and what the others are multiplied with.
+    pub(super) fn bounds(self) -> (u64, f32) {
+        let limit = (self.share * 2f64.powi(32)) as u64;
+        (limit, (1.0 / (1.0 - self.share)) as f32)
+    }
+
     /// `values`, where they are kept, scaled so that the mean stays; zero elsewhere.
     fn masked(self, values: &[f32]) -> Vec<f32> {
-        let limit = (self.share * 2f64.powi(32)) as u64;
-        let keep = (1.0 / (1.0 - self.share)) as f32;
+        let (limit, keep) = self.bounds();
         let values = values.par_iter().enumerate().with_min_len(4096);
         let masked = values.map(|(place, value)| {
             let drawn = mix(self.key.wrapping_add(place as u64)) >> 32;

@@ -10,8 +10,10 @@
 //! | `network`, `tape` | forward and backward of the model, and what lies between them |
 //! | `linear`, `attention`, `head`, `norm`, `residual`, `rope` | its parts |
 //! | `params`, `frozen` | trained and frozen values as plain slices |
+//! | `on_gpu` | the same on a GPU, where one is asked for |
 //!
-//! The arithmetic is in `kernels/`. Knows no text and no prompt. Computes in f32 on the CPU, in the current rayon pool. Invariant:
+//! The arithmetic is in `kernels/`. Knows no text and no prompt. Computes in f32, on the CPU in the
+//! current rayon pool. Invariant:
 //! equal inputs give an adapter of equal bytes on one kind of machine, also when the training
 //! was interrupted and resumed.
 
@@ -25,6 +27,8 @@ mod hooks;
 mod linear;
 mod network;
 mod norm;
+#[cfg(feature = "cuda")]
+mod on_gpu;
 mod order;
 mod pack;
 mod params;

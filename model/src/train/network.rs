@@ -11,7 +11,6 @@ use super::attention::{Attention, OutGradient};
 use super::frozen::Frozen;
 use super::linear::{Dropout, Linear};
 use super::norm;
-use super::order::mix;
 use super::pack::Pack;
 use super::params::Layout;
 use super::past::Stretch;
@@ -23,11 +22,11 @@ use crate::kernels::rows::add_bias;
 use crate::kernels::vector;
 
 /// First module and number of modules of each group, in the order of `Module::ALL`.
-const MODULES: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
-const QKV: usize = 0;
-const OUT: usize = 1;
-const GATE_UP: usize = 2;
-const DOWN: usize = 3;
+pub(super) const MODULES: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
+pub(super) const QKV: usize = 0;
+pub(super) const OUT: usize = 1;
+pub(super) const GATE_UP: usize = 2;
+pub(super) const DOWN: usize = 3;
 
 /// Everything that stays the same while training.
 pub(super) struct Network<'a> {
@@ -151,10 +150,7 @@ impl Network<'_> {
             params,
             rank: self.layout.rank,
             scale: self.scale,
-            dropout: self.dropout.map(|dropout| Dropout {
-                key: mix(dropout.key ^ mix(place)),
-                ..dropout
-            }),
+            dropout: self.dropout.map(|dropout| dropout.of_place(place)),
             tokens: pack.tokens.len(),
         }
     }

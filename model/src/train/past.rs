@@ -11,6 +11,9 @@ pub(super) struct Stretch {
     tokens: usize,
     /// Rotated keys and values of each layer, `[kv_heads, tokens, head_dim]`.
     layers: Vec<[Vec<f32>; 2]>,
+    /// Where a GPU keeps them: `[layers, 2, tokens, kv_heads · head_dim]`; `layers` is empty then.
+    #[cfg(feature = "cuda")]
+    pub(super) on_gpu: Option<crate::gpu::Buffer<f32>>,
 }
 
 /// Some neighbouring tokens of a stretch.
@@ -23,8 +26,10 @@ pub(super) struct Past {
 
 impl Stretch {
     pub(super) fn new(tokens: usize) -> Self {
-        let layers = Vec::new();
-        Self { tokens, layers }
+        Self {
+            tokens,
+            ..Self::default()
+        }
     }
 
     /// Adds the next layer.
@@ -46,6 +51,15 @@ impl Past {
 
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// Where a GPU keeps them, rows of `width` values.
+    #[cfg(feature = "cuda")]
+    pub(super) fn segment(&self, width: usize) -> Option<crate::gpu::Segment> {
+        let values = self.stretch.on_gpu.as_ref()?.all();
+        let all = self.stretch.tokens;
+        let segment = crate::gpu::segment_of(values, width, all, self.start, self.len);
+        Some(segment)
     }
 
     /// The keys (0) or values (1) of one head, `[len, dim]`.

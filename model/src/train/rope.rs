@@ -45,6 +45,12 @@ impl Rope {
         }
     }
 
+    /// Cosines and sines, `[positions, head_dim / 2]` each.
+    #[cfg(feature = "cuda")]
+    pub(super) fn angles(&self) -> [&[f32]; 2] {
+        [&self.cos, &self.sin]
+    }
+
     /// From rows of tokens to heads; `positions[i]` is the position of row `i`.
     pub(super) fn split(&self, out: &mut [f32], rows: &[f32], positions: &[u32], turn: Turn) {
         let (dim, tokens) = (2 * self.half, positions.len());

@@ -11,14 +11,19 @@ use super::head::{self, HeadRoom, LossSum};
 use super::hooks::{EpochStats, EvalStats, Hooks, StepStats};
 use super::linear::Dropout;
 use super::network::Network;
+#[cfg(feature = "cuda")]
+use super::on_gpu::OnGpu;
 use super::order::{mix, shuffled};
 use super::pack::Pack;
 use super::params::Layout;
+use super::past::Stretch;
 use super::rope::Rope;
 use super::row::{self, TrainRow};
 use super::schedule::learning_rate;
 use super::state::TrainerState;
 use super::tape::{Keep, Tape};
+use crate::base_model::BaseModel;
+use crate::device::Device;
 use crate::error::ModelError;
 use crate::kernels::vector;
 use crate::lora::{LoraAdapter, LoraConfig};
@@ -33,6 +38,9 @@ pub struct Trainer<'a> {
     validation: &'a [TrainRow],
     layout: Layout,
     state: TrainerState,
+    /// The base model on the GPU that computes, where one does.
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<std::sync::Arc<crate::gpu::GpuModel>>,
 }
 
 /// What a training ends with.
@@ -56,6 +64,8 @@ struct Workspace<'f> {
     head: HeadRoom,
     grads: Vec<f32>,
     activated: Option<Activated>,
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<OnGpu>,
 }
 
 impl<'a> Trainer<'a> {
@@ -102,6 +112,45 @@ impl<'a> Trainer<'a> {
             validation: &[],
             layout,
             state,
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
+        })
+    }
+
+    /// Computes on `device`; `base` is the model whose weights are trained on. A state may be
+    /// resumed on another device than it was saved on.
+    ///
+    /// # Errors
+    /// [`ModelError::NoDevice`] when the device cannot be used, with what is missing;
+    /// [`ModelError::Config`] when `base` is another model.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(unused_mut, unused_variables, clippy::needless_pass_by_value)
+    )]
+    pub fn compute_on(mut self, base: &BaseModel, device: Device) -> Result<Self, ModelError> {
+        if !std::ptr::eq(&raw const base.weights, self.weights) {
+            let reason = "is not the model whose weights are trained on".to_owned();
+            return Err(ModelError::Config {
+                name: "base",
+                reason,
+            });
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = device.open()? {
+            self.on_gpu = Some(base.on_gpu(&gpu)?);
+            return Ok(self);
+        }
+        device.gpu_name()?;
+        Ok(self)
+    }
+
+    /// Computes on a GPU that is open.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(crate) fn moved_to(self, gpu: &crate::gpu::Gpu) -> Result<Self, ModelError> {
+        let model = crate::gpu::GpuModel::new(gpu, self.weights)?;
+        Ok(Self {
+            on_gpu: Some(std::sync::Arc::new(model)),
+            ..self
         })
     }
 
@@ -169,7 +218,7 @@ impl<'a> Trainer<'a> {
         }
         let frozen = Frozen::new(self.weights)?;
         let rows = self.rows.iter().chain(self.validation);
-        let mut work = self.workspace(&frozen, rows, self.layout.len);
+        let mut work = self.workspace(&frozen, rows, self.layout.len)?;
         let per_epoch = self.steps_per_epoch();
         while self.state.step < self.steps() && !self.out_of_patience() {
             let epoch = self.state.step / per_epoch;
@@ -229,7 +278,7 @@ impl<'a> Trainer<'a> {
         frozen: &'f Frozen<'f>,
         rows: impl Iterator<Item = &'r TrainRow> + Clone,
         grads: usize,
-    ) -> Workspace<'f> {
+    ) -> Result<Workspace<'f>, ModelError> {
         let model = &self.weights.config;
         let longest = rows.clone().map(TrainRow::len).max().unwrap_or(0);
         let invocation = self.lora.invocation_tokens.as_deref();
@@ -240,40 +289,66 @@ impl<'a> Trainer<'a> {
             head: HeadRoom::default(),
             grads: vec![0.0; grads],
             activated: invocation.map(|tokens| Activated::new(tokens, model, rows.clone())),
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
         };
+        #[cfg(feature = "cuda")]
+        if let Some(model) = &self.on_gpu {
+            work.on_gpu = Some(OnGpu::new(model, &work.ropes, self.layout.len)?);
+        }
         if let (Some(mut activated), Some(row)) = (work.activated.take(), rows.clone().next()) {
             let layout = activated.layout.clone();
-            let mut tape = std::mem::take(&mut work.tape);
-            let plain = self.plain(&work, &layout);
-            in_pool(|| activated.compute_shared(&plain, row, &mut tape));
-            (work.tape, work.activated) = (tape, Some(activated));
+            let plain = &mut work;
+            in_pool(|| {
+                activated.compute_shared(&mut |pack| self.plain(plain, &layout, pack), row)
+            })?;
+            work.activated = Some(activated);
         }
-        work
+        Ok(work)
     }
 
-    /// The base model alone.
-    fn plain<'b>(&'b self, work: &'b Workspace<'_>, layout: &'b Layout) -> Network<'b> {
-        Network {
+    /// Computes a pack with the base model alone, whose layout is `layout`.
+    fn plain(
+        &self,
+        work: &mut Workspace<'_>,
+        layout: &Layout,
+        pack: &Pack,
+    ) -> Result<Stretch, ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &mut work.on_gpu {
+            return on_gpu.stretch(layout, pack);
+        }
+        let mut stretch = Stretch::new(pack.tokens.len());
+        let mut tape = std::mem::take(&mut work.tape);
+        let network = Network {
             layout,
             ..self.network(work, None)
-        }
+        };
+        network.forward_only(&[], pack, &mut tape, Some(&mut stretch));
+        work.tape = tape;
+        Ok(stretch)
     }
 
     /// The rows of a batch as passes; also the number of tokens that they compute.
-    fn packs(&self, work: &mut Workspace<'_>, rows: &[&TrainRow]) -> (Vec<Pack>, usize) {
+    fn packs(
+        &self,
+        work: &mut Workspace<'_>,
+        rows: &[&TrainRow],
+    ) -> Result<(Vec<Pack>, usize), ModelError> {
         let most = self.config.max_tokens;
         let count = |packs: &[Pack]| packs.iter().map(|pack| pack.tokens.len()).sum::<usize>();
-        let mut tape = std::mem::take(&mut work.tape);
-        let (packs, plain) = match &work.activated {
+        // Taken out of the workspace, which computes for it.
+        let (packs, plain) = match work.activated.take() {
             None => (Pack::split(rows, self.config.share_prefix, most), 0),
             Some(activated) => {
-                let plain = self.plain(work, &activated.layout);
-                activated.packs(&plain, rows, most, &mut tape)
+                let layout = &activated.layout;
+                let packs = activated.packs(&mut |pack| self.plain(work, layout, pack), rows, most);
+                work.activated = Some(activated);
+                packs?
             }
         };
-        work.tape = tape;
         let tokens = count(&packs) + plain;
-        (packs, tokens)
+        Ok((packs, tokens))
     }
 
     /// Mean loss and token accuracy of the adapter so far.
@@ -284,8 +359,8 @@ impl<'a> Trainer<'a> {
     pub fn evaluate(&self, rows: &[TrainRow]) -> Result<EvalStats, ModelError> {
         self.check_rows(rows)?;
         let frozen = Frozen::new(self.weights)?;
-        let mut work = self.workspace(&frozen, rows.iter(), 0);
-        Ok(in_pool(|| self.measure(&mut work, rows)))
+        let mut work = self.workspace(&frozen, rows.iter(), 0)?;
+        in_pool(|| self.measure(&mut work, rows))
     }
 
     fn check_cancelled(&self, hooks: &Hooks<'_>) -> Result<(), ModelError> {
@@ -306,6 +381,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<(), ModelError> {
         let validate = !self.validation.is_empty();
         let validation = validate.then(|| in_pool(|| self.measure(work, self.validation)));
+        let validation = validation.transpose()?;
         // A state saved right after this epoch's last step meets its end twice.
         if let Some(stats) = validation.filter(|_| self.state.validations.len() <= epoch) {
             self.state.validations.push(stats.loss as f32);
@@ -347,7 +423,7 @@ impl<'a> Trainer<'a> {
         rows: &[&TrainRow],
     ) -> Result<StepStats, ModelError> {
         let step = self.state.step + 1;
-        let (sum, tokens) = in_pool(|| self.gradients(work, rows));
+        let (sum, tokens) = in_pool(|| self.gradients(work, rows))?;
         let loss = sum.loss / sum.tokens as f64;
         let norm = vector::sum_of_squares(&work.grads).sqrt();
         if !loss.is_finite() || !norm.is_finite() {
@@ -386,18 +462,37 @@ impl<'a> Trainer<'a> {
 
     /// Leaves the gradient of the batch's mean loss in `work.grads`; also the number of tokens
     /// computed.
-    fn gradients(&self, work: &mut Workspace<'_>, rows: &[&TrainRow]) -> (LossSum, usize) {
+    fn gradients(
+        &self,
+        work: &mut Workspace<'_>,
+        rows: &[&TrainRow],
+    ) -> Result<(LossSum, usize), ModelError> {
         work.grads.fill(0.0);
         let targets: usize = rows.iter().map(|row| row.target.len()).sum();
         let weight = 1.0 / targets as f32;
-        let (packs, tokens) = self.packs(work, rows);
+        let (packs, tokens) = self.packs(work, rows)?;
         let mut sum = LossSum::default();
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &mut work.on_gpu {
+            on_gpu.begin(&self.state.params)?;
+        }
         for (index, pack) in packs.iter().enumerate() {
             let place = mix(self.state.step as u64) ^ mix(index as u64 + 1);
             let dropout = (self.lora.dropout > 0.0).then_some(Dropout {
                 share: self.lora.dropout,
                 key: mix(self.config.seed ^ place),
             });
+            // Only a row that alone is longer than it may be makes such a pass.
+            let keep = match pack.tokens.len() > self.config.max_tokens {
+                true => Keep::Inputs,
+                false => Keep::Everything,
+            };
+            #[cfg(feature = "cuda")]
+            if let Some(on_gpu) = &mut work.on_gpu {
+                let scale = self.lora.scale() as f32;
+                sum.add(on_gpu.gradients(&self.layout, scale, dropout, keep, pack, weight)?);
+                continue;
+            }
             // Taken out of the workspace, so that the network may borrow the rest of it.
             let (mut tape, mut room) = (
                 std::mem::take(&mut work.tape),
@@ -405,11 +500,6 @@ impl<'a> Trainer<'a> {
             );
             let mut grads = std::mem::take(&mut work.grads);
             let network = self.network(work, dropout);
-            // Only a row that alone is longer than it may be makes such a pass.
-            let keep = match pack.tokens.len() > self.config.max_tokens {
-                true => Keep::Inputs,
-                false => Keep::Everything,
-            };
             network.forward(&self.state.params, pack, &mut tape, keep);
             let (out, dx) = (&tape.out, &mut tape.dx);
             let frozen = work.frozen;
@@ -424,14 +514,32 @@ impl<'a> Trainer<'a> {
             network.backward(&self.state.params, &mut grads, pack, &mut tape);
             (work.tape, work.head, work.grads) = (tape, room, grads);
         }
-        (sum, tokens)
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &work.on_gpu {
+            work.grads = on_gpu.gathered()?;
+        }
+        Ok((sum, tokens))
     }
 
-    fn measure(&self, work: &mut Workspace<'_>, rows: &[TrainRow]) -> EvalStats {
+    fn measure(
+        &self,
+        work: &mut Workspace<'_>,
+        rows: &[TrainRow],
+    ) -> Result<EvalStats, ModelError> {
         let mut sum = LossSum::default();
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &mut work.on_gpu {
+            on_gpu.begin(&self.state.params)?;
+        }
         for batch in rows.chunks(self.config.batch_size) {
             let batch: Vec<&TrainRow> = batch.iter().collect();
-            for pack in self.packs(work, &batch).0 {
+            for pack in self.packs(work, &batch)?.0 {
+                #[cfg(feature = "cuda")]
+                if let Some(on_gpu) = &mut work.on_gpu {
+                    let scale = self.lora.scale() as f32;
+                    sum.add(on_gpu.loss(&self.layout, scale, &pack)?);
+                    continue;
+                }
                 let (mut tape, mut room) = (
                     std::mem::take(&mut work.tape),
                     std::mem::take(&mut work.head),
@@ -450,10 +558,10 @@ impl<'a> Trainer<'a> {
             }
         }
         let tokens = sum.tokens.max(1) as f64;
-        EvalStats {
+        Ok(EvalStats {
             loss: sum.loss / tokens,
             token_accuracy: sum.right as f64 / tokens,
-        }
+        })
     }
 }
 
@@ -465,15 +573,31 @@ pub(crate) fn gradients(
     rows: &[TrainRow],
 ) -> (f64, LoraAdapter) {
     let lora = adapter.config.clone();
-    let trainer = Trainer::new(weights, lora.clone(), TrainConfig::default(), rows);
-    let mut trainer = trainer.expect("rows that fit");
-    trainer.state.params = trainer.layout.flatten(adapter).expect("it fits");
-    let frozen = Frozen::new(weights).expect("dense weights");
-    let mut work = trainer.workspace(&frozen, rows.iter(), trainer.layout.len);
-    let batch: Vec<&TrainRow> = rows.iter().collect();
-    let (sum, _) = in_pool(|| trainer.gradients(&mut work, &batch));
-    let grads = trainer.layout.adapter(&work.grads, &lora).expect("it fits");
-    (sum.loss / sum.tokens as f64, grads)
+    let trainer = Trainer::new(weights, lora, TrainConfig::default(), rows);
+    trainer.expect("rows that fit").gradients_of(adapter, rows)
+}
+
+#[cfg(test)]
+impl Trainer<'_> {
+    /// The same with the settings and on the device of a training.
+    pub(crate) fn gradients_of(
+        mut self,
+        adapter: &LoraAdapter,
+        rows: &[TrainRow],
+    ) -> (f64, LoraAdapter) {
+        let trainer = &mut self;
+        trainer.state.params = trainer.layout.flatten(adapter).expect("it fits");
+        let frozen = Frozen::new(trainer.weights).expect("dense weights");
+        let work = trainer.workspace(&frozen, rows.iter(), trainer.layout.len);
+        let mut work = work.expect("room");
+        let batch: Vec<&TrainRow> = rows.iter().collect();
+        let (sum, _) = in_pool(|| trainer.gradients(&mut work, &batch)).expect("no device");
+        let grads = trainer
+            .layout
+            .adapter(&work.grads, &trainer.lora)
+            .expect("it fits");
+        (sum.loss / sum.tokens as f64, grads)
+    }
 }
 
 /// Runs `compute` on a thread of the current pool. From outside, each of the thousands of small

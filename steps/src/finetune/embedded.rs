@@ -9,13 +9,13 @@ use flowrun_model::train::{
     EpochStats, Hooks, Schedule, StepStats, TrainConfig, TrainRow, Trainer, TrainerState,
 };
 use flowrun_model::{
-    BaseModel, ChatMessage, LoraAdapter, LoraConfig, ModelError, TemplateArguments,
+    BaseModel, ChatMessage, Device, LoraAdapter, LoraConfig, ModelError, TemplateArguments,
 };
 
 use super::{Params, ScheduleSpec, VALIDATION};
 use crate::checkpoint::Checkpoint;
 use crate::folder;
-use crate::models::local::{failed, open_whole_base};
+use crate::models::local::{device, failed, open_whole_base};
 use crate::models::{EmbeddedSpec, Host};
 use crate::report::LossPoint;
 use crate::rows::{read_jsonl, write_json};
@@ -169,11 +169,18 @@ impl Training<'_> {
         };
         let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
         let settings = settings(self.params, &base)?;
+        let device = device(host.world)?;
+        match (device.gpu_name().map_err(failed)?, device) {
+            (Some(gpu), _) => (self.log)(&format!("training on {gpu}")),
+            (None, Device::Auto) => (self.log)("training on the processor: no GPU can be used"),
+            (None, _) => {}
+        }
         let state = self.resume.join("state.safetensors");
         let mut trainer = self.trainer(
             &base,
             (rows.as_slice(), unseen.as_slice()),
             &settings,
+            device,
             &state,
         )?;
         let saving = self.saving(&trainer);
@@ -243,10 +250,12 @@ impl Training<'_> {
         base: &'b BaseModel,
         (rows, unseen): (&'b [TrainRow], &'b [TrainRow]),
         (lora, config): &(LoraConfig, TrainConfig),
+        device: Device,
         state: &Path,
     ) -> Result<Trainer<'b>, StepError> {
         let fresh = || -> Result<Trainer<'b>, ModelError> {
             let trainer = Trainer::new(&base.weights, lora.clone(), config.clone(), rows)?;
+            let trainer = trainer.compute_on(base, device)?;
             match unseen {
                 [] => Ok(trainer),
                 unseen => trainer.validate_on(unseen),

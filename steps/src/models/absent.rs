@@ -31,6 +31,10 @@ pub(crate) fn tokenizer_files(_: &Path) -> Result<Vec<(&'static str, String)>, S
     Err(left_out())
 }
 
+pub(super) fn gpu(_: &str) -> Result<Option<String>, StepError> {
+    Err(left_out())
+}
+
 pub(super) fn open_lm(
     _: &EmbeddedSpec,
     _: Option<(&Path, &Checkpoint)>,

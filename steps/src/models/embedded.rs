@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
-use flowrun_engine::step::{Cancel, StepError};
+use flowrun_engine::step::{Cancel, StepError, World};
 use flowrun_lm::classifier::Embedder;
 use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
 use flowrun_model::bench::ModelBench;
 use flowrun_model::{
-    BaseModel, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, Generated,
+    BaseModel, ChatMessage, ChoiceSet, Device, Finish, GenerateOptions, GenerateRequest, Generated,
     Generator, LoraAdapter, ModelError, SentenceEncoder, TemplateArguments,
 };
 
@@ -18,6 +18,9 @@ use crate::bench::Measured;
 use crate::checkpoint::Checkpoint;
 
 type Shared<T> = LazyLock<Mutex<BTreeMap<String, Arc<T>>>>;
+
+/// The variable that says where models compute; the command line's `--device` sets it too.
+const DEVICE: &str = "FLOWRUN_DEVICE";
 
 /// Raised whenever the generator may answer the same request otherwise; kept answers are its own.
 const GENERATION: u32 = 5;
@@ -52,18 +55,47 @@ pub(crate) fn failed(error: ModelError) -> StepError {
         | ModelError::Request(_)
         | ModelError::TooLong(_)
         | ModelError::Row { .. } => StepError::invalid(error.to_string()),
+        ModelError::NoDevice(_) => StepError::invalid(error.to_string()).help(
+            "`--device` and FLOWRUN_DEVICE say where models compute: `cpu`, `cuda`, `cuda-tf32` or `auto`",
+        ),
         other => StepError::failed(other.to_string()),
     }
 }
 
-/// The base model of an entry, to answer.
+/// Where models compute on this machine: what [`DEVICE`] says, else the processor. It is no part
+/// of a step's key, as the kind of processor is none.
+///
+/// # Errors
+/// Invalid when the variable says something else.
+pub(crate) fn device(world: &World) -> Result<Device, StepError> {
+    match world.env.get(DEVICE).map(|text| text.trim()) {
+        None | Some("") => Ok(Device::default()),
+        Some(text) => text
+            .parse()
+            .map_err(|error: ModelError| StepError::invalid(format!("{DEVICE}: {error}"))),
+    }
+}
+
+/// The name of the GPU that a device is; none for the processor.
+///
+/// # Errors
+/// Invalid when there is no such device, or it cannot be used, with what is missing.
+pub(super) fn gpu(device: &str) -> Result<Option<String>, StepError> {
+    let device: Device = device.parse().map_err(failed)?;
+    device.gpu_name().map_err(failed)
+}
+
+/// The base model of an entry.
 ///
 /// # Errors
 /// When its weights cannot be had or are not a model.
 pub(crate) fn open_base(spec: &EmbeddedSpec, host: &Host<'_>) -> Result<Arc<BaseModel>, StepError> {
     let found = spec.weights.locate(host.world, host.cancel)?;
-    shared(&BASES, &found.digest, || {
-        BaseModel::load_to_answer(&found.path, &found.digest)
+    // A GPU computes in f32.
+    let on_cpu = device(host.world)? == Device::default();
+    shared(&BASES, &found.digest, || match on_cpu {
+        true => BaseModel::load_to_answer(&found.path, &found.digest),
+        false => BaseModel::load(&found.path, &found.digest),
     })
 }
 
@@ -173,6 +205,7 @@ pub(super) fn open_lm(
     };
     let options = GenerateOptions {
         batch: spec.batch,
+        device: device(host.world)?,
         ..GenerateOptions::default()
     };
     let generator = Generator::new(base, adapter.as_ref(), options).map_err(failed)?;
@@ -194,7 +227,8 @@ pub(crate) fn bench(
     progress: &mut dyn FnMut(&str),
 ) -> Result<Measured, StepError> {
     let base = open_whole_base(spec, host)?;
-    let found = flowrun_model::bench::bench(&base, progress).map_err(failed)?;
+    let found =
+        flowrun_model::bench::bench(&base, device(host.world)?, progress).map_err(failed)?;
     let json = serde_json::to_value(&found).map_err(|e| StepError::failed(e.to_string()))?;
     Ok(Measured {
         text: table(&spec.weights.name(), &found),
@@ -205,11 +239,16 @@ pub(crate) fn bench(
 fn table(name: &str, found: &ModelBench) -> String {
     let cpu = |seconds: Option<f64>| seconds.map_or("-".to_owned(), |s| format!("{s:.3}"));
     let mut out = format!(
-        "{name}: {:.1} M parameters, {} threads, f32 products at {:.0} GFLOP/s\n\n",
+        "{name}: {:.1} M parameters, {}, {} threads, products at {:.0} GFLOP/s",
         found.parameters as f64 / 1e6,
+        found.device,
         found.threads,
         found.gemm_gflops
     );
+    if let Some(rate) = found.copy_gb_per_second {
+        out.push_str(&format!(", copies at {rate:.0} GB/s"));
+    }
+    out.push_str("\n\n");
     out.push_str("training                          tokens  s/example  cpu s/example  floor s\n");
     for row in &found.training {
         out.push_str(&format!(
@@ -225,19 +264,29 @@ fn table(name: &str, found: &ModelBench) -> String {
         ("prompts", &found.prompt),
         ("generation", &found.generation),
     ] {
-        out.push_str(&format!("\n{title:33} tokens   tokens/s          cpu s\n"));
+        out.push_str(&format!(
+            "\n{title:33} tokens   tokens/s          cpu s  floor tokens/s\n"
+        ));
         for rate in rates {
             out.push_str(&format!(
-                "{:33} {:6}  {:9.1}  {:>13}\n",
+                "{:33} {:6}  {:9.1}  {:>13}  {:>14}\n",
                 rate.precision,
                 rate.tokens,
                 rate.tokens_per_second,
-                cpu(rate.cpu_seconds)
+                cpu(rate.cpu_seconds),
+                rate.floor_tokens_per_second
+                    .map_or("-".to_owned(), |floor| format!("{floor:.1}"))
             ));
         }
     }
     if let Some(bytes) = found.peak_bytes {
         out.push_str(&format!("\nmemory at most: {:.2} GB\n", bytes as f64 / 1e9));
+    }
+    if let Some(bytes) = found.gpu_bytes {
+        out.push_str(&format!(
+            "the GPU's in the end: {:.2} GB\n",
+            bytes as f64 / 1e9
+        ));
     }
     out
 }

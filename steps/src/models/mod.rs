@@ -173,6 +173,15 @@ fn check_budget(spec: &OpenAiSpec) -> Result<(), StepError> {
         .help("add `prices: { input: …, output: … }`, US dollars for a million tokens"))
 }
 
+/// The name of the GPU that `device` (as `--device` has it) is on this machine; none for the
+/// processor.
+///
+/// # Errors
+/// Invalid when there is no such device or it cannot be used, with what is missing.
+pub fn gpu(device: &str) -> Result<Option<String>, StepError> {
+    local::gpu(device)
+}
+
 /// The digests of the project's own weights that a step's `model` and `program` name: they enter
 /// its key, so that another file at the same path is another result.
 ///

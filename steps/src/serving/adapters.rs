@@ -36,6 +36,7 @@ pub(super) struct Adapters {
     pinned: Option<(String, Loaded)>,
     folders: Vec<PathBuf>,
     keep: usize,
+    options: GenerateOptions,
     state: Mutex<State>,
 }
 
@@ -88,10 +89,10 @@ impl Adapters {
         pinned: Option<(String, PathBuf)>,
         folders: &[PathBuf],
         keep: usize,
+        options: GenerateOptions,
     ) -> Result<Self, StepError> {
-        let alone = Loaded(Arc::new(
-            Generator::new(Arc::clone(&base), None, GenerateOptions::default()).map_err(failed)?,
-        ));
+        let alone = Generator::new(Arc::clone(&base), None, options).map_err(failed)?;
+        let alone = Loaded(Arc::new(alone));
         let real =
             |folder: &PathBuf| std::fs::canonicalize(folder).map_err(|e| StepError::io(folder, &e));
         let mut adapters = Self {
@@ -101,6 +102,7 @@ impl Adapters {
             pinned: None,
             folders: folders.iter().map(real).collect::<Result<_, _>>()?,
             keep: keep.max(1),
+            options,
             state: Mutex::default(),
         };
         if let Some((id, folder)) = pinned {
@@ -301,13 +303,9 @@ impl Adapters {
         }
         let adapter = LoraAdapter::load(folder, &self.base.weights.config)
             .map_err(|e| unusable(without_folder(&e.to_string(), folder)))?;
-        Generator::new(
-            Arc::clone(&self.base),
-            Some(&adapter),
-            GenerateOptions::default(),
-        )
-        .map(|generator| Loaded(Arc::new(generator)))
-        .map_err(|e| unusable(e.to_string()))
+        Generator::new(Arc::clone(&self.base), Some(&adapter), self.options)
+            .map(|generator| Loaded(Arc::new(generator)))
+            .map_err(|e| unusable(e.to_string()))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

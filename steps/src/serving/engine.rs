@@ -13,7 +13,8 @@ use std::time::Instant;
 use flowrun_engine::step::StepError;
 use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
 use flowrun_model::{
-    Batch, ChatMessage, ChoiceSet, Finish, GenerateRequest, ModelError, Said, TemplateArguments,
+    Batch, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, ModelError, Said,
+    TemplateArguments,
 };
 use tokio::sync::mpsc;
 
@@ -22,7 +23,7 @@ use super::{
     Ask, Ended, EngineSpec, Event, ModelEntry, ModelsError, Piece, Prompt, Step, TokenProb,
 };
 use crate::models::Host;
-use crate::models::embedded::open_base;
+use crate::models::embedded::{device, open_base};
 
 /// Bytes of keys and values of prompts' common starts that are kept.
 const PREFIX_BYTES: usize = 256 << 20;
@@ -65,7 +66,12 @@ impl Engine {
     /// When weights or the pinned adapter cannot be had or do not belong together.
     pub fn open(spec: EngineSpec<'_>, host: &Host<'_>) -> Result<Self, StepError> {
         let base = open_base(spec.model, host)?;
-        let adapters = Adapters::new(base, spec.base_id, spec.pinned, &spec.folders, spec.keep)?;
+        let options = GenerateOptions {
+            device: device(host.world)?,
+            ..GenerateOptions::default()
+        };
+        let (pinned, folders) = (spec.pinned, &spec.folders);
+        let adapters = Adapters::new(base, spec.base_id, pinned, folders, spec.keep, options)?;
         let (jobs, waiting) = mpsc::channel(spec.queue.max(1));
         let active = Arc::new(AtomicUsize::new(0));
         let worker = Worker {
