@@ -234,8 +234,12 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 /// Remembers the pipeline for the next call without one.
 pub(crate) fn remember(file: &Path, cache_dir: &Path) {
     if let Ok(path) = std::path::absolute(file) {
+        let (note, text) = (cache_dir.join(LAST), path.display().to_string());
+        if std::fs::read(&note).is_ok_and(|noted| noted == text.as_bytes()) {
+            return;
+        }
         // Without the note the next call asks for the file's name.
-        let _ = std::fs::write(cache_dir.join(LAST), path.display().to_string());
+        let _ = std::fs::write(note, text);
     }
 }
 

@@ -171,6 +171,14 @@ impl Cache {
         crate::record::write_atomic(&self.dir.join(path), bytes)
     }
 
+    /// As [`Cache::write_file`], of bytes that lie in several pieces.
+    ///
+    /// # Errors
+    /// As [`Cache::write_file`].
+    pub fn write_parts(&self, path: &Path, parts: &[&[u8]]) -> Result<(), CacheError> {
+        crate::record::write_parts(&self.dir.join(path), parts)
+    }
+
     /// Makes the folder of a run.
     ///
     /// # Errors

@@ -90,10 +90,12 @@ impl Default for Action {
 
 /// One step of a checked pipeline.
 #[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StepNode {
     /// Name, unique in the pipeline.
     pub name: String,
     /// `about:`.
+    #[serde(skip_serializing_if = "is_default")]
     pub about: Option<String>,
     /// What it does. Written apart: a kind is found by its name.
     #[serde(skip)]
@@ -103,41 +105,62 @@ pub struct StepNode {
     /// As `params`, less what must not enter the action key.
     pub key_params: Value,
     /// Input port to its sources, in order.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub inputs: BTreeMap<String, Vec<Source>>,
     /// Of a command: input ports that are lists, also where one artifact alone comes. A step kind
     /// says so itself.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub lists: BTreeSet<String>,
     /// Output ports (for `run`: as declared by `out`, type `file`).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub outputs: Vec<Port>,
     /// For `run`: output port to its path under `out/`.
+    #[serde(skip_serializing_if = "is_default")]
     pub out_paths: BTreeMap<String, String>,
     /// Steps that must finish first, without data.
+    #[serde(skip_serializing_if = "is_default")]
     pub needs: Vec<String>,
     /// Fan-out.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub foreach: Option<Foreach>,
     /// Expression that must be true, else the step is skipped. Text inside `${{ }}`.
+    #[serde(skip_serializing_if = "is_default")]
     pub when: Option<String>,
     /// Declared environment.
+    #[serde(skip_serializing_if = "is_default")]
     pub env: BTreeMap<String, String>,
     /// Names of secrets (environment variables whose values never reach keys or logs).
+    #[serde(skip_serializing_if = "is_default")]
     pub secrets: Vec<String>,
     /// Retry of transient errors.
+    #[serde(skip_serializing_if = "is_default")]
     pub retry: Retry,
     /// Time limit of one attempt.
+    #[serde(skip_serializing_if = "is_default")]
     pub timeout: Option<std::time::Duration>,
     /// Demand on the machine.
+    #[serde(skip_serializing_if = "is_default")]
     pub resources: Resources,
     /// Named pool that bounds how many such steps run at once.
+    #[serde(skip_serializing_if = "is_default")]
     pub pool: Option<String>,
     /// Where it runs.
+    #[serde(skip_serializing_if = "is_default")]
     pub runner: RunnerKind,
     /// Whether results are reused.
+    #[serde(skip_serializing_if = "is_default")]
     pub cache: CachePolicy,
     /// Output port to a path in the project tree.
+    #[serde(skip_serializing_if = "is_default")]
     pub publish: BTreeMap<String, String>,
     /// Gates on metrics: expression texts that must be true (`accuracy >= 0.8`).
+    #[serde(skip_serializing_if = "is_default")]
     pub expect: Vec<String>,
+}
+
+/// What most steps do not say need not be written.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Foreach {

@@ -216,9 +216,7 @@ async fn perform(
             let plan = plan.insert(plan_of(&pipeline, selection, &run_id));
             RunRecorder::create(&run_dir, plan)
         }
-        Work::Changed(changed) => {
-            RunRecorder::with_plan(&run_dir, changed.plan(&run_id).as_bytes())
-        }
+        Work::Changed(changed) => RunRecorder::with_plan(&run_dir, &changed.plan(&run_id)),
     };
     let recorder = recorder.map_err(record_error)?;
     let (to_recorder, from_run) = unbounded_channel();

@@ -119,12 +119,12 @@ impl Scheduler {
         let Some(changed) = &self.changed else {
             return;
         };
-        let mut lines = Vec::new();
-        for (i, _) in self.steps.iter().enumerate().filter(|(_, s)| s.kept) {
-            lines.extend_from_slice(changed.events(i));
-            *self.counts.entry("cached").or_default() += changed.results(i);
-            *self.counts.entry("skipped").or_default() += usize::from(changed.was_skipped(i));
-        }
+        let kept = || self.steps.iter().enumerate().filter(|(_, s)| s.kept);
+        let cached: usize = kept().map(|(i, _)| changed.results(i)).sum();
+        let skipped = kept().filter(|(i, _)| changed.was_skipped(*i)).count();
+        let lines = changed.events_of(kept().map(|(i, _)| i));
+        *self.counts.entry("cached").or_default() += cached;
+        *self.counts.entry("skipped").or_default() += skipped;
         self.worker.send(RunEvent::Recorded { lines });
     }
 

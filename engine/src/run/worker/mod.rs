@@ -66,6 +66,8 @@ pub(super) struct Worker {
     run_dir: PathBuf,
     events: UnboundedSender<RunEvent>,
     pub(super) cancel: Cancel,
+    /// What commands see of the environment of all runs.
+    inherited: BTreeMap<String, String>,
     expressions: Expressions,
     mask: Mask,
     traced: bool,
@@ -157,6 +159,7 @@ impl Worker {
         Self {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),
+            inherited: inherited(&world.env),
             lookup: Lookup::holding(&pipeline.root, world, cache, memory, remote.clone()),
             remote_cache: remote.clone(),
             history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
@@ -535,7 +538,7 @@ impl Worker {
             let done = self.in_time(&request.node, cancel, || trip.command(self, env));
             return done.map(|_| ());
         }
-        let mut around = inherited(&world.env);
+        let mut around = self.inherited.clone();
         let secrets = request.node.secrets.iter();
         around.extend(secrets.filter_map(|n| Some((n.clone(), world.env.get(n)?.clone()))));
         around.extend(env);
