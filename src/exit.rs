@@ -112,6 +112,18 @@ impl From<RunError> for Failure {
     }
 }
 
+/// A mistake in a pipeline, or what may be one, with its place.
+pub(crate) fn for_programs(found: &Diagnostic) -> Value {
+    json!({
+        "file": found.file,
+        "line": found.line,
+        "column": found.column,
+        "code": found.code,
+        "message": found.message,
+        "help": found.help,
+    })
+}
+
 impl From<Diagnostics> for Failure {
     fn from(found: Diagnostics) -> Self {
         let n = found.errors.len();
@@ -120,18 +132,8 @@ impl From<Diagnostics> for Failure {
         } else {
             format!("{n} errors")
         };
-        let mistake = |error: &Diagnostic| {
-            json!({
-                "file": error.file,
-                "line": error.line,
-                "column": error.column,
-                "code": error.code,
-                "message": error.message,
-                "help": error.help,
-            })
-        };
         Self {
-            mistakes: found.errors.iter().map(mistake).collect(),
+            mistakes: found.errors.iter().map(for_programs).collect(),
             ..Self::new(
                 Exit::Invalid,
                 format!("{found}\n{count}; nothing was run\n"),

@@ -109,9 +109,10 @@ fn dispatch(mut args: Args) -> Result<Exit, Failure> {
             events,
             definition,
         }) => commands::schema::schema(kind.as_deref(), *events, *definition),
-        Some(Command::Step(StepCommand::Exec { job })) => match job {
-            Some(folder) => commands::step::exec_job(folder),
-            None => commands::step::exec(),
+        Some(Command::Step(StepCommand::Exec { job, through })) => match (job, through) {
+            (Some(id), Some(url)) => commands::step::exec_through(url, id),
+            (Some(folder), None) => commands::step::exec_job(folder),
+            (None, _) => commands::step::exec(),
         },
         Some(Command::Bench { command }) => commands::bench::bench(command, global),
         Some(Command::Serve(args)) => serve::serve(args, global),

@@ -2,6 +2,7 @@
 //! and which pipeline is meant.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -75,6 +76,14 @@ impl Asked {
 /// Loads and checks the pipeline that is meant.
 pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings, Failure> {
     ask(select, global)?.load()
+}
+
+/// Tells of what may go wrong in a run of it.
+pub(crate) fn warn(pipeline: &Pipeline) {
+    if !pipeline.warnings.errors.is_empty() {
+        // When nobody reads it, the run itself still tells.
+        let _ = writeln!(std::io::stderr(), "{}", pipeline.warnings);
+    }
 }
 
 /// What the machine offers to what lies in `root`.
@@ -199,7 +208,8 @@ fn gpus() -> f64 {
     names.count() as f64
 }
 
-fn user_cache(env: &BTreeMap<String, String>) -> PathBuf {
+/// The user's cache folder, as these variables have it.
+pub(crate) fn user_cache(env: &BTreeMap<String, String>) -> PathBuf {
     let named = env
         .get("XDG_CACHE_HOME")
         .filter(|p| !p.is_empty())
@@ -224,8 +234,12 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 /// Remembers the pipeline for the next call without one.
 pub(crate) fn remember(file: &Path, cache_dir: &Path) {
     if let Ok(path) = std::path::absolute(file) {
+        let (note, text) = (cache_dir.join(LAST), path.display().to_string());
+        if std::fs::read(&note).is_ok_and(|noted| noted == text.as_bytes()) {
+            return;
+        }
         // Without the note the next call asks for the file's name.
-        let _ = std::fs::write(cache_dir.join(LAST), path.display().to_string());
+        let _ = std::fs::write(note, text);
     }
 }
 

@@ -22,6 +22,8 @@ use crate::store::ArtifactStore;
 /// Digest of everything that goes into an action.
 pub type ActionKey = Digest;
 
+/// Entries of a folder that are looked at for each result that is looked for.
+const LISTED: usize = 4;
 /// Version of [`ActionResult`]. Another one on disk is a miss.
 pub const ACTION_VERSION: u32 = 1;
 
@@ -181,6 +183,41 @@ impl ActionCache {
             .join(format!("{}.json", &hex[2..]))
     }
 
+    /// Each of these keys has a result here. Nothing is read.
+    #[must_use]
+    pub fn has_all(&self, mut keys: Vec<ActionKey>) -> bool {
+        keys.sort_unstable();
+        let one_folder = |a: &ActionKey, b: &ActionKey| a.as_bytes()[0] == b.as_bytes()[0];
+        keys.chunk_by(one_folder).all(|keys| self.folder_has(keys))
+    }
+
+    /// The folder of these sorted keys has a result for each. To list it costs less than to ask for
+    /// one file after the other, unless much else lies there: what the start of the list does not
+    /// hold is asked for.
+    fn folder_has(&self, keys: &[ActionKey]) -> bool {
+        let path = self.path(&keys[0]);
+        let mut met = vec![false; keys.len()];
+        let mut hex = keys[0].to_hex();
+        let listed = path.parent().map(std::fs::read_dir);
+        let listed = listed.and_then(Result::ok).into_iter().flatten().flatten();
+        for entry in listed.take(LISTED * keys.len()) {
+            let name = entry.file_name();
+            let Some(rest) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
+                continue;
+            };
+            hex.truncate(2);
+            hex.push_str(rest);
+            let place = Digest::parse(&hex).and_then(|key| keys.binary_search(&key).ok());
+            if let Some(place) = place
+                && entry.file_type().is_ok_and(|kind| kind.is_file())
+            {
+                met[place] = true;
+            }
+        }
+        let mut all = met.into_iter().zip(keys);
+        all.all(|(met, key)| met || self.path(key).exists())
+    }
+
     /// The key of the result that [`ActionCache::path`] puts there.
     pub(crate) fn key_at(&self, path: &Path) -> Option<ActionKey> {
         let inner = path.strip_prefix(self.root.as_path()).ok()?;
@@ -332,6 +369,44 @@ mod tests {
 
     fn cache(dir: &Path) -> ActionCache {
         ActionCache::new(dir.to_owned(), Arc::default(), None)
+    }
+
+    #[test]
+    fn all_results_are_there_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path());
+        let keys = |numbers: std::ops::Range<u16>| -> Vec<ActionKey> {
+            let mut key = [7; 32];
+            let numbers = numbers.map(|number| {
+                key[1..3].copy_from_slice(&number.to_be_bytes());
+                key[0] = 7 + u8::from(number & 3 == 0);
+                Digest::from_slice(&key).unwrap()
+            });
+            numbers.collect()
+        };
+        assert!(cache.has_all(Vec::new()));
+        assert!(!cache.has_all(keys(0..1)));
+        for key in keys(0..500) {
+            cache
+                .put(&ActionResult {
+                    key,
+                    ..result("l", "2026")
+                })
+                .unwrap();
+        }
+        // All, few among many, and each but one.
+        assert!(cache.has_all(keys(0..500)));
+        assert!(
+            keys(0..500)
+                .into_iter()
+                .all(|key| cache.has_all(vec![key, key]))
+        );
+        assert!(!cache.has_all(keys(1..501)));
+        let gone = keys(250..251)[0];
+        std::fs::remove_file(cache.path(&gone)).unwrap();
+        std::fs::write(cache.path(&gone).with_extension("bad"), "").unwrap();
+        assert!(!cache.has_all(keys(0..500)) && !cache.has_all(vec![gone]));
+        assert!(cache.has_all(keys(251..500)));
     }
 
     #[test]

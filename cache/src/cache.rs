@@ -9,6 +9,7 @@ use crate::action::{ActionCache, ActionKey};
 use crate::completion::CompletionCache;
 use crate::durability::Unsynced;
 use crate::error::CacheError;
+use crate::filesystem::FileSystem;
 use crate::index::Index;
 use crate::lock::{Lock, LockWait, lock};
 use crate::store::ArtifactStore;
@@ -78,6 +79,9 @@ impl Cache {
             warnings,
             _lock: held,
         };
+        if let Some(danger) = FileSystem::of(dir).and_then(|found| found.danger()) {
+            cache.warn(danger);
+        }
         if let Some(since) = cache.unsynced.lost_since() {
             let damaged = cache.store.verify_since(since);
             cache.warn(format!(
@@ -165,6 +169,14 @@ impl Cache {
     /// When it cannot be written.
     pub fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
         crate::record::write_atomic(&self.dir.join(path), bytes)
+    }
+
+    /// As [`Cache::write_file`], of bytes that lie in several pieces.
+    ///
+    /// # Errors
+    /// As [`Cache::write_file`].
+    pub fn write_parts(&self, path: &Path, parts: &[&[u8]]) -> Result<(), CacheError> {
+        crate::record::write_parts(&self.dir.join(path), parts)
     }
 
     /// Makes the folder of a run.

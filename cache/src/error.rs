@@ -48,6 +48,14 @@ pub enum CacheError {
         /// Who.
         holder: String,
     },
+    /// The folder's file system has no locks.
+    #[error("{}: the cache cannot be locked ({source}): its file system has no locks; choose a folder of this machine with `--cache-dir`", path.display())]
+    Unlockable {
+        /// The lock.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// A path that cannot be stored (not Unicode, or neither file nor folder).
     #[error("{}: {reason}", path.display())]
     Unstorable {

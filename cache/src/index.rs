@@ -20,6 +20,8 @@ use crate::stamp::FileStamp;
 
 /// sled's memory for pages, in bytes.
 const PAGE_CACHE: u64 = 16 << 20;
+/// A file of fewer bytes is hashed each time: that costs less than to ask sled.
+const SMALL: u64 = 16 << 10;
 /// Bytes of a stat record: a digest, then its blake3 prefix.
 const RECORD_LEN: usize = 32 + 8;
 
@@ -46,6 +48,9 @@ impl Index {
     /// When the file cannot be read.
     pub fn file_digest(&self, path: &Path) -> io::Result<Digest> {
         let meta = std::fs::metadata(path)?;
+        if meta.len() < SMALL {
+            return Digest::of_file(path);
+        }
         let key = stat_key(path, &meta);
         if let Some(digest) = self.get(&key) {
             return Ok(digest);
@@ -195,11 +200,31 @@ mod tests {
     use super::*;
 
     /// One that has been left alone for a while: no program can set the time of the inode's change.
-    fn old_file(dir: &Path, text: &str) -> PathBuf {
+    fn old_file(dir: &Path, word: &str) -> PathBuf {
         let path = dir.join("file");
-        std::fs::write(&path, text).unwrap();
+        std::fs::write(&path, long(word)).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(3100));
         path
+    }
+
+    /// Enough of a word for the index to bother.
+    fn long(word: &str) -> Vec<u8> {
+        word.as_bytes().repeat(SMALL as usize)
+    }
+
+    fn digest(word: &str) -> Digest {
+        Digest::of_bytes(&long(word))
+    }
+
+    #[test]
+    fn a_small_file_is_hashed_without_sled() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, folder) = (dir.path().join("file"), dir.path().join("index.sled"));
+        std::fs::write(&file, "one").unwrap();
+        let index = Index::new(folder.clone());
+        assert_eq!(index.file_digest(&file).unwrap(), Digest::of_bytes(b"one"));
+        drop(index);
+        assert!(!folder.exists());
     }
 
     #[test]
@@ -208,13 +233,13 @@ mod tests {
         let file = old_file(dir.path(), "one");
         let folder = dir.path().join("index.sled");
         let index = Index::new(folder.clone());
-        assert_eq!(index.file_digest(&file).unwrap(), Digest::of_bytes(b"one"));
+        assert_eq!(index.file_digest(&file).unwrap(), digest("one"));
         drop(index);
         let index = Index::new(folder);
         let key = stat_key(&file, &std::fs::metadata(&file).unwrap());
-        assert_eq!(index.get(&key), Some(Digest::of_bytes(b"one")));
+        assert_eq!(index.get(&key), Some(digest("one")));
         let file = old_file(dir.path(), "two");
-        assert_eq!(index.file_digest(&file).unwrap(), Digest::of_bytes(b"two"));
+        assert_eq!(index.file_digest(&file).unwrap(), digest("two"));
         assert!(index.take_warnings().is_empty());
     }
 
@@ -235,7 +260,7 @@ mod tests {
             }
             std::fs::write(&db, bytes).unwrap();
             let index = Index::new(folder.clone());
-            assert_eq!(index.file_digest(&file).unwrap(), Digest::of_bytes(b"one"));
+            assert_eq!(index.file_digest(&file).unwrap(), digest("one"));
             assert_eq!(index.take_warnings().len(), 1, "trial {trial}");
         }
     }

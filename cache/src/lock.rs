@@ -1,10 +1,12 @@
 //! The cache's own lock: a `flock` that the system releases when its holder
-//! ends, and a note of who holds it, for the message.
+//! ends, and a note of who holds it, for the message. Whether it holds for other
+//! machines that see the folder depends on its file system: [`crate::filesystem`].
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::CacheError;
@@ -22,6 +24,9 @@ pub enum LockWait {
 struct Holder {
     pid: u32,
     command: String,
+    /// Its machine.
+    #[serde(default)]
+    host: String,
 }
 
 /// Held until dropped.
@@ -45,7 +50,7 @@ pub(crate) fn lock(
         .map_err(fail)?;
     match file.try_lock() {
         Ok(()) => {}
-        Err(TryLockError::Error(error)) => return Err(fail(error)),
+        Err(TryLockError::Error(error)) => return Err(unlockable(path, error)),
         Err(TryLockError::WouldBlock) => {
             let holder = describe(&mut file);
             if wait == LockWait::NoWait {
@@ -54,12 +59,13 @@ pub(crate) fn lock(
             if let Some(on_wait) = on_wait {
                 on_wait(&holder);
             }
-            file.lock().map_err(fail)?;
+            file.lock().map_err(|e| unlockable(path, e))?;
         }
     }
     let holder = Holder {
         pid: std::process::id(),
         command: command.into(),
+        host: host(),
     };
     let note = serde_json::to_vec(&holder).unwrap_or_default();
     file.set_len(0)
@@ -67,6 +73,24 @@ pub(crate) fn lock(
         .and_then(|_| file.write_all(&note))
         .map_err(fail)?;
     Ok(Lock(file))
+}
+
+/// The name of this machine; empty where the system does not tell.
+fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    name.unwrap_or_default().trim().to_owned()
+}
+
+fn unlockable(path: &Path, source: std::io::Error) -> CacheError {
+    let none = [Errno::ENOSYS, Errno::EOPNOTSUPP, Errno::ENOLCK];
+    let code = source.raw_os_error();
+    match none.into_iter().any(|errno| code == Some(errno as i32)) {
+        true => CacheError::Unlockable {
+            path: path.to_owned(),
+            source,
+        },
+        false => CacheError::io(path, source),
+    }
 }
 
 fn describe(file: &mut File) -> String {
@@ -78,7 +102,13 @@ fn describe(file: &mut File) -> String {
         .ok()
         .and_then(|_| serde_json::from_str::<Holder>(&text).ok())
     {
-        Some(holder) => format!("process {} (`{}`)", holder.pid, holder.command),
+        Some(holder) if holder.host.is_empty() || holder.host == host() => {
+            format!("process {} (`{}`)", holder.pid, holder.command)
+        }
+        Some(holder) => format!(
+            "process {} of {} (`{}`)",
+            holder.pid, holder.host, holder.command
+        ),
         None => "another process".into(),
     }
 }
@@ -88,6 +118,33 @@ fn describe(file: &mut File) -> String {
 mod tests {
     use super::*;
     use std::sync::mpsc;
+
+    #[test]
+    fn a_holder_of_another_machine_is_named_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let note = |text: &str| {
+            let path = dir.path().join("note");
+            std::fs::write(&path, text).unwrap();
+            describe(&mut File::open(path).unwrap())
+        };
+        let other = note(r#"{"pid": 7, "command": "c", "host": "no such machine"}"#);
+        assert_eq!(other, "process 7 of no such machine (`c`)");
+        let older = note(r#"{"pid": 7, "command": "c"}"#);
+        assert_eq!(older, "process 7 (`c`)");
+    }
+
+    #[test]
+    fn a_file_system_without_locks_is_told_from_one_that_fails() {
+        let error = |code: Errno| {
+            let source = std::io::Error::from_raw_os_error(code as i32);
+            unlockable(Path::new("/c/lock"), source)
+        };
+        for code in [Errno::ENOSYS, Errno::EOPNOTSUPP, Errno::ENOLCK] {
+            let error = error(code);
+            assert!(matches!(error, CacheError::Unlockable { .. }), "{error}");
+        }
+        assert!(matches!(error(Errno::EIO), CacheError::Io { .. }));
+    }
 
     #[test]
     fn a_second_holder_fails_or_waits_and_hears_of_the_first() {

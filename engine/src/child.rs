@@ -149,7 +149,6 @@ fn read(pipe: &mut impl Read, chunk: &mut [u8]) -> io::Result<usize> {
 /// Both streams of a process that is waited for in this thread.
 pub(crate) struct Streams {
     open: Vec<(Box<dyn Stream>, Lines)>,
-    chunk: Vec<u8>,
 }
 
 trait Stream: Read + AsFd {}
@@ -167,7 +166,6 @@ impl Streams {
         let open = out.into_iter().chain(err);
         Self {
             open: open.map(|s| (s, Lines::new(reporter, tail))).collect(),
-            chunk: vec![0; LINE],
         }
     }
 
@@ -190,13 +188,13 @@ impl Streams {
         }
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
         let mut at = 0;
-        let chunk = &mut self.chunk;
+        let mut chunk = [0; LINE];
         self.open.retain_mut(|(stream, lines)| {
             at += 1;
             if !ready[at - 1] {
                 return true;
             }
-            match read(stream, chunk) {
+            match read(stream, &mut chunk) {
                 Ok(n) if n > 0 => {
                     lines.take(&chunk[..n]);
                     true

@@ -132,7 +132,7 @@ pub fn data_predecessors(step: &StepNode) -> BTreeSet<String> {
         .flat_map(|f| f.lists())
         .flat_map(|list| match list {
             ForeachList::Artifacts(sources) => sources.as_slice(),
-            ForeachList::Values(_) => &[],
+            ForeachList::Values(_) | ForeachList::PerItem(_) => &[],
         });
     step.inputs
         .values()

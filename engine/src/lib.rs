@@ -9,6 +9,7 @@ pub mod diff;
 pub mod estimate;
 pub mod event;
 mod expansion;
+pub mod finding;
 mod history;
 pub mod hook;
 pub mod language;

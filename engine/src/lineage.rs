@@ -253,13 +253,11 @@ impl RunLineage {
     /// The sources of a port; those behind a `foreach` variable in its place.
     fn sources(&self, id: &str, port: &str) -> Vec<&PlanSource> {
         let step = self.plan.steps.iter().find(|s| s.step == step_of(id));
-        let sources = step.and_then(|s| s.inputs.get(port)).into_iter().flatten();
+        let mut sources = Vec::new();
+        for source in step.and_then(|s| s.inputs.get(port)).into_iter().flatten() {
+            unfold(source, &mut sources);
+        }
         sources
-            .flat_map(|source| match source {
-                PlanSource::Item(_, walked) => walked.iter().collect(),
-                other => vec![other],
-            })
-            .collect()
     }
 
     /// Where the entries of a port come from.
@@ -319,6 +317,14 @@ pub fn runs_by_key(cache: &CacheReader) -> BTreeMap<String, String> {
 /// The name of the step that an id belongs to.
 fn step_of(id: &str) -> &str {
     id.split_once('[').map_or(id, |(step, _)| step)
+}
+
+/// A source, or those that a `foreach` variable walks in its place.
+fn unfold<'a>(source: &'a PlanSource, into: &mut Vec<&'a PlanSource>) {
+    match source {
+        PlanSource::Item(_, walked) => walked.iter().for_each(|source| unfold(source, into)),
+        other => into.push(other),
+    }
 }
 
 fn named_sources(params: &Value) -> Vec<NamedSource> {

@@ -135,6 +135,7 @@ impl Lookup {
                 .map(|(artifact, label)| InputKey {
                     digest: artifact.digest,
                     label: seen.then(|| label.clone()),
+                    folder: artifact.kind == ArtifactKind::Tree,
                 })
                 .collect()
         };

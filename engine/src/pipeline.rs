@@ -1,7 +1,7 @@
 //! [`Pipeline`]: a checked pipeline, with every name resolved. Made by
 //! checking a file, taken by planning and running. Knows no YAML.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::hook::Hook;
+use crate::language::Diagnostics;
 use crate::runner::JobRunner;
 use crate::step::{Port, Step};
 use crate::tracking::Tracking;
@@ -48,6 +49,8 @@ pub struct Pipeline {
     pub steps: Vec<StepNode>,
     /// The files that it was read from, with the digests of their texts.
     pub sources: Vec<(PathBuf, Digest)>,
+    /// What may go wrong in a run, which depends on what the file does not say.
+    pub warnings: Diagnostics,
 }
 
 /// A step that used a step definition, and was replaced by its steps.
@@ -87,10 +90,12 @@ impl Default for Action {
 
 /// One step of a checked pipeline.
 #[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StepNode {
     /// Name, unique in the pipeline.
     pub name: String,
     /// `about:`.
+    #[serde(skip_serializing_if = "is_default")]
     pub about: Option<String>,
     /// What it does. Written apart: a kind is found by its name.
     #[serde(skip)]
@@ -100,49 +105,88 @@ pub struct StepNode {
     /// As `params`, less what must not enter the action key.
     pub key_params: Value,
     /// Input port to its sources, in order.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub inputs: BTreeMap<String, Vec<Source>>,
+    /// Of a command: input ports that are lists, also where one artifact alone comes. A step kind
+    /// says so itself.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub lists: BTreeSet<String>,
     /// Output ports (for `run`: as declared by `out`, type `file`).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub outputs: Vec<Port>,
     /// For `run`: output port to its path under `out/`.
+    #[serde(skip_serializing_if = "is_default")]
     pub out_paths: BTreeMap<String, String>,
     /// Steps that must finish first, without data.
+    #[serde(skip_serializing_if = "is_default")]
     pub needs: Vec<String>,
     /// Fan-out.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub foreach: Option<Foreach>,
     /// Expression that must be true, else the step is skipped. Text inside `${{ }}`.
+    #[serde(skip_serializing_if = "is_default")]
     pub when: Option<String>,
     /// Declared environment.
+    #[serde(skip_serializing_if = "is_default")]
     pub env: BTreeMap<String, String>,
     /// Names of secrets (environment variables whose values never reach keys or logs).
+    #[serde(skip_serializing_if = "is_default")]
     pub secrets: Vec<String>,
     /// Retry of transient errors.
+    #[serde(skip_serializing_if = "is_default")]
     pub retry: Retry,
     /// Time limit of one attempt.
+    #[serde(skip_serializing_if = "is_default")]
     pub timeout: Option<std::time::Duration>,
     /// Demand on the machine.
+    #[serde(skip_serializing_if = "is_default")]
     pub resources: Resources,
     /// Named pool that bounds how many such steps run at once.
+    #[serde(skip_serializing_if = "is_default")]
     pub pool: Option<String>,
     /// Where it runs.
+    #[serde(skip_serializing_if = "is_default")]
     pub runner: RunnerKind,
     /// Whether results are reused.
+    #[serde(skip_serializing_if = "is_default")]
     pub cache: CachePolicy,
     /// Output port to a path in the project tree.
+    #[serde(skip_serializing_if = "is_default")]
     pub publish: BTreeMap<String, String>,
     /// Gates on metrics: expression texts that must be true (`accuracy >= 0.8`).
+    #[serde(skip_serializing_if = "is_default")]
     pub expect: Vec<String>,
+}
+
+/// What most steps do not say need not be written.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Foreach {
     /// What a variable walks.
     #[must_use]
     pub fn list(&self, variable: &str) -> Option<&ForeachList> {
-        self.inner.get(variable).or_else(|| self.vars.get(variable))
+        self.levels.iter().find_map(|l| l.vars.get(variable))
     }
 
     /// All lists that are walked.
     pub fn lists(&self) -> impl Iterator<Item = &ForeachList> {
-        self.vars.values().chain(self.inner.values())
+        self.levels.iter().flat_map(|level| level.vars.values())
+    }
+
+    /// Its items are those of the use of a step definition.
+    #[must_use]
+    pub fn is_walked(&self) -> bool {
+        self.levels.first().is_some_and(|l| l.walker.is_some())
+    }
+}
+
+impl Level {
+    /// The variables of `item` that are known from this level on.
+    pub fn variables(&self) -> impl Iterator<Item = &String> {
+        let bound = self.bound.iter().map(|(variable, _)| variable);
+        self.vars.keys().chain(bound)
     }
 }
 
@@ -201,30 +245,40 @@ pub enum Source {
         step: String,
         /// Its output port.
         output: String,
-        /// The port gives a list for each item.
+        /// How many levels of items both walk: at least one.
+        levels: usize,
+        /// There is a list for each such item.
         many: bool,
     },
 }
 
-/// Fan-out: several variables are walked in step (zipped), so their lists must be of equal length.
+/// Fan-out: lists that are walked one within the items of another, outermost first. A step by itself
+/// has one level; one inside the use of a step definition with a `foreach` has that of the use, those
+/// of the uses inside that it stands in, and its own.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Foreach {
-    /// Variable to what it walks.
+    /// The levels; at least one.
+    pub levels: Vec<Level>,
+}
+
+/// One level of a fan-out: several variables are walked in step (zipped), so their lists must be of
+/// equal length.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Level {
+    /// Variable to what it walks, for each item of the level around.
     pub vars: BTreeMap<String, ForeachList>,
-    /// At most this many items at once.
+    /// At most this many items at once, of one item of the level around.
     pub max_parallel: Option<usize>,
     /// The use of a step definition that walks, when it is not the step itself: its other steps
     /// walk the same items under the same labels.
     pub walker: Option<String>,
-    /// Lists that the step itself walks within each item of its walker; without one it has none.
-    pub inner: BTreeMap<String, ForeachList>,
-    /// Further variables of `item`, in order: the params of the definition that differ from item
+    /// Further variables of `item`, in order: the params of the definitions that differ from item
     /// to item. Each value is filled in with the variables before it.
     pub bound: Vec<(String, Value)>,
-    /// Conditions of the uses around it, and of the steps of the same walker without which there is
-    /// nothing to read for an item, in order: at the first that is false the item is left out.
+    /// Conditions of the uses around it, and of the steps that walk the same items and without which
+    /// there is nothing to read for one, in order: at the first that is false the item is left out.
     pub conditions: Vec<String>,
-    /// Variables of `item` that only [`Foreach::conditions`] name, after those that are bound:
+    /// Variables of `item` that only [`Level::conditions`] name, after those that are bound:
     /// params of other definitions.
     pub handed: Vec<(String, Value)>,
 }
@@ -236,6 +290,9 @@ pub enum ForeachList {
     Artifacts(Vec<Source>),
     /// Plain values known before the run.
     Values(Vec<Value>),
+    /// Plain values that differ from item to item of the levels around: a list with `${{ … item … }}`
+    /// in it, or an expression that gives a list.
+    PerItem(Value),
 }
 
 /// Retry of transient errors with exponential backoff and jitter.

@@ -92,7 +92,7 @@ impl PlanSource {
                     Some(ForeachList::Artifacts(sources)) => {
                         sources.iter().map(|s| Self::one(step, s)).collect()
                     }
-                    Some(ForeachList::Values(_)) | None => Vec::new(),
+                    Some(ForeachList::Values(_) | ForeachList::PerItem(_)) | None => Vec::new(),
                 };
                 Self::Item(var.clone(), walked)
             }
@@ -114,16 +114,17 @@ impl RunRecorder {
     pub fn create(run_dir: &Path, plan: &RunPlan) -> std::io::Result<Self> {
         let mut text = serde_json::to_vec(plan)?;
         text.push(b'\n');
-        Self::with_plan(run_dir, &text)
+        Self::with_plan(run_dir, &[&text])
     }
 
-    /// The same with the text of a plan.
-    pub(crate) fn with_plan(run_dir: &Path, text: &[u8]) -> std::io::Result<Self> {
-        std::fs::write(run_dir.join("plan.json"), text)?;
+    /// The same with the text of a plan, in pieces.
+    pub(crate) fn with_plan(run_dir: &Path, text: &[&[u8]]) -> std::io::Result<Self> {
+        let mut plan = File::create(run_dir.join("plan.json"))?;
+        text.iter().try_for_each(|piece| plan.write_all(piece))?;
         File::create(run_dir.join("events.jsonl")).map(|file| Self { file })
     }
 
-    /// Appends events, in one write.
+    /// Appends events, in as few writes as can be.
     ///
     /// # Errors
     /// When they cannot be written.
@@ -131,7 +132,9 @@ impl RunRecorder {
         let mut lines = Vec::new();
         for event in events {
             if let RunEvent::Recorded { lines: earlier } = event {
-                lines.extend_from_slice(earlier);
+                self.file.write_all(&lines)?;
+                self.file.write_all(earlier)?;
+                lines.clear();
                 continue;
             }
             if matches!(event, RunEvent::Span { .. }) {

@@ -1,6 +1,6 @@
 //! Toy steps, pipelines and a bench to run them on, for tests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,9 +9,10 @@ use flowrun_cache::{Cache, CacheReader, Digest, LockWait, OpenOptions};
 use serde_json::{Value, json};
 
 use crate::event::{RunEvent, StepStatus};
+use crate::language::Diagnostics;
 use crate::pipeline::{
-    Action, CachePolicy, Foreach, ForeachList, Pipeline, Resources, Retry, RunnerKind, Source,
-    StepNode,
+    Action, CachePolicy, Foreach, ForeachList, Level, Pipeline, Resources, Retry, RunnerKind,
+    Source, StepNode,
 };
 use crate::plan::{Costs, Plan, plan};
 use crate::run::{Expressions, RunOptions, RunSummary, run};
@@ -141,6 +142,7 @@ pub(crate) fn uses(name: &str, step: Arc<dyn Step>) -> StepNode {
         params: json!({}),
         key_params: json!({}),
         inputs: BTreeMap::new(),
+        lists: BTreeSet::new(),
         out_paths: BTreeMap::new(),
         needs: Vec::new(),
         foreach: None,
@@ -183,16 +185,20 @@ impl StepNode {
     }
     pub(crate) fn each(mut self, var: &str, source: &str) -> Self {
         let list = ForeachList::Artifacts(vec![source_of(source)]);
-        self.foreach_mut().vars.insert(var.into(), list);
+        self.level_mut().vars.insert(var.into(), list);
         self
     }
     pub(crate) fn each_value(mut self, var: &str, values: Value) -> Self {
         let list = ForeachList::Values(values.as_array().cloned().unwrap_or_default());
-        self.foreach_mut().vars.insert(var.into(), list);
+        self.level_mut().vars.insert(var.into(), list);
         self
     }
-    fn foreach_mut(&mut self) -> &mut Foreach {
-        self.foreach.get_or_insert_with(Foreach::default)
+    /// The one level of its fan-out.
+    pub(crate) fn level_mut(&mut self) -> &mut Level {
+        let foreach = self.foreach.get_or_insert_with(|| Foreach {
+            levels: vec![Level::default()],
+        });
+        &mut foreach.levels[0]
     }
     pub(crate) fn change(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
@@ -230,6 +236,7 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         uses: BTreeMap::new(),
         steps,
         sources: Vec::new(),
+        warnings: Diagnostics::default(),
     }
 }
 

@@ -1,6 +1,8 @@
 //! [`Tracking`]: what programs of others are told of a run. Knows none of them: the command
 //! line tells them. Invariant: nothing of it is in an action key.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// What programs of others are told of a run.
@@ -9,6 +11,17 @@ use serde::{Deserialize, Serialize};
 pub struct Tracking {
     /// What an MLflow server is told.
     pub mlflow: MlflowTracking,
+    /// What is written for TensorBoard.
+    #[serde(default)]
+    pub tensorboard: Option<TensorBoardTracking>,
+}
+
+/// What is written for TensorBoard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorBoardTracking {
+    /// Where each run gets a folder; relative to the project root.
+    pub folder: PathBuf,
 }
 
 /// What an MLflow server is told, besides params and metrics.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::finding::WholeCheck;
 use crate::runner::JobKind;
 use crate::step::Step;
 
@@ -25,4 +26,6 @@ pub struct Vocabulary {
     pub unkeyed_model_fields: Vec<String>,
     /// Job systems that `runners:` may name.
     pub runners: BTreeMap<String, Arc<dyn JobKind>>,
+    /// What must hold between the steps of a pipeline, besides what the engine itself knows.
+    pub checks: Vec<WholeCheck>,
 }

@@ -1,11 +1,12 @@
 //! Shell steps through the whole run: cache, early cutoff, forcing, failure.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_engine::Diagnostics;
 use flowrun_engine::event::{RunEvent, StepStatus};
 use flowrun_engine::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, Source, StepNode};
 use flowrun_engine::run::{Expressions, RunOptions, RunSummary, run};
@@ -24,6 +25,7 @@ fn shell(name: &str, command: &str, inputs: &[(&str, Source)]) -> StepNode {
             .iter()
             .map(|(p, s)| ((*p).to_owned(), vec![s.clone()]))
             .collect(),
+        lists: BTreeSet::new(),
         outputs: vec![Port::new("out", "file", "")],
         out_paths: BTreeMap::from([("out".to_owned(), "result.txt".to_owned())]),
         needs: vec![],
@@ -66,6 +68,7 @@ fn chain(root: &Path) -> Pipeline {
         tracking: Tracking::default(),
         uses: BTreeMap::new(),
         sources: vec![],
+        warnings: Diagnostics::default(),
         steps: vec![
             shell(
                 "strip",

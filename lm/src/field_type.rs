@@ -74,7 +74,7 @@ impl FieldType {
     }
 
     /// The name that prompts show. DSPy 2.5 prints the texts of a literal bare, 3.x quotes them.
-    pub fn annotation(&self, quote_literals: bool) -> String {
+    pub(crate) fn annotation(&self, quote_literals: bool) -> String {
         match self {
             Self::Str => "str".to_owned(),
             Self::Int => "int".to_owned(),
@@ -154,7 +154,7 @@ impl FieldType {
     ///
     /// # Errors
     /// A text that says what was expected.
-    pub fn coerce(&self, value: Value) -> Result<Value, String> {
+    pub(crate) fn coerce(&self, value: Value) -> Result<Value, String> {
         let refuse = |value: &Value| {
             Err(format!(
                 "`{}` is not a valid {}",
@@ -195,7 +195,7 @@ impl FieldType {
     ///
     /// # Errors
     /// A text that says what was expected.
-    pub fn parse_v2(&self, text: &str) -> Result<Value, String> {
+    pub(crate) fn parse_v2(&self, text: &str) -> Result<Value, String> {
         if *self == Self::Str {
             return Ok(Value::from(text));
         }
@@ -206,7 +206,7 @@ impl FieldType {
     ///
     /// # Errors
     /// A text that says what was expected.
-    pub fn parse_v3(&self, text: &str) -> Result<Value, String> {
+    pub(crate) fn parse_v3(&self, text: &str) -> Result<Value, String> {
         match self {
             Self::Str => Ok(Value::from(text)),
             Self::Literal(values) => pick_literal(values, text)

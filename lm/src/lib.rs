@@ -19,4 +19,6 @@ pub mod python_random;
 pub mod python_text;
 pub mod signature;
 pub mod stats;
+#[cfg(test)]
+mod testing;
 pub mod value;

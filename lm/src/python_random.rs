@@ -70,7 +70,7 @@ impl PythonRandom {
     }
 
     /// The next 32 random bits.
-    pub fn next_u32(&mut self) -> u32 {
+    pub(crate) fn next_u32(&mut self) -> u32 {
         if self.next >= N {
             self.refill();
         }
@@ -86,7 +86,7 @@ impl PythonRandom {
     ///
     /// # Panics
     /// When `k` is above 64.
-    pub fn getrandbits(&mut self, k: u32) -> u64 {
+    pub(crate) fn getrandbits(&mut self, k: u32) -> u64 {
         assert!(k <= 64, "at most 64 bits");
         match k {
             0 => 0,

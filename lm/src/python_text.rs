@@ -3,7 +3,7 @@
 //! byte, and DSPy uses these.
 
 /// Whether Python's `str.strip` removes the character.
-pub fn is_python_space(c: char) -> bool {
+pub(crate) fn is_python_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
@@ -13,7 +13,7 @@ pub fn strip(text: &str) -> &str {
 }
 
 /// Python's `text.splitlines()`: ten line ends, `\r\n` as one; no empty last line.
-pub fn splitlines(text: &str) -> Vec<&str> {
+pub(crate) fn splitlines(text: &str) -> Vec<&str> {
     let mut lines = Vec::new();
     let mut start = 0;
     let mut chars = text.char_indices().peekable();
@@ -45,7 +45,7 @@ fn is_line_end(c: char) -> bool {
 
 /// Python's `inspect.cleandoc`: tabs to spaces, the common indentation of all
 /// lines but the first removed, empty first and last lines dropped.
-pub fn cleandoc(text: &str) -> String {
+pub(crate) fn cleandoc(text: &str) -> String {
     let expanded = expand_tabs(text);
     let mut lines: Vec<String> = expanded.split('\n').map(str::to_owned).collect();
     let margin = lines
@@ -98,7 +98,7 @@ fn expand_tabs(text: &str) -> String {
 
 /// Python's `textwrap.dedent`: the longest common run of spaces and tabs removed from every
 /// line; lines of blanks alone become empty.
-pub fn dedent(text: &str) -> String {
+pub(crate) fn dedent(text: &str) -> String {
     let lines: Vec<&str> = text
         .split('\n')
         .map(|line| {

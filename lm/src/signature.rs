@@ -32,15 +32,15 @@ impl Field {
     }
 
     /// The same field with a description.
-    #[must_use]
-    pub fn with_desc(mut self, desc: impl Into<String>) -> Self {
+    #[cfg(test)]
+    pub(crate) fn with_desc(mut self, desc: impl Into<String>) -> Self {
         self.desc = Some(desc.into());
         self
     }
 
     /// The same field with a type.
-    #[must_use]
-    pub fn with_type(mut self, ty: FieldType) -> Self {
+    #[cfg(test)]
+    pub(crate) fn with_type(mut self, ty: FieldType) -> Self {
         self.ty = ty;
         self
     }
@@ -53,14 +53,14 @@ impl Field {
     }
 
     /// The description that prompts show: none when it is `${name}`.
-    pub fn shown_desc(&self) -> Option<&str> {
+    pub(crate) fn shown_desc(&self) -> Option<&str> {
         self.desc
             .as_deref()
             .filter(|desc| *desc != format!("${{{}}}", self.name))
     }
 
     /// The prefix that saved programs show.
-    pub fn full_prefix(&self) -> String {
+    pub(crate) fn full_prefix(&self) -> String {
         self.prefix
             .clone()
             .unwrap_or_else(|| format!("{}:", title_of(&self.name)))

@@ -2,6 +2,8 @@
 //!
 //! Knows no model. Everything is exact but for rounding, and draws no random numbers.
 
+use serde::{Deserialize, Serialize};
+
 /// The normal quantile of a two-sided 95 % interval.
 const Z95: f64 = 1.959_963_984_540_054;
 
@@ -62,7 +64,8 @@ pub struct Confusion {
 }
 
 /// How well one label was told from the others; shares from 0 to 1, 0 where nothing was to divide.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LabelScore {
     /// The label.
     pub label: String,

@@ -48,7 +48,7 @@ impl Value {
     }
 
     /// Python's `repr(value)`.
-    pub fn to_python_repr(&self) -> String {
+    pub(crate) fn to_python_repr(&self) -> String {
         match self {
             Self::Null => "None".to_owned(),
             Self::Bool(true) => "True".to_owned(),
@@ -71,7 +71,7 @@ impl Value {
     }
 
     /// Python's `json.dumps(value, ensure_ascii=…)`: `, ` and `: ` between the parts.
-    pub fn to_json_dumps(&self, ensure_ascii: bool) -> String {
+    pub(crate) fn to_json_dumps(&self, ensure_ascii: bool) -> String {
         match self {
             Self::Null => "null".to_owned(),
             Self::Bool(value) => value.to_string(),
@@ -100,7 +100,7 @@ impl Value {
 }
 
 /// Python's `repr` of a list of texts, as prompts that list their labels show it.
-pub fn list_repr(items: &[String]) -> String {
+pub(crate) fn list_repr(items: &[String]) -> String {
     let items: Vec<String> = items.iter().map(|item| str_repr(item)).collect();
     format!("[{}]", items.join(", "))
 }
@@ -130,7 +130,7 @@ pub fn float_repr(float: f64) -> String {
 }
 
 /// Python's `repr` of a text.
-pub fn str_repr(text: &str) -> String {
+pub(crate) fn str_repr(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') {
         '"'
     } else {

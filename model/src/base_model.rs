@@ -3,16 +3,21 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
+use candle_core::{DType, Device, Tensor};
+
 use crate::chat_template::ChatTemplate;
 use crate::error::ModelError;
+use crate::kernels::int8;
 use crate::llama::Int8Weights;
+use crate::lora::Module;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{GgufModel, LlamaWeights, SafetensorsModel};
+use crate::weights::{GgufModel, Keep, LlamaWeights, SafetensorsModel, keep_dense};
 
 /// A base model, frozen. Share it behind an `Arc`; adapters ride on top of it.
 #[derive(Debug)]
 pub struct BaseModel {
-    /// The weights, dense f32.
+    /// The weights, dense f32; of a model that answers only, the matrices that were rounded are
+    /// empty here.
     pub weights: LlamaWeights,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
@@ -22,6 +27,8 @@ pub struct BaseModel {
     pub id: String,
     /// The weights rounded to 8 bits, once a generator asked for them.
     int8: OnceLock<Option<Int8Weights>>,
+    /// Some matrices are rounded only.
+    answers_only: bool,
     /// The weights on a GPU, once something was asked for there.
     #[cfg(feature = "cuda")]
     on_gpu: std::sync::Mutex<Option<std::sync::Arc<crate::gpu::GpuModel>>>,
@@ -36,9 +43,15 @@ impl BaseModel {
             chat,
             id: id.to_owned(),
             int8: OnceLock::new(),
+            answers_only: false,
             #[cfg(feature = "cuda")]
             on_gpu: std::sync::Mutex::default(),
         }
+    }
+
+    /// Whether some matrices are there in 8 bits only: see [`BaseModel::load_to_answer`].
+    pub fn answers_only(&self) -> bool {
+        self.answers_only
     }
 
     /// The weights on `gpu`, which all that computes there share.
@@ -75,19 +88,62 @@ impl BaseModel {
     /// # Errors
     /// [`ModelError::Io`] or [`ModelError::Format`] naming the file and what it lacks.
     pub fn load(path: &Path, id: &str) -> Result<Self, ModelError> {
+        Self::load_keeping(path, id, &mut keep_dense)
+    }
+
+    /// As [`BaseModel::load`], for generators that compute in 8 bits: each matrix is rounded as soon
+    /// as it is read, and its f32 values are let go, which are four bytes of each weight of the
+    /// layers and of a head that is not the embedding. The answers are the same to the bit. Where
+    /// 8 bits are not faster everything is kept.
+    ///
+    /// # Errors
+    /// As [`BaseModel::load`].
+    pub fn load_to_answer(path: &Path, id: &str) -> Result<Self, ModelError> {
+        if !int8::is_fast() {
+            return Self::load(path, id);
+        }
+        let mut rounded = Int8Weights::default();
+        let mut dropped = false;
+        let mut keep = |layer: usize, module: Module, matrix: Tensor| -> Result<Tensor, String> {
+            let took = rounded.take(layer, module, &matrix);
+            match took.map_err(|e| e.to_string())? {
+                true => {
+                    dropped = true;
+                    nothing().map_err(|e| e.to_string())
+                }
+                false => Ok(matrix),
+            }
+        };
+        let mut base = Self::load_keeping(path, id, &mut keep)?;
+        let took = rounded.take_head(&base.weights.head)?;
+        if took && !base.weights.config.tied_head {
+            base.weights.head = nothing()?;
+            dropped = true;
+        }
+        base.int8 = OnceLock::from(Some(rounded));
+        base.answers_only = dropped;
+        Ok(base)
+    }
+
+    fn load_keeping(path: &Path, id: &str, keep: &mut Keep<'_>) -> Result<Self, ModelError> {
         if path.is_dir() {
             let SafetensorsModel {
                 weights,
                 tokenizer,
                 chat,
-            } = SafetensorsModel::load(path)?;
+            } = SafetensorsModel::load(path, keep)?;
             return Ok(Self::new(weights, tokenizer, chat, id));
         }
         let GgufModel {
             weights,
             tokenizer,
             chat,
-        } = GgufModel::load(path)?;
+        } = GgufModel::load(path, keep)?;
         Ok(Self::new(weights, tokenizer, chat, id))
     }
+}
+
+/// What stands in the place of a matrix that is kept rounded.
+fn nothing() -> candle_core::Result<Tensor> {
+    Tensor::zeros(0usize, DType::F32, &Device::Cpu)
 }

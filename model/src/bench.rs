@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::base_model::BaseModel;
-use crate::chat_template::ChatMessage;
+use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::device::Device;
 use crate::error::ModelError;
 use crate::generate::{GenerateOptions, GenerateRequest, Generator};
@@ -402,6 +402,7 @@ fn generate(
                 format!("Tell me a long story about the number {index}."),
             ),
         ],
+        template_arguments: TemplateArguments::new(),
         max_tokens: 48,
         temperature: 0.0,
         seed: None,

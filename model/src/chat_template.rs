@@ -4,8 +4,12 @@
 //! gets the date that Meta's templates use when they have no clock, so a cached prompt never
 //! depends on the day it was rendered.
 
+use std::collections::BTreeMap;
+
 use minijinja::{
-    Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Kwargs,
+    Environment, Error, ErrorKind, Value,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Serde},
 };
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +20,13 @@ const NAME: &str = "chat";
 pub(crate) const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' \
     + m['content'] + '<|im_end|>\\n' }}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+/// What else a template is told, by name (`chat_template_kwargs` of `apply_chat_template` and of
+/// vLLM): `enable_thinking` of Qwen 3, for one.
+pub type TemplateArguments = BTreeMap<String, serde_json::Value>;
+
+/// Names that are not the caller's to give.
+const OWN: [&str; 2] = ["messages", "add_generation_prompt"];
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,14 +100,38 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, ModelError> {
-        let template = self.environment.get_template(NAME).and_then(|template| {
-            template.render(context! {
-                messages => messages.iter().map(message).collect::<Vec<Value>>(),
-                add_generation_prompt,
-                bos_token => self.bos.as_str(),
-                eos_token => self.eos.as_str(),
-            })
-        });
+        self.render_with(messages, add_generation_prompt, &TemplateArguments::new())
+    }
+
+    /// The same, with what else the template is to know. A name that the template does not ask for
+    /// has no effect, as in `apply_chat_template`.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`], and for the names of what every template is told.
+    pub fn render_with(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+        arguments: &TemplateArguments,
+    ) -> Result<String, ModelError> {
+        if let Some(name) = OWN.into_iter().find(|name| arguments.contains_key(*name)) {
+            return Err(ModelError::Template(format!(
+                "`chat_template_kwargs` may not hold `{name}`; every template is told it"
+            )));
+        }
+        let special = [("bos_token", &self.bos), ("eos_token", &self.eos)];
+        let special = special.map(|(name, token)| (name.to_owned(), Value::from(token.as_str())));
+        let mut told = BTreeMap::from(special);
+        let arguments = arguments.iter();
+        told.extend(arguments.map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
+        let messages: Vec<Value> = messages.iter().map(message).collect();
+        told.insert("messages".to_owned(), messages.into());
+        told.insert(
+            "add_generation_prompt".to_owned(),
+            add_generation_prompt.into(),
+        );
+        let template = self.environment.get_template(NAME);
+        let template = template.and_then(|template| template.render(told));
         template.map_err(|e| ModelError::Template(e.to_string()))
     }
 }
@@ -277,6 +312,26 @@ mod tests {
             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n\
              b<|im_end|>\n"
         );
+    }
+
+    #[test]
+    fn a_template_is_told_what_its_caller_says_besides() {
+        let template = ChatTemplate::new(THINKING, "", "<|im_end|>").unwrap();
+        let told = |name: &str, value: serde_json::Value| {
+            let arguments = TemplateArguments::from([(name.to_owned(), value)]);
+            template.render_with(&[ChatMessage::new("user", "a")], true, &arguments)
+        };
+        let plain = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n";
+        let quick = format!("{plain}<think>\n\n</think>\n\n");
+        assert_eq!(told("enable_thinking", false.into()).unwrap(), quick);
+        assert_eq!(told("enable_thinking", true.into()).unwrap(), plain);
+        assert_eq!(told("unheard_of", 1.into()).unwrap(), plain);
+        let error = told("messages", serde_json::json!([])).unwrap_err();
+        assert!(error.to_string().contains("`messages`"), "{error}");
+        // Special tokens are the model's unless it is told others, as in `apply_chat_template`.
+        let template = ChatTemplate::new("{{ bos_token }}{{ eos_token }}", "<s>", "</s>").unwrap();
+        let other = TemplateArguments::from([("bos_token".to_owned(), "<b>".into())]);
+        assert_eq!(template.render_with(&[], true, &other).unwrap(), "<b></s>");
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub mod train;
 mod weights;
 
 pub use base_model::BaseModel;
-pub use chat_template::{ChatMessage, ChatTemplate};
+pub use chat_template::{ChatMessage, ChatTemplate, TemplateArguments};
 pub use config::{
     Activation, LayerParts, Llama3RopeScaling, LlamaConfig, LocalAttention, RopeScaling,
 };

@@ -15,6 +15,7 @@ use crate::surroundings::{self, Surroundings};
 /// Shows what a run would do.
 pub(crate) fn plan(args: &PlanArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let loaded = surroundings::load(&args.select, global)?;
+    surroundings::warn(&loaded.pipeline);
     let options = RunOptions {
         remote: surroundings::remote(global)?,
         ..surroundings::run_options(None, &args.scope)

@@ -46,8 +46,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
                 surroundings::remember(&asked.file, open.dir());
                 // Nothing listens to signals here: the first one ends the program.
                 let nobody = Cancel::default();
-                let (env, tracking) = (&asked.world.env, unchanged.tracking());
-                let trackers = Trackers::start(env, tracking, open.dir(), global.offline);
+                let trackers = Trackers::start(&asked.world, unchanged.tracking(), open.dir());
                 let over = finish(&unchanged, open, trackers, global);
                 tidy(open, args, &over, global, &nobody);
                 drop(cache.take());
@@ -67,6 +66,9 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         Some(Recalled::Changed(changed)) => Work::Changed(changed, asked.world),
         _ => Work::Whole(Box::new(asked.load()?)),
     };
+    if let Work::Whole(loaded) = &work {
+        surroundings::warn(&loaded.pipeline);
+    }
     if let (Work::Whole(loaded), true) = (&work, args.dry_run) {
         return plan::show(loaded, &options, global);
     }
@@ -88,7 +90,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     let reporter = work.reporter(global);
     let cancel = Cancel::default();
     listen(cancel.clone(), reporter.teller())?;
-    let trackers = Trackers::start(&world.env, &tracking, cache.dir(), global.offline);
+    let trackers = Trackers::start(&world, &tracking, cache.dir());
     options.traced = trackers.want_spans();
     let driven = drive(work, held, options, reporter, trackers, cancel.clone());
     let over = runtime.block_on(driven);

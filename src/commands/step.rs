@@ -5,7 +5,9 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use flowrun_engine::runner::{Host, Post, exec as exec_request, exec_job as work_on};
+use flowrun_engine::runner::{
+    Ground, Host, Outpost, Post, exec as exec_request, exec_job as work_on,
+};
 use flowrun_engine::step::Cancel;
 
 use crate::exit::{Exit, Failure};
@@ -30,18 +32,50 @@ pub(crate) fn exec_job(folder: &Path) -> Result<Exit, Failure> {
         // Somebody else has it.
         return Ok(Exit::Ok);
     };
-    let console = File::from(nix::unistd::dup(std::io::stderr()).map_err(std::io::Error::from)?);
-    let log = post.log()?;
-    nix::unistd::dup2_stdout(&log).map_err(std::io::Error::from)?;
-    nix::unistd::dup2_stderr(&log).map_err(std::io::Error::from)?;
+    let console = print_into(&post.log()?)?;
     let cancel = Cancel::default();
     stop_on_signal(cancel.clone())?;
     let well = work_on(host()?, post, &cancel, console, abandoned).map_err(usage)?;
-    Ok(match well {
+    Ok(exit(well, &cancel))
+}
+
+/// Does the work of the job `id` whose order lies in the remote store of this URL.
+pub(crate) fn exec_through(url: &str, id: &Path) -> Result<Exit, Failure> {
+    let usage = |e: flowrun_engine::runner::ExecError| Failure::usage(e.to_string());
+    let cancel = Cancel::default();
+    stop_on_signal(cancel.clone())?;
+    // For its owner alone, and removed at the end.
+    let scratch = tempfile::Builder::new().prefix("flowrun-job-").tempdir()?;
+    let env = surroundings::environment();
+    let ground = Ground {
+        scratch: scratch.path(),
+        user_cache: &surroundings::user_cache(&env),
+        env: &env,
+    };
+    let id = id.display().to_string();
+    let Some(outpost) = Outpost::take(url, &id, &ground, &cancel).map_err(usage)? else {
+        // Somebody else has it, or nobody wants it any more.
+        return Ok(Exit::Ok);
+    };
+    let console = print_into(&outpost.log()?)?;
+    let well = outpost.exec(host()?, console, abandoned).map_err(usage)?;
+    Ok(exit(well, &cancel))
+}
+
+/// From now on what is printed goes into this file; where it went before.
+fn print_into(log: &File) -> Result<File, Failure> {
+    let console = File::from(nix::unistd::dup(std::io::stderr()).map_err(std::io::Error::from)?);
+    nix::unistd::dup2_stdout(log).map_err(std::io::Error::from)?;
+    nix::unistd::dup2_stderr(log).map_err(std::io::Error::from)?;
+    Ok(console)
+}
+
+fn exit(well: bool, cancel: &Cancel) -> Exit {
+    match well {
         true => Exit::Ok,
         false if cancel.is_cancelled() => Exit::Interrupted,
         false => Exit::StepFailed,
-    })
+    }
 }
 
 fn host() -> Result<Host, Failure> {

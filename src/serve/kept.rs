@@ -1,14 +1,12 @@
-//! What outlives the server: ids of the things in its folders, files that are written whole, and
-//! records that are read again.
+//! What outlives the server: ids of the things in its folders, and files that are written whole.
 
 use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use flowrun_cache::Digest;
-use serde::de::DeserializeOwned;
 
 use crate::exit::{Exit, Failure};
 
@@ -86,48 +84,6 @@ pub(super) fn make(folder: &Path) -> Result<(), Failure> {
         .map_err(|e| Failure::new(Exit::Internal, format!("{}: {e}", folder.display())))
 }
 
-/// Reads one record; none when it is not there, or damaged.
-pub(super) fn read_one<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    let bytes = std::fs::read(path).ok()?;
-    serde_json::from_slice(&bytes).ok()
-}
-
-/// Reads every `*.json` of a folder. One that is damaged is set aside under another name.
-///
-/// # Errors
-/// When the folder cannot be read.
-pub(super) fn read_all<T: DeserializeOwned>(folder: &Path) -> Result<Vec<T>, Failure> {
-    let failed = |e: &dyn std::fmt::Display| {
-        Failure::new(Exit::Internal, format!("{}: {e}", folder.display()))
-    };
-    let mut all = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(|e| failed(&e))? {
-        let path = entry.map_err(|e| failed(&e))?.path();
-        if path.extension().is_none_or(|ending| ending != "json") {
-            continue;
-        }
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            // Another server that has its turn in the folder has removed it.
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            Err(e) => return Err(failed(&e)),
-        };
-        match serde_json::from_slice(&bytes) {
-            Ok(kept) => all.push(kept),
-            Err(error) => {
-                let aside = path.with_extension("damaged");
-                tracing::warn!(
-                    "{}: {error}; it was renamed to {}",
-                    path.display(),
-                    aside.display()
-                );
-                std::fs::rename(&path, &aside).map_err(|e| failed(&e))?;
-            }
-        }
-    }
-    Ok(all)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -169,16 +125,5 @@ mod tests {
         sweep(dir.path());
         assert!(!at("old.part").exists());
         assert!(at("old.json").exists() && at("new.part").exists());
-    }
-
-    #[test]
-    fn a_damaged_record_is_set_aside() {
-        let dir = tempfile::tempdir().unwrap();
-        write(&dir.path().join("a.json"), b"1").unwrap();
-        write(&dir.path().join("b.json"), b"{").unwrap();
-        write(&dir.path().join("c.jsonl"), b"{").unwrap();
-        assert_eq!(read_all::<u64>(dir.path()).unwrap(), [1]);
-        assert!(dir.path().join("b.damaged").is_file());
-        assert_eq!(read_all::<u64>(dir.path()).unwrap(), [1]);
     }
 }

@@ -15,7 +15,8 @@ use super::service::Service;
 
 /// Bytes of a request at most, unless it is a file.
 pub(super) const BODY: usize = 1 << 20;
-/// Files that are taken in at once; others wait, within the time that a request has to come.
+/// Files that are taken in at once, each until it is kept; others wait, within the time that a
+/// request has to come.
 static UPLOADS: Semaphore = Semaphore::const_new(4);
 
 /// Reads the body before anything else is done about it, so that a slow client holds nothing but
@@ -42,17 +43,18 @@ pub(super) async fn whole_body(
             true => UPLOADS.acquire().await.ok(),
             false => None,
         };
-        let bytes = to_bytes(body, most).await;
-        drop(place);
-        bytes
+        (to_bytes(body, most).await, place)
     };
     match tokio::time::timeout(service.limits.read, whole).await {
-        Ok(Ok(bytes)) => {
+        // A file is in memory until it is kept, and has its place for as long.
+        Ok((Ok(bytes), _place)) => {
             next.run(Request::from_parts(parts, Body::from(bytes)))
                 .await
         }
-        Ok(Err(error)) if error.to_string().contains("length limit") => too_large(&service, most),
-        Ok(Err(_)) => closing(Problem::bad("the request broke off")),
+        Ok((Err(error), _)) if error.to_string().contains("length limit") => {
+            too_large(&service, most)
+        }
+        Ok((Err(_), _)) => closing(Problem::bad("the request broke off")),
         Err(_) => {
             service.metrics.refused("slow_request");
             let text = "the request did not come in time";

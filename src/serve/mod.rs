@@ -13,6 +13,7 @@
 //! | `files` | `/v1/files` |
 //! | `batches` | `/v1/batches`: answers files of requests |
 //! | `fine_tuning` | `/v1/fine_tuning/…`: trains adapters of the model |
+//! | `orders` | what was ordered: batches, jobs |
 //! | `kept`, `turn` | what outlives the server; which server goes on with it |
 //! | `list` | lists in OpenAI's shape |
 //! | `metrics`, `openapi`, `page.html` | for Prometheus, for generators of clients, for people |
@@ -29,6 +30,7 @@ mod listener;
 mod metrics;
 mod openai;
 mod openapi;
+mod orders;
 mod predict;
 mod problem;
 mod question;
@@ -136,6 +138,12 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
             "`--fine-tuning` needs a base model, not a bundle",
         ));
     }
+    if args.default_chat_template_kwargs.is_some() {
+        return Err(Failure::usage(
+            "`--default-chat-template-kwargs` needs a base model; a bundle has its own, those of \
+             the model's entry that it was made with",
+        ));
+    }
     let bundle = Bundle::open(&world.root).map_err(unusable)?;
     let manifest = &bundle.manifest;
     let about = About {
@@ -215,6 +223,10 @@ fn open_model(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure> 
         weights,
         batch: 32,
         prices: None,
+        chat_template_kwargs: args
+            .default_chat_template_kwargs
+            .clone()
+            .unwrap_or_default(),
     };
     let about = About {
         name: base_id.clone(),
@@ -340,6 +352,9 @@ async fn run(
     let finished = listener::serve(listener, app, Arc::clone(&service), stop, at_once).await;
     if let Some(batches) = &service.batches {
         batches.put_down();
+    }
+    if let Some(tuning) = &service.fine_tuning {
+        tuning.put_down();
     }
     if !finished && !global.quiet {
         eprintln!("stopped before every request was answered");

@@ -138,6 +138,16 @@ pub(super) fn add(
     }
 }
 
+/// Says how a list is asked for part by part.
+pub(super) fn paged(paths: &mut Map<String, Value>, path: &str) {
+    if let Some(list) = paths.get_mut(path) {
+        list["get"]["parameters"] = json!([
+            {"name": "after", "in": "query", "schema": {"type": "string"}},
+            {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 0}},
+        ]);
+    }
+}
+
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain";
 
@@ -236,6 +246,10 @@ mod tests {
         let mut described: Vec<&str> = described.iter().map(String::as_str).collect();
         described.sort_unstable();
         assert_eq!(described, there);
+        for path in ["/v1/files", "/v1/batches", "/v1/fine_tuning/jobs"] {
+            let parameters = document["paths"][path]["get"]["parameters"].to_string();
+            assert!(parameters.contains("after"), "{path}: {parameters}");
+        }
         let text = document.to_string();
         for reference in text.split("\"$ref\":\"#/").skip(1) {
             let place = format!("/{}", reference.split('"').next().unwrap());

@@ -112,7 +112,10 @@ pub(super) async fn batch(
         matches!(
             &result.prediction,
             Err(RowError::Lm(
-                LmError::Unavailable(_) | LmError::Barred(_) | LmError::Cancelled
+                LmError::Unavailable(_)
+                    | LmError::Barred(_)
+                    | LmError::NoModel(_)
+                    | LmError::Cancelled
             ))
         )
     };

@@ -2,12 +2,16 @@
 //! `{"error": {"message", "type", "param", "code"}}`.
 
 use axum::Json;
+use axum::body::to_bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use flowrun_lm::lm::LmError;
 use flowrun_steps::serving::ModelsError;
 use serde_json::{Value, json};
+
+/// Bytes of an error's text at most.
+const TEXT: usize = 64 << 10;
 
 /// An error answer.
 #[derive(Debug)]
@@ -125,6 +129,21 @@ impl IntoResponse for Problem {
     }
 }
 
+/// An answer whose error is in OpenAI's shape, whoever refused: what reads queries, paths and forms
+/// for the handlers says it in plain text.
+pub(super) async fn shaped(response: Response) -> Response {
+    let status = response.status();
+    let is_error = status.is_client_error() || status.is_server_error();
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    let is_text = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    if !is_error || !is_text {
+        return response;
+    }
+    let text = to_bytes(response.into_body(), TEXT).await;
+    let text = text.unwrap_or_default();
+    Problem::new(status, String::from_utf8_lossy(&text)).into_response()
+}
+
 impl From<JsonRejection> for Problem {
     fn from(rejection: JsonRejection) -> Self {
         // 415 and 413 keep their status; OpenAI's word for any other unreadable body is 400.
@@ -165,7 +184,7 @@ impl From<LmError> for Problem {
         match error {
             LmError::Rejected(why) => Self::bad(why),
             LmError::TooLong(why) => Self::bad(why).code("context_length_exceeded"),
-            LmError::Unavailable(why) | LmError::Barred(why) => {
+            LmError::Unavailable(why) | LmError::Barred(why) | LmError::NoModel(why) => {
                 Self::new(StatusCode::BAD_GATEWAY, why)
             }
             LmError::Cancelled => Refused::Down.into(),
@@ -184,5 +203,38 @@ impl From<ModelsError> for Problem {
                 .code("too_many_adapters"),
             ModelsError::Unusable(why) => Self::bad(why).code("invalid_adapter"),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_in_plain_text_gets_the_shape_of_the_others() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        let shape = |response: Response| {
+            runtime.block_on(async {
+                let shaped = shaped(response).await;
+                let status = shaped.status();
+                let body = to_bytes(shaped.into_body(), TEXT).await.unwrap();
+                (status, String::from_utf8(body.to_vec()).unwrap())
+            })
+        };
+        let (status, body) = shape((StatusCode::BAD_REQUEST, "no number").into_response());
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["error"]["message"], "no number");
+        assert_eq!(body["error"]["type"], "invalid_request_error");
+        let problem = Problem::no_model("m");
+        let before = problem.body();
+        let (status, body) = shape(problem.into_response());
+        assert_eq!(status, StatusCode::NOT_FOUND);
+        assert_eq!(serde_json::from_str::<Value>(&body).unwrap(), before);
+        let (status, body) = shape("Success".into_response());
+        assert_eq!((status, body.as_str()), (StatusCode::OK, "Success"));
     }
 }

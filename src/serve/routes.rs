@@ -10,7 +10,7 @@ use axum::{Json, Router, middleware};
 use serde_json::{Value, json};
 
 use super::guard::{self, Guard};
-use super::problem::{Problem, Refused};
+use super::problem::{Problem, Refused, shaped};
 use super::service::Service;
 use super::{batches, files, fine_tuning, limits, metrics, openai, openapi, predict, question};
 
@@ -75,6 +75,7 @@ pub(super) fn app(service: Arc<Service>, guard: Guard) -> Router {
             let status = StatusCode::METHOD_NOT_ALLOWED;
             Problem::new(status, "this path takes another method")
         })
+        .layer(middleware::map_response(shaped))
         .layer(middleware::from_fn_with_state(
             Arc::clone(&service),
             limits::whole_body,

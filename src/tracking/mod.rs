@@ -5,6 +5,8 @@
 //! | `heartbeat` | shows that a tracker gets something done |
 //! | `mlflow` | params, metrics and artifacts, for an MLflow server |
 //! | `otlp` | traces, for a collector that speaks OTLP |
+//! | `points` | names and curves, as trackers take them |
+//! | `tensorboard` | numbers and curves, as event files |
 //!
 //! A tracker is a fold over the run's events, in a thread of its own. Knows no scheduler.
 //! Invariant: whatever a tracker meets with is a warning, and costs the run a bounded time and
@@ -13,8 +15,9 @@
 mod heartbeat;
 mod mlflow;
 mod otlp;
+mod points;
+mod tensorboard;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,6 +25,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, SystemTime};
 
 use flowrun_engine::event::RunEvent;
+use flowrun_engine::step::World;
 use flowrun_engine::tracking::Tracking;
 
 pub(crate) use self::heartbeat::Heartbeat;
@@ -63,15 +67,18 @@ struct Listener {
 }
 
 impl Trackers {
-    /// Those that the environment asks for; none where no network may be used.
-    pub(crate) fn start(
-        env: &BTreeMap<String, String>,
-        tracking: &Tracking,
-        cache_dir: &Path,
-        offline: bool,
-    ) -> Self {
+    /// Those that the pipeline and the environment ask for; where no network may be used, those
+    /// alone that write files.
+    pub(crate) fn start(world: &World, tracking: &Tracking, cache_dir: &Path) -> Self {
+        let env = &world.env;
         let mut trackers = Self::default();
-        if offline {
+        if let Some(tensorboard) = &tracking.tensorboard {
+            let folder = world.root.join(&tensorboard.folder);
+            trackers.add("TensorBoard", false, |_| {
+                Ok(tensorboard::TensorBoard::new(folder))
+            });
+        }
+        if world.offline {
             return trackers;
         }
         if let Some(otlp) = otlp::Settings::of(env) {
@@ -236,6 +243,8 @@ fn tell(tracker: &mut impl Tracker, at: SystemTime, event: &RunEvent) {
 #[cfg(test)]
 #[allow(clippy::panic)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use flowrun_engine::step::TraceSpan;
 
     use super::*;

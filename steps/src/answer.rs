@@ -283,7 +283,7 @@ pub(crate) const KEPT_ANSWERS: &str = "kept_answers";
 /// Adds what a step spent to what it reports: `tokens`, `kept_answers` where there are some, and
 /// `cost_usd` where prices are known.
 #[must_use]
-pub fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
+pub(crate) fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
     let tokens = usage.prompt_tokens + usage.completion_tokens;
     let mut outcome = outcome.metric("tokens", tokens);
     if usage.cached > 0 {
@@ -299,7 +299,7 @@ pub fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
 ///
 /// # Errors
 /// Invalid, naming two labels that it takes for one.
-pub fn check_metric(metric: MetricKind, labels: &[String]) -> Result<(), StepError> {
+pub(crate) fn check_metric(metric: MetricKind, labels: &[String]) -> Result<(), StepError> {
     let Some((one, other)) = metric.takes_for_one(labels) else {
         return Ok(());
     };
@@ -321,7 +321,7 @@ pub fn is_too_long(result: &RowResult) -> bool {
 
 /// Adds how many prompts were too long, where some were.
 #[must_use]
-pub fn with_too_long(outcome: StepOutcome, rows: usize) -> StepOutcome {
+pub(crate) fn with_too_long(outcome: StepOutcome, rows: usize) -> StepOutcome {
     match rows {
         0 => outcome,
         rows => outcome.metric(TOO_LONG, rows),
@@ -353,7 +353,7 @@ pub fn check_fits(results: &[RowResult]) -> Result<(), StepError> {
 /// # Errors
 /// Cancelled; invalid when the program does not fit the rows; transient while the model cannot be reached, failed when it refused; with the first
 /// reason.
-pub fn check_answered(
+pub(crate) fn check_answered(
     ctx: &StepContext,
     results: &[RowResult],
     usage: &Usage,
@@ -382,7 +382,7 @@ pub fn check_answered(
         .collect();
     // Of several reasons, the one that must be seen to.
     lost.sort_by_key(|error| match error {
-        LmError::Barred(_) => 0,
+        LmError::Barred(_) | LmError::NoModel(_) => 0,
         LmError::Rejected(_) => 1,
         _ => 2,
     });

@@ -2,6 +2,7 @@
 //!
 //! Knows no command line. Without the embedded model it says so.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use flowrun_engine::step::StepError;
@@ -50,6 +51,7 @@ pub fn bench_model(
         weights,
         batch: 16,
         prices: None,
+        chat_template_kwargs: BTreeMap::new(),
     };
     local::bench(&spec, host, progress)
 }

@@ -30,7 +30,7 @@ const OF_A_SERVER: usize = 4_096;
 const IN_A_BATCH: usize = 50_000;
 
 /// The step kind.
-pub struct Bootstrap;
+pub(crate) struct Bootstrap;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -79,7 +79,7 @@ impl Step for Bootstrap {
         "bootstrap"
     }
     fn version(&self) -> u32 {
-        4
+        5
     }
     fn about(&self) -> &'static str {
         "A teacher (a large model, or a classifier fitted on a few labels) labels the unlabelled rows."

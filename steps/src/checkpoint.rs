@@ -90,7 +90,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When the adapter's values cannot be read.
-    pub fn of_adapter(
+    pub(crate) fn of_adapter(
         folder: &Path,
         epoch: usize,
         step: usize,
@@ -114,7 +114,7 @@ impl Checkpoint {
 
     /// A name that no other values have: the checkpoint's own, with the beginning of the digest.
     #[must_use]
-    pub fn unique_name(&self) -> String {
+    pub(crate) fn unique_name(&self) -> String {
         let digest = self.adapter.as_ref().map(|adapter| &adapter.digest);
         let digest = digest.and_then(|digest| digest.get(..UNIQUE));
         digest.map_or_else(

@@ -12,7 +12,7 @@ use crate::rows::next_line;
 use crate::schema_of;
 
 /// The step kind.
-pub struct Concat;
+pub(crate) struct Concat;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

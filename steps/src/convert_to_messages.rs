@@ -20,7 +20,7 @@ use crate::schema_of;
 const LOOK_EVERY: usize = 4096;
 
 /// The step kind.
-pub struct ConvertToMessages;
+pub(crate) struct ConvertToMessages;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -56,7 +56,7 @@ pub fn find_local(sha256: &str, world: &World) -> Option<PathBuf> {
 /// The user's cache holds downloads under their sha256. A file gets there only
 /// after its digest was checked.
 #[must_use]
-pub fn cache_path(sha256: &str, world: &World) -> PathBuf {
+pub(crate) fn cache_path(sha256: &str, world: &World) -> PathBuf {
     world.user_cache.join("downloads").join(sha256)
 }
 
@@ -127,7 +127,7 @@ pub(crate) fn one_at_a_time() -> MutexGuard<'static, ()> {
 ///
 /// # Errors
 /// Invalid on another digest.
-pub fn check_content(path: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
+pub(crate) fn check_content(path: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
     let actual = sha256_of(path).map_err(|e| StepError::io(path, &e))?;
     if actual == sha256 {
         return Ok(());
@@ -142,7 +142,7 @@ pub fn check_content(path: &Path, sha256: &str, origin: &str) -> Result<(), Step
 ///
 /// # Errors
 /// Invalid on another digest; the file is removed.
-pub fn adopt(temp: &Path, dest: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
+pub(crate) fn adopt(temp: &Path, dest: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
     if let Err(error) = check_content(temp, sha256, origin) {
         // Best effort: a leftover is harmless, its name is not a digest.
         let _ = std::fs::remove_file(temp);

@@ -11,7 +11,7 @@ use flowrun_lm::lineage::Overlap;
 use flowrun_lm::lm::Usage;
 use flowrun_lm::metric::MetricKind;
 use flowrun_lm::program::{RowErrorKind, RowResult};
-use flowrun_lm::stats::{Confusion, mcnemar, wilson95};
+use flowrun_lm::stats::{Confusion, LabelScore, wilson95};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -29,14 +29,14 @@ use crate::program_file::ProgramFile;
 use crate::rows::{Row, read_json, read_rows, write_json};
 use crate::schema_of;
 use crate::scores::{
-    LabelScore, Leakage, PairedTest, ProgramKind, ProgramScore, Role, ScoredRow, Scores,
+    Leakage, PairedTest, ProgramKind, ProgramScore, Role, ScoredRow, Scores, macro_f1,
 };
 
 /// Rows between two looks at `max_errors`.
 const CHUNK: usize = 256;
 
 /// The step kind.
-pub struct Evaluate;
+pub(crate) struct Evaluate;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -201,7 +201,7 @@ impl Step for Evaluate {
                 .or_else(|| params.model.as_ref().map(ModelSpec::name))
                 // Not the step's name: that is no part of what the scores depend on.
                 .unwrap_or_else(|| "embedding classifier".to_owned()),
-            comparison: comparison(&all),
+            comparison: PairedTest::of(&all),
             programs: all,
         };
         write_json(&ctx.output("scores"), &scores)?;
@@ -213,7 +213,7 @@ impl Step for Evaluate {
                  scores say which"
             ));
         }
-        let outcome = with_too_long(with_usage(outcome(&scores), &usage), too_long);
+        let outcome = with_too_long(with_usage(scores.outcome(), &usage), too_long);
         Ok(match time.ms_per_row() {
             Some(ms) => outcome.metric("ms_per_row", ms),
             None => outcome,
@@ -246,28 +246,6 @@ impl RowTime {
         let ms = self.spent.as_secs_f64() * 1e3 / self.rows as f64;
         (self.rows > 0).then_some((ms * 1e3).round() / 1e3)
     }
-}
-
-pub(crate) fn outcome(scores: &Scores) -> StepOutcome {
-    let mut outcome = StepOutcome::default()
-        .metric("model", scores.model.as_str())
-        .metric("dataset", scores.dataset.as_str());
-    for program in &scores.programs {
-        let name = match (program.program, scores.programs.len()) {
-            (ProgramKind::Optimised, 2..) => "accuracy_optimised",
-            _ => "accuracy",
-        };
-        outcome = outcome.metric(name, program.accuracy);
-    }
-    if let Some(first) = scores.programs.first() {
-        outcome = outcome
-            .metric("n", first.n)
-            .metric("program", first.program.as_str());
-        if let Some(role) = first.role {
-            outcome = outcome.metric("role", role.as_str());
-        }
-    }
-    outcome
 }
 
 fn score(
@@ -386,30 +364,7 @@ fn per_label(labels: &[String], rows: &[EvaluatedRow]) -> Vec<LabelScore> {
         let gold = row.gold.as_deref().unwrap_or_default();
         (gold, row.pred.as_deref())
     });
-    label_scores(&labels, pairs)
-}
-
-/// Mean F1 over the labels that rows have.
-pub(crate) fn macro_f1(per_label: &[LabelScore]) -> f64 {
-    let seen = per_label.iter().filter(|label| label.n > 0);
-    let seen: Vec<f64> = seen.map(|label| label.f1).collect();
-    seen.iter().sum::<f64>() / seen.len().max(1) as f64
-}
-
-/// Label by label, from pairs of expected and given.
-pub(crate) fn label_scores<'a>(
-    labels: &[String],
-    pairs: impl IntoIterator<Item = (&'a str, Option<&'a str>)>,
-) -> Vec<LabelScore> {
-    let score = |score: flowrun_lm::stats::LabelScore| LabelScore {
-        label: score.label,
-        n: score.n,
-        precision: score.precision,
-        recall: score.recall,
-        f1: score.f1,
-    };
-    let scores = Confusion::new(labels, pairs).per_label();
-    scores.into_iter().map(score).collect()
+    Confusion::new(&labels, pairs).per_label()
 }
 
 fn leakage(overlap: Option<&Overlap>, score: &ProgramScore) -> Leakage {
@@ -432,17 +387,4 @@ fn leakage(overlap: Option<&Overlap>, score: &ProgramScore) -> Leakage {
             .filter(|row| row.correct)
             .count(),
     }
-}
-
-pub(crate) fn comparison(programs: &[ProgramScore]) -> Option<PairedTest> {
-    let [first, second] = programs else {
-        return None;
-    };
-    let pairs = first.rows.iter().zip(&second.rows);
-    let found = mcnemar(pairs.map(|(a, b)| (a.correct, b.correct)));
-    Some(PairedTest {
-        only_first: found.only_a,
-        only_second: found.only_b,
-        p_value: found.p,
-    })
 }

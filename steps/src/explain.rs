@@ -17,7 +17,7 @@ use crate::rows::{read_rows, write_rows};
 use crate::schema_of;
 
 /// The step kind.
-pub struct Explain;
+pub(crate) struct Explain;
 
 /// Column of the label, which the program may take as an input.
 const LABEL: &str = "label";

@@ -11,7 +11,7 @@ use crate::rows::{JsonlReader, JsonlWriter, Row, write_json};
 use crate::schema_of;
 
 /// The step kind.
-pub struct FilterTopN;
+pub(crate) struct FilterTopN;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

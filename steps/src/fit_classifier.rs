@@ -15,7 +15,7 @@ use crate::rows::{read_json, read_rows};
 use crate::schema_of;
 
 /// The step kind.
-pub struct FitClassifier;
+pub(crate) struct FitClassifier;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -30,7 +30,7 @@ impl Step for FitClassifier {
         "fit-classifier"
     }
     fn version(&self) -> u32 {
-        2
+        3
     }
     fn about(&self) -> &'static str {
         "Fits an embedding classifier on labelled rows: a baseline that calls no language model."

@@ -9,7 +9,7 @@ use crate::rows::{Row, read_rows, write_rows};
 use crate::schema_of;
 
 /// The step kind.
-pub struct Holdout;
+pub(crate) struct Holdout;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -5,40 +5,41 @@
 
 pub mod answer;
 pub mod bench;
-pub mod bootstrap;
+mod bootstrap;
 pub mod bundle;
 pub mod checkpoint;
-pub mod concat;
-pub mod convert_to_messages;
+mod concat;
+mod convert_to_messages;
 mod dashboard;
 pub mod deploy;
 pub mod download;
 mod estimate;
-pub mod evaluate;
-pub mod explain;
-pub mod filter_top_n;
+mod evaluate;
+mod explain;
+mod filter_top_n;
 pub mod finetune;
-pub mod fit_classifier;
+mod fit_classifier;
 mod folder;
 pub mod format_version;
-pub mod holdout;
+mod holdout;
 pub mod hub;
 pub mod leakage;
 pub mod load;
-pub mod load_dspy;
-pub mod merge_scores;
+mod load_dspy;
+mod merge_scores;
 pub mod models;
-pub mod optimize;
+mod optimize;
 pub mod program_file;
 pub mod report;
 pub mod rows;
 pub mod runners;
-pub mod save_dspy;
+mod save_dspy;
 pub mod scores;
 pub mod select;
+mod servable;
 pub mod serving;
 pub mod shard;
-pub mod split;
+mod split;
 pub mod stand_in;
 pub mod table;
 
@@ -82,6 +83,7 @@ pub fn registry() -> Vocabulary {
         program_schema: schema_of::<flowrun_lm::program::ProgramSpec>(),
         unkeyed_model_fields: models::UNKEYED.map(str::to_owned).to_vec(),
         runners: runners::registry(),
+        checks: vec![servable::check],
     }
 }
 

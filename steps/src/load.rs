@@ -1,20 +1,23 @@
 //! `load`: reads labelled texts from a file, a URL or the Hugging Face hub, or,
 //! where none can be had, from the stand-in that comes with the program.
 
+mod rows_of;
+mod source;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepErrorKind, StepOutcome, World};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::download;
-use crate::hub::{self, RepoType, Snapshot};
 use crate::rows::{JsonlWriter, Row, write_json};
 use crate::schema_of;
 use crate::stand_in;
-use crate::table::{Format, Record, records, text_of};
+use crate::table::records;
+
+pub(crate) use self::rows_of::RowsOf;
+use self::source::{Located, SourceSpec};
 
 /// A fifth of the values of a byte.
 const FIFTH: u8 = 51;
@@ -55,46 +58,6 @@ fn text() -> String {
 
 fn label() -> String {
     "label".to_owned()
-}
-
-/// Where one file is: exactly one of `file`, `url` and `hf`.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct SourceSpec {
-    /// A file of the project.
-    #[serde(default)]
-    file: Option<PathBuf>,
-    /// A URL. It is looked up by `sha256` in `--distdir` and in the user's cache first.
-    #[serde(default)]
-    url: Option<String>,
-    /// sha256 of the file, lower-case hex. Needed with `url`.
-    #[serde(default)]
-    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
-    sha256: Option<String>,
-    /// A data set on the Hugging Face hub.
-    #[serde(default)]
-    hf: Option<HubFile>,
-    /// Format; by the ending of the name when left out.
-    #[serde(default)]
-    format: Option<Format>,
-}
-
-/// A file of a data set on the Hugging Face hub.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct HubFile {
-    /// `owner/name`.
-    repo: String,
-    /// Path in the repository.
-    file: String,
-    /// Branch, tag or commit. The hub is asked for which commit a branch or tag stands, and the
-    /// rows are loaded again when it moved; a commit is not asked for.
-    #[serde(default = "main_branch")]
-    revision: String,
-}
-
-fn main_branch() -> String {
-    "main".to_owned()
 }
 
 /// What was loaded; the artifact `about`.
@@ -185,25 +148,6 @@ impl Step for Load {
 struct Written {
     train: JsonlWriter,
     test: JsonlWriter,
-}
-
-/// A file that is at hand.
-struct Located {
-    path: PathBuf,
-    format: Format,
-    /// What names its content, where that is known without reading it: a declared sha256, or
-    /// repository, commit and path on the hub.
-    content: Option<String>,
-    origin: String,
-}
-
-impl Located {
-    fn digest(&self) -> Result<String, StepError> {
-        match &self.content {
-            Some(content) => Ok(content.clone()),
-            None => download::sha256_of(&self.path).map_err(|e| StepError::io(&self.path, &e)),
-        }
-    }
 }
 
 impl Params {
@@ -311,131 +255,6 @@ fn as_test_row(mut row: Row, dataset: &str) -> Row {
     row
 }
 
-impl SourceSpec {
-    /// The file whose content `observed` names.
-    fn locate_observed(
-        &self,
-        name: &str,
-        observed: &Value,
-        world: &World,
-    ) -> Result<Located, StepError> {
-        let observed = observed.as_str().unwrap_or_default();
-        if let (Some(hub), None) = (&self.hf, &self.sha256) {
-            // `REPOSITORY@COMMIT/FILE`
-            let at = observed.strip_prefix(hub.repo.as_str());
-            let at = at.and_then(|rest| rest.strip_prefix('@'));
-            let commit = at.and_then(|at| at.split('/').next());
-            let commit = commit.unwrap_or_default();
-            hub::settle(RepoType::Dataset, &hub.repo, &hub.revision, commit, world)?;
-        }
-        let located = self.locate(name, world)?;
-        match &located.content {
-            Some(content) if content != observed => Err(StepError::failed(format!(
-                "`{name}` is `{content}` here, and `{observed}` where the run is"
-            ))),
-            _ => Ok(located),
-        }
-    }
-
-    fn locate(&self, name: &str, world: &World) -> Result<Located, StepError> {
-        let (path, content, origin) = match (&self.file, &self.url, &self.hf) {
-            (Some(file), None, None) => {
-                let path = world.root.join(file);
-                if !path.is_file() {
-                    return Err(StepError::invalid(format!(
-                        "`{name}`: there is no file {}",
-                        path.display()
-                    )));
-                }
-                (path, None, file.display().to_string())
-            }
-            (None, Some(url), None) => {
-                let Some(sha256) = &self.sha256 else {
-                    return Err(
-                        StepError::invalid(format!("`{name}`: `url` needs `sha256`"))
-                            .help("the digest makes sure that every run sees the same bytes"),
-                    );
-                };
-                (
-                    download::fetch(url, sha256, world)?,
-                    Some(sha256.clone()),
-                    url.clone(),
-                )
-            }
-            (None, None, Some(hub)) => {
-                let snapshot =
-                    Snapshot::newest(RepoType::Dataset, &hub.repo, &hub.revision, world)?;
-                let origin = format!("{}@{}/{}", hub.repo, snapshot.commit(), hub.file);
-                (snapshot.file(&hub.file)?, Some(origin.clone()), origin)
-            }
-            _ => {
-                return Err(StepError::invalid(format!(
-                    "`{name}` needs exactly one of `file`, `url` and `hf`"
-                )));
-            }
-        };
-        // What comes from a URL was checked on its way.
-        if let (Some(declared), None) = (&self.sha256, &self.url) {
-            download::check_content(&path, declared, &origin)?;
-        }
-        let format = self.format.unwrap_or_else(|| Format::of_name(&origin));
-        Ok(Located {
-            path,
-            format,
-            content: self.sha256.clone().or(content),
-            origin,
-        })
-    }
-}
-
-/// What makes rows of records.
-#[derive(Clone, Copy)]
-pub(crate) struct RowsOf<'a> {
-    /// First part of every id.
-    pub(crate) dataset: &'a str,
-    /// Second part.
-    pub(crate) split: &'a str,
-    /// Column of the text.
-    pub(crate) text: &'a str,
-    /// Column of the label.
-    pub(crate) label: &'a str,
-    /// Where the records are from, for messages.
-    pub(crate) origin: &'a str,
-}
-
-impl<'a> RowsOf<'a> {
-    /// Rows with ids `<dataset>:<split>:<index>`.
-    pub(crate) fn of(
-        self,
-        records: impl Iterator<Item = Result<Record, StepError>> + 'a,
-    ) -> impl Iterator<Item = Result<Row, StepError>> + 'a {
-        let numbered = records.enumerate();
-        numbered.map(move |(index, record)| self.row(index, record?))
-    }
-
-    fn row(self, index: usize, mut record: Record) -> Result<Row, StepError> {
-        let at = format!("{}: row {}", Path::new(self.origin).display(), index + 1);
-        let mut row = Row::new(
-            format!("{}:{}:{index}", self.dataset, self.split),
-            text_of(&record, self.text, &at)?,
-            label_of(&record, self.label, &at)?,
-        );
-        record.remove(self.text);
-        record.remove(self.label);
-        row.extra = record;
-        Ok(row)
-    }
-}
-
-/// The label; none where the column is empty.
-fn label_of(record: &Record, column: &str, at: &str) -> Result<Option<String>, StepError> {
-    if record.get(column).is_some_and(Value::is_null) {
-        return Ok(None);
-    }
-    let label = text_of(record, column, at)?;
-    Ok(Some(label).filter(|label| !label.trim().is_empty()))
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -464,18 +283,24 @@ mod tests {
             "train": { "hf": { "repo": "o/observed", "file": "t.csv" } },
         });
         let params: Params = serde_json::from_value(params).unwrap();
-        let read = |commit: &str| {
+        let read = |commit: &str, world: &World| {
             let data = json!({ "train": format!("o/observed@{commit}/t.csv") });
-            let (train, _) = params.locate(&data, &world)?;
+            let (train, _) = params.locate(&data, world)?;
             Ok::<_, StepError>((std::fs::read_to_string(&train.path).unwrap(), train.origin))
         };
-        let (rows, origin) = read(&commit("b")).unwrap();
+        let (rows, origin) = read(&commit("b"), &world).unwrap();
         assert_eq!(rows, "new");
         assert!(origin.contains(&commit("b")), "{origin}");
-        let error = read(&commit("c")).unwrap_err();
+        assert!(read(&commit("c"), &world).is_err(), "in one run");
+        // As on a machine that has nothing yet.
+        let elsewhere = World {
+            user_cache: dir.path().join("elsewhere/user"),
+            ..world.clone()
+        };
+        let error = read(&commit("c"), &elsewhere).unwrap_err();
         assert_eq!(error.kind, StepErrorKind::Transient);
         assert!(error.message.contains(&commit("c")), "{}", error.message);
-        assert!(read("main").is_err());
+        assert!(read("main", &world).is_err());
         assert!(params.locate(&Value::Null, &world).is_err());
     }
 
@@ -534,10 +359,5 @@ mod tests {
     fn a_row_without_a_label_is_no_test_row() {
         let rows = (0..100).map(|i| row(i, &i.to_string(), None)).collect();
         assert!(set_aside(rows, "d").1.is_empty());
-        let record = |label: Value| Record::from([("label".to_owned(), label)]);
-        for empty in [Value::Null, "".into(), "  ".into()] {
-            assert_eq!(label_of(&record(empty), "label", "f").ok(), Some(None));
-        }
-        assert!(label_of(&record("a".into()), "lable", "f").is_err());
     }
 }

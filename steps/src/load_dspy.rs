@@ -14,7 +14,7 @@ use crate::save_dspy::rename;
 use crate::schema_of;
 
 /// The step kind.
-pub struct LoadDspy;
+pub(crate) struct LoadDspy;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

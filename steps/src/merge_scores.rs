@@ -5,18 +5,17 @@ use std::collections::BTreeSet;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome};
 use flowrun_lm::calibration::calibration;
-use flowrun_lm::stats::wilson95;
+use flowrun_lm::stats::{Confusion, wilson95};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::evaluate::{comparison, label_scores, macro_f1, outcome};
 use crate::rows::{read_json, write_json};
 use crate::schema_of;
-use crate::scores::{Leakage, ProgramScore, Scores};
+use crate::scores::{Leakage, PairedTest, ProgramScore, Scores, macro_f1};
 
 /// The step kind.
-pub struct MergeScores;
+pub(crate) struct MergeScores;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -58,7 +57,7 @@ impl Step for MergeScores {
         let parts: Result<Vec<Scores>, StepError> = parts.map(|p| read_json(&p.path)).collect();
         let scores = merged(parts?)?;
         write_json(&ctx.output("scores"), &scores)?;
-        Ok(outcome(&scores))
+        Ok(scores.outcome())
     }
 }
 
@@ -98,7 +97,7 @@ fn merged(parts: Vec<Scores>) -> Result<Scores, StepError> {
     for (program, labels) in all.programs.iter_mut().zip(&labels) {
         finish(program, labels);
     }
-    all.comparison = comparison(&all.programs);
+    all.comparison = PairedTest::of(&all.programs);
     Ok(all)
 }
 
@@ -145,7 +144,7 @@ fn finish(program: &mut ProgramScore, labels: &[String]) {
     program.interval = wilson95(program.correct, program.n);
     let pairs = program.rows.iter();
     let pairs = pairs.map(|row| (row.gold.as_str(), row.predicted.as_deref()));
-    program.per_label = label_scores(labels, pairs);
+    program.per_label = Confusion::new(labels, pairs).per_label();
     program.macro_f1 = macro_f1(&program.per_label);
     let sure = program.rows.iter();
     let sure = sure.filter_map(|row| Some((f64::from(row.confidence?), row.correct)));

@@ -35,7 +35,7 @@ const BATCH: usize = 16;
 const AT_ONCE: usize = 4;
 
 /// The step kind.
-pub struct Optimize;
+pub(crate) struct Optimize;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -74,7 +74,7 @@ impl Row {
 
 /// The data set that a row id names.
 #[must_use]
-pub fn dataset_of(id: &str) -> &str {
+pub(crate) fn dataset_of(id: &str) -> &str {
     id.split(':').next().unwrap_or(id)
 }
 
@@ -82,7 +82,7 @@ pub fn dataset_of(id: &str) -> &str {
 ///
 /// # Errors
 /// When the file cannot be read or a line is not a row; the message names file and line.
-pub fn read_rows(path: &Path) -> Result<Vec<Row>, StepError> {
+pub(crate) fn read_rows(path: &Path) -> Result<Vec<Row>, StepError> {
     read_jsonl(path)
 }
 
@@ -101,7 +101,7 @@ pub fn write_rows<'a>(
 ///
 /// # Errors
 /// As [`read_rows`].
-pub fn read_jsonl<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, StepError> {
+pub(crate) fn read_jsonl<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, StepError> {
     JsonlReader::open(path)?.collect()
 }
 
@@ -166,7 +166,7 @@ impl<T: serde::de::DeserializeOwned> JsonlReader<T> {
     }
 
     /// Each record with where its line begins, for [`JsonlReader::at`].
-    pub fn with_offsets(mut self) -> impl Iterator<Item = Result<(u64, T), StepError>> {
+    pub(crate) fn with_offsets(mut self) -> impl Iterator<Item = Result<(u64, T), StepError>> {
         std::iter::from_fn(move || self.next_at())
     }
 
@@ -241,7 +241,7 @@ impl JsonlWriter {
 ///
 /// # Errors
 /// As [`write_rows`].
-pub fn write_jsonl<T: Serialize>(
+pub(crate) fn write_jsonl<T: Serialize>(
     path: &Path,
     records: impl IntoIterator<Item = T>,
 ) -> Result<(), StepError> {
@@ -275,7 +275,7 @@ pub(crate) fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> std::i
 ///
 /// # Errors
 /// When the file cannot be read or does not fit; the message names file and place.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, StepError> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, StepError> {
     let bytes = std::fs::read(path).map_err(|e| StepError::io(path, &e))?;
     serde_json::from_slice(&bytes)
         .map_err(|e| StepError::invalid(format!("{}: {e}", path.display())))
@@ -285,7 +285,7 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, StepE
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), StepError> {
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), StepError> {
     let io = |e: std::io::Error| StepError::io(path, &e);
     let mut out = BufWriter::new(File::create(path).map_err(io)?);
     serde_json::to_writer_pretty(&mut out, value).map_err(|e| io(e.into()))?;

@@ -12,7 +12,7 @@ use crate::program_file::ProgramFile;
 use crate::schema_of;
 
 /// The step kind.
-pub struct SaveDspy;
+pub(crate) struct SaveDspy;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use flowrun_engine::step::StepOutcome;
 use flowrun_lm::calibration::Calibration;
+use flowrun_lm::stats::{LabelScore, mcnemar};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -27,6 +29,31 @@ pub struct Scores {
     pub comparison: Option<PairedTest>,
 }
 
+impl Scores {
+    /// What a table shows of them.
+    pub(crate) fn outcome(&self) -> StepOutcome {
+        let mut outcome = StepOutcome::default()
+            .metric("model", self.model.as_str())
+            .metric("dataset", self.dataset.as_str());
+        for program in &self.programs {
+            let name = match (program.program, self.programs.len()) {
+                (ProgramKind::Optimised, 2..) => "accuracy_optimised",
+                _ => "accuracy",
+            };
+            outcome = outcome.metric(name, program.accuracy);
+        }
+        if let Some(first) = self.programs.first() {
+            outcome = outcome
+                .metric("n", first.n)
+                .metric("program", first.program.as_str());
+            if let Some(role) = first.role {
+                outcome = outcome.metric("role", role.as_str());
+            }
+        }
+        outcome
+    }
+}
+
 /// McNemar's exact test of two programs on the same rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -37,6 +64,22 @@ pub struct PairedTest {
     pub only_second: usize,
     /// Two-sided p-value; the difference is taken to be real below 0.05.
     pub p_value: f64,
+}
+
+impl PairedTest {
+    /// Of two programs; of fewer or more there is none.
+    pub(crate) fn of(programs: &[ProgramScore]) -> Option<Self> {
+        let [first, second] = programs else {
+            return None;
+        };
+        let pairs = first.rows.iter().zip(&second.rows);
+        let found = mcnemar(pairs.map(|(a, b)| (a.correct, b.correct)));
+        Some(Self {
+            only_first: found.only_a,
+            only_second: found.only_b,
+            p_value: found.p,
+        })
+    }
 }
 
 /// Whether the rows that made a score had a part in what was scored.
@@ -63,25 +106,9 @@ pub struct Leakage {
 impl Leakage {
     /// Whether no row is known, and none can be unknown, to have had a part.
     #[must_use]
-    pub fn is_clean(&self) -> bool {
+    pub(crate) fn is_clean(&self) -> bool {
         self.known && self.trained + self.selected + self.taught + self.same_text == 0
     }
-}
-
-/// How well one label was told from the others; shares from 0 to 1.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LabelScore {
-    /// The label.
-    pub label: String,
-    /// Rows that have it.
-    pub n: u64,
-    /// Of the rows given it, the share that has it.
-    pub precision: f64,
-    /// Of the rows that have it, the share that was given it.
-    pub recall: f64,
-    /// Harmonic mean of the two.
-    pub f1: f64,
 }
 
 /// How a model did with one program.
@@ -170,6 +197,13 @@ pub fn question(text: &str, inputs: Option<&BTreeMap<String, Value>>) -> Value {
         Some(inputs) => json!(inputs),
         None => json!({ "text": text }),
     }
+}
+
+/// Mean F1 over the labels that rows have.
+pub(crate) fn macro_f1(per_label: &[LabelScore]) -> f64 {
+    let seen = per_label.iter().filter(|label| label.n > 0);
+    let seen: Vec<f64> = seen.map(|label| label.f1).collect();
+    seen.iter().sum::<f64>() / seen.len().max(1) as f64
 }
 
 /// Which prompt a model ran with.

@@ -13,7 +13,7 @@ use crate::schema_of;
 const LOOK_EVERY: usize = 4096;
 
 /// The step kind.
-pub struct Split;
+pub(crate) struct Split;
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -29,11 +29,11 @@ struct Params {
 
 /// A gold label kept aside: only an audit may read it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Gold {
+pub(crate) struct Gold {
     /// Row id.
-    pub id: String,
+    pub(crate) id: String,
     /// Gold label.
-    pub label: String,
+    pub(crate) label: String,
 }
 
 impl Step for Split {

@@ -72,7 +72,7 @@ pub fn records(path: &Path, format: Format) -> Result<Records, StepError> {
 ///
 /// # Errors
 /// When a record has another number of fields than the header, or is not UTF-8.
-pub fn csv_records(source: impl Read + 'static, name: String) -> Result<Records, StepError> {
+pub(crate) fn csv_records(source: impl Read + 'static, name: String) -> Result<Records, StepError> {
     let wrong = move |e: csv::Error| StepError::invalid(format!("{name}: {e}"));
     let mut reader = csv::Reader::from_reader(source);
     let header = reader.headers().map_err(&wrong)?.clone();

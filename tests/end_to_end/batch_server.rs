@@ -2,14 +2,13 @@
 //! batches, and the answers to each query.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
 use crate::oracle::query;
+use crate::receiver::{Receiver, Sent};
 use crate::server::client;
 
 /// The line in place of a query's answer, if it has none.
@@ -41,8 +40,6 @@ impl BatchServer {
         upstream: &str,
         spoilt: impl Fn(&str) -> Option<Value> + Send + Sync + 'static,
     ) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let inner = Arc::new(Inner {
             upstream: format!("{upstream}/v1/chat/completions"),
             spoilt: Box::new(spoilt),
@@ -54,12 +51,11 @@ impl BatchServer {
             answers: Mutex::default(),
         });
         let shared = Arc::clone(&inner);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let inner = Arc::clone(&shared);
-                std::thread::spawn(move || while inner.serve(&stream).is_some() {});
-            }
+        let server = Receiver::start(move |_, sent| match shared.answer(sent) {
+            Some(body) => (200, body),
+            None => (0, String::new()),
         });
+        let url = format!("{}/v1", server.url);
         Self { url, inner }
     }
 
@@ -92,18 +88,15 @@ impl BatchServer {
 }
 
 impl Inner {
-    fn serve(&self, stream: &TcpStream) -> Option<()> {
-        let (head, body) = read_request(stream)?;
-        let mut words = head.split(' ');
-        let (method, target) = (words.next()?, words.next()?);
-        let path = target.split('?').next()?.strip_prefix("/v1/")?;
+    fn answer(&self, sent: &Sent) -> Option<String> {
+        let path = sent.path.split('?').next()?.strip_prefix("/v1/")?;
         let parts: Vec<&str> = path.split('/').collect();
-        let reply = match (method, parts.as_slice()) {
+        let reply = match (sent.method.as_str(), parts.as_slice()) {
             ("POST", ["files"]) => {
-                json!({"id": self.keep(file_in(&head, &body)?), "object": "file"})
+                json!({"id": self.keep(file_in(sent)?), "object": "file"})
             }
             ("POST", ["batches"]) => {
-                let order: Value = serde_json::from_slice(&body).ok()?;
+                let order: Value = serde_json::from_slice(&sent.body).ok()?;
                 let file = order["input_file_id"].as_str()?.to_owned();
                 let mut batches = self.batches.lock().unwrap();
                 batches.push((file, None));
@@ -127,10 +120,10 @@ impl Inner {
                 }
                 self.batch(number)
             }
-            ("GET", ["files", id, "content"]) => return write(stream, &self.file(id)),
+            ("GET", ["files", id, "content"]) => return Some(self.file(id)),
             _ => return None,
         };
-        write(stream, &reply.to_string())
+        Some(reply.to_string())
     }
 
     fn keep(&self, text: String) -> String {
@@ -186,36 +179,12 @@ impl Inner {
 }
 
 /// The text of the part `file` of a form.
-fn file_in(head: &str, body: &[u8]) -> Option<String> {
-    let boundary = head.split("boundary=").nth(1)?.lines().next()?.trim();
-    let text = String::from_utf8_lossy(body);
+fn file_in(sent: &Sent) -> Option<String> {
+    let boundary = sent.headers["content-type"].split("boundary=").nth(1)?;
+    let text = String::from_utf8_lossy(&sent.body);
     let part = text
         .split(&format!("--{boundary}"))
         .find(|part| part.contains("name=\"file\""))?;
     let (_, content) = part.split_once("\r\n\r\n")?;
     Some(content.strip_suffix("\r\n")?.to_owned())
-}
-
-fn read_request(stream: &TcpStream) -> Option<(String, Vec<u8>)> {
-    let mut reader = BufReader::new(stream);
-    let mut head = String::new();
-    while !head.ends_with("\r\n\r\n") {
-        if reader.read_line(&mut head).ok()? == 0 {
-            return None;
-        }
-    }
-    let lower = head.to_lowercase();
-    let length = lower
-        .lines()
-        .find_map(|line| line.strip_prefix("content-length: "));
-    let length = length.map_or(Some(0), |text| text.trim().parse().ok())?;
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    Some((head, body))
-}
-
-fn write(mut stream: &TcpStream, body: &str) -> Option<()> {
-    let length = body.len();
-    let text = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}");
-    stream.write_all(text.as_bytes()).ok()
 }

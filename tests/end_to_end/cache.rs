@@ -154,17 +154,16 @@ fn a_run_that_ends_keeps_the_cache_within_its_bounds() {
     assert!(!plan("a").contains("nothing to do"));
     // Old things go by age, whatever the size.
     let old = SystemTime::now() - Duration::from_secs(3 * 86_400);
-    let aged = project
-        .run(&[
-            "cache",
-            "gc",
-            "--keep-runs",
-            "0",
-            "--max-age",
-            "1d",
-            "--json",
-        ])
-        .ok();
+    let gc = [
+        "cache",
+        "gc",
+        "--keep-runs",
+        "0",
+        "--max-age",
+        "1d",
+        "--json",
+    ];
+    let aged = project.run(&gc).ok();
     assert_eq!(aged.events()[0]["results"], 0, "all was used today");
     for file in files(&project, "actions")
         .iter()
@@ -180,17 +179,7 @@ fn a_run_that_ends_keeps_the_cache_within_its_bounds() {
         let today = humantime_day(SystemTime::now());
         std::fs::write(&file, text.replace(&today, &humantime_day(old))).unwrap();
     }
-    let aged = project
-        .run(&[
-            "cache",
-            "gc",
-            "--keep-runs",
-            "0",
-            "--max-age",
-            "1d",
-            "--json",
-        ])
-        .ok();
+    let aged = project.run(&gc).ok();
     assert!(
         aged.events()[0]["results"].as_u64() > Some(0),
         "{}",

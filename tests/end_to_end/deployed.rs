@@ -4,13 +4,9 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::processes::signal;
 use crate::project::{Project, Run};
 use crate::server::{Server, client};
-
-fn terminate(pid: u32) {
-    let status = Command::new("kill").arg(pid.to_string()).status().unwrap();
-    assert!(status.success());
-}
 
 fn json_lines(text: &str) -> Vec<Value> {
     text.lines()
@@ -145,7 +141,7 @@ impl Current {
 
     /// Stops the server as the run told the user to.
     pub(crate) fn stop(&self) {
-        terminate(self.pid);
+        signal("-TERM", self.pid);
         while self.is_up() {
             std::thread::sleep(std::time::Duration::from_millis(20));
         }

@@ -130,7 +130,7 @@ fn the_examples_of_the_language_page_run() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/pipeline-language.md");
     let page = std::fs::read_to_string(path).unwrap();
     let sections = files_of(&page);
-    assert_eq!(sections.len(), 4);
+    assert_eq!(sections.len(), 5);
     for files in sections {
         let project = crate::project::Project::new();
         for (name, text) in &files {

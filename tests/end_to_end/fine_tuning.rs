@@ -223,6 +223,48 @@ fn stopping_the_run_cancels_the_job() {
     assert!(adapters(&server).is_empty());
 }
 
+#[test]
+fn the_server_that_trains_takes_on_what_another_one_was_asked_for() {
+    let home = home();
+    let (first, second) = (trainer(&home), trainer(&home));
+    let row = |text: &str| {
+        let said = |role: &str, text: &str| json!({"role": role, "content": text});
+        json!({"messages": [said("user", text), said("assistant", "yes")]}).to_string()
+    };
+    let chats: Vec<String> = (0..50).map(|at| row(&format!("text {at}"))).collect();
+    let part = reqwest::blocking::multipart::Part::bytes(chats.join("\n").into_bytes());
+    let form = reqwest::blocking::multipart::Form::new()
+        .text("purpose", "fine-tune")
+        .part("file", part.file_name("chats.jsonl"));
+    let files = format!("{}/v1/files", second.url);
+    let client = crate::server::client();
+    let file: Value = (client.post(&files).multipart(form).send().unwrap())
+        .json()
+        .unwrap();
+    let file = file["id"].as_str().unwrap();
+    let how = json!({"n_epochs": 100, "batch_size": 1, "lora_rank": 2});
+    let order = json!({"model": "tiny", "training_file": file, "hyperparameters": how});
+    let job = second.json("/v1/fine_tuning/jobs", &order);
+    let path = format!("/v1/fine_tuning/jobs/{}", job["id"].as_str().unwrap());
+    let status = || -> Value {
+        let job: Value = second.get(&path).json().unwrap();
+        job["status"].clone()
+    };
+    wait(|| status() == "running");
+    let (refused, error) = second.problem(&format!("{path}/cancel"), &json!({}));
+    assert_eq!((refused, &error["code"]), (409, &json!("not_in_charge")));
+    // What it is trained on is needed as long.
+    let delete = |server: &Server| {
+        let url = format!("{}/v1/files/{file}", server.url);
+        client.delete(url).send().unwrap().status().as_u16()
+    };
+    assert_eq!((delete(&first), delete(&second)), (409, 409));
+    first.json(&format!("{path}/cancel"), &json!({}));
+    wait(|| status() == "cancelled");
+    assert_eq!(delete(&second), 200);
+    assert_eq!(delete(&first), 404);
+}
+
 fn wait(until: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !until() {

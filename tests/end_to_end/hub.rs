@@ -293,3 +293,73 @@ fn a_model_of_the_hub_is_followed_by_its_branch_and_pinned_in_the_bundle() {
     assert_eq!(moved.steps("ran"), ["score", "deploy"]);
     assert!(project.read("bundle/bundle.json").contains(&commit('b')));
 }
+
+#[test]
+fn a_program_that_trains_is_told_the_commit_of_the_key() {
+    let hub = Hub::start();
+    let project = tiny::project();
+    let config = std::fs::read(project.path("tiny/config.json")).unwrap();
+    project.edit("pipeline.yaml", "{ file: tiny }", "{ hf: org/tiny }");
+    // All that matters here is what it is told.
+    let script = format!("cp \"$3\" {}; exit 3", project.path("told.yaml").display());
+    project.write("trainer.sh", &script);
+    let step = format!(
+        "  train:\n    uses: finetune\n    in: {{ messages: chats.messages }}\n    with: {{ model: student, backend: {{ command: {{ trainer: trl, program: [sh, {}] }} }} }}\n",
+        project.path("trainer.sh").display()
+    );
+    let text = project.read("pipeline.yaml") + &step;
+    project.write("pipeline.yaml", &text);
+    for digit in ['a', 'b'] {
+        hub.publish(
+            "org/tiny",
+            &commit(digit),
+            &[("config.json", config.clone())],
+        );
+        let ended = run(&project, &hub, &["--until", "train"]);
+        assert_eq!(ended.code, Some(4), "{}", ended.stdout);
+        let told = project.read("told.yaml");
+        for line in [
+            "model_name_or_path: org/tiny".to_owned(),
+            format!("model_revision: {}", commit(digit)),
+        ] {
+            assert!(told.contains(&line), "{line}: {told}");
+        }
+    }
+}
+
+#[test]
+fn a_template_in_a_file_of_its_own_is_fetched_and_used() {
+    let hub = Hub::start();
+    let project = tiny::project();
+    let folder = project.path("published");
+    tiny::write_model(&folder, 1);
+    std::fs::remove_dir_all(project.path("tiny")).unwrap();
+    project.edit("pipeline.yaml", "{ file: tiny }", "{ hf: org/template }");
+    let publish = |commit: &str, template: Option<&str>| {
+        let names = [
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "model.safetensors",
+        ];
+        let files = names.map(|name| (name, std::fs::read(folder.join(name)).unwrap()));
+        let template = template.map(|text| ("chat_template.jinja", text.as_bytes().to_vec()));
+        let files: Vec<_> = files.into_iter().chain(template).collect();
+        hub.publish("org/template", commit, &files);
+    };
+    let asked = |seen: &[Seen]| {
+        let paths = paths(seen).into_iter();
+        paths
+            .filter(|p| p.ends_with("/chat_template.jinja"))
+            .count()
+    };
+    // One that has none is not asked for it again.
+    publish(&commit('a'), None);
+    run(&project, &hub, &[]).ok();
+    assert_ne!(asked(&hub.seen()), 0);
+    run(&project, &hub, &["--force"]).ok();
+    assert_eq!(asked(&hub.seen()), 0);
+    // What is there is what is rendered: this one does not even parse.
+    publish(&commit('b'), Some("{% unheard_of %}"));
+    refused(&run(&project, &hub, &[]), &["chat template", "unheard_of"]);
+}

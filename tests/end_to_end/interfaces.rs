@@ -1,9 +1,7 @@
-//! What other programs and people at a terminal read: events, completions, the manual, the
-//! doctor, the first pipeline, plain and drawn output.
+//! What other programs and people at a terminal read: events, completions, the manual, plain and
+//! drawn output.
 
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::path::Path;
 
 use serde_json::Value;
@@ -241,194 +239,6 @@ fn the_manual_has_every_command() {
     assert!(project.read("man1/flowrun-cache-gc.1").contains("dry"));
 }
 
-/// Answers every request with one status and JSON text, until the test ends.
-fn server(status: &'static str, body: &'static str) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}/v1", listener.local_addr().unwrap());
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut request = [0; 4096];
-            let _ = stream.read(&mut request);
-            let head = "content-type: application/json\r\nconnection: close";
-            let _ = write!(
-                stream,
-                "HTTP/1.1 {status}\r\n{head}\r\ncontent-length: {}\r\n\r\n{body}",
-                body.len()
-            );
-        }
-    });
-    url
-}
-
-#[test]
-fn the_doctor_says_what_is_missing() {
-    let project = Project::shell();
-    let fine = project.run(&["doctor", "pipeline.yaml"]).ok();
-    for what in ["machine", "cache", "disk", "pipeline"] {
-        assert!(fine.stdout.contains(what), "{what} in\n{}", fine.stdout);
-    }
-    assert!(!project.path(".flowrun").exists(), "it only looks");
-
-    let list = r#"{"object":"list","data":[{"id":"there","object":"model"}]}"#;
-    let url = server("200 OK", list);
-    let models = |model: &str, url: &str| {
-        let spec = format!(
-            "{{ provider: openai, base_url: \"{url}\", model: {model}, api_key_env: ORACLE_KEY }}"
-        );
-        let weights = "{ provider: embedded, weights: { file: nowhere.gguf } }";
-        format!(
-            "name: m\nmodels:\n  oracle: {spec}\n  student: {weights}\nsteps:\n  s:\n    run: echo > \"$o\"\n    out: {{ o: o }}\n"
-        )
-    };
-    let doctor = |yaml: &str, key: Option<&str>| {
-        project.write("models.yaml", yaml);
-        let mut command = project.command(&["doctor", "models.yaml", "--json"]);
-        command.env_remove("ORACLE_KEY");
-        command.envs(key.map(|key| ("ORACLE_KEY", key)));
-        let run = Run::of(command.output().unwrap());
-        let found: Value = serde_json::from_str(&run.stdout).unwrap();
-        (run.code, found)
-    };
-    let status = |found: &Value, text: &str| {
-        let all = found.as_array().unwrap();
-        let one = all
-            .iter()
-            .find(|f| f["text"].as_str().unwrap().contains(text));
-        assert!(one.is_some(), "{text} in {found:#}");
-        one.unwrap()["status"].clone()
-    };
-    let (code, found) = doctor(&models("there", &url), None);
-    assert_eq!(code, Some(3));
-    assert_eq!(status(&found, "`ORACLE_KEY` is not set"), "missing");
-    assert_eq!(status(&found, "serves `there`"), "ok");
-    assert_eq!(status(&found, "nowhere.gguf"), "missing");
-    let (_, found) = doctor(&models("other", &url), Some("k"));
-    assert_eq!(status(&found, "`ORACLE_KEY` is set"), "ok");
-    assert_eq!(status(&found, "does not serve `other`"), "missing");
-    let (_, found) = doctor(&models("there", "http://127.0.0.1:9/v1"), Some("k"));
-    assert_eq!(status(&found, "does not answer"), "missing");
-    // In vLLM's words.
-    let wary = server("401 Unauthorized", r#"{"error":"Unauthorized"}"#);
-    let (_, found) = doctor(&models("there", &wary), Some("k"));
-    assert_eq!(status(&found, "it says 401"), "missing");
-    let found = found.to_string();
-    assert!(found.contains("correct the key"), "{found}");
-
-    project.edit(
-        "pipeline.yaml",
-        "in: { words: strip.stripped }",
-        "in: { words: strip.strapped }",
-    );
-    let wrong = project.run(&["doctor", "pipeline.yaml"]);
-    assert_eq!(wrong.code, Some(3));
-    assert!(wrong.stdout.contains("strip.stripped"), "{}", wrong.stdout);
-    project.write("file", "");
-    assert_eq!(
-        project.run(&["doctor", "--cache-dir", "file/x"]).code,
-        Some(6)
-    );
-}
-
-fn rows(labelled: usize, unlabelled: usize) -> String {
-    let mut csv = "id,query,intent\n".to_owned();
-    for i in 0..labelled + unlabelled {
-        let (text, label) = [
-            ("my card is lost", "lost"),
-            ("send money abroad", "transfer"),
-        ][i % 2];
-        let label = if i < labelled { label } else { "" };
-        csv.push_str(&format!("{i},\"{text}, please {i}\",{label}\n"));
-    }
-    csv
-}
-
-#[test]
-fn a_first_pipeline_passes_the_checks() {
-    let project = Project::new();
-    project.write("data/My Queries.csv", &rows(80, 0));
-    let told = project.run(&["init", "data/My Queries.csv"]).ok().stdout;
-    assert!(told.contains("2 labels, 80 rows with a label"), "{told}");
-    project.run(&["check", "pipelines/my-queries.yaml"]).ok();
-    let yaml = project.read("pipelines/my-queries.yaml");
-    assert!(
-        yaml.contains("text: \"query\"") && yaml.contains("file: \"data/My Queries.csv\""),
-        "{yaml}"
-    );
-    assert!(!yaml.contains("uses: bootstrap"), "{yaml}");
-    let there = project.run(&["init", "data/My Queries.csv"]);
-    assert_eq!(there.code, Some(2));
-    assert!(there.stderr.contains("--force"), "{}", there.stderr);
-
-    project.write("part.csv", &rows(80, 60));
-    let told = project
-        .run(&["init", "part.csv", "--name", "part", "--json"])
-        .ok();
-    assert_eq!(told.events()[0]["unlabelled"], 60);
-    project.run(&["check", "pipelines/part.yaml"]).ok();
-    assert!(
-        project
-            .read("pipelines/part.yaml")
-            .contains("uses: bootstrap")
-    );
-
-    project.write("odd.csv", "a,b,c\n1,2,3\n");
-    let unclear = project.run(&["init", "odd.csv"]);
-    assert_eq!(unclear.code, Some(2));
-    assert!(
-        unclear.stderr.contains("--text COLUMN"),
-        "{}",
-        unclear.stderr
-    );
-    let few = project.run(&["init", "odd.csv", "--text", "a", "--label", "b"]);
-    assert_eq!(few.code, Some(3), "{}", few.stderr);
-    assert_eq!(project.run(&["init"]).code, Some(2));
-}
-
-#[test]
-fn a_first_pipeline_is_asked_for_on_a_terminal() {
-    let project = Project::new();
-    project.write("part.csv", &rows(80, 60));
-    let answers = "part.csv\n\nintent\nmine\n";
-    let Some(asked) = on_a_terminal(&project, "init", answers, &[]) else {
-        println!("skipped: there is no `script` to make a terminal with");
-        return;
-    };
-    for part in [
-        "Column of the texts (id, intent, query) [query]:",
-        "Name of the pipeline [part]:",
-    ] {
-        assert!(asked.contains(part), "{part} in\n{asked}");
-    }
-    project.run(&["check", "pipelines/mine.yaml"]).ok();
-}
-
-#[test]
-fn the_data_steps_of_a_first_pipeline_run() {
-    let project = Project::new();
-    project.write("part.csv", &rows(80, 60));
-    project.run(&["init", "part.csv"]).ok();
-    let run = project
-        .run(&["pipelines/part.yaml", "--until", "split", "--json"])
-        .ok();
-    let events = run.events();
-    let metrics = |step: &str| {
-        let ended = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;
-        events.iter().find(ended).unwrap()["metrics"].clone()
-    };
-    let (train, test) = (
-        &metrics("load")["train_rows"],
-        &metrics("load")["test_rows"],
-    );
-    assert_eq!(train.as_u64().unwrap() + test.as_u64().unwrap(), 140);
-    assert!((5..30).contains(&test.as_u64().unwrap()), "{test}");
-    assert_eq!(metrics("split")["unlabelled"], 60);
-    assert_eq!(
-        metrics("split")["labelled"].as_u64().unwrap(),
-        train.as_u64().unwrap() - 60
-    );
-}
-
 #[test]
 fn piped_output_is_plain() {
     let project = Project::new();
@@ -443,7 +253,7 @@ fn piped_output_is_plain() {
 
 /// Runs the binary on a terminal of 80 columns that answers so; gives what was written to it,
 /// or nothing where there is no `script` to make a terminal with.
-fn on_a_terminal(
+pub(crate) fn on_a_terminal(
     project: &Project,
     args: &str,
     answers: &str,

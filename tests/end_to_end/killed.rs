@@ -3,6 +3,7 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use crate::processes::{lives, signal, until};
 use crate::project::{Project, Run};
 
 const SLOW: &str = "\
@@ -42,22 +43,11 @@ fn start(project: &Project) -> std::process::Child {
     child
 }
 
-fn signal(child: &std::process::Child, name: &str) {
-    let pid = child.id().to_string();
-    assert!(
-        std::process::Command::new("kill")
-            .args([name, &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
-}
-
 #[test]
 fn a_killed_run_goes_on_where_it_was() {
     let project = slow();
     let mut child = start(&project);
-    signal(&child, "-KILL");
+    signal("-KILL", child.id());
     child.wait().unwrap();
     project.write("go", "");
     let run = project.run(&["pipeline.yaml", "--json"]).ok();
@@ -70,7 +60,7 @@ fn a_killed_run_goes_on_where_it_was() {
 fn what_ends_a_killed_runs_commands_spares_those_of_the_next_run() {
     let project = slow();
     let mut child = start(&project);
-    signal(&child, "-KILL");
+    signal("-KILL", child.id());
     child.wait().unwrap();
     // The next run's command is at work while the killed run's are looked for.
     let mut next = project.command(&["pipeline.yaml", "--json"]);
@@ -96,26 +86,18 @@ fn the_command_of_a_killed_run_does_not_live_on() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !pid.exists() {
-        assert!(Instant::now() < deadline, "the command did not start");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    signal(&child, "-KILL");
+    until("the command did not start", || pid.exists());
+    signal("-KILL", child.id());
     child.wait().unwrap();
-    let stat = format!("/proc/{}/stat", project.read("pid").trim());
-    let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
-    while lives() {
-        assert!(Instant::now() < deadline, "the command lives on");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let command = project.read("pid").trim().parse().unwrap();
+    until("the command lives on", || !lives(command));
 }
 
 #[test]
 fn an_interrupted_run_keeps_what_finished_and_exits_130() {
     let project = slow();
     let child = start(&project);
-    signal(&child, "-INT");
+    signal("-INT", child.id());
     let ended = Run::of(child.wait_with_output().unwrap());
     assert_eq!(ended.code, Some(130), "{}", ended.stderr);
     assert_eq!(ended.steps("ran"), ["quick"]);

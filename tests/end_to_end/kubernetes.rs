@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::kubernetes_api::{Api, ended};
 use crate::project::{Project, Run};
 use crate::slow_job::{Slow, lives, signal, until};
+use crate::through_remote::notes;
 use crate::tiny;
 
 /// A cluster and what asks it.
@@ -151,6 +152,35 @@ fn a_command_is_a_job_too_and_the_api_server_never_has_its_secret() {
     assert_eq!(unseen.code, Some(4));
     assert!(unseen.stderr.contains("`volumes`"), "{}", unseen.stderr);
     assert_eq!(kubernetes.api.orders().len(), 2, "nothing was ordered");
+}
+
+/// No volume is needed where files go through a remote store.
+#[test]
+fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
+    let Some(kubernetes) = Kubernetes::start() else {
+        return;
+    };
+    let project = Project::new();
+    project.write("text.txt", "text\n");
+    let step = "steps:\n  s:\n    run: 'echo said; cat \"$text\" > \"$out\"'\n    runner: kubernetes\n    in: { text: { file: text.txt } }\n    out: { out: n }\n    publish: { out: n }\n";
+    let runners = kubernetes.runners("    through: remote\n");
+    let volumes = runners
+        .lines()
+        .find(|line| line.trim().starts_with("volumes:"));
+    let runners = runners.replace(&format!("{}\n", volumes.unwrap()), "");
+    project.write("p.yaml", &format!("{runners}{step}"));
+    let mut command = project.command(&["p.yaml"]);
+    command
+        .env("KUBECONFIG", kubernetes.api.kubeconfig())
+        .env("FLOWRUN_REMOTE", project.path("store"));
+    Run::of(command.output().unwrap()).ok();
+    assert_eq!(project.read("n"), "text\n");
+    let log = project.run(&["show", "s"]).ok().stdout;
+    assert!(log.contains("said"), "{log}");
+    let order = kubernetes.api.orders()[0].to_string();
+    assert!(order.contains("--through"), "{order}");
+    until("notes are left", || notes(&project) == 0);
+    until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
 
 #[test]

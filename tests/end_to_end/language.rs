@@ -315,6 +315,115 @@ steps:
     assert!(plan.contains("each/both"), "{plan}");
 }
 
+/// The lines of a text, each counted by a definition of its own.
+const BOOK: &str = "\
+params:
+  name:
+in: { text: file }
+out: { counts: count.count, all: all.all }
+steps:
+  line:
+    foreach: { number: [1, 2] }
+    run: sed -n '${{ item.number }}p' \"$text\" | sed 's/^/${{ params.name }} /' > \"$line\"
+    in: { text: in.text }
+    out: { line: line.txt }
+  count:
+    uses: ./count.yaml
+    foreach:
+      line: line.line
+      max_parallel: 1
+    in: { text: \"${{ item.line }}\" }
+  all:
+    run: (echo '${{ params.name }}'; cat \"$counts\"/*) > \"$all\"
+    in: { counts: count.count }
+    out: { all: all.txt }
+";
+
+#[test]
+fn a_definition_is_walked_within_the_items_of_another() {
+    let project = Project::new();
+    project.write("text.txt", "a b\nc\n");
+    project.write("book.yaml", BOOK);
+    project.write(
+        "count.yaml",
+        "\
+in: { text: file }
+out: { count: count.count }
+steps:
+  words:
+    run: tr ' ' '\\n' < \"$text\" > \"$words\"
+    in: { text: in.text }
+    out: { words: words.txt }
+  count:
+    run: wc -l < \"$words\" > \"$count\"
+    in: { words: words.words }
+    out: { count: count.txt }
+",
+    );
+    project.write(
+        "pipeline.yaml",
+        "\
+steps:
+  book:
+    uses: ./book.yaml
+    foreach: { name: [one, two] }
+    in: { text: { file: text.txt } }
+    with: { name: \"${{ item.name }}\" }
+    publish: { all: \"results/${{ item.name }}.txt\" }
+  all:
+    run: cat \"$counts\"/* > \"$all\"
+    in: { counts: book.counts }
+    out: { all: all.txt }
+    publish: { all: results/all.txt }
+",
+    );
+    let numbers = |name: &str| -> Vec<String> {
+        let text = project.read(name);
+        text.split_whitespace().map(str::to_owned).collect()
+    };
+    let args = ["pipeline.yaml", "--json"];
+    let first = project.run(&args).ok();
+    let ran = first.steps("ran");
+    for id in [
+        "book/line[two/1]",
+        "book/count/words[one/2]",
+        "book/count/count[two/1]",
+        "book/all[one]",
+    ] {
+        assert!(ran.iter().any(|step| step == id), "{id} in {ran:?}");
+    }
+    assert_eq!(numbers("results/all.txt"), ["3", "2", "3", "2"]);
+    assert_eq!(numbers("results/two.txt"), ["two", "3", "2"]);
+    assert!(project.run(&args).ok().steps("ran").is_empty());
+    // One line changed, and with it one item inside each item around.
+    project.write("text.txt", "a b\nc d\n");
+    let mut ran = project.run(&args).ok().steps("ran");
+    ran.sort();
+    assert_eq!(
+        ran,
+        [
+            "all",
+            "book/all[one]",
+            "book/all[two]",
+            "book/count/count[one/2]",
+            "book/count/count[two/2]",
+            "book/count/words[one/2]",
+            "book/count/words[two/2]",
+            "book/line[one/1]",
+            "book/line[one/2]",
+            "book/line[two/1]",
+            "book/line[two/2]",
+        ]
+    );
+    assert_eq!(numbers("results/all.txt"), ["3", "3", "3", "3"]);
+    // A new item around brings its own; the others are cached one by one.
+    project.edit("pipeline.yaml", "[one, two]", "[two, three]");
+    let mut ran = project.run(&args).ok().steps("ran");
+    ran.sort();
+    let new: Vec<&String> = ran.iter().filter(|id| !id.contains("[three")).collect();
+    assert_eq!(new, ["all"], "{ran:?}");
+}
+
 #[test]
 fn the_pools_example_runs() {
     let project = example("pools");

@@ -165,6 +165,8 @@ fn cases() -> Vec<Case> {
         case("an HTML page at every try", 3, Failed("is `base_url` right?"), "", |_| Some(Fault::body("<html>Log in</html>"))),
         case("no choices once", 2, Labelled, "", |a| first(a, Fault::Changed(|v| v["choices"] = json!([])))),
         case("an error with status 200, once", 2, Labelled, "", |a| first(a, Fault::body("{\"error\": {\"message\": \"busy\"}}"))),
+        case("an answer that the server broke off (`finish_reason: error`), once", 2, Labelled, "", |a| first(a, Fault::body(
+            "{\"choices\": [{\"message\": {\"content\": \"card_arr\"}, \"finish_reason\": \"error\"}]}"))),
         case("two choices", 1, Labelled, "", |_| Some(Fault::Changed(|v| {
             let mut second = v["choices"][0].clone();
             second["message"]["content"] = json!("nonsense");

@@ -210,11 +210,7 @@ fn an_interrupted_run_stops_its_job() {
 fn a_node_that_dies_is_replaced_by_another() {
     let Some(mut ray) = ray() else { return };
     ray.add_node("first");
-    let settings = runners(&ray).replace("jobs: 4", "jobs: 4, autoscales: true");
-    let slow = Slow::new("ray", &settings);
-    let runner = "    runner: ray\n";
-    let on_a_node = format!("{runner}    resources: {{ cpu: 0.1, custom: {{ plough: 1 }} }}\n");
-    slow.project.edit("p.yaml", runner, &on_a_node);
+    let slow = on_a_node(&ray);
     let child = slow.start();
     let first = slow.worker();
     signal("-KILL", raylet(ray.folder(), "first"));
@@ -228,12 +224,24 @@ fn a_node_that_dies_is_replaced_by_another() {
     until("the lost work goes on", || !lives(first));
 }
 
-/// The head's own process is killed: what works, works on, and its result comes. What is ordered
-/// afterwards says what is away.
+/// A step that only an added node can do.
+fn on_a_node(ray: &Ray) -> Slow {
+    let settings = runners(ray).replace("jobs: 4", "jobs: 4, autoscales: true");
+    let slow = Slow::new("ray", &settings);
+    let runner = "    runner: ray\n";
+    let needs = format!("{runner}    resources: {{ cpu: 0.1, custom: {{ plough: 1 }} }}\n");
+    slow.project.edit("p.yaml", runner, &needs);
+    slow
+}
+
+/// The head's own process is killed: what works on another node works on, and its result comes.
+/// (`ray start --block` ends what works on the head's node.) What is ordered afterwards says what
+/// is away.
 #[test]
 fn a_head_that_dies_does_not_take_the_work_along() {
-    let Some(ray) = ray() else { return };
-    let slow = Slow::new("ray", &runners(&ray));
+    let Some(mut ray) = ray() else { return };
+    ray.add_node("other");
+    let slow = on_a_node(&ray);
     let child = slow.start();
     slow.worker();
     signal("-KILL", head(ray.folder()));

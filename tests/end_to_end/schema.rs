@@ -93,6 +93,7 @@ hooks:
   w: { webhook: { url: \"https://x/${TOKEN}\", headers: { a: b }, retries: \"${{ params.n }}\" } }
 tracking:
   mlflow: { experiment: x, artifacts: [a.train], register: { name: m, output: a.train } }
+  tensorboard: { folder: x }
 steps:
   a:
     uses: filter-top-n

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::mount::Mount;
 use crate::oracle_faults::{all_there, project, run};
 use crate::project::Project;
 use crate::server::{Server, chat, client};
@@ -288,8 +289,22 @@ fn what_cannot_be_answered_says_why() {
     oldest_first.reverse();
     assert_eq!(oldest_first, newest_first);
     assert_eq!(listed("&order=desc&limit=1"), newest_first[..1]);
-    let refused = server.get("/v1/files?order=up");
-    assert_eq!(refused.status(), 400);
+    for (path, param) in [
+        ("/v1/files?order=up", json!("order")),
+        ("/v1/files?limit=many", Value::Null),
+        ("/v1/batches?limit=many", Value::Null),
+        ("/v1/batches?after=batch_gone", json!("after")),
+    ] {
+        let refused = server.get(path);
+        assert_eq!(refused.status(), 400, "{path}");
+        let body: Value = refused.json().unwrap();
+        assert_eq!(body["error"]["type"], "invalid_request_error", "{path}");
+        assert_eq!(body["error"]["param"], param, "{path}");
+    }
+    let no_form = server.ask("/v1/files", &json!({}));
+    assert_eq!(no_form.status(), 400);
+    let body: Value = no_form.json().unwrap();
+    assert!(body["error"]["message"].is_string(), "{body}");
 }
 
 #[test]
@@ -412,13 +427,74 @@ fn a_second_server_on_the_folder_waits_for_its_turn() {
     let batch = ended(&first, &id);
     let counts = json!({"total": FEW, "completed": FEW, "failed": 0});
     assert_eq!(batch["request_counts"], counts);
-    // No request of it was answered twice.
+    // The first one answers what the second one was asked for, though nobody names it there. No
+    // request was answered twice.
+    let batch = ended(&second, &own);
+    assert_eq!(batch["status"], "completed", "{batch}");
+    assert_eq!(lines(&second, &batch["output_file_id"]).len(), 1);
     assert!(second.metric("flowrun_generated_tokens_total") <= 4.0);
-    assert_eq!(look(&second, &own)["status"], "validating");
+    let listed: Value = first.get("/v1/batches").json().unwrap();
+    assert_eq!(listed["data"].as_array().unwrap().len(), 2);
+
+    // One that is under way when the first one ends is for the second one.
+    let requests: Vec<String> = (0..ROWS)
+        .map(|row| request(&format!("row {row}"), "tiny", 1000))
+        .collect();
+    let last = ordered(&second, &requests.join("\n"));
+    wait(|| look(&second, &last)["status"] == "in_progress");
     assert_eq!(first.stop(), Some(0));
-    assert_eq!(ended(&second, &own)["status"], "completed");
+    let batch = ended(&second, &last);
+    assert_eq!(batch["request_counts"]["completed"], ROWS, "{batch}");
+    assert_eq!(lines(&second, &batch["output_file_id"]).len(), ROWS);
+    assert!(second.metric("flowrun_generated_tokens_total") > 4.0);
     assert_eq!(look(&second, &id)["request_counts"], counts);
     assert_eq!(second.stop(), Some(0));
+}
+
+#[test]
+fn a_full_disk_loses_no_answer_however_long_it_is_full() {
+    for killed in [false, true] {
+        let home = home();
+        let Some(disk) = Mount::tmpfs(&home.path("kept"), "size=2m") else {
+            return;
+        };
+        let mut server = start(&home, &["--max-batch", "2"]);
+        let requests: Vec<String> = (0..ROWS)
+            .map(|row| request(&format!("row {row}"), "tiny", 1000))
+            .collect();
+        let id = ordered(&server, &requests.join("\n"));
+        wait(|| look(&server, &id)["request_counts"]["completed"].as_u64() >= Some(2));
+        let filler = home.path("kept/filler");
+        let mut file = std::fs::File::create(&filler).unwrap();
+        while file.write_all(&[0; 4096]).is_ok() {}
+        drop(file);
+        // The next answers have no place, and those that there are cannot be announced.
+        server.hear("its answers wait on the disk");
+        let batch = look(&server, &id);
+        assert_eq!(batch["status"], "in_progress", "{batch}");
+        if killed {
+            server.signal("-KILL");
+            drop(server);
+            std::fs::remove_file(filler).unwrap();
+            server = start(&home, &["--max-batch", "2"]);
+        } else {
+            std::fs::remove_file(filler).unwrap();
+        }
+        let batch = ended(&server, &id);
+        let answers = lines(&server, &batch["output_file_id"]);
+        assert_eq!(batch["request_counts"]["completed"], answers.len());
+        if killed {
+            assert_eq!(batch["status"], "completed", "{batch}");
+            assert_eq!(answers.len(), ROWS);
+        } else {
+            assert_eq!(batch["status"], "failed", "{batch}");
+            assert!(answers.len() >= 2, "{batch}");
+            let why = batch["errors"]["data"][0]["message"].as_str().unwrap();
+            assert!(why.contains("cannot be read or written"), "{why}");
+        }
+        assert_eq!(server.stop(), Some(0));
+        drop(disk);
+    }
 }
 
 #[test]

@@ -109,14 +109,20 @@ impl Server {
         }
     }
 
+    /// Waits until it says something in its log.
+    pub(crate) fn hear(&mut self, text: &str) {
+        let log = self.child.stderr.as_mut().unwrap();
+        let mut lines = BufReader::new(log).lines().map(Result::unwrap);
+        let said = lines.any(|line| line.contains(text));
+        assert!(said, "the server ended without saying: {text}");
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     pub(crate) fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        let status = Command::new("kill").args([name, &pid]).status().unwrap();
-        assert!(status.success());
+        crate::processes::signal(name, self.pid());
     }
 
     /// Waits for its end; its exit code.

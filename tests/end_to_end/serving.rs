@@ -51,6 +51,57 @@ fn ids(server: &Server) -> Vec<String> {
 }
 
 #[test]
+fn a_chat_template_is_told_what_the_models_entry_and_the_request_say() {
+    let project = tiny::project();
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}\
+        {% if enable_thinking is defined and not enable_thinking %}12345{% endif %}";
+    std::fs::write(project.path("tiny/chat_template.jinja"), template).unwrap();
+    let body = |server: &Server, told: Value| {
+        let message = json!({"role": "user", "content": "hello"});
+        let mut body = json!({"model": ids(server)[0], "messages": [message], "max_tokens": 1});
+        if !told.is_null() {
+            body["chat_template_kwargs"] = told;
+        }
+        body
+    };
+    let tokens = |server: &Server, told: Value| {
+        let answer = server.json("/v1/chat/completions", &body(server, told));
+        answer["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let (quick, slow) = (
+        json!({"enable_thinking": false}),
+        json!({"enable_thinking": true}),
+    );
+    let server = serve(&project, &["tiny"]);
+    assert_eq!(tokens(&server, Value::Null), 5);
+    assert_eq!(tokens(&server, quick), 10);
+    assert_eq!(tokens(&server, slow.clone()), 5);
+    let (status, problem) = server.problem(
+        "/v1/chat/completions",
+        &body(&server, json!({"messages": []})),
+    );
+    assert_eq!(status, 400, "{problem}");
+
+    let told = r#"{"enable_thinking": false}"#;
+    let usual = serve(&project, &["tiny", "--default-chat-template-kwargs", told]);
+    assert_eq!(tokens(&usual, Value::Null), 10);
+    assert_eq!(tokens(&usual, slow.clone()), 5);
+
+    // What the entry says is part of the keys and of the bundle, and the request wins over it.
+    project.run(&["pipeline.yaml", "--json"]).ok();
+    project.edit(
+        "pipeline.yaml",
+        "weights: { file: tiny }",
+        "weights: { file: tiny }\n    chat_template_kwargs: { enable_thinking: false }",
+    );
+    let told = project.run(&["pipeline.yaml", "--json"]).ok();
+    assert_eq!(told.steps("ran"), ["score", "deploy"]);
+    let server = serve(&project, &["bundle"]);
+    assert_eq!(tokens(&server, Value::Null), 10);
+    assert_eq!(tokens(&server, slow), 5);
+}
+
+#[test]
 fn the_program_of_a_bundle_always_answers() {
     let server = serve(&DEPLOYED, &["bundle"]);
     let labels = ["card_arrival", "change_pin", "exchange_rate"];

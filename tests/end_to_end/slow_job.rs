@@ -1,25 +1,9 @@
 //! A step that is a job somewhere: it says which process works, and works until it may go on.
 
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, Stdio};
 
+pub(crate) use crate::processes::{lives, signal, until};
 use crate::project::{Project, Run};
-
-/// Time in which what must happen has happened, on a busy machine.
-const LIMIT: Duration = Duration::from_secs(120);
-
-pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LIMIT;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-pub(crate) fn signal(name: &str, pid: u32) {
-    let status = Command::new("kill").args([name, &pid.to_string()]).status();
-    assert!(status.unwrap().success());
-}
 
 /// A project with that step.
 pub(crate) struct Slow {
@@ -107,8 +91,4 @@ impl Slow {
             .map(|e| e.file_name().into_string().unwrap())
             .collect()
     }
-}
-
-pub(crate) fn lives(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }

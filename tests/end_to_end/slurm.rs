@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::project::{Project, Run};
 use crate::server::free_port;
 use crate::slow_job::{Slow, lives, signal, until};
+use crate::weed::{Weed, binary};
 
 /// A cluster of one node, which ends with the test.
 struct Slurm {
@@ -242,4 +243,76 @@ fn the_job_of_a_killed_run_is_taken_up_and_an_interrupted_run_stops_its_job() {
     assert_eq!(ended.code, Some(130), "{}", ended.stderr);
     until("the job works on", || !lives(worker));
     until("jobs are left", || slurm.jobs().is_empty());
+}
+
+/// Workers that see no folder of the run: files go through a real S3 server, and so does what the
+/// jobs say. Secrets and the credentials of the store are in the jobs' environment alone.
+#[test]
+fn files_of_jobs_go_through_s3_where_the_workers_see_no_folder() {
+    let Some(binary) = binary() else { return };
+    let Some(slurm) = Slurm::start() else { return };
+    let weed = Weed::start(binary);
+    let runners = "runners:\n  slurm: { jobs: 4, through: remote }\n";
+    let remote = "s3://flow/team/jobs";
+    let project = Project::new();
+    let step = "steps:\n  s:\n    run: 'echo \"it is $TOKEN\"; pwd; printf %s \"$TOKEN\" | wc -c > \"$out\"'\n    runner: slurm\n    secrets: [TOKEN]\n    out: { out: n }\n    publish: { out: n }\n";
+    project.write("p.yaml", &format!("{runners}{step}"));
+    let run = |args: &[&str]| {
+        let mut command = weed.command(&project, args);
+        command
+            .env("SLURM_CONF", slurm.conf())
+            .env("TOKEN", "very-secret-value")
+            .env("FLOWRUN_REMOTE", remote);
+        Run::of(command.output().unwrap())
+    };
+    run(&["p.yaml"]).ok();
+    assert_eq!(project.read("n").trim(), "17");
+    let log = project.run(&["show", "s"]).ok().stdout;
+    assert!(log.contains("it is ***"), "{log}");
+    assert!(
+        !log.contains(&project.path("").display().to_string()),
+        "{log}"
+    );
+    let notes = || {
+        let files = weed.files("team");
+        files
+            .keys()
+            .filter(|path| path.contains("/jobs/flowrun-"))
+            .count()
+    };
+    until("notes are left", || notes() == 0);
+    let all = weed.files("team");
+    let secret = b"very-secret-value";
+    let has = |bytes: &Vec<u8>| bytes.windows(secret.len()).any(|part| part == secret);
+    assert!(!all.values().any(has), "the store has the secret");
+
+    let slow = Slow::new("slurm", runners);
+    let env = [
+        ("SLURM_CONF", slurm.conf()),
+        ("AWS_ACCESS_KEY_ID", "AK".to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", "SK".to_owned()),
+        ("AWS_ENDPOINT_URL", weed.endpoint()),
+        ("FLOWRUN_REMOTE", remote.to_owned()),
+    ];
+    let env: Vec<(&str, &str)> = env
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()))
+        .collect();
+    let child = slow.start_with(&env);
+    let first = slow.worker();
+    signal("-KILL", first);
+    let second = slow.worker();
+    assert_ne!(first, second);
+    slow.go();
+    slow.ended_well(child);
+    assert_eq!(slow.begun(), 2);
+    let places = slow.project.read("places");
+    let project = slow.project.path("");
+    assert!(
+        places
+            .lines()
+            .all(|place| !Path::new(place).starts_with(&project)),
+        "{places}"
+    );
+    until("notes are left", || notes() == 0);
 }

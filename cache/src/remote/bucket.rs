@@ -3,7 +3,7 @@
 //! Credentials come from the variables that it is given, never from the URL.
 
 use std::collections::BTreeMap;
-use std::path::Path as FilePath;
+use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -200,6 +200,18 @@ impl Bucket {
     pub(super) fn pack(&self, digest: &Digest) -> Path {
         let hex = digest.to_hex();
         self.at(&format!("answers/{}/{}.log", &hex[..2], &hex[2..]))
+    }
+
+    /// Where a note of a job lies: `<id>/<name>`; of an id alone, the folder of its notes.
+    pub(super) fn note(&self, name: &str) -> Path {
+        self.at(&format!("jobs/{name}"))
+    }
+
+    /// The path on this machine of what lies there, if the store is a folder of it.
+    pub(super) fn local(&self, path: &Path) -> Option<PathBuf> {
+        let url = Url::parse(&self.url).ok()?;
+        let folder = url.to_file_path().ok().filter(|_| self.is_folder())?;
+        Some(folder.join(path.as_ref()))
     }
 
     /// The key of what lies there, if it is a result.

@@ -25,7 +25,7 @@ use crate::store::ArtifactStore;
 const SMALL: u64 = 256 << 20;
 
 /// Why an object could not be had.
-enum Flaw {
+pub(super) enum Flaw {
     /// The remote says that it is not there.
     Missing(Digest),
     /// What is there is not what was stored.
@@ -201,7 +201,12 @@ async fn first(found: GetResult, most: u64) -> object_store::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-async fn get_artifact(shared: &Shared, cache: &Cache, artifact: Artifact) -> Result<(), Flaw> {
+/// Gets the objects of an artifact that the local cache lacks.
+pub(super) async fn get_artifact(
+    shared: &Shared,
+    cache: &Cache,
+    artifact: Artifact,
+) -> Result<(), Flaw> {
     let store = cache.store();
     match artifact.kind {
         ArtifactKind::File => get_object(shared, cache, artifact.digest, Some(artifact.size)).await,

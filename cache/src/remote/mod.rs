@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `answers` | sends and gets kept answers of language models, in packs |
 //! | `bucket` | what a URL names, and the names of things there |
+//! | `depot` | the same place as one where two processes hand things to each other |
 //! | `policy` | what is done about a remote that refuses |
 //! | `download` | gets a result with its objects, each verified before it has its name |
 //! | `upload` | sends objects, then the result |
@@ -18,6 +19,7 @@
 
 mod answers;
 mod bucket;
+mod depot;
 mod download;
 mod multipart;
 mod outbox;
@@ -42,6 +44,7 @@ use tokio::sync::{OnceCell, Semaphore};
 
 use self::bucket::Bucket;
 pub use self::bucket::{folder_url, is_folder};
+pub use self::depot::{Depot, DepotError};
 use self::outbox::Outbox;
 use self::policy::{Policy, Refusal};
 use crate::action::{ActionKey, ActionResult};
@@ -108,17 +111,20 @@ struct Shared {
     folder: std::path::PathBuf,
     outbox: Outbox,
     /// Requests with content under way.
-    transfers: Semaphore,
+    transfers: Arc<Semaphore>,
     /// Results that are being sent.
     results: Semaphore,
     /// Held while answers are sent.
     packing: tokio::sync::Mutex<()>,
     /// Objects that are there, or on their way.
-    sent: Mutex<HashMap<Digest, Arc<OnceCell<()>>>>,
+    sent: Arc<SentObjects>,
     /// Objects and results that were found damaged, or without what belongs to them.
     spoilt: Mutex<BTreeSet<Digest>>,
     tally: Tally,
 }
+
+/// Objects that were sent, or are being sent: whoever wants the same waits for that.
+type SentObjects = Mutex<HashMap<Digest, Arc<OnceCell<()>>>>;
 
 /// Counts of what is sent.
 #[derive(Debug, Default)]
@@ -212,29 +218,12 @@ impl RemoteCache {
     }
 
     fn of(bucket: Bucket, read_only: bool, cache_dir: &Path) -> Result<Self, RemoteError> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(THREADS)
-            .thread_name("remote")
-            .enable_all()
-            .build()
-            .map_err(RemoteError::Threads)?;
         let folder = cache_dir.join(FOLDER).join(&bucket.id);
-        let shared = Shared {
-            bucket,
-            policy: Policy::default(),
-            read_only,
-            outbox: Outbox::new(&folder),
-            folder,
-            transfers: Semaphore::new(AT_ONCE),
-            results: Semaphore::new(AT_ONCE),
-            packing: tokio::sync::Mutex::default(),
-            sent: Mutex::default(),
-            spoilt: Mutex::default(),
-            tally: Tally::default(),
-        };
+        let transfers = Arc::new(Semaphore::new(AT_ONCE));
+        let shared = Shared::new(bucket, read_only, folder, transfers, Arc::default());
         Ok(Self {
             shared: Arc::new(shared),
-            runtime: Some(runtime),
+            runtime: Some(runtime()?),
         })
     }
 
@@ -503,6 +492,16 @@ impl RemoteCache {
     }
 }
 
+/// The threads that serve the connections.
+fn runtime() -> Result<Runtime, RemoteError> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .thread_name("remote")
+        .enable_all()
+        .build()
+        .map_err(RemoteError::Threads)
+}
+
 /// Hands on what comes until there is no more, or `stop`; false when that came first.
 fn hear_packs(
     hear: &Receiver<(Digest, Vec<u8>)>,
@@ -553,6 +552,28 @@ impl Tally {
 }
 
 impl Shared {
+    fn new(
+        bucket: Bucket,
+        read_only: bool,
+        folder: std::path::PathBuf,
+        transfers: Arc<Semaphore>,
+        sent: Arc<SentObjects>,
+    ) -> Self {
+        Self {
+            bucket,
+            policy: Policy::default(),
+            read_only,
+            outbox: Outbox::new(&folder),
+            folder,
+            transfers,
+            results: Semaphore::new(AT_ONCE),
+            packing: tokio::sync::Mutex::default(),
+            sent,
+            spoilt: Mutex::default(),
+            tally: Tally::default(),
+        }
+    }
+
     /// A read was refused: what that means for what was asked.
     fn refused(&self, refusal: Refusal) {
         if let Refusal::Denied(why) | Refusal::Unreachable(why) = refusal {

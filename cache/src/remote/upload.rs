@@ -89,24 +89,7 @@ async fn send(
     replace: bool,
 ) -> Result<bool, Unsent> {
     let outputs = result.outputs.values().flat_map(|o| o.value.artifacts());
-    let outputs: Vec<Artifact> = outputs.cloned().collect();
-    let parts = {
-        let store = store.clone();
-        blocking(move || {
-            let mut all = Vec::new();
-            for artifact in &outputs {
-                all.extend(store.parts(artifact)?);
-            }
-            all.sort();
-            all.dedup();
-            Ok::<_, CacheError>(all)
-        })
-    };
-    stream::iter(parts.await?)
-        .map(|digest| once(Arc::clone(shared), store.clone(), digest))
-        .buffer_unordered(ABREAST)
-        .try_collect::<()>()
-        .await?;
+    objects(shared, store, outputs.cloned().collect()).await?;
     let path = shared.bucket.result(&result.key);
     let text = action::to_text(result).into_bytes();
     let put = |mode: PutMode| {
@@ -131,6 +114,31 @@ async fn send(
         Err(Refusal::Exists) => Ok(false),
         Err(refusal) => Err(Unsent::There(refusal)),
     }
+}
+
+/// Sends the objects of artifacts.
+pub(super) async fn objects(
+    shared: &Arc<Shared>,
+    store: &ArtifactStore,
+    artifacts: Vec<Artifact>,
+) -> Result<(), Unsent> {
+    let parts = {
+        let store = store.clone();
+        blocking(move || {
+            let mut all = Vec::new();
+            for artifact in &artifacts {
+                all.extend(store.parts(artifact)?);
+            }
+            all.sort();
+            all.dedup();
+            Ok::<_, CacheError>(all)
+        })
+    };
+    stream::iter(parts.await?)
+        .map(|digest| once(Arc::clone(shared), store.clone(), digest))
+        .buffer_unordered(ABREAST)
+        .try_collect::<()>()
+        .await
 }
 
 /// Sends an object, unless that was done in this run, or is being done: then it waits for that.

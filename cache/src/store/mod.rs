@@ -23,7 +23,7 @@ use std::time::{Duration, SystemTime};
 use self::address::address;
 pub use self::lent::Lent;
 use self::lent::Stamp;
-pub use self::staging::{Staged, Staging};
+pub use self::staging::{Placed, Staged, Staging};
 use crate::artifact::{Artifact, ArtifactKind, TREE_VERSION, TreeObject};
 use crate::digest::Digest;
 use crate::durability::Unsynced;

@@ -24,7 +24,7 @@ impl ArtifactStore {
     pub fn materialize(&self, artifact: &Artifact, dest: &Path) -> Result<(), CacheError> {
         let mut staging = Staging::new(self);
         match staging.add(artifact, dest, &|| false)? {
-            Some(staged) => staged.put(),
+            Some(staged) => staged.put().map(drop),
             // Nobody asked to stop.
             None => Ok(()),
         }

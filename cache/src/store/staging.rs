@@ -1,11 +1,14 @@
 //! [`Staging`]: artifacts beside the places where they are wanted, until all of them are there.
 //! Then only names change.
 //!
-//! Invariant: until [`Staged::put`] nothing at the places is touched, and what was not put is
-//! gone with the staging.
+//! Invariant: until [`Staged::put`] nothing at the places is touched, what was put can be taken
+//! back ([`Placed::undo`]), and what was not put is gone with the staging.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::TempDir;
 
@@ -14,12 +17,17 @@ use super::place::Placement;
 use crate::artifact::{Artifact, ArtifactKind};
 use crate::error::CacheError;
 
+/// What the name of a folder begins with in which something is staged.
+const PREFIX: &str = ".flowrun-";
+/// A file in it, locked as long as somebody stages there.
+const HELD: &str = "held";
+
 /// Where artifacts lie until they are put.
 #[derive(Debug)]
 pub struct Staging<'a> {
     store: &'a ArtifactStore,
     /// For each folder that places lie in, one within it: names change only within a file system.
-    folders: BTreeMap<PathBuf, TempDir>,
+    folders: BTreeMap<PathBuf, Folder>,
     count: usize,
 }
 
@@ -59,14 +67,10 @@ impl<'a> Staging<'a> {
             .filter(|p| !p.as_os_str().is_empty())
             .unwrap_or(Path::new("."));
         if !self.folders.contains_key(folder) {
-            std::fs::create_dir_all(folder).map_err(|e| CacheError::outside(folder, e))?;
-            let staging = tempfile::Builder::new()
-                .prefix(".flowrun-")
-                .tempdir_in(folder)
-                .map_err(|e| CacheError::outside(folder, e))?;
+            let staging = Folder::within(folder).map_err(|e| CacheError::outside(folder, e))?;
             self.folders.insert(folder.to_owned(), staging);
         }
-        let staging = self.folders[folder].path();
+        let staging = self.folders[folder].dir.path();
         let staged = Staged {
             new: staging.join(format!("new-{}", self.count)),
             old: staging.join(format!("old-{}", self.count)),
@@ -80,6 +84,14 @@ impl<'a> Staging<'a> {
     }
 }
 
+/// An artifact in its place, and what was there before aside; as long as the staging lives.
+#[derive(Debug)]
+pub struct Placed {
+    new: PathBuf,
+    old: Option<PathBuf>,
+    dest: PathBuf,
+}
+
 impl Staged {
     /// Its place.
     #[must_use]
@@ -87,25 +99,116 @@ impl Staged {
         &self.dest
     }
 
-    /// Puts it there. What was there is replaced.
+    /// Puts it there. What was there is replaced; it is gone when the staging is.
     ///
     /// # Errors
     /// When it cannot; what was there is then as it was.
-    pub fn put(self) -> Result<(), CacheError> {
+    pub fn put(self) -> Result<Placed, CacheError> {
         let dest = &self.dest;
-        // A folder cannot be renamed over a folder: the old one steps aside first.
-        let aside = dest.is_dir();
+        let outside = |e| CacheError::outside(dest, e);
+        let is_folder = match dest.symlink_metadata() {
+            Ok(meta) => Some(meta.is_dir()),
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            Err(e) => return Err(outside(e)),
+        };
+        // A file takes the place of another at once. A folder cannot be renamed over anything, nor
+        // can every file system link: then the old one steps aside first.
+        let over = is_folder == Some(false)
+            && self.kind == ArtifactKind::File
+            && std::fs::hard_link(dest, &self.old).is_ok();
+        let aside = is_folder.is_some() && !over;
         if aside {
-            std::fs::rename(dest, &self.old).map_err(|e| CacheError::outside(dest, e))?;
-        } else if self.kind == ArtifactKind::Tree && dest.exists() {
-            std::fs::remove_file(dest).map_err(|e| CacheError::outside(dest, e))?;
+            std::fs::rename(dest, &self.old).map_err(outside)?;
         }
-        std::fs::rename(&self.new, dest).map_err(|e| {
+        if let Err(e) = std::fs::rename(&self.new, dest) {
             if aside {
                 // It would go with the folder that it lies in.
                 let _ = std::fs::rename(&self.old, dest);
             }
-            CacheError::outside(dest, e)
+            return Err(outside(e));
+        }
+        Ok(Placed {
+            new: self.new,
+            old: is_folder.map(|_| self.old),
+            dest: self.dest,
         })
     }
+}
+
+impl Placed {
+    /// Its place.
+    #[must_use]
+    pub fn dest(&self) -> &Path {
+        &self.dest
+    }
+
+    /// Takes it away again, and puts back what was there.
+    ///
+    /// # Errors
+    /// When that cannot be.
+    pub fn undo(self) -> Result<(), CacheError> {
+        let dest = &self.dest;
+        let outside = |e| CacheError::outside(dest, e);
+        // At once where one name may take the place of the other.
+        if let Some(old) = &self.old
+            && std::fs::rename(old, dest).is_ok()
+        {
+            return Ok(());
+        }
+        std::fs::rename(dest, &self.new).map_err(outside)?;
+        match &self.old {
+            Some(old) => std::fs::rename(old, dest).map_err(outside),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A folder in which something is staged; gone with all that is left in it when it is dropped.
+#[derive(Debug)]
+struct Folder {
+    dir: TempDir,
+    /// Where a file system has no locks, what a kill leaves behind stays.
+    _held: Option<File>,
+}
+
+impl Folder {
+    fn within(folder: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        sweep(folder);
+        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(folder)?;
+        let held = hold(dir.path()).ok();
+        Ok(Self { dir, _held: held })
+    }
+}
+
+/// Marks a folder as in use, as long as the file is open.
+fn hold(staging: &Path) -> io::Result<File> {
+    let young = staging.join("young");
+    let file = File::create(&young)?;
+    file.lock()?;
+    // It is found only when it is locked.
+    std::fs::rename(young, staging.join(HELD))?;
+    Ok(file)
+}
+
+/// Removes what programs that were killed staged in a folder. Each program looks once.
+fn sweep(folder: &Path) {
+    static SWEPT: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let mut swept = SWEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    if !swept.insert(folder.to_owned()) {
+        return;
+    }
+    drop(swept);
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_left(&entry.path()) {
+            // What stays is in nobody's way.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Whoever staged there is gone.
+fn is_left(staging: &Path) -> bool {
+    File::open(staging.join(HELD)).is_ok_and(|file| file.try_lock().is_ok())
 }

@@ -236,3 +236,104 @@ fn what_is_staged_touches_nothing_until_it_is_put() {
     assert_eq!(a(), "new");
     assert_eq!(names(), 1, "nothing is left of what was not put");
 }
+
+#[test]
+fn what_was_put_is_taken_back_whatever_was_there_before() {
+    let (dir, store) = store();
+    let source = dir.path().join("source");
+    std::fs::create_dir_all(&source).unwrap();
+    std::fs::write(source.join("a"), "new").unwrap();
+    let artifacts = [
+        store.put_path(&source).unwrap(),
+        store.put_path(&source.join("a")).unwrap(),
+    ];
+    let project = dir.path().join("project");
+    let dest = project.join("dest");
+    let before: [&dyn Fn(); 4] = [
+        &|| {},
+        &|| std::fs::write(&dest, "old").unwrap(),
+        &|| {
+            std::fs::create_dir(&dest).unwrap();
+            std::fs::write(dest.join("old"), "old").unwrap();
+        },
+        &|| std::os::unix::fs::symlink("nowhere", &dest).unwrap(),
+    ];
+    // What lies there: a file's text, a folder's entries, where a link leads.
+    let there = || {
+        let meta = dest.symlink_metadata().ok()?;
+        Some(match std::fs::read_link(&dest) {
+            Ok(target) => target.display().to_string(),
+            Err(_) if meta.is_dir() => {
+                let entries = std::fs::read_dir(&dest).unwrap();
+                let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+                names.collect::<Vec<_>>().join(" ")
+            }
+            Err(_) => std::fs::read_to_string(&dest).unwrap(),
+        })
+    };
+    for artifact in &artifacts {
+        for prepare in before {
+            std::fs::create_dir_all(&project).unwrap();
+            prepare();
+            let old = there();
+            let mut staging = Staging::new(&store);
+            let staged = staging.add(artifact, &dest, &|| false).unwrap().unwrap();
+            let placed = staged.put().unwrap();
+            assert_ne!(there(), old);
+            placed.undo().unwrap();
+            assert_eq!(there(), old);
+            drop(staging);
+            assert_eq!(there(), old, "it does not go with the staging");
+            let left = std::fs::read_dir(&project).unwrap().count();
+            assert_eq!(left, usize::from(old.is_some()));
+            std::fs::remove_dir_all(&project).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_put_leaves_its_place_as_it_was() {
+    let (dir, store) = store();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "new").unwrap();
+    let artifact = store.put_path(&file).unwrap();
+    let folder = dir.path().join("folder");
+    let mut staging = Staging::new(&store);
+    let mut add = |dest: &Path| staging.add(&artifact, dest, &|| false).unwrap().unwrap();
+    // A name that no file system takes, and a folder that went with what was staged in it.
+    let (long, gone) = (
+        add(&folder.join("x".repeat(300))),
+        add(&folder.join("in/a")),
+    );
+    std::fs::remove_dir_all(folder.join("in")).unwrap();
+    std::fs::write(folder.join("in"), "old").unwrap();
+    for staged in [long, gone] {
+        let dest = staged.dest().display().to_string();
+        let error = staged.put().unwrap_err().to_string();
+        assert!(error.starts_with(&dest), "{error}");
+    }
+    assert_eq!(std::fs::read_to_string(folder.join("in")).unwrap(), "old");
+}
+
+#[test]
+fn what_was_staged_by_a_program_that_was_killed_is_removed() {
+    let (dir, store) = store();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "new").unwrap();
+    let artifact = store.put_path(&file).unwrap();
+    let project = dir.path().join("project");
+    let staging = |name: &str| project.join(format!(".flowrun-{name}"));
+    for name in ["dead", "alive", "unknown"] {
+        std::fs::create_dir_all(staging(name)).unwrap();
+        std::fs::write(staging(name).join("new-0"), "half").unwrap();
+    }
+    File::create(staging("dead").join("held")).unwrap();
+    let held = File::create(staging("alive").join("held")).unwrap();
+    held.lock().unwrap();
+    store.materialize(&artifact, &project.join("dest")).unwrap();
+    assert!(!staging("dead").exists());
+    assert!(staging("alive").join("new-0").exists());
+    assert!(staging("unknown").join("new-0").exists());
+    let names = std::fs::read_dir(&project).unwrap().count();
+    assert_eq!(names, 3, "nothing else is left");
+}

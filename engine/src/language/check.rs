@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::conditions;
 use super::definition::{self, Uses};
+use super::diagnostic::Diagnostics;
 use super::draft::Draft;
 use super::mismatch::{Mismatch, Shape};
 use super::node::{Data, Entry, Node};
@@ -77,6 +78,9 @@ pub(crate) fn check(
     };
     let steps = check_steps(map, &drafts, &tables, &around, &setting.root);
     let tracking = tracking::read(map, &tree, &steps);
+    if !map.has_errors() {
+        check_together(map, &drafts, &steps, setting.vocabulary);
+    }
     if map.has_errors() {
         return None;
     }
@@ -99,7 +103,24 @@ pub(crate) fn check(
         uses: definition::summary(&uses),
         steps,
         sources: map.sources(),
+        warnings: Diagnostics::default(),
     })
+}
+
+/// What the vocabulary has against the steps together.
+fn check_together(
+    map: &mut SourceMap,
+    drafts: &Drafts<'_>,
+    steps: &[StepNode],
+    vocabulary: &Vocabulary,
+) {
+    for finding in vocabulary.checks.iter().flat_map(|check| check(steps)) {
+        let index = drafts.by_name.get(finding.step.as_str());
+        if let Some(draft) = index.and_then(|index| drafts.list.get(*index)) {
+            let at = draft.node.place(&finding.path, false, draft.key);
+            map.report_finding(at, finding);
+        }
+    }
 }
 
 /// The sizes of the pools; one of a wrong shape was taken out before.
@@ -339,6 +360,7 @@ fn step_node(
         params,
         key_params,
         inputs: wiring.inputs,
+        lists: wiring.lists,
         outputs: draft.outputs.clone().unwrap_or_default(),
         out_paths,
         needs: wiring.needs,

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::expansion::{asks_for_item, names_one_of};
-use crate::pipeline::{Foreach, ForeachList, Source, StepNode};
+use crate::expansion::{asks_for_item, level_of};
+use crate::pipeline::{Foreach, ForeachList, Level, Source, StepNode};
 
-/// What decides which items a step leaves out.
+/// What decides which items of a level a step leaves out.
+#[derive(Default)]
 struct LeftOut {
     conditions: Vec<String>,
     /// The variables that the conditions may name, besides those that are walked.
@@ -18,17 +19,62 @@ struct LeftOut {
 /// Gives each step of a walked definition the conditions of the steps that it reads, with what they
 /// need to be asked elsewhere. `steps` are in order.
 pub(crate) fn hand_on(steps: &mut [StepNode]) {
-    let mut known: BTreeMap<String, LeftOut> = BTreeMap::new();
+    // Of each step, by level.
+    let mut known: BTreeMap<String, Vec<LeftOut>> = BTreeMap::new();
     for step in steps {
-        let Some(foreach) = step.foreach.as_ref().filter(|f| f.walker.is_some()) else {
+        let Some(foreach) = step.foreach.as_ref().filter(|f| f.is_walked()) else {
             continue;
         };
-        let mut conditions = foreach.conditions.clone();
+        let before: Vec<(&[LeftOut], usize)> = required_siblings(step, foreach)
+            .filter_map(|(before, shared)| Some((known.get(before)?.as_slice(), shared)))
+            .collect();
+        let levels = foreach.levels.iter().enumerate();
+        let taken: Vec<Taken> = levels
+            .map(|(at, level)| {
+                // What only some of the items within lack is no reason to leave out the one around.
+                let there = before.iter().filter(|(_, shared)| at < *shared);
+                Taken::by(level, there.filter_map(|(levels, _)| levels.get(at)))
+            })
+            .collect();
+        let own = step.when.as_ref().filter(|when| asks_for_item(when));
+        let own = own.map(|when| (level_of(when, &foreach.levels), when));
+        let left_out: Vec<LeftOut> = foreach
+            .levels
+            .iter()
+            .zip(&taken)
+            .enumerate()
+            .map(|(at, (level, taken))| {
+                let own =
+                    own.filter(|(place, when)| *place == at && !taken.conditions.contains(when));
+                let own = own.map(|(_, when)| when);
+                LeftOut {
+                    conditions: taken.conditions.iter().chain(own).cloned().collect(),
+                    bound: level.bound.iter().chain(&taken.handed).cloned().collect(),
+                }
+            })
+            .collect();
+        if left_out.iter().any(|level| !level.conditions.is_empty()) {
+            known.insert(step.name.clone(), left_out);
+        }
+        let levels = step.foreach.iter_mut().flat_map(|f| &mut f.levels);
+        for (level, taken) in levels.zip(taken) {
+            level.conditions = taken.conditions;
+            level.handed = taken.handed;
+        }
+    }
+}
+
+/// The conditions of a level, with those that it takes over.
+struct Taken {
+    conditions: Vec<String>,
+    handed: Vec<(String, Value)>,
+}
+
+impl Taken {
+    fn by<'a>(level: &Level, before: impl Iterator<Item = &'a LeftOut>) -> Self {
+        let mut conditions = level.conditions.clone();
         let mut handed: Vec<(String, Value)> = Vec::new();
-        for before in required_siblings(step, foreach) {
-            let Some(before) = known.get(before) else {
-                continue;
-            };
+        for before in before {
             let count = conditions.len();
             for condition in &before.conditions {
                 if !conditions.contains(condition) {
@@ -39,45 +85,31 @@ pub(crate) fn hand_on(steps: &mut [StepNode]) {
                 continue;
             }
             for variable in &before.bound {
-                let mut there = foreach.bound.iter().chain(&handed);
+                let mut there = level.bound.iter().chain(&handed);
                 if !there.any(|(name, _)| *name == variable.0) {
                     handed.push(variable.clone());
                 }
             }
         }
-        // What only some of its own items lack is no reason to leave out the item around them.
-        let own = step.when.as_ref();
-        let own = own.filter(|when| asks_for_item(when) && !names_one_of(when, &foreach.inner));
-        let own = own.filter(|own| !conditions.contains(own));
-        let all: Vec<String> = conditions.iter().chain(own).cloned().collect();
-        if !all.is_empty() {
-            let left_out = LeftOut {
-                conditions: all,
-                bound: foreach.bound.iter().chain(&handed).cloned().collect(),
-            };
-            known.insert(step.name.clone(), left_out);
-        }
-        if let Some(foreach) = &mut step.foreach {
-            foreach.conditions = conditions;
-            foreach.handed = handed;
-        }
+        Self { conditions, handed }
     }
 }
 
-/// The steps of the same walker whose outputs a step reads or walks, and cannot do without.
+/// The steps of the same walkers whose outputs a step reads or walks, and cannot do without; and how
+/// many levels of items they share with it.
 fn required_siblings<'a>(
     step: &'a StepNode,
     foreach: &'a Foreach,
-) -> impl Iterator<Item = &'a String> {
+) -> impl Iterator<Item = (&'a String, usize)> {
     let ports = step.inputs.iter();
     let ports = ports.filter(move |(port, _)| !step.may_lack(port));
     let read = ports.flat_map(|(_, sources)| sources);
-    let walked = foreach.inner.values().flat_map(|list| match list {
+    let walked = foreach.lists().flat_map(|list| match list {
         ForeachList::Artifacts(sources) => sources.as_slice(),
-        ForeachList::Values(_) => &[],
+        ForeachList::Values(_) | ForeachList::PerItem(_) => &[],
     });
     read.chain(walked).filter_map(|source| match source {
-        Source::Sibling { step, .. } => Some(step),
+        Source::Sibling { step, levels, .. } => Some((step, *levels)),
         _ => None,
     })
 }

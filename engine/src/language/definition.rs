@@ -95,9 +95,14 @@ fn use_of<'a>(uses: &'a Uses, scope: &str) -> Option<(&'a str, &'a Use)> {
     Some((name.as_str(), used))
 }
 
-/// The use with a `foreach` that the steps of `scope` belong to.
+/// The uses with a `foreach` that the steps of `scope` belong to, innermost first.
+pub(crate) fn walkers<'a>(uses: &'a Uses, scope: &str) -> impl Iterator<Item = (&'a str, &'a Use)> {
+    around(uses, scope).filter(|(_, used)| used.foreach().is_some())
+}
+
+/// The innermost of them.
 pub(crate) fn walker<'a>(uses: &'a Uses, scope: &str) -> Option<(&'a str, &'a Use)> {
-    around(uses, scope).find(|(_, used)| used.foreach().is_some())
+    walkers(uses, scope).next()
 }
 
 /// Resolves the steps of the file, and replaces those that use a definition.
@@ -106,7 +111,7 @@ pub(crate) fn inline(map: &mut SourceMap, root: &mut Node, scope: &mut Scope) ->
         map,
         uses: Uses::new(),
         open: Vec::new(),
-        walked: None,
+        walked: Vec::new(),
         length: 0,
         handed: 0,
         bound: 0,
@@ -139,9 +144,9 @@ struct Inliner<'a> {
     uses: Uses,
     /// The definitions around, outermost first: their identity, and as shown.
     open: Vec<(PathBuf, PathBuf)>,
-    /// The `foreach` of the use around.
-    walked: Option<Entry>,
-    /// How many values it has.
+    /// The `foreach` of each use around that has one, outermost first.
+    walked: Vec<Entry>,
+    /// How many values they have.
     length: usize,
     /// How many values were handed to steps.
     handed: usize,
@@ -168,7 +173,7 @@ impl Inliner<'_> {
             let message = "`in` stands for the inputs of the definition".to_owned();
             self.report(entry.key, "bad-name", message, None);
         }
-        self.check_nested_walk(&mut entry.value);
+        self.check_variables(&entry.value);
         resolve_step(self.map, &mut entry.value, scope);
         let full = format!("{prefix}{name}");
         let uses = entry
@@ -181,7 +186,7 @@ impl Inliner<'_> {
         }
         if let Some((outer, definition)) = around {
             // Not before: what the use says was filled in where it is written.
-            let again = self.walked.is_none() && entry.value.entry(FOREACH).is_some();
+            let again = self.walked.is_empty() && entry.value.entry(FOREACH).is_some();
             hand_down(outer, definition, name, &mut entry.value, again);
             join_conditions(outer, &mut entry.value);
         }
@@ -192,16 +197,16 @@ impl Inliner<'_> {
         self.done.insert(full, entry);
     }
 
-    /// Has a step walk the lists of the use around it, beside its own.
+    /// Has a step walk the lists of the uses around it, beside its own.
     fn walk(&mut self, step: &mut Node) {
-        let (Some(foreach), Some(fields)) = (&self.walked, step.as_map_mut()) else {
+        let (Some(foreach), Some(fields)) = (self.walked.last(), step.as_map_mut()) else {
             return;
         };
         let at = foreach.key;
         let before = self.handed;
         self.handed = before.saturating_add(self.length);
         if self.handed <= MAX_WALKED {
-            // Where it has its own, that of the use is found there.
+            // Where it has its own, and further out, those of the uses are found there.
             fields
                 .entry(FOREACH.to_owned())
                 .or_insert_with(|| foreach.clone());
@@ -215,36 +220,17 @@ impl Inliner<'_> {
         }
     }
 
-    /// Within a walked definition a step may walk lists of its own, under other names; what uses a
-    /// definition may not.
-    fn check_nested_walk(&mut self, step: &mut Node) {
-        let Some(outer) = &self.walked else {
-            return;
+    /// Within a walked definition a step, or a use, may walk lists of its own, under other names.
+    fn check_variables(&mut self, step: &Node) {
+        let is_taken = |name: &&String| {
+            let mut around = self.walked.iter();
+            *name != MAX_PARALLEL && around.any(|outer| outer.value.entry(name).is_some())
         };
-        let uses = step.get("uses").and_then(Node::as_text);
-        let is_use = uses.is_some_and(is_path);
-        let clash = |name: &&String| *name != MAX_PARALLEL && outer.value.entry(name).is_some();
-        let clash = step.entries(FOREACH).find(|(name, _)| clash(name));
-        let clash = clash.map(|(name, entry)| (name.clone(), entry.key));
-        let own = step.entry(FOREACH).map(|e| e.key);
-        match (own, clash) {
-            (Some(at), _) if is_use => {
-                let message = "a `foreach` on the use of a definition inside a definition whose use has a `foreach`";
-                let help = "walk the list here, or where the definition around is used";
-                self.report(
-                    at,
-                    "misplaced-field",
-                    message.to_owned(),
-                    Some(help.to_owned()),
-                );
-                step.remove(&[FOREACH.to_owned()]);
-            }
-            (_, Some((name, at))) => {
-                let message = format!("`{name}` is a variable of the `foreach` around already");
-                let help = "choose another name for this one".to_owned();
-                self.report(at, "bad-name", message, Some(help));
-            }
-            _ => {}
+        let clash = step.entries(FOREACH).find(|(name, _)| is_taken(name));
+        if let Some((name, entry)) = clash {
+            let message = format!("`{name}` is a variable of the `foreach` around already");
+            let help = "choose another name for this one".to_owned();
+            self.report(entry.key, "bad-name", message, Some(help));
         }
     }
 
@@ -261,16 +247,15 @@ impl Inliner<'_> {
         self.check_fields(&entry);
         let own = entry.value.entry(FOREACH).cloned();
         let own = own.filter(|foreach| foreach.value.as_map().is_some());
-        let walks = own.is_some();
-        if walks {
-            self.length = own.as_ref().map_or(0, |foreach| values(&foreach.value));
-            self.walked = own;
+        let (outer, length) = (self.walked.len(), self.length);
+        if let Some(own) = own {
+            self.length = length.saturating_add(values(&own.value));
+            self.walked.push(own);
         }
         let mut bound = Vec::new();
         let definition = self.definition(&name, &entry, path, at, scope, &mut bound);
-        if walks {
-            self.walked = None;
-        }
+        self.walked.truncate(outer);
+        self.length = length;
         let used = Use {
             scope: prefix.to_owned(),
             key: entry.key,
@@ -299,7 +284,7 @@ impl Inliner<'_> {
         let bindings = self.bind(entry, path, at, &tree);
         let mut inner = Scope {
             context: scope.context.clone(),
-            walked: self.walked.is_some(),
+            walked: !self.walked.is_empty(),
             ..Scope::default()
         };
         inner.context["params"] = Value::Object(bindings.known);
@@ -376,7 +361,7 @@ impl Inliner<'_> {
     fn bind(&mut self, entry: &Entry, path: &str, at: Span, tree: &Node) -> Bindings {
         let mut bindings = Bindings::default();
         let with = entry.value.get("with");
-        let walked = self.walked.is_some();
+        let walked = !self.walked.is_empty();
         let number = self.bound;
         self.bound += 1;
         for (index, (name, default)) in tree.entries("params").enumerate() {

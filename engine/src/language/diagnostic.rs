@@ -1,4 +1,4 @@
-//! [`Diagnostic`]: one mistake in a pipeline file, with its place and a remedy.
+//! [`Diagnostic`]: one mistake in a pipeline file, or what may be one, with its place and a remedy.
 //!
 //! Knows how to show itself as plain text, and nothing of colours or terminals.
 //! Invariant: `line` and `column` agree with `offset` in `source`.
@@ -7,9 +7,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::finding::Severity;
+
 /// One mistake.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Diagnostic {
+    /// Whether it is one for certain.
+    pub severity: Severity,
     /// The file it is in.
     pub file: PathBuf,
     /// Line, from 1.
@@ -42,14 +46,15 @@ impl std::fmt::Debug for Diagnostic {
 }
 
 impl Diagnostic {
-    /// The mistake as plain text: `file:line:column: error: …`, the line, a caret, the help.
+    /// The mistake as plain text: `file:line:column: error: …` (or `warning`), the line, a caret, the help.
     #[must_use]
     pub fn render_plain(&self) -> String {
         let mut out = format!(
-            "{}:{}:{}: error: {}\n",
+            "{}:{}:{}: {}: {}\n",
             self.file.display(),
             self.line,
             self.column,
+            self.severity.word(),
             printable(&self.message)
         );
         let (start, line) = line_at(&self.source, self.offset);
@@ -96,7 +101,7 @@ impl fmt::Display for Diagnostic {
 /// All mistakes of a pipeline, file by file, each in the order of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Diagnostics {
-    /// The mistakes; never empty when returned as an error.
+    /// The mistakes, or what may be some; never empty when returned as an error.
     pub errors: Vec<Diagnostic>,
 }
 
@@ -130,6 +135,7 @@ pub(crate) fn of_file(
     help: Option<String>,
 ) -> Diagnostic {
     Diagnostic {
+        severity: Severity::Error,
         file: file.to_path_buf(),
         line: 1,
         column: 1,
@@ -189,6 +195,7 @@ mod tests {
 
     fn at(source: &str, offset: usize, len: usize) -> Diagnostic {
         Diagnostic {
+            severity: Severity::Error,
             file: "a.yaml".into(),
             line: source[..offset].matches('\n').count() + 1,
             column: 1,

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path};
 use std::sync::Arc;
 
-use super::definition::{Uses, walker};
+use super::definition::{Uses, walker, walkers};
 use super::expr::has_expression;
 use super::node::{Entry, Node};
 use super::source_map::{SourceMap, Span};
@@ -81,6 +81,11 @@ impl<'a> Draft<'a> {
     /// True when it fans out, whether or not its `foreach` is right.
     pub(crate) fn fans_out(&self) -> bool {
         self.node.get("foreach").is_some_and(Node::is_container)
+    }
+
+    /// How many levels of items it has, where it stands in a definition that is walked.
+    pub(crate) fn levels(&self, uses: &Uses) -> usize {
+        walkers(uses, self.scope()).count() + usize::from(self.walks_itself(uses))
     }
 
     /// True when it has lists of its own to walk within the items of the use around it.

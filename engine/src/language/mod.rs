@@ -98,6 +98,11 @@ pub fn load_pipeline(
         environment: &options.env,
         vocabulary,
     };
-    let pipeline = check::check(&mut map, tree, &setting);
-    pipeline.ok_or_else(|| map.into_diagnostics())
+    match check::check(&mut map, tree, &setting) {
+        Some(pipeline) => Ok(Pipeline {
+            warnings: map.into_warnings(),
+            ..pipeline
+        }),
+        None => Err(map.into_diagnostics()),
+    }
 }

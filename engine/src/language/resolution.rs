@@ -56,6 +56,10 @@ pub(crate) fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Sco
     };
     for (name, field) in fields {
         let (sees_item, escapes) = match name.as_str() {
+            "foreach" => {
+                fill_lists(map, &mut field.value, scope);
+                continue;
+            }
             "with" | "env" | "run" | "publish" => (true, true),
             "in" => (true, false),
             "when" => {
@@ -75,6 +79,23 @@ pub(crate) fn resolve_step(map: &mut SourceMap, step: &mut Node, scope: &mut Sco
         fill(map, &mut field.value, scope, escapes && again);
     }
     scope.items = None;
+    scope.may_wait = false;
+}
+
+/// Fills in the lists of a `foreach`. Inside a definition that is walked they may wait for the item
+/// around, and are then read once more; how many items run at once may not.
+fn fill_lists(map: &mut SourceMap, foreach: &mut Node, scope: &mut Scope) {
+    scope.items = None;
+    scope.may_wait = false;
+    if foreach.as_map().is_none() {
+        return fill(map, foreach, scope, false);
+    }
+    let lists = foreach.as_map_mut();
+    for (name, entry) in lists.into_iter().flatten() {
+        scope.may_wait = name != MAX_PARALLEL;
+        let escapes = scope.may_wait && scope.walked;
+        fill(map, &mut entry.value, scope, escapes);
+    }
     scope.may_wait = false;
 }
 

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::definition::{Definition, INPUTS, Use, Uses, walker};
+use super::definition::{Definition, INPUTS, Use, Uses, walkers};
 use super::draft::{Draft, is_port_name};
 use super::expr::has_expression;
 use super::node::{Data, Node};
@@ -79,8 +79,8 @@ pub(crate) struct Sources<'a, 'b> {
     pub(crate) items: HashMap<String, Item>,
     /// The steps that were named, and where.
     pub(crate) waits_for: Vec<(usize, Span)>,
-    /// The prefix of the steps that walk the same items.
-    beside: Option<String>,
+    /// The prefixes of the steps that walk the same items, one for each level.
+    beside: Vec<String>,
 }
 
 impl<'a, 'b> Sources<'a, 'b> {
@@ -91,7 +91,9 @@ impl<'a, 'b> Sources<'a, 'b> {
             drafts,
             items: HashMap::new(),
             waits_for: Vec::new(),
-            beside: walker(drafts.uses, scope).map(|(name, _)| format!("{name}/")),
+            beside: walkers(drafts.uses, scope)
+                .map(|(name, _)| format!("{name}/"))
+                .collect(),
         }
     }
 
@@ -217,13 +219,21 @@ impl<'a, 'b> Sources<'a, 'b> {
             self.unknown_output(text, ports.iter().map(|p| p.name.as_str()).collect(), span);
             return None;
         }
-        let beside = self.beside.as_ref();
-        let is_sibling = beside.is_some_and(|prefix| draft.name.starts_with(prefix.as_str()));
-        let many = port.is_some_and(|p| p.many) || (is_sibling && draft.walks_itself(drafts.uses));
+        let beside = self.beside.iter();
+        let shared = beside.filter(|prefix| draft.name.starts_with(prefix.as_str()));
+        let levels = shared.count();
+        let is_sibling = levels > 0;
+        let many =
+            port.is_some_and(|p| p.many) || (is_sibling && draft.levels(drafts.uses) > levels);
         let (step, output) = (draft.name.to_owned(), output.to_owned());
         Some(Supply {
             source: if is_sibling {
-                Source::Sibling { step, output, many }
+                Source::Sibling {
+                    step,
+                    output,
+                    levels,
+                    many,
+                }
             } else {
                 Source::Output { step, output }
             },

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use flowrun_cache::Digest;
 
 use super::diagnostic::{Diagnostic, Diagnostics};
+use crate::finding::{Finding, Severity};
 
 /// A place in one of the files, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -38,6 +39,7 @@ struct SourceFile {
 pub(crate) struct SourceMap {
     files: Vec<SourceFile>,
     errors: Vec<(Span, Diagnostic)>,
+    warnings: Vec<(Span, Diagnostic)>,
 }
 
 impl SourceMap {
@@ -134,6 +136,37 @@ impl SourceMap {
         label: impl Into<String>,
         help: Option<String>,
     ) {
+        let error = self.diagnostic(span, code, message.into(), label.into(), help);
+        self.errors.push((span, error));
+    }
+
+    /// Notes what the vocabulary found at `span`.
+    pub(crate) fn report_finding(&mut self, span: Span, finding: Finding) {
+        let Finding {
+            severity,
+            code,
+            message,
+            help,
+            ..
+        } = finding;
+        let found = Diagnostic {
+            severity,
+            ..self.diagnostic(span, code, message, String::new(), Some(help))
+        };
+        match severity {
+            Severity::Error => self.errors.push((span, found)),
+            Severity::Warning => self.warnings.push((span, found)),
+        }
+    }
+
+    fn diagnostic(
+        &self,
+        span: Span,
+        code: &'static str,
+        message: String,
+        label: String,
+        help: Option<String>,
+    ) -> Diagnostic {
         let (path, line, column) = self.position(span);
         let text = self.text(span);
         let len = text.find(['\n', '\r']).unwrap_or(text.len());
@@ -141,20 +174,20 @@ impl SourceMap {
             .files
             .get(span.file as usize)
             .map_or(Arc::from(""), |f| f.text.clone());
-        let error = Diagnostic {
+        Diagnostic {
+            severity: Severity::Error,
             file: path,
             line,
             column,
             len,
             offset: span.start as usize,
             code,
-            message: message.into(),
-            label: label.into(),
+            message,
+            label,
             help,
             notes: self.uses(span),
             source,
-        };
-        self.errors.push((span, error));
+        }
     }
 
     /// Notes a mistake that concerns a whole file.
@@ -181,7 +214,18 @@ impl SourceMap {
 
     /// The mistakes in file order, each once: one of a step definition that is used several
     /// times names its uses.
-    pub(crate) fn into_diagnostics(self) -> Diagnostics {
+    pub(crate) fn into_diagnostics(mut self) -> Diagnostics {
+        let errors = std::mem::take(&mut self.errors);
+        self.in_order(errors)
+    }
+
+    /// What may be a mistake, in the same way.
+    pub(crate) fn into_warnings(mut self) -> Diagnostics {
+        let warnings = std::mem::take(&mut self.warnings);
+        self.in_order(warnings)
+    }
+
+    fn in_order(&self, found: Vec<(Span, Diagnostic)>) -> Diagnostics {
         let mut order: HashMap<PathBuf, u32> = HashMap::new();
         for (number, file) in self.files.iter().enumerate() {
             order.entry(file.path.clone()).or_insert(number as u32);
@@ -190,8 +234,7 @@ impl SourceMap {
             let file = order.get(&error.file).copied().unwrap_or(span.file);
             (file, span.start, error.code, error.message.clone())
         };
-        let mut found: Vec<_> = self
-            .errors
+        let mut found: Vec<_> = found
             .into_iter()
             .map(|(span, error)| (place(&span, &error), error))
             .collect();

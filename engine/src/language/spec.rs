@@ -119,6 +119,16 @@ pub struct TrackingSpec {
     /// What an MLflow server is told; `MLFLOW_TRACKING_URI` says where it is, and without it
     /// nothing is told.
     pub mlflow: Option<MlflowSpec>,
+    /// Writes numbers and curves of each run as event files, which TensorBoard shows.
+    pub tensorboard: Option<TensorBoardSpec>,
+}
+
+/// Event files for TensorBoard.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TensorBoardSpec {
+    /// The folder for `tensorboard --logdir`, relative to the project; each run has a folder in it.
+    pub folder: Option<String>,
 }
 
 /// What an MLflow server is told, besides params and metrics.

@@ -5,7 +5,9 @@ mod conditions;
 mod definitions;
 mod files;
 mod hooks;
+mod nested;
 mod runners;
+mod together;
 mod tracking;
 mod walked;
 
@@ -113,6 +115,7 @@ fn vocabulary() -> Vocabulary {
         program_schema: json!({"type": "object"}),
         unkeyed_model_fields: vec!["base_url".into()],
         runners: runners::kinds(),
+        checks: vec![together::check],
     }
 }
 
@@ -238,7 +241,7 @@ fn a_good_file_is_resolved() {
         evaluate.inputs["adapter"],
         [Source::Item("checkpoint".into())]
     );
-    let walked = &evaluate.foreach.as_ref().unwrap().vars["checkpoint"];
+    let walked = &evaluate.foreach.as_ref().unwrap().levels[0].vars["checkpoint"];
     assert!(matches!(walked, ForeachList::Artifacts(sources) if sources.len() == 2));
     assert_eq!(step("notify").publish["receipt"], "results/receipt.json");
 }

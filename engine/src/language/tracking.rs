@@ -5,7 +5,9 @@ use super::source_map::{SourceMap, Span};
 use super::spec::TrackingSpec;
 use super::suggest;
 use crate::pipeline::StepNode;
-use crate::tracking::{MlflowTracking, RegisteredModel, TrackedOutput, Tracking};
+use crate::tracking::{
+    MlflowTracking, RegisteredModel, TensorBoardTracking, TrackedOutput, Tracking,
+};
 
 /// What the file says of trackers; `steps` are those of the pipeline.
 pub(crate) fn read(map: &mut SourceMap, tree: &Node, steps: &[StepNode]) -> Tracking {
@@ -17,13 +19,33 @@ pub(crate) fn read(map: &mut SourceMap, tree: &Node, steps: &[StepNode]) -> Trac
         return Tracking::default();
     }
     let spec = serde_json::from_value::<Option<TrackingSpec>>(entry.value.to_value());
-    let mlflow = spec.ok().flatten().and_then(|spec| spec.mlflow);
-    let Some(spec) = mlflow else {
-        return Tracking::default();
-    };
+    let spec = spec.ok().flatten().unwrap_or_default();
     let place = |path: &[&str]| {
         let path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
         entry.value.place(&path, false, entry.key)
+    };
+    let tensorboard = spec.tensorboard.and_then(|spec| {
+        let folder = spec.folder.filter(|folder| !folder.trim().is_empty());
+        if folder.is_none() {
+            let at = place(&["tensorboard", "folder"]);
+            let help = "name a folder of the project: `folder: results/tensorboard`".to_owned();
+            map.report(
+                at,
+                "missing-field",
+                "`tensorboard` needs `folder`",
+                "",
+                Some(help),
+            );
+        }
+        folder.map(|folder| TensorBoardTracking {
+            folder: folder.into(),
+        })
+    });
+    let Some(spec) = spec.mlflow else {
+        return Tracking {
+            tensorboard,
+            ..Tracking::default()
+        };
     };
     let mut artifacts = Vec::new();
     for (index, text) in spec.artifacts.iter().flatten().enumerate() {
@@ -52,6 +74,7 @@ pub(crate) fn read(map: &mut SourceMap, tree: &Node, steps: &[StepNode]) -> Trac
             artifacts,
             register,
         },
+        tensorboard,
     }
 }
 

@@ -2,30 +2,34 @@
 
 use serde_json::Value;
 
-use super::definition::INPUTS;
+use super::definition::{INPUTS, walker};
 use super::draft::is_port_name;
-use super::expr::has_expression;
+use super::expr::{has_expression, holds_expression, unescaped};
 use super::node::{Data, Entry, Node};
 use super::resolution::MAX_PARALLEL;
 use super::source::{Item, Sources, Supply};
 use super::source_map::Span;
 use super::suggest;
-use crate::pipeline::{Foreach, ForeachList, Source};
+use crate::pipeline::{ForeachList, Level, Source};
 
 /// Reads the `foreach` of `entry`, whose names are those of `scope`. Its variables are known to
 /// `sources` from then on. None when it has a wrong shape.
-pub(crate) fn foreach(
-    sources: &mut Sources<'_, '_>,
-    scope: &str,
-    entry: &Entry,
-) -> Option<Foreach> {
-    Walk { sources, scope }.foreach(entry)
+pub(crate) fn foreach(sources: &mut Sources<'_, '_>, scope: &str, entry: &Entry) -> Option<Level> {
+    let within = walker(sources.drafts.uses, scope).is_some();
+    let walk = Walk {
+        sources,
+        scope,
+        within,
+    };
+    walk.foreach(entry)
 }
 
 struct Walk<'s, 'a, 'b> {
     sources: &'s mut Sources<'a, 'b>,
     /// The prefix of the names that it may use.
     scope: &'s str,
+    /// It stands in a definition whose use is walked: its lists may differ from item to item.
+    within: bool,
 }
 
 impl Walk<'_, '_, '_> {
@@ -33,14 +37,14 @@ impl Walk<'_, '_, '_> {
         self.sources.report(at, code, message, help);
     }
 
-    fn foreach(&mut self, entry: &Entry) -> Option<Foreach> {
+    fn foreach(mut self, entry: &Entry) -> Option<Level> {
         let entries = entry.value.as_map()?;
-        let mut foreach = Foreach::default();
+        let mut level = Level::default();
         let mut lengths: Vec<(String, usize, Span)> = Vec::new();
         for (name, entry) in entries {
             if name == MAX_PARALLEL {
                 let value = entry.value.to_value().as_u64();
-                foreach.max_parallel = value.and_then(|n| usize::try_from(n).ok());
+                level.max_parallel = value.and_then(|n| usize::try_from(n).ok());
                 continue;
             }
             if !is_port_name(name) {
@@ -54,7 +58,7 @@ impl Walk<'_, '_, '_> {
             if let ForeachList::Values(values) = &list {
                 lengths.push((name.clone(), values.len(), entry.key));
             }
-            foreach.vars.insert(name.clone(), list);
+            level.vars.insert(name.clone(), list);
         }
         if let [(first, length, _), rest @ ..] = lengths.as_slice()
             && let Some((name, other, at)) = rest.iter().find(|(_, n, _)| n != length)
@@ -72,15 +76,21 @@ impl Walk<'_, '_, '_> {
                 Some(help),
             );
         }
-        Some(foreach)
+        Some(level)
     }
 
     fn list(&mut self, name: &str, node: &Node) -> Option<ForeachList> {
         match &node.data {
             Data::Text(text) if has_expression(text) => {
+                let text = text.trim();
+                if self.within && text.starts_with("${{") && text.ends_with("}}") {
+                    self.sources.items.insert(name.to_owned(), Item::Value);
+                    return Some(ForeachList::PerItem(Value::String(text.to_owned())));
+                }
                 if !self.sources.map.has_error_in(node.span) {
-                    let message = "`foreach` walks a list known here".to_owned();
-                    self.report(node.span, "bad-source", message, None);
+                    let message = "`foreach` walks a list".to_owned();
+                    let help = "give one expression alone that is a list: `${{ params.list }}`";
+                    self.report(node.span, "bad-source", message, Some(help.to_owned()));
                 }
                 None
             }
@@ -104,7 +114,15 @@ impl Walk<'_, '_, '_> {
             Data::List(items) => {
                 self.sources.items.insert(name.to_owned(), Item::Value);
                 let values: Vec<Value> = items.iter().map(Node::to_value).collect();
-                Some(ForeachList::Values(values))
+                if !self.within {
+                    return Some(ForeachList::Values(values));
+                }
+                // What does not wait for the item around was to be read once more with the rest.
+                Some(if values.iter().any(holds_expression) {
+                    ForeachList::PerItem(Value::Array(values))
+                } else {
+                    ForeachList::Values(values.into_iter().map(unescaped).collect())
+                })
             }
             _ => None,
         }

@@ -1,20 +1,18 @@
 //! What a step reads and waits for: `in`, `foreach` and `needs`, with the types of
 //! the ports at both ends. Knows nothing of params.
 
-use std::collections::BTreeMap;
-
-use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::definition::{INPUTS, Use, around, walker};
 use super::draft::Draft;
 use super::expr::has_expression;
-use super::node::{Data, Entry, Node};
+use super::node::{Data, Node};
 use super::source::{Drafts, Item, Sources, Supply};
 use super::source_map::{SourceMap, Span};
 use super::suggest;
 use super::walk::foreach;
-use crate::expansion::asks_for_item;
-use crate::pipeline::{Foreach, Source};
+use crate::expansion::{asks_for_item, level_of};
+use crate::pipeline::{Foreach, Level, Source};
 use crate::step::Port;
 
 /// The wiring of one step.
@@ -22,6 +20,8 @@ use crate::step::Port;
 pub(crate) struct Wiring {
     /// Input port to its sources.
     pub(crate) inputs: BTreeMap<String, Vec<Source>>,
+    /// Ports of a command that are lists, whatever comes.
+    pub(crate) lists: BTreeSet<String>,
     /// Fan-out.
     pub(crate) foreach: Option<Foreach>,
     /// Steps to finish first.
@@ -152,6 +152,12 @@ impl Wirer<'_, '_> {
                 // An input of the definition that this use leaves out.
                 continue;
             }
+            // A list of one; or an input that takes one, to which the use of a definition gives one
+            // artifact.
+            let is_list = entry.value.as_list().is_some() || supplies.iter().any(|s| s.many);
+            if is_list && self.step.is_run() {
+                self.wiring.lists.insert(name.clone());
+            }
             let sources = supplies.into_iter().map(|s| s.source).collect();
             self.wiring.inputs.insert(name.clone(), sources);
         }
@@ -177,46 +183,47 @@ impl Wirer<'_, '_> {
 
     // ---- foreach
 
-    /// The lists that the step walks: its own, or those of a use around it.
+    /// The lists that the step walks: those of the uses around it, outermost first, and its own.
     fn foreach(&mut self) {
         let uses = self.sources.drafts.uses;
-        let Some((walker, used)) = walker(uses, self.scope) else {
-            let own = self.step.node.entry("foreach");
-            self.wiring.foreach = own.and_then(|e| foreach(&mut self.sources, self.scope, e));
-            return;
-        };
         // A step that was handed none is one too many: that was told.
-        let is_handed = self.step.node.entry("foreach").is_some();
-        let walked = used.foreach().filter(|_| is_handed);
-        let Some(walked) = walked.and_then(|e| foreach(&mut self.sources, &used.scope, e)) else {
+        let Some(found) = self.step.node.entry("foreach") else {
             return;
         };
-        let mut bound: Vec<&[(String, Value)]> = Vec::new();
-        let mut conditions: Vec<String> = Vec::new();
-        for (name, used) in around(uses, self.scope) {
-            bound.push(&used.bound);
+        let mut levels: Vec<Level> = Vec::new();
+        let uses_around: Vec<(&str, &Use)> = around(uses, self.scope).collect();
+        for (name, used) in uses_around.into_iter().rev() {
+            if let Some(entry) = used.foreach() {
+                let Some(level) = foreach(&mut self.sources, &used.scope, entry) else {
+                    return;
+                };
+                levels.push(Level {
+                    walker: Some(name.to_owned()),
+                    ..level
+                });
+            }
+            let Some(level) = levels.last_mut() else {
+                continue;
+            };
+            level.bound.extend(used.bound.iter().cloned());
             let when = used.node.get("when").and_then(Node::as_text);
-            let when = when.filter(|when| asks_for_item(when));
-            conditions.extend(when.map(str::to_owned));
-            if name == walker {
-                break;
+            if let Some(when) = when.filter(|when| asks_for_item(when)) {
+                // Each holds those of the uses around it: a param is asked for only where it is
+                // there.
+                let at = level_of(when, &levels);
+                let conditions = &mut levels[at].conditions;
+                if !conditions.iter().any(|other| other == when) {
+                    conditions.push(when.to_owned());
+                }
             }
         }
-        // Each holds those of the uses around it: a param is asked for only where it is there.
-        conditions.reverse();
-        conditions.dedup();
-        let is_own = |e: &&Entry| used.foreach().is_none_or(|outer| outer.key != e.key);
-        let own = self.step.node.entry("foreach").filter(is_own);
-        let own = own.and_then(|e| foreach(&mut self.sources, self.scope, e));
-        let own = own.unwrap_or_default();
-        self.wiring.foreach = Some(Foreach {
-            walker: Some(walker.to_owned()),
-            bound: bound.into_iter().rev().flatten().cloned().collect(),
-            conditions,
-            inner: own.vars,
-            max_parallel: own.max_parallel.or(walked.max_parallel),
-            ..walked
-        });
+        let handed = walker(uses, self.scope).and_then(|(_, used)| used.foreach());
+        if handed.is_none_or(|handed| handed.key != found.key) {
+            levels.extend(foreach(&mut self.sources, self.scope, found));
+        }
+        if !levels.is_empty() {
+            self.wiring.foreach = Some(Foreach { levels });
+        }
     }
 
     // ---- needs

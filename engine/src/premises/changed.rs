@@ -129,8 +129,8 @@ impl Changed {
         &self.remembered.head.secrets
     }
 
-    /// The plan's text, for a run of this id.
-    pub(crate) fn plan(&self, run_id: &str) -> String {
+    /// The plan's text in pieces, for a run of this id.
+    pub(crate) fn plan<'a>(&'a self, run_id: &'a str) -> [&'a [u8]; 3] {
         self.remembered.plan_of(run_id)
     }
 
@@ -158,8 +158,18 @@ impl Changed {
     }
 
     /// The events of a step, one JSON object a line.
-    pub(crate) fn events(&self, step: usize) -> &[u8] {
+    fn events(&self, step: usize) -> &[u8] {
         &self.remembered.events()[self.parts[step].events.clone()]
+    }
+
+    /// The events of these steps, which are in order.
+    pub(crate) fn events_of(&self, steps: impl Iterator<Item = usize>) -> Vec<u8> {
+        let events = self.remembered.events();
+        let mut lines = Vec::with_capacity(events.len());
+        for run in joined(steps.map(|step| self.parts[step].events.clone())) {
+            lines.extend_from_slice(&events[run]);
+        }
+        lines
     }
 
     /// What a step of this run is told of one that was not reached.
@@ -201,6 +211,18 @@ impl Changed {
     pub(super) fn ends(&self, ends: &BTreeMap<usize, Ended>) -> Option<Vec<u8>> {
         self.known.with(ends)
     }
+}
+
+/// Ranges that follow each other without a gap, as one.
+fn joined(ranges: impl Iterator<Item = Range<usize>>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match runs.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => runs.push(range),
+        }
+    }
+    runs
 }
 
 /// Where the parts of each step lie.

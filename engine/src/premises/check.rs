@@ -8,7 +8,8 @@ use std::time::{Instant, SystemTime};
 use flowrun_cache::{ArtifactKind, ArtifactStore, Cache, CacheReader, Digest, FileStamp};
 
 use super::{
-    Changed, ENTRY, FilePremise, ObjectPremise, Premises, Remembered, RunName, environment, write,
+    Changed, ENTRY, FilePremise, KEY, ObjectPremise, Premises, Remembered, RunName, environment,
+    write,
 };
 use crate::event::RunEvent;
 use crate::hook::Hook;
@@ -164,11 +165,8 @@ impl Checker<'_> {
     }
 
     fn results(&self, keys: &[u8]) -> bool {
-        let is_there = |key: &[u8]| {
-            let key = Digest::from_slice(key);
-            key.is_some_and(|key| self.cache.actions().path(&key).exists())
-        };
-        keys.chunks(32).all(is_there)
+        let keys: Option<Vec<Digest>> = keys.chunks(KEY).map(Digest::from_slice).collect();
+        keys.is_some_and(|keys| self.cache.actions().has_all(keys))
     }
 
     /// The table with the stamps as they are now; `None` when an object is missing or damaged.
@@ -284,7 +282,9 @@ impl Unchanged {
         last: &RunEvent,
     ) -> std::io::Result<()> {
         use std::io::Write;
-        std::fs::write(run_dir.join("plan.json"), self.remembered.plan_of(run_id))?;
+        let mut plan = std::fs::File::create(run_dir.join("plan.json"))?;
+        let pieces = self.remembered.plan_of(run_id);
+        pieces.iter().try_for_each(|piece| plan.write_all(piece))?;
         let mut file = std::fs::File::create(run_dir.join("events.jsonl"))?;
         let line = |event| {
             serde_json::to_vec(event).map(|mut l| {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::dag::predecessors;
+use crate::language::Diagnostics;
 use crate::pipeline::{Action, Pipeline, StepNode};
 use crate::run::Outputs;
 use crate::runner::JobRunner;
@@ -138,6 +139,7 @@ impl Known {
             uses: BTreeMap::new(),
             steps: Vec::new(),
             sources: Vec::new(),
+            warnings: Diagnostics::default(),
         }
     }
 

@@ -2,6 +2,7 @@
 //! the run ended whole.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -211,7 +212,7 @@ impl Memory {
                 ..head
             };
             cache.write_file(&name.steps_path(), &steps).ok()?;
-            sections.write(cache, name, head, &plan);
+            sections.write(cache, name, head, &plan, &[]);
             super::forget(cache);
             Some(())
         })();
@@ -277,7 +278,7 @@ impl State {
         if let Some(steps) = steps {
             cache.write_file(&old.name.steps_path(), &steps).ok()?;
         }
-        sections.write(cache, old.name, head, old.plan());
+        sections.write(cache, old.name, head, old.plan(), old.events());
         Some(())
     }
 
@@ -331,7 +332,14 @@ struct Sections {
     keys: Vec<u8>,
     took: Vec<u8>,
     objects: Vec<u8>,
-    events: Vec<u8>,
+    events: Vec<Events>,
+}
+
+/// Events of some steps, one after the other. They are most of the file: what stays is not copied.
+enum Events {
+    New(Vec<u8>),
+    /// Where they lie among those of the run before.
+    Kept(Range<usize>),
 }
 
 impl Sections {
@@ -342,7 +350,10 @@ impl Sections {
         objects(cache, &step.objects, &mut self.objects)?;
         self.keys.extend_from_slice(&step.keys);
         self.took.extend_from_slice(&step.took);
-        self.events.extend_from_slice(&step.events);
+        match self.events.last_mut() {
+            Some(Events::New(events)) => events.extend_from_slice(&step.events),
+            _ => self.events.push(Events::New(step.events.clone())),
+        }
         self.enter([
             step.keys.len() / super::KEY,
             self.objects.len() - start,
@@ -359,8 +370,11 @@ impl Sections {
         self.took.extend_from_slice(&old.took()[parts.took.clone()]);
         let objects = &changed.objects[parts.objects.clone()];
         self.objects.extend_from_slice(objects);
-        let events = &old.events()[parts.events.clone()];
-        self.events.extend_from_slice(events);
+        let events = parts.events.clone();
+        match self.events.last_mut() {
+            Some(Events::Kept(kept)) if kept.end == events.start => kept.end = events.end,
+            _ => self.events.push(Events::Kept(events.clone())),
+        }
         self.enter([
             changed.results(step),
             objects.len(),
@@ -376,22 +390,21 @@ impl Sections {
         }
     }
 
-    fn write(&self, cache: &Cache, name: RunName, head: Premises, plan: &[u8]) {
+    /// `old`: the events of the run before.
+    fn write(&self, cache: &Cache, name: RunName, head: Premises, plan: &[u8], old: &[u8]) {
+        let events = self.events.iter().map(|events| match events {
+            Events::New(events) => events.as_slice(),
+            Events::Kept(place) => &old[place.clone()],
+        });
         let head = Premises {
             keys: self.keys.len(),
             objects: self.objects.len(),
             plan: plan.len(),
-            events: self.events.len(),
+            events: events.clone().map(<[u8]>::len).sum(),
             ..head
         };
-        let sections = [
-            &self.table,
-            &self.keys,
-            &self.took,
-            &self.objects,
-            plan,
-            &self.events,
-        ];
+        let start: [&[u8]; 5] = [&self.table, &self.keys, &self.took, &self.objects, plan];
+        let sections: Vec<&[u8]> = start.into_iter().chain(events).collect();
         write(cache, name, &head, &sections);
     }
 }

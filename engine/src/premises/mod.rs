@@ -26,6 +26,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowrun_cache::{Artifact, Cache, Digest, FileStamp};
+use memchr::memmem;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -38,7 +39,7 @@ use crate::step::World;
 use crate::tracking::Tracking;
 
 /// Version of the file. Another one on disk is as good as none.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Folder in the cache.
 const FOLDER: &str = "premises";
 /// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.
@@ -198,11 +199,13 @@ impl Remembered {
         self.section(STEP * self.head.steps, after + self.head.keys)
     }
 
-    /// The plan's text, for a run of this id: it stands once, at the beginning.
-    fn plan_of(&self, run_id: &str) -> String {
-        let plan = String::from_utf8_lossy(self.plan());
-        let (before, after) = plan.split_once(check::PLACEHOLDER).unwrap_or((&plan, ""));
-        [before, run_id, after].concat()
+    /// The plan's text in pieces, for a run of this id: it stands once, at the beginning.
+    fn plan_of<'a>(&'a self, run_id: &'a str) -> [&'a [u8]; 3] {
+        let plan = self.plan();
+        let at = memmem::find(plan, check::PLACEHOLDER.as_bytes()).unwrap_or(plan.len());
+        let (before, rest) = plan.split_at(at);
+        let after = rest.get(check::PLACEHOLDER.len()..).unwrap_or_default();
+        [before, run_id.as_bytes(), after]
     }
 }
 
@@ -277,15 +280,16 @@ fn is_of_the_call(name: &str) -> bool {
 
 /// Writes what is remembered under `name`.
 fn write(cache: &Cache, name: RunName, head: &Premises, parts: &[&[u8]]) {
-    let Ok(mut text) = serde_json::to_vec(head) else {
+    let Ok(mut head) = serde_json::to_vec(head) else {
         return;
     };
-    text.push(b'\n');
-    parts.iter().for_each(|part| text.extend_from_slice(part));
-    let mut file = format!("{}\n", Digest::of_bytes(&text)).into_bytes();
-    file.append(&mut text);
+    head.push(b'\n');
+    let mut file: Vec<&[u8]> = vec![&head];
+    file.extend(parts);
+    let sum = format!("{}\n", Digest::of_parts(&file));
+    file.insert(0, sum.as_bytes());
     // Without it the next run is an ordinary one.
-    let _ = cache.write_file(&name.path(), &file);
+    let _ = cache.write_parts(&name.path(), &file);
 }
 
 /// Forgets the runs that were written longest ago.

@@ -6,6 +6,7 @@
 //! | `scheduler` | which action is next; owns all state of a run | files, processes |
 //! | `state` | how far each step and item is | who changes it |
 //! | `room` | whether there is room for one more | what it is for |
+//! | `together` | whether one more item of a fan-out may run (`max_parallel`) | other steps |
 //! | `worker` | one action: look it up, or run it and store what it made | other actions |
 //! | `reporter` | what a step says, as events and log lines | the scheduler |
 
@@ -13,6 +14,7 @@ mod reporter;
 mod room;
 mod scheduler;
 mod state;
+mod together;
 mod worker;
 
 #[cfg(test)]
@@ -214,9 +216,7 @@ async fn perform(
             let plan = plan.insert(plan_of(&pipeline, selection, &run_id));
             RunRecorder::create(&run_dir, plan)
         }
-        Work::Changed(changed) => {
-            RunRecorder::with_plan(&run_dir, changed.plan(&run_id).as_bytes())
-        }
+        Work::Changed(changed) => RunRecorder::with_plan(&run_dir, &changed.plan(&run_id)),
     };
     let recorder = recorder.map_err(record_error)?;
     let (to_recorder, from_run) = unbounded_channel();

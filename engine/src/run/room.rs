@@ -91,9 +91,8 @@ impl Room {
         self.running >= self.jobs
     }
 
-    /// One more action of this step fits; `running` of the step's own run now.
-    pub(super) fn fits(&self, node: &StepNode, running: usize) -> bool {
-        let max_parallel = node.foreach.as_ref().and_then(|f| f.max_parallel);
+    /// One more action of this step fits.
+    pub(super) fn fits(&self, node: &StepNode) -> bool {
         let pool_is_free = node.pool.as_ref().is_none_or(|pool| {
             let places = self.places.get(pool).copied().unwrap_or(1).max(1);
             self.pools.get(pool).copied().unwrap_or(0) < places
@@ -106,7 +105,7 @@ impl Room {
         let memory = want.memory == 0
             || used.memory == 0
             || used.memory.saturating_add(want.memory) <= self.capacity.memory;
-        if max_parallel.is_some_and(|max| running >= max.max(1)) || !pool_is_free {
+        if !pool_is_free {
             return false;
         }
         if let Some(name) = node.runner.job() {
@@ -185,17 +184,14 @@ mod tests {
         };
         let mut room = Room::new(4, capacity, BTreeMap::new(), BTreeMap::new());
         let (free, big) = (wanting(0.0, 0, 0.0), wanting(3.0, 60, 0.5));
-        assert!(room.fits(&big, 0));
+        assert!(room.fits(&big));
         room.take(&big);
-        assert!(room.fits(&free, 0));
-        assert!(!room.fits(&wanting(1.5, 0, 0.0), 0) && room.fits(&wanting(1.0, 0, 0.0), 0));
-        assert!(!room.fits(&wanting(0.0, 41, 0.0), 0) && room.fits(&wanting(0.0, 40, 0.0), 0));
-        assert!(!room.fits(&wanting(0.0, 0, 0.6), 0) && room.fits(&wanting(0.0, 0, 0.5), 0));
+        assert!(room.fits(&free));
+        assert!(!room.fits(&wanting(1.5, 0, 0.0)) && room.fits(&wanting(1.0, 0, 0.0)));
+        assert!(!room.fits(&wanting(0.0, 41, 0.0)) && room.fits(&wanting(0.0, 40, 0.0)));
+        assert!(!room.fits(&wanting(0.0, 0, 0.6)) && room.fits(&wanting(0.0, 0, 0.5)));
         room.give_back(&big);
-        assert!(
-            room.fits(&wanting(99.0, 999, 99.0), 0),
-            "too big runs alone"
-        );
+        assert!(room.fits(&wanting(99.0, 999, 99.0)), "too big runs alone");
     }
 
     #[test]
@@ -224,15 +220,15 @@ mod tests {
         let here = node("s");
         assert_eq!(room.beyond(&job), None);
         room.take(&here);
-        assert!(!room.fits(&here, 0) && room.fits(&job, 0) && !room.is_full());
+        assert!(!room.fits(&here) && room.fits(&job) && !room.is_full());
         room.take(&job);
-        assert!(room.fits(&job, 1));
+        assert!(room.fits(&job));
         room.take(&job);
-        assert!(!room.fits(&job, 2) && room.is_full());
+        assert!(!room.fits(&job) && room.is_full());
         room.give_back(&here);
-        assert!(room.fits(&here, 0) && !room.fits(&job, 2));
+        assert!(room.fits(&here) && !room.fits(&job));
         room.give_back(&job);
-        assert!(room.fits(&job, 1));
+        assert!(room.fits(&job));
     }
 
     #[test]
@@ -246,12 +242,12 @@ mod tests {
         };
         let (one, two) = (pooled("one"), pooled("two"));
         room.take(&one);
-        assert!(!room.fits(&one, 0));
+        assert!(!room.fits(&one));
         room.take(&two);
-        assert!(room.fits(&two, 0));
+        assert!(room.fits(&two));
         room.take(&two);
-        assert!(room.is_full() && !room.fits(&node("s"), 0));
+        assert!(room.is_full() && !room.fits(&node("s")));
         room.give_back(&one);
-        assert!(room.fits(&one, 0) && !room.fits(&two, 0));
+        assert!(room.fits(&one) && !room.fits(&two));
     }
 }

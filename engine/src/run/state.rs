@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::Outputs;
+use super::together::Together;
 use crate::event::StepStatus;
 use crate::expansion::ActionRequest;
 use crate::lookup::Keyed;
@@ -70,8 +71,8 @@ pub(super) struct StepState {
     pub(super) left: usize,
     /// Lookups and attempts under way.
     pub(super) busy: usize,
-    /// Attempts under way.
-    pub(super) running: usize,
+    /// Items of which an attempt is under way.
+    pub(super) together: Together,
     /// Waits for inputs that are made again.
     pub(super) stalled: bool,
     /// It is as the last run left it, and its node was not read.

@@ -11,7 +11,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use flowrun_cache::{ActionCache, CompletionCache};
+use flowrun_cache::{ActionCache, ArtifactStore, CompletionCache, RemoteCache};
 
 use super::process::GRACE;
 use super::protocol::{PROTOCOL_VERSION, StepMessage, StepRequest};
@@ -76,7 +76,7 @@ pub fn exec(
     let ended = watch(input, cancel.clone(), abandoned);
     let writer = Arc::new(Writer::new(output, PROGRESS_EVERY, request.traced));
     let reporter: Arc<dyn StepReporter> = Arc::clone(&writer) as Arc<dyn StepReporter>;
-    let response = match work(host, request, &reporter, cancel) {
+    let response = match work(host, request, &reporter, cancel, None) {
         Ok(outcome) => StepMessage::Done(outcome),
         Err(error) => StepMessage::Failed(error.into()),
     };
@@ -103,12 +103,15 @@ fn watch(
     ended
 }
 
-/// Does the work of a request.
+/// Does the work of a request. `shared` is a cache of several machines, and the store for what is
+/// sent there: answers and parts of the work are looked for in it, where this machine has a cache
+/// of its own.
 pub(super) fn work(
     host: Host,
     request: StepRequest,
     reporter: &Arc<dyn StepReporter>,
     cancel: Cancel,
+    shared: Option<(&Arc<RemoteCache>, &ArtifactStore)>,
 ) -> Result<StepOutcome, StepError> {
     if request.protocol != PROTOCOL_VERSION {
         let text = format!(
@@ -132,6 +135,12 @@ pub(super) fn work(
         }
         None => CompletionCache::in_memory(),
     };
+    let mut actions = ActionCache::open(request.actions);
+    if let Some((remote, store)) = shared {
+        let stopped = cancel.clone();
+        completions.share(remote, move || stopped.is_cancelled());
+        actions = actions.shared_through(remote, store);
+    }
     let inputs = request.inputs.into_iter();
     let ctx = StepContext {
         step: request.step,
@@ -155,7 +164,7 @@ pub(super) fn work(
         run_path: request.run_path,
         started_at: request.started_at,
         completions: Arc::new(completions),
-        actions: ActionCache::open(request.actions),
+        actions,
         finished: Arc::new(request.finished),
         reporter: Arc::clone(reporter),
         cancel,

@@ -21,11 +21,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use exec::{ExecError, Host, exec};
 pub use job::{
-    CONSOLE, JobEnd, JobError, JobKind, JobOrder, JobRunner, JobSettings, JobState, JobSystem,
-    Post, exec_job,
+    CONSOLE, Ground, JobEnd, JobError, JobKind, JobOrder, JobRunner, JobSettings, JobState,
+    JobSystem, Outpost, Post, Through, exec_job,
 };
 pub(crate) use job::{
-    CommandRequest, Environment, Errand, Remote, Request, end_leftover, runner_schema,
+    CommandRequest, Environment, Errand, Remote, Request, ShippedInput, Way, end_leftover,
+    runner_schema,
 };
 pub use process::Process;
 

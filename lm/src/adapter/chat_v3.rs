@@ -28,12 +28,7 @@ impl ChatV3Adapter {
             placeholders(&signature.outputs, true),
             "[[ ## completed ## ]]".to_owned(),
         ];
-        format!(
-            "{}\n{}\n{}",
-            field_lists(signature),
-            structure.join("\n\n"),
-            objective(signature)
-        )
+        system_text(signature, &structure)
     }
 
     fn assistant(
@@ -53,11 +48,14 @@ impl ChatV3Adapter {
     }
 }
 
-pub(super) fn field_lists(signature: &Signature) -> String {
+/// The system message, with the structure that the adapter asks for.
+pub(super) fn system_text(signature: &Signature, structure: &[String]) -> String {
     format!(
-        "Your input fields are:\n{}\nYour output fields are:\n{}",
+        "Your input fields are:\n{}\nYour output fields are:\n{}\n{}\n{}",
         field_list(&signature.inputs),
-        field_list(&signature.outputs)
+        field_list(&signature.outputs),
+        structure.join("\n\n"),
+        objective(signature)
     )
 }
 
@@ -101,7 +99,7 @@ pub(super) fn output_text(
 }
 
 /// A user turn: the inputs that are there, then what is required of the answer, if anything.
-pub(super) fn user(
+fn user(
     signature: &Signature,
     values: &Fields,
     prefix: &str,
@@ -130,15 +128,14 @@ pub(super) fn type_info(field: &Field) -> String {
     }
 }
 
-/// The conversation without its system message, with the adapter's own assistant turns.
-pub(super) fn turns(
-    signature: &Signature,
-    demos: &[Demo],
-    inputs: &Fields,
+/// The conversation, with the adapter's own system message and assistant turns.
+pub(super) fn conversation(
+    (signature, demos, inputs): (&Signature, &[Demo], &Fields),
+    system: String,
     requirements: String,
     assistant: impl Fn(&Fields, Option<&str>) -> Result<String, FormatError>,
 ) -> Result<Vec<Message>, FormatError> {
-    let mut messages = Vec::new();
+    let mut messages = vec![message(Role::System, system)];
     for (demo, complete) in shown_demos(signature, demos, Dialect::Dspy3) {
         let prefix = if complete { "" } else { INCOMPLETE };
         messages.push(message(
@@ -172,15 +169,12 @@ impl Adapter for ChatV3Adapter {
              ending with the marker for `[[ ## completed ## ]]`.",
             names.join(", then ")
         );
-        let mut messages = vec![message(Role::System, Self::system(signature))];
-        messages.extend(turns(
-            signature,
-            demos,
-            inputs,
+        conversation(
+            (signature, demos, inputs),
+            Self::system(signature),
             requirements,
             |values, missing| Self::assistant(signature, values, missing),
-        )?);
-        Ok(messages)
+        )
     }
 
     fn format_assistant(

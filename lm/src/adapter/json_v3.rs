@@ -2,13 +2,13 @@
 //! cannot be read: the same task, answered as one JSON object.
 
 use super::chat_v3::{
-    field_lists, in_signature_order, output_text, placeholders, turns, type_info,
+    conversation, in_signature_order, output_text, placeholders, system_text, type_info,
 };
-use super::field_text::{STRUCTURE, objective};
-use super::{Adapter, FormatError, ParseError, message, output_names};
+use super::field_text::STRUCTURE;
+use super::{Adapter, FormatError, ParseError, output_names};
 use crate::example::Demo;
 use crate::literal::{parse_json, parse_python};
-use crate::lm::{Choices, Message, Role};
+use crate::lm::{Choices, Message};
 use crate::python_text::strip;
 use crate::signature::Signature;
 use crate::value::{Fields, Value};
@@ -35,12 +35,7 @@ impl JsonV3Adapter {
             "Outputs will be a JSON object with the following fields.".to_owned(),
             indented(&outputs),
         ];
-        format!(
-            "{}\n{}\n{}",
-            field_lists(signature),
-            structure.join("\n\n"),
-            objective(signature)
-        )
+        system_text(signature, &structure)
     }
 
     fn assistant(
@@ -88,15 +83,12 @@ impl Adapter for JsonV3Adapter {
             "Respond with a JSON object in the following order of fields: {}.",
             names.join(", then ")
         );
-        let mut messages = vec![message(Role::System, Self::system(signature))];
-        messages.extend(turns(
-            signature,
-            demos,
-            inputs,
+        conversation(
+            (signature, demos, inputs),
+            Self::system(signature),
             requirements,
             |values, missing| Self::assistant(signature, values, missing),
-        )?);
-        Ok(messages)
+        )
     }
 
     fn format_assistant(

@@ -189,7 +189,7 @@ impl Classifier {
     ///
     /// # Errors
     /// When a vector is not of the length that was fitted.
-    pub fn predict_vectors(
+    pub(crate) fn predict_vectors(
         &self,
         vectors: &[Vec<f32>],
     ) -> Result<Vec<ClassPrediction>, ClassifierError> {

@@ -67,7 +67,7 @@ struct Ended {
     lines: String,
     /// The server took none of its requests.
     refused: bool,
-    /// The server does not know it any more.
+    /// The server does not know it, or its answers, any more.
     gone: bool,
 }
 
@@ -334,11 +334,15 @@ impl Batched {
                 let batch = Some(text_of(batch, "id")?);
                 return Ok(Some(Order { batch, ..order }));
             }
-            let last = all.last().filter(|_| page["has_more"] == true);
-            match last {
-                Some(last) => after = text_of(last, "id")?,
-                None => return Ok(None),
+            let Some(last) = all.last().filter(|_| page["has_more"] == true) else {
+                return Ok(None);
+            };
+            let last = text_of(last, "id")?;
+            // A server that knows no `after` lists the same again.
+            if last == after {
+                return Ok(None);
             }
+            after = last;
         }
     }
 
@@ -373,27 +377,35 @@ impl Batched {
             wait = longer(wait);
         };
         let mut lines = String::new();
+        let mut gone = false;
         for name in ["output_file_id", "error_file_id"] {
-            if let Some(file) = batch[name].as_str() {
-                lines += &self.api.text(&["files", file, "content"]).map_err(failed)?;
-                lines.push('\n');
+            let Some(file) = batch[name].as_str() else {
+                continue;
+            };
+            match self.api.text(&["files", file, "content"]) {
+                Ok(text) => lines += &text,
+                // Deleted, or kept for so long only: to ask for it again would be in vain for ever.
+                Err(error) if error.status() == Some(404) => gone = true,
+                Err(error) => return Err(failed(error)),
             }
+            lines.push('\n');
         }
         let status = text_of(&batch, "status")?;
         // Its file was not taken; one that failed in its midst has answers.
-        let refused = status == "failed" && lines.trim().is_empty();
+        let refused = status == "failed" && lines.trim().is_empty() && !gone;
         let why = batch
             .pointer("/errors/data/0/message")
             .and_then(Value::as_str);
         let told = match why.filter(|_| refused) {
             Some(why) => format!("the server refused the batch `{id}`: {why}"),
+            None if gone => format!("the answers of the batch `{id}` are gone from the server"),
             None => format!("the batch `{id}` ended as {status}"),
         };
         Ok(Ended {
             told,
             lines,
             refused,
-            gone: false,
+            gone,
         })
     }
 

@@ -43,7 +43,7 @@ pub use call::{Call, OnCall};
 use endpoint::Endpoint;
 use gate::Gate;
 use retry::{Failure, Pace};
-pub use spec::{AdapterPlace, Guided, OpenAiSpec};
+pub use spec::{AdapterPlace, AdapterServer, Guided, OpenAiSpec};
 
 pub use crate::lm::Prices;
 
@@ -217,15 +217,16 @@ impl OpenAi {
             let nobody = matches!(failure, Failure::Unreachable { .. });
             // What an earlier call waited for in vain is not waited for again.
             let known = self.unreachable.load(Ordering::Relaxed) && nobody;
-            let wait = failure.after().unwrap_or(self.pace.backoff(attempts));
-            if failure.after().is_some() {
-                self.gate.limits.hold(wait);
+            let wait = self.pace.wait(attempts, failure.after());
+            if let Some(after) = failure.after() {
+                self.gate.limits.hold(after);
             }
             let tried = known || attempts > failure.retries(self.spec.max_retries);
             let late = spent + wait >= deadline;
             if tried || late {
                 self.unreachable.store(nobody, Ordering::Relaxed);
-                let all = nobody || matches!(failure, Failure::Barred { .. });
+                let all =
+                    nobody || matches!(failure, Failure::Barred { .. } | Failure::NoModel { .. });
                 let tries = match late && !tried {
                     false => format!("{attempts} attempts"),
                     true => format!(
@@ -386,6 +387,10 @@ pub fn model_id(spec: &OpenAiSpec) -> String {
     };
     if !spec.body.is_empty() {
         id += &format!(" with {}", serde_json::json!(spec.body));
+    }
+    if !spec.chat_template_kwargs.is_empty() {
+        let told = serde_json::json!(spec.chat_template_kwargs);
+        id += &format!(" with template {told}");
     }
     id
 }

@@ -20,6 +20,8 @@ pub(super) enum Failure {
     Final(LmError),
     /// For good, and so will every other.
     Barred { why: String },
+    /// The server has no such model, and so for every other.
+    NoModel { why: String },
     /// The provider does not let the prompt through.
     Withheld,
     /// It may pass; the server may have said when.
@@ -44,7 +46,7 @@ impl Failure {
     /// Tries after the first one, out of as many as are allowed for errors that pass.
     pub(super) fn retries(&self, allowed: u32) -> u32 {
         match self {
-            Self::Final(_) | Self::Barred { .. } | Self::Withheld => 0,
+            Self::Final(_) | Self::Barred { .. } | Self::NoModel { .. } | Self::Withheld => 0,
             Self::Again { .. } | Self::Lost { .. } | Self::Unreachable { .. } => allowed,
             Self::Unreadable { .. } => allowed.min(REREADS),
         }
@@ -63,9 +65,11 @@ impl Failure {
         match self {
             Self::Lost { .. } | Self::Unreadable { .. } => true,
             Self::Again { computed, .. } => *computed,
-            Self::Final(_) | Self::Barred { .. } | Self::Withheld | Self::Unreachable { .. } => {
-                false
-            }
+            Self::Final(_)
+            | Self::Barred { .. }
+            | Self::NoModel { .. }
+            | Self::Withheld
+            | Self::Unreachable { .. } => false,
         }
     }
 
@@ -74,6 +78,7 @@ impl Failure {
         match self {
             Self::Final(error) => error,
             Self::Barred { why } => LmError::Barred(why),
+            Self::NoModel { why } => LmError::NoModel(why),
             Self::Withheld => LmError::Rejected(format!("{url}: the prompt was withheld")),
             Self::Again { why, .. } | Self::Lost { why } => {
                 LmError::Unavailable(format!("{url}: {why} ({tries})"))
@@ -104,6 +109,16 @@ impl Default for Pace {
 }
 
 impl Pace {
+    /// The wait after so many attempts, where the server may have asked for one. One that asks for
+    /// too little would have all tries used up in no time: only the first wait is as short as that.
+    pub(super) fn wait(&self, attempts: u32, after: Option<Duration>) -> Duration {
+        match after {
+            None => self.backoff(attempts),
+            Some(after) if attempts <= 1 => after,
+            Some(after) => after.max(self.backoff(attempts - 1)),
+        }
+    }
+
     pub(super) fn backoff(&self, attempt: u32) -> Duration {
         let full = self
             .first
@@ -138,6 +153,8 @@ pub(super) fn of_error(error: &reqwest::Error) -> Failure {
     }
 }
 
+/// The code of a model that the server has not.
+const NO_MODEL: &str = "model_not_found";
 /// Codes of errors that no other request escapes, whatever their status.
 const BARRING: [&str; 8] = [
     "insufficient_quota",
@@ -145,7 +162,7 @@ const BARRING: [&str; 8] = [
     "billing_not_active",
     "account_deactivated",
     "invalid_api_key",
-    "model_not_found",
+    NO_MODEL,
     "unsupported_parameter",
     "unsupported_value",
 ];
@@ -209,7 +226,9 @@ pub(super) fn of_status(
     };
     let why = format!("{url}: status {status}: {why}{help}");
     match status {
-        401 | 402 | 404 => Failure::Barred { why },
+        404 => Failure::NoModel { why },
+        _ if code == Some(NO_MODEL) => Failure::NoModel { why },
+        401 | 402 => Failure::Barred { why },
         _ if barring => Failure::Barred { why },
         _ => Failure::Final(LmError::Rejected(why)),
     }
@@ -339,6 +358,18 @@ mod tests {
             let error = failure(400, why, Some("BadRequestError"));
             assert!(matches!(error, LmError::Rejected(_)), "{why}: {error}");
         }
+    }
+
+    #[test]
+    fn a_server_that_asks_for_too_little_does_not_use_up_all_tries() {
+        let pace = Pace::default();
+        let (none, long) = (Duration::ZERO, Duration::from_secs(100));
+        assert_eq!(pace.wait(1, Some(none)), none);
+        assert!(pace.wait(2, Some(none)) >= Duration::from_millis(250));
+        assert!(pace.wait(6, Some(none)) >= Duration::from_secs(4));
+        assert_eq!(pace.wait(1, Some(long)), long);
+        assert_eq!(pace.wait(6, Some(long)), long);
+        assert!(pace.wait(1, None) >= Duration::from_millis(250));
     }
 
     #[test]

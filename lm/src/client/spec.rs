@@ -52,6 +52,10 @@ pub struct OpenAiSpec {
     /// OpenAI's reasoning models.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub body: BTreeMap<String, Value>,
+    /// What else the model's chat template is told, by servers that take it (vLLM, llama.cpp,
+    /// `flowrun serve`): `{ enable_thinking: false }` has Qwen 3 answer at once.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub chat_template_kwargs: BTreeMap<String, Value>,
     /// How the server comes by the adapters of fine-tuned checkpoints. Without it, it answers as
     /// `model` alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -85,6 +89,23 @@ pub struct AdapterPlace {
     /// folder themselves.
     #[serde(default)]
     pub load: bool,
+    /// What the server is, so that what it cannot load is found before a run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<AdapterServer>,
+    /// The highest rank that it loads: vLLM's `--max-lora-rank`, 16 where that is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub max_rank: Option<u64>,
+}
+
+/// A server that loads adapters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AdapterServer {
+    /// vLLM, also where Ray Serve LLM runs it: plain LoRA alone, no activated adapters, no DoRA.
+    Vllm,
+    /// `flowrun serve`: plain LoRA and activated adapters, of any rank.
+    Flowrun,
 }
 
 /// How a server is told to answer with one of given texts. Servers that do not know a way ignore

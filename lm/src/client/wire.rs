@@ -8,6 +8,8 @@ use crate::lm::{Completion, FinishReason, Request, Spending};
 
 /// The one field of an answer that is an object.
 const ANSWER: &str = "answer";
+/// Ends of an answer that its server broke off (OpenRouter, vLLM, DeepSeek): it is none.
+const BROKEN_OFF: [&str; 3] = ["error", "abort", "insufficient_system_resource"];
 /// Characters of a server's text that an error shows.
 const SHOWN: usize = 200;
 /// Characters of a server's message that an error shows.
@@ -32,6 +34,9 @@ pub(super) fn body(spec: &OpenAiSpec, request: &Request) -> Value {
         }
         if let Some((name, value)) = restriction(spec, request) {
             fields.insert(name.into(), value);
+        }
+        if !spec.chat_template_kwargs.is_empty() {
+            fields.insert(TEMPLATE.into(), json!(spec.chat_template_kwargs));
         }
         for (name, value) in &spec.body {
             match value {
@@ -92,9 +97,14 @@ pub(super) fn worst_case(spec: &OpenAiSpec, request: &Request) -> Spending {
 /// Fields of the body that belong to the client.
 const OWN: [&str; 4] = ["messages", "model", "n", "stream"];
 
+/// The field of what the chat template is told.
+const TEMPLATE: &str = "chat_template_kwargs";
+
 /// The field of `body` that may not be there.
 pub(super) fn misplaced(spec: &OpenAiSpec) -> Option<&'static str> {
-    OWN.into_iter().find(|name| spec.body.contains_key(*name))
+    let told = (!spec.chat_template_kwargs.is_empty()).then_some(TEMPLATE);
+    let mut own = OWN.into_iter().chain(told);
+    own.find(|name| spec.body.contains_key(*name))
 }
 
 /// The text of an answer that came as an object; another one stays as it is.
@@ -133,8 +143,6 @@ fn quoted(text: &str) -> String {
 #[derive(Deserialize)]
 struct Body {
     choices: Vec<Choice>,
-    #[serde(default)]
-    usage: Option<Usage>,
 }
 
 #[derive(Deserialize)]
@@ -146,16 +154,29 @@ struct Choice {
 
 #[derive(Deserialize)]
 struct Message {
+    /// A text, or a list of parts.
     #[serde(default)]
-    content: Option<String>,
+    content: Value,
     #[serde(default)]
     refusal: Option<String>,
 }
 
-#[derive(Default, Deserialize)]
-struct Usage {
-    prompt_tokens: Option<u64>,
-    completion_tokens: Option<u64>,
+impl Message {
+    /// The text; the parts of a reasoning model's thoughts are none of it. `None` when there is no
+    /// content.
+    fn text(&self) -> Result<Option<String>, &'static str> {
+        match &self.content {
+            Value::Null => Ok(None),
+            Value::String(text) => Ok(Some(text.clone())),
+            Value::Array(parts) => {
+                let texts = parts.iter().filter(|part| part["type"] == "text");
+                Ok(Some(
+                    texts.filter_map(|part| part["text"].as_str()).collect(),
+                ))
+            }
+            _ => Err("its content is no text"),
+        }
+    }
 }
 
 /// Reads an answer.
@@ -163,22 +184,29 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
     let bad = |why: &dyn std::fmt::Display| {
         format!("the answer cannot be read ({why}): {}", shown(bytes))
     };
-    let body: Body = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+    let whole: Value = serde_json::from_slice(bytes).map_err(|e| bad(&e))?;
+    // Counted as far as it can be read: an answer is not lost for its bill.
+    let used = used(&whole).unwrap_or_default();
+    let body: Body = serde_json::from_value(whole).map_err(|e| bad(&e))?;
     let choice = body.choices.into_iter().next();
     let choice = choice.ok_or_else(|| bad(&"it has no choices"))?;
-    let refused = choice.message.content.is_none() && choice.message.refusal.is_some();
+    let reason = choice.finish_reason.as_deref().unwrap_or_default();
+    if BROKEN_OFF.contains(&reason) {
+        return Err(bad(&format!("the server broke it off: `{reason}`")));
+    }
+    let text = choice.message.text().map_err(|why| bad(&why))?;
+    let refused = text.is_none() && choice.message.refusal.is_some();
     let finish = match choice.finish_reason.as_deref() {
         _ if refused => FinishReason::ContentFilter,
         Some("length") => FinishReason::Length,
         Some("content_filter") => FinishReason::ContentFilter,
         _ => FinishReason::Stop,
     };
-    let usage = body.usage.unwrap_or_default();
     Ok(Completion {
-        text: choice.message.content.unwrap_or_default(),
+        text: text.unwrap_or_default(),
         finish,
-        prompt_tokens: usage.prompt_tokens.unwrap_or(0),
-        completion_tokens: usage.completion_tokens.unwrap_or(0),
+        prompt_tokens: used.prompt,
+        completion_tokens: used.completion,
         choice_probs: None,
         cached: false,
     })
@@ -186,7 +214,13 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
 
 /// What an answer says that it used; `None` where its server does not count.
 pub(super) fn used(body: &Value) -> Option<Spending> {
-    let count = |name: &str| body["usage"][name].as_u64().unwrap_or(0);
+    let count = |name: &str| {
+        let count = &body["usage"][name];
+        // Some write `12.0`.
+        let whole = count.as_f64().filter(|count| *count >= 0.0);
+        let whole = whole.map(|count| count.round() as u64);
+        count.as_u64().or(whole).unwrap_or(0)
+    };
     let used = Spending {
         prompt: count("prompt_tokens"),
         completion: count("completion_tokens"),
@@ -240,6 +274,18 @@ mod tests {
     fn spec(guided: Value) -> OpenAiSpec {
         let spec = json!({"base_url": "http://h/v1", "model": "m", "guided": guided});
         serde_json::from_value(spec).unwrap()
+    }
+
+    #[test]
+    fn what_the_template_is_told_is_sent_and_said_in_one_place() {
+        let mut spec = spec(Value::Null);
+        let told = json!({"enable_thinking": false});
+        spec.chat_template_kwargs = serde_json::from_value(told.clone()).unwrap();
+        assert_eq!(body(&spec, &request(None))["chat_template_kwargs"], told);
+        assert_eq!(misplaced(&spec), None);
+        let other = json!({"chat_template_kwargs": {}});
+        spec.body = serde_json::from_value(other).unwrap();
+        assert_eq!(misplaced(&spec), Some("chat_template_kwargs"));
     }
 
     fn request(after: Option<&str>) -> Request {
@@ -336,6 +382,20 @@ mod tests {
             ("x", FinishReason::Length)
         );
         assert_eq!((answer.prompt_tokens, answer.completion_tokens), (0, 0));
+        let parts = json!([
+            {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+            {"type": "text", "text": "a "}, {"type": "text", "text": "label"},
+        ]);
+        let answer = read(json!({"choices": [{"message": {"content": parts}}],
+            "usage": {"prompt_tokens": 12.0, "completion_tokens": "many"}}));
+        assert_eq!(answer.text, "a label");
+        assert_eq!((answer.prompt_tokens, answer.completion_tokens), (12, 0));
+        let odd = json!({"choices": [{"message": {"content": 3}}]}).to_string();
+        assert!(completion(odd.as_bytes()).unwrap_err().contains("no text"));
+        let choice = json!({"message": {"content": "half"}, "finish_reason": "abort"});
+        let broken = json!({ "choices": [choice] }).to_string();
+        let why = completion(broken.as_bytes()).unwrap_err();
+        assert!(why.contains("broke it off: `abort`"), "{why}");
         let answer = read(json!({"choices": [{"message": {}}], "usage": {"prompt_tokens": 3}}));
         assert_eq!(
             (answer.text.as_str(), answer.finish),

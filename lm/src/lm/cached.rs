@@ -188,7 +188,8 @@ fn as_copy(answer: &Result<Completion, LmError>, copy: usize) -> Result<Completi
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::lm::{FinishReason, Message, Role, Sampling};
+    use crate::lm::{Message, Role, Sampling};
+    use crate::testing::{answer_each, completion};
 
     /// Answers with the question, and counts; refuses `bad`.
     #[derive(Default)]
@@ -205,25 +206,18 @@ mod tests {
             requests: &[Request],
             on_answer: &OnAnswer<'_>,
         ) -> Vec<Result<Completion, LmError>> {
-            let answer = |(index, request): (usize, &Request)| {
-                let text = request.messages[0].content.clone();
+            answer_each(requests, on_answer, |request| {
+                let text = &request.messages[0].content;
                 self.asked.lock().unwrap().push(text.clone());
-                let answer = if text == "bad" {
-                    Err(LmError::Rejected("no".into()))
-                } else {
-                    Ok(Completion {
-                        text,
-                        finish: FinishReason::Stop,
-                        prompt_tokens: 3,
-                        completion_tokens: 1,
-                        choice_probs: Some(vec![0.25, 0.75]),
-                        cached: false,
-                    })
-                };
-                on_answer(index, &answer);
-                answer
-            };
-            requests.iter().enumerate().map(answer).collect()
+                if text == "bad" {
+                    return Err(LmError::Rejected("no".into()));
+                }
+                Ok(Completion {
+                    prompt_tokens: 3,
+                    choice_probs: Some(vec![0.25, 0.75]),
+                    ..completion(text)
+                })
+            })
         }
     }
 

@@ -110,7 +110,7 @@ impl Metered {
                 counted.failed += 1;
                 self.first_error.get_or_init(|| Box::new(error.clone()));
                 counted.unavailable += u64::from(matches!(error, LmError::Unavailable(_)));
-                if matches!(error, LmError::Barred(_)) {
+                if matches!(error, LmError::Barred(_) | LmError::NoModel(_)) {
                     self.barred.get_or_init(|| Box::new(error.clone()));
                 }
             }
@@ -143,7 +143,8 @@ impl Lm for Metered {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lm::{FinishReason, Message, Role, Sampling};
+    use crate::lm::{Message, Role, Sampling};
+    use crate::testing::{answer_each, completion};
 
     /// Says `cached` or `bad` of itself.
     struct Script;
@@ -158,22 +159,17 @@ mod tests {
             requests: &[Request],
             on_answer: &OnAnswer<'_>,
         ) -> Vec<Result<Completion, LmError>> {
-            let answer = |(index, request): (usize, &Request)| {
-                let answer = match request.messages[0].content.as_str() {
+            answer_each(requests, on_answer, |request| {
+                match request.messages[0].content.as_str() {
                     "bad" => Err(LmError::Rejected("no".into())),
                     text => Ok(Completion {
-                        text: text.to_owned(),
-                        finish: FinishReason::Stop,
                         prompt_tokens: 1000,
                         completion_tokens: 10,
-                        choice_probs: None,
                         cached: text == "cached",
+                        ..completion(text)
                     }),
-                };
-                on_answer(index, &answer);
-                answer
-            };
-            requests.iter().enumerate().map(answer).collect()
+                }
+            })
         }
     }
 

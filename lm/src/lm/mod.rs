@@ -158,6 +158,9 @@ pub enum LmError {
     /// the account's credit, the budget.
     #[error("{0}")]
     Barred(String),
+    /// The server has no such model, or not any more; no other call to it will be answered either.
+    #[error("{0}")]
+    NoModel(String),
     /// The run was asked to stop.
     #[error("stopped")]
     Cancelled,

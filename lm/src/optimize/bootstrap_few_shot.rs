@@ -196,18 +196,12 @@ impl<'a> Bootstrap<'a> {
                     break;
                 }
             }
-            self.tell(next);
-        }
-        Ok(())
-    }
-
-    fn tell(&self, tried: usize) {
-        if let Some(on_progress) = self.session.on_progress {
-            on_progress(Progress::Bootstrapping {
-                tried,
+            self.session.tell(Progress::Bootstrapping {
+                tried: next,
                 found: self.count(),
             });
         }
+        Ok(())
     }
 
     fn sampling(&self, round: usize) -> Sampling {

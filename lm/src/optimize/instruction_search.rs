@@ -4,21 +4,22 @@
 //!
 //! Invariant: the student wins unless a proposal scores strictly more on the whole validation set.
 
-use super::kept::{CANDIDATE, PROPOSAL, Piece};
+mod frontier;
+mod proposal;
+
+use self::frontier::{Member, frontier};
+use self::proposal::{mistakes, words};
+use super::kept::{CANDIDATE, Piece};
 use super::{Candidate, Compiled, OptimizeError, Optimizer, Progress, Session};
 use crate::evaluate::{Evaluate, EvaluateError, EvaluationResult};
 use crate::example::Example;
-use crate::lm::{FinishReason, Lm, Message, Request, Role, Sampling};
+use crate::lm::{Lm, Sampling};
 use crate::program::{Program, RunOptions, Tokens};
 use crate::python_random::PythonRandom;
-use crate::value::Value;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::BTreeSet;
-
-/// Mistakes that the proposer is shown at most.
-const SHOWN: usize = 8;
 
 /// Settings of the search.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -78,14 +79,6 @@ pub struct InstructionSearch<'a> {
     pub sampling: Sampling,
 }
 
-/// Scored in full.
-struct Member {
-    program: Program,
-    result: EvaluationResult,
-    /// Key of the action that its score is kept under, where it is.
-    key: Option<String>,
-}
-
 impl InstructionSearch<'_> {
     /// The score of a program on rows, with the key that it is kept under; read back where it is
     /// known.
@@ -130,142 +123,6 @@ impl InstructionSearch<'_> {
                 source => OptimizeError::Evaluate { seed, source },
             })
     }
-
-    /// New instructions for the predictor at `place`, or why the answer holds none.
-    fn propose(
-        &self,
-        program: &Program,
-        place: usize,
-        mistakes: &str,
-        round: usize,
-        session: &Session<'_>,
-    ) -> Result<Result<String, Proposed>, OptimizeError> {
-        let current = &program.predictors[place].signature.instructions;
-        let text = format!(
-            "You improve the instructions of a program that asks a language model.\n\nCurrent \
-             instructions:\n```\n{current}\n```\n\nWhat the program got wrong with them:\n\n\
-             {mistakes}\nFind what the mistakes have in common. Write new instructions that \
-             prevent them: keep every label and every requirement of the current ones, say how \
-             labels that are taken for each other are told apart, and copy no query. Answer with \
-             the new instructions between ``` lines and nothing else."
-        );
-        let request = Request {
-            messages: vec![Message {
-                role: Role::User,
-                content: text,
-            }],
-            sampling: Sampling {
-                rollout: Some(round as u64),
-                ..self.sampling.clone()
-            },
-            choices: None,
-        };
-        let (answer, cut_off) = self.answer(request, session)?;
-        Ok(match instructions_of(&answer) {
-            // What is closed is whole.
-            (text, closed) if cut_off && !closed && !text.is_empty() => Err(Proposed::CutOff),
-            ("", _) => Err(Proposed::Empty),
-            (text, _) => Ok(text.to_owned()),
-        })
-    }
-
-    /// What the proposer says, and whether it was cut off; read back where it is known.
-    fn answer(
-        &self,
-        request: Request,
-        session: &Session<'_>,
-    ) -> Result<(String, bool), OptimizeError> {
-        let asked = json!({ "model": self.proposer.id(), "request": &request });
-        let piece = Piece::of_params(session, PROPOSAL, &asked);
-        if let Some(known) = piece.as_ref().and_then(Piece::recall) {
-            return Ok(known);
-        }
-        let answer = self.proposer.complete(&[request], &|_, _| {}).pop();
-        match answer {
-            Some(Ok(completion)) => {
-                let answer = (completion.text, completion.finish == FinishReason::Length);
-                if let Some(piece) = piece {
-                    piece.keep(&answer);
-                }
-                Ok(answer)
-            }
-            Some(Err(crate::lm::LmError::Cancelled)) => Err(OptimizeError::Cancelled),
-            Some(Err(error)) => Err(OptimizeError::Proposer(error.to_string())),
-            None => Err(OptimizeError::Proposer("no answer".to_owned())),
-        }
-    }
-}
-
-/// The text between the first and the last ``` line, and whether there are both. As in GEPA, an
-/// answer without them is taken whole: many models do not keep to it.
-fn instructions_of(answer: &str) -> (&str, bool) {
-    const FENCE: &str = "```";
-    let Some(start) = answer.find(FENCE) else {
-        return (answer.trim(), false);
-    };
-    // Behind the fence there may be the name of a language.
-    let rest = &answer[start + FENCE.len()..];
-    let body = rest.split_once('\n').map_or("", |(_, body)| body);
-    match body.rfind(FENCE) {
-        Some(end) => (body[..end].trim(), true),
-        // One fence alone opens the instructions, or closes them.
-        None if body.trim().is_empty() => (answer[..start].trim(), true),
-        None => (body.trim(), false),
-    }
-}
-
-/// Instructions as far as they say something: without their line breaks and spaces.
-fn words(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// What went wrong, row by row.
-fn mistakes(rows: &[Example], result: &EvaluationResult) -> String {
-    let wrong = rows
-        .iter()
-        .zip(&result.rows)
-        .filter(|(_, scored)| !scored.correct);
-    let tell = |(row, scored): (&Example, &crate::evaluate::EvaluatedRow)| {
-        let given = (row.fields.iter())
-            .filter(|(_, value)| Some(value.to_python_str()) != scored.gold)
-            .map(|(name, value): (&String, &Value)| format!("{name}: {}", value.to_python_str()));
-        let answer = match (&scored.pred, &scored.error) {
-            (Some(pred), _) => format!("answered: {pred}"),
-            (None, Some(error)) => format!("answer that could not be read: {error}"),
-            (None, None) => "no answer".to_owned(),
-        };
-        let gold = scored.gold.as_deref().unwrap_or("unknown");
-        let given: Vec<String> = given.collect();
-        format!("- {}\n  {answer}\n  expected: {gold}\n", given.join("\n  "))
-    };
-    wrong.take(SHOWN).map(tell).collect()
-}
-
-/// Whether one is as good as the other on every row, and better on one.
-fn dominates(one: &Member, other: &Member) -> bool {
-    let pairs = || one.result.rows.iter().zip(&other.result.rows);
-    pairs().all(|(a, b)| a.score >= b.score) && pairs().any(|(a, b)| a.score > b.score)
-}
-
-/// The members that are best on some row, each as often as it is, without those that another one
-/// dominates (GEPA's frontier).
-fn frontier(members: &[Member]) -> Vec<usize> {
-    let rows = members.first().map_or(0, |member| member.result.rows.len());
-    let open: Vec<usize> = (0..members.len())
-        .filter(|&at| !members.iter().any(|other| dominates(other, &members[at])))
-        .collect();
-    let best = |row: usize| {
-        let score = move |at: &usize| members[*at].result.rows[row].score;
-        let most = open.iter().map(score).fold(0.0, f64::max);
-        // A row that nobody gets right says nothing.
-        let is_best = move |at: &usize| most > 0.0 && score(at) == most;
-        open.iter().copied().filter(is_best)
-    };
-    let mut all: Vec<usize> = (0..rows).flat_map(best).collect();
-    if all.is_empty() {
-        all.extend(open.first());
-    }
-    all
 }
 
 impl Optimizer for InstructionSearch<'_> {
@@ -277,11 +134,6 @@ impl Optimizer for InstructionSearch<'_> {
         session: &Session<'_>,
     ) -> Result<Compiled, OptimizeError> {
         let valset = valset.unwrap_or(trainset);
-        let tell = |progress| {
-            if let Some(on_progress) = session.on_progress {
-                on_progress(progress);
-            }
-        };
         let (first, key) = self.evaluate(student, valset, session, 0)?;
         let mut found = Found {
             student,
@@ -304,7 +156,7 @@ impl Optimizer for InstructionSearch<'_> {
         let total = self.settings.rounds;
         for round in 0..total {
             let seed = i64::try_from(round + 1).unwrap_or(i64::MAX);
-            tell(Progress::Candidate {
+            session.tell(Progress::Candidate {
                 seed,
                 done: round,
                 total,
@@ -321,10 +173,10 @@ impl Optimizer for InstructionSearch<'_> {
                 break;
             }
             let became = self.round(round, parent, &batch, valset, session, &mut found)?;
-            tell(Progress::Proposed { seed, became });
+            session.tell(Progress::Proposed { seed, became });
             if became == Proposed::Scored {
                 let score = |at: usize| found.members[at].result.score;
-                tell(Progress::Scored {
+                session.tell(Progress::Scored {
                     seed,
                     score: score(found.members.len() - 1),
                     best: score(found.best),
@@ -439,9 +291,10 @@ impl InstructionSearch<'_> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::lm::{Completion, FinishReason, LmError, OnAnswer};
+    use crate::lm::{Completion, LmError, OnAnswer, Request};
     use crate::metric::MetricKind;
     use crate::program::ProgramSpec;
+    use crate::testing::{answer_each, completion};
     use std::sync::Mutex;
 
     /// Answers `a` unless the instructions say what `b` is; as a proposer, gives what is said.
@@ -458,9 +311,9 @@ mod tests {
         fn complete(
             &self,
             requests: &[Request],
-            _: &OnAnswer<'_>,
+            on_answer: &OnAnswer<'_>,
         ) -> Vec<Result<Completion, LmError>> {
-            let answer = |request: &Request| {
+            answer_each(requests, on_answer, |request| {
                 let (first, last) = (&request.messages[0], request.messages.last().unwrap());
                 let text = if first.content.starts_with("You improve") {
                     self.asked.lock().unwrap().push(first.content.clone());
@@ -470,16 +323,8 @@ mod tests {
                 } else {
                     "a"
                 };
-                Ok(Completion {
-                    text: text.to_owned(),
-                    finish: FinishReason::Stop,
-                    prompt_tokens: 1,
-                    completion_tokens: 1,
-                    choice_probs: None,
-                    cached: false,
-                })
-            };
-            requests.iter().map(answer).collect()
+                Ok(completion(text))
+            })
         }
     }
 
@@ -522,61 +367,6 @@ mod tests {
         };
         let compiled = search.compile(&student, &rows[..10], Some(&rows[10..]), &session);
         (compiled.unwrap(), model.asked.into_inner().unwrap())
-    }
-
-    #[test]
-    fn the_frontier_counts_a_member_for_each_row_that_it_is_best_on() {
-        let spec: ProgramSpec = serde_json::from_str(
-            r#"{"predict": {"inputs": [{"name": "text"}], "outputs": [{"name": "label"}]}}"#,
-        )
-        .unwrap();
-        let metric = MetricKind::LabelEquality.metric("label");
-        let member = |scores: [f64; 3]| {
-            let row = |score: f64| crate::program::RowResult {
-                id: String::new(),
-                prediction: Ok(crate::example::Prediction {
-                    fields: [("label".to_owned(), score.to_string().as_str().into())].into(),
-                }),
-                trace: Vec::new(),
-                raw: None,
-                tokens: Tokens::default(),
-                probs: None,
-                confidence: None,
-                cut_off: false,
-            };
-            let gold = vec![Example::of_texts("", [("label", "1")]); 3];
-            let evaluate = Evaluate {
-                metric: &metric,
-                label: "label",
-                max_errors: 9,
-            };
-            Member {
-                program: spec.build(&[]).unwrap(),
-                result: evaluate.score(&gold, scores.map(row)).unwrap(),
-                key: None,
-            }
-        };
-        let all = [[1., 1., 0.], [0., 1., 1.], [0., 1., 0.]].map(member);
-        assert_eq!(frontier(&all), [0, 0, 1, 1]);
-    }
-
-    #[test]
-    fn instructions_are_found_in_answers_of_any_shape() {
-        for (answer, instructions, closed) in [
-            ("Here:\n```text\nSort.\n```\nDone.", "Sort.", true),
-            ("Sort.\n", "Sort.", false),
-            ("```\nSort.", "Sort.", false),
-            ("Sort.\n```", "Sort.", true),
-            ("```\n```", "", true),
-            ("```", "", true),
-            (" \n", "", false),
-        ] {
-            assert_eq!(
-                instructions_of(answer),
-                (instructions, closed),
-                "{answer:?}"
-            );
-        }
     }
 
     #[test]

@@ -43,6 +43,14 @@ pub struct Session<'a> {
     pub kept: Option<&'a KeptResults>,
 }
 
+impl Session<'_> {
+    fn tell(&self, progress: Progress) {
+        if let Some(on_progress) = self.on_progress {
+            on_progress(progress);
+        }
+    }
+}
+
 /// A program that works out demos for another one.
 #[derive(Clone, Copy)]
 pub struct Teacher<'a> {

@@ -223,12 +223,6 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    fn tell(&self, progress: Progress) {
-        if let Some(on_progress) = self.session.on_progress {
-            on_progress(progress);
-        }
-    }
-
     /// Makes and scores the candidate of one seed.
     fn try_seed(&self, place: usize, seed: i64) -> Result<Tried, OptimizeError> {
         let settings = self.settings;
@@ -273,7 +267,7 @@ impl Search<'_> {
                 }
             }
         };
-        self.tell(Progress::Scored {
+        self.session.tell(Progress::Scored {
             seed,
             score: candidate.score,
             best: self.board.best().unwrap_or(candidate.score),
@@ -321,7 +315,7 @@ impl Search<'_> {
         let done = AtomicUsize::new(0);
         let on_row = |_| {
             let rows = done.fetch_add(1, Ordering::Relaxed) + 1;
-            self.tell(Progress::Evaluating { rows, total });
+            session.tell(Progress::Evaluating { rows, total });
         };
         let mut tally = evaluate.tally();
         for chunk in order.chunks(session.batch.max(1)) {
@@ -362,7 +356,7 @@ impl Search<'_> {
                 else {
                     return;
                 };
-                self.tell(Progress::Candidate {
+                self.session.tell(Progress::Candidate {
                     seed,
                     done: place,
                     total: seeds.len(),

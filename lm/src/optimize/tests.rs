@@ -1,9 +1,10 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::lm::{Completion, FinishReason, LmError, OnAnswer, Request, Role};
+use crate::lm::{Completion, LmError, OnAnswer, Request, Role};
 use crate::metric::MetricKind;
 use crate::program::ProgramSpec;
+use crate::testing::{answer_each, completion};
 use crate::value::Value;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -25,7 +26,7 @@ impl Lm for Hashing {
         requests: &[Request],
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>> {
-        let answer = |(index, request): (usize, &Request)| {
+        answer_each(requests, on_answer, |request| {
             self.calls.fetch_add(1, Ordering::Relaxed);
             let demos = request.messages.iter();
             let demos = demos.filter(|m| m.role == Role::Assistant).count() as u64;
@@ -37,23 +38,9 @@ impl Lm for Hashing {
                 });
             hash = (hash >> 17) % 100;
             let right = hash < 60 + self.per_demo * demos;
-            let answer = Ok(Completion {
-                text: if right {
-                    query.split(' ').next().unwrap_or_default()
-                } else {
-                    "no"
-                }
-                .into(),
-                finish: FinishReason::Stop,
-                prompt_tokens: 1,
-                completion_tokens: 1,
-                choice_probs: None,
-                cached: false,
-            });
-            on_answer(index, &answer);
-            answer
-        };
-        requests.iter().enumerate().map(answer).collect()
+            let word = query.split(' ').next().unwrap_or_default();
+            Ok(completion(if right { word } else { "no" }))
+        })
     }
 }
 
@@ -141,24 +128,15 @@ impl Lm for Even {
         requests: &[Request],
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>> {
-        let answer = |(index, request): (usize, &Request)| {
+        answer_each(requests, on_answer, |request| {
             self.0.fetch_add(1, Ordering::Relaxed);
             let query = &request.messages.last().unwrap().content;
             let (label, number) = query.split_once(" number ").unwrap();
             let is_even = number.parse::<usize>().unwrap().is_multiple_of(2);
             let label = if is_even { label } else { "none" };
-            let answer = Ok(Completion {
-                text: format!("because of {number}\nlabel: {label}"),
-                finish: FinishReason::Stop,
-                prompt_tokens: 1,
-                completion_tokens: 1,
-                choice_probs: None,
-                cached: false,
-            });
-            on_answer(index, &answer);
-            answer
-        };
-        requests.iter().enumerate().map(answer).collect()
+            let text = format!("because of {number}\nlabel: {label}");
+            Ok(completion(&text))
+        })
     }
 }
 

@@ -173,7 +173,7 @@ impl Program {
 
     /// The same program without demos (DSPy's `reset_copy`).
     #[must_use]
-    pub fn without_demos(&self) -> Self {
+    pub(crate) fn without_demos(&self) -> Self {
         let mut copy = self.clone();
         for predictor in &mut copy.predictors {
             predictor.demos.clear();

@@ -44,7 +44,7 @@ impl Neighbours {
     ///
     /// # Errors
     /// When there is no embedder, it fails, or its vectors are of another length.
-    pub fn demos_for(&self, queries: &[&Fields]) -> Result<Vec<Vec<Demo>>, String> {
+    pub(crate) fn demos_for(&self, queries: &[&Fields]) -> Result<Vec<Vec<Demo>>, String> {
         let embedder = self.embedder.as_ref().ok_or(
             "the program chooses demos by similarity, but no sentence encoder was opened for it",
         )?;

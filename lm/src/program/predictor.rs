@@ -108,7 +108,7 @@ impl Predictor {
     }
 
     /// The demos as the adapter is to see them, without those equal to the row `but`.
-    pub fn demos_but(&self, but: Option<&Example>) -> Vec<Demo> {
+    pub(crate) fn demos_but(&self, but: Option<&Example>) -> Vec<Demo> {
         self.shown(&[], but)
     }
 

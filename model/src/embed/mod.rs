@@ -140,17 +140,26 @@ impl SentenceEncoder {
     /// # Errors
     /// [`ModelError::Tokenizer`] when a text cannot be tokenised.
     pub fn embed(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, ModelError> {
-        let tokens: Vec<Vec<u32>> = texts
-            .par_iter()
-            .map(|text| {
-                let encoding = self.tokenizer.encode_fast(*text, true);
-                encoding
-                    .map(|e| e.get_ids().to_vec())
-                    .map_err(|e| ModelError::Tokenizer(format!("cannot encode: {e}")))
-            })
-            .collect::<Result<_, _>>()?;
+        let tokens = texts.par_iter().map(|text| self.tokens(text));
+        let tokens: Vec<Vec<u32>> = tokens.collect::<Result<_, _>>()?;
         let chunks = tokens.par_chunks(CHUNK);
         Ok(chunks.flat_map_iter(|chunk| self.forward(chunk)).collect())
+    }
+
+    fn tokens(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        let encoding = self.tokenizer.encode_fast(text, true);
+        let encoding =
+            encoding.map_err(|e| ModelError::Tokenizer(format!("cannot encode: {e}")))?;
+        let tokens = encoding.get_ids().to_vec();
+        // What is put before and after a text has its own ids in `tokenizer.json`.
+        let rows = self.words.len() / self.width;
+        match tokens.iter().find(|token| **token as usize >= rows) {
+            None => Ok(tokens),
+            Some(token) => Err(ModelError::Tokenizer(format!(
+                "`tokenizer.json` puts the token {token} beside each text, and the weights have \
+                 {rows}; it is another model's"
+            ))),
+        }
     }
 
     fn forward(&self, texts: &[Vec<u32>]) -> Vec<Vec<f32>> {
@@ -240,6 +249,9 @@ impl<'a> File<'a> {
     fn matrix(&self, name: &str) -> Result<(Vec<f32>, usize), ModelError> {
         let tensor = self.tensors.get(name).ok_or_else(|| self.lacks(name))?;
         let (_, columns) = tensor.dims2().map_err(|_| self.lacks(name))?;
+        if columns == 0 {
+            return Err(self.lacks(name));
+        }
         Ok((self.values(name, None)?, columns))
     }
 

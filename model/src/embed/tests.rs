@@ -255,3 +255,26 @@ fn heads_are_not_guessed() {
     let error = load(dir.path(), None).err().unwrap().to_string();
     assert!(error.contains("give its `config.json`"), "{error}");
 }
+
+#[test]
+fn files_that_do_not_fit_are_errors_and_no_panic() {
+    let name = "embeddings.word_embeddings.weight";
+    let mut without_width = tensors();
+    let nothing = Tensor::zeros((WORDS.len(), 0usize), DType::F32, &Device::Cpu).unwrap();
+    without_width.insert(name.to_owned(), nothing);
+    let dir = written(&without_width);
+    let config = dir.path().join("config.json");
+    let error = load(dir.path(), Some(&config)).err().unwrap().to_string();
+    assert!(error.contains(name), "{error}");
+
+    let dir = written(&tensors());
+    let config = dir.path().join("config.json");
+    let path = dir.path().join("tokenizer.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let other = text.replace("\"ids\":[2]", "\"ids\":[3000]");
+    assert_ne!(text, other);
+    std::fs::write(&path, other).unwrap();
+    let encoder = load(dir.path(), Some(&config)).unwrap();
+    let error = encoder.embed(&["card"]).unwrap_err().to_string();
+    assert!(error.contains("token 3000"), "{error}");
+}

@@ -2,8 +2,8 @@
 //! batching, Yu et al. 2022, "Orca").
 //!
 //! Rows may be of several [`Generator`]s, one an adapter; those over one base model are fed in one
-//! pass, which reads its weights once. Knows no threads and no callers. Invariant: a row that was
-//! added ends with one [`Said::End`], unless it is removed.
+//! pass, so that its weights are read once for all. Knows no threads and no callers. Invariant: a
+//! row that was added ends with one [`Said::End`], unless it is removed.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -111,7 +111,10 @@ impl Batch {
         let base = on.base();
         let tokens = match &ask.text {
             Some(text) => base.tokenizer.encode(text, true)?,
-            None => base.prompt_tokens(&ask.request.messages)?,
+            None => {
+                let request = &ask.request;
+                base.prompt_tokens_with(&request.messages, &request.template_arguments)?
+            }
         };
         let mut row = Row::new(id, &ask.request, tokens, &on.llama)?;
         row.watch(ask.top_p, ask.logprobs);
@@ -324,17 +327,18 @@ impl Batch {
     }
 }
 
-/// The same rows, those of one adapter next to each other: they share its products.
+/// The same rows, those of one adapter beside each other: their products are then one.
 fn by_adapter(mut rows: Vec<Row>) -> Vec<Row> {
-    let mut ordered = Vec::with_capacity(rows.len());
+    let mut order = Vec::with_capacity(rows.len());
     while !rows.is_empty() {
         let llama = Arc::clone(&rows[0].llama);
-        let of_one = |row: &Row| Arc::ptr_eq(&row.llama, &llama);
-        let (group, others): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(of_one);
-        ordered.extend(group);
+        let (same, others): (Vec<_>, Vec<_>) = rows
+            .into_iter()
+            .partition(|row| Arc::ptr_eq(&row.llama, &llama));
+        order.extend(same);
         rows = others;
     }
-    ordered
+    order
 }
 
 /// Feeds the parts of prompts that come before an activated adapter's invocation.

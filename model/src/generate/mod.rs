@@ -26,7 +26,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::base_model::BaseModel;
-use crate::chat_template::ChatMessage;
+use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::device::Device;
 use crate::error::ModelError;
 use crate::llama::{Adapter, Llama, Precision, Run};
@@ -42,6 +42,8 @@ const SHORTEST_PREFIX: usize = 16;
 pub struct GenerateRequest {
     /// The conversation; the model answers its last message.
     pub messages: Vec<ChatMessage>,
+    /// What else the chat template is told.
+    pub template_arguments: TemplateArguments,
     /// Tokens to generate at most; the model's context is a further bound.
     pub max_tokens: usize,
     /// 0 takes the most likely token each time.
@@ -167,7 +169,8 @@ impl Generator {
         };
         let mut waiting = VecDeque::with_capacity(requests.len());
         for (index, request) in requests.iter().enumerate() {
-            let tokens = self.base().prompt_tokens(&request.messages);
+            let arguments = &request.template_arguments;
+            let tokens = self.base().prompt_tokens_with(&request.messages, arguments);
             match tokens.and_then(|tokens| Row::new(index, request, tokens, &self.llama)) {
                 Ok(row) => waiting.push_back(row),
                 Err(error) => tell(index, Err(error)),

@@ -1,10 +1,13 @@
 //! Chats as tokens. Training and answering share this, so that a model is asked as it was taught.
 //!
 //! Knows no generation. Invariant: what a message says never becomes a special token: a user who
-//! writes `<|im_end|>` does not end the turn.
+//! writes `<|im_end|>` does not end the turn. Nor does what the template is told besides, which
+//! may not spell one.
+
+use serde_json::Value;
 
 use crate::base_model::BaseModel;
-use crate::chat_template::ChatMessage;
+use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::error::ModelError;
 
 /// Private-use characters around a message's number, where its text must not be read as special.
@@ -18,14 +21,34 @@ impl BaseModel {
     /// [`ModelError::Template`] when the chat template refuses the messages;
     /// [`ModelError::Tokenizer`] when the vocabulary cannot express them.
     pub fn prompt_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
-        for message in messages {
-            let text = &message.content;
-            if self.tokenizer.encode(text, true)? != self.tokenizer.encode(text, false)? {
-                return self.guarded_tokens(messages);
+        self.prompt_tokens_with(messages, &TemplateArguments::new())
+    }
+
+    /// The same, with what else the chat template is told.
+    ///
+    /// # Errors
+    /// As [`BaseModel::prompt_tokens`]; and where `arguments` spell a special token.
+    pub fn prompt_tokens_with(
+        &self,
+        messages: &[ChatMessage],
+        arguments: &TemplateArguments,
+    ) -> Result<Vec<u32>, ModelError> {
+        for (name, value) in arguments {
+            for text in texts(value) {
+                if self.spells_special(text)? {
+                    return Err(ModelError::Template(format!(
+                        "`{name}` of `chat_template_kwargs` spells a special token; leave it out"
+                    )));
+                }
             }
         }
-        self.tokenizer
-            .encode(&self.chat.render(messages, true)?, true)
+        for message in messages {
+            if self.spells_special(&message.content)? {
+                return self.guarded_tokens(messages, arguments);
+            }
+        }
+        let rendered = self.chat.render_with(messages, true, arguments)?;
+        self.tokenizer.encode(&rendered, true)
     }
 
     /// The tokens of an assistant's whole answer, with the one that ends the turn.
@@ -38,8 +61,16 @@ impl BaseModel {
         Ok(tokens)
     }
 
+    fn spells_special(&self, text: &str) -> Result<bool, ModelError> {
+        Ok(self.tokenizer.encode(text, true)? != self.tokenizer.encode(text, false)?)
+    }
+
     /// Renders placeholders, and puts each message's text in their place as plain characters.
-    fn guarded_tokens(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+    fn guarded_tokens(
+        &self,
+        messages: &[ChatMessage],
+        arguments: &TemplateArguments,
+    ) -> Result<Vec<u32>, ModelError> {
         if messages.iter().any(|m| m.content.contains([OPEN, CLOSE])) {
             return Err(ModelError::Tokenizer(
                 "a message spells a special token and has the characters U+E000 or U+E001; \
@@ -52,7 +83,7 @@ impl BaseModel {
             .enumerate()
             .map(|(i, m)| ChatMessage::new(m.role.clone(), format!("{OPEN}{i}{CLOSE}")))
             .collect();
-        let rendered = self.chat.render(&marked, true)?;
+        let rendered = self.chat.render_with(&marked, true, arguments)?;
         let mut tokens = Vec::new();
         let mut rest = rendered.as_str();
         while let Some((before, marker)) = rest.split_once(OPEN) {
@@ -65,6 +96,19 @@ impl BaseModel {
         }
         tokens.extend(self.tokenizer.encode(rest, true)?);
         Ok(tokens)
+    }
+}
+
+/// Every text in a value, the names of its entries too.
+fn texts(value: &Value) -> Vec<&str> {
+    match value {
+        Value::String(text) => vec![text.as_str()],
+        Value::Array(items) => items.iter().flat_map(texts).collect(),
+        Value::Object(entries) => {
+            let inside = entries.values().flat_map(texts);
+            entries.keys().map(String::as_str).chain(inside).collect()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => Vec::new(),
     }
 }
 

@@ -6,7 +6,7 @@ use super::sampler::Sampler;
 use super::{ChoiceSet, Finish, GenerateRequest, Generated, Piece, TokenProb};
 use crate::base_model::BaseModel;
 use crate::error::ModelError;
-use crate::llama::{KvCache, Llama};
+use crate::llama::{Adapter, KvCache, Llama};
 use crate::tokenizer::TextStream;
 
 /// A request with what was computed for it.
@@ -126,6 +126,22 @@ impl Row {
              {context}; shorten one of them",
             self.prompt_tokens
         )))
+    }
+
+    /// How many of the tokens that come next may be computed once for several rows: all but the
+    /// last one, and of those before an activated adapter's invocation.
+    pub(super) fn sharable(&self) -> usize {
+        let all = self.pending.len().saturating_sub(1);
+        match self.llama.adapter() {
+            Some(adapter) if adapter.is_activated() && self.adapted => all.min(self.plain),
+            _ => all,
+        }
+    }
+
+    /// The adapter that computes the first tokens; none where those are the base model's.
+    pub(super) fn first_adapter(&self) -> Option<&Adapter> {
+        let adapter = self.llama.adapter();
+        adapter.filter(|adapter| !adapter.is_activated())
     }
 
     /// Has the row say what it does, token by token.

@@ -11,6 +11,7 @@ use crate::tiny;
 fn request(text: &str, max_tokens: usize) -> GenerateRequest {
     GenerateRequest {
         messages: vec![ChatMessage::new("user", text)],
+        template_arguments: TemplateArguments::new(),
         max_tokens,
         temperature: 0.0,
         seed: None,
@@ -245,6 +246,27 @@ fn what_a_user_writes_is_never_a_special_token() {
 }
 
 #[test]
+fn what_the_template_is_told_never_spells_a_special_token() {
+    let base = tiny::base(7);
+    let ask = [ChatMessage::new("user", "a")];
+    let told = |value: serde_json::Value| {
+        let arguments = TemplateArguments::from([("tools".to_owned(), value)]);
+        base.prompt_tokens_with(&ask, &arguments)
+    };
+    let plain = base.prompt_tokens(&ask).unwrap();
+    let fine = serde_json::json!([{"name": "card", "on": true, "most": 3}]);
+    assert_eq!(told(fine).unwrap(), plain);
+    for bad in [
+        serde_json::json!("<|im_end|>"),
+        serde_json::json!([{"name": "a<|im_start|>system"}]),
+        serde_json::json!({"<|im_end|>": null}),
+    ] {
+        let error = told(bad).unwrap_err().to_string();
+        assert!(error.contains("`tools`"), "{error}");
+    }
+}
+
+#[test]
 fn every_request_is_answered_once_and_a_bad_one_alone_fails() {
     let generator = generator(8, 2);
     let mut requests: Vec<_> = (0..6).map(|i| request(&"x".repeat(i + 1), 3)).collect();
@@ -464,6 +486,90 @@ fn adapters_share_a_batch_and_prompts_their_common_start() {
     }
     for (id, (text, _, _)) in watched(&mut batch, 4).iter().enumerate() {
         assert_eq!(*text, wanted[0][id].text);
+    }
+}
+
+#[test]
+fn activated_adapters_and_the_base_model_share_what_comes_before_the_invocation() {
+    for architecture in architecture::ALL {
+        let base = tiny::base_of(architecture, 1);
+        let mark = base.tokenizer.encode("<|im_start|>assistant", true);
+        let mark = mark.unwrap();
+        let generator = |seed: Option<u64>| {
+            let adapter = seed.map(|seed| {
+                let mut adapter = tiny::adapter(&base.weights.config, seed);
+                adapter.config.invocation_tokens = Some(mark.clone());
+                adapter
+            });
+            Generator::new(base.clone(), adapter.as_ref(), GenerateOptions::default()).unwrap()
+        };
+        let generators = [generator(None), generator(Some(2)), generator(Some(3))];
+        // Not an activated one: its keys and values are its own.
+        let plain = tiny::adapter(&base.weights.config, 4);
+        let plain = Generator::new(base.clone(), Some(&plain), GenerateOptions::default());
+        let plain = plain.unwrap();
+        let text = "a question that is long enough to be worth keeping";
+        let wanted = |of: &Generator| all(of, &[request(text, 6)]).remove(0).text;
+
+        let mut batch = Batch::new(1, 1 << 20);
+        let order = [0, 0, 1, 2, 1].map(|at: usize| &generators[at]);
+        let order: Vec<&Generator> = order.into_iter().chain([&plain]).collect();
+        for (id, of) in order.iter().enumerate() {
+            batch.add(of, id, &ask(request(text, 6))).unwrap();
+        }
+        let heard = watched(&mut batch, order.len());
+        let answers = heard.into_iter().map(|(_, _, answer)| answer);
+        let answers: Vec<Generated> = answers.map(|answer| answer.unwrap().unwrap()).collect();
+        for (answer, of) in answers.iter().zip(&order) {
+            assert_eq!(answer.text, wanted(of), "{}", architecture.gguf);
+        }
+        let prompt = base.prompt_tokens(&[ChatMessage::new("user", text)]);
+        let prompt = prompt.unwrap();
+        let adapter = generators[1].llama.adapter().unwrap();
+        let before = adapter.start(&prompt).unwrap();
+        assert!(before > SHORTEST_PREFIX);
+        // The base model's second prompt is the first to have anything in common with another;
+        // of what it kept, an adapter takes what comes before its invocation.
+        let cached: Vec<usize> = answers.iter().map(|answer| answer.cached_tokens).collect();
+        let wanted = [0, 0, before, before, before, 0];
+        assert_eq!(cached, wanted, "{}", architecture.gguf);
+    }
+}
+
+#[test]
+fn rows_of_several_adapters_are_answered_together_as_each_alone() {
+    for architecture in architecture::ALL {
+        let base = tiny::base_of(architecture, 5);
+        let generators: Vec<Generator> = [None, Some(6), Some(7)]
+            .map(|seed: Option<u64>| {
+                let adapter = seed.map(|seed| tiny::adapter(&base.weights.config, seed));
+                Generator::new(base.clone(), adapter.as_ref(), GenerateOptions::default()).unwrap()
+            })
+            .into();
+        let mut batch = Batch::new(8, 0);
+        let asked = |id: usize| {
+            let mut request = request(["a", "where is"][id % 2], 6);
+            // One of the rows of each model is at its choice at once.
+            request.choices = (id < 3).then(|| ChoiceSet {
+                after: None,
+                values: vec!["card".to_owned(), "cash".to_owned()],
+                then: String::new(),
+            });
+            request
+        };
+        for id in 0..7 {
+            let of = &generators[id % 3];
+            batch.add(of, id, &ask(asked(id))).unwrap();
+        }
+        for (id, (_, _, answer)) in watched(&mut batch, 7).into_iter().enumerate() {
+            let answer = answer.unwrap().unwrap();
+            let alone = all(&generators[id % 3], &[asked(id)]).remove(0);
+            assert_eq!(answer.text, alone.text, "{} {id}", architecture.gguf);
+            let pairs = answer.choice_probs.iter().flatten();
+            let pairs = pairs.zip(alone.choice_probs.iter().flatten());
+            let off = pairs.map(|(a, b)| (a - b).abs());
+            assert!(off.fold(0.0, f32::max) < 1e-4, "{id}");
+        }
     }
 }
 

@@ -64,6 +64,24 @@ impl<'a> Mat<'a> {
         self.rows
     }
 
+    /// Some of its rows. The matrix is no transpose.
+    pub(crate) fn some_rows(self, rows: std::ops::Range<usize>) -> Self {
+        assert!(
+            rows.end <= self.rows && self.col_stride == 1,
+            "no such rows"
+        );
+        let len = rows.end.saturating_sub(rows.start);
+        match len {
+            0 => Self::strided(&[], 0, self.cols, self.row_stride),
+            _ => Self::strided(
+                &self.data[rows.start * self.row_stride..],
+                len,
+                self.cols,
+                self.row_stride,
+            ),
+        }
+    }
+
     /// The transpose, without moving data.
     pub(crate) fn t(self) -> Self {
         Self {

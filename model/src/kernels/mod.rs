@@ -8,5 +8,6 @@ pub(crate) mod matmul;
 pub(crate) mod rows;
 pub(crate) mod vector;
 mod view;
+pub(crate) mod window;
 
 pub(crate) use view::View;

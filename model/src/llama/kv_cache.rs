@@ -38,6 +38,32 @@ impl KvCache {
         self.len
     }
 
+    /// The first `tokens` tokens and those after them, as two stretches. None where the keys and
+    /// values are not here.
+    pub(crate) fn split(&self, tokens: usize) -> Option<(Self, Self)> {
+        if self.layers.is_empty() {
+            return None;
+        }
+        let cut = |layer: &LayerCache| {
+            let at = layer.keys.len() / self.len.max(1) * tokens;
+            let (keys, later_keys) = layer.keys.split_at(at);
+            let (values, later_values) = layer.values.split_at(at);
+            let part = |keys: &[f32], values: &[f32]| LayerCache {
+                keys: keys.to_vec(),
+                values: values.to_vec(),
+            };
+            (part(keys, values), part(later_keys, later_values))
+        };
+        let (first, second): (Vec<_>, Vec<_>) = self.layers.iter().map(cut).unzip();
+        let stretch = |len, layers| Self {
+            len,
+            layers,
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
+        };
+        Some((stretch(tokens, first), stretch(self.len - tokens, second)))
+    }
+
     pub(super) fn layer(&self, layer: usize) -> &LayerCache {
         &self.layers[layer]
     }

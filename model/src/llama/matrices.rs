@@ -2,6 +2,7 @@
 //!
 //! Knows no forward pass. Invariant: norms and embeddings are always dense.
 
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::error::ModelError;
@@ -25,6 +26,7 @@ pub enum Precision {
 }
 
 /// The matrices that were rounded.
+#[derive(Default)]
 pub(crate) struct Int8Weights {
     layers: Vec<[Option<Int8Matrix>; 7]>,
     head: Option<Int8Matrix>,
@@ -60,6 +62,36 @@ impl Int8Weights {
             layers: layers.collect::<Result<_, ModelError>>()?,
             head: Int8Matrix::new(&View::new(&weights.head)?, config.hidden),
         }))
+    }
+}
+
+impl Int8Weights {
+    /// Rounds a layer's matrix; whether it could be.
+    pub(crate) fn take(
+        &mut self,
+        layer: usize,
+        module: Module,
+        matrix: &Tensor,
+    ) -> Result<bool, ModelError> {
+        let (_, inputs) = matrix.dims2()?;
+        let matrix = Int8Matrix::new(&View::new(matrix)?, inputs);
+        let layers = self.layers.len().max(layer + 1);
+        self.layers.resize_with(layers, || [const { None }; 7]);
+        let taken = &mut self.layers[layer][module as usize];
+        *taken = matrix;
+        Ok(taken.is_some())
+    }
+
+    /// Rounds the output head; whether it could be.
+    pub(crate) fn take_head(&mut self, head: &Tensor) -> Result<bool, ModelError> {
+        let (_, inputs) = head.dims2()?;
+        self.head = Int8Matrix::new(&View::new(head)?, inputs);
+        Ok(self.head.is_some())
+    }
+
+    /// The output head, where it was rounded.
+    pub(super) fn head(&self) -> Option<&Int8Matrix> {
+        self.head.as_ref()
     }
 }
 
@@ -103,7 +135,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-fn dense(layer: &LayerWeights, module: Module) -> &candle_core::Tensor {
+fn dense(layer: &LayerWeights, module: Module) -> &Tensor {
     match module {
         Module::Q => &layer.q,
         Module::K => &layer.k,

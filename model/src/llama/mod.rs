@@ -13,7 +13,7 @@ mod matrices;
 mod on_gpu;
 mod pass;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use rayon::prelude::*;
 
@@ -28,6 +28,7 @@ use crate::error::ModelError;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
 use crate::kernels::vector::dot;
+use crate::kernels::window::WHOLE;
 use crate::lora::LoraAdapter;
 use matrices::Matrix;
 
@@ -36,6 +37,10 @@ use matrices::Matrix;
 const CHUNK: usize = 512;
 /// Fewest tokens of a call for which splitting rows beats splitting each product.
 const SPLIT: usize = 32;
+
+/// Most tokens of one run in a pass: what they take besides keys and values is bounded by it. Whole
+/// blocks of the attention.
+const PIECE: usize = 4 * WHOLE;
 
 /// Tokens that continue a sequence.
 pub(crate) struct Run<'a> {
@@ -87,8 +92,18 @@ impl Llama {
         let config = &base.weights.config;
         let adapter = adapter.map(|adapter| Adapter::new(adapter, config));
         let frequencies = config.frequency_tables();
-        if precision == Precision::Int8 {
-            base.int8()?;
+        match precision {
+            Precision::Int8 => {
+                base.int8()?;
+            }
+            Precision::F32 if base.answers_only() => {
+                return Err(ModelError::Config {
+                    name: "precision",
+                    reason: "this base model is in memory for 8-bit answers only; load all of it"
+                        .to_owned(),
+                });
+            }
+            Precision::F32 => {}
         }
         Ok(Self {
             adapter: adapter.transpose()?,
@@ -105,7 +120,7 @@ impl Llama {
         self.adapter.as_ref()
     }
 
-    /// Whether runs of `other` give the same when they are fed here.
+    /// Whether the two may compute together: they differ in their adapters at most.
     pub(crate) fn computes_with(&self, other: &Self) -> bool {
         #[cfg(feature = "cuda")]
         if !on_gpu::is_same(self.on_gpu.as_ref(), other.on_gpu.as_ref()) {
@@ -126,6 +141,24 @@ impl Llama {
         &self.base
     }
 
+    /// The base model, without keeping it.
+    pub(crate) fn weak_base(&self) -> Weak<BaseModel> {
+        Arc::downgrade(&self.base)
+    }
+
+    /// What its linear layers are computed with.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Whether it computes, and keeps keys and values, on a GPU.
+    pub(crate) fn is_on_gpu(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.on_gpu.is_some();
+        #[cfg(not(feature = "cuda"))]
+        false
+    }
+
     /// An empty cache with room for `capacity` tokens.
     pub(crate) fn cache(&self, capacity: usize) -> KvCache {
         #[cfg(feature = "cuda")]
@@ -138,15 +171,19 @@ impl Llama {
 
     /// Feeds every run and returns the normed hidden state of each run's last token,
     /// `[runs, hidden]`.
-    pub(crate) fn forward(&self, runs: Vec<Run<'_>>) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn forward(&self, mut runs: Vec<Run<'_>>) -> Result<Vec<f32>, ModelError> {
         #[cfg(feature = "cuda")]
         if let Some(on_gpu) = &self.on_gpu {
             return on_gpu.forward(runs, &self.frequencies);
         }
+        for run in &mut runs {
+            self.shorten(run)?;
+        }
         let total: usize = runs.iter().map(|run| run.tokens.len()).sum();
         let longest = runs.iter().map(|run| run.tokens.len()).max().unwrap_or(0);
         let threads = rayon::current_num_threads();
-        if threads == 1 || total < SPLIT || longest * threads > 2 * total {
+        // Where one run takes half as much again as a thread's share, the others would wait for it.
+        if threads == 1 || total < SPLIT || 2 * longest * threads > 3 * total {
             let whole = plan(runs, total.div_ceil(CHUNK * threads).max(1));
             let parts = whole.into_iter().map(|runs| self.pass(runs, Threads::All));
             return Ok(parts.collect::<Result<Vec<_>, _>>()?.concat());
@@ -156,6 +193,22 @@ impl Llama {
             .into_par_iter()
             .map(|runs| self.pass(runs, Threads::One));
         Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+    }
+
+    /// Feeds all of a run but its last tokens, piece by piece.
+    fn shorten(&self, run: &mut Run<'_>) -> Result<(), ModelError> {
+        while run.tokens.len() > PIECE {
+            let (now, later) = run.tokens.split_at(PIECE);
+            let piece = Run {
+                tokens: now,
+                past: run.past.clone(),
+                own: &mut *run.own,
+                adapter: run.adapter,
+            };
+            self.pass(vec![piece], Threads::All)?;
+            run.tokens = later;
+        }
+        Ok(())
     }
 
     /// Logits over the whole vocabulary for `hidden`, `[rows, hidden]`.
@@ -174,7 +227,14 @@ impl Llama {
 
     /// Logits of a few tokens for one hidden state.
     pub(crate) fn logits_of(&self, hidden: &[f32], tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let head = View::new(&self.base.weights.head)?;
+        let weights = &self.base.weights;
+        // A head of its own may be there in 8 bits only; the answer must not hang on that.
+        let int8 = self.int8()?.filter(|_| !weights.config.tied_head);
+        if let Some(head) = int8.and_then(Int8Weights::head) {
+            let logit = |token: &u32| dot(hidden, &head.row(*token as usize));
+            return Ok(tokens.iter().map(logit).collect());
+        }
+        let head = View::new(&weights.head)?;
         let row = |token: &u32| &head[*token as usize * hidden.len()..][..hidden.len()];
         Ok(tokens.iter().map(|token| dot(hidden, row(token))).collect())
     }
@@ -277,6 +337,43 @@ mod tests {
                 let few = llama.logits_of(&hidden, &[7, 3]).unwrap();
                 assert_close(&few, &[wanted[7], wanted[3]]);
             }
+        }
+    }
+
+    #[test]
+    fn windows_that_span_stretches_and_blocks_of_rows_are_those_of_the_slow_pass() {
+        let base = tiny::base_of(architecture::ALL[3], 7);
+        assert!(base.weights.config.local.is_some());
+        let llama = Llama::new(base.clone(), None, Precision::F32).unwrap();
+        let tokens: Vec<u32> = (0..120).map(|i| (i * 37 + 5) % 200).collect();
+        let wanted = tiny::logits(&base, None, &tokens);
+        for (first, second) in [(50, 51), (1, 40), (63, 119), (2, 3)] {
+            let (_, one) = last_logits(&llama, None, vec![], &tokens[..first]);
+            let (_, two) = last_logits(&llama, None, vec![&one], &tokens[first..second]);
+            let (got, _) = last_logits(&llama, None, vec![&one, &two], &tokens[second..]);
+            assert_close(&got, &wanted);
+        }
+    }
+
+    #[test]
+    fn a_long_run_goes_piece_by_piece_and_computes_the_same() {
+        for architecture in [architecture::ALL[0], architecture::ALL[3]] {
+            let base = tiny::base_of(architecture, 8);
+            let adapter = tiny::adapter(&base.weights.config, 9);
+            let llama = Llama::new(base, Some(&adapter), Precision::F32).unwrap();
+            let tokens: Vec<u32> = (0..PIECE as u32 + 700).map(|i| (i * 37) % 200).collect();
+            let (mut whole, mut pieces) = (llama.cache(0), llama.cache(0));
+            let run = |own| Run {
+                tokens: &tokens,
+                past: vec![],
+                own,
+                adapter: llama.adapter(),
+            };
+            let wanted = llama.pass(vec![run(&mut whole)], Threads::One).unwrap();
+            let got = llama.forward(vec![run(&mut pieces)]).unwrap();
+            assert_eq!(pieces.len(), whole.len());
+            let off = got.iter().zip(&wanted).map(|(a, b)| (a - b).abs());
+            assert!(off.fold(0.0, f32::max) < 1e-4, "{}", architecture.gguf);
         }
     }
 

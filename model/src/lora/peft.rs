@@ -16,10 +16,17 @@ use serde_json::{Map, Value, json};
 use super::{LoraAdapter, LoraConfig, LoraPair, Module};
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
+use crate::kernels::View;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.model.layers.";
+/// Names of the same layers where the base model was loaded with a picture part (Gemma 3 with 4B
+/// and more), in `transformers` since 4.52 and before.
+const BESIDE_PICTURES: [&str; 2] = [
+    "base_model.model.model.language_model.layers.",
+    "base_model.model.language_model.model.layers.",
+];
 
 /// Settings that may have any value: they name things, or matter only before or while training.
 const HARMLESS: [&str; 9] = [
@@ -146,7 +153,10 @@ fn tensor_name(layer: usize, module: Module, factor: &str) -> String {
 
 /// Layer, module and whether it is the `a` factor.
 fn parse_name(name: &str) -> Option<(usize, Module, bool)> {
-    let (layer, rest) = name.strip_prefix(PREFIX)?.split_once('.')?;
+    let mut prefixes = [PREFIX].into_iter().chain(BESIDE_PICTURES);
+    let (layer, rest) = prefixes
+        .find_map(|prefix| name.strip_prefix(prefix))?
+        .split_once('.')?;
     let rest = rest.strip_suffix(".weight")?;
     let (path, factor) = rest.rsplit_once('.')?;
     let (block, module) = path.split_once('.')?;
@@ -171,6 +181,10 @@ fn read_config(settings: &Map<String, Value>) -> Result<LoraConfig, String> {
     if settings.get("use_rslora") == Some(&Value::Bool(true)) {
         // Rank-stabilised scaling is `alpha / √r`; ours is `alpha / r`.
         alpha *= (rank as f64).sqrt();
+    }
+    // Computed with in f32.
+    if !((alpha / rank as f64) as f32).is_finite() {
+        return Err(format!("`lora_alpha` {alpha} is no number to compute with"));
     }
     get("peft_type")?;
     Ok(LoraConfig {
@@ -264,8 +278,18 @@ fn read_layers(
         let tensor = tensor
             .to_dtype(DType::F32)
             .map_err(|e| format!("tensor `{name}`: {e}"))?;
+        let values = View::new(&tensor).map_err(|e| format!("tensor `{name}`: {e}"))?;
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            return Err(format!(
+                "tensor `{name}` has the value {value}; the training that made it went wrong"
+            ));
+        }
+        drop(values);
         let pair = found.entry((layer, module)).or_default();
-        *(if is_a { &mut pair.0 } else { &mut pair.1 }) = Some(tensor);
+        let factor = if is_a { &mut pair.0 } else { &mut pair.1 };
+        if factor.replace(tensor).is_some() {
+            return Err(format!("tensor `{name}` is there under two names"));
+        }
     }
     if found.is_empty() {
         return Err("it has no tensor".to_owned());
@@ -404,6 +428,47 @@ mod tests {
             config.remove("r");
         });
         assert!(missing.contains("`r` is missing"), "{missing}");
+    }
+
+    #[test]
+    fn an_adapter_of_a_model_with_a_picture_part_is_read_by_its_other_names() {
+        let (folder, adapter) = saved();
+        let path = folder.path().join(WEIGHTS_FILE);
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        let renamed = |name: &str, to: &str| name.replace(PREFIX, to);
+        for other in BESIDE_PICTURES {
+            let all = tensors.iter();
+            let all = all.map(|(name, tensor)| (renamed(name, other), tensor.clone()));
+            let all: HashMap<String, Tensor> = all.collect();
+            candle_core::safetensors::save(&all, &path).unwrap();
+            let back = LoraAdapter::load(folder.path(), &tiny::config()).unwrap();
+            assert_eq!(
+                back.to_safetensors().unwrap(),
+                adapter.to_safetensors().unwrap()
+            );
+            let both: HashMap<String, Tensor> = all.into_iter().chain(tensors.clone()).collect();
+            candle_core::safetensors::save(&both, &path).unwrap();
+            let error = LoraAdapter::load(folder.path(), &tiny::config()).unwrap_err();
+            assert!(error.to_string().contains("two names"), "{error}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_would_make_every_answer_nonsense_are_refused() {
+        let error = refused(|config| {
+            config.insert("lora_alpha".to_owned(), json!(1e300));
+        });
+        assert!(error.contains("`lora_alpha`"), "{error}");
+        let (folder, mut adapter) = saved();
+        let pair = adapter.layers[1].get_mut("q_proj").unwrap();
+        pair.b = (&pair.b * f64::NAN).unwrap();
+        adapter.save(folder.path(), "some/base").unwrap();
+        let error = LoraAdapter::load(folder.path(), &tiny::config()).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("layers.1.self_attn.q_proj.lora_B")
+        );
     }
 
     #[test]

@@ -17,7 +17,8 @@ use super::{folder, logits, read, rounding, worst};
 use crate::architecture;
 use crate::base_model::BaseModel;
 use crate::llama::{Llama, Precision};
-use crate::lora::LoraAdapter;
+use crate::lora::{LoraAdapter, LoraConfig};
+use crate::train::{Hooks, TrainConfig, TrainRow, Trainer};
 
 #[derive(Deserialize)]
 struct Family {
@@ -73,6 +74,42 @@ fn eight_bits_are_close_to_f32() {
             let share = rounding(base, &case.tokens);
             // One rounded layer is allowed 0.03 elsewhere; these have up to seven.
             assert!(share < 0.06, "{name}: off by {share} of the logits");
+        }
+    }
+}
+
+#[test]
+fn a_model_loaded_to_answer_gives_the_same_bits_and_is_not_taken_for_a_whole_one() {
+    for (name, family) in recorded() {
+        let files = [format!("{name}.gguf"), name.clone()];
+        for (file, case) in files.into_iter().zip(&family.cases) {
+            let path = families().join(file);
+            let whole = Arc::new(BaseModel::load(&path, &name).unwrap());
+            let part = Arc::new(BaseModel::load_to_answer(&path, &name).unwrap());
+            let is_fast = crate::kernels::int8::is_fast();
+            assert_eq!(
+                (part.answers_only(), whole.answers_only()),
+                (is_fast, false)
+            );
+            let int8 =
+                |base: &Arc<BaseModel>| Llama::new(base.clone(), None, Precision::Int8).unwrap();
+            let (of_whole, of_part) = (int8(&whole), int8(&part));
+            let wanted = logits(&of_whole, &case.tokens);
+            assert!(wanted == logits(&of_part, &case.tokens), "{name}");
+            let hidden = vec![0.5; whole.weights.config.hidden];
+            let few = |llama: &Llama| llama.logits_of(&hidden, &[3, 7]).unwrap();
+            assert_eq!(few(&of_whole), few(&of_part), "{name}");
+            let f32 = Llama::new(part.clone(), None, Precision::F32);
+            assert_eq!(f32.is_err(), is_fast);
+            let row = TrainRow {
+                prompt: vec![1, 2],
+                target: vec![3],
+            };
+            let (lora, config) = (LoraConfig::default(), TrainConfig::default());
+            let rows = [row];
+            let trained = Trainer::new(&part.weights, lora, config, &rows)
+                .and_then(|mut trainer| trainer.run(Hooks::default()).map(|_| ()));
+            assert_eq!(trained.is_err(), is_fast, "{name}");
         }
     }
 }

@@ -3,8 +3,9 @@
 //! A span may also see keys and values of a stretch that came before the pass; these get no
 //! gradient. Queries, keys and values come as `[heads, tokens, head_dim]`, rotated. Knows no projection.
 //! The scores are computed again in the backward pass, so memory grows with the tokens, not with
-//! their square. Invariant: gradients that several spans send to the prefix are added in the
-//! order of the spans, so equal inputs give equal bits.
+//! their square; the rows go block by block, so that little is computed of what they do not see.
+//! Invariant: gradients that several spans send to the prefix are added in
+//! the order of the spans, so equal inputs give equal bits.
 
 use std::ops::Range;
 
@@ -15,6 +16,7 @@ use super::past::Past;
 use crate::config::LlamaConfig;
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::kernels::vector;
+use crate::kernels::window::blocks;
 
 /// Consecutive rows that form one sequence: each sees the rows before it in the span, itself,
 /// and the first `prefix` rows of the matrix.
@@ -73,6 +75,22 @@ struct BackwardTask<'b> {
     dv: &'b mut [f32],
 }
 
+/// Some rows of a span, and the columns that any of them sees.
+struct Block {
+    rows: Range<usize>,
+    columns: Range<usize>,
+}
+
+impl Block {
+    /// Of some columns, those in the block: as rows of the values that the columns stand for,
+    /// whose first is column `first`, and as a place in the block's scores.
+    fn within(&self, first: usize, len: usize) -> (Range<usize>, usize) {
+        let from = self.columns.start.max(first);
+        let to = self.columns.end.min(first + len).max(from);
+        (from - first..to - first, from - self.columns.start)
+    }
+}
+
 #[derive(Default)]
 struct Scratch {
     p: Vec<f32>,
@@ -125,15 +143,18 @@ impl<'a> Attention<'a> {
         tasks.into_par_iter().for_each_init(
             Scratch::default,
             |scratch, (head, span, out, sums)| {
-                let width = self.scores(&mut scratch.p, head, span);
-                for (row, (p, sum)) in scratch.p.chunks_exact_mut(width).zip(sums).enumerate() {
-                    let seen = self.seen(span, row);
-                    *sum = vector::softmax_row(&mut p[seen.clone()], self.scale());
-                    hide(p, &seen);
+                for block in self.blocks(span) {
+                    let width = self.scores(&mut scratch.p, head, span, &block);
+                    let sums = &mut sums[block.rows.clone()];
+                    let rows = scratch.p.chunks_exact_mut(width).zip(sums);
+                    for (row, (p, sum)) in rows.enumerate() {
+                        let seen = self.seen_in(span, &block, row);
+                        *sum = vector::softmax_row(&mut p[seen.clone()], self.scale());
+                        hide(p, &seen);
+                    }
+                    let values = self.parts(1, head / self.group, span);
+                    self.times(out, &scratch.p, &block, &values);
                 }
-                let kv_head = head / self.group;
-                let values = self.parts(1, kv_head, span);
-                self.times(out, &scratch.p, span, &values);
             },
         );
     }
@@ -207,45 +228,91 @@ impl<'a> Attention<'a> {
         dv.fill(0.0);
         for (index, dq) in dq.into_iter().enumerate() {
             let head = kv_head * self.group + index;
-            let width = self.scores(&mut scratch.p, head, span);
-            let rows = self.heads * self.dim;
-            let at = span.start * rows + head * self.dim;
-            let d_out = Mat::strided(&given.d_out[at..], span.len, self.dim, rows);
-            let values = self.parts(1, kv_head, span);
-            self.against(&mut scratch.dp, d_out, span, &values);
-
-            let probabilities = scratch.p.chunks_exact_mut(width);
-            let gradients = scratch.dp.chunks_exact_mut(width);
-            for (row, (p, dp)) in probabilities.zip(gradients).enumerate() {
-                let seen = self.seen(span, row);
-                let log_sum = given.log_sums[head * self.tokens + span.start + row];
-                vector::softmax_again_row(&mut p[seen.clone()], self.scale(), log_sum);
-                hide(p, &seen);
-                let at = at + row * rows;
-                let here = at..at + self.dim;
-                // Σ p·dp over a row equals its output times the output's gradient.
-                let dot = vector::dot(&given.out[here.clone()], &given.d_out[here]);
-                let (seen_p, seen_d) = (&p[seen.clone()], &mut dp[seen.clone()]);
-                vector::softmax_backward_row(seen_d, seen_p, dot, self.scale());
-                hide(dp, &seen);
-            }
-
-            self.times(dq, &scratch.dp, span, &self.parts(0, kv_head, span));
-            let q = self.own(self.q, head, span);
-            let product = |target: &mut [f32], weights: &[f32], from: usize, len, values| {
-                let weights = Mat::strided(&weights[from..], span.len, len, width).t();
-                let target = MatMut::new(target, len, self.dim);
-                matmul(target, Into::Add, 1.0, weights, values, Threads::One);
-            };
-            product(dk, &scratch.dp, span.before(), span.len, q);
-            product(dv, &scratch.p, span.before(), span.len, d_out);
-            if span.prefix > 0 {
-                let from = span.past_len;
-                product(&mut shared.dk, &scratch.dp, from, span.prefix, q);
-                product(&mut shared.dv, &scratch.p, from, span.prefix, d_out);
+            for block in self.blocks(span) {
+                self.probabilities_again(scratch, given, head, span, &block);
+                self.times(dq, &scratch.dp, &block, &self.parts(0, kv_head, span));
+                let q = self.own(self.q, head, span).some_rows(block.rows.clone());
+                let d_out = self.d_out(given, head, span, &block);
+                let width = block.columns.len();
+                let product = |target: &mut [f32], weights: &[f32], (first, len), values| {
+                    let (rows, at) = block.within(first, len);
+                    if rows.is_empty() {
+                        return;
+                    }
+                    let target = &mut target[rows.start * self.dim..];
+                    let target = MatMut::new(target, rows.len(), self.dim);
+                    let weights = Mat::strided(&weights[at..], block.rows.len(), rows.len(), width);
+                    matmul(target, Into::Add, 1.0, weights.t(), values, Threads::One);
+                };
+                let own = (span.before(), span.len);
+                product(dk, &scratch.dp, own, q);
+                product(dv, &scratch.p, own, d_out);
+                let prefix = (span.past_len, span.prefix);
+                product(&mut shared.dk, &scratch.dp, prefix, q);
+                product(&mut shared.dv, &scratch.p, prefix, d_out);
             }
         }
         shared
+    }
+
+    /// The probabilities of a block as the forward pass had them, in `p`, and the gradients of its
+    /// scores, in `dp`.
+    fn probabilities_again(
+        &self,
+        scratch: &mut Scratch,
+        given: &OutGradient<'_>,
+        head: usize,
+        span: Span,
+        block: &Block,
+    ) {
+        let width = self.scores(&mut scratch.p, head, span, block);
+        let values = self.parts(1, head / self.group, span);
+        let d_out = self.d_out(given, head, span, block);
+        self.against(&mut scratch.dp, d_out, block, &values);
+        let rows = self.heads * self.dim;
+        let first = span.start + block.rows.start;
+        let probabilities = scratch.p.chunks_exact_mut(width);
+        let gradients = scratch.dp.chunks_exact_mut(width);
+        for (row, (p, dp)) in probabilities.zip(gradients).enumerate() {
+            let seen = self.seen_in(span, block, row);
+            let log_sum = given.log_sums[head * self.tokens + first + row];
+            vector::softmax_again_row(&mut p[seen.clone()], self.scale(), log_sum);
+            hide(p, &seen);
+            let at = (first + row) * rows + head * self.dim;
+            let here = at..at + self.dim;
+            // Σ p·dp over a row equals its output times the output's gradient.
+            let dot = vector::dot(&given.out[here.clone()], &given.d_out[here]);
+            let (seen_p, seen_d) = (&p[seen.clone()], &mut dp[seen.clone()]);
+            vector::softmax_backward_row(seen_d, seen_p, dot, self.scale());
+            hide(dp, &seen);
+        }
+    }
+
+    /// The gradient of one head's output in the rows of a block.
+    fn d_out<'b>(
+        &self,
+        given: &OutGradient<'b>,
+        head: usize,
+        span: Span,
+        block: &Block,
+    ) -> Mat<'b> {
+        let rows = self.heads * self.dim;
+        let at = (span.start + block.rows.start) * rows + head * self.dim;
+        Mat::strided(&given.d_out[at..], block.rows.len(), self.dim, rows)
+    }
+
+    /// The blocks of a span.
+    fn blocks(&self, span: Span) -> impl Iterator<Item = Block> {
+        blocks(span.len, self.window).map(move |rows| {
+            let columns = self.seen(span, rows.start).start..span.before() + rows.end;
+            Block { rows, columns }
+        })
+    }
+
+    /// The columns of a block that one of its rows sees.
+    fn seen_in(&self, span: Span, block: &Block, row: usize) -> Range<usize> {
+        let seen = self.seen(span, block.rows.start + row);
+        seen.start - block.columns.start..seen.end - block.columns.start
     }
 
     /// The columns that a row of a span sees. They stand for tokens one after the other, from the
@@ -260,10 +327,11 @@ impl<'a> Attention<'a> {
         1.0 / (self.dim as f32).sqrt()
     }
 
-    /// `q · kᵀ` of one head and span, unscaled; returns the width of a row.
-    fn scores(&self, p: &mut Vec<f32>, head: usize, span: Span) -> usize {
+    /// `q · kᵀ` of one head and block, unscaled; returns the width of a row.
+    fn scores(&self, p: &mut Vec<f32>, head: usize, span: Span, block: &Block) -> usize {
         let keys = self.parts(0, head / self.group, span);
-        self.against(p, self.own(self.q, head, span), span, &keys)
+        let queries = self.own(self.q, head, span).some_rows(block.rows.clone());
+        self.against(p, queries, block, &keys)
     }
 
     /// The keys (0) or values (1) of all that a span sees, in order.
@@ -280,29 +348,46 @@ impl<'a> Attention<'a> {
             .collect()
     }
 
-    /// `out = rows · [parts]ᵀ`.
-    fn against(&self, out: &mut Vec<f32>, rows: Mat<'_>, span: Span, parts: &[Mat<'_>]) -> usize {
-        let width = span.before() + span.len;
-        out.resize(span.len * width, 0.0);
-        let mut from = 0;
+    /// `out = rows · [parts]ᵀ`, of the columns of a block.
+    fn against(
+        &self,
+        out: &mut Vec<f32>,
+        rows: Mat<'_>,
+        block: &Block,
+        parts: &[Mat<'_>],
+    ) -> usize {
+        let width = block.columns.len();
+        out.resize(block.rows.len() * width, 0.0);
+        let mut first = 0;
         for part in parts {
-            let target = MatMut::strided(&mut out[from..], span.len, part.rows(), width);
+            let (seen, at) = block.within(first, part.rows());
+            first += part.rows();
+            if seen.is_empty() {
+                continue;
+            }
+            let part = part.some_rows(seen);
+            let target = MatMut::strided(&mut out[at..], block.rows.len(), part.rows(), width);
             matmul(target, Into::Replace, 1.0, rows, part.t(), Threads::One);
-            from += part.rows();
         }
         width
     }
 
-    /// `out = weights · [parts]`.
-    fn times(&self, out: &mut [f32], weights: &[f32], span: Span, parts: &[Mat<'_>]) {
-        let width = span.before() + span.len;
-        let mut from = 0;
+    /// `out = weights · [parts]` in the rows of a block; `out` is the whole span's.
+    fn times(&self, out: &mut [f32], weights: &[f32], block: &Block, parts: &[Mat<'_>]) {
+        let width = block.columns.len();
+        let out = &mut out[block.rows.start * self.dim..block.rows.end * self.dim];
+        let (mut first, mut into) = (0, Into::Replace);
         for part in parts {
-            let into = if from == 0 { Into::Replace } else { Into::Add };
-            let weights = Mat::strided(&weights[from..], span.len, part.rows(), width);
-            let target = MatMut::new(out, span.len, self.dim);
-            matmul(target, into, 1.0, weights, *part, Threads::One);
-            from += part.rows();
+            let (seen, at) = block.within(first, part.rows());
+            first += part.rows();
+            if seen.is_empty() {
+                continue;
+            }
+            let part = part.some_rows(seen);
+            let weights = Mat::strided(&weights[at..], block.rows.len(), part.rows(), width);
+            let target = MatMut::new(out, block.rows.len(), self.dim);
+            matmul(target, into, 1.0, weights, part, Threads::One);
+            into = Into::Add;
         }
     }
 
@@ -337,4 +422,150 @@ fn split<'b>(
         rows = rest;
         head
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADS: usize = 2;
+    const DIM: usize = 4;
+    const SCALE: f64 = 0.5;
+
+    fn spans() -> Vec<Span> {
+        let span = |start, len, prefix| Span {
+            start,
+            len,
+            prefix,
+            past: None,
+            past_len: 0,
+        };
+        vec![span(0, 10, 0), span(10, 90, 10), span(100, 33, 10)]
+    }
+
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        (0..n)
+            .map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0)
+            .collect()
+    }
+
+    fn attention<'a>(
+        spans: &'a [Span],
+        window: Option<usize>,
+        [q, k, v]: [&'a [f32]; 3],
+    ) -> Attention<'a> {
+        Attention {
+            heads: HEADS,
+            group: HEADS,
+            dim: DIM,
+            tokens: spans.iter().map(|span| span.len).sum(),
+            layer: 0,
+            window,
+            spans,
+            past: &[],
+            q,
+            k,
+            v,
+        }
+    }
+
+    /// What attention returns, row by row and in f64, as `[tokens, heads · head_dim]`.
+    fn slow(spans: &[Span], window: Option<usize>, [q, k, v]: [&[f64]; 3]) -> Vec<f64> {
+        let tokens: usize = spans.iter().map(|span| span.len).sum();
+        let mut out = vec![0.0; tokens * HEADS * DIM];
+        for span in spans {
+            for (head, row) in (0..HEADS).flat_map(|h| (0..span.len).map(move |r| (h, r))) {
+                let own = span.start..=span.start + row;
+                let seen: Vec<usize> = (0..span.prefix).chain(own).collect();
+                let first = seen.len().saturating_sub(window.unwrap_or(usize::MAX));
+                let row = span.start + row;
+                let query = &q[(head * tokens + row) * DIM..][..DIM];
+                let score = |at: &usize| {
+                    let key = &k[at * DIM..][..DIM];
+                    let dot: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
+                    (dot * SCALE).exp()
+                };
+                let scores: Vec<f64> = seen[first..].iter().map(score).collect();
+                let total: f64 = scores.iter().sum();
+                for (score, at) in scores.iter().zip(&seen[first..]) {
+                    for d in 0..DIM {
+                        out[(row * HEADS + head) * DIM + d] += score / total * v[at * DIM + d];
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Compares results, and the gradients of every `every`th value, with the plain formula's.
+    fn check(spans: &[Span], window: Option<usize>, every: usize) {
+        let tokens: usize = spans.iter().map(|span| span.len).sum();
+        let (q, g) = (
+            numbers(HEADS * tokens * DIM, 1),
+            numbers(HEADS * tokens * DIM, 2),
+        );
+        let (k, v) = (numbers(tokens * DIM, 3), numbers(tokens * DIM, 4));
+        let wide = |values: &[f32]| values.iter().map(|v| f64::from(*v)).collect::<Vec<_>>();
+        let attention = attention(spans, window, [&q, &k, &v]);
+        let (mut heads, mut log_sums) = (vec![0f32; q.len()], vec![0f32; HEADS * tokens]);
+        attention.forward(&mut heads, &mut log_sums);
+        let mut out = vec![0f32; heads.len()];
+        for (at, value) in heads.iter().enumerate() {
+            let (head, rest) = (at / (tokens * DIM), at % (tokens * DIM));
+            out[(rest / DIM * HEADS + head) * DIM + rest % DIM] = *value;
+        }
+        let wanted = slow(spans, window, [&wide(&q), &wide(&k), &wide(&v)]);
+        let off = out
+            .iter()
+            .zip(&wanted)
+            .map(|(a, b)| (f64::from(*a) - b).abs());
+        assert!(off.fold(0.0, f64::max) < 1e-5, "{window:?}");
+
+        let mut gradients = [
+            vec![0f32; q.len()],
+            vec![0f32; k.len()],
+            vec![0f32; v.len()],
+        ];
+        let [dq, dk, dv] = &mut gradients;
+        let given = OutGradient {
+            out: &out,
+            d_out: &g,
+            log_sums: &log_sums,
+        };
+        attention.backward(&given, dq, dk, dv);
+        let step = 1e-5;
+        for (which, gradient) in gradients.iter().enumerate() {
+            for at in (0..gradient.len()).step_by(every) {
+                let loss = |by: f64| -> f64 {
+                    let mut given = [wide(&q), wide(&k), wide(&v)];
+                    given[which][at] += by;
+                    let [q, k, v] = &given;
+                    let out = slow(spans, window, [q, k, v]);
+                    out.iter().zip(&g).map(|(o, g)| o * f64::from(*g)).sum()
+                };
+                let wanted = (loss(step) - loss(-step)) / (2.0 * step);
+                let off = (f64::from(gradient[at]) - wanted).abs();
+                assert!(off < 1e-4, "{window:?} {which} {at}: off by {off}");
+            }
+        }
+    }
+
+    #[test]
+    fn windows_give_what_the_plain_formula_gives_and_its_gradients() {
+        for window in [None, Some(1), Some(7), Some(50), Some(80), Some(1000)] {
+            check(&spans(), window, 29);
+        }
+    }
+
+    #[test]
+    fn a_row_of_several_blocks_gives_the_same_and_its_gradients() {
+        let row = Span {
+            start: 0,
+            len: 1100,
+            prefix: 0,
+            past: None,
+            past_len: 0,
+        };
+        check(&[row], None, 997);
+    }
 }

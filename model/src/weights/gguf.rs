@@ -8,7 +8,7 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 
-use super::{LlamaWeights, Shape, Slot, TensorSource, assemble, local_layers};
+use super::{Keep, LlamaWeights, Shape, Slot, TensorSource, assemble, local_layers};
 use crate::architecture::{Architecture, LocalLayers};
 use crate::chat_template::ChatTemplate;
 use crate::config::{LlamaConfig, LocalAttention, RopeScaling};
@@ -24,8 +24,9 @@ pub(crate) struct GgufModel {
 }
 
 impl GgufModel {
-    /// Reads the file at `path`; every tensor is dequantised to f32.
-    pub(crate) fn load(path: &Path) -> Result<Self, ModelError> {
+    /// Reads the file at `path`; every tensor is dequantised to f32, and the layers' matrices go
+    /// through `keep`.
+    pub(crate) fn load(path: &Path, keep: &mut Keep<'_>) -> Result<Self, ModelError> {
         let (content, mut reader) = gguf_header::open(path)?;
         let bad = |reason: String| ModelError::format(path, reason);
         let metadata = &content.metadata;
@@ -46,7 +47,7 @@ impl GgufModel {
             architecture,
             query_scalar: None,
         };
-        let weights = assemble(shape, &mut source).map_err(bad)?;
+        let weights = assemble(shape, &mut source, keep).map_err(bad)?;
         tokenizer.check_fits(weights.config.vocab).map_err(bad)?;
         Ok(Self {
             weights,
@@ -270,6 +271,7 @@ fn rotate_half_rows(tensor: &Tensor, heads: usize) -> Result<Tensor, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::weights::keep_dense;
 
     #[test]
     fn interleaved_rows_come_back_in_halves() {
@@ -284,12 +286,10 @@ mod tests {
     fn a_file_that_is_no_gguf_is_refused() {
         let path = std::env::temp_dir().join(format!("not-a-gguf-{}", std::process::id()));
         std::fs::write(&path, b"hello").unwrap();
-        let error = GgufModel::load(&path).err().unwrap();
+        let load = || GgufModel::load(&path, &mut keep_dense).err().unwrap();
+        let error = load();
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(error, ModelError::Format { .. }), "{error}");
-        assert!(matches!(
-            GgufModel::load(&path).err().unwrap(),
-            ModelError::Io { .. }
-        ));
+        assert!(matches!(load(), ModelError::Io { .. }));
     }
 }

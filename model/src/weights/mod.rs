@@ -1,7 +1,8 @@
 //! The frozen weights of a model, and the file formats that they come in.
 //!
 //! Knows no tokenizer and no forward pass. Invariant: whatever the file held, here is dense
-//! contiguous f32 on the CPU, every matrix `[out, in]` row-major, query and key rows in the
+//! contiguous f32 on the CPU (or an empty tensor, where who reads keeps a matrix in another form),
+//! every matrix `[out, in]` row-major, query and key rows in the
 //! Hugging Face order (rotate-half), so that PEFT adapters fit; and factors that an architecture
 //! puts on embeddings and scores are in the weights, so that no pass knows of them.
 
@@ -15,6 +16,7 @@ pub(crate) use safetensors::SafetensorsModel;
 
 use crate::architecture::Architecture;
 use crate::config::LlamaConfig;
+use crate::lora::Module;
 
 /// The weights of one layer.
 #[derive(Debug, Clone)]
@@ -166,8 +168,20 @@ struct Shape {
     query_scalar: Option<f64>,
 }
 
+/// What becomes of a layer's matrix as soon as it is read; gives what stands in its place.
+pub(crate) type Keep<'k> = dyn FnMut(usize, Module, Tensor) -> Result<Tensor, String> + 'k;
+
+/// Keeps every matrix as it is.
+pub(crate) fn keep_dense(_: usize, _: Module, matrix: Tensor) -> Result<Tensor, String> {
+    Ok(matrix)
+}
+
 /// Reads every tensor, checks its shape, and makes it f32.
-fn assemble(shape: Shape, source: &mut dyn TensorSource) -> Result<LlamaWeights, String> {
+fn assemble(
+    shape: Shape,
+    source: &mut dyn TensorSource,
+    keep: &mut Keep<'_>,
+) -> Result<LlamaWeights, String> {
     let Shape {
         config,
         architecture,
@@ -190,14 +204,14 @@ fn assemble(shape: Shape, source: &mut dyn TensorSource) -> Result<LlamaWeights,
         };
         layers.push(LayerWeights {
             attn_norm: get(Slot::AttnNorm, &[c.hidden])?,
-            q: get(Slot::Q, &[c.q_width(), c.hidden])?,
-            k: get(Slot::K, &[c.kv_width(), c.hidden])?,
-            v: get(Slot::V, &[c.kv_width(), c.hidden])?,
-            o: get(Slot::O, &[c.hidden, c.q_width()])?,
+            q: keep(index, Module::Q, get(Slot::Q, &[c.q_width(), c.hidden])?)?,
+            k: keep(index, Module::K, get(Slot::K, &[c.kv_width(), c.hidden])?)?,
+            v: keep(index, Module::V, get(Slot::V, &[c.kv_width(), c.hidden])?)?,
+            o: keep(index, Module::O, get(Slot::O, &[c.hidden, c.q_width()])?)?,
             ffn_norm: get(Slot::FfnNorm, &[c.hidden])?,
-            gate: get(Slot::Gate, &[c.ffn, c.hidden])?,
-            up: get(Slot::Up, &[c.ffn, c.hidden])?,
-            down: get(Slot::Down, &[c.hidden, c.ffn])?,
+            gate: keep(index, Module::Gate, get(Slot::Gate, &[c.ffn, c.hidden])?)?,
+            up: keep(index, Module::Up, get(Slot::Up, &[c.ffn, c.hidden])?)?,
+            down: keep(index, Module::Down, get(Slot::Down, &[c.hidden, c.ffn])?)?,
             bias: match c.parts.qkv_bias {
                 true => Some(QkvBias {
                     q: get(Slot::QBias, &[c.q_width()])?,

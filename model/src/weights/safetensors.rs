@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::{LlamaWeights, Shape, Slot, TensorSource, assemble, local_layers};
+use super::{Keep, LlamaWeights, Shape, Slot, TensorSource, assemble, local_layers};
 use crate::architecture::{Architecture, LocalLayers};
 use crate::chat_template::ChatTemplate;
 use crate::config::{Activation, Llama3RopeScaling, LlamaConfig, LocalAttention, RopeScaling};
@@ -22,8 +22,8 @@ pub(crate) struct SafetensorsModel {
 }
 
 impl SafetensorsModel {
-    /// Reads the folder at `path`.
-    pub(crate) fn load(path: &Path) -> Result<Self, ModelError> {
+    /// Reads the folder at `path`; the layers' matrices go through `keep`.
+    pub(crate) fn load(path: &Path, keep: &mut Keep<'_>) -> Result<Self, ModelError> {
         let file = path.join("config.json");
         let config: HubConfig = json(&file)?;
         let tensors = tensors(path)?;
@@ -35,8 +35,8 @@ impl SafetensorsModel {
             tensors,
             architecture,
         };
-        let weights =
-            assemble(shape, &mut source).map_err(|reason| ModelError::format(path, reason))?;
+        let weights = assemble(shape, &mut source, keep)
+            .map_err(|reason| ModelError::format(path, reason))?;
         let settings: TokenizerConfig = optional_json(&path.join("tokenizer_config.json"))?;
         let eos = settings.eos_token.as_ref().map_or("", SpecialToken::text);
         let bos = settings.bos_token.as_ref().map_or("", SpecialToken::text);

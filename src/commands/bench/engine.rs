@@ -4,7 +4,7 @@
 //! all it started, and its peak memory. Where `ninja` is installed, it does the same
 //! work beside it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_engine::Diagnostics;
 use flowrun_engine::pipeline::{
     Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode,
 };
@@ -293,6 +294,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         params: json!({ "number": i }),
         key_params: json!({ "number": i }),
         inputs: BTreeMap::new(),
+        lists: BTreeSet::new(),
         outputs: step.outputs(),
         out_paths: BTreeMap::new(),
         needs: Vec::new(),
@@ -324,6 +326,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         uses: BTreeMap::new(),
         steps: (0..steps).map(node).collect(),
         sources: Vec::new(),
+        warnings: Diagnostics::default(),
     };
     let open = OpenOptions {
         wait: LockWait::NoWait,

@@ -1,21 +1,22 @@
 //! [`Batch`]: a file of requests that is answered, and how far it is.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use crate::serve::files::Files;
 use crate::serve::kept::{new_id, now};
 use crate::serve::openai::Endpoint;
+use crate::serve::orders::{Order, metadata};
 use crate::serve::problem::Problem;
 
-pub(super) const PREFIX: &str = "batch_";
+const PREFIX: &str = "batch_";
 /// The only window that is offered, and its seconds.
 const WINDOW: (&str, u64) = ("24h", 24 * 60 * 60);
-/// Metadata of a batch, as at OpenAI.
-const METADATA: usize = 16;
 
 /// What a caller asks for.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -54,7 +55,7 @@ pub(super) enum Status {
 }
 
 impl Status {
-    pub(super) fn has_ended(self) -> bool {
+    fn has_ended(self) -> bool {
         matches!(
             self,
             Self::Failed | Self::Completed | Self::Expired | Self::Cancelled
@@ -116,10 +117,7 @@ impl BatchOrder {
             let text = format!("`completion_window` must be `{}`", WINDOW.0);
             return Err(Problem::bad(text).of("completion_window"));
         }
-        let metadata = self.metadata.unwrap_or_default();
-        if metadata.len() > METADATA {
-            return Err(Problem::bad(format!("at most {METADATA} metadata")).of("metadata"));
-        }
+        let metadata = metadata(self.metadata)?;
         let now = now();
         Ok(Batch {
             id: new_id(PREFIX),
@@ -160,9 +158,46 @@ impl Batch {
     pub(super) fn expires_at(&self) -> u64 {
         self.created_at.saturating_add(WINDOW.1)
     }
+}
+
+impl Order for Batch {
+    const NAME: &'static str = "batch";
+    const NAMES: &'static str = "batches";
+    const PREFIX: &'static str = PREFIX;
+    const TOO_MANY: &'static str = "too_many_batches";
+    const MOST: usize = 1000;
+    type Stop = Arc<Notify>;
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn created_at(&self) -> u64 {
+        self.created_at
+    }
+
+    fn has_ended(&self) -> bool {
+        self.status.has_ended()
+    }
+
+    fn begin(&mut self) {
+        self.starts += 1;
+    }
+
+    fn cancel(&mut self, under_way: bool) {
+        // What has answers already is put together first.
+        self.enter(match (under_way, self.status) {
+            (false, Status::Validating) => Status::Cancelled,
+            _ => Status::Cancelling,
+        });
+    }
+
+    fn stop(stop: &Self::Stop) {
+        stop.notify_one();
+    }
 
     /// OpenAI's batch object.
-    pub(super) fn object(&self) -> Value {
+    fn object(&self) -> Value {
         let at = |status: Status| self.since.get(&status);
         let errors = match self.errors.as_slice() {
             [] => Value::Null,

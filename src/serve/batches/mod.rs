@@ -4,7 +4,7 @@
 //! | file | what |
 //! |---|---|
 //! | `batch` | what a batch is, and how it is asked for |
-//! | `queue` | all batches of a server, on disk after every change |
+//! | `queue` | all batches of a folder |
 //! | `lines` | requests and answers on disk |
 //! | `worker` | answers |
 //! | `routes` | the paths |
@@ -105,7 +105,7 @@ impl Batches {
 
     /// What is left is for the next server, which has no reason to mistrust it.
     pub(super) fn put_down(&self) {
-        self.queue.put_down();
+        self.queue.put_down(|batch| batch.starts = 0);
     }
 
     /// Keeps a file of requests. They are looked at when a batch of them begins.

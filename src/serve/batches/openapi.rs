@@ -4,7 +4,7 @@ use schemars::SchemaGenerator;
 use serde_json::{Map, Value, json};
 
 use super::batch::BatchOrder;
-use crate::serve::openapi::add;
+use crate::serve::openapi::{add, paged};
 
 /// Adds them.
 pub(in crate::serve) fn describe(paths: &mut Map<String, Value>, types: &mut SchemaGenerator) {
@@ -13,6 +13,7 @@ pub(in crate::serve) fn describe(paths: &mut Map<String, Value>, types: &mut Sch
     let about = "Answers a file of requests";
     add(paths, "/v1/batches", "post", about, Some(order));
     add(paths, "/v1/batches", "get", "The batches", None);
+    paged(paths, "/v1/batches");
     add(paths, "/v1/batches/{id}", "get", "One batch", None);
     add(
         paths,

@@ -8,9 +8,10 @@ use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use serde_json::Value;
 
-use super::batch::{Batch, BatchOrder};
+use super::batch::BatchOrder;
 use super::{Batches, PURPOSE};
 use crate::serve::list::{Part, page};
+use crate::serve::orders::Order;
 use crate::serve::problem::{Problem, Refused};
 use crate::serve::service::Service;
 
@@ -39,7 +40,7 @@ pub(in crate::serve) async fn create(
     let made = with(service, move |batches| {
         let file = batches.files.get(&order.input_file_id);
         if file.is_ok_and(|file| file.purpose == PURPOSE) {
-            return batches.queue.add(order, &batches.files);
+            return batches.queue.order(order, &batches.files);
         }
         let text = format!(
             "there is no file `{}` of requests here",
@@ -52,8 +53,8 @@ pub(in crate::serve) async fn create(
 
 /// `GET /v1/batches`.
 pub(in crate::serve) async fn batches(State(service): Shared, Query(part): Query<Part>) -> Answer {
-    let all = with(service, |batches| Ok(batches.queue.list())).await?;
-    Ok(page(all.iter().map(Batch::object).collect(), &part))
+    let all = with(service, |batches| Ok(batches.queue.objects())).await?;
+    page(all, &part)
 }
 
 /// `GET /v1/batches/{id}`.

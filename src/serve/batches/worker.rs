@@ -29,13 +29,11 @@ const ANSWERS: &str = "batch_output";
 /// Times that a batch is begun at most before one of its requests is answered: one that ends the
 /// server each time is not begun for ever.
 const STARTS: u32 = 3;
-/// How often, and after which wait, the answers of a batch that failed are put together, until it
-/// succeeds: a full disk may have been what it failed for.
-const TRIES: u32 = 10;
+/// After this a batch whose answers could not be put together is tried to be ended again: a full disk
+/// has room at some time.
 const AGAIN: Duration = Duration::from_secs(30);
 
 /// How the answering of a batch ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
     /// Every request has a line.
     Whole,
@@ -43,8 +41,22 @@ enum Ending {
     Cancelled,
     /// Its time is over.
     Expired,
-    /// Nothing can be answered any more in this process.
-    Down,
+    /// It cannot be answered, for these reasons.
+    Failed(Vec<Value>),
+}
+
+impl Ending {
+    /// The code and the message of the error of each request that has no answer.
+    fn left(&self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Whole | Self::Failed(_) => None,
+            Self::Cancelled => Some(("batch_cancelled", "The batch was cancelled.")),
+            Self::Expired => Some((
+                "batch_expired",
+                "This request could not be executed before the completion window expired.",
+            )),
+        }
+    }
 }
 
 /// Where a batch's requests and answers lie.
@@ -89,19 +101,23 @@ pub(in crate::serve) async fn work(service: Arc<Service>, batches: Arc<Batches>)
         return;
     }
     loop {
-        let (batch, stop) = batches.queue.next().await;
-        match answer(&service, &batches, &batch, &stop).await {
-            Ok(Ending::Down) => {
-                tracing::warn!("the batch {} waits for the next server", batch.id);
+        let of = Arc::clone(&batches);
+        // One that is cut off here ends with the process.
+        let next = tokio::task::spawn_blocking(move || of.queue.next());
+        let (batch, stop) = match next.await {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!("this server answers no batches any more: {error}");
                 batches.let_go();
                 return;
             }
-            Ok(_) => {}
-            Err(Broken(reasons)) => {
-                tracing::warn!("the batch {} failed: {}", batch.id, json!(reasons));
-                fail(&batches, &batch, reasons).await;
-            }
-        }
+        };
+        let Some(ending) = answer(&service, &batches, &batch, &stop).await else {
+            tracing::warn!("the batch {} waits for the next server", batch.id);
+            batches.let_go();
+            return;
+        };
+        end(&batches, &batch, &ending, AGAIN).await;
         batches.queue.idle();
     }
 }
@@ -119,12 +135,28 @@ fn change(queue: &Queue, id: &str, how: impl FnOnce(&mut Batch)) {
     tokio::task::block_in_place(|| queue.change(id, how));
 }
 
+/// Answers a batch; none when nothing can be answered any more in this process.
 async fn answer(
     service: &Arc<Service>,
     batches: &Batches,
     batch: &Batch,
     stop: &Notify,
-) -> Result<Ending, Broken> {
+) -> Option<Ending> {
+    match go_on(service, batches, batch, stop).await {
+        Ok(ending) => ending,
+        Err(Broken(reasons)) => {
+            tracing::warn!("the batch {} failed: {}", batch.id, json!(reasons));
+            Some(Ending::Failed(reasons))
+        }
+    }
+}
+
+async fn go_on(
+    service: &Arc<Service>,
+    batches: &Batches,
+    batch: &Batch,
+    stop: &Notify,
+) -> Result<Option<Ending>, Broken> {
     if batch.starts > STARTS {
         let text = format!("the server ended {STARTS} times when it began this batch");
         return Err(Broken(vec![reason("server_error", &text, None)]));
@@ -132,7 +164,8 @@ async fn answer(
     let (queue, files) = (&batches.queue, &batches.files);
     let paths = Paths::of(files, batch);
     let mut total = batch.counts.total;
-    if batch.status == Status::Validating {
+    // One that was cancelled before its requests were read has none yet.
+    if total == 0 {
         let (input, endpoint) = (paths.input.clone(), batch.endpoint);
         let surveyed = aside(move || Ok(lines::survey(&input, endpoint))).await?;
         total = surveyed.map_err(Broken)?;
@@ -153,47 +186,21 @@ async fn answer(
     done.extend(failed);
     let there = tokio::fs::try_exists(&paths.input).await?;
     let ending = match (cancelling, there) {
-        (true, _) => Ending::Cancelled,
+        (true, _) => Some(Ending::Cancelled),
         (false, true) => answer_rest(service, batches, batch, &paths, done, stop).await?,
-        (false, false) if done.len() >= total => Ending::Whole,
+        (false, false) if done.len() >= total => Some(Ending::Whole),
         // The answers that there are do not go with it.
         (false, false) => {
             let text = "its file of requests is gone; it ends with the answers that it has";
             tracing::warn!("the batch {}: {text}", batch.id);
             let gone = reason("invalid_file", text, None);
             change(queue, &batch.id, |batch| batch.errors.push(gone));
-            Ending::Expired
+            Some(Ending::Expired)
         }
     };
-    let (code, message, last) = match ending {
-        Ending::Down => return Ok(ending),
-        Ending::Whole => ("", "", Status::Completed),
-        Ending::Cancelled => (
-            "batch_cancelled",
-            "The batch was cancelled.",
-            Status::Cancelled,
-        ),
-        Ending::Expired => (
-            "batch_expired",
-            "This request could not be executed before the completion window expired.",
-            Status::Expired,
-        ),
-    };
-    if ending == Ending::Whole {
+    if matches!(ending, Some(Ending::Whole)) {
         change(queue, &batch.id, |batch| batch.enter(Status::Finalizing));
     }
-    let of = paths.clone();
-    let given_up = aside(move || match ending {
-        Ending::Whole => Ok(0),
-        _ => lines::give_up(&of.input, &of.output, &of.failures, code, message),
-    })
-    .await?;
-    let shown = show(files, batch, &paths).await?;
-    change(queue, &batch.id, |batch| {
-        batch.counts.failed += given_up;
-        batch.shown = shown;
-        batch.enter(last);
-    });
     Ok(ending)
 }
 
@@ -227,36 +234,41 @@ async fn show(files: &Files, batch: &Batch, paths: &Paths) -> Result<Shown, Erro
     .await
 }
 
-/// Ends a batch that cannot be answered; what was answered is not lost.
-async fn fail(batches: &Batches, batch: &Batch, reasons: Vec<Value>) {
-    let mut saved = save(&batches.files, batch).await;
-    for _ in 1..TRIES {
-        let Err(error) = &saved else {
-            break;
-        };
-        tracing::warn!("the batch {}: {error}; its answers wait", batch.id);
-        tokio::time::sleep(AGAIN).await;
-        saved = save(&batches.files, batch).await;
+/// Ends a batch, with the answers that it has. While these cannot be put together, or its end cannot
+/// be written, it has not ended: they stay on the disk, and the next server goes on with it. Others
+/// wait: a disk that is full would fail them.
+async fn end(batches: &Batches, batch: &Batch, ending: &Ending, pause: Duration) {
+    while let Err(error) = put_together(batches, batch, ending).await {
+        tracing::warn!(
+            "the batch {} cannot be ended: {error}; its answers wait on the disk",
+            batch.id
+        );
+        tokio::time::sleep(pause).await;
     }
-    if let Err(error) = &saved {
-        tracing::error!("the answers of the batch {} are lost: {error}", batch.id);
-    }
-    change(&batches.queue, &batch.id, |batch| {
-        if let Ok((completed, failed, shown)) = saved {
-            batch.counts.completed = completed;
-            batch.counts.failed = failed;
-            batch.shown = shown;
-        }
-        batch.fail(reasons);
-    });
 }
 
-/// The numbers of answers and of errors, and which files have any.
-async fn save(files: &Files, batch: &Batch) -> Result<(usize, usize, Shown), Error> {
-    let paths = Paths::of(files, batch);
+/// What is done already is not done again.
+async fn put_together(batches: &Batches, batch: &Batch, ending: &Ending) -> Result<(), Error> {
+    let paths = Paths::of(&batches.files, batch);
+    if let Some((code, message)) = ending.left() {
+        let of = paths.clone();
+        aside(move || lines::give_up(&of.input, &of.output, &of.failures, code, message)).await?;
+    }
     let (completed, failed) = named(&paths).await?;
-    let shown = show(files, batch, &paths).await?;
-    Ok((completed.len(), failed.len(), shown))
+    let shown = show(&batches.files, batch, &paths).await?;
+    tokio::task::block_in_place(|| {
+        batches.queue.try_change(&batch.id, |batch| {
+            batch.counts.completed = completed.len();
+            batch.counts.failed = failed.len();
+            batch.shown = shown;
+            match ending {
+                Ending::Whole => batch.enter(Status::Completed),
+                Ending::Cancelled => batch.enter(Status::Cancelled),
+                Ending::Expired => batch.enter(Status::Expired),
+                Ending::Failed(reasons) => batch.fail(reasons.clone()),
+            }
+        })
+    })
 }
 
 /// Answers the requests that have no line yet.
@@ -267,7 +279,7 @@ async fn answer_rest(
     paths: &Paths,
     done: HashSet<String>,
     stop: &Notify,
-) -> Result<Ending, Broken> {
+) -> Result<Option<Ending>, Broken> {
     let (mut output, mut failures) = (open(&paths.output).await?, open(&paths.failures).await?);
     // As many as are answered at once are read ahead, and no more.
     let (send, requests) = mpsc::channel(1);
@@ -288,28 +300,28 @@ async fn answer_rest(
     loop {
         let answer = tokio::select! {
             answer = answers.next() => answer,
-            () = stop.notified() => return Ok(Ending::Cancelled),
-            () = &mut expiry => return Ok(Ending::Expired),
+            () = stop.notified() => return Ok(Some(Ending::Cancelled)),
+            () = &mut expiry => return Ok(Some(Ending::Expired)),
         };
         let Some((status, line)) = answer else {
             break;
         };
         // No fault of the request's: it is asked again by the next server.
         if status.is_server_error() && !service.is_up() {
-            return Ok(Ending::Down);
+            return Ok(None);
         }
         let failed = match status {
             StatusCode::OK => false,
-            StatusCode::SERVICE_UNAVAILABLE => return Ok(Ending::Down),
+            StatusCode::SERVICE_UNAVAILABLE => return Ok(None),
             _ => true,
         };
         let file = if failed { &mut failures } else { &mut output };
         file.write_all(line.as_bytes()).await?;
         file.flush().await?;
-        batches.queue.count(&batch.id, failed);
+        tokio::task::block_in_place(|| batches.queue.count(&batch.id, failed));
     }
     reader.await.map_err(Error::other)??;
-    Ok(Ending::Whole)
+    Ok(Some(Ending::Whole))
 }
 
 /// Lines are added at its end.
@@ -345,34 +357,76 @@ async fn answer_one(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::serve::orders::Order;
+
+    const WHOLE: &str = "{\"custom_id\": \"a\"}\n";
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(work)
+    }
+
+    /// The batches of a folder, one of them with an answer and the half of one.
+    fn cut_off(folder: &Path) -> (Batches, Batch) {
+        let batches = Batches::open(folder).unwrap();
+        let order = json!({"input_file_id": "file-1", "endpoint": "/v1/completions",
+            "completion_window": "24h"});
+        let order = serde_json::from_value(order).unwrap();
+        let batch = batches.queue.order(order, &batches.files).unwrap();
+        let output = batches.files.content(&batch.output);
+        // A full disk cut off the second line.
+        std::fs::write(output, format!("{WHOLE}{{\"custom_")).unwrap();
+        (batches, batch)
+    }
+
+    fn failed() -> Ending {
+        Ending::Failed(vec![reason("server_error", "the disk is full", None)])
+    }
 
     #[test]
     fn a_batch_that_fails_shows_the_answers_that_it_has() {
         let dir = tempfile::tempdir().unwrap();
-        let batches = Batches::open(dir.path()).unwrap();
-        let order = json!({"input_file_id": "file-1", "endpoint": "/v1/completions",
-            "completion_window": "24h"});
-        let order = serde_json::from_value(order).unwrap();
-        let id = batches.queue.add(order, &batches.files).unwrap().id;
-        let batch = batches.queue.get(&id).unwrap();
-        let output = batches.files.content(&batch.output);
-        let whole = "{\"custom_id\": \"a\"}\n";
-        // A full disk cut off the second line.
-        std::fs::write(&output, format!("{whole}{{\"custom_")).unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
-        let reasons = vec![reason("server_error", "the disk is full", None)];
-        runtime.block_on(fail(&batches, &batch, reasons));
-        let batch = batches.queue.get(&id).unwrap();
+        let (batches, batch) = cut_off(dir.path());
+        block_on(end(&batches, &batch, &failed(), AGAIN));
+        let batch = batches.queue.get(&batch.id).unwrap();
         assert_eq!(batch.status, Status::Failed);
         assert_eq!((batch.counts.completed, batch.counts.failed), (1, 0));
         let object = batch.object();
         assert_eq!(object["output_file_id"], batch.output);
         assert_eq!(object["error_file_id"], Value::Null);
         assert!(batches.files.get(&batch.output).is_ok());
-        assert_eq!(std::fs::read_to_string(output).unwrap(), whole);
+        let output = std::fs::read_to_string(batches.files.content(&batch.output));
+        assert_eq!(output.unwrap(), WHOLE);
+    }
+
+    #[test]
+    fn one_whose_answers_cannot_be_shown_has_not_ended_until_they_can() {
+        for (ending, status) in [
+            (failed(), Status::Failed),
+            (Ending::Whole, Status::Completed),
+            (Ending::Cancelled, Status::Cancelled),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let (batches, batch) = cut_off(dir.path());
+            // No file takes the place of a folder that has one.
+            let note = batches.files.content(&batch.output).with_extension("json");
+            std::fs::create_dir_all(note.join("in the way")).unwrap();
+            let clear = async {
+                let refused = put_together(&batches, &batch, &ending).await;
+                assert!(refused.is_err());
+                assert!(!batches.queue.get(&batch.id).unwrap().has_ended());
+                std::fs::remove_dir_all(&note).unwrap();
+            };
+            let pause = Duration::from_millis(1);
+            block_on(async { tokio::join!(clear, end(&batches, &batch, &ending, pause)) });
+            let kept = batches.queue.get(&batch.id).unwrap();
+            assert_eq!(kept.status, status);
+            assert!(kept.shown.output && batches.files.get(&batch.output).is_ok());
+            // So the next server has it.
+            drop(batches);
+            let batches = Batches::open(dir.path()).unwrap();
+            assert_eq!(batches.queue.get(&batch.id).unwrap().status, status);
+        }
     }
 }

@@ -11,6 +11,7 @@
 pub(super) mod openapi;
 mod routes;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use axum::http::StatusCode;
@@ -25,6 +26,8 @@ pub(super) use routes::{delete, file, file_content, files, upload};
 pub(super) const FILE: usize = 64 << 20;
 /// Files of a folder at most.
 const MOST: usize = 1000;
+/// Bytes of a file's name at most.
+const NAME: usize = 255;
 const PREFIX: &str = "file-";
 
 /// A folder of files.
@@ -63,6 +66,10 @@ impl Files {
         bytes: &[u8],
         check: impl FnOnce(&Path) -> Result<(), Problem>,
     ) -> Result<FileObject, Problem> {
+        if filename.len() > NAME {
+            let text = format!("the name of a file has at most {NAME} bytes");
+            return Err(Problem::bad(text).of("file"));
+        }
         self.room(1).map_err(|problem| problem.of("file"))?;
         let id = Self::next_id();
         let path = self.content(&id);
@@ -135,11 +142,18 @@ impl Files {
         serde_json::from_slice(&note).map_err(|_| missing())
     }
 
+    /// The note goes last: a content without one would stay for ever.
     fn delete(&self, id: &str) -> Result<(), Problem> {
         self.get(id)?;
-        std::fs::remove_file(self.note(id))
-            .and_then(|()| std::fs::remove_file(self.content(id)))
-            .map_err(|e| Problem::internal(e.to_string()))
+        for path in [self.content(id), self.note(id)] {
+            match std::fs::remove_file(path) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    return Err(Problem::internal(e.to_string()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Where a file's content lies.
@@ -163,6 +177,8 @@ mod tests {
         let files = Files::new(dir.path().to_owned());
         let refused = files.add("a", "batch", b"x", |_| Err(Problem::bad("no")));
         assert!(refused.is_err());
+        let long = "a".repeat(NAME + 1);
+        assert!(files.add(&long, "batch", b"x", |_| Ok(())).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         let kept = files.add("a", "batch", b"xyz", |_| Ok(())).unwrap();
         assert_eq!((kept.bytes, kept.purpose.as_str()), (3, "batch"));
@@ -170,6 +186,8 @@ mod tests {
             std::fs::write(dir.path().join(format!("{more}.json")), "{}").unwrap();
         }
         assert!(files.add("a", "batch", b"x", |_| Ok(())).is_err());
+        // What a kill left of an earlier try is deleted too.
+        std::fs::remove_file(files.content(&kept.id)).unwrap();
         files.delete(&kept.id).unwrap();
         assert!(files.get(&kept.id).is_err());
         files.add("a", "batch", b"x", |_| Ok(())).unwrap();

@@ -1,5 +1,6 @@
 //! The paths. Files are read and written off the threads that serve others.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -137,7 +138,7 @@ pub(in crate::serve) async fn files(
         after: listing.after,
         limit: listing.limit,
     };
-    Ok(page(all.iter().map(|file| json!(file)).collect(), &part))
+    page(all.iter().map(|file| json!(file)).collect(), &part)
 }
 
 /// `GET /v1/files/{id}`.
@@ -158,7 +159,12 @@ pub(in crate::serve) async fn file_content(
     });
     let path: PathBuf = found.await?;
     let broken = |e: std::io::Error| Problem::internal(e.to_string());
-    let file = tokio::fs::File::open(&path).await.map_err(broken)?;
+    let file = tokio::fs::File::open(&path).await;
+    let file = file.map_err(|e| match e.kind() {
+        // It was deleted just now, or its deletion was cut off.
+        ErrorKind::NotFound => Problem::new(StatusCode::NOT_FOUND, "this file has no content"),
+        _ => broken(e),
+    })?;
     let length = file.metadata().await.map_err(broken)?.len();
     let pieces = stream::unfold(Some(file), |file| async move {
         let mut file = file?;
@@ -182,12 +188,21 @@ pub(in crate::serve) async fn file_content(
 
 /// `DELETE /v1/files/{id}`.
 pub(in crate::serve) async fn delete(State(service): Shared, Path(id): Path<String>) -> Answer {
-    let (of, batches) = (id.clone(), service.batches.clone());
+    let (of, needed) = (id.clone(), Arc::clone(&service));
     let deleted = with(&service, move |folders| {
-        if batches.is_some_and(|batches| batches.needs(&of)) {
+        let batches = needed.batches.as_ref();
+        let tuning = needed.fine_tuning.as_ref();
+        let by = if batches.is_some_and(|batches| batches.needs(&of)) {
+            Some("batch")
+        } else if tuning.is_some_and(|tuning| tuning.needs(&of)) {
+            Some("job")
+        } else {
+            None
+        };
+        if let Some(by) = by {
             let text = format!(
-                "a batch that has not ended answers the file `{of}`; cancel the batch, or wait \
-                 for its end"
+                "a {by} that has not ended needs the file `{of}`; cancel the {by}, or wait for \
+                 its end"
             );
             return Err(Problem::new(StatusCode::CONFLICT, text).code("file_in_use"));
         }

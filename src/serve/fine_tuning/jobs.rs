@@ -1,26 +1,21 @@
-//! [`Jobs`]: what was asked for, how far it is, and what came of it; on disk after every change.
-//! While another server trains them, they are read anew whenever somebody asks.
+//! [`Jobs`]: what was asked for, how far it is, and what came of it.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
 
-use axum::http::StatusCode;
 use flowrun_engine::step::Cancel;
 use flowrun_steps::finetune::tuning::Hyperparameters;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::exit::Failure;
-use crate::serve::kept::{is_id, new_id, now, read_all, read_one, write};
+use crate::serve::kept::{new_id, now};
+use crate::serve::orders::{Order, Orders, metadata};
 use crate::serve::problem::Problem;
 
 const PREFIX: &str = "ftjob-";
 /// Characters of a suffix, as at OpenAI.
 const SUFFIX: usize = 64;
-/// Metadata of a job, as at OpenAI.
-const METADATA: usize = 16;
 /// Epochs that one job may take.
 const EPOCHS: usize = 100;
 /// Rows of a batch at most.
@@ -33,7 +28,7 @@ const STARTS: u32 = 3;
 
 /// What a caller asks for. Fields of OpenAI's that cannot be honoured are refused.
 #[derive(Debug, Deserialize, JsonSchema)]
-pub(in crate::serve) struct Order {
+pub(in crate::serve) struct JobOrder {
     model: String,
     pub(super) training_file: String,
     #[serde(default)]
@@ -67,7 +62,32 @@ struct Supervised {
     hyperparameters: Option<Value>,
 }
 
-impl Order {
+impl JobOrder {
+    /// The job that is ordered, of a server whose base model has this id.
+    pub(super) fn job(self, base_id: &str) -> Result<Job, Problem> {
+        self.check(base_id)?;
+        let mut job = Job {
+            id: new_id(PREFIX),
+            created_at: now(),
+            finished_at: None,
+            status: Status::Queued,
+            hyperparameters: self.hyperparameters()?,
+            model: self.model,
+            training_file: self.training_file,
+            seed: self.seed.unwrap_or(0),
+            suffix: self.suffix,
+            metadata: metadata(self.metadata)?,
+            fine_tuned_model: None,
+            trained_tokens: None,
+            error: None,
+            events: Vec::new(),
+            checkpoints: Vec::new(),
+            starts: 0,
+        };
+        job.tell("info", "the job waits for its turn", None);
+        Ok(job)
+    }
+
     fn hyperparameters(&self) -> Result<Hyperparameters, Problem> {
         let method = self.method.as_ref();
         if let Some(method) = method.filter(|method| method.kind != "supervised") {
@@ -129,13 +149,6 @@ impl Order {
             let text = format!("`suffix` has 1 to {SUFFIX} letters, digits, `-` or `_`");
             return Err(Problem::bad(text).of("suffix"));
         }
-        if self
-            .metadata
-            .as_ref()
-            .is_some_and(|data| data.len() > METADATA)
-        {
-            return Err(Problem::bad(format!("at most {METADATA} metadata")).of("metadata"));
-        }
         Ok(())
     }
 }
@@ -183,22 +196,6 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// OpenAI's job object.
-    pub(super) fn object(&self) -> Value {
-        let how = json!(self.hyperparameters);
-        let error = self.error.as_ref();
-        json!({
-            "object": "fine_tuning.job", "id": self.id, "created_at": self.created_at,
-            "finished_at": self.finished_at, "status": self.status, "model": self.model,
-            "fine_tuned_model": self.fine_tuned_model, "organization_id": "flowrun",
-            "training_file": self.training_file, "validation_file": null, "result_files": [],
-            "trained_tokens": self.trained_tokens, "seed": self.seed, "metadata": self.metadata,
-            "error": error.map(|text| json!({"code": "failed", "message": text, "param": null})),
-            "hyperparameters": how, "integrations": [], "estimated_finish": null,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": how}},
-        })
-    }
-
     /// Adds an event.
     pub(super) fn tell(&mut self, level: &str, message: &str, data: Option<Value>) {
         let kind = if data.is_some() { "metrics" } else { "message" };
@@ -224,241 +221,109 @@ impl Job {
     }
 }
 
-/// All jobs of a folder.
-pub(super) struct Jobs {
-    folder: PathBuf,
-    base_id: String,
-    state: Mutex<State>,
-    arrived: Condvar,
+impl Order for Job {
+    const NAME: &'static str = "job";
+    const NAMES: &'static str = "jobs";
+    const PREFIX: &'static str = PREFIX;
+    const TOO_MANY: &'static str = "too_many_jobs";
+    // Each has its events in memory.
+    const MOST: usize = 200;
+    type Stop = Cancel;
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn created_at(&self) -> u64 {
+        self.created_at
+    }
+
+    fn has_ended(&self) -> bool {
+        self.status.has_ended()
+    }
+
+    fn begin(&mut self) {
+        self.status = Status::Running;
+        self.starts += 1;
+        self.tell("info", "training has begun", None);
+    }
+
+    fn resume(&mut self) {
+        if self.status != Status::Running {
+            return;
+        }
+        if self.starts >= STARTS {
+            let text = format!("the server ended {STARTS} times when it began this job");
+            self.error = Some(text.clone());
+            self.end(Status::Failed, &text);
+            return;
+        }
+        self.status = Status::Queued;
+        self.tell("info", "the server was started again", None);
+    }
+
+    fn cancel(&mut self, under_way: bool) {
+        // One that is trained ends when its training has.
+        if !under_way {
+            self.end(Status::Cancelled, "the job was cancelled");
+        }
+    }
+
+    fn stop(stop: &Self::Stop) {
+        stop.cancel();
+    }
+
+    /// OpenAI's job object.
+    fn object(&self) -> Value {
+        let how = json!(self.hyperparameters);
+        let error = self.error.as_ref();
+        json!({
+            "object": "fine_tuning.job", "id": self.id, "created_at": self.created_at,
+            "finished_at": self.finished_at, "status": self.status, "model": self.model,
+            "fine_tuned_model": self.fine_tuned_model, "organization_id": "flowrun",
+            "training_file": self.training_file, "validation_file": null, "result_files": [],
+            "trained_tokens": self.trained_tokens, "seed": self.seed, "metadata": self.metadata,
+            "error": error.map(|text| json!({"code": "failed", "message": text, "param": null})),
+            "hyperparameters": how, "integrations": [], "estimated_finish": null,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": how}},
+        })
+    }
 }
 
-#[derive(Default)]
-struct State {
-    jobs: BTreeMap<String, Job>,
-    /// The job that is trained, and how to stop it.
-    running: Option<(String, Cancel)>,
-    /// Whether this server trains them, so that no other one changes them.
-    mine: bool,
-}
+/// All jobs of a folder.
+pub(super) type Jobs = Orders<Job>;
 
 impl Jobs {
-    /// Reads the jobs of a folder, which another server may be training.
-    ///
-    /// # Errors
-    /// When the folder cannot be read.
-    pub(super) fn open(folder: PathBuf, base_id: &str) -> Result<Arc<Self>, Failure> {
-        let state = State {
-            jobs: read(&folder)?,
-            ..State::default()
-        };
-        Ok(Arc::new(Self {
-            folder,
-            base_id: base_id.to_owned(),
-            state: Mutex::new(state),
-            arrived: Condvar::new(),
-        }))
-    }
-
-    /// From now on this server trains them: its turn has come, and no other one changes them. Those
-    /// that were under way wait again.
-    ///
-    /// # Errors
-    /// When the folder cannot be read.
-    pub(super) fn take_over(&self) -> Result<(), Failure> {
-        let mut state = self.state();
-        state.jobs = read(&self.folder)?;
-        state.mine = true;
-        for job in state.jobs.values_mut() {
-            if job.status == Status::Running && job.starts >= STARTS {
-                let text = format!("the server ended {STARTS} times when it began this job");
-                job.error = Some(text.clone());
-                job.end(Status::Failed, &text);
-            } else if job.status == Status::Running {
-                job.status = Status::Queued;
-                job.tell("info", "the server was started again", None);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether this server trains them.
-    pub(super) fn is_mine(&self) -> bool {
-        self.state().mine
-    }
-
-    /// Takes an order on.
-    pub(super) fn add(&self, order: Order) -> Result<Job, Problem> {
-        order.check(&self.base_id)?;
-        let mut job = Job {
-            id: new_id(PREFIX),
-            created_at: now(),
-            finished_at: None,
-            status: Status::Queued,
-            hyperparameters: order.hyperparameters()?,
-            model: order.model,
-            training_file: order.training_file,
-            seed: order.seed.unwrap_or(0),
-            suffix: order.suffix,
-            metadata: order.metadata.unwrap_or_default(),
-            fine_tuned_model: None,
-            trained_tokens: None,
-            error: None,
-            events: Vec::new(),
-            checkpoints: Vec::new(),
-            starts: 0,
-        };
-        job.tell("info", "the job waits for its turn", None);
-        let mut state = self.fresh();
-        self.keep(&job)
-            .map_err(|e| Problem::internal(e.to_string()))?;
-        state.jobs.insert(job.id.clone(), job.clone());
-        self.arrived.notify_all();
-        Ok(job)
-    }
-
-    pub(super) fn get(&self, id: &str) -> Result<Job, Problem> {
-        let missing = || {
-            let text = format!("there is no job `{id}` here");
-            Problem::new(StatusCode::NOT_FOUND, text)
-        };
-        if !is_id(id, PREFIX) {
-            return Err(missing());
-        }
-        let mut state = self.fresh();
-        if let Some(job) = state.jobs.get(id) {
-            return Ok(job.clone());
-        }
-        // One that waits for its turn may have taken the order.
-        let job: Job = read_one(&self.record(id)).ok_or_else(missing)?;
-        state.jobs.insert(job.id.clone(), job.clone());
-        self.arrived.notify_all();
-        Ok(job)
-    }
-
-    /// All of them, the newest first.
-    pub(super) fn list(&self) -> Vec<Job> {
-        let mut all: Vec<Job> = self.fresh().jobs.values().cloned().collect();
-        all.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
-        all
-    }
-
-    /// Asks a job to end. One that has ended stays as it is.
-    pub(super) fn cancel(&self, id: &str) -> Result<Job, Problem> {
-        self.get(id)?;
-        let mut state = self.state();
-        if !state.mine {
-            let text = "this server is not the one that trains the jobs of this folder: ask that \
-                        one, or ask again when it has ended";
-            return Err(Problem::new(StatusCode::CONFLICT, text).code("not_in_charge"));
-        }
-        match &state.running {
-            Some((running, cancel)) if running == id => cancel.cancel(),
-            _ => self.change_in(&mut state, id, |job| {
-                job.end(Status::Cancelled, "the job was cancelled");
-            }),
-        }
-        drop(state);
-        self.get(id)
-    }
-
-    /// The next job to train, when there is one; it is running from then on.
-    pub(super) fn next(&self) -> (Job, Cancel) {
-        let mut state = self.state();
-        loop {
-            let waiting = state
-                .jobs
-                .values()
-                .filter(|job| job.status == Status::Queued);
-            let first = waiting.min_by_key(|job| (job.created_at, job.id.clone()));
-            if let Some(mut job) = first.cloned() {
-                let cancel = Cancel::default();
-                state.running = Some((job.id.clone(), cancel.clone()));
-                self.change_in(&mut state, &job.id.clone(), |kept| {
-                    kept.status = Status::Running;
-                    kept.starts += 1;
-                    kept.tell("info", "training has begun", None);
-                    job.clone_from(kept);
-                });
-                return (job, cancel);
-            }
-            let woken = self.arrived.wait(state);
-            state = woken.unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Nothing is being trained.
-    pub(super) fn idle(&self) {
-        self.state().running = None;
-    }
-
-    /// Changes a job, in memory and on disk.
-    pub(super) fn change(&self, id: &str, change: impl FnOnce(&mut Job)) {
-        self.change_in(&mut self.state(), id, change);
-    }
-
-    fn change_in(&self, state: &mut State, id: &str, change: impl FnOnce(&mut Job)) {
-        let Some(job) = state.jobs.get_mut(id) else {
-            return;
-        };
-        change(job);
-        if let Err(error) = self.keep(job) {
-            tracing::warn!("the job {id} cannot be written: {error}");
-        }
-    }
-
     /// The folder that a job's training works in.
     pub(super) fn work(&self, id: &str) -> PathBuf {
-        self.folder.join(id)
+        self.folder().join(id)
     }
-
-    fn keep(&self, job: &Job) -> std::io::Result<()> {
-        let bytes = serde_json::to_vec(job)?;
-        write(&self.record(&job.id), &bytes)
-    }
-
-    fn record(&self, id: &str) -> PathBuf {
-        self.folder.join(format!("{id}.json"))
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What there is by now, whoever wrote it. Reads the folder unless this server has its turn.
-    fn fresh(&self) -> MutexGuard<'_, State> {
-        let mut state = self.state();
-        if !state.mine {
-            match read(&self.folder) {
-                Ok(jobs) => state.jobs = jobs,
-                Err(failure) => tracing::warn!("{failure}"),
-            }
-        }
-        state
-    }
-}
-
-fn read(folder: &Path) -> Result<BTreeMap<String, Job>, Failure> {
-    let all = read_all::<Job>(folder)?.into_iter();
-    Ok(all.map(|job| (job.id.clone(), job)).collect())
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use axum::http::StatusCode;
+
     use super::*;
+
+    fn job() -> Job {
+        let order = json!({"model": "tiny", "training_file": "file-1"});
+        let order: JobOrder = serde_json::from_value(order).unwrap();
+        order.job("tiny").unwrap()
+    }
+
+    fn add(jobs: &Jobs) -> String {
+        jobs.add(job(), |_| Ok(())).unwrap().id
+    }
 
     #[test]
     fn one_that_waits_for_its_turn_leaves_jobs_alone_until_then() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Jobs::open(dir.path().to_owned(), "tiny").unwrap();
-        let order = || -> Order {
-            let order = json!({"model": "tiny", "training_file": "file-1"});
-            serde_json::from_value(order).unwrap()
-        };
+        let open = || Jobs::open(dir.path().to_owned()).unwrap();
         let first = open();
         first.take_over().unwrap();
-        let ended = first.add(order()).unwrap().id;
-        let cut_off = first.add(order()).unwrap().id;
+        let (ended, cut_off) = (add(&first), add(&first));
         for id in [&ended, &cut_off] {
             first.change(id, |job| job.status = Status::Running);
         }
@@ -467,7 +332,7 @@ mod tests {
         assert_eq!(status(&ended), Status::Running);
         let refused = second.cancel(&ended).unwrap_err();
         assert_eq!(refused.status(), StatusCode::CONFLICT);
-        let own = second.add(order()).unwrap().id;
+        let own = add(&second);
         assert_eq!(first.get(&own).unwrap().status, Status::Queued);
         first.change(&ended, |job| job.end(Status::Succeeded, "the job is done"));
         assert_eq!(status(&ended), Status::Succeeded);
@@ -476,5 +341,52 @@ mod tests {
         assert_eq!(status(&ended), Status::Succeeded);
         assert_eq!(status(&cut_off), Status::Queued);
         assert_eq!(second.cancel(&own).unwrap().status, Status::Cancelled);
+    }
+
+    #[test]
+    fn the_oldest_that_have_ended_are_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ids = Vec::new();
+        for at in 0..Job::MOST {
+            let mut job = job();
+            job.created_at = at as u64;
+            job.end(Status::Succeeded, "the job is done");
+            let record = dir.path().join(format!("{}.json", job.id));
+            std::fs::write(record, serde_json::to_vec(&job).unwrap()).unwrap();
+            ids.push(job.id);
+        }
+        let jobs = Jobs::open(dir.path().to_owned()).unwrap();
+        jobs.take_over().unwrap();
+        assert_eq!(jobs.objects().len(), Job::MOST);
+        let new = add(&jobs);
+        assert_eq!(jobs.objects().len(), Job::MOST);
+        let gone = jobs.get(&ids[0]).unwrap_err();
+        assert_eq!(gone.status(), StatusCode::NOT_FOUND);
+        assert!(jobs.get(&ids[1]).is_ok());
+        assert_eq!(jobs.next().0.id, new);
+    }
+
+    #[test]
+    fn one_that_ends_its_server_each_time_is_not_begun_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Jobs::open(dir.path().to_owned()).unwrap();
+        let id = add(&open());
+        // An end in good order is no fault of the job's.
+        for _ in 0..=STARTS {
+            let jobs = open();
+            jobs.take_over().unwrap();
+            assert_eq!(jobs.next().0.starts, 1);
+            jobs.put_down(|job| job.starts = 0);
+        }
+        for starts in 1..=STARTS {
+            let jobs = open();
+            jobs.take_over().unwrap();
+            assert_eq!(jobs.next().0.starts, starts);
+        }
+        let jobs = open();
+        jobs.take_over().unwrap();
+        let job = jobs.get(&id).unwrap();
+        assert_eq!(job.status, Status::Failed);
+        assert!(job.error.unwrap().contains("ended 3 times"));
     }
 }

@@ -40,6 +40,8 @@ pub(super) const PURPOSE: &str = "fine-tune";
 pub(super) struct FineTuning {
     files: Files,
     jobs: Arc<Jobs>,
+    /// The id of the model that adapters are trained of.
+    base_id: String,
 }
 
 impl FineTuning {
@@ -68,7 +70,7 @@ impl FineTuning {
         }
         let files = Files::new(files);
         let turn = Turn::of(&jobs)?;
-        let jobs = Jobs::open(jobs, base_id)?;
+        let jobs = Arc::new(Jobs::open(jobs)?);
         if turn.take()? {
             jobs.take_over()?;
         }
@@ -80,7 +82,22 @@ impl FineTuning {
             spec.clone(),
             world.clone(),
         );
-        Ok(Self { files, jobs })
+        Ok(Self {
+            files,
+            jobs,
+            base_id: base_id.to_owned(),
+        })
+    }
+
+    /// The server ends in good order: it is no fault of the job that is trained, and the next server
+    /// goes on with it.
+    pub(super) fn put_down(&self) {
+        self.jobs.put_down(|job| job.starts = 0);
+    }
+
+    /// Whether a file's chats are those of a job that has not ended.
+    pub(super) fn needs(&self, file: &str) -> bool {
+        self.jobs.any_open(|job| job.training_file == file)
     }
 
     /// Where its files are.

@@ -9,8 +9,9 @@ use axum::http::StatusCode;
 use serde_json::Value;
 
 use super::FineTuning;
-use super::jobs::{Job, Order};
+use super::jobs::JobOrder;
 use crate::serve::list::{Part, page};
+use crate::serve::orders::Order;
 use crate::serve::problem::{Problem, Refused};
 use crate::serve::service::Service;
 
@@ -33,13 +34,14 @@ async fn with<T: Send + 'static>(
 /// `POST /v1/fine_tuning/jobs`.
 pub(in crate::serve) async fn create_job(
     State(service): Shared,
-    order: Result<Json<Order>, JsonRejection>,
+    order: Result<Json<JobOrder>, JsonRejection>,
 ) -> Answer {
     let Json(order) = order?;
     let made = with(service, move |tuning| {
         let file = tuning.files.get(&order.training_file);
         if file.is_ok_and(|file| file.purpose == super::PURPOSE) {
-            return tuning.jobs.add(order);
+            let job = order.job(&tuning.base_id)?;
+            return tuning.jobs.add(job, |_| Ok(()));
         }
         let text = format!("there is no file `{}` of chats here", order.training_file);
         Err(Problem::bad(text).of("training_file"))
@@ -49,8 +51,8 @@ pub(in crate::serve) async fn create_job(
 
 /// `GET /v1/fine_tuning/jobs`.
 pub(in crate::serve) async fn jobs(State(service): Shared, Query(part): Query<Part>) -> Answer {
-    let all = with(service, |tuning| Ok(tuning.jobs.list())).await?;
-    Ok(page(all.iter().map(Job::object).collect(), &part))
+    let all = with(service, |tuning| Ok(tuning.jobs.objects())).await?;
+    page(all, &part)
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}`.
@@ -72,7 +74,7 @@ pub(in crate::serve) async fn events(
     Query(part): Query<Part>,
 ) -> Answer {
     let job = with(service, move |tuning| tuning.jobs.get(&id)).await?;
-    Ok(page(job.events.into_iter().rev().collect(), &part))
+    page(job.events.into_iter().rev().collect(), &part)
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/checkpoints`.
@@ -82,5 +84,5 @@ pub(in crate::serve) async fn checkpoints(
     Query(part): Query<Part>,
 ) -> Answer {
     let job = with(service, move |tuning| tuning.jobs.get(&id)).await?;
-    Ok(page(job.checkpoints.into_iter().rev().collect(), &part))
+    page(job.checkpoints.into_iter().rev().collect(), &part)
 }

@@ -84,7 +84,12 @@ fn train(
     world: &World,
     cancel: &Cancel,
 ) -> Result<(), StepError> {
-    let chats = read_chats(&files.content(&job.training_file))?;
+    let path = files.content(&job.training_file);
+    let chats = read_chats(&path).map_err(|error| StepError {
+        // Callers know the file by its id.
+        message: (error.message).replace(&path.display().to_string(), &job.training_file),
+        ..error
+    })?;
     let work = jobs.work(&job.id);
     std::fs::create_dir_all(&work).map_err(|e| StepError::io(&work, &e))?;
     let on_step = |step: TuneStep| {

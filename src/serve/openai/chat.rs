@@ -1,5 +1,6 @@
 //! `POST /v1/chat/completions`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -50,6 +51,8 @@ pub(in crate::serve) struct Chat {
     stream_options: Option<StreamOptions>,
     /// vLLM's way to restrict an answer to a list.
     structured_outputs: Option<StructuredOutputs>,
+    /// What else the chat template is told, as at vLLM: `{"enable_thinking": false}`.
+    chat_template_kwargs: Option<BTreeMap<String, Value>>,
     #[serde(flatten)]
     further: serde_json::Map<String, Value>,
 }
@@ -141,8 +144,10 @@ impl Chat {
             stop: self.stop,
         };
         let (samplings, top_p) = drawing.samplings()?;
+        let told = self.chat_template_kwargs.unwrap_or_default();
         let ask = |sampling| Ask {
             prompt: Prompt::Chat(messages.clone()),
+            chat_template_kwargs: told.clone(),
             sampling,
             top_p,
             logprobs,

@@ -97,7 +97,11 @@ pub(in crate::serve) async fn unload(
     unload: Result<Json<Unload>, JsonRejection>,
 ) -> Result<String, Problem> {
     let Json(Unload { lora_name, .. }) = unload?;
-    engine(&service)?.unload(&lora_name)?;
+    let engine = engine(&service)?;
+    let name = lora_name.clone();
+    // It is looked for on disk.
+    let unloaded = tokio::task::spawn_blocking(move || engine.unload(&name));
+    unloaded.await.map_err(|_| Refused::Down)??;
     Ok(format!(
         "Success: LoRA adapter '{lora_name}' removed successfully."
     ))

@@ -11,6 +11,7 @@
 //! A schema that allows anything else is refused: the model could not be held to it.
 
 use std::cell::Cell;
+use std::collections::HashSet;
 
 use serde_json::{Map, Value};
 
@@ -18,7 +19,8 @@ use serde_json::{Map, Value};
 const MOST: usize = 1000;
 /// Schemas within schemas; a `$ref` may lead to itself.
 const DEEP: usize = 16;
-/// Schemas that are looked at, and KiB of their texts: references may lead to one many times.
+/// Schemas that are looked at, and KiB or dozens of the texts that are made of them: references may
+/// lead to one many times, and whoever is answered waits meanwhile.
 const LOOKS: usize = 10_000;
 /// Bytes of all answers together at most.
 const BYTES: usize = 1 << 20;
@@ -48,19 +50,23 @@ struct Root<'a> {
 
 impl Root<'_> {
     fn answers(&self, schema: &Value, depth: usize) -> Result<Vec<String>, String> {
+        self.look(1)?;
+        let texts = self.listed(schema, depth)?;
+        self.look((texts.len() >> 6) + (length(&texts) >> 10))?;
+        Ok(texts)
+    }
+
+    fn listed(&self, schema: &Value, depth: usize) -> Result<Vec<String>, String> {
         let Some(schema) = schema.as_object() else {
             return Err("`schema` is no object".to_owned());
         };
-        self.look(1)?;
         if depth > DEEP {
             return Err(format!("schemas lie more than {DEEP} deep in each other"));
         }
         let given = schema.get("enum").and_then(Value::as_array);
         let given = given.map(Vec::as_slice);
         if let Some(values) = given.or_else(|| schema.get("const").map(std::slice::from_ref)) {
-            let texts: Vec<String> = values.iter().map(Value::to_string).collect();
-            self.look(length(&texts) >> 10)?;
-            return bounded(texts);
+            return bounded(values.iter().map(Value::to_string).collect());
         }
         if let Some(path) = schema.get("$ref").and_then(Value::as_str) {
             let found = path
@@ -87,7 +93,9 @@ impl Root<'_> {
     fn look(&self, more: usize) -> Result<(), String> {
         self.looks.set(self.looks.get() + more);
         match self.looks.get() > LOOKS {
-            true => Err(format!("the schema refers to more than {LOOKS} schemas")),
+            true => Err(format!(
+                "the schema leads to more than {LOOKS} schemas, or KiB of answers on the way"
+            )),
             false => Ok(()),
         }
     }
@@ -97,10 +105,10 @@ impl Root<'_> {
         &self,
         all: impl Iterator<Item = Result<Vec<String>, String>>,
     ) -> Result<Vec<String>, String> {
-        let mut texts: Vec<String> = Vec::new();
+        let (mut texts, mut seen) = (Vec::new(), HashSet::new());
         for more in all {
             for text in more? {
-                if !texts.contains(&text) {
+                if seen.insert(text.clone()) {
                     texts.push(text);
                 }
             }
@@ -138,7 +146,7 @@ impl Root<'_> {
                 .iter()
                 .map(|value| format!("{name}: {value}"))
                 .collect();
-            all = extended(&all, &values)?;
+            all = self.extended(&all, &values)?;
         }
         Ok(all.iter().map(|inside| format!("{{{inside}}}")).collect())
     }
@@ -160,7 +168,7 @@ impl Root<'_> {
         let (mut all, mut of_length) = (Vec::new(), vec![String::new()]);
         for length in 0..=most {
             if length > 0 {
-                of_length = extended(&of_length, &values)?;
+                of_length = self.extended(&of_length, &values)?;
             }
             if length >= least {
                 all.extend(of_length.iter().map(|inside| format!("[{inside}]")));
@@ -169,23 +177,24 @@ impl Root<'_> {
         }
         Ok(all)
     }
-}
 
-/// All of `before`, each with all of `values` after it.
-fn extended(before: &[String], values: &[String]) -> Result<Vec<String>, String> {
-    if before.len().saturating_mul(values.len()) > MOST {
-        return Err(format!("the schema allows more than {MOST} answers"));
+    /// All of `before`, each with all of `values` after it.
+    fn extended(&self, before: &[String], values: &[String]) -> Result<Vec<String>, String> {
+        if before.len().saturating_mul(values.len()) > MOST {
+            return Err(format!("the schema allows more than {MOST} answers"));
+        }
+        let bytes = length(before) * values.len() + (length(values) + 2) * before.len();
+        if bytes > BYTES {
+            return Err(too_long());
+        }
+        self.look(bytes >> 10)?;
+        let mut all = Vec::with_capacity(before.len() * values.len());
+        for start in before {
+            let comma = if start.is_empty() { "" } else { ", " };
+            all.extend(values.iter().map(|value| format!("{start}{comma}{value}")));
+        }
+        Ok(all)
     }
-    let bytes = length(before) * values.len() + (length(values) + 2) * before.len();
-    if bytes > BYTES {
-        return Err(too_long());
-    }
-    let mut all = Vec::with_capacity(before.len() * values.len());
-    for start in before {
-        let comma = if start.is_empty() { "" } else { ", " };
-        all.extend(values.iter().map(|value| format!("{start}{comma}{value}")));
-    }
-    Ok(all)
 }
 
 fn integers(schema: &Map<String, Value>) -> Result<Vec<String>, String> {
@@ -374,6 +383,18 @@ mod tests {
         defs.insert("7".to_owned(), json!({"const": 1}));
         let said = answers(&json!({"$defs": defs, "$ref": "#/$defs/0"})).unwrap_err();
         assert!(said.contains("more than 10000 schemas"), "{said}");
+        // Many short texts, made again and again.
+        let many: Vec<usize> = (0..MOST).collect();
+        let again = vec![json!({"$ref": "#/$defs/many"}); 5_000];
+        let schema = json!({"$defs": {"many": {"enum": many}}, "anyOf": again});
+        let said = answers(&schema).unwrap_err();
+        assert!(said.contains("more than 10000 schemas"), "{said}");
+        let once = json!({"$defs": {"many": {"enum": many}}, "anyOf": again[..2]});
+        assert_eq!(answers(&once).unwrap().len(), MOST);
+        // A list that is long before it is long enough.
+        let list = json!({"type": "array", "minItems": MOST, "maxItems": MOST,
+            "items": {"const": "x".repeat(1000)}});
+        assert!(answers(&list).is_err());
     }
 
     #[test]

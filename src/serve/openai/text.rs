@@ -1,5 +1,6 @@
 //! `POST /v1/completions`: texts that a model goes on with as they are, without a chat template.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -88,6 +89,7 @@ impl Text {
         for prompt in prompts {
             asks.extend(samplings.iter().map(|sampling| Ask {
                 prompt: Prompt::Text(prompt.clone()),
+                chat_template_kwargs: BTreeMap::new(),
                 sampling: sampling.clone(),
                 top_p,
                 logprobs: self.logprobs,

@@ -9,8 +9,8 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::api::{ApiError, RunInfo};
-use super::entries::{parts, valid};
 use super::{Mlflow, STALL};
+use crate::tracking::points::{parts, valid};
 
 /// Name of what was taken out of the store.
 const TAKEN: &str = "artifact";

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `api` | the server's REST API |
 //! | `artifacts` | files, and the registered model |
-//! | `entries` | names and values of params, metrics and tags |
+//! | `entries` | params, metrics and tags |
 
 mod api;
 mod artifacts;
@@ -25,7 +25,8 @@ use flowrun_engine::tracking::{MlflowTracking, TrackedOutput};
 use serde_json::{Value, json};
 
 use self::api::{Api, ApiError, RunInfo};
-use self::entries::{curve, metric, pair, parts, plain, valid};
+use self::entries::{metric, pair, plain};
+use super::points::{curve, parts, valid};
 use super::{Heartbeat, Tracker};
 
 /// Metrics of one call, of the 1000 that MLflow takes.

@@ -8,12 +8,14 @@ use flowrun_lm::messages::ChatRow;
 use flowrun_model::train::{
     EpochStats, Hooks, Schedule, StepStats, TrainConfig, TrainRow, Trainer, TrainerState,
 };
-use flowrun_model::{BaseModel, ChatMessage, Device, LoraAdapter, LoraConfig, ModelError};
+use flowrun_model::{
+    BaseModel, ChatMessage, Device, LoraAdapter, LoraConfig, ModelError, TemplateArguments,
+};
 
 use super::{Params, ScheduleSpec, VALIDATION};
 use crate::checkpoint::Checkpoint;
 use crate::folder;
-use crate::models::local::{device, failed, open_base};
+use crate::models::local::{device, failed, open_whole_base};
 use crate::models::{EmbeddedSpec, Host};
 use crate::report::LossPoint;
 use crate::rows::{read_jsonl, write_json};
@@ -159,9 +161,11 @@ impl Saving {
 
 impl Training<'_> {
     pub(super) fn run(&self, host: &Host<'_>) -> Result<Trained, StepError> {
-        let base = open_base(self.spec, host)?;
+        let base = open_whole_base(self.spec, host)?;
         let all_tokens = |chats: &[ChatRow]| -> Result<Vec<TrainRow>, StepError> {
-            chats.iter().map(|chat| tokens(&base, chat)).collect()
+            let told = &self.spec.chat_template_kwargs;
+            let rows = chats.iter().map(|chat| tokens(&base, chat, told));
+            rows.collect()
         };
         let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
         let settings = settings(self.params, &base)?;
@@ -280,7 +284,11 @@ fn has_checkpoints(folder: &Path, saving: Saving, trainer: &Trainer<'_>) -> bool
     due.all(|step| Checkpoint::load(&saving.reached(folder, step).folder).is_ok())
 }
 
-fn tokens(base: &BaseModel, chat: &ChatRow) -> Result<TrainRow, StepError> {
+fn tokens(
+    base: &BaseModel,
+    chat: &ChatRow,
+    told: &TemplateArguments,
+) -> Result<TrainRow, StepError> {
     let Some((answer, prompt)) = chat.messages.split_last() else {
         return Err(StepError::invalid("a chat has no messages"));
     };
@@ -289,7 +297,7 @@ fn tokens(base: &BaseModel, chat: &ChatRow) -> Result<TrainRow, StepError> {
         .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
         .collect();
     Ok(TrainRow {
-        prompt: base.prompt_tokens(&prompt).map_err(failed)?,
+        prompt: base.prompt_tokens_with(&prompt, told).map_err(failed)?,
         target: base.answer_tokens(&answer.content).map_err(failed)?,
     })
 }

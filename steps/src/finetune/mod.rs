@@ -6,9 +6,11 @@
 //! | `embedded` | training in this process |
 //! | `command` | training by another program: TRL, LLaMA-Factory, axolotl |
 //! | `openai` | training by a server that speaks OpenAI's fine-tuning API |
+//! | `declared` | what the params say of the checkpoints, before any training |
 //! | `tuning` | training in this process for such a server |
 
 mod command;
+pub(crate) mod declared;
 #[cfg(feature = "model")]
 mod embedded;
 mod openai;

@@ -50,8 +50,12 @@ pub fn is_commit(revision: &str) -> bool {
 /// Has `revision` stand for `commit` in this process from now on, whatever the hub and the cache
 /// say of it. A commit stands for itself.
 ///
+/// A process is one run or one step of it, and all keys of a run name one commit of a branch: it
+/// was found once. Another one would change under a step what it is reading.
+///
 /// # Errors
-/// Invalid when the names cannot be the hub's.
+/// Invalid when the names cannot be the hub's; failed when the revision stands for another commit
+/// already, which it goes on doing.
 pub fn settle(
     kind: RepoType,
     repo: &str,
@@ -64,11 +68,50 @@ pub fn settle(
         let text = format!("the step's key names no commit of `{repo}` at `{revision}`");
         return Err(StepError::invalid(text));
     }
-    if !is_commit(revision) {
-        let mut found = SETTLED.lock().unwrap_or_else(PoisonError::into_inner);
-        found.insert(of.key(), commit.to_owned());
+    if is_commit(revision) {
+        return Ok(());
     }
-    Ok(())
+    let settled = of.settle(commit.to_owned());
+    if settled == commit {
+        return Ok(());
+    }
+    let text = format!(
+        "the step's key names commit {commit} of `{repo}` at `{revision}`, and this process goes \
+         by commit {settled}"
+    );
+    Err(StepError::failed(text).help(format!(
+        "run again; `revision: {commit}` keeps to one commit for good"
+    )))
+}
+
+/// The file of a repository that the cache holds with this sha256, and a commit that has it: where
+/// the bytes are what is asked for, no branch need be looked up.
+///
+/// # Errors
+/// Invalid when the names cannot be the hub's.
+pub(crate) fn kept_with(
+    kind: RepoType,
+    repo: &str,
+    file: &str,
+    sha256: &str,
+    world: &World,
+) -> Result<Option<(String, PathBuf)>, StepError> {
+    check_path(file, "file")?;
+    let of = Repository::new(kind, repo, "main", world)?;
+    let snapshots = std::fs::read_dir(of.folder().join("snapshots"));
+    let commits = snapshots.into_iter().flatten().flatten();
+    let place = |commit: std::fs::DirEntry| {
+        let name = commit.file_name().to_string_lossy().into_owned();
+        (name, commit.path().join(file))
+    };
+    let mut places: Vec<(String, PathBuf)> = commits.map(place).collect();
+    places.sort();
+    // The cache calls a large file by its sha256.
+    let is_it = |(_, place): &(String, PathBuf)| {
+        let real = std::fs::canonicalize(place);
+        real.is_ok_and(|real| real.file_name().is_some_and(|name| name == sha256))
+    };
+    Ok(places.into_iter().find(is_it))
 }
 
 /// A repository of the hub at one commit.
@@ -148,22 +191,60 @@ impl Snapshot {
         if place.is_file() {
             return Ok(place);
         }
-        let url = format!(
-            "{}/{}/resolve/{}/{}",
-            self.of.settings.endpoint,
-            self.of.repo.url(),
-            self.commit,
-            encoded(file, b'/')
-        );
         let asked = self.of.asked(Some(file));
         transfer::fetch(
             &Client::new(&self.of.settings),
-            &url,
+            &self.url(file),
             &asked,
             &self.of.folder(),
             &place,
         )?;
         Ok(place)
+    }
+
+    /// A file that not every repository has; none where the hub says that this one has not. That is
+    /// noted in the cache, where the hub's other clients note it too, since a commit never gets
+    /// another file.
+    ///
+    /// # Errors
+    /// As [`Snapshot::file`], but for the hub's word that there is no such file.
+    pub fn optional_file(&self, file: &str) -> Result<Option<PathBuf>, StepError> {
+        check_path(file, "file")?;
+        let at_hand = self.folder().join(file).is_file();
+        let note = self.of.folder().join(".no_exist");
+        let note = note.join(&self.commit).join(file);
+        if !at_hand && note.is_file() {
+            return Ok(None);
+        }
+        let settings = &self.of.settings;
+        if !at_hand && settings.offline.is_none() && !settings.look_only {
+            let asked = self.of.asked(Some(file));
+            let answer = Client::new(settings).head(&self.url(file));
+            let answer = answer.map_err(|e| refusal::no_answer(&asked, &e))?;
+            if refusal::is_of_absent_file(&answer) {
+                // Without the note it is asked again.
+                let folder = note.parent().unwrap_or(Path::new("."));
+                let _ = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&note, ""));
+                return Ok(None);
+            }
+        }
+        self.file(file).map(Some)
+    }
+
+    /// Whether asking the hub is forbidden.
+    #[must_use]
+    pub fn is_offline(&self) -> bool {
+        self.of.settings.offline.is_some()
+    }
+
+    fn url(&self, file: &str) -> String {
+        format!(
+            "{}/{}/resolve/{}/{}",
+            self.of.settings.endpoint,
+            self.of.repo.url(),
+            self.commit,
+            encoded(file, b'/')
+        )
     }
 
     fn missing(&self, file: &str, why: &str) -> StepError {

@@ -50,6 +50,12 @@ pub(super) fn no_answer(asked: &Asked<'_>, error: &ureq::Error) -> StepError {
         .help("HF_ENDPOINT names another server; with `--offline` only the hub's cache is used")
 }
 
+/// The hub says that the repository has no such file.
+pub(super) fn is_of_absent_file<B>(answer: &Response<B>) -> bool {
+    let code = answer.headers().get("x-error-code");
+    code.is_some_and(|code| code.as_bytes() == b"EntryNotFound")
+}
+
 /// The hub's answer was no.
 pub(super) fn explained<B>(asked: &Asked<'_>, answer: &Response<B>) -> StepError {
     let header = |name: &str| {

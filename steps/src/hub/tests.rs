@@ -181,3 +181,37 @@ fn names_stay_within_the_cache() {
     assert_eq!(encoded("refs/pr 1", 0), "refs%2Fpr%201");
     assert_eq!(encoded("a b/ö.csv", b'/'), "a%20b/%C3%B6.csv");
 }
+
+#[test]
+fn a_branch_stands_for_one_commit_as_long_as_the_process_lives() {
+    let dir = tempfile::tempdir().unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let offline = [("HF_HUB_OFFLINE", "1")];
+    let (first, second) = (
+        world(dir.path(), &offline),
+        world(elsewhere.path(), &offline),
+    );
+    let other = COMMIT.replace('0', "f");
+    let settle = |revision: &str, commit: &str, world: &World| {
+        settle(RepoType::Model, "owner/moves", revision, commit, world)
+    };
+    let commit = |world: &World| {
+        let found = Snapshot::newest(RepoType::Model, "owner/moves", "main", world);
+        found.unwrap().commit().to_owned()
+    };
+    settle("main", COMMIT, &first).unwrap();
+    settle("main", COMMIT, &first).unwrap();
+    let refused = settle("main", &other, &first).unwrap_err();
+    assert_eq!(refused.kind, StepErrorKind::Failed);
+    for named in [COMMIT, other.as_str(), "main"] {
+        assert!(refused.message.contains(named), "{}", refused.message);
+    }
+    assert_eq!(commit(&first), COMMIT);
+    // Another branch, another cache: as another run has it.
+    settle("side", &other, &first).unwrap();
+    settle("main", &other, &second).unwrap();
+    assert_eq!(commit(&second), other);
+    assert_eq!(commit(&first), COMMIT);
+    // A commit stands for itself.
+    settle(COMMIT, &other, &first).unwrap();
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use flowrun_engine::step::{Cancel, StepError, World};
 use flowrun_lm::classifier::Embedder;
@@ -10,7 +10,7 @@ use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
 use flowrun_model::bench::ModelBench;
 use flowrun_model::{
     BaseModel, ChatMessage, ChoiceSet, Device, Finish, GenerateOptions, GenerateRequest, Generated,
-    Generator, LoraAdapter, ModelError, SentenceEncoder,
+    Generator, LoraAdapter, ModelError, SentenceEncoder, TemplateArguments,
 };
 
 use super::{EmbeddedSpec, EncoderSpec, Host};
@@ -23,11 +23,13 @@ type Shared<T> = LazyLock<Mutex<BTreeMap<String, Arc<T>>>>;
 const DEVICE: &str = "FLOWRUN_DEVICE";
 
 /// Raised whenever the generator may answer the same request otherwise; kept answers are its own.
-const GENERATION: u32 = 4;
+const GENERATION: u32 = 5;
 
 /// Loaded models by the digest of their files. They stay: a run asks for the same ones again and
-/// again.
+/// again. Base models are in them as they answer, without what only training reads.
 static BASES: Shared<BaseModel> = LazyLock::new(Mutex::default);
+/// Whole base models, which are several times as large: one stays as long as somebody trains it.
+static WHOLE: LazyLock<Mutex<BTreeMap<String, Weak<BaseModel>>>> = LazyLock::new(Mutex::default);
 static ENCODERS: Shared<SentenceEncoder> = LazyLock::new(Mutex::default);
 
 fn shared<T>(
@@ -89,9 +91,30 @@ pub(super) fn gpu(device: &str) -> Result<Option<String>, StepError> {
 /// When its weights cannot be had or are not a model.
 pub(crate) fn open_base(spec: &EmbeddedSpec, host: &Host<'_>) -> Result<Arc<BaseModel>, StepError> {
     let found = spec.weights.locate(host.world, host.cancel)?;
-    shared(&BASES, &found.digest, || {
-        BaseModel::load(&found.path, &found.digest)
+    // A GPU computes in f32.
+    let on_cpu = device(host.world)? == Device::default();
+    shared(&BASES, &found.digest, || match on_cpu {
+        true => BaseModel::load_to_answer(&found.path, &found.digest),
+        false => BaseModel::load(&found.path, &found.digest),
     })
+}
+
+/// The base model of an entry with all that training reads.
+///
+/// # Errors
+/// As [`open_base`].
+pub(crate) fn open_whole_base(
+    spec: &EmbeddedSpec,
+    host: &Host<'_>,
+) -> Result<Arc<BaseModel>, StepError> {
+    let found = spec.weights.locate(host.world, host.cancel)?;
+    let mut all = WHOLE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(model) = all.get(&found.digest).and_then(Weak::upgrade) {
+        return Ok(model);
+    }
+    let model = Arc::new(BaseModel::load(&found.path, &found.digest).map_err(failed)?);
+    all.insert(found.digest, Arc::downgrade(&model));
+    Ok(model)
 }
 
 /// The tokenizer of a GGUF file in Hugging Face's files: names and texts.
@@ -143,6 +166,9 @@ pub(super) fn open_lm(
 ) -> Result<Arc<dyn Lm>, StepError> {
     let base = open_base(spec, host)?;
     let mut id = format!("embedded-{GENERATION}:{}", base.id);
+    if !spec.chat_template_kwargs.is_empty() {
+        id = format!("{id} with {}", serde_json::json!(spec.chat_template_kwargs));
+    }
     let adapter = match checkpoint {
         Some((
             folder,
@@ -161,6 +187,20 @@ pub(super) fn open_lm(
             id = format!("{id}+{}", adapter.digest);
             Some(LoraAdapter::load(folder, &base.weights.config).map_err(failed)?)
         }
+        // The base alone would answer in its name.
+        Some((
+            _,
+            Checkpoint {
+                hosted: Some(hosted),
+                ..
+            },
+        )) => {
+            return Err(StepError::invalid(format!(
+                "the checkpoint is the model `{hosted}` of the server that trained it, and `{}` runs in this process",
+                spec.weights.name()
+            ))
+            .help("ask the entry that was trained"));
+        }
         _ => None,
     };
     let options = GenerateOptions {
@@ -172,6 +212,7 @@ pub(super) fn open_lm(
     Ok(Arc::new(LocalLm {
         id,
         generator,
+        template_arguments: spec.chat_template_kwargs.clone(),
         cancel: host.cancel.clone(),
     }))
 }
@@ -185,7 +226,7 @@ pub(crate) fn bench(
     host: &Host<'_>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Measured, StepError> {
-    let base = open_base(spec, host)?;
+    let base = open_whole_base(spec, host)?;
     let found =
         flowrun_model::bench::bench(&base, device(host.world)?, progress).map_err(failed)?;
     let json = serde_json::to_value(&found).map_err(|e| StepError::failed(e.to_string()))?;
@@ -254,6 +295,7 @@ fn table(name: &str, found: &ModelBench) -> String {
 struct LocalLm {
     id: String,
     generator: Generator,
+    template_arguments: TemplateArguments,
     cancel: Cancel,
 }
 
@@ -267,6 +309,7 @@ impl Lm for LocalLm {
         requests: &[Request],
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>> {
+        let request = |asked: &Request| request(asked, &self.template_arguments);
         let requests: Vec<GenerateRequest> = requests.iter().map(request).collect();
         let tell = |index: usize, answer: &Result<Generated, ModelError>| {
             on_answer(index, &completion(answer));
@@ -278,7 +321,7 @@ impl Lm for LocalLm {
     }
 }
 
-fn request(request: &Request) -> GenerateRequest {
+fn request(request: &Request, template_arguments: &TemplateArguments) -> GenerateRequest {
     let sampling = &request.sampling;
     GenerateRequest {
         messages: request
@@ -286,6 +329,7 @@ fn request(request: &Request) -> GenerateRequest {
             .iter()
             .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
             .collect(),
+        template_arguments: template_arguments.clone(),
         max_tokens: sampling.max_tokens as usize,
         temperature: sampling.temperature,
         // Another rollout is another draw of the same prompt.

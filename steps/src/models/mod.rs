@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `weights` | where a file of weights is and how it is had |
 //! | `embedded` | models that run in this process |
-//! | `remote` | models behind a server, with the adapters of checkpoints |
+//! | `remote` | models behind a server |
+//! | `with_adapter` | a checkpoint's adapter there, given to the server when it lacks it |
 //! | `traced` | what a step's trace is told of calls |
 //!
 //! Everything that depends on whether the embedded model was compiled in is in `embedded` and its
@@ -17,6 +18,7 @@ pub(crate) mod embedded;
 pub(crate) mod remote;
 mod traced;
 pub mod weights;
+mod with_adapter;
 
 #[cfg(not(feature = "model"))]
 pub(crate) use absent as local;
@@ -66,6 +68,10 @@ pub struct EmbeddedSpec {
     /// What its tokens cost on your machine, for the report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prices: Option<Prices>,
+    /// What else its chat template is told, in training, answering and serving:
+    /// `{ enable_thinking: false }` has Qwen 3 answer at once.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub chat_template_kwargs: BTreeMap<String, Value>,
 }
 
 fn default_batch() -> usize {
@@ -104,6 +110,17 @@ impl ModelSpec {
             Self::Embedded(spec) => spec.prices,
             Self::SentenceEncoder(_) => None,
         }
+    }
+
+    /// What else its chat template is told.
+    #[must_use]
+    pub fn chat_template_kwargs(&self) -> Option<&BTreeMap<String, Value>> {
+        let told = match self {
+            Self::OpenAi(spec) => &spec.chat_template_kwargs,
+            Self::Embedded(spec) => &spec.chat_template_kwargs,
+            Self::SentenceEncoder(_) => return None,
+        };
+        Some(told).filter(|told| !told.is_empty())
     }
 
     /// What a result depends on beyond the entry itself: the digests of the project's own files.
@@ -365,8 +382,15 @@ mod tests {
         assert_eq!(model.observe(&world).unwrap(), named);
 
         let absent = key(&commit("c"), &commit("a"));
+        assert!(model.settle(Some(&absent), &world).is_err(), "in one run");
+        assert_eq!(read(files[0]).unwrap(), "new");
+        // As on a machine that has nothing yet.
+        let world = World {
+            user_cache: dir.path().join("elsewhere/user"),
+            ..world.clone()
+        };
         model.settle(Some(&absent), &world).unwrap();
-        let error = read(files[0]).unwrap_err();
+        let error = files[0].locate(&world, &Cancel::default()).unwrap_err();
         assert_eq!(error.kind, StepErrorKind::Transient);
         assert!(error.message.contains(&commit("c")), "{}", error.message);
         for wrong in [Some(key("main", "side")), Some(json!([])), None] {

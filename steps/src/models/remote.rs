@@ -1,21 +1,20 @@
-//! Models behind an OpenAI-compatible server. A checkpoint's adapter is put where the server reads
-//! adapters from, and the server told of it, when the first call needs it: answers that are kept
-//! need no server.
+//! Models behind an OpenAI-compatible server, and the adapters of checkpoints there
+//! (`with_adapter`).
 //!
 //! Invariant: an id at a server stands for the same values for ever, as it ends with their digest.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use flowrun_cache::Digest;
 use flowrun_engine::step::StepError;
-use flowrun_lm::client::{AdapterPlace, Api, ApiError, Batched, OpenAi, OpenAiSpec};
-use flowrun_lm::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Request};
+use flowrun_lm::client::{AdapterPlace, Api, Batched, OpenAi, OpenAiSpec};
+use flowrun_lm::lm::{Ledger, Lm};
 use serde_json::json;
 
+use super::with_adapter::WithAdapter;
 use super::{Host, traced};
 use crate::checkpoint::{Adapter, Checkpoint};
-use crate::folder;
 
 /// Length of a digest in hexadecimal: what names a base model that is known by more than a name.
 const DIGEST: usize = 64;
@@ -37,6 +36,7 @@ pub(super) fn open_lm(
         return client(&spec.model);
     };
     let place = place(spec, checkpoint, adapter)?;
+    let reporter = host.step.map(|ctx| Arc::clone(&ctx.reporter));
     let name = checkpoint.unique_name();
     let id = format!("{}:{name}", spec.model);
     Ok(Arc::new(WithAdapter {
@@ -47,7 +47,13 @@ pub(super) fn open_lm(
         to: host.world.root.join(&place.folder).join(&name),
         seen_as: place.seen_as.as_ref().map(|folder| folder.join(&name)),
         load: place.load,
-        ready: Mutex::new(false),
+        given: Mutex::new(0),
+        // It may come again and again.
+        on_forgotten: Box::new(move |text, is_first| match &reporter {
+            Some(reporter) if is_first => reporter.warning(text),
+            Some(reporter) => reporter.log(text),
+            None => tracing::warn!(text),
+        }),
     }))
 }
 
@@ -128,8 +134,11 @@ fn place<'a>(
     checkpoint: &Checkpoint,
     adapter: &Adapter,
 ) -> Result<&'a AdapterPlace, StepError> {
-    // Against a digest, only the server can compare its base model.
-    if adapter.base.len() != DIGEST && adapter.base != spec.model {
+    // Against a digest, only the server can compare its base model. What was trained on a model of
+    // the hub names its commit too, which a server's name has not.
+    let base = adapter.base.split_once('@');
+    let base = base.map_or(adapter.base.as_str(), |(repository, _)| repository);
+    if base.len() != DIGEST && base != spec.model {
         return Err(StepError::invalid(format!(
             "the checkpoint `{}` was trained on `{}`, and this server has `{}`",
             checkpoint.name, adapter.base, spec.model
@@ -144,71 +153,39 @@ fn place<'a>(
     })
 }
 
-/// A checkpoint that its server may not have yet.
-struct WithAdapter {
-    client: Arc<dyn Lm>,
-    api: Api,
-    id: String,
-    from: PathBuf,
-    to: PathBuf,
-    seen_as: Option<PathBuf>,
-    load: bool,
-    /// Set once the server has it; held while it is given to it.
-    ready: Mutex<bool>,
-}
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::format_version::FormatVersion;
 
-impl WithAdapter {
-    fn make_ready(&self) -> Result<(), LmError> {
-        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        if *ready {
-            return Ok(());
+    #[test]
+    fn a_server_is_given_the_adapters_of_its_own_model() {
+        let spec =
+            json!({"base_url": "http://h/v1", "model": "org/base", "adapters": {"folder": "a"}});
+        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        for (base, fits) in [
+            ("org/base".to_owned(), true),
+            (format!("org/base@{commit}"), true),
+            ("a".repeat(DIGEST), true),
+            ("org/other".to_owned(), false),
+            (format!("org/other@{commit}"), false),
+        ] {
+            let adapter = Adapter {
+                digest: "d".to_owned(),
+                base: base.clone(),
+            };
+            let checkpoint = Checkpoint {
+                version: FormatVersion,
+                name: "epochs-1-total-trained-steps-8".to_owned(),
+                epoch: 1,
+                step: 8,
+                adapter: Some(adapter.clone()),
+                hosted: None,
+                lineage: None,
+            };
+            assert_eq!(place(&spec, &checkpoint, &adapter).is_ok(), fits, "{base}");
         }
-        folder::copy_whole(&self.from, &self.to).map_err(|e| LmError::Rejected(e.message))?;
-        if self.load {
-            self.tell()?;
-        }
-        *ready = true;
-        Ok(())
-    }
-
-    fn tell(&self) -> Result<(), LmError> {
-        let here = std::path::absolute(&self.to).unwrap_or_else(|_| self.to.clone());
-        let path = self.seen_as.as_ref().unwrap_or(&here);
-        let body = json!({ "lora_name": self.id, "lora_path": path });
-        match self.api.post(&["load_lora_adapter"], &body) {
-            Ok(_) => Ok(()),
-            // Of the same name is of the same values.
-            Err(ApiError::Status { message, .. }) if message.contains("already been loaded") => {
-                Ok(())
-            }
-            Err(ApiError::Cancelled) => Err(LmError::Cancelled),
-            Err(error) if error.may_pass() => Err(LmError::Unavailable(error.to_string())),
-            Err(error) => Err(LmError::Rejected(format!(
-                "{error}; the server does not take the adapter in {}",
-                path.display()
-            ))),
-        }
-    }
-}
-
-impl Lm for WithAdapter {
-    fn id(&self) -> &str {
-        self.client.id()
-    }
-
-    fn complete(
-        &self,
-        requests: &[Request],
-        on_answer: &OnAnswer<'_>,
-    ) -> Vec<Result<Completion, LmError>> {
-        if let Err(error) = self.make_ready() {
-            let answers: Vec<_> = requests.iter().map(|_| Err(error.clone())).collect();
-            answers
-                .iter()
-                .enumerate()
-                .for_each(|(i, a)| on_answer(i, a));
-            return answers;
-        }
-        self.client.complete(requests, on_answer)
     }
 }

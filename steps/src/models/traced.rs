@@ -86,6 +86,7 @@ fn error_type(error: &LmError) -> &'static str {
         LmError::Unavailable(_) => "unavailable",
         LmError::Rejected(_) => "rejected",
         LmError::Barred(_) => "barred",
+        LmError::NoModel(_) => "no_model",
         LmError::TooLong(_) => "context_length_exceeded",
         LmError::Cancelled => "cancelled",
     }

@@ -209,11 +209,21 @@ impl WeightsRef {
         file: Option<&Path>,
         world: &World,
     ) -> Result<Found, StepError> {
-        let snapshot = Snapshot::known(RepoType::Model, repo, self.revision(), world)?;
-        let Some(file) = file else {
-            return hub_model(repo, &snapshot);
+        let kept = match (file, &self.sha256) {
+            (Some(file), Some(sha256)) => {
+                let file = file.to_string_lossy();
+                hub::kept_with(RepoType::Model, repo, &file, sha256, world)?
+            }
+            _ => None,
         };
-        let path = snapshot.file(&file.to_string_lossy())?;
+        let snapshot = || Snapshot::known(RepoType::Model, repo, self.revision(), world);
+        let Some(file) = file else {
+            return hub_model(repo, &snapshot()?);
+        };
+        let path = match kept {
+            Some((_, path)) => path,
+            None => snapshot()?.file(&file.to_string_lossy())?,
+        };
         let digest = local_digest(&path)?;
         self.check(&digest, &format!("{repo}/{}", file.display()))?;
         Ok(Found { path, digest })
@@ -236,10 +246,31 @@ fn hub_model(repo: &str, snapshot: &Snapshot) -> Result<Found, StepError> {
             get(shard)?;
         }
     }
+    template(snapshot)?;
     Ok(Found {
         path: snapshot.folder(),
         digest: format!("{repo}@{}", snapshot.commit()),
     })
+}
+
+/// The file in which newer repositories keep the chat template; where it is, it is the template,
+/// whatever `tokenizer_config.json` says. Where the hub does not answer whether it is there, a
+/// template of `tokenizer_config.json` is enough; where asking is forbidden, what the cache has is.
+fn template(snapshot: &Snapshot) -> Result<(), StepError> {
+    let Err(error) = snapshot.optional_file("chat_template.jinja") else {
+        return Ok(());
+    };
+    let settings = snapshot.file("tokenizer_config.json")?;
+    // What is wrong with it is said by who loads it.
+    let settings: serde_json::Value = crate::rows::read_json(&settings).unwrap_or_default();
+    let known = !settings["chat_template"].is_null();
+    if error.kind != StepErrorKind::Transient || !(known || snapshot.is_offline()) {
+        return Err(error);
+    }
+    if !known {
+        tracing::warn!("{}; going on without a chat template", error.message);
+    }
+    Ok(())
 }
 
 /// What to say of a model that has neither one file nor an index of several: the first, unless it
@@ -430,6 +461,35 @@ mod tests {
     }
 
     #[test]
+    fn a_file_with_a_digest_is_found_in_the_hubs_cache_whatever_its_branch_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let world = world(dir.path());
+        let model = dir.path().join("huggingface/hub/models--a--pinned");
+        let content = dir.path().join("content");
+        std::fs::write(&content, "hello").unwrap();
+        let sha256 = sha256_of(&content).unwrap();
+        let blobs = model.join("blobs");
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::copy(&content, blobs.join(&sha256)).unwrap();
+        let snapshot = model.join("snapshots").join("a".repeat(40));
+        std::fs::create_dir_all(&snapshot).unwrap();
+        let link = snapshot.join("w.gguf");
+        std::os::unix::fs::symlink(blobs.join(&sha256), &link).unwrap();
+        let weights = WeightsRef {
+            hf: Some("a/pinned".into()),
+            file: Some("w.gguf".into()),
+            sha256: Some(sha256.clone()),
+            ..WeightsRef::default()
+        };
+        // There is no note of the branch, and the hub may not be asked.
+        let found = weights.locate(&world, &Cancel::default()).unwrap();
+        assert_eq!((found.path, found.digest), (link, sha256.clone()));
+        std::fs::write(blobs.join(&sha256), "other").unwrap();
+        let error = weights.locate(&world, &Cancel::default()).unwrap_err();
+        assert!(error.message.contains("declared"), "{}", error.message);
+    }
+
+    #[test]
     fn what_is_said_of_a_model_without_weights_is_what_hinders() {
         let dir = tempfile::tempdir().unwrap();
         let world = world(dir.path());
@@ -453,6 +513,45 @@ mod tests {
         assert_eq!(told(absent(), offline()).message, "offline");
         assert_eq!(told(offline(), absent()).message, "offline");
         assert_eq!(told(absent(), absent()).message, "404");
+    }
+
+    #[test]
+    fn a_hub_that_does_not_answer_leaves_the_template_of_the_cache() {
+        let dir = tempfile::tempdir().unwrap();
+        let nobody = ("HF_ENDPOINT".to_owned(), "http://127.0.0.1:1".to_owned());
+        let offline = world(dir.path());
+        let world = World {
+            offline: false,
+            env: [nobody].into_iter().collect(),
+            ..offline.clone()
+        };
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        let repository = dir.path().join("huggingface/hub/models--a--template");
+        let snapshot = repository.join("snapshots").join(commit);
+        std::fs::create_dir_all(&snapshot).unwrap();
+        for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+            std::fs::write(snapshot.join(name), "{}").unwrap();
+        }
+        let settings = |text: &str| {
+            std::fs::write(snapshot.join("tokenizer_config.json"), text).unwrap();
+        };
+        let known = Snapshot::known(RepoType::Model, "a/template", commit, &world).unwrap();
+        settings("{}");
+        let error = hub_model("a/template", &known).unwrap_err();
+        assert!(
+            error.message.contains("/chat_template.jinja`"),
+            "{}",
+            error.message
+        );
+        let forbidden = Snapshot::known(RepoType::Model, "a/template", commit, &offline).unwrap();
+        hub_model("a/template", &forbidden).unwrap();
+        settings("{\"chat_template\": \"{{ messages }}\"}");
+        hub_model("a/template", &known).unwrap();
+        settings("{}");
+        let note = repository.join(".no_exist").join(commit);
+        std::fs::create_dir_all(&note).unwrap();
+        std::fs::write(note.join("chat_template.jinja"), "").unwrap();
+        hub_model("a/template", &known).unwrap();
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use flowrun_lm::calibration::Calibration;
+use flowrun_lm::stats::LabelScore;
 use serde::{Deserialize, Serialize};
 
 use crate::scores::{Leakage, ProgramKind, Role};
@@ -63,7 +64,7 @@ impl Report {
     pub const VERSION: u32 = 1;
 
     /// Whether every score must be marked as measured on stand-in data.
-    pub fn is_stand_in(&self) -> bool {
+    pub(crate) fn is_stand_in(&self) -> bool {
         self.stand_in || self.dataset == "stand-in"
     }
 
@@ -206,22 +207,6 @@ pub struct Confusion {
     /// `matrix[gold][predicted]`: one row per label, one column per label and a last column for
     /// answers in which no label was found.
     pub matrix: Vec<Vec<u64>>,
-}
-
-/// How well one label was told from the others.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LabelScore {
-    /// The label.
-    pub label: String,
-    /// Test rows with this gold label.
-    pub n: u64,
-    /// Of the rows given this label, the share that has it.
-    pub precision: f64,
-    /// Of the rows that have this label, the share that was given it.
-    pub recall: f64,
-    /// Harmonic mean of the two.
-    pub f1: f64,
 }
 
 /// One test query that the best model got wrong.

@@ -16,8 +16,8 @@ mod words;
 mod tests;
 
 pub use data::{
-    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LabelScore, LossPoint,
-    OracleAudit, Report, StepCost, TestScore,
+    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LossPoint, OracleAudit,
+    Report, StepCost, TestScore,
 };
 
 pub use step::ReportStep;

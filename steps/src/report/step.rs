@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LabelScore, OracleAudit,
-    Report, StepCost, TestScore, render_html,
+    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, OracleAudit, Report, StepCost,
+    TestScore, render_html,
 };
 use crate::load::DataSetInfo;
 use crate::rows::{Row, read_json, read_jsonl, read_rows, write_json};
@@ -103,7 +103,9 @@ impl Step for ReportStep {
                 .map(|(s, p)| test_score(s, p))
                 .collect::<Result<_, _>>()?,
             comparisons: best.map_or_else(Vec::new, |best| comparisons(best, &test)),
-            per_label: confusion.as_ref().map_or_else(Vec::new, per_label),
+            per_label: confusion
+                .as_ref()
+                .map_or_else(Vec::new, stats::Confusion::per_label),
             confusion: confusion.map(|found| Confusion {
                 labels: found.labels,
                 matrix: found.counts,
@@ -253,17 +255,6 @@ fn confusion(labels: &[String], score: &ProgramScore) -> stats::Confusion {
     let rows = score.rows.iter();
     let pairs = rows.map(|row| (row.gold.as_str(), row.predicted.as_deref()));
     stats::Confusion::new(labels, pairs)
-}
-
-fn per_label(confusion: &stats::Confusion) -> Vec<LabelScore> {
-    let score = |score: stats::LabelScore| LabelScore {
-        label: score.label,
-        n: score.n,
-        precision: score.precision,
-        recall: score.recall,
-        f1: score.f1,
-    };
-    confusion.per_label().into_iter().map(score).collect()
 }
 
 /// The best model against every other one on the rows that both answered.

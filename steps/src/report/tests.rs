@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use flowrun_lm::stats::LabelScore;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 

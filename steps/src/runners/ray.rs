@@ -450,7 +450,8 @@ mod tests {
             timeout: None,
             program: "flowrun",
             args: Vec::new(),
-            folder: Path::new("/f"),
+            folder: Some(Path::new("/f")),
+            variables: &[],
             resources: &Resources::default(),
         });
         server.join().unwrap();
@@ -524,7 +525,8 @@ mod tests {
             timeout: None,
             program: "/opt/it's/flowrun",
             args: vec!["step".into(), "exec".into()],
-            folder: Path::new("/f"),
+            folder: Some(Path::new("/f")),
+            variables: &[],
             resources: &resources,
         };
         let body = cluster.body(&order).unwrap();

@@ -129,6 +129,10 @@ impl JobSystem for Cluster {
 impl Cluster {
     fn options(&self, order: &JobOrder<'_>) -> Vec<String> {
         let want = order.resources;
+        let ours = ["PATH", "HOME", "LANG"].into_iter();
+        let exported: Vec<&str> = ours
+            .chain(order.variables.iter().map(String::as_str))
+            .collect();
         let mut words = vec![
             "--parsable".to_owned(),
             format!("--job-name={}", order.id),
@@ -136,9 +140,13 @@ impl Cluster {
             // Another attempt has another folder.
             "--no-requeue".to_owned(),
             // Nothing else of this environment: secrets would come along.
-            "--export=PATH,HOME,LANG".to_owned(),
+            format!("--export={}", exported.join(",")),
             "--chdir=/".to_owned(),
-            format!("--output={}", order.folder.join(CONSOLE).display()),
+            match order.folder {
+                Some(folder) => format!("--output={}", folder.join(CONSOLE).display()),
+                // By default it would be written into `--chdir`.
+                None => "--output=/dev/null".to_owned(),
+            },
             format!("--cpus-per-task={}", want.cpu.ceil().max(1.0)),
         ];
         if want.memory > 0 {
@@ -344,7 +352,8 @@ mod tests {
             timeout: None,
             program: "flowrun",
             args: Vec::new(),
-            folder: Path::new("/f"),
+            folder: Some(Path::new("/f")),
+            variables: &[],
             resources: &Resources::default(),
         };
         let missing = cluster.state(&order);
@@ -384,7 +393,8 @@ mod tests {
             timeout: None,
             program: "/opt/flowrun",
             args: vec!["step".into()],
-            folder: Path::new("/f"),
+            folder: Some(Path::new("/f")),
+            variables: &[],
             resources: &resources,
         });
         for word in [

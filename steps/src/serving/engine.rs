@@ -14,6 +14,7 @@ use flowrun_engine::step::StepError;
 use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
 use flowrun_model::{
     Batch, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, ModelError, Said,
+    TemplateArguments,
 };
 use tokio::sync::mpsc;
 
@@ -77,6 +78,7 @@ impl Engine {
             batch: Batch::new(spec.batch, PREFIX_BYTES),
             size: spec.batch.max(1),
             callers: BTreeMap::new(),
+            template_arguments: spec.model.chat_template_kwargs.clone(),
             active: Arc::clone(&active),
             on_step: spec.on_step,
         };
@@ -196,6 +198,8 @@ struct Worker {
     batch: Batch,
     size: usize,
     callers: BTreeMap<usize, Caller>,
+    /// Those of the model's entry.
+    template_arguments: TemplateArguments,
     active: Arc<AtomicUsize>,
     on_step: Box<dyn Fn(&Step) + Send>,
 }
@@ -227,7 +231,8 @@ impl Worker {
         if caller.is_gone() {
             return;
         }
-        match self.batch.add(&model.0, id, &in_model_terms(ask)) {
+        let ask = in_model_terms(ask, &self.template_arguments);
+        match self.batch.add(&model.0, id, &ask) {
             Ok(()) => {
                 self.callers.insert(id, caller);
             }
@@ -296,8 +301,10 @@ fn refused(error: ModelError) -> LmError {
     }
 }
 
-fn in_model_terms(ask: Ask) -> flowrun_model::Ask {
+fn in_model_terms(ask: Ask, usual: &TemplateArguments) -> flowrun_model::Ask {
     let sampling = ask.sampling;
+    let mut template_arguments = usual.clone();
+    template_arguments.extend(ask.chat_template_kwargs);
     let (messages, text) = match ask.prompt {
         Prompt::Chat(messages) => (messages, None),
         Prompt::Text(text) => (Vec::new(), Some(text)),
@@ -308,6 +315,7 @@ fn in_model_terms(ask: Ask) -> flowrun_model::Ask {
                 .into_iter()
                 .map(|m| ChatMessage::new(m.role.as_str(), m.content))
                 .collect(),
+            template_arguments,
             max_tokens: sampling.max_tokens as usize,
             temperature: sampling.temperature,
             seed: Some(
@@ -361,6 +369,7 @@ impl Lm for EngineLm {
         let send = |request: &Request| {
             let ask = Ask {
                 prompt: Prompt::Chat(request.messages.clone()),
+                chat_template_kwargs: BTreeMap::new(),
                 sampling: request.sampling.clone(),
                 top_p: 1.0,
                 logprobs: None,

@@ -23,10 +23,12 @@ pub use adapters::Loaded;
 #[cfg(feature = "model")]
 pub use engine::{Engine, EngineLm};
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use flowrun_lm::lm::{Choices, FinishReason, LmError, Message, Sampling};
+use serde_json::Value;
 
 use crate::models::EmbeddedSpec;
 
@@ -64,6 +66,8 @@ pub struct Step {
 pub struct Ask {
     /// What is said.
     pub prompt: Prompt,
+    /// What the chat template is told besides what the model's entry says; wins over that.
+    pub chat_template_kwargs: BTreeMap<String, Value>,
     /// How to draw tokens.
     pub sampling: Sampling,
     /// Draws come from the likeliest tokens that have this share of the probability together.

@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::{ExprError, OPEN, Part, Scope, as_text, check_reference, evaluate, split};
+use super::evaluation::{as_text, evaluate};
+use super::names::check_reference;
+use super::text::{OPEN, Part, split};
+use super::{ExprError, Scope};
 use crate::language::token::{references, tokens};
 
 /// Fills the `${{ … item … }}` left in a value of a `foreach` step, where `item` holds the

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use flowrun_cache::OutputRecord;
 use serde_json::json;
 
-use super::walked::{EXPRESSIONS, artifact, foreach, load, record, step};
+use super::walked::{EXPRESSIONS, artifact, load, outermost, record, step};
 use crate::expansion::{ActionRequest, Entry, expand};
 use crate::pipeline::{Action, Pipeline};
 use crate::step::StepError;
@@ -84,16 +84,16 @@ fn a_condition_means_the_same_in_the_steps_of_another_use() {
     let outer = ("_0_n".to_owned(), json!("${{ item.n }}"));
     let one = ("_1_n".to_owned(), json!("${{ item._0_n }}"));
     let two = ("_2_n".to_owned(), json!("${{ item._0_n * 10 }}"));
-    let of_two = foreach(&pipeline, "each/two/see");
+    let of_two = outermost(&pipeline, "each/two/see");
     assert_eq!(of_two.conditions, ["item._1_n < 9"]);
     assert_eq!(of_two.bound, [outer.clone(), two.clone()]);
     assert_eq!(of_two.handed, std::slice::from_ref(&one));
     // One has no such param, one stands beside the uses.
-    let of_three = foreach(&pipeline, "each/three/see");
+    let of_three = outermost(&pipeline, "each/three/see");
     assert_eq!(of_three.conditions, ["item._1_n < 9"]);
     assert_eq!(of_three.bound, std::slice::from_ref(&outer));
     assert_eq!(of_three.handed, [two, one.clone()]);
-    let here = foreach(&pipeline, "each/here");
+    let here = outermost(&pipeline, "each/here");
     assert_eq!(here.bound, [outer]);
     assert_eq!(here.handed, [one]);
 
@@ -198,7 +198,7 @@ fn lists_inside_an_item_that_is_left_out_need_not_fit_each_other() {
     let pipeline = walk(&format!("{part}{of_half}{zipped}"));
     let part = expanded(&pipeline, "walk/part", &[]).unwrap();
     assert_eq!(ids(&part), ["walk/part[3/a]"]);
-    assert!(foreach(&pipeline, "walk/each").conditions.is_empty());
+    assert!(outermost(&pipeline, "walk/each").conditions.is_empty());
     let given: &[(&str, &[&str])] = &[("walk/part", &["3/a"])];
     let error = expanded(&pipeline, "walk/each", given).err().unwrap();
     assert!(

@@ -1,8 +1,12 @@
 //! `uses: ./file.yaml`.
 
+use std::sync::Arc;
+
 use serde_json::json;
 
+use super::walked::{EXPRESSIONS, record, step};
 use super::{load_options, mistakes_in, project, vocabulary};
+use crate::expansion::expand;
 use crate::language::load_pipeline;
 use crate::pipeline::{Pipeline, Source};
 
@@ -88,6 +92,38 @@ fn the_steps_of_a_definition_stand_in_its_place() {
     assert_eq!(used.about.as_deref(), Some("Keep the frequent labels."));
     assert!(used.file.ends_with("clean.yaml"));
     assert_eq!(pipeline.named("clean").len(), 2);
+}
+
+#[test]
+fn an_input_that_takes_a_list_is_one_for_a_command_whatever_is_given() {
+    let join = "\
+in:
+  parts: { type: file, many: true }
+  one: file
+out: { all: join.all }
+steps:
+  join:
+    run: cat \"$parts\"/* \"$one\" > \"$all\"
+    in: { parts: in.parts, one: in.one }
+    out: { all: all.txt }
+";
+    for (parts, count) in [("a.o", 1), ("[a.o]", 1), ("[a.o, b.o]", 2)] {
+        let main = format!(
+            "steps:\n  a: {{ run: 'echo > $o', out: {{ o: o }} }}\n  b: {{ run: 'echo > $o', out: {{ o: o }} }}\n  \
+             j:\n    uses: ./join.yaml\n    in: {{ parts: {parts}, one: a.o }}\n"
+        );
+        let pipeline = load(&[("main.yaml", &main), ("join.yaml", join)]);
+        let node = Arc::new(step(&pipeline, "j/join").clone());
+        let one = |_: &str, _: &str| Some(record(None));
+        let requests = expand(&pipeline, &node, &EXPRESSIONS, one).unwrap();
+        let requests = requests.unwrap_or_default();
+        let inputs = &requests[0].inputs;
+        assert!(inputs["parts"].list && !inputs["one"].list, "{parts}");
+        assert_eq!(inputs["parts"].entries.len(), count, "{parts}");
+    }
+    let main = "steps:\n  a: { run: 'echo > $o', out: { o: o } }\n  b: { run: 'cat $x $y/*', in: { x: a.o, y: [a.o] } }\n";
+    let pipeline = load(&[("main.yaml", main)]);
+    assert_eq!(Vec::from_iter(&step(&pipeline, "b").lists), ["y"]);
 }
 
 #[test]

@@ -36,6 +36,31 @@ fn outputs_are_named_by_their_steps() {
 }
 
 #[test]
+fn a_folder_for_event_files_is_named_with_or_without_mlflow() {
+    let steps = "steps:\n  a: { run: ls }\n";
+    let text = format!("tracking:\n  tensorboard: {{ folder: out/tb }}\n{steps}");
+    let dir = project(&[("main.yaml", &text)]);
+    let options = load_options(dir.path());
+    let file = dir.path().join("main.yaml");
+    let pipeline = load_pipeline(&file, &vocabulary(), &options).unwrap();
+    let tensorboard = pipeline.tracking.tensorboard.unwrap();
+    assert_eq!(tensorboard.folder.to_str(), Some("out/tb"));
+    for wrong in ["{}", "{ folder: '' }"] {
+        let text = format!("tracking:\n  tensorboard: {wrong}\n{steps}");
+        let found = mistakes_in(&[("main.yaml", &text)]);
+        assert!(found[0].starts_with("main.yaml:2:"), "{found:#?}");
+        assert!(found[0].contains("needs `folder`"), "{found:#?}");
+    }
+    let both = MAIN.replace("tracking:\n", "tracking:\n  tensorboard: { folder: tb }\n");
+    let dir = project(&[("main.yaml", &both)]);
+    let options = load_options(dir.path());
+    let file = dir.path().join("main.yaml");
+    let pipeline = load_pipeline(&file, &vocabulary(), &options).unwrap();
+    assert!(pipeline.tracking.tensorboard.is_some());
+    assert_eq!(pipeline.tracking.mlflow.artifacts.len(), 2);
+}
+
+#[test]
 fn an_output_that_is_not_there_is_told_where_it_stands() {
     for (from, to, line, words) in [
         ("[load.train,", "[lod.train,", 4, "did you mean `load`?"),

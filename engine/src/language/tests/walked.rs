@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{load_options, mistakes_in, project, vocabulary};
 use crate::expansion::{Entry, Expressions, expand};
 use crate::language::{eval_bool, load_pipeline, resolve_item};
-use crate::pipeline::{Action, Foreach, ForeachList, Pipeline, Source, StepNode};
+use crate::pipeline::{Action, ForeachList, Level, Pipeline, Source, StepNode};
 
 const SCORE: &str = "\
 params:
@@ -65,8 +65,14 @@ pub(super) fn step<'a>(pipeline: &'a Pipeline, name: &str) -> &'a StepNode {
     steps.find(|step| step.name == name).unwrap()
 }
 
-pub(super) fn foreach<'a>(pipeline: &'a Pipeline, name: &str) -> &'a Foreach {
-    step(pipeline, name).foreach.as_ref().unwrap()
+/// The levels of a step's fan-out.
+pub(super) fn levels<'a>(pipeline: &'a Pipeline, name: &str) -> &'a [Level] {
+    &step(pipeline, name).foreach.as_ref().unwrap().levels
+}
+
+/// The outermost of them.
+pub(super) fn outermost<'a>(pipeline: &'a Pipeline, name: &str) -> &'a Level {
+    &levels(pipeline, name)[0]
 }
 
 fn output(step: &str, output: &str) -> Source {
@@ -118,15 +124,17 @@ fn the_steps_inside_walk_the_lists_of_the_use() {
         json!({"n": "${{ item._0_n }}", "normalise": true})
     );
     for name in ["clean/filter", "clean/count"] {
-        let foreach = foreach(&pipeline, name);
-        assert_eq!(foreach.walker.as_deref(), Some("clean"));
-        assert_eq!(foreach.max_parallel, Some(2));
+        let [level] = levels(&pipeline, name) else {
+            panic!("one level");
+        };
+        assert_eq!(level.walker.as_deref(), Some("clean"));
+        assert_eq!(level.max_parallel, Some(2));
         assert_eq!(
-            foreach.bound,
+            level.bound,
             [("_0_n".to_owned(), json!("${{ item.size }}"))]
         );
-        assert!(foreach.conditions.is_empty());
-        let ForeachList::Values(values) = &foreach.vars["size"] else {
+        assert!(level.conditions.is_empty());
+        let ForeachList::Values(values) = &level.vars["size"] else {
             panic!("plain values");
         };
         assert_eq!(values[..], [json!(3), json!(5)]);
@@ -135,6 +143,7 @@ fn the_steps_inside_walk_the_lists_of_the_use() {
     let sibling = Source::Sibling {
         step: "clean/filter".into(),
         output: "train".into(),
+        levels: 1,
         many: false,
     };
     assert_eq!(count.inputs["rows"], [sibling]);
@@ -181,7 +190,7 @@ fn each_item_reads_what_was_made_of_it_and_its_own_params() {
         panic!("one artifact");
     };
     assert_eq!(*read, artifact("5"));
-    assert_eq!(label, "train", "as a step that is not walked would see it");
+    assert_eq!(label, "rows", "as a step that is not walked would see it");
     assert!(!counts[1].inputs["rows"].list);
 }
 
@@ -206,7 +215,7 @@ fn an_item_that_is_left_out_is_left_out_of_what_reads_it() {
     let count = step(&pipeline, "clean/count");
     assert_eq!(count.when.as_deref(), Some("item.size > 3"));
     assert_eq!(
-        foreach(&pipeline, "clean/count").conditions,
+        outermost(&pipeline, "clean/count").conditions,
         ["item.size > 3", both]
     );
     let sizes = |sizes: &str| {
@@ -251,7 +260,7 @@ steps:
     let pipeline = load(&[("main.yaml", main), ("judge.yaml", judge)]);
     let score = step(&pipeline, "judge/score");
     assert_eq!(score.inputs["adapter"], [Source::Item("checkpoint".into())]);
-    let ForeachList::Artifacts(sources) = &foreach(&pipeline, "judge/score").vars["checkpoint"]
+    let ForeachList::Artifacts(sources) = &outermost(&pipeline, "judge/score").vars["checkpoint"]
     else {
         panic!("artifacts");
     };
@@ -299,10 +308,10 @@ steps:
     ];
     let pipeline = load(&files);
     let count = step(&pipeline, "clean/inner/count");
-    let foreach = foreach(&pipeline, "clean/inner/count");
-    assert_eq!(foreach.walker.as_deref(), Some("clean"));
+    let level = outermost(&pipeline, "clean/inner/count");
+    assert_eq!(level.walker.as_deref(), Some("clean"));
     assert_eq!(
-        foreach.bound,
+        level.bound,
         [
             ("_0_n".to_owned(), json!("${{ item.size }}")),
             ("_1_n".to_owned(), json!("${{ item._0_n * 2 }}")),

@@ -9,6 +9,7 @@ use crate::dag::{data_predecessors, required_predecessors};
 use crate::event::RunEvent;
 use crate::pipeline::{Pipeline, StepNode};
 use crate::premises::Changed;
+use crate::run::together::Together;
 use crate::run::worker::Worker;
 use crate::run::{Outputs, RunOptions};
 use crate::step::StepError;
@@ -40,7 +41,7 @@ impl Scheduler {
             items: Vec::new(),
             left: 0,
             busy: 0,
-            running: 0,
+            together: Together::default(),
             stalled: false,
             kept: true,
             outputs: Outputs::new(),
@@ -118,12 +119,12 @@ impl Scheduler {
         let Some(changed) = &self.changed else {
             return;
         };
-        let mut lines = Vec::new();
-        for (i, _) in self.steps.iter().enumerate().filter(|(_, s)| s.kept) {
-            lines.extend_from_slice(changed.events(i));
-            *self.counts.entry("cached").or_default() += changed.results(i);
-            *self.counts.entry("skipped").or_default() += usize::from(changed.was_skipped(i));
-        }
+        let kept = || self.steps.iter().enumerate().filter(|(_, s)| s.kept);
+        let cached: usize = kept().map(|(i, _)| changed.results(i)).sum();
+        let skipped = kept().filter(|(i, _)| changed.was_skipped(*i)).count();
+        let lines = changed.events_of(kept().map(|(i, _)| i));
+        *self.counts.entry("cached").or_default() += cached;
+        *self.counts.entry("skipped").or_default() += skipped;
         self.worker.send(RunEvent::Recorded { lines });
     }
 

@@ -30,6 +30,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::room::Room;
 use super::state::{ItemState, Phase, State, StepState};
+use super::together::Together;
 use super::worker::{End, Looked, Trouble, Worker};
 use super::{Outputs, RunOptions, Selection};
 use crate::dag::{data_predecessors, predecessors, required_predecessors};
@@ -127,7 +128,7 @@ impl Scheduler {
                 items: Vec::new(),
                 left: 0,
                 busy: 0,
-                running: 0,
+                together: Together::default(),
                 stalled: false,
                 kept: false,
                 outputs: Outputs::new(),
@@ -233,11 +234,12 @@ impl Scheduler {
             let Some(place) = self.ready.pop_front() else {
                 break;
             };
-            let step = &self.steps[place.0];
-            if !matches!(self.item(place).phase, Phase::Ready(..)) {
+            let (step, item) = (&self.steps[place.0], self.item(place));
+            if !matches!(item.phase, Phase::Ready(..)) {
                 continue;
             }
-            if self.room.fits(&step.node, step.running) {
+            let label = item.request.label.as_deref();
+            if step.together.admits(&step.node, label) && self.room.fits(&step.node) {
                 self.start_attempt(place);
             } else {
                 no_room.push_back(place);
@@ -308,7 +310,7 @@ impl Scheduler {
         self.room.take(&request.node);
         let step = &mut self.steps[place.0];
         step.busy += 1;
-        step.running += 1;
+        step.together.add(&step.node, request.label.as_deref());
         let (worker, tell) = (Arc::clone(&self.worker), self.tell.clone());
         if matches!(request.node.action, Action::Uses(_)) {
             self.recall_finished();
@@ -354,11 +356,11 @@ impl Scheduler {
 
     fn attempted(&mut self, place: Place, end: End) {
         self.running -= 1;
-        let node = Arc::clone(&self.steps[place.0].node);
-        self.room.give_back(&node);
+        let request = Arc::clone(&self.item(place).request);
+        self.room.give_back(&request.node);
         let step = &mut self.steps[place.0];
         step.busy -= 1;
-        step.running -= 1;
+        step.together.remove(&step.node, request.label.as_deref());
         let parked = end.key.and_then(|key| self.keys.remove(&key));
         for other in parked.unwrap_or_default() {
             if matches!(self.item(other).phase, Phase::Parked) {

@@ -75,6 +75,27 @@ fn names_do_not_count_but_versions_params_and_env_do() {
 }
 
 #[test]
+fn how_an_output_is_called_is_nothing_to_the_step_that_reads_it() {
+    let bench = Bench::new().unwrap();
+    let steps = |output: &'static str| {
+        let mut toy = Toy::new("toy", move |ctx| {
+            crate::testing::write(ctx, output, "text")?;
+            Ok(crate::step::StepOutcome::default())
+        });
+        toy.outputs = vec![Port::new(output, "file", "")];
+        let reader = node("reader").input("x", &format!("maker.{output}"));
+        [uses("maker", Arc::new(toy)).text(output), reader]
+    };
+    bench.run(&steps("old"));
+    let again = bench.run(&steps("new"));
+    assert_eq!(again.ends(), ["maker ran", "reader cached"]);
+    // Nor is it that a file of the project was read before.
+    std::fs::write(bench.root().join("file"), "text").unwrap();
+    let from_file = node("reader").input("x", "file:file");
+    assert_eq!(bench.run(&[from_file]).ends(), ["reader cached"]);
+}
+
+#[test]
 fn a_plan_is_sure_of_what_runs_whatever_cannot_be_seen_from_here() {
     let mut bench = Bench::new().unwrap();
     let step = |cache| {

@@ -5,6 +5,7 @@ mod cached;
 mod damage;
 mod failure;
 mod fan_out;
+mod publishing;
 mod random;
 mod shell;
 
@@ -86,7 +87,7 @@ fn a_step_sees_what_finished_before_it() {
         _ => None,
     });
     let seen = std::fs::read_to_string(path.unwrap()).unwrap();
-    assert_eq!(seen, "a cached 5, b ran 12");
+    assert_eq!(seen, "a cached 5, b ran 10");
     assert_eq!(ran.summary.steps.len(), 3);
 }
 
@@ -195,7 +196,7 @@ fn jobs_pools_and_max_parallel_bound_what_runs_at_once() {
     assert_eq!(peak_of(8, |s| s.pool = Some("one".into())), 1);
     assert_eq!(peak_of(8, |s| s.resources.gpu = 0.6), 1);
     let two = |s: &mut crate::pipeline::StepNode| {
-        s.foreach.as_mut().unwrap().max_parallel = Some(2);
+        s.level_mut().max_parallel = Some(2);
     };
     assert!(peak_of(8, two) <= 2);
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use flowrun_cache::{Artifact, Lent};
 
 use super::{Trouble, Worker, broken_or_failed};
-use crate::lookup::Keyed;
+use crate::lookup::{Inputs, Keyed};
 use crate::record::file_name;
 use crate::step::{InputArtifact, StepError};
 
@@ -23,6 +23,23 @@ pub(super) struct Loan {
     lent: Lent,
 }
 
+/// Where the artifacts of a port are, below the folder of inputs, with their labels.
+pub(super) fn names<'a>(
+    port: &'a str,
+    inputs: &'a Inputs,
+) -> impl Iterator<Item = (String, &'a Artifact, &'a str)> {
+    // A shell's `*` gives them in order.
+    let width = inputs.entries.len().to_string().len().max(4);
+    let entries = inputs.entries.iter().enumerate();
+    entries.map(move |(i, (artifact, label))| {
+        let name = match inputs.list {
+            true => format!("{port}/{i:0width$}-{}", file_name(label, ENTRY_NAME)),
+            false => port.to_owned(),
+        };
+        (name, artifact, label.as_str())
+    })
+}
+
 impl Worker {
     /// Places inputs under `in/<port>`: a list becomes a folder of numbered entries.
     pub(super) fn link_inputs(
@@ -33,19 +50,13 @@ impl Worker {
         let mut all = BTreeMap::new();
         let mut loans = Vec::new();
         for (port, inputs) in &keyed.inputs {
-            let place = in_dir.join(port);
             if inputs.list {
+                let place = in_dir.join(port);
                 std::fs::create_dir_all(&place).map_err(|e| StepError::io(&place, &e))?;
             }
-            // A shell's `*` gives them in order.
-            let width = inputs.entries.len().to_string().len().max(4);
             let mut linked = Vec::with_capacity(inputs.entries.len());
-            for (i, (artifact, label)) in inputs.entries.iter().enumerate() {
-                let path = if inputs.list {
-                    place.join(format!("{i:0width$}-{}", file_name(label, ENTRY_NAME)))
-                } else {
-                    place.clone()
-                };
+            for (name, artifact, label) in names(port, inputs) {
+                let path = in_dir.join(name);
                 let store = self.cache.store();
                 let lent = store
                     .link_read_only(artifact, &path)
@@ -58,7 +69,7 @@ impl Worker {
                 linked.push(InputArtifact {
                     path,
                     digest: artifact.digest,
-                    label: label.clone(),
+                    label: label.to_owned(),
                 });
             }
             all.insert(port.clone(), linked);

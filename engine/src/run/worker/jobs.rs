@@ -4,17 +4,32 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use flowrun_cache::{Cache, Depot, RemoteCache, RemoteOptions};
+
 use super::Worker;
+use super::inputs::names;
 use crate::expansion::ActionRequest;
 use crate::lookup::Keyed;
 use crate::pipeline::{CachePolicy, Pipeline};
 use crate::runner::protocol::{PROTOCOL_VERSION, StepRequest};
-use crate::runner::{CommandRequest, Environment, Errand, JobRunner, Remote, Request};
+use crate::runner::{
+    CommandRequest, Environment, Errand, JobRunner, Remote, Request, ShippedInput, Through, Way,
+};
 use crate::sandbox::locale;
 use crate::step::{Cancel, Step, StepContext, StepError, StepOutcome, StepReporter, World};
 
+/// Beginnings of the names of variables that open a remote store.
+const STORES: [&str; 3] = ["AWS_", "AZURE_", "GOOGLE_"];
+
 /// The job systems of a run, each opened when it is first needed.
-pub(super) struct Remotes(BTreeMap<String, (JobRunner, OnceLock<Result<Remote, StepError>>)>);
+pub(super) struct Remotes {
+    all: BTreeMap<String, (JobRunner, OnceLock<Result<Remote, StepError>>)>,
+    cache: Arc<Cache>,
+    /// The remote of the run.
+    remote: Option<Arc<RemoteCache>>,
+    /// The same for the files of jobs, once there is such a job.
+    depot: OnceLock<Result<Arc<Depot>, StepError>>,
+}
 
 /// One attempt, as far as step kinds and commands have it in common.
 pub(super) struct Trip<'a> {
@@ -28,26 +43,83 @@ pub(super) struct Trip<'a> {
 }
 
 impl Remotes {
-    pub(super) fn new(pipeline: &Pipeline) -> Self {
+    pub(super) fn new(
+        pipeline: &Pipeline,
+        cache: &Arc<Cache>,
+        remote: Option<Arc<RemoteCache>>,
+    ) -> Self {
         let all = pipeline.runners.iter();
         let all = all.map(|(name, runner)| (name.clone(), (runner.clone(), OnceLock::new())));
-        Self(all.collect())
+        Self {
+            all: all.collect(),
+            cache: Arc::clone(cache),
+            remote,
+            depot: OnceLock::new(),
+        }
     }
 
     /// # Errors
     /// When it cannot be opened.
     pub(super) fn get(&self, name: &str, world: &World) -> Result<&Remote, StepError> {
-        let Some((runner, opened)) = self.0.get(name) else {
+        let Some((runner, opened)) = self.all.get(name) else {
             // A checked pipeline names none that it lacks.
             return Err(StepError::invalid(format!("there is no runner `{name}`")));
         };
         let opened = opened.get_or_init(|| {
+            let way = match runner.settings.through {
+                Through::Folder => None,
+                Through::Remote => Some(self.way(name, world)?),
+            };
             let system = runner.kind.open(&runner.own, world)?;
             let root = std::path::absolute(&world.root).unwrap_or_else(|_| world.root.clone());
             let settings = runner.settings.clone();
-            Ok(Remote::new(system, settings, &world.exe, &root))
+            Ok(Remote::new(system, settings, &world.exe, &root, way))
         });
         opened.as_ref().map_err(Clone::clone)
+    }
+
+    fn way(&self, name: &str, world: &World) -> Result<Way, StepError> {
+        let depot = self.depot(world).map_err(|error| StepError {
+            message: format!(
+                "`runners.{name}` says `through: remote`, but {}",
+                error.message
+            ),
+            ..error
+        })?;
+        let opens = |name: &&String| STORES.iter().any(|start| name.starts_with(start));
+        Ok(Way {
+            depot,
+            cache: Arc::clone(&self.cache),
+            variables: world.env.keys().filter(opens).cloned().collect(),
+        })
+    }
+
+    /// The remote store of the run, for the files of jobs.
+    ///
+    /// # Errors
+    /// When the run has none, or only reads it.
+    pub(super) fn depot(&self, world: &World) -> Result<Arc<Depot>, StepError> {
+        let opened = self.depot.get_or_init(|| {
+            let Some(remote) = &self.remote else {
+                return Err(StepError::invalid("the run has no remote cache").help(
+                    "name one with `--remote`, FLOWRUN_REMOTE or in .flowrun.yaml; a bucket is not used with `--offline`",
+                ));
+            };
+            if remote.is_read_only() {
+                return Err(StepError::invalid("nothing may be written to the remote cache")
+                    .help("leave out `--remote-read-only`"));
+            }
+            let options = RemoteOptions {
+                url: remote.url().to_owned(),
+                read_only: false,
+                env: world.env.clone(),
+            };
+            let depot = Depot::open(&options, self.cache.dir());
+            depot
+                .map(Arc::new)
+                .map_err(|error| StepError::failed(error.to_string()))
+        });
+        opened.clone()
     }
 }
 
@@ -95,12 +167,25 @@ impl Trip<'_> {
             afresh: self.keyed.replaces || self.request.node.cache == CachePolicy::Never,
             folder: worker.cache.job_path(&self.keyed.key),
             place: self.place,
+            inputs: self.inputs(),
+            saved: worker.cache.partial_path(&self.keyed.key),
             request,
             environment: self.environment(worker),
             resources: &self.request.node.resources,
             cancel: self.cancel,
             reporter: self.reporter,
         })
+    }
+
+    /// The artifacts that [`Worker::link_inputs`] placed.
+    fn inputs(&self) -> Vec<ShippedInput> {
+        let ports = self.keyed.inputs.iter();
+        let all = ports.flat_map(|(port, inputs)| names(port, inputs));
+        all.map(|(name, artifact, _)| ShippedInput {
+            path: format!("in/{name}"),
+            artifact: artifact.clone(),
+        })
+        .collect()
     }
 
     /// Secrets of the step, and what the runner's settings name.

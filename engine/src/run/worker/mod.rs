@@ -8,6 +8,7 @@
 mod inputs;
 mod jobs;
 mod outputs;
+mod publishing;
 mod watchdog;
 mod workplace;
 
@@ -65,6 +66,8 @@ pub(super) struct Worker {
     run_dir: PathBuf,
     events: UnboundedSender<RunEvent>,
     pub(super) cancel: Cancel,
+    /// What commands see of the environment of all runs.
+    inherited: BTreeMap<String, String>,
     expressions: Expressions,
     mask: Mask,
     traced: bool,
@@ -156,8 +159,9 @@ impl Worker {
         Self {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),
+            inherited: inherited(&world.env),
             lookup: Lookup::holding(&pipeline.root, world, cache, memory, remote.clone()),
-            remote_cache: remote,
+            remote_cache: remote.clone(),
             history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
             run_dir,
             events,
@@ -166,7 +170,7 @@ impl Worker {
             mask,
             traced,
             warden: Warden::new(cache),
-            remotes: Remotes::new(pipeline),
+            remotes: Remotes::new(pipeline, cache, remote),
             workplaces: Workplaces::new(cache),
             known_outputs: OnceLock::new(),
             overwritten: Mutex::default(),
@@ -386,7 +390,14 @@ impl Worker {
         let resume_path = self.cache.partial_path(&keyed.key);
         if request.node.runner.job().is_none() {
             // A killed run's job would work beside this attempt, on the same saved state.
-            end_leftover(&self.cache.job_path(&keyed.key), &cancel, &reporter)?;
+            let depot = || self.remotes.depot(&self.lookup.world).ok();
+            end_leftover(
+                &self.cache.job_path(&keyed.key),
+                &depot,
+                (self.cache.as_ref(), resume_path.as_path()),
+                &cancel,
+                &reporter,
+            )?;
         }
         let outcome = match &request.node.action {
             Action::Run(_) => self
@@ -527,7 +538,7 @@ impl Worker {
             let done = self.in_time(&request.node, cancel, || trip.command(self, env));
             return done.map(|_| ());
         }
-        let mut around = inherited(&world.env);
+        let mut around = self.inherited.clone();
         let secrets = request.node.secrets.iter();
         around.extend(secrets.filter_map(|n| Some((n.clone(), world.env.get(n)?.clone()))));
         around.extend(env);

@@ -1,27 +1,19 @@
-//! What a step made: into the store, and from there into the project tree.
+//! What a step made: into the store.
 //!
 //! Invariant: no path that a step or a pipeline names leaves the folder it is relative to.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
-use std::sync::PoisonError;
 
-use flowrun_cache::{
-    ActionKey, ActionResult, Artifact, ArtifactStore, CacheReader, Digest, ListItem, OutputRecord,
-    OutputValue, Staged, Staging,
-};
+use flowrun_cache::{Artifact, ArtifactStore, ListItem, OutputRecord, OutputValue};
 use serde_json::Value;
 
-use super::{Trouble, Worker, broken_or_failed, cache_error};
-use crate::event::{OutputInfo, RunEvent};
+use super::{Worker, cache_error};
+use crate::event::OutputInfo;
 use crate::expansion::ActionRequest;
 use crate::pipeline::METRICS;
-use crate::record::REPLACED;
 use crate::run::Outputs;
-use crate::step::{Port, StepError, StepOutcome, StepReporter};
-
-/// Runs whose records are asked who made what lies where an output goes.
-const RUNS: usize = 10;
+use crate::step::{Port, StepError, StepOutcome};
 
 impl Worker {
     pub(super) fn store_outputs(
@@ -90,167 +82,6 @@ impl Worker {
         stored.map_err(cache_error)
     }
 
-    /// Puts outputs into the project tree where they are missing or different: all of them, or
-    /// none when the run is asked to stop meanwhile. Until the last is copied, the copies lie
-    /// beside what they replace.
-    pub(super) fn publish(
-        &self,
-        request: &ActionRequest,
-        result: &ActionResult,
-    ) -> Result<(), Trouble> {
-        let mut staging = Staging::new(self.cache.store());
-        let mut staged = Vec::new();
-        for (port, path) in &request.publish {
-            let dest = inside(&self.lookup.root, path)?;
-            match result.outputs.get(port).map(|o| &o.value) {
-                Some(OutputValue::One(artifact)) => {
-                    staged.extend(self.stage(&mut staging, request, artifact, &dest)?);
-                }
-                Some(OutputValue::List(items)) => {
-                    for item in items {
-                        let dest = inside(&dest, &item.label)?;
-                        staged.extend(self.stage(&mut staging, request, &item.artifact, &dest)?);
-                    }
-                }
-                None => {}
-            }
-        }
-        for one in staged {
-            self.put_aside(request, one.dest())?;
-            one.put().map_err(cache_error)?;
-        }
-        let report = result.outputs.values().find(|o| o.ty == "report");
-        if let Some(OutputValue::One(artifact)) = report.map(|o| &o.value) {
-            self.place(artifact, &self.run_dir.join("report.html"))?;
-            if let Some(memory) = self.memory() {
-                memory.report(artifact);
-            }
-        }
-        Ok(())
-    }
-
-    /// An artifact beside its place in the project; nothing where it is there already.
-    fn stage(
-        &self,
-        staging: &mut Staging<'_>,
-        request: &ActionRequest,
-        artifact: &Artifact,
-        dest: &Path,
-    ) -> Result<Option<Staged>, Trouble> {
-        if self.cancel.is_cancelled() {
-            return Err(StepError::cancelled().into());
-        }
-        self.claim(request, dest)?;
-        if let Some(memory) = self.memory() {
-            let inner = dest.strip_prefix(&self.lookup.root).unwrap_or(dest);
-            memory.file(&request.node.name, inner, artifact);
-        }
-        // What is there is looked at each time: no record of an earlier run is trusted.
-        if self.lookup.is_at(artifact, dest) {
-            return Ok(None);
-        }
-        let staged = staging.add(artifact, dest, &|| self.cancel.is_cancelled());
-        match staged.map_err(|e| broken_or_failed(e, artifact))? {
-            Some(staged) => Ok(Some(staged)),
-            None => Err(StepError::cancelled().into()),
-        }
-    }
-
-    fn place(&self, artifact: &Artifact, dest: &Path) -> Result<(), Trouble> {
-        let placed = self.cache.store().materialize(artifact, dest);
-        placed.map_err(|e| broken_or_failed(e, artifact))
-    }
-
-    /// Keeps what lies at `dest` with the run's record, unless a step made it: the user may have
-    /// nothing else of it.
-    fn put_aside(&self, request: &ActionRequest, dest: &Path) -> Result<(), StepError> {
-        let at = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let (place, cache) = (at(dest), at(self.cache.dir()));
-        if cache.starts_with(&place) || place.starts_with(&cache) {
-            let text = format!(
-                "`{}` is not published: the cache lies there",
-                dest.display()
-            );
-            return Err(StepError::invalid(text).help("publish to another path"));
-        }
-        if !dest.exists() {
-            return Ok(());
-        }
-        let store = self.cache.store();
-        let lies = |e| {
-            let text = format!("what lies at `{}` cannot be kept: {e}", dest.display());
-            StepError::failed(text).help("move it away; nothing was put in its place")
-        };
-        let there = ArtifactStore::address_of(dest).map_err(lies)?;
-        if self.is_output(&there.digest) {
-            return Ok(());
-        }
-        let inner = dest.strip_prefix(&self.lookup.root).unwrap_or(dest);
-        let aside = self.run_dir.join(REPLACED).join(inner);
-        let folder = aside.parent().unwrap_or(&self.run_dir);
-        std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
-        // Links, modes and empty folders stay, unless the cache is on another file system.
-        if std::fs::rename(dest, &aside).is_err() {
-            let kept = store.put_path(dest).map_err(lies)?;
-            store.materialize(&kept, &aside).map_err(lies)?;
-        }
-        let reporter = self.reporter(&request.id);
-        reporter.warning(&format!(
-            "`{}` held what no step made; it was replaced, and is kept as `{}`",
-            inner.display(),
-            aside.display()
-        ));
-        Ok(())
-    }
-
-    /// A result that is in the cache, or was until this run, has an output of these bytes, or the
-    /// record of a recent run tells of one.
-    fn is_output(&self, digest: &Digest) -> bool {
-        let outputs = || {
-            let all = self.cache.actions().all();
-            all.flat_map(|result| digests(&result)).collect()
-        };
-        let overwritten = || {
-            let overwritten = self.overwritten.lock();
-            let overwritten = overwritten.unwrap_or_else(PoisonError::into_inner);
-            overwritten.contains(digest)
-        };
-        self.known_outputs.get_or_init(outputs).contains(digest)
-            || overwritten()
-            || is_recorded(self.cache.dir(), digest)
-    }
-
-    /// A result of this key is about to be overwritten: what it made may lie in the project.
-    pub(super) fn remember_outputs(&self, key: &ActionKey) {
-        let Some(result) = self.cache.actions().get(key) else {
-            return;
-        };
-        let overwritten = self.overwritten.lock();
-        let mut overwritten = overwritten.unwrap_or_else(PoisonError::into_inner);
-        overwritten.extend(digests(&result));
-    }
-
-    /// Takes a place of the project for an action: a path that names an item is known only now.
-    fn claim(&self, request: &ActionRequest, dest: &Path) -> Result<(), StepError> {
-        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        let above = dest.ancestors().find_map(|p| places.get_key_value(p));
-        let next = places.range(dest.to_owned()..).next();
-        let below = next.filter(|(path, _)| path.starts_with(dest));
-        let taken = above.or(below).filter(|(_, by)| **by != request.id);
-        if let Some((path, by)) = taken {
-            let text = format!(
-                "`{}` cannot take the output of `{}`: `{by}` published to `{}` in this run",
-                dest.display(),
-                request.id,
-                path.display()
-            );
-            return Err(StepError::invalid(text)
-                .help("name the item in the path, for example `results/${{ item.x }}.json`"));
-        }
-        places.insert(dest.to_owned(), request.id.clone());
-        Ok(())
-    }
-
     /// Outputs as events show them.
     pub(in crate::run) fn infos(&self, outputs: &Outputs) -> BTreeMap<String, OutputInfo> {
         let info = |output: &OutputRecord| OutputInfo {
@@ -267,26 +98,6 @@ impl Worker {
         let outputs = outputs.iter();
         outputs.map(|(port, o)| (port.clone(), info(o))).collect()
     }
-}
-
-fn digests(result: &ActionResult) -> Vec<Digest> {
-    let artifacts = result.outputs.values().flat_map(|o| o.value.artifacts());
-    artifacts.map(|artifact| artifact.digest).collect()
-}
-
-/// A step of a recent run ended with an output of these bytes, by the run's record.
-fn is_recorded(cache: &Path, digest: &Digest) -> bool {
-    let hex = digest.to_hex();
-    let told = |run: PathBuf| {
-        let events = std::fs::read_to_string(run.join("events.jsonl")).unwrap_or_default();
-        let mut lines = events.lines().filter(|line| line.contains(&hex));
-        lines.any(|line| match serde_json::from_str(line) {
-            Ok(RunEvent::StepFinished { outputs, .. }) => outputs.values().any(|o| o.digest == hex),
-            _ => false,
-        })
-    };
-    let runs = CacheReader::open(cache).runs();
-    runs.into_iter().take(RUNS).any(told)
 }
 
 /// The metrics of a command: the top level of its output `metrics`, a JSON file, if it has one.

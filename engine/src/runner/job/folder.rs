@@ -39,6 +39,9 @@ pub(super) struct Ordered {
     pub(super) system: String,
     pub(super) id: String,
     pub(super) attempt: u32,
+    /// The remote store through which the job's files pass; none where its folder is shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) through: Option<String>,
 }
 
 /// `jobs/<action key>/`.

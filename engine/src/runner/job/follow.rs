@@ -81,19 +81,19 @@ impl Follower {
 }
 
 /// A file that grows, and may not be there yet.
-struct Growing {
+pub(super) struct Growing {
     path: PathBuf,
     read: u64,
 }
 
 impl Growing {
-    fn new(path: PathBuf) -> Self {
+    pub(super) fn new(path: PathBuf) -> Self {
         Self { path, read: 0 }
     }
 
     /// The next bytes; none when there are none yet. Opened anew each time: that is when a
     /// network file system looks for what others wrote.
-    fn more(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn more(&mut self) -> Option<Vec<u8>> {
         let mut file = File::open(&self.path).ok()?;
         file.seek(SeekFrom::Start(self.read)).ok()?;
         let mut bytes = Vec::new();

@@ -8,8 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::folder::{AttemptFolder, JobFolder};
+use flowrun_cache::{Cache, Depot};
+
+use super::collect::Collector;
+use super::folder::{AttemptFolder, JobFolder, Ordered};
 use super::follow::{Answer, Follower};
+use super::shipment::Shipment;
 use super::watch::SILENCE;
 use crate::step::{Cancel, StepError, StepReporter};
 
@@ -24,12 +28,15 @@ pub(super) fn answer(attempt: &AttemptFolder) -> Option<Answer> {
 }
 
 /// Ends the job in `jobs/<action key>/`, if there is one, for an action that is now done without
-/// it, and removes the folder.
+/// it, and removes the folder. `depot` opens the remote store of this run, if there is one; what the
+/// step saved there comes to the folder of `keep`.
 ///
 /// # Errors
 /// When the run is asked to stop meanwhile.
 pub(crate) fn end(
     path: &Path,
+    depot: &dyn Fn() -> Option<Arc<Depot>>,
+    keep: (&Cache, &Path),
     cancel: &Cancel,
     reporter: &Arc<dyn StepReporter>,
 ) -> Result<(), StepError> {
@@ -38,34 +45,95 @@ pub(crate) fn end(
     }
     let folder = JobFolder::at(path.to_owned());
     if let Some(left) = folder.ordered() {
-        silence(&folder.attempt(left.attempt), &left.id, cancel, reporter)?;
+        let depot = left.through.as_ref().and_then(|_| depot());
+        silence(
+            &folder.attempt(left.attempt),
+            &left,
+            depot.as_ref(),
+            &|shipment| {
+                let (cache, folder) = keep;
+                if let Err(error) = shipment.keep(cache, folder) {
+                    reporter.warning(&format!("what the step saved cannot be kept: {error}"));
+                }
+            },
+            cancel,
+            reporter,
+        )?;
     }
     folder.remove();
     Ok(())
 }
 
-/// Asks the work of an attempt to stop and waits for its end, not for ever.
+/// Asks the work of an attempt to stop and waits for its end, not for ever. `depot` is the remote
+/// store of this run; `keep` may take from there what the step saved.
 ///
 /// # Errors
 /// When the run is asked to stop meanwhile.
 pub(super) fn silence(
     attempt: &AttemptFolder,
-    id: &str,
+    left: &Ordered,
+    depot: Option<&Arc<Depot>>,
+    keep: &dyn Fn(&Shipment),
     cancel: &Cancel,
     reporter: &Arc<dyn StepReporter>,
 ) -> Result<(), StepError> {
     attempt.cancel();
-    // What this process has taken, or what is gone, nobody begins.
-    if !matches!(attempt.claim(), Ok(false)) {
+    let id = &left.id;
+    let Some(url) = &left.through else {
+        // What this process has taken, or what is gone, nobody begins.
+        if !matches!(attempt.claim(), Ok(false)) {
+            return Ok(());
+        }
+        return wait(attempt, id, None, cancel, reporter);
+    };
+    let Some(depot) = depot.filter(|depot| depot.url() == url) else {
+        reporter.warning(&format!(
+            "the job {id} of an earlier run cannot be told to stop: its files are in {url}, which is not the remote of this run"
+        ));
         return Ok(());
-    }
+    };
+    let shipment = Shipment::new(depot, id);
+    let told = shipment.withdraw().and_then(|()| shipment.claim());
+    let waited = match told {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            let collector = Collector::new(shipment.clone(), attempt);
+            wait(attempt, id, Some(collector), cancel, reporter)
+        }
+        Err(error) => {
+            reporter.warning(&format!(
+                "the job {id} of an earlier run cannot be told to stop: {error}"
+            ));
+            return Ok(());
+        }
+    };
+    keep(&shipment);
+    // What stays there serves nobody, and is small.
+    let _ = shipment.clear();
+    waited
+}
+
+/// Waits for the end of work that was asked to stop, not for ever.
+fn wait(
+    attempt: &AttemptFolder,
+    id: &str,
+    mut collector: Option<Collector>,
+    cancel: &Cancel,
+    reporter: &Arc<dyn StepReporter>,
+) -> Result<(), StepError> {
     reporter.log(&format!(
         "waits for the end of the job {id} of an earlier run"
     ));
     let started = Instant::now();
     let (mut beat, mut heard) = (attempt.last_beat(), started);
     let mut follower = unheard(attempt);
-    while follower.read().is_none() {
+    loop {
+        if let Some(collector) = &mut collector {
+            collector.look();
+        }
+        if follower.read().is_some() {
+            return Ok(());
+        }
         if cancel.is_cancelled() {
             return Err(StepError::cancelled());
         }
@@ -74,17 +142,16 @@ pub(super) fn silence(
             (beat, heard) = (now, Instant::now());
         }
         if heard.elapsed() >= SILENCE {
-            break;
+            return Ok(());
         }
         if started.elapsed() >= LONGEST {
             reporter.warning(&format!(
                 "the job {id} of an earlier run was asked to stop and goes on"
             ));
-            break;
+            return Ok(());
         }
         std::thread::sleep(LOOK_EVERY);
     }
-    Ok(())
 }
 
 fn unheard(attempt: &AttemptFolder) -> Follower {

@@ -16,19 +16,29 @@
 //! | `watch` | from what is heard of a job to what it means; pure |
 //! | `remote` | the runner: order, watch, begin again, stop, tidy |
 //! | `post` | the other end |
+//! | `way` | how files reach the workers: in the folder, or through a remote store |
+//! | `shipment` | what lies in a remote store, where the workers do not see the folder |
+//! | `collect` | makes the folder here say what the one there says |
+//! | `outpost` | the other end, with a folder of its own |
+//! | `saving` | when what a step saved there is sent |
 //!
 //! Knows no job system. Invariant: at most one process works for one attempt, and an attempt
 //! that was ordered is followed by whoever runs the action next, not ordered again.
 
+mod collect;
 mod folder;
 mod follow;
 mod leftover;
+mod outpost;
 mod post;
 mod remote;
+mod saving;
 mod settings;
+mod shipment;
 #[cfg(test)]
 mod tests;
 mod watch;
+mod way;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -37,11 +47,14 @@ use std::time::Duration;
 use serde_json::Value;
 
 pub(crate) use self::leftover::end as end_leftover;
+pub use self::outpost::{Ground, Outpost};
 pub(crate) use self::post::{CommandRequest, Environment, Request};
 pub use self::post::{Post, exec_job};
 pub(crate) use self::remote::{Errand, Remote};
-pub use self::settings::JobSettings;
 pub(crate) use self::settings::schema as runner_schema;
+pub use self::settings::{JobSettings, Through};
+pub(crate) use self::shipment::Input as ShippedInput;
+pub(crate) use self::way::Way;
 use crate::pipeline::Resources;
 use crate::step::{StepError, World};
 
@@ -109,9 +122,12 @@ pub struct JobOrder<'a> {
     pub program: &'a str,
     /// Its arguments.
     pub args: Vec<String>,
-    /// The job's folder as the workers see it. What its process prints may go to [`CONSOLE`] in
-    /// it, where the job system keeps no log of its own.
-    pub folder: &'a Path,
+    /// The job's folder as the workers see it; none where they do not. What its process prints may
+    /// go to [`CONSOLE`] in it, where the job system keeps no log of its own.
+    pub folder: Option<&'a Path>,
+    /// Names of variables of this process that the job's process needs and no file brings to it:
+    /// secrets, and credentials of the remote store. They are for the job's environment alone.
+    pub variables: &'a [String],
     /// What the step asks for.
     pub resources: &'a Resources,
 }

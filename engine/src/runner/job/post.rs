@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::folder::AttemptFolder;
+use super::outpost::Goods;
 use super::watch::BEAT;
 use crate::run::Mask;
 use crate::runner::exec::{ExecError, Host, Writer, work};
@@ -149,6 +150,15 @@ impl Post {
         }))
     }
 
+    /// A job that was taken otherwise, with its folder made.
+    pub(super) fn of(folder: AttemptFolder, request: Request, environment: Environment) -> Self {
+        Self {
+            folder,
+            request,
+            environment,
+        }
+    }
+
     /// Where what this process prints should go.
     ///
     /// # Errors
@@ -168,11 +178,24 @@ impl Post {
 /// # Errors
 /// [`ExecError`] when the response cannot be written; a step that fails is a response.
 pub fn exec_job(
+    host: Host,
+    post: Post,
+    cancel: &Cancel,
+    console: impl Write + Send + 'static,
+    abandoned: impl FnOnce() + Send + 'static,
+) -> Result<bool, ExecError> {
+    exec_with(host, post, cancel, console, abandoned, None)
+}
+
+/// The same; `goods` are fetched before the work, and delivered after it, where the folder is not
+/// shared.
+pub(super) fn exec_with(
     mut host: Host,
     post: Post,
     cancel: &Cancel,
     console: impl Write + Send + 'static,
     abandoned: impl FnOnce() + Send + 'static,
+    goods: Option<&Goods>,
 ) -> Result<bool, ExecError> {
     let Post {
         folder,
@@ -191,7 +214,8 @@ pub fn exec_job(
         mask: environment.mask(),
     });
     let reporter: Arc<dyn StepReporter> = Arc::clone(&teller) as Arc<dyn StepReporter>;
-    let result = match request {
+    let fetched = goods.map_or(Ok(()), Goods::fetch);
+    let work_on = || match request {
         _ if request.protocol() != PROTOCOL_VERSION => Err(StepError::failed(format!(
             "the job runs with protocol {PROTOCOL_VERSION}, but was asked in {}",
             request.protocol()
@@ -200,7 +224,8 @@ pub fn exec_job(
         Request::Step { request, env } => {
             host.env.extend(environment.variables());
             host.env.extend(env);
-            work(host, *request, &reporter, cancel.clone())
+            let shared = goods.map(|goods| (&goods.remote, goods.store()));
+            work(host, *request, &reporter, cancel.clone(), shared)
         }
         Request::Command(request) => {
             let mut env = local(&host.env);
@@ -218,6 +243,9 @@ pub fn exec_job(
             .map(|()| StepOutcome::default())
         }
     };
+    let result = fetched.and_then(|()| work_on());
+    let delivered = goods.map_or(Ok(()), |goods| goods.deliver(result.is_ok()));
+    let result = result.and_then(|outcome| delivered.map(|()| outcome));
     let well = result.is_ok();
     let response = match result {
         Ok(outcome) => StepMessage::Done(StepOutcome {

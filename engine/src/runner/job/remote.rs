@@ -13,11 +13,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::{ActionKey, Digest};
 
+use super::collect::Collector;
 use super::folder::{AttemptFolder, JOB_VERSION, JobFolder, Ordered};
 use super::follow::{Answer, Follower};
 use super::leftover;
 use super::post::{Environment, Request};
+use super::shipment::{Input, Shipment};
 use super::watch::{BEAT, Verdict, Watch};
+use super::way::{Sight, Way, link_all};
 use super::{JobEnd, JobError, JobOrder, JobSettings, JobState, JobSystem};
 use crate::pipeline::Resources;
 use crate::step::{Cancel, StepError, StepErrorKind, StepOutcome, StepReporter};
@@ -38,10 +41,12 @@ const ID: usize = 20;
 /// A job system as the steps of a run use it.
 pub(crate) struct Remote {
     system: Arc<dyn JobSystem>,
-    settings: JobSettings,
+    pub(super) settings: JobSettings,
     /// This program as the workers find it.
     program: String,
-    root: PathBuf,
+    pub(super) root: PathBuf,
+    /// How the files of jobs go, where the workers do not see the folder.
+    pub(super) way: Option<Way>,
     /// It answered in this run.
     reached: AtomicBool,
     /// Jobs that are to be forgotten once they ended.
@@ -63,6 +68,10 @@ pub(crate) struct Errand<'a> {
     pub(crate) folder: PathBuf,
     /// Folder with the inputs in `in/`, and `out/` for the outputs.
     pub(crate) place: &'a Path,
+    /// The artifacts in `in/`.
+    pub(crate) inputs: Vec<Input>,
+    /// Where the step saves what its next attempt can go on from; it may not exist.
+    pub(crate) saved: PathBuf,
     /// The request, whose paths below `place` are those of this side.
     pub(crate) request: Request,
     pub(crate) environment: Environment,
@@ -86,12 +95,14 @@ enum Ended {
 }
 
 impl Remote {
-    /// `exe` is this program; `root` the project's root, absolute.
+    /// `exe` is this program; `root` the project's root, absolute; `way` is for workers that do
+    /// not see the job's folder.
     pub(crate) fn new(
         system: Box<dyn JobSystem>,
         settings: JobSettings,
         exe: &Path,
         root: &Path,
+        way: Option<Way>,
     ) -> Self {
         let program = match &settings.program {
             Some(program) => program.clone(),
@@ -102,6 +113,7 @@ impl Remote {
             program,
             settings,
             root: root.to_owned(),
+            way,
             reached: AtomicBool::new(false),
             over: Mutex::default(),
         }
@@ -153,15 +165,23 @@ impl Remote {
                 // It may work on where nobody can see it.
                 attempt.cancel();
             } else {
-                leftover::silence(&attempt, &left.id, errand.cancel, errand.reporter)?;
+                let depot = self.way.as_ref().map(|way| &way.depot);
+                let keep = |shipment: &Shipment| self.keep(errand, shipment);
+                leftover::silence(
+                    &attempt,
+                    &left,
+                    depot,
+                    &keep,
+                    errand.cancel,
+                    errand.reporter,
+                )?;
             }
         }
         let mut lost = 0;
         loop {
             let attempt = folder.attempt(number);
             let id = id_of(errand, number);
-            self.write(errand, folder, &attempt, number, &id)
-                .map_err(|e| StepError::io(attempt.path(), &e))?;
+            self.write(errand, folder, &attempt, number, &id)?;
             let why = match self.attempt(errand, &id, &attempt) {
                 Ended::Lost(why) => why,
                 Ended::Again => {
@@ -186,24 +206,35 @@ impl Remote {
 
     /// What an earlier run left can be followed: it waits or works, or ended well.
     fn goes_on(&self, errand: &Errand<'_>, left: &Ordered, attempt: &AttemptFolder) -> bool {
+        let through = self.way.as_ref().map(|way| way.depot.url());
         if left.system != self.system.name()
+            || left.through.as_deref() != through
             || attempt.is_cancelled()
             || attempt.request::<Request>().is_err()
         {
             return false;
         }
+        if let Some(way) = &self.way {
+            let shipment = way.shipment(&left.id);
+            // A run was killed while it tidied up.
+            if shipment.is_gone().unwrap_or(false) {
+                return false;
+            }
+            Collector::new(shipment, attempt).catch_up();
+        }
         if let Some(answer) = leftover::answer(attempt) {
             return answer.is_ok() && !errand.afresh;
         }
-        let there = self.folder_there(attempt);
-        let state = self.system.state(&self.job(errand, &left.id, &there));
+        let sight = self.sight(errand, attempt);
+        let state = self.system.state(&self.job(errand, &left.id, &sight));
         !matches!(
             state,
             Ok(JobState::Ended(JobEnd::Failed(_) | JobEnd::Stopped))
         )
     }
 
-    /// Writes down an attempt, with links to its inputs.
+    /// Writes down an attempt, with links to its inputs; or brings the inputs to the store through
+    /// which they go.
     pub(super) fn write(
         &self,
         errand: &Errand<'_>,
@@ -211,62 +242,86 @@ impl Remote {
         attempt: &AttemptFolder,
         number: u32,
         id: &str,
-    ) -> io::Result<()> {
-        attempt.make()?;
-        let (from, to) = (errand.place, attempt.place());
-        link_all(&from.join("in"), &to.join("in"))?;
-        // Folders that outputs of a command lie in.
-        link_all(&from.join("out"), &to.join("out"))?;
-        let there = |path: &Path| {
-            let path = match path.strip_prefix(from) {
-                Ok(inner) => to.join(inner),
-                Err(_) => path.to_owned(),
-            };
-            let path = std::path::absolute(&path).unwrap_or(path);
-            self.settings.there(&path, &self.root)
-        };
-        attempt.write_environment(&errand.environment)?;
-        attempt.write_request(&errand.request.clone().with_paths(&there))?;
-        folder.order(&Ordered {
+    ) -> Result<(), StepError> {
+        let io = |e: io::Error| StepError::io(attempt.path(), &e);
+        attempt.make().map_err(io)?;
+        match &self.way {
+            None => self.place(errand, attempt).map_err(io)?,
+            Some(way) => self.ship(errand, attempt, way, &way.shipment(id))?,
+        }
+        let ordered = Ordered {
             version: JOB_VERSION,
             system: self.system.name(),
             id: id.to_owned(),
             attempt: number,
-        })
+            through: self.way.as_ref().map(|way| way.depot.url().to_owned()),
+        };
+        folder.order(&ordered).map_err(io)
     }
 
     /// Orders a job, unless somebody works for the attempt already, and follows it to its end.
     fn attempt(&self, errand: &Errand<'_>, id: &str, attempt: &AttemptFolder) -> Ended {
-        let there = self.folder_there(attempt);
-        let order = self.job(errand, id, &there);
-        if !attempt.is_claimed()
-            && let Err(ended) = self.order(errand, &order)
-        {
-            return ended;
+        let sight = self.sight(errand, attempt);
+        let order = self.job(errand, id, &sight);
+        let mut collector = self
+            .way
+            .as_ref()
+            .map(|way| Collector::new(way.shipment(id), attempt));
+        if let Some(collector) = &mut collector {
+            collector.look_now();
         }
-        let ended = self.follow(errand, &order, attempt);
-        self.forget_with_others(id);
+        let ordered = match attempt.is_claimed() {
+            true => Ok(()),
+            false => self.order(errand, &order),
+        };
+        let mut ended = match ordered {
+            Ok(()) => {
+                let ended = self.follow(errand, &order, attempt, collector.as_mut());
+                self.forget_with_others(id);
+                ended
+            }
+            Err(ended) => ended,
+        };
+        if let (Some(way), Some(collector)) = (&self.way, collector) {
+            let shipment = collector.shipment();
+            if let Ended::Answered(Ok(_)) = &ended {
+                let patience = Duration::from_secs(self.settings.patience);
+                let stop = || errand.cancel.is_cancelled();
+                if let Err(error) = shipment.bring(&way.cache, attempt, patience, &stop) {
+                    ended = Ended::Error(error);
+                }
+            } else {
+                self.keep(errand, shipment);
+            }
+            // What stays there serves nobody, and is small.
+            if let Err(error) = shipment.clear() {
+                let text = format!("notes of the job {id} stay in the remote store: {error}");
+                errand.reporter.log(&text);
+            }
+        }
         ended
     }
 
-    /// The folder of an attempt as the workers see it.
-    fn folder_there(&self, attempt: &AttemptFolder) -> PathBuf {
-        let path = attempt.path();
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        self.settings.there(&path, &self.root)
-    }
-
-    fn job<'a>(&'a self, errand: &Errand<'a>, id: &'a str, there: &'a Path) -> JobOrder<'a> {
+    fn job<'a>(&'a self, errand: &Errand<'a>, id: &'a str, sight: &'a Sight) -> JobOrder<'a> {
+        let mut args = ["step", "exec", "--job"].map(str::to_owned).to_vec();
+        match (&sight.folder, &self.way) {
+            (Some(folder), _) => args.push(folder.display().to_string()),
+            (None, Some(way)) => {
+                let through = ["--through".to_owned(), way.depot.url().to_owned()];
+                args.push(id.to_owned());
+                args.extend(through);
+            }
+            (None, None) => {}
+        }
         JobOrder {
             id,
             step: errand.step,
             run: errand.run,
             timeout: errand.timeout,
             program: &self.program,
-            args: ["step", "exec", "--job", &there.display().to_string()]
-                .map(str::to_owned)
-                .to_vec(),
-            folder: there,
+            args,
+            folder: sight.folder.as_deref(),
+            variables: &sight.variables,
             resources: errand.resources,
         }
     }
@@ -313,7 +368,13 @@ impl Remote {
         }
     }
 
-    fn follow(&self, errand: &Errand<'_>, order: &JobOrder<'_>, attempt: &AttemptFolder) -> Ended {
+    fn follow(
+        &self,
+        errand: &Errand<'_>,
+        order: &JobOrder<'_>,
+        attempt: &AttemptFolder,
+        mut collector: Option<&mut Collector>,
+    ) -> Ended {
         let started = Instant::now();
         let patience = Duration::from_secs(self.settings.patience);
         let mut follower = Follower::new(attempt, errand.reporter);
@@ -321,7 +382,11 @@ impl Remote {
         let mut asked = None;
         let mut looked = None;
         let mut pause = FIRST_LOOK;
+        let mut told = false;
         loop {
+            if let Some(collector) = collector.as_deref_mut() {
+                collector.look();
+            }
             match follower.read() {
                 // Not this runner told it to stop: the job system knows who did.
                 Some(Err(error)) if is_foreign_stop(&error, errand) => {}
@@ -329,7 +394,22 @@ impl Remote {
                 None => {}
             }
             if errand.cancel.is_cancelled() {
-                return self.stop(errand, order, attempt, &mut follower);
+                return self.stop(errand, order, attempt, &mut follower, collector);
+            }
+            if collector.as_deref().is_some_and(Collector::is_behind) {
+                continue;
+            }
+            // Nothing that the job system says can be judged by one who does not hear the job.
+            if let Some((since, why)) = collector.as_deref().and_then(Collector::away) {
+                if since > patience {
+                    return Ended::Lost(format!("{why}, for {} s", since.as_secs()));
+                }
+                if !told {
+                    told = true;
+                    errand.reporter.warning(&format!("{why}; waiting for it"));
+                }
+                std::thread::sleep(LOOK_EVERY);
+                continue;
             }
             let now = started.elapsed();
             if looked.is_none_or(|at| now.saturating_sub(at) > BEAT / 2) {
@@ -353,7 +433,7 @@ impl Remote {
                 Verdict::Lost(why) => return Ended::Lost(why),
                 Verdict::Again => return Ended::Again,
                 Verdict::Failed(why) => {
-                    return Ended::Error(failed(order.id, &why, attempt, &mut follower));
+                    return Ended::Error(failed(order, &why, attempt, &mut follower));
                 }
                 Verdict::Hopeless(why) => {
                     let _ = self.system.stop(order.id);
@@ -388,8 +468,15 @@ impl Remote {
         order: &JobOrder<'_>,
         attempt: &AttemptFolder,
         follower: &mut Follower,
+        mut collector: Option<&mut Collector>,
     ) -> Ended {
         attempt.cancel();
+        if let Some(collector) = &collector
+            && let Err(error) = collector.shipment().withdraw()
+        {
+            let text = format!("the job {} could not be told to stop: {error}", order.id);
+            errand.reporter.warning(&text);
+        }
         let stopped = self.system.stop(order.id);
         if let Err(error) = &stopped {
             let text = format!("the job {} could not be stopped: {error}", order.id);
@@ -397,6 +484,9 @@ impl Remote {
         }
         let started = Instant::now();
         while stopped.is_ok() && started.elapsed() < GRACE && !errand.cancel.is_killed() {
+            if let Some(collector) = collector.as_deref_mut() {
+                collector.look();
+            }
             // What finished in the last moment is kept.
             if let Some(answer @ Ok(_)) = follower.read() {
                 return Ended::Answered(answer);
@@ -484,7 +574,13 @@ fn step_error(error: JobError) -> StepError {
 }
 
 /// The error of a job that ended without a response.
-fn failed(id: &str, why: &str, attempt: &AttemptFolder, follower: &mut Follower) -> StepError {
+fn failed(
+    order: &JobOrder<'_>,
+    why: &str,
+    attempt: &AttemptFolder,
+    follower: &mut Follower,
+) -> StepError {
+    let id = order.id;
     let begun = attempt.is_claimed();
     let last = match begun {
         true => follower.last_words(),
@@ -492,10 +588,13 @@ fn failed(id: &str, why: &str, attempt: &AttemptFolder, follower: &mut Follower)
     };
     let text = format!("the job {id} failed: {why}\n{last}");
     let error = StepError::failed(text.trim_end());
-    match begun {
-        true => error,
-        false => error.help(
-            "the workers must have this program and see the cache folder; where their paths differ, say so with `program` and `shared` of the runner",
+    match (begun, order.folder) {
+        (true, _) => error,
+        (false, Some(_)) => error.help(
+            "the workers must have this program and see the cache folder; where their paths differ, say so with `program` and `shared` of the runner; where they see no folder of this machine, with `through: remote`",
+        ),
+        (false, None) => error.help(
+            "the workers must have this program (`program` of the runner), reach the remote store, and have its credentials in their own environment",
         ),
     }
 }
@@ -513,27 +612,4 @@ fn id_of(errand: &Errand<'_>, number: u32) -> String {
     );
     let hex = Digest::of_bytes(what.as_bytes()).to_hex();
     format!("flowrun-{}", &hex[..ID.min(hex.len())])
-}
-
-/// Hard links to everything below `from`, where the file system has them.
-fn link_all(from: &Path, to: &Path) -> io::Result<()> {
-    let entries = match std::fs::read_dir(from) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
-    std::fs::create_dir_all(to)?;
-    for entry in entries {
-        let entry = entry?;
-        let (path, dest) = (entry.path(), to.join(entry.file_name()));
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            link_all(&path, &dest)?;
-        } else if std::fs::hard_link(&path, &dest).is_err() {
-            match kind.is_symlink() {
-                true => std::os::unix::fs::symlink(std::fs::read_link(&path)?, &dest)?,
-                false => std::fs::copy(&path, &dest).map(|_| ())?,
-            }
-        }
-    }
-    Ok(())
 }

@@ -17,9 +17,11 @@ pub struct JobSettings {
     /// Path of this program on the workers. The same as here when left out.
     pub program: Option<String>,
     /// Folder here to the same folder as the workers see it, where the paths differ. The cache
-    /// folder must be shared; what else a step reads by its path (weights, files of the project)
-    /// must be too.
+    /// folder must be shared, unless `through: remote`; what else a step reads by its path
+    /// (weights, files of the project) must be in any case.
     pub shared: BTreeMap<PathBuf, PathBuf>,
+    /// How the files of a job reach the workers.
+    pub through: Through,
     /// How often a job is ordered in all, when what it runs on dies.
     #[schemars(range(min = 1, max = 100))]
     pub attempts: u32,
@@ -30,12 +32,25 @@ pub struct JobSettings {
     pub patience: u64,
 }
 
+/// How the files of a job reach the workers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Through {
+    /// In the cache folder, which the workers see.
+    #[default]
+    Folder,
+    /// By way of the remote cache (`--remote`): the workers see nothing of this machine. They have
+    /// the credentials of the store, and the values of `secrets` and `env`, in their own environment.
+    Remote,
+}
+
 impl Default for JobSettings {
     fn default() -> Self {
         Self {
             jobs: 16,
             program: None,
             shared: BTreeMap::new(),
+            through: Through::Folder,
             attempts: 3,
             env: Vec::new(),
             patience: 60,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use flowrun_cache::Digest;
+use flowrun_cache::{Cache, Depot, Digest, LockWait, OpenOptions, RemoteOptions};
 
 use super::*;
 use crate::runner::Host;
@@ -72,9 +72,13 @@ impl JobSystem for Scripted {
         self.orders.lock().unwrap().push(id.clone());
         self.jobs.lock().unwrap().insert(id.clone(), state.clone());
         if state == JobState::Running {
-            let (jobs, folder) = (Arc::clone(&self.jobs), order.folder.to_owned());
+            let (jobs, args) = (Arc::clone(&self.jobs), order.args.clone());
+            let folder = order.folder.map(Path::to_owned);
             std::thread::spawn(move || {
-                work(&folder, &cancel);
+                match folder {
+                    Some(folder) => work(&folder, &cancel),
+                    None => work_through(&args, &cancel),
+                }
                 jobs.lock().unwrap().insert(id, JobState::Ended(end));
             });
         }
@@ -107,6 +111,34 @@ fn work(folder: &Path, cancel: &Cancel) {
     exec_job(host, post, cancel, std::io::sink(), || {}).unwrap();
 }
 
+/// Does the work that `step exec --job ID --through URL` does.
+fn work_through(args: &[String], cancel: &Cancel) {
+    let [.., id, _, url] = args else {
+        unreachable!("{args:?}")
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let env = [
+        ("PATH", "/usr/bin:/bin"),
+        ("TOKEN", "hush"),
+        ("LC_ALL", "of the worker"),
+    ];
+    let env: BTreeMap<String, String> = env.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let ground = Ground {
+        scratch: scratch.path(),
+        user_cache: Path::new("/nowhere"),
+        env: &env,
+    };
+    let Some(outpost) = Outpost::take(url, id, &ground, cancel).unwrap() else {
+        return;
+    };
+    let host = Host {
+        vocabulary: Vocabulary::default(),
+        env: env.clone(),
+        exe: PathBuf::new(),
+    };
+    outpost.exec(host, std::io::sink(), || {}).unwrap();
+}
+
 #[derive(Default)]
 struct Heard(Mutex<Vec<String>>);
 
@@ -128,6 +160,8 @@ struct Desk {
     afresh: AtomicBool,
     heard: Arc<Heard>,
     orders: Arc<Mutex<Vec<String>>>,
+    /// A cache here, where the workers see no folder of this side.
+    cache: Option<Arc<Cache>>,
 }
 
 impl Desk {
@@ -143,7 +177,58 @@ impl Desk {
             afresh: AtomicBool::new(false),
             heard: Arc::default(),
             orders: Arc::default(),
+            cache: None,
         }
+    }
+
+    /// One whose files go through a store, which is a folder.
+    fn through_a_store() -> Self {
+        let desk = Self::new();
+        let options = OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".to_owned(),
+            on_wait: None,
+        };
+        let cache = Cache::open(&desk.dir.path().join("cache"), &options).unwrap();
+        Self {
+            cache: Some(Arc::new(cache)),
+            ..desk
+        }
+    }
+
+    fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn url(&self) -> String {
+        format!("file://{}", self.store().display())
+    }
+
+    fn way(&self) -> Option<Way> {
+        let cache = self.cache.as_ref()?;
+        let options = RemoteOptions {
+            url: self.url(),
+            read_only: false,
+            env: BTreeMap::new(),
+        };
+        Some(Way {
+            depot: Arc::new(Depot::open(&options, cache.dir()).unwrap()),
+            cache: Arc::clone(cache),
+            variables: Vec::new(),
+        })
+    }
+
+    fn inputs(&self) -> Vec<ShippedInput> {
+        let cache = self.cache.as_ref();
+        let x = cache.map(|cache| {
+            let file = self.dir.path().join("place/in/x");
+            cache.store().put_path(&file).unwrap()
+        });
+        let input = |artifact| ShippedInput {
+            path: "in/x".to_owned(),
+            artifact,
+        };
+        x.map(input).into_iter().collect()
     }
 
     fn run(&self, command: &str, fates: &[Fate]) -> Result<StepOutcome, StepError> {
@@ -166,6 +251,7 @@ impl Desk {
             JobSettings::default(),
             Path::new("/flowrun"),
             self.dir.path(),
+            self.way(),
         );
         let place = self.dir.path().join("place");
         let env = [("x", "in/x"), ("out", "out/deep/y")];
@@ -178,6 +264,8 @@ impl Desk {
             afresh: self.afresh.load(Ordering::SeqCst),
             folder: self.folder(),
             place: &place,
+            inputs: self.inputs(),
+            saved: self.dir.path().join("saved"),
             request: Request::Command(CommandRequest {
                 protocol: PROTOCOL_VERSION,
                 command: command.to_owned(),
@@ -390,12 +478,15 @@ fn a_job_that_nobody_wants_any_more_ends_before_other_work_begins() {
     while !attempt.place().join("up").exists() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    leftover::end(&desk.folder(), &desk.cancel, &reporter).unwrap();
+    let cache = Desk::through_a_store().cache.unwrap();
+    let keep = (cache.as_ref(), Path::new("/nowhere"));
+    leftover::end(&desk.folder(), &|| None, keep, &desk.cancel, &reporter).unwrap();
     assert!(!desk.folder().exists());
     works.join().unwrap();
     // One that nobody has taken is taken by nobody.
     let attempt = desk.leave(WORK);
-    leftover::silence(&attempt, "left", &desk.cancel, &reporter).unwrap();
+    let left = folder::JobFolder::at(desk.folder()).ordered().unwrap();
+    leftover::silence(&attempt, &left, None, &|_| {}, &desk.cancel, &reporter).unwrap();
     assert!(!attempt.claim().unwrap());
     assert!(Post::take(attempt.path()).unwrap().is_none());
 }
@@ -437,6 +528,87 @@ fn a_run_that_is_stopped_stops_the_job() {
     std::thread::scope(|scope| {
         let ran = scope.spawn(|| desk.run("echo up > up; sleep 100", &[]));
         while !desk.folder().join("1/place/up").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        cancel.cancel();
+        let error = ran.join().unwrap().unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Cancelled);
+    });
+    assert!(!desk.folder().exists());
+}
+
+#[test]
+fn a_worker_that_sees_no_folder_is_sent_what_it_reads_and_sends_what_it_made() {
+    let desk = Desk::through_a_store();
+    let command = format!("{WORK}; mkdir out/deep/empty");
+    desk.run(&command, &[Fate::Dies]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 2));
+    assert!(desk.dir.path().join("place/out/deep/empty").is_dir());
+    assert!(desk.heard("said") && desk.heard("its node died; it is begun again"));
+    assert!(!desk.folder().exists());
+    // Both ends tidy up.
+    let notes = || std::fs::read_dir(desk.store().join("jobs")).map_or(0, Iterator::count);
+    while notes() > 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let error = desk.run("echo oops; exit 3", &[]).unwrap_err();
+    assert_eq!(error.kind, StepErrorKind::Failed);
+    assert!(error.message.contains("oops"), "{}", error.message);
+}
+
+#[test]
+fn what_a_killed_runs_job_sent_is_taken_and_its_order_has_no_values() {
+    let desk = Desk::through_a_store();
+    desk.leave(WORK);
+    let order = std::fs::read_to_string(desk.store().join("jobs/left/order")).unwrap();
+    assert!(
+        order.contains("TOKEN") && !order.contains("hush"),
+        "{order}"
+    );
+    let args = ["--job", "left", "--through", &desk.url()].map(str::to_owned);
+    work_through(&args, &Cancel::default());
+    // It is done once.
+    work_through(&args, &Cancel::default());
+    desk.run(WORK, &[]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 0));
+}
+
+#[test]
+fn one_whose_notes_are_gone_is_ordered_anew() {
+    let desk = Desk::through_a_store();
+    desk.leave(WORK);
+    desk.way().unwrap().depot.clear("left").unwrap();
+    desk.run(WORK, &[]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 1));
+}
+
+#[test]
+fn a_job_in_a_store_that_nobody_wants_any_more_is_begun_by_nobody() {
+    let desk = Desk::through_a_store();
+    desk.leave(WORK);
+    let reporter: Arc<dyn StepReporter> = Arc::clone(&desk.heard) as Arc<dyn StepReporter>;
+    let depot = || desk.way().map(|way| way.depot);
+    let cache = desk.cache.clone().unwrap();
+    let saved = desk.dir.path().join("saved");
+    let keep = (cache.as_ref(), saved.as_path());
+    leftover::end(&desk.folder(), &depot, keep, &desk.cancel, &reporter).unwrap();
+    assert!(!desk.folder().exists());
+    let args = ["--job", "left", "--through", &desk.url()].map(str::to_owned);
+    work_through(&args, &Cancel::default());
+    assert_eq!(desk.made(), "");
+    // With no way to the store the run goes on, and says so.
+    desk.leave(WORK);
+    leftover::end(&desk.folder(), &|| None, keep, &desk.cancel, &reporter).unwrap();
+    assert!(desk.heard("cannot be told to stop"));
+}
+
+#[test]
+fn a_run_that_is_stopped_stops_the_job_that_it_reaches_through_a_store() {
+    let desk = Desk::through_a_store();
+    let cancel = desk.cancel.clone();
+    std::thread::scope(|scope| {
+        let ran = scope.spawn(|| desk.run("echo up; sleep 100", &[]));
+        while !desk.heard("up") {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         cancel.cancel();

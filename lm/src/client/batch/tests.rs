@@ -25,6 +25,8 @@ struct Inner {
     open: AtomicBool,
     /// They end as `failed`.
     failing: AtomicBool,
+    /// Their files are gone.
+    gone: AtomicBool,
     /// The lines of each file that came, which is the batch of the same number.
     files: Mutex<Vec<Vec<Value>>>,
 }
@@ -36,6 +38,7 @@ fn serve(line: impl Fn(usize, &str) -> Value + Send + Sync + 'static) -> Server 
         line: Box::new(line),
         open: AtomicBool::new(true),
         failing: AtomicBool::new(false),
+        gone: AtomicBool::new(false),
         files: Mutex::default(),
     });
     let shared = Arc::clone(&inner);
@@ -67,6 +70,7 @@ impl Inner {
         let mut words = head.split(' ');
         let (method, path) = (words.next()?, words.next()?);
         let parts: Vec<&str> = path.split('/').skip(2).collect();
+        let mut status = "200 OK";
         let reply = match (method, parts.as_slice()) {
             ("POST", ["files"]) => {
                 let lines = body
@@ -82,11 +86,20 @@ impl Inner {
                 self.state(order["input_file_id"].as_str()?).to_string()
             }
             ("GET", ["batches", id]) => self.state(id).to_string(),
+            ("GET", ["files", _, "content"]) if self.gone.load(Ordering::SeqCst) => {
+                status = "404 Not Found";
+                json!({"error": {"message": "no such file"}}).to_string()
+            }
+            // The same page again and again.
+            ("GET", [list]) if list.starts_with("batches?") => {
+                let others = json!([{"id": "other", "input_file_id": "none"}]);
+                json!({"data": others, "has_more": true}).to_string()
+            }
             ("GET", ["files", id, "content"]) => self.output(id.parse().unwrap()),
             _ => return None,
         };
         let length = reply.len();
-        let text = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{reply}");
+        let text = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\n\r\n{reply}");
         stream.write_all(text.as_bytes()).ok()
     }
 
@@ -229,6 +242,38 @@ fn what_the_own_order_left_out_has_no_answer() {
     assert!(matches!(&answers[1], Err(LmError::Unavailable(why)) if why.contains("expired")));
     assert_eq!(server.ask(folder.path(), &["late"]), ok(&["late"]));
     assert_eq!(server.batches(), [2, 1]);
+}
+
+#[test]
+fn a_batch_whose_answers_are_gone_is_ordered_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(|_, text| answered(text));
+    server.order(folder.path(), &["a"]);
+    server.inner.gone.store(true, Ordering::SeqCst);
+    // The new order's answers are gone too: that is no reason to wait for either for ever.
+    let answers = server.ask(folder.path(), &["a"]);
+    let Err(LmError::Unavailable(why)) = &answers[0] else {
+        unreachable!("{answers:?}");
+    };
+    assert!(why.contains("are gone from the server"), "{why}");
+    assert!(!folder.path().join(ORDER).exists());
+    server.inner.gone.store(false, Ordering::SeqCst);
+    assert_eq!(server.ask(folder.path(), &["a"]), ok(&["a"]));
+    assert_eq!(server.batches(), [1, 1, 1]);
+}
+
+#[test]
+fn a_list_without_end_is_not_read_without_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(|_, text| answered(text));
+    let client = server.client(folder.path(), None, unheard(), false);
+    let unheard_of = Order {
+        file: "f".to_owned(),
+        batch: None,
+    };
+    client.folder.write_order(&unheard_of).unwrap();
+    assert_eq!(ask(&client, &["a"]), ok(&["a"]));
+    assert_eq!(server.batches(), [1]);
 }
 
 #[test]

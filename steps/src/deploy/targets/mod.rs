@@ -10,6 +10,7 @@
 mod docker;
 mod hugging_face;
 mod kubernetes;
+mod plain;
 mod ray_serve;
 mod systemd;
 mod vllm;
@@ -334,6 +335,10 @@ impl Facts<'_> {
         if let Some(ModelSpec::OpenAi(spec)) = &self.manifest().model {
             entry["guided"] = serde_json::json!(spec.guided);
             entry["body"] = serde_json::json!(spec.body);
+        }
+        let told = self.manifest().model.as_ref();
+        if let Some(told) = told.and_then(ModelSpec::chat_template_kwargs) {
+            entry["chat_template_kwargs"] = serde_json::json!(told);
         }
         let model: ModelSpec =
             serde_json::from_value(entry).map_err(|e| StepError::failed(e.to_string()))?;

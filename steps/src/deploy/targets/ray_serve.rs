@@ -51,6 +51,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
         )));
     }
     let (base, id) = facts.base_model("ray-serve")?;
+    facts.check_plain("ray-serve")?;
     let more = [
         ("app", json!(name)),
         ("base", json!(base)),

@@ -343,6 +343,32 @@ fn what_a_target_cannot_load_is_found_here() {
     assert!(render("kubernetes", &bundle, &image, &World::default()).is_err());
 }
 
+#[test]
+fn what_vllm_does_not_load_is_not_rendered_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let bundle = bundle(dir.path());
+    let config = bundle.folder.join(ADAPTER).join("adapter_config.json");
+    for (setting, fits) in [
+        (json!({"alora_invocation_tokens": [1, 2]}), false),
+        (
+            json!({"alora_invocation_tokens": null, "use_dora": false, "bias": "none"}),
+            true,
+        ),
+        (json!({"use_dora": true}), false),
+        (json!({"modules_to_save": ["lm_head"]}), false),
+        (json!({"bias": "all"}), false),
+    ] {
+        let mut whole = setting.clone();
+        whole["r"] = json!(12);
+        std::fs::write(&config, whole.to_string()).unwrap();
+        for target in ["vllm", "ray-serve"] {
+            let rendered = render(target, &bundle, &settings(), &World::default());
+            assert_eq!(rendered.is_ok(), fits, "{target}: {setting}");
+        }
+        assert!(render("systemd", &bundle, &settings(), &World::default()).is_ok());
+    }
+}
+
 /// Renders a target into a folder, and looks for the model there as a server without a network
 /// does whose cache is the one that came along.
 fn found_in_image(bundle: &Bundle, folder: &Path, world: &World) -> crate::models::weights::Found {

@@ -16,6 +16,7 @@ const RANKS: [u64; 8] = [8, 16, 32, 64, 128, 256, 320, 512];
 
 fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     let (base, id) = facts.base_model("vllm")?;
+    facts.check_plain("vllm")?;
     let model_port = match facts.settings.port {
         u16::MAX => u16::MAX - 1,
         port => port + 1,

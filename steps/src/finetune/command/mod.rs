@@ -7,8 +7,10 @@
 //! | `trainer` | the programs: their config, data and command line |
 //! | `process` | runs the program |
 //! | `collect` | reads the checkpoints and losses that it left |
+//! | `declared` | what its settings say of the adapters |
 
 mod collect;
+mod declared;
 mod process;
 mod trainer;
 
@@ -45,7 +47,8 @@ pub(super) struct CommandSpec {
     /// default the student's own name at its server or on the hub.
     #[serde(default)]
     base: Option<String>,
-    /// Commit, branch or tag of `base`.
+    /// Commit, branch or tag of `base`; a branch is looked up by the program itself. Left out, it is
+    /// the commit of the key where `base` is the repository of the student's own weights.
     #[serde(default)]
     revision: Option<String>,
     /// Rows on the device at once; `batch_size` is reached by accumulation. By default the
@@ -96,7 +99,9 @@ pub(super) fn train(
     let folder = ctx.resume_dir()?;
     // The program works elsewhere.
     let folder = &std::path::absolute(folder).map_err(|e| StepError::io(folder, &e))?;
-    let job = Job::new(params, spec, base_name(params, spec)?, chats.len())?;
+    let base = base_name(params, spec)?;
+    let revision = revision(ctx, params, spec)?;
+    let job = Job::new(params, spec, (base, revision), chats.len())?;
     let out = folder.join(OUT);
     let turn = process::Turn::take(folder, &ctx.cancel, &|| {
         let text = "the program of an attempt that was killed is still at work: waiting for it";
@@ -120,7 +125,15 @@ pub(super) fn train(
         }
         None => {}
     }
-    spec.trainer.write_data(folder, &chats)?;
+    let told = params.model.chat_template_kwargs();
+    if told.is_some() && !spec.trainer.tells_the_template() {
+        ctx.reporter.warning(&format!(
+            "{} is not told the model's `chat_template_kwargs`: say with `backend.command.config`, \
+             in its own words, what prompts it is to train on",
+            spec.trainer.name()
+        ));
+    }
+    spec.trainer.write_data(folder, &chats, told)?;
     let config = spec.trainer.write_config(folder, &job, from.as_deref())?;
     let argv = spec.trainer.argv(spec.program.as_deref(), &config);
     let lines = |line: &str| {
@@ -181,6 +194,23 @@ fn base_name(params: &Params, spec: &CommandSpec) -> Result<String, StepError> {
         StepError::invalid(format!("`backend.command.base` is missing: `{name}` is no name of a model that other programs know"))
             .help("give a repository of the Hugging Face hub, or a folder with the same model")
     })
+}
+
+/// The revision of the model as the program is told it. A branch of the student's own weights is
+/// the commit that the step's key names: the program would look it up anew, and train another.
+fn revision(
+    ctx: &StepContext,
+    params: &Params,
+    spec: &CommandSpec,
+) -> Result<Option<String>, StepError> {
+    let ModelSpec::Embedded(model) = &params.model else {
+        return Ok(spec.revision.clone());
+    };
+    let is_own = spec.base.is_none() || spec.base == model.weights.hf;
+    if spec.revision.is_some() || model.weights.hf.is_none() || !is_own {
+        return Ok(spec.revision.clone());
+    }
+    Ok(model.weights.pinned(&ctx.world)?.revision)
 }
 
 /// What the checkpoints say that they were trained on.

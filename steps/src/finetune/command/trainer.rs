@@ -5,6 +5,7 @@
 //! Field names: TRL 1.4 (`SFTConfig`, `ModelConfig`), LLaMA-Factory 0.9.5
 //! (`examples/train_lora`), axolotl 0.21 (its config reference).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::StepError;
@@ -46,6 +47,7 @@ pub(super) struct Job<'a> {
     params: &'a Params,
     spec: &'a CommandSpec,
     base: String,
+    revision: Option<String>,
     rows: usize,
     micro_batch: usize,
 }
@@ -54,7 +56,7 @@ impl<'a> Job<'a> {
     pub(super) fn new(
         params: &'a Params,
         spec: &'a CommandSpec,
-        base: String,
+        (base, revision): (String, Option<String>),
         rows: usize,
     ) -> Result<Self, StepError> {
         let fits = |micro: &usize| params.batch_size.is_multiple_of(*micro);
@@ -75,6 +77,7 @@ impl<'a> Job<'a> {
             params,
             spec,
             base,
+            revision,
             rows,
             micro_batch,
         })
@@ -145,12 +148,19 @@ impl Trainer {
     }
 
     /// Writes the conversations as the program reads them.
-    pub(super) fn write_data(self, folder: &Path, chats: &[ChatRow]) -> Result<(), StepError> {
+    /// `told` is what the chat template is told besides; only some programs take that by the row.
+    pub(super) fn write_data(
+        self,
+        folder: &Path,
+        chats: &[ChatRow],
+        told: Option<&BTreeMap<String, Value>>,
+    ) -> Result<(), StepError> {
         let path = folder.join(DATA);
         match self {
             // Only with prompt and completion apart is the loss on the completion alone.
             Self::Trl => {
-                let rows: Result<Vec<Value>, StepError> = chats.iter().map(parted).collect();
+                let rows = chats.iter().map(|chat| parted(chat, told));
+                let rows: Result<Vec<Value>, StepError> = rows.collect();
                 write_jsonl(&path, &rows?)
             }
             Self::Axolotl => {
@@ -171,6 +181,11 @@ impl Trainer {
                 write_json(&folder.join(DATASETS), &about)
             }
         }
+    }
+
+    /// Whether it tells the chat template what the rows say besides their messages.
+    pub(super) fn tells_the_template(self) -> bool {
+        self == Self::Trl
     }
 
     /// Writes the program's config; returns its path.
@@ -196,12 +211,16 @@ impl Trainer {
 }
 
 /// A conversation with the message to learn apart from what comes before it.
-fn parted(chat: &ChatRow) -> Result<Value, StepError> {
+fn parted(chat: &ChatRow, told: Option<&BTreeMap<String, Value>>) -> Result<Value, StepError> {
     let (answer, prompt) = chat
         .messages
         .split_last()
         .ok_or_else(|| StepError::invalid("a chat has no messages"))?;
-    Ok(json!({ "prompt": prompt, "completion": [answer] }))
+    let mut row = json!({ "prompt": prompt, "completion": [answer] });
+    if let Some(told) = told {
+        row["chat_template_kwargs"] = json!(told);
+    }
+    Ok(row)
 }
 
 /// A conversation in which each message says whether it is to be learned.
@@ -240,7 +259,7 @@ fn trl(job: &Job<'_>, folder: &Path) -> Value {
     let params = job.params;
     let config = json!({
         "model_name_or_path": job.base,
-        "model_revision": job.spec.revision,
+        "model_revision": job.revision,
         "dtype": if job.is_bf16() { "bfloat16" } else { "float32" },
         "datasets": [{ "path": "json", "data_files": { "train": folder.join(DATA) } }],
         "use_peft": true,
@@ -263,7 +282,7 @@ fn llama_factory(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Result<Va
     })?;
     let config = json!({
         "model_name_or_path": job.base,
-        "model_revision": job.spec.revision,
+        "model_revision": job.revision,
         "stage": "sft",
         "do_train": true,
         "finetuning_type": "lora",
@@ -289,7 +308,7 @@ fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
     let params = job.params;
     json!({
         "base_model": job.base,
-        "revision_of_model": job.spec.revision,
+        "revision_of_model": job.revision,
         "adapter": "lora",
         "lora_r": params.lora.rank,
         "lora_alpha": params.lora.alpha,

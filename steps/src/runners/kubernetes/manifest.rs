@@ -204,7 +204,8 @@ mod tests {
             args: ["step", "exec", "--job", "/mnt/flowrun/jobs/k/1"]
                 .map(str::to_owned)
                 .to_vec(),
-            folder: Path::new("/mnt/flowrun/jobs/k/1"),
+            folder: Some(Path::new("/mnt/flowrun/jobs/k/1")),
+            variables: &[],
             resources,
         };
         job(settings, OWNER, "0123", &order)

@@ -60,7 +60,8 @@ struct Settings {
     image: String,
     /// Path in the pods to a volume as Kubernetes words it:
     /// `{ /mnt/flowrun: { persistentVolumeClaim: { claimName: flowrun } } }`. The cache folder
-    /// must lie on one that this machine has too.
+    /// must lie on one that this machine has too, unless `through: remote`.
+    #[serde(default)]
     volumes: BTreeMap<String, Map<String, Value>>,
     /// Context of the kubeconfig; the current one when left out.
     #[serde(default)]
@@ -336,12 +337,14 @@ impl JobSystem for Cluster {
 
     fn submit(&self, order: &JobOrder<'_>) -> Result<(), JobError> {
         let mut mounts = self.settings.volumes.keys();
-        if !mounts.any(|path| order.folder.starts_with(path)) {
-            let folder = order.folder.display();
+        if let Some(folder) = order.folder
+            && !mounts.any(|path| folder.starts_with(path))
+        {
+            let folder = folder.display();
             return Err(JobError::Refused {
                 text: format!("the pods do not see {folder}: it lies on none of `volumes`"),
                 help: Some(
-                    "the cache folder must lie on a volume that this machine has too; where its path here is another than in the pods, say so with `shared` of the runner"
+                    "the cache folder must lie on a volume that this machine has too; where its path here is another than in the pods, say so with `shared` of the runner; without such a volume, use a remote cache and `through: remote`"
                         .to_owned(),
                 ),
             });
@@ -522,7 +525,8 @@ mod tests {
                 timeout: None,
                 program: "flowrun",
                 args: Vec::new(),
-                folder: Path::new(folder),
+                folder: Some(Path::new(folder)),
+                variables: &[],
                 resources: &resources,
             });
             ended.unwrap_err().to_string()

@@ -1,0 +1,107 @@
+//! Outputs in the project tree: all of a step, or none.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::pipeline::StepNode;
+use crate::step::{Port, StepOutcome};
+use crate::testing::{Bench, Toy, uses, write};
+
+/// A step with the outputs `other` and `out`, published to these paths in this order.
+fn two(other: &str, out: &str) -> StepNode {
+    let mut two = Toy::new("two", |ctx| {
+        write(ctx, "other", "new")?;
+        write(ctx, "out", "new")?;
+        Ok(StepOutcome::default())
+    });
+    two.outputs = ["other", "out"]
+        .map(|port| Port::new(port, "file", ""))
+        .into();
+    let paths = [("other", other), ("out", out)];
+    let paths = paths.map(|(port, path)| (port.to_owned(), path.to_owned()));
+    uses("two", Arc::new(two)).change(|s| s.publish = paths.into())
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap()
+}
+
+#[test]
+fn an_output_that_cannot_be_published_has_the_others_taken_back() {
+    let bench = Bench::new().unwrap();
+    let folder = bench.root().join("r");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("mine"), "mine").unwrap();
+    std::fs::create_dir(folder.join("notes")).unwrap();
+    std::fs::write(folder.join("notes/today"), "mine too").unwrap();
+    // A name that no file system takes.
+    let long = format!("r/{}", "x".repeat(300));
+    for place in ["r/mine", "r/notes", "r/nothing"] {
+        let ran = bench.run(&[two(place, &long)]);
+        assert!(!ran.summary.ok);
+        let (id, error) = ran.summary.first_error.clone().unwrap();
+        assert_eq!(id, "two");
+        for part in [
+            "an output of `two` cannot be published: ",
+            long.as_str(),
+            "were taken back: all is as it was",
+        ] {
+            assert!(error.message.contains(part), "{}", error.message);
+        }
+        assert!(error.help.is_some() && ran.warnings().is_empty());
+        assert_eq!(read(&folder.join("mine")), "mine");
+        assert_eq!(read(&folder.join("notes/today")), "mine too");
+        let left = std::fs::read_dir(&folder).unwrap().count();
+        assert_eq!(left, 2, "neither an output nor a copy of one");
+        for run in std::fs::read_dir(bench.cache_dir().join("runs")).unwrap() {
+            assert!(!run.unwrap().path().join("replaced").exists());
+        }
+    }
+    // What it made was kept.
+    let ran = bench.run(&[two("r/mine", "r/out")]);
+    assert_eq!(ran.ends(), ["two cached"]);
+    assert_eq!(read(&folder.join("mine")), "new");
+    assert_eq!(read(&folder.join("out")), "new");
+    assert_eq!(ran.warnings().len(), 1, "what lay there is kept");
+}
+
+#[test]
+fn a_file_in_the_way_of_a_folder_is_told_and_nothing_is_published() {
+    let bench = Bench::new().unwrap();
+    std::fs::write(bench.root().join("in"), "mine").unwrap();
+    let ran = bench.run(&[two("a.txt", "in/out.txt")]);
+    let (_, error) = ran.summary.first_error.unwrap();
+    assert!(
+        error.message.ends_with("; nothing was published") && error.message.contains("/in: "),
+        "{}",
+        error.message
+    );
+    assert!(!bench.root().join("a.txt").exists());
+    assert_eq!(read(&bench.root().join("in")), "mine");
+}
+
+#[test]
+fn outputs_of_one_step_do_not_lie_in_each_other() {
+    let bench = Bench::new().unwrap();
+    for (other, out) in [("r", "r/x"), ("r/x", "r")] {
+        let ran = bench.run(&[two(other, out)]);
+        let (_, error) = ran.summary.first_error.unwrap();
+        assert!(
+            error.message.contains("one of which lies in the other"),
+            "{}",
+            error.message
+        );
+        assert!(!bench.root().join("r/x").exists());
+    }
+}
+
+#[test]
+fn a_link_that_leads_nowhere_is_kept_too() {
+    let bench = Bench::new().unwrap();
+    let link = bench.root().join("a.txt");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    let ran = bench.run(&[two("a.txt", "b.txt")]);
+    assert!(ran.summary.ok);
+    assert_eq!(read(&link), "new");
+    assert_eq!(ran.warnings().len(), 1);
+}

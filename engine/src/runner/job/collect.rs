@@ -1,0 +1,129 @@
+//! [`Collector`]: brings what the other end of a job says in a remote store into the job's folder
+//! here, where everything else reads it.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use flowrun_cache::DepotError;
+
+use super::folder::AttemptFolder;
+use super::shipment::Shipment;
+
+/// Wait between two looks into the store.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Notes that are read in one look at most: the run may be asked to stop meanwhile.
+const AT_ONCE: usize = 32;
+
+/// How far the notes of an attempt were read.
+pub(super) struct Collector {
+    shipment: Shipment,
+    attempt: AttemptFolder,
+    next: u64,
+    looked: Option<Instant>,
+    /// There may be more than was read.
+    behind: bool,
+    /// Since when the store does not answer, and what was said of it last.
+    away: Option<(Instant, String)>,
+}
+
+impl Collector {
+    /// Begins at the first note, whatever an earlier run had read.
+    pub(super) fn new(shipment: Shipment, attempt: &AttemptFolder) -> Self {
+        for path in [attempt.messages(), attempt.log()] {
+            // None is there, mostly.
+            let _ = std::fs::remove_file(path);
+        }
+        Self {
+            shipment,
+            attempt: attempt.clone(),
+            next: 1,
+            looked: None,
+            behind: false,
+            away: None,
+        }
+    }
+
+    pub(super) fn shipment(&self) -> &Shipment {
+        &self.shipment
+    }
+
+    /// Looks for what is new, unless that was done just now.
+    pub(super) fn look(&mut self) {
+        if self.behind || self.looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
+            self.look_now();
+        }
+    }
+
+    pub(super) fn look_now(&mut self) {
+        self.looked = Some(Instant::now());
+        match self.collect() {
+            Ok(()) => self.away = None,
+            Err(why) => {
+                let since = self.away.take().map(|(since, _)| since);
+                self.away = Some((since.unwrap_or_else(Instant::now), why));
+            }
+        }
+    }
+
+    /// Reads all that is there.
+    pub(super) fn catch_up(&mut self) {
+        self.look_now();
+        while self.behind {
+            self.look_now();
+        }
+    }
+
+    /// There may be more than was read.
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind
+    }
+
+    /// For how long the store has not answered, and why.
+    pub(super) fn away(&self) -> Option<(Duration, &str)> {
+        let (since, why) = self.away.as_ref()?;
+        Some((since.elapsed(), why))
+    }
+
+    fn collect(&mut self) -> Result<(), String> {
+        self.behind = false;
+        let there = |e: DepotError| e.to_string();
+        let here = |e: io::Error| e.to_string();
+        for _ in 0..AT_ONCE {
+            let Some(said) = self.shipment.said(self.next).map_err(there)? else {
+                if let Some(beat) = self.shipment.last_beat().map_err(there)? {
+                    self.lives(beat).map_err(here)?;
+                }
+                return Ok(());
+            };
+            self.lives(said.beat).map_err(here)?;
+            // What it printed comes before its response.
+            append(&self.attempt.log(), &said.log).map_err(here)?;
+            append(&self.attempt.messages(), &said.messages).map_err(here)?;
+            self.next += 1;
+        }
+        self.behind = true;
+        Ok(())
+    }
+
+    /// Somebody works for the attempt.
+    fn lives(&self, beat: u64) -> io::Result<()> {
+        if !self.attempt.is_claimed() {
+            self.attempt.claim()?;
+        }
+        // One that was read before is older than what is known.
+        if self.attempt.last_beat().is_none_or(|last| last < beat) {
+            self.attempt.beat(beat);
+        }
+        Ok(())
+    }
+}
+
+fn append(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let mut file = File::options().create(true).append(true).open(path)?;
+    file.write_all(bytes)
+}

@@ -1,0 +1,412 @@
+//! [`Outpost`]: the other end of a job whose folder it does not see: takes the order from a
+//! remote store, works in a cache of its own, and gives back by the same way what it made and
+//! what it has to say.
+//!
+//! Invariant: what the job made is in the store before its response is.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use flowrun_cache::{
+    ArtifactStore, Cache, CompletionCache, Depot, DepotError, LockWait, OpenOptions, RemoteCache,
+    RemoteOptions,
+};
+
+use super::folder::AttemptFolder;
+use super::follow::Growing;
+use super::post::{Environment, Post, Request, exec_with};
+use super::saving::Saving;
+use super::shipment::{CACHE, Order, PLACE, Said, Shipment, USER};
+use super::watch::BEAT;
+use crate::runner::exec::{ExecError, Host};
+use crate::step::{Cancel, StepError};
+
+/// How long a store that does not answer is waited for at the end of the work.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How long the last answers of language models may take.
+const LAST_ANSWERS: Duration = Duration::from_secs(60);
+/// How often answers of language models are sent: what is killed loses no more.
+const ANSWERS_EVERY: Duration = Duration::from_secs(30);
+
+/// What an [`Outpost`] has of its own.
+pub struct Ground<'a> {
+    /// Empty folder, for a cache and the work.
+    pub scratch: &'a Path,
+    /// The user's cache folder on this machine.
+    pub user_cache: &'a Path,
+    /// The environment: secrets of the step, and credentials of the store.
+    pub env: &'a BTreeMap<String, String>,
+}
+
+/// A job that this process has taken from a remote store.
+pub struct Outpost {
+    post: Post,
+    goods: Goods,
+    courier: Courier,
+}
+
+/// What goes in and out.
+pub(super) struct Goods {
+    shipment: Shipment,
+    order: Order,
+    attempt: AttemptFolder,
+    cache: Cache,
+    /// For kept answers and parts of the work, which other machines may have too.
+    pub(super) remote: Arc<RemoteCache>,
+    /// Secrets that the environment lacks.
+    lacks: Vec<String>,
+    /// Where the step saves what its next attempt can go on from.
+    saved: Option<PathBuf>,
+    cancel: Cancel,
+    /// Hears that the work begins.
+    begun: Option<Sender<News>>,
+}
+
+impl Outpost {
+    /// Takes the job `id` whose order lies in the store of this URL; `None` when another process
+    /// has it, or nobody wants it any more.
+    ///
+    /// # Errors
+    /// [`ExecError`] when there is no store, or no order that can be read.
+    pub fn take(
+        url: &str,
+        id: &str,
+        ground: &Ground<'_>,
+        cancel: &Cancel,
+    ) -> Result<Option<Self>, ExecError> {
+        let no_job = |e: &dyn std::fmt::Display| ExecError::NoJob(e.to_string());
+        let options = RemoteOptions {
+            url: url.to_owned(),
+            read_only: false,
+            env: ground.env.clone(),
+        };
+        let cache_dir = ground.scratch.join("cache");
+        let depot = Depot::open(&options, &cache_dir).map_err(|e| no_job(&e))?;
+        let shipment = Shipment::new(&Arc::new(depot), id);
+        let Some(order) = shipment.ordered().map_err(|e| no_job(&e))? else {
+            return Ok(None);
+        };
+        if !shipment.claim().map_err(|e| no_job(&e))? {
+            return Ok(None);
+        }
+        let attempt = AttemptFolder::at(ground.scratch.join("job"));
+        attempt.make().map_err(|e| no_job(&e))?;
+        let courier = Courier::start(&shipment, &attempt);
+        let cache = OpenOptions {
+            wait: LockWait::NoWait,
+            command: format!("job {id}"),
+            on_wait: None,
+        };
+        let cache = Cache::open(&cache_dir, &cache).map_err(|e| no_job(&e))?;
+        let remote = RemoteCache::open(&options, &cache_dir).map_err(|e| no_job(&e))?;
+        let place = attempt.place();
+        let here = |path: &Path| of_here(path, &place, &cache_dir, ground.user_cache);
+        let request = order.request.clone().with_paths(&here);
+        attempt.write_request(&request).map_err(|e| no_job(&e))?;
+        let those = |names: &[String]| -> BTreeMap<String, String> {
+            let names = names.iter();
+            names
+                .filter_map(|name| Some((name.clone(), ground.env.get(name)?.clone())))
+                .collect()
+        };
+        let secrets = those(&order.secrets);
+        let names = order
+            .secrets
+            .iter()
+            .filter(|name| !secrets.contains_key(*name));
+        let lacks = names.cloned().collect();
+        let saved = match &request {
+            Request::Step { request, .. } => Some(request.resume_path.clone()),
+            Request::Command(_) => None,
+        };
+        let post = Post::of(
+            attempt.clone(),
+            request,
+            Environment {
+                handed: those(&order.handed),
+                secrets,
+            },
+        );
+        Ok(Some(Self {
+            post,
+            goods: Goods {
+                shipment,
+                order,
+                attempt,
+                cache,
+                remote: Arc::new(remote),
+                lacks,
+                saved,
+                cancel: cancel.clone(),
+                begun: None,
+            },
+            courier,
+        }))
+    }
+
+    /// As [`Post::log`].
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn log(&self) -> std::io::Result<File> {
+        self.post.log()
+    }
+
+    /// As [`super::exec_job`], with what goes in fetched before and what came out sent after.
+    ///
+    /// # Errors
+    /// As [`super::exec_job`].
+    pub fn exec(
+        self,
+        host: Host,
+        console: impl Write + Send + 'static,
+        abandoned: impl FnOnce() + Send + 'static,
+    ) -> Result<bool, ExecError> {
+        let Self {
+            post,
+            mut goods,
+            courier,
+        } = self;
+        goods.begun = Some(courier.tell.clone());
+        let ended = exec_with(host, post, &goods.cancel, console, abandoned, Some(&goods));
+        courier.end();
+        ended
+    }
+}
+
+impl Goods {
+    /// Gets what the work reads.
+    pub(super) fn fetch(&self) -> Result<(), StepError> {
+        if let [name, ..] = self.lacks.as_slice() {
+            let text = format!("the worker has no variable `{name}`, a secret of the step");
+            return Err(StepError::failed(text).help(
+                "a job through the remote store carries no values: set the variable in the workers' own environment",
+            ));
+        }
+        let place = self.attempt.place();
+        let saved = self.saved.as_deref();
+        self.shipment
+            .fetch(&self.cache, &self.order, &place, saved)?;
+        if let Some(begun) = &self.begun {
+            // It listens until it is told of the end.
+            let _ = begun.send(News::Begun(Begun {
+                remote: Arc::clone(&self.remote),
+                completions: self.cache.completions(),
+                store: self.cache.store().clone(),
+                saving: self.saved.clone().map(Saving::new),
+                sent: Instant::now(),
+            }));
+        }
+        Ok(())
+    }
+
+    /// Sends what the work made, if it ended `well`, and the answers that were paid for in any case.
+    pub(super) fn deliver(&self, well: bool) -> Result<(), StepError> {
+        self.remote.send_answers(&self.cache.completions());
+        let delivered = match well {
+            true => {
+                let stop = || self.cancel.is_cancelled();
+                self.shipment
+                    .deliver(&self.cache, &self.attempt, PATIENCE, &stop)
+            }
+            false => {
+                if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists())
+                    && let Err(e) = self.shipment.save(self.cache.store(), saved)
+                {
+                    tracing::warn!("what the step saved is lost: {e}");
+                }
+                Ok(())
+            }
+        };
+        let started = Instant::now();
+        let late = || started.elapsed() > LAST_ANSWERS || self.cancel.is_killed();
+        let _ = self.remote.flush(&late, &mut |_| {});
+        delivered
+    }
+
+    /// The objects that this end has.
+    pub(super) fn store(&self) -> &ArtifactStore {
+        self.cache.store()
+    }
+}
+
+/// A path of an order as this machine has it.
+fn of_here(path: &Path, place: &Path, cache: &Path, user: &Path) -> PathBuf {
+    for (sign, folder) in [(PLACE, place), (CACHE, cache), (USER, user)] {
+        if let Ok(rest) = path.strip_prefix(sign) {
+            return match rest.as_os_str().is_empty() {
+                true => folder.to_owned(),
+                false => folder.join(rest),
+            };
+        }
+    }
+    path.to_owned()
+}
+
+/// Passes on what the files of the attempt say, in a thread of its own, and stops the work once
+/// nobody wants it.
+struct Courier {
+    tell: Sender<News>,
+    thread: JoinHandle<()>,
+}
+
+/// What the thread is told.
+enum News {
+    /// The work begins.
+    Begun(Begun),
+    /// The work is over.
+    End,
+}
+
+/// What the work leaves on its way that is worth keeping.
+struct Begun {
+    remote: Arc<RemoteCache>,
+    /// Answers of language models come up here.
+    completions: Arc<CompletionCache>,
+    store: ArtifactStore,
+    saving: Option<Saving>,
+    /// When answers were last sent.
+    sent: Instant,
+}
+
+impl Begun {
+    /// Sends what is due.
+    fn pass(&mut self, shipment: &Shipment) {
+        if self.sent.elapsed() >= ANSWERS_EVERY {
+            self.sent = Instant::now();
+            self.remote.send_answers(&self.completions);
+        }
+        if let Some(saving) = &mut self.saving {
+            saving.pass(|folder| match shipment.save(&self.store, folder) {
+                Ok(()) => true,
+                Err(e) => {
+                    tracing::debug!("what the step saved was not sent: {e}");
+                    false
+                }
+            });
+        }
+    }
+}
+
+impl Courier {
+    fn start(shipment: &Shipment, attempt: &AttemptFolder) -> Self {
+        let (tell, hears) = channel();
+        let mut telling = Telling {
+            shipment: shipment.clone(),
+            messages: Growing::new(attempt.messages()),
+            log: Growing::new(attempt.log()),
+            unsaid: None,
+            next: 1,
+            beat: 0,
+        };
+        let attempt = attempt.clone();
+        let thread = std::thread::spawn(move || telling.until_the_end(&attempt, &hears));
+        Self { tell, thread }
+    }
+
+    /// Returns when everything is said, or cannot be.
+    fn end(self) {
+        let _ = self.tell.send(News::End);
+        let _ = self.thread.join();
+    }
+}
+
+/// What was said so far.
+struct Telling {
+    shipment: Shipment,
+    messages: Growing,
+    log: Growing,
+    /// A note that is still to be written.
+    unsaid: Option<Vec<u8>>,
+    next: u64,
+    beat: u64,
+}
+
+impl Telling {
+    fn until_the_end(&mut self, attempt: &AttemptFolder, hears: &Receiver<News>) {
+        let mut begun: Option<Begun> = None;
+        loop {
+            if let Err(e) = self.tell() {
+                tracing::debug!("nothing can be said: {e}");
+            }
+            if self.shipment.is_withdrawn().unwrap_or(false) {
+                attempt.cancel();
+            }
+            if let Some(begun) = &mut begun {
+                begun.pass(&self.shipment);
+            }
+            match hears.recv_timeout(BEAT) {
+                Ok(News::Begun(work)) => begun = Some(work),
+                Err(RecvTimeoutError::Timeout) => {}
+                Ok(News::End) | Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        let started = Instant::now();
+        while let Err(e) = self.tell() {
+            if !e.passes() || started.elapsed() > PATIENCE {
+                tracing::warn!("the response cannot be given: {e}");
+                return;
+            }
+            std::thread::sleep(BEAT);
+        }
+        // What was said after the runner had tidied up is heard by nobody.
+        if self.shipment.is_gone().unwrap_or(false) {
+            let _ = self.shipment.clear();
+        }
+    }
+
+    /// Says what is new, or that somebody is here.
+    fn tell(&mut self) -> Result<(), DepotError> {
+        self.beat += 1;
+        let before = self.next;
+        loop {
+            if self.unsaid.is_none() {
+                let said = Said {
+                    beat: self.beat,
+                    messages: self.messages.more().unwrap_or_default(),
+                    log: self.log.more().unwrap_or_default(),
+                };
+                if said.messages.is_empty() && said.log.is_empty() {
+                    break;
+                }
+                self.unsaid = Some(said.to_bytes());
+            }
+            if let Some(bytes) = &self.unsaid {
+                self.shipment.say(self.next, bytes)?;
+                self.next += 1;
+                self.unsaid = None;
+            }
+        }
+        if self.next == before {
+            self.shipment.show_life(self.beat)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_an_order_are_those_of_this_machine() {
+        let here = |path: &str| {
+            let [place, cache, user] = ["/w/place", "/w/cache", "/home/.cache"].map(Path::new);
+            of_here(Path::new(path), place, cache, user)
+                .display()
+                .to_string()
+        };
+        assert_eq!(here("@place/in/x"), "/w/place/in/x");
+        assert_eq!(here("@place"), "/w/place");
+        assert_eq!(here("@cache/completions"), "/w/cache/completions");
+        assert_eq!(here("@user"), "/home/.cache");
+        assert_eq!(here("/project"), "/project");
+        assert_eq!(here("@placex"), "@placex");
+    }
+}

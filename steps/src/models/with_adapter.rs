@@ -1,0 +1,353 @@
+//! [`WithAdapter`]: a checkpoint that its server may not have: not yet, or not any more. Its
+//! adapter is put where the server reads adapters from, and the server told of it, when the first
+//! call needs it: answers that are kept need no server.
+//!
+//! A server forgets adapters: it was started again, somebody unloaded one, it has room for so many.
+//! Then it answers that there is no such model; it is given the adapter again, and asked again for
+//! what it did not answer. Invariant: every request is told of once; one that was answered is not
+//! sent again.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use flowrun_lm::client::{Api, ApiError};
+use flowrun_lm::lm::{Completion, Lm, LmError, OnAnswer, Request};
+use serde_json::json;
+
+use crate::folder;
+
+/// How often in a row a server is given an adapter, and answers nothing, before the call fails.
+const FRUITLESS: u32 = 3;
+
+type Answer = Result<Completion, LmError>;
+
+/// Hears that a server had forgotten the adapter, and whether that is the first time.
+pub(super) type OnForgotten = Box<dyn Fn(&str, bool) + Send + Sync>;
+
+/// A checkpoint at a server.
+pub(super) struct WithAdapter {
+    /// Asks for it by its id.
+    pub(super) client: Arc<dyn Lm>,
+    /// The server's other calls.
+    pub(super) api: Api,
+    /// Its id at the server.
+    pub(super) id: String,
+    /// The checkpoint's folder.
+    pub(super) from: PathBuf,
+    /// Where the server reads it, as this machine sees it.
+    pub(super) to: PathBuf,
+    /// The same as the server sees it, where that is another path.
+    pub(super) seen_as: Option<PathBuf>,
+    /// The server must be told.
+    pub(super) load: bool,
+    /// How often the server was given it; held while it is.
+    pub(super) given: Mutex<u64>,
+    /// Hears when that is more than once.
+    pub(super) on_forgotten: OnForgotten,
+}
+
+impl WithAdapter {
+    /// Gives the server the adapter, unless somebody has since it was given for the `seen`th time.
+    /// How often it was given.
+    fn give(&self, seen: u64) -> Result<u64, LmError> {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        if *given == seen {
+            folder::copy_whole(&self.from, &self.to).map_err(|e| LmError::Barred(e.message))?;
+            if self.load {
+                self.tell()?;
+            }
+            *given += 1;
+            if *given > 1 {
+                let text = format!(
+                    "the server had forgotten `{}`: it was given the adapter again",
+                    self.id
+                );
+                (self.on_forgotten)(&text, *given == 2);
+            }
+        }
+        Ok(*given)
+    }
+
+    fn tell(&self) -> Result<(), LmError> {
+        let here = std::path::absolute(&self.to).unwrap_or_else(|_| self.to.clone());
+        let path = self.seen_as.as_ref().unwrap_or(&here);
+        let body = json!({ "lora_name": self.id, "lora_path": path });
+        match self.api.post(&["load_lora_adapter"], &body) {
+            Ok(_) => Ok(()),
+            // Of the same name is of the same values.
+            Err(ApiError::Status { message, .. }) if message.contains("already been loaded") => {
+                Ok(())
+            }
+            Err(ApiError::Cancelled) => Err(LmError::Cancelled),
+            Err(error) if error.may_pass() => Err(LmError::Unavailable(error.to_string())),
+            Err(error) => Err(LmError::Barred(format!(
+                "{error}; the server does not take the adapter in {}",
+                path.display()
+            ))),
+        }
+    }
+
+    /// Asks for `requests`; tells of all answers, unless the server lacks the model and `again` says
+    /// that it will be asked once more.
+    fn ask(&self, requests: &[Request], again: bool, tell: &OnAnswer<'_>) -> Vec<Answer> {
+        let told = |index: usize, answer: &Answer| {
+            if !(again && is_lacking(answer)) {
+                tell(index, answer);
+            }
+        };
+        self.client.complete(requests, &told)
+    }
+}
+
+/// The server has no such model.
+fn is_lacking(answer: &Answer) -> bool {
+    matches!(answer, Err(LmError::NoModel(_)))
+}
+
+impl Lm for WithAdapter {
+    fn id(&self) -> &str {
+        self.client.id()
+    }
+
+    fn complete(&self, requests: &[Request], on_answer: &OnAnswer<'_>) -> Vec<Answer> {
+        let mut seen = match self.give(0) {
+            Ok(given) => given,
+            Err(error) => return refused(requests.len(), &error, on_answer),
+        };
+        let mut answers = self.ask(requests, true, on_answer);
+        let mut fruitless = 0;
+        loop {
+            let lacking = answers.iter().enumerate().filter(|(_, a)| is_lacking(a));
+            let open: Vec<usize> = lacking.map(|(index, _)| index).collect();
+            if open.is_empty() {
+                return answers;
+            }
+            let told = |place: usize, answer: &Answer| on_answer(open[place], answer);
+            let again: Vec<Answer> = match self.give(seen) {
+                Err(error) => refused(open.len(), &error, &told),
+                Ok(given) => {
+                    seen = given;
+                    fruitless += 1;
+                    let asked: Vec<Request> = open.iter().map(|i| requests[*i].clone()).collect();
+                    self.ask(&asked, fruitless < FRUITLESS, &told)
+                }
+            };
+            let is_last = fruitless >= FRUITLESS;
+            if !again.iter().all(is_lacking) {
+                fruitless = 0;
+            }
+            for (index, answer) in open.iter().zip(again) {
+                answers[*index] = answer;
+            }
+            if is_last {
+                return answers;
+            }
+        }
+    }
+}
+
+/// The error as the answer to all.
+fn refused(requests: usize, error: &LmError, on_answer: &OnAnswer<'_>) -> Vec<Answer> {
+    let answers: Vec<Answer> = (0..requests).map(|_| Err(error.clone())).collect();
+    for (index, answer) in answers.iter().enumerate() {
+        on_answer(index, answer);
+    }
+    answers
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::path::Path;
+
+    use flowrun_lm::client::{OpenAi, OpenAiSpec};
+    use flowrun_lm::lm::{Message, Role, Sampling};
+    use serde_json::Value;
+
+    use super::*;
+
+    /// A server that forgets its adapter after so many answers.
+    #[derive(Default)]
+    struct Server {
+        forgets_after: usize,
+        state: Mutex<State>,
+    }
+
+    #[derive(Default)]
+    struct State {
+        loaded: bool,
+        loads: usize,
+        /// Since it was loaded.
+        answers: usize,
+        /// By question.
+        answered: BTreeMap<String, usize>,
+    }
+
+    impl Server {
+        fn start(forgets_after: usize) -> (Arc<Self>, String) {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let url = format!("http://{}/v1", listener.local_addr().unwrap());
+            let server = Arc::new(Self {
+                forgets_after,
+                state: Mutex::default(),
+            });
+            let own = Arc::clone(&server);
+            std::thread::spawn(move || {
+                for stream in listener.incoming().map_while(Result::ok) {
+                    let server = Arc::clone(&own);
+                    std::thread::spawn(move || {
+                        let mut reader = BufReader::new(stream.try_clone().unwrap());
+                        while server.serve(&mut reader, &stream).is_some() {}
+                    });
+                }
+            });
+            (server, url)
+        }
+
+        fn serve(&self, reader: &mut BufReader<TcpStream>, mut stream: &TcpStream) -> Option<()> {
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") {
+                (reader.read_line(&mut head).ok()? > 0).then_some(())?;
+            }
+            let lower = head.to_lowercase();
+            let length = lower
+                .lines()
+                .find_map(|l| l.strip_prefix("content-length: "))?;
+            let mut body = vec![0_u8; length.trim().parse().ok()?];
+            reader.read_exact(&mut body).ok()?;
+            let body: Value = serde_json::from_slice(&body).ok()?;
+            let (status, answer) = match head.contains("load_lora_adapter") {
+                true => self.load(),
+                false => self.answer(&body),
+            };
+            let text = answer.to_string();
+            let head = format!(
+                "HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n",
+                text.len()
+            );
+            stream.write_all((head + &text).as_bytes()).ok()
+        }
+
+        fn load(&self) -> (u16, Value) {
+            let mut state = self.state.lock().unwrap();
+            if state.loaded {
+                let told = "the adapter has already been loaded";
+                return (400, json!({"error": {"message": told}}));
+            }
+            state.loaded = true;
+            state.loads += 1;
+            state.answers = 0;
+            (200, json!("Success"))
+        }
+
+        fn answer(&self, body: &Value) -> (u16, Value) {
+            let mut state = self.state.lock().unwrap();
+            if !state.loaded {
+                let error = json!({"message": "no such model", "code": "model_not_found"});
+                return (404, json!({"error": error}));
+            }
+            let text = body["messages"][0]["content"].as_str().unwrap().to_owned();
+            *state.answered.entry(text.clone()).or_default() += 1;
+            state.answers += 1;
+            state.loaded = state.answers < self.forgets_after;
+            (
+                200,
+                json!({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}),
+            )
+        }
+    }
+
+    fn adapted(url: &str, folder: &Path) -> WithAdapter {
+        let spec = json!({"base_url": url, "model": "m", "concurrency": 2});
+        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
+        let from = folder.join("checkpoint");
+        std::fs::create_dir_all(&from).unwrap();
+        let going_on = || -> flowrun_lm::client::Cancelled { Arc::new(|| false) };
+        WithAdapter {
+            client: Arc::new(OpenAi::new(&spec, None, going_on()).unwrap()),
+            api: Api::new(&spec, None, going_on()).unwrap(),
+            id: "m:one".to_owned(),
+            from,
+            to: folder.join("adapters/one"),
+            seen_as: None,
+            load: true,
+            given: Mutex::new(0),
+            on_forgotten: Box::new(|_, _| {}),
+        }
+    }
+
+    fn ask(lm: &WithAdapter, texts: &[&str]) -> (Vec<Answer>, Vec<usize>) {
+        let request = |text: &&str| Request {
+            messages: vec![Message {
+                role: Role::User,
+                content: (*text).to_owned(),
+            }],
+            sampling: Sampling::default(),
+            choices: None,
+        };
+        let requests: Vec<Request> = texts.iter().map(request).collect();
+        let told = Mutex::new(vec![0; texts.len()]);
+        let answers = lm.complete(&requests, &|index, _| told.lock().unwrap()[index] += 1);
+        (answers, told.into_inner().unwrap())
+    }
+
+    const TEXTS: [&str; 9] = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
+
+    #[test]
+    fn a_server_that_forgets_is_given_the_adapter_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (server, url) = Server::start(2);
+        let lm = adapted(&url, folder.path());
+        let (answers, told) = ask(&lm, &TEXTS);
+        for (answer, text) in answers.iter().zip(TEXTS) {
+            assert_eq!(answer.as_ref().unwrap().text, text);
+        }
+        assert_eq!(told, vec![1; TEXTS.len()]);
+        let state = server.state.lock().unwrap();
+        assert!(state.answered.values().all(|times| *times == 1));
+        // Nine answers, two after each load.
+        assert_eq!((state.answered.len(), state.loads), (9, 5));
+    }
+
+    #[test]
+    fn threads_that_ask_at_once_load_it_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (server, url) = Server::start(usize::MAX);
+        let lm = adapted(&url, folder.path());
+        ask(&lm, &["before"]);
+        server.state.lock().unwrap().loaded = false;
+        std::thread::scope(|scope| {
+            for text in TEXTS {
+                let lm = &lm;
+                scope.spawn(move || assert!(ask(lm, &[text]).0[0].is_ok()));
+            }
+        });
+        let state = server.state.lock().unwrap();
+        assert_eq!(state.loads, 2);
+        assert!(state.answered.values().all(|times| *times == 1));
+    }
+
+    #[test]
+    fn a_server_that_keeps_none_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let (server, url) = Server::start(0);
+        let lm = adapted(&url, folder.path());
+        // It answers one after each load, and none is left out.
+        let (answers, told) = ask(&lm, &TEXTS);
+        assert!(answers.iter().all(Result::is_ok));
+        assert_eq!(told, vec![1; TEXTS.len()]);
+        assert_eq!(server.state.lock().unwrap().loads, 9);
+
+        let (loses, url) = Server::start(usize::MAX);
+        let mut lm = adapted(&url, folder.path());
+        // It is told of nothing, so it never has it.
+        lm.load = false;
+        let (answers, told) = ask(&lm, &TEXTS);
+        assert!(answers.iter().all(is_lacking), "{answers:?}");
+        assert_eq!(told, vec![1; TEXTS.len()]);
+        assert!(loses.state.lock().unwrap().answered.is_empty());
+    }
+}
