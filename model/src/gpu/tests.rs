@@ -112,6 +112,7 @@ fn logits_equal_the_cpu() {
 fn request(text: &str) -> GenerateRequest {
     GenerateRequest {
         messages: vec![ChatMessage::new("user", text)],
+        template_arguments: crate::TemplateArguments::new(),
         max_tokens: 9,
         temperature: 0.0,
         seed: None,

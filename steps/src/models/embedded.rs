@@ -107,6 +107,10 @@ pub(crate) fn open_whole_base(
     spec: &EmbeddedSpec,
     host: &Host<'_>,
 ) -> Result<Arc<BaseModel>, StepError> {
+    // With a GPU all of it is there anyway, and one copy of the weights on the GPU is enough.
+    if device(host.world)? != Device::default() {
+        return open_base(spec, host);
+    }
     let found = spec.weights.locate(host.world, host.cancel)?;
     let mut all = WHOLE.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(model) = all.get(&found.digest).and_then(Weak::upgrade) {
