@@ -1,6 +1,6 @@
 //! A server on loopback that answers as Google's object store does over its XML API, as far as
 //! the remote cache asks it: objects and ranges of them, writing only what is not there, lists in
-//! pages, uploads in parts. Written after what `object_store` sends and reads; it wants no login.
+//! pages, uploads in parts. Written after what `object_store` sends and reads; it takes any token.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -71,7 +71,7 @@ impl Gcs {
         let mut command = project.command(args);
         command
             .env("GOOGLE_BASE_URL", &self.url)
-            .env("GOOGLE_SKIP_SIGNATURE", "true");
+            .env("GOOGLE_BEARER_TOKEN", "any");
         Run::of(command.output().unwrap())
     }
 
