@@ -10,7 +10,7 @@ const LITTLE: u64 = 1 << 20;
 const EVERY: Duration = Duration::from_secs(60);
 
 /// A file: where, how long, when written.
-type Seen = (PathBuf, u64, SystemTime);
+pub(super) type Seen = (PathBuf, u64, SystemTime);
 
 /// What was sent of a folder.
 pub(super) struct Saving {
@@ -46,7 +46,7 @@ impl Saving {
 }
 
 /// The files below a folder; those that cannot be seen are left out.
-fn seen(folder: &Path) -> Vec<Seen> {
+pub(super) fn seen(folder: &Path) -> Vec<Seen> {
     let mut all = Vec::new();
     let mut left = vec![folder.to_owned()];
     while let Some(folder) = left.pop() {
