@@ -21,7 +21,7 @@ use flowrun_cache::{
 use super::folder::AttemptFolder;
 use super::follow::Growing;
 use super::post::{Environment, Post, Request, exec_with};
-use super::saving::Saving;
+use super::saving::{Saving, Stored};
 use super::shipment::{CACHE, Order, PLACE, Said, Shipment, USER};
 use super::watch::BEAT;
 use crate::runner::exec::{ExecError, Host};
@@ -205,7 +205,7 @@ impl Goods {
             let _ = begun.send(News::Begun(Begun {
                 remote: Arc::clone(&self.remote),
                 completions: self.cache.completions(),
-                store: self.cache.store().clone(),
+                stored: self.stored(),
                 saving: self.saved.clone().map(Saving::new),
                 over: Arc::clone(&self.over),
                 sent: Instant::now(),
@@ -226,9 +226,8 @@ impl Goods {
                     .deliver(&self.cache, &self.attempt, PATIENCE, &stop)
             }
             false => {
-                let store = self.cache.store();
                 if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists()) {
-                    match self.shipment.save(store, saved) {
+                    match save(&self.shipment, &mut self.stored(), saved) {
                         Ok(true) => {}
                         Ok(false) => tracing::warn!("what the step saved last is still written to"),
                         Err(e) => tracing::warn!("what the step saved last is lost: {e}"),
@@ -241,6 +240,11 @@ impl Goods {
         let late = || started.elapsed() > LAST_ANSWERS || self.cancel.is_killed();
         let _ = self.remote.flush(&late, &mut |_| {});
         delivered
+    }
+
+    fn stored(&self) -> Stored {
+        let inputs = self.order.inputs.iter().map(|input| &input.artifact);
+        Stored::new(self.cache.store(), inputs.chain(&self.order.saved))
     }
 
     /// The work is to stop.
@@ -287,7 +291,7 @@ struct Begun {
     remote: Arc<RemoteCache>,
     /// Answers of language models come up here.
     completions: Arc<CompletionCache>,
-    store: ArtifactStore,
+    stored: Stored,
     saving: Option<Saving>,
     /// As that of [`Goods`].
     over: Arc<Mutex<bool>>,
@@ -330,7 +334,7 @@ impl Begun {
         }
         let over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(saving) = self.saving.as_mut().filter(|_| !*over) {
-            saving.pass(|folder| match shipment.save(&self.store, folder) {
+            saving.pass(|folder| match save(shipment, &mut self.stored, folder) {
                 Ok(sent) => sent,
                 Err(e) => {
                     tracing::debug!("what the step saved was not sent: {e}");
@@ -339,6 +343,15 @@ impl Begun {
             });
         }
     }
+}
+
+/// Sends what the step saved; false when it was written to meanwhile: what was sent before stands.
+fn save(shipment: &Shipment, stored: &mut Stored, folder: &Path) -> Result<bool, DepotError> {
+    let Some(artifact) = stored.put(folder)? else {
+        return Ok(false);
+    };
+    shipment.save(stored.store(), &artifact)?;
+    Ok(true)
 }
 
 impl Courier {

@@ -25,7 +25,6 @@ use serde::{Deserialize, Serialize};
 
 use super::folder::AttemptFolder;
 use super::post::Request;
-use super::saving::seen;
 use crate::step::{StepError, StepErrorKind};
 
 /// Version of the notes; both ends must have the same.
@@ -259,18 +258,10 @@ impl Shipment {
         Ok(())
     }
 
-    /// Sends what the step saved for its next attempt; false when it was written to meanwhile,
-    /// and what was sent before still stands.
-    pub(super) fn save(&self, store: &ArtifactStore, folder: &Path) -> Result<bool, DepotError> {
-        let before = seen(folder);
-        let artifact = store.put_path(folder)?;
-        // Its files may be of two moments, which do not go together.
-        if seen(folder) != before {
-            return Ok(false);
-        }
-        self.depot.send(store, vec![artifact.clone()])?;
-        self.depot.write(&self.note("saved"), json(&artifact))?;
-        Ok(true)
+    /// Sends what the step saved for its next attempt.
+    pub(super) fn save(&self, store: &ArtifactStore, saved: &Artifact) -> Result<(), DepotError> {
+        self.depot.send(store, vec![saved.clone()])?;
+        self.depot.write(&self.note("saved"), json(saved))
     }
 
     /// Brings what the step saved into a folder here, if it saved anything. `patience` for a store
@@ -469,7 +460,8 @@ mod tests {
         for text in ["first", "second"] {
             std::fs::create_dir_all(saved.join("inner")).unwrap();
             std::fs::write(saved.join("inner/state"), text).unwrap();
-            assert!(shipment.save(there.store(), &saved).unwrap());
+            let artifact = there.store().put_path(&saved).unwrap();
+            shipment.save(there.store(), &artifact).unwrap();
             keep().unwrap();
             assert!(!kept.join("left over").exists(), "it is as it was saved");
             let state = kept.join("inner/state");
