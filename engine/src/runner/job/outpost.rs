@@ -469,8 +469,37 @@ impl Telling {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn much_is_said_in_rounds_and_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = RemoteOptions {
+            url: format!("file://{}", dir.path().join("store").display()),
+            read_only: false,
+            env: BTreeMap::new(),
+        };
+        let depot = Depot::open(&options, dir.path()).unwrap();
+        let shipment = Shipment::new(&Arc::new(depot), "id");
+        let attempt = AttemptFolder::at(dir.path().join("job"));
+        attempt.make().unwrap();
+        std::fs::write(attempt.log(), vec![b'x'; (AT_ONCE << 20) + 1]).unwrap();
+        let mut telling = Telling {
+            shipment: shipment.clone(),
+            messages: Growing::new(attempt.messages()),
+            log: Growing::new(attempt.log()),
+            unsaid: None,
+            next: 1,
+            beat: 0,
+        };
+        assert!(telling.tell().unwrap(), "there is more");
+        assert!(!telling.tell().unwrap());
+        let last = AT_ONCE as u64 + 1;
+        assert_eq!(shipment.said(last).unwrap().unwrap().log, b"x");
+        assert!(shipment.said(last + 1).unwrap().is_none());
+    }
 
     #[test]
     fn paths_of_an_order_are_those_of_this_machine() {
