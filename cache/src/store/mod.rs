@@ -345,6 +345,19 @@ impl ArtifactStore {
         Ok(all)
     }
 
+    /// Removes an object, if it is there: for whoever has the store alone and knows that nothing
+    /// needs the object any more.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn remove(&self, digest: &Digest) -> Result<(), CacheError> {
+        let path = self.object_path(digest);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(CacheError::io(&path, e)),
+            _ => Ok(()),
+        }
+    }
+
     /// Hashes one object.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use super::ArtifactStore;
 use super::place::Placement;
 use crate::artifact::{Artifact, ArtifactKind};
 use crate::error::CacheError;
+use crate::filesystem::{FileSystem, Reach};
 
 /// What the name of a folder begins with in which something is staged.
 const PREFIX: &str = ".flowrun-";
@@ -191,7 +192,8 @@ fn hold(staging: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Removes what programs that were killed staged in a folder. Each program looks once.
+/// Removes what programs that were killed staged in a folder. Each program looks once. Where the
+/// lock of another machine may not be seen, all stays: somebody there may be staging.
 fn sweep(folder: &Path) {
     static SWEPT: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
     let mut swept = SWEPT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -199,6 +201,9 @@ fn sweep(folder: &Path) {
         return;
     }
     drop(swept);
+    if FileSystem::of(folder).is_some_and(|there| !is_seen_by_all(there.reach)) {
+        return;
+    }
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name();
         if name.as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_left(&entry.path()) {
@@ -206,6 +211,11 @@ fn sweep(folder: &Path) {
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// No lock of another machine is overlooked.
+fn is_seen_by_all(reach: Reach) -> bool {
+    matches!(reach, Reach::Local | Reach::All)
 }
 
 /// Whoever staged there is gone.

@@ -174,7 +174,12 @@ impl Worker {
         std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
         // Links, modes and empty folders stay, unless the cache is on another file system.
         let moved = std::fs::rename(dest, &to).is_ok();
-        if !moved {
+        if !moved && dest.is_symlink() && !dest.exists() {
+            // Of a link that leads nowhere there is nothing else to keep.
+            let kept = std::fs::read_link(dest);
+            kept.and_then(|target| std::os::unix::fs::symlink(target, &to))
+                .map_err(|e| StepError::io(&to, &e))?;
+        } else if !moved {
             let kept = store.put_path(dest).map_err(|e| not_kept(dest, &e))?;
             store
                 .materialize(&kept, &to)

@@ -67,10 +67,10 @@ impl Collector {
         }
     }
 
-    /// Reads all that is there.
-    pub(super) fn catch_up(&mut self) {
+    /// Reads all that is there, unless `stop` says so meanwhile.
+    pub(super) fn catch_up(&mut self, stop: &dyn Fn() -> bool) {
         self.look_now();
-        while self.behind {
+        while self.behind && !stop() {
             self.look_now();
         }
     }
@@ -99,8 +99,12 @@ impl Collector {
             };
             self.lives(said.beat).map_err(here)?;
             // What it printed comes before its response.
-            append(&self.attempt.log(), &said.log).map_err(here)?;
-            append(&self.attempt.messages(), &said.messages).map_err(here)?;
+            let log = append(&self.attempt.log(), &said.log).map_err(here)?;
+            if let Err(error) = append(&self.attempt.messages(), &said.messages) {
+                // The note is read again.
+                log.take_back();
+                return Err(here(error));
+            }
             self.next += 1;
         }
         self.behind = true;
@@ -120,10 +124,44 @@ impl Collector {
     }
 }
 
-fn append(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    if bytes.is_empty() {
-        return Ok(());
+/// What was added to a file.
+struct Added {
+    file: File,
+    /// Its length before.
+    before: u64,
+}
+
+impl Added {
+    fn take_back(&self) {
+        // What was read of it meanwhile is what comes again.
+        let _ = self.file.set_len(self.before);
     }
-    let mut file = File::options().create(true).append(true).open(path)?;
-    file.write_all(bytes)
+}
+
+/// All of it or nothing.
+fn append(path: &Path, bytes: &[u8]) -> io::Result<Added> {
+    let file = File::options().create(true).append(true).open(path)?;
+    let before = file.metadata()?.len();
+    let added = Added { file, before };
+    if let Err(error) = (&added.file).write_all(bytes) {
+        added.take_back();
+        return Err(error);
+    }
+    Ok(added)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_added_can_be_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        append(&path, b"one").unwrap();
+        append(&path, b"two").unwrap().take_back();
+        append(&path, b"three").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"onethree");
+    }
 }

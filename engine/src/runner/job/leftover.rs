@@ -17,7 +17,8 @@ use super::shipment::Shipment;
 use super::watch::SILENCE;
 use crate::step::{Cancel, StepError, StepReporter};
 
-/// Longest wait for work that was asked to stop and shows that it goes on.
+/// Longest wait for work that was asked to stop and shows that it goes on, and for a store that
+/// does not answer.
 const LONGEST: Duration = Duration::from_secs(60);
 /// Wait between two looks into its folder.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -52,7 +53,8 @@ pub(crate) fn end(
             depot.as_ref(),
             &|shipment| {
                 let (cache, folder) = keep;
-                if let Err(error) = shipment.keep(cache, folder) {
+                let stop = || cancel.is_cancelled();
+                if let Err(error) = shipment.keep(cache, folder, LONGEST, &stop) {
                     reporter.warning(&format!("what the step saved cannot be kept: {error}"));
                 }
             },

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,18 +21,20 @@ use flowrun_cache::{
 use super::folder::AttemptFolder;
 use super::follow::Growing;
 use super::post::{Environment, Post, Request, exec_with};
-use super::saving::Saving;
+use super::saving::{Saving, Stored};
 use super::shipment::{CACHE, Order, PLACE, Said, Shipment, USER};
 use super::watch::BEAT;
 use crate::runner::exec::{ExecError, Host};
 use crate::step::{Cancel, StepError};
 
-/// How long a store that does not answer is waited for at the end of the work.
+/// How long a store that does not answer is waited for at the beginning and the end of the work.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How long the last answers of language models may take.
 const LAST_ANSWERS: Duration = Duration::from_secs(60);
 /// How often answers of language models are sent: what is killed loses no more.
 const ANSWERS_EVERY: Duration = Duration::from_secs(30);
+/// Notes that are written at once at most: the job may not be wanted any more.
+const AT_ONCE: usize = 16;
 
 /// What an [`Outpost`] has of its own.
 pub struct Ground<'a> {
@@ -64,6 +66,8 @@ pub(super) struct Goods {
     /// Where the step saves what its next attempt can go on from.
     saved: Option<PathBuf>,
     cancel: Cancel,
+    /// Held while something is sent of what the step saves; true once the work is over.
+    over: Arc<Mutex<bool>>,
     /// Hears that the work begins.
     begun: Option<Sender<News>>,
 }
@@ -144,6 +148,7 @@ impl Outpost {
                 lacks,
                 saved,
                 cancel: cancel.clone(),
+                over: Arc::default(),
                 begun: None,
             },
             courier,
@@ -191,15 +196,18 @@ impl Goods {
         }
         let place = self.attempt.place();
         let saved = self.saved.as_deref();
+        let (cache, order) = (&self.cache, &self.order);
+        let stop = || self.is_unwanted();
         self.shipment
-            .fetch(&self.cache, &self.order, &place, saved)?;
+            .fetch(cache, order, &place, saved, PATIENCE, &stop)?;
         if let Some(begun) = &self.begun {
             // It listens until it is told of the end.
             let _ = begun.send(News::Begun(Begun {
                 remote: Arc::clone(&self.remote),
                 completions: self.cache.completions(),
-                store: self.cache.store().clone(),
+                stored: self.stored(),
                 saving: self.saved.clone().map(Saving::new),
+                over: Arc::clone(&self.over),
                 sent: Instant::now(),
             }));
         }
@@ -208,18 +216,22 @@ impl Goods {
 
     /// Sends what the work made, if it ended `well`, and the answers that were paid for in any case.
     pub(super) fn deliver(&self, well: bool) -> Result<(), StepError> {
+        // What is under way of what the step saved comes before what it saved last.
+        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.remote.send_answers(&self.cache.completions());
         let delivered = match well {
             true => {
-                let stop = || self.cancel.is_cancelled();
+                let stop = || self.is_unwanted();
                 self.shipment
                     .deliver(&self.cache, &self.attempt, PATIENCE, &stop)
             }
             false => {
-                if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists())
-                    && let Err(e) = self.shipment.save(self.cache.store(), saved)
-                {
-                    tracing::warn!("what the step saved is lost: {e}");
+                if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists()) {
+                    match save(&self.shipment, &mut self.stored(), saved) {
+                        Ok(true) => {}
+                        Ok(false) => tracing::warn!("what the step saved last is still written to"),
+                        Err(e) => tracing::warn!("what the step saved last is lost: {e}"),
+                    }
                 }
                 Ok(())
             }
@@ -228,6 +240,16 @@ impl Goods {
         let late = || started.elapsed() > LAST_ANSWERS || self.cancel.is_killed();
         let _ = self.remote.flush(&late, &mut |_| {});
         delivered
+    }
+
+    fn stored(&self) -> Stored {
+        let inputs = self.order.inputs.iter().map(|input| &input.artifact);
+        Stored::new(self.cache.store(), inputs.chain(&self.order.saved))
+    }
+
+    /// The work is to stop.
+    fn is_unwanted(&self) -> bool {
+        self.cancel.is_cancelled() || self.attempt.is_cancelled()
     }
 
     /// The objects that this end has.
@@ -269,10 +291,38 @@ struct Begun {
     remote: Arc<RemoteCache>,
     /// Answers of language models come up here.
     completions: Arc<CompletionCache>,
-    store: ArtifactStore,
+    stored: Stored,
     saving: Option<Saving>,
+    /// As that of [`Goods`].
+    over: Arc<Mutex<bool>>,
     /// When answers were last sent.
     sent: Instant,
+}
+
+/// Sends what the work leaves on its way, in a thread of its own: large files take long, and
+/// somebody has to show life meanwhile.
+struct Passing {
+    /// Nothing is ever told: it is over when this is gone.
+    over: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Passing {
+    fn start(mut begun: Begun, shipment: Shipment) -> Self {
+        let (over, hears) = channel();
+        let thread = std::thread::spawn(move || {
+            while hears.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+                begun.pass(&shipment);
+            }
+        });
+        Self { over, thread }
+    }
+
+    /// Returns when nothing more is sent.
+    fn end(self) {
+        drop(self.over);
+        let _ = self.thread.join();
+    }
 }
 
 impl Begun {
@@ -282,9 +332,10 @@ impl Begun {
             self.sent = Instant::now();
             self.remote.send_answers(&self.completions);
         }
-        if let Some(saving) = &mut self.saving {
-            saving.pass(|folder| match shipment.save(&self.store, folder) {
-                Ok(()) => true,
+        let over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(saving) = self.saving.as_mut().filter(|_| !*over) {
+            saving.pass(|folder| match save(shipment, &mut self.stored, folder) {
+                Ok(sent) => sent,
                 Err(e) => {
                     tracing::debug!("what the step saved was not sent: {e}");
                     false
@@ -292,6 +343,15 @@ impl Begun {
             });
         }
     }
+}
+
+/// Sends what the step saved; false when it was written to meanwhile: what was sent before stands.
+fn save(shipment: &Shipment, stored: &mut Stored, folder: &Path) -> Result<bool, DepotError> {
+    let Some(artifact) = stored.put(folder)? else {
+        return Ok(false);
+    };
+    shipment.save(stored.store(), &artifact)?;
+    Ok(true)
 }
 
 impl Courier {
@@ -330,30 +390,35 @@ struct Telling {
 
 impl Telling {
     fn until_the_end(&mut self, attempt: &AttemptFolder, hears: &Receiver<News>) {
-        let mut begun: Option<Begun> = None;
+        let mut passing = None;
         loop {
-            if let Err(e) = self.tell() {
+            let more = self.tell().unwrap_or_else(|e| {
                 tracing::debug!("nothing can be said: {e}");
-            }
+                false
+            });
             if self.shipment.is_withdrawn().unwrap_or(false) {
                 attempt.cancel();
             }
-            if let Some(begun) = &mut begun {
-                begun.pass(&self.shipment);
-            }
-            match hears.recv_timeout(BEAT) {
-                Ok(News::Begun(work)) => begun = Some(work),
+            let pause = match more {
+                true => Duration::ZERO,
+                false => BEAT,
+            };
+            match hears.recv_timeout(pause) {
+                Ok(News::Begun(work)) => {
+                    passing = Some(Passing::start(work, self.shipment.clone()));
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(News::End) | Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        let started = Instant::now();
-        while let Err(e) = self.tell() {
-            if !e.passes() || started.elapsed() > PATIENCE {
-                tracing::warn!("the response cannot be given: {e}");
-                return;
-            }
-            std::thread::sleep(BEAT);
+        let said = self.tell_all();
+        // It writes notes too.
+        if let Some(passing) = passing {
+            passing.end();
+        }
+        if let Err(e) = said {
+            tracing::warn!("the response cannot be given: {e}");
+            return;
         }
         // What was said after the runner had tidied up is heard by nobody.
         if self.shipment.is_gone().unwrap_or(false) {
@@ -361,11 +426,24 @@ impl Telling {
         }
     }
 
-    /// Says what is new, or that somebody is here.
-    fn tell(&mut self) -> Result<(), DepotError> {
+    /// Says all that is left, with patience.
+    fn tell_all(&mut self) -> Result<(), DepotError> {
+        let started = Instant::now();
+        loop {
+            match self.tell() {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(e) if !e.passes() || started.elapsed() > PATIENCE => return Err(e),
+                Err(_) => std::thread::sleep(BEAT),
+            }
+        }
+    }
+
+    /// Says what is new, or that somebody is here; true when there may be more to say.
+    fn tell(&mut self) -> Result<bool, DepotError> {
         self.beat += 1;
         let before = self.next;
-        loop {
+        for _ in 0..AT_ONCE {
             if self.unsaid.is_none() {
                 let said = Said {
                     beat: self.beat,
@@ -373,7 +451,10 @@ impl Telling {
                     log: self.log.more().unwrap_or_default(),
                 };
                 if said.messages.is_empty() && said.log.is_empty() {
-                    break;
+                    if self.next == before {
+                        self.shipment.show_life(self.beat)?;
+                    }
+                    return Ok(false);
                 }
                 self.unsaid = Some(said.to_bytes());
             }
@@ -383,16 +464,42 @@ impl Telling {
                 self.unsaid = None;
             }
         }
-        if self.next == before {
-            self.shipment.show_life(self.beat)?;
-        }
-        Ok(())
+        Ok(true)
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn much_is_said_in_rounds_and_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = RemoteOptions {
+            url: format!("file://{}", dir.path().join("store").display()),
+            read_only: false,
+            env: BTreeMap::new(),
+        };
+        let depot = Depot::open(&options, dir.path()).unwrap();
+        let shipment = Shipment::new(&Arc::new(depot), "id");
+        let attempt = AttemptFolder::at(dir.path().join("job"));
+        attempt.make().unwrap();
+        std::fs::write(attempt.log(), vec![b'x'; (AT_ONCE << 20) + 1]).unwrap();
+        let mut telling = Telling {
+            shipment: shipment.clone(),
+            messages: Growing::new(attempt.messages()),
+            log: Growing::new(attempt.log()),
+            unsaid: None,
+            next: 1,
+            beat: 0,
+        };
+        assert!(telling.tell().unwrap(), "there is more");
+        assert!(!telling.tell().unwrap());
+        let last = AT_ONCE as u64 + 1;
+        assert_eq!(shipment.said(last).unwrap().unwrap().log, b"x");
+        assert!(shipment.said(last + 1).unwrap().is_none());
+    }
 
     #[test]
     fn paths_of_an_order_are_those_of_this_machine() {

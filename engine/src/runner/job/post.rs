@@ -244,6 +244,11 @@ pub(super) fn exec_with(
         }
     };
     let result = fetched.and_then(|()| work_on());
+    if goods.is_some() {
+        // The work has stopped if it was asked to. What it made may be large: who carries it shows
+        // life by itself, and looks whether it is still wanted.
+        let _ = ended.send(());
+    }
     let delivered = goods.map_or(Ok(()), |goods| goods.deliver(result.is_ok()));
     let result = result.and_then(|outcome| delivered.map(|()| outcome));
     let well = result.is_ok();
@@ -264,7 +269,7 @@ pub(super) fn exec_with(
     };
     teller.writer.write(&response)?;
     response_is_kept.sync_data()?;
-    // Nobody waits for it any more when the work was abandoned.
+    // Nobody waits for it any more when the work was abandoned, or its end was told before.
     let _ = ended.send(());
     Ok(well)
 }

@@ -132,13 +132,19 @@ impl Remote {
     pub(crate) fn run(&self, errand: &Errand<'_>) -> Result<StepOutcome, StepError> {
         let folder = JobFolder::at(errand.folder.clone());
         let result = self.through(errand, &folder);
+        let ended_well = result.is_ok();
         let result = result.and_then(|(attempt, outcome)| {
             let made = attempt.place().join("out");
             // Linked, not moved: while the response stands, so does what it speaks of.
             link_all(&made, &errand.place.join("out")).map_err(|e| StepError::io(&made, &e))?;
             Ok(outcome)
         });
+        let ordered = folder.ordered().filter(|_| ended_well);
         folder.remove();
+        // What a kill leaves of a result that was not taken yet can be had again.
+        if let (Some(way), Some(ordered)) = (&self.way, ordered) {
+            clear(errand, &way.shipment(&ordered.id), &ordered.id);
+        }
         result
     }
 
@@ -220,7 +226,7 @@ impl Remote {
             if shipment.is_gone().unwrap_or(false) {
                 return false;
             }
-            Collector::new(shipment, attempt).catch_up();
+            Collector::new(shipment, attempt).catch_up(&|| errand.cancel.is_cancelled());
         }
         if let Some(answer) = leftover::answer(attempt) {
             return answer.is_ok() && !errand.afresh;
@@ -293,10 +299,12 @@ impl Remote {
             } else {
                 self.keep(errand, shipment);
             }
-            // What stays there serves nobody, and is small.
-            if let Err(error) = shipment.clear() {
-                let text = format!("notes of the job {id} stay in the remote store: {error}");
-                errand.reporter.log(&text);
+            let is_answered = matches!(ended, Ended::Answered(_));
+            // The notes of one that ended well stay until its result is taken.
+            let stay = matches!(ended, Ended::Answered(Ok(_)));
+            if !stay && !clear(errand, shipment, id) && !is_answered {
+                // It does not learn from the store that nobody hears of it any more.
+                let _ = self.system.stop(id);
             }
         }
         ended
@@ -540,6 +548,17 @@ pub(super) fn forget(system: &dyn JobSystem, over: &mut Vec<String>) -> bool {
         }
     });
     answers
+}
+
+/// Removes the notes of a job from the remote store; false when they stay.
+fn clear(errand: &Errand<'_>, shipment: &Shipment, id: &str) -> bool {
+    let cleared = shipment.clear();
+    if let Err(error) = &cleared {
+        // What stays there serves nobody, and is small.
+        let text = format!("notes of the job {id} stay in the remote store: {error}");
+        errand.reporter.log(&text);
+    }
+    cleared.is_ok()
 }
 
 /// The other end was told to stop, and not by this runner: a preempted job, a drained node.

@@ -1,8 +1,12 @@
 //! [`Saving`]: when what a step saved for its next attempt is worth sending to a remote store: a
-//! little at once, because it may say what was paid for; much from time to time.
+//! little at once, because it may say what was paid for; much from time to time. [`Stored`]: what
+//! it takes of the store here.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
+
+use flowrun_cache::{Artifact, ArtifactStore, CacheError, Digest};
 
 /// Bytes that are sent whenever they changed.
 const LITTLE: u64 = 1 << 20;
@@ -45,6 +49,54 @@ impl Saving {
     }
 }
 
+/// What was saved, in the store of a worker, which nobody else uses: of each time only the last
+/// stays.
+pub(super) struct Stored {
+    store: ArtifactStore,
+    /// Objects that are there for something else.
+    others: BTreeSet<Digest>,
+    last: BTreeSet<Digest>,
+}
+
+impl Stored {
+    /// Nothing yet; the objects of `others` are not removed.
+    pub(super) fn new<'a>(
+        store: &ArtifactStore,
+        others: impl IntoIterator<Item = &'a Artifact>,
+    ) -> Self {
+        let others = others.into_iter();
+        let others = others.flat_map(|artifact| store.parts(artifact).unwrap_or_default());
+        Self {
+            store: store.clone(),
+            others: others.collect(),
+            last: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn store(&self) -> &ArtifactStore {
+        &self.store
+    }
+
+    /// Stores the folder, in place of what was stored before; `None` when it was written to
+    /// meanwhile: its files may be of two moments, which do not go together.
+    ///
+    /// # Errors
+    /// When something cannot be read or written.
+    pub(super) fn put(&mut self, folder: &Path) -> Result<Option<Artifact>, CacheError> {
+        let before = seen(folder);
+        let artifact = self.store.put_path(folder)?;
+        let parts: BTreeSet<Digest> = self.store.parts(&artifact)?.into_iter().collect();
+        for old in self.last.difference(&parts) {
+            if !self.others.contains(old) {
+                // What stays takes room, and goes with the store.
+                let _ = self.store.remove(old);
+            }
+        }
+        self.last = parts;
+        Ok((seen(folder) == before).then_some(artifact))
+    }
+}
+
 /// The files below a folder; those that cannot be seen are left out.
 fn seen(folder: &Path) -> Vec<Seen> {
     let mut all = Vec::new();
@@ -68,7 +120,38 @@ fn seen(folder: &Path) -> Vec<Seen> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use flowrun_cache::{Cache, LockWait, OpenOptions};
+
     use super::*;
+
+    #[test]
+    fn of_what_was_saved_only_the_last_is_stored_and_nothing_else_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = OpenOptions {
+            wait: LockWait::NoWait,
+            command: "test".to_owned(),
+            on_wait: None,
+        };
+        let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
+        let store = cache.store();
+        let input = store.put_bytes(b"input").unwrap();
+        let mut stored = Stored::new(store, [&input]);
+        let folder = dir.path().join("saved");
+        std::fs::create_dir(&folder).unwrap();
+        let mut put = |state: &str| {
+            std::fs::write(folder.join("same"), "same").unwrap();
+            std::fs::write(folder.join("state"), state).unwrap();
+            stored.put(&folder).unwrap().unwrap()
+        };
+        let first = put("input");
+        let second = put("second");
+        let third = put("third");
+        store.verify(&input).unwrap();
+        store.verify(&third).unwrap();
+        assert!(!store.contains(&first) && !store.contains(&second));
+        let gone = Digest::of_bytes(b"second");
+        assert!(!store.object_path(&gone).exists());
+    }
 
     #[test]
     fn a_little_is_sent_whenever_it_changed_and_much_from_time_to_time() {

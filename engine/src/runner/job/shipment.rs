@@ -224,15 +224,22 @@ impl Shipment {
     }
 
     /// Gets what the work reads, and places it; what an earlier attempt saved comes to `saved`.
+    /// `patience` for a store that does not answer.
     pub(super) fn fetch(
         &self,
         cache: &Cache,
         order: &Order,
         place: &Path,
         saved: Option<&Path>,
+        patience: Duration,
+        stop: &dyn Fn() -> bool,
     ) -> Result<(), StepError> {
+        let get = |artifact: &Artifact| {
+            let got = patiently(patience, stop, || self.depot.get(cache, artifact));
+            got.map_err(step_error)
+        };
         if let (Some(artifact), Some(path)) = (&order.saved, saved) {
-            self.depot.get(cache, artifact).map_err(step_error)?;
+            get(artifact)?;
             copy(cache, artifact, path)?;
         }
         for folder in &order.folders {
@@ -244,7 +251,7 @@ impl Shipment {
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
             }
-            self.depot.get(cache, &input.artifact).map_err(step_error)?;
+            get(&input.artifact)?;
             let placed = cache.store().link_read_only(&input.artifact, &path);
             placed.map_err(|e| StepError::failed(e.to_string()))?;
         }
@@ -252,21 +259,27 @@ impl Shipment {
     }
 
     /// Sends what the step saved for its next attempt.
-    pub(super) fn save(&self, store: &ArtifactStore, folder: &Path) -> Result<(), DepotError> {
-        // It may be written to at this moment: then it is damaged, and the next time is soon.
-        let artifact = store.put_path(folder)?;
-        self.depot.send(store, vec![artifact.clone()])?;
-        self.depot.write(&self.note("saved"), json(&artifact))
+    pub(super) fn save(&self, store: &ArtifactStore, saved: &Artifact) -> Result<(), DepotError> {
+        self.depot.send(store, vec![saved.clone()])?;
+        self.depot.write(&self.note("saved"), json(saved))
     }
 
-    /// Brings what the step saved into a folder here, if it saved anything.
-    pub(super) fn keep(&self, cache: &Cache, folder: &Path) -> Result<(), StepError> {
-        let saved = self.depot.read(&self.note("saved")).map_err(step_error)?;
-        let Some(saved) = saved else {
+    /// Brings what the step saved into a folder here, if it saved anything. `patience` for a store
+    /// that does not answer.
+    pub(super) fn keep(
+        &self,
+        cache: &Cache,
+        folder: &Path,
+        patience: Duration,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), StepError> {
+        let saved = patiently(patience, stop, || self.depot.read(&self.note("saved")));
+        let Some(saved) = saved.map_err(step_error)? else {
             return Ok(());
         };
         let artifact: Artifact = parse(&saved).map_err(StepError::failed)?;
-        self.depot.get(cache, &artifact).map_err(step_error)?;
+        let got = patiently(patience, stop, || self.depot.get(cache, &artifact));
+        got.map_err(step_error)?;
         copy(cache, &artifact, folder)
     }
 
@@ -385,12 +398,6 @@ fn copy(cache: &Cache, artifact: &Artifact, path: &Path) -> Result<(), StepError
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(|e| StepError::io(parent, &e))?;
     }
-    match std::fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(StepError::io(path, &error));
-        }
-        _ => {}
-    }
     let placed = cache.store().materialize(artifact, path);
     placed.map_err(|e| StepError::failed(e.to_string()))
 }
@@ -447,19 +454,23 @@ mod tests {
         let depot = Arc::new(Depot::open(&options, here.dir()).unwrap());
         let shipment = Shipment::new(&depot, "id");
         let (saved, kept) = (dir.path().join("saved"), dir.path().join("deep/kept"));
-        shipment.keep(&here, &kept).unwrap();
+        let keep = || shipment.keep(&here, &kept, Duration::ZERO, &|| false);
+        keep().unwrap();
         assert!(!kept.exists(), "nothing was saved");
         for text in ["first", "second"] {
             std::fs::create_dir_all(saved.join("inner")).unwrap();
             std::fs::write(saved.join("inner/state"), text).unwrap();
-            shipment.save(there.store(), &saved).unwrap();
-            shipment.keep(&here, &kept).unwrap();
+            let artifact = there.store().put_path(&saved).unwrap();
+            shipment.save(there.store(), &artifact).unwrap();
+            keep().unwrap();
+            assert!(!kept.join("left over").exists(), "it is as it was saved");
             let state = kept.join("inner/state");
             assert_eq!(std::fs::read_to_string(&state).unwrap(), text);
             std::fs::write(&state, "goes on").unwrap();
+            std::fs::write(kept.join("left over"), "").unwrap();
         }
         shipment.clear().unwrap();
-        shipment.keep(&here, &kept).unwrap();
+        keep().unwrap();
         let state = std::fs::read_to_string(kept.join("inner/state")).unwrap();
         assert_eq!(state, "goes on", "what is here stays");
     }

@@ -116,7 +116,9 @@ impl Remote {
         let Some(way) = &self.way else {
             return;
         };
-        if let Err(error) = shipment.keep(&way.cache, &errand.saved) {
+        let patience = Duration::from_secs(self.settings.patience);
+        let stop = || errand.cancel.is_cancelled();
+        if let Err(error) = shipment.keep(&way.cache, &errand.saved, patience, &stop) {
             let text = format!("what the step saved cannot be kept: {error}");
             errand.reporter.warning(&text);
         }
