@@ -279,7 +279,7 @@ impl Service {
                 let mut events = Vec::with_capacity(asks.len());
                 for ask in asks {
                     let asked = engine.ask(model.clone(), ask).await;
-                    events.push(asked.map_err(Problem::from)?);
+                    events.push(asked.map_err(|_| Refused::Down)?);
                 }
                 Ok(events)
             }

@@ -367,6 +367,27 @@ fn completion(answer: &Result<Generated, ModelError>) -> Result<Completion, LmEr
         }),
         Err(ModelError::Cancelled) => Err(LmError::Cancelled),
         Err(ModelError::TooLong(why)) => Err(LmError::TooLong(why.clone())),
+        Err(error @ (ModelError::Device(_) | ModelError::NoDevice(_))) => {
+            Err(LmError::Barred(error.to_string()))
+        }
         Err(error) => Err(LmError::Rejected(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_fails_is_no_answer_of_the_models() {
+        for error in [
+            ModelError::Device("lost".to_owned()),
+            ModelError::NoDevice("lost".to_owned()),
+        ] {
+            let barred = LmError::Barred("GPU: lost".to_owned());
+            assert_eq!(completion(&Err(error)), Err(barred));
+        }
+        let bad = completion(&Err(ModelError::Request("bad".to_owned())));
+        assert_eq!(bad, Err(LmError::Rejected("bad".to_owned())));
     }
 }
