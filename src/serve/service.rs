@@ -311,6 +311,10 @@ impl Service {
         if ask.top_p < 1.0 {
             return Err(Problem::unsupported("`top_p`"));
         }
+        if !ask.chat_template_kwargs.is_empty() {
+            let field = "chat_template_kwargs";
+            return Err(Problem::unsupported(&format!("`{field}`")).of(field));
+        }
         let request = Request {
             messages,
             sampling: ask.sampling,
