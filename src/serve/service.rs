@@ -271,6 +271,7 @@ impl Service {
         asks: Vec<Ask>,
     ) -> Result<Vec<Events>, Problem> {
         match &self.backend {
+            Backend::Engine { engine, .. } if !engine.is_up() => Err(Refused::Down.into()),
             Backend::Engine { engine, .. } => {
                 let (name, of) = (id.to_owned(), engine.clone());
                 // An adapter may have to be read from disk.
@@ -363,6 +364,9 @@ impl Service {
         let done = match &self.backend {
             Backend::Engine { program: None, .. } => {
                 return Err(Problem::no_program());
+            }
+            Backend::Engine { engine, .. } if !engine.is_up() => {
+                return Err(Refused::Down.into());
             }
             Backend::Engine {
                 engine,
