@@ -10,6 +10,7 @@ mod serve;
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Args as ClapArgs, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -208,7 +209,7 @@ pub(crate) struct GlobalArgs {
     /// f32), `cuda-tf32` (the same, faster and less exact), or `auto` (a GPU where there is one).
     /// Needs a build with the feature `cuda`.
     #[arg(long, global = true, value_name = "DEVICE", env = "FLOWRUN_DEVICE",
-        value_parser = ["cpu", "cuda", "cuda-tf32", "auto"])]
+        value_parser = devices())]
     pub(crate) device: Option<String>,
     /// Use no network.
     #[arg(long, global = true)]
@@ -225,6 +226,13 @@ pub(crate) struct GlobalArgs {
     /// Say only what went wrong.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
+}
+
+/// The words for devices. A variable that is there and empty says nothing.
+fn devices() -> PossibleValuesParser {
+    let nothing = PossibleValue::new("").hide(true);
+    let names = ["cpu", "cuda", "cuda-tf32", "auto"].map(PossibleValue::new);
+    PossibleValuesParser::new(names.into_iter().chain([nothing]))
 }
 
 #[derive(Debug, ClapArgs)]

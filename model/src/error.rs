@@ -61,10 +61,11 @@ pub enum ModelError {
         /// What happened, and the remedy.
         reason: String,
     },
-    /// The GPU that was asked for cannot be had, or does not hold the model.
+    /// The GPU that was asked for cannot be had, or has too little memory for the model or for what
+    /// is under way; other work may go on.
     #[error("GPU: {0}")]
     NoDevice(String),
-    /// The GPU failed at work.
+    /// The GPU failed at work. It fails at all that follows in this process.
     #[error("GPU: {0}")]
     Device(String),
     /// The caller asked to stop.
@@ -88,5 +89,30 @@ impl ModelError {
             path: path.into(),
             reason: reason.to_string(),
         }
+    }
+
+    /// The same for another request that it struck. Where the device is not to blame, the message
+    /// is all that is left.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::NoDevice(why) => Self::NoDevice(why.clone()),
+            Self::Device(why) => Self::Device(why.clone()),
+            other => Self::Request(other.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_fails_several_requests_is_to_blame_for_each() {
+        let failed = ModelError::Device("lost".to_owned()).again();
+        assert!(matches!(failed, ModelError::Device(why) if why == "lost"));
+        let full = ModelError::NoDevice("full".to_owned()).again();
+        assert!(matches!(full, ModelError::NoDevice(why) if why == "full"));
+        let other = ModelError::Tokenizer("no".to_owned()).again();
+        assert!(matches!(other, ModelError::Request(why) if why == "tokenizer: no"));
     }
 }

@@ -227,7 +227,8 @@ fn remote(global: &GlobalArgs) -> Option<Finding> {
 
 /// Where models compute, when that was said.
 fn device(global: &GlobalArgs) -> Option<Finding> {
-    let asked = global.device.as_deref().filter(|asked| *asked != "cpu")?;
+    let asked = global.device.as_deref();
+    let asked = asked.filter(|asked| !matches!(*asked, "" | "cpu"))?;
     Some(match gpu(asked) {
         Ok(Some(name)) => Finding::ok("device", name),
         Ok(None) => Finding::ok("device", "the processor: no GPU can be used"),

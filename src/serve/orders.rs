@@ -72,7 +72,7 @@ pub(super) trait Order: Clone + Serialize + DeserializeOwned {
     fn has_ended(&self) -> bool;
     /// It is under way from now on.
     fn begin(&mut self);
-    /// Another server takes charge of it, after the end of the one that had it.
+    /// Another server takes charge of it, after the end of the one that had it; it may end then.
     fn resume(&mut self) {}
     /// It is to end. One that is under way is also told by [`Order::stop`].
     fn cancel(&mut self, under_way: bool);
@@ -127,7 +127,13 @@ impl<T: Order> Orders<T> {
         let mut state = self.state();
         state.all = read_all(&self.folder, true)?;
         state.mine = true;
-        state.all.values_mut().for_each(T::resume);
+        for order in state.all.values_mut() {
+            let was_open = !order.has_ended();
+            order.resume();
+            if was_open && order.has_ended() {
+                self.keep_or_say(order);
+            }
+        }
         self.forget_the_oldest(&mut state);
         Ok(())
     }
@@ -509,6 +515,10 @@ mod tests {
             self.begun += 1;
         }
 
+        fn resume(&mut self) {
+            self.ended |= self.begun >= 3;
+        }
+
         fn cancel(&mut self, under_way: bool) {
             self.ended = !under_way;
         }
@@ -650,6 +660,18 @@ mod tests {
         end().unwrap();
         assert!(orders.get(&id).unwrap().ended);
         assert!(mine(&folder).get(&id).unwrap().ended);
+    }
+
+    #[test]
+    fn what_ends_as_a_server_takes_charge_has_ended_on_disk_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = mine(dir.path());
+        let id = add(&first, 1);
+        first.change(&id, |errand| errand.begun = 3);
+        let second = open(dir.path());
+        assert!(!second.get(&id).unwrap().ended);
+        first.take_over().unwrap();
+        assert!(second.get(&id).unwrap().ended);
     }
 
     #[test]

@@ -202,6 +202,8 @@ impl From<ModelsError> for Problem {
                 .of("lora_name")
                 .code("too_many_adapters"),
             ModelsError::Unusable(why) => Self::bad(why).code("invalid_adapter"),
+            ModelsError::NoRoom(why) => Self::new(StatusCode::BAD_GATEWAY, why),
+            ModelsError::Down(why) => Self::new(StatusCode::SERVICE_UNAVAILABLE, why),
         }
     }
 }

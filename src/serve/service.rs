@@ -271,6 +271,7 @@ impl Service {
         asks: Vec<Ask>,
     ) -> Result<Vec<Events>, Problem> {
         match &self.backend {
+            Backend::Engine { engine, .. } if !engine.is_up() => Err(Refused::Down.into()),
             Backend::Engine { engine, .. } => {
                 let (name, of) = (id.to_owned(), engine.clone());
                 // An adapter may have to be read from disk.
@@ -279,7 +280,7 @@ impl Service {
                 let mut events = Vec::with_capacity(asks.len());
                 for ask in asks {
                     let asked = engine.ask(model.clone(), ask).await;
-                    events.push(asked.map_err(Problem::from)?);
+                    events.push(asked.map_err(|_| Refused::Down)?);
                 }
                 Ok(events)
             }
@@ -310,6 +311,10 @@ impl Service {
         }
         if ask.top_p < 1.0 {
             return Err(Problem::unsupported("`top_p`"));
+        }
+        if !ask.chat_template_kwargs.is_empty() {
+            let field = "chat_template_kwargs";
+            return Err(Problem::unsupported(&format!("`{field}`")).of(field));
         }
         let request = Request {
             messages,
@@ -359,6 +364,9 @@ impl Service {
         let done = match &self.backend {
             Backend::Engine { program: None, .. } => {
                 return Err(Problem::no_program());
+            }
+            Backend::Engine { engine, .. } if !engine.is_up() => {
+                return Err(Refused::Down.into());
             }
             Backend::Engine {
                 engine,

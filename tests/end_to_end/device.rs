@@ -41,4 +41,6 @@ fn results_of_another_device_are_taken_from_the_cache() {
     assert!(!with("auto").steps("ran").is_empty());
     let again = with("cuda").steps("ran");
     assert!(again.is_empty(), "{again:?}");
+    // An empty variable says nothing.
+    assert!(with("").steps("ran").is_empty());
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::classify::{self, CONVERT, DEPLOY, TEST, run, scores, serve, shown};
 use crate::oracle::{Oracle, query};
 use crate::project::Project;
+use crate::server::chat;
 use crate::tiny::write_model;
 
 const OPTIMIZE: &str = "  optimize:
@@ -64,6 +65,12 @@ fn demos_are_the_rows_most_like_each_query_and_a_bundle_serves_them() {
     let short = json!({"texts": ["Which PIN do I have?", "Has my card come?"]});
     let answers = server.json("/predict/batch", &short);
     assert_eq!(answers["predictions"][0]["label"], "pin");
+    // What the server that has the model is not told is refused, not dropped.
+    let mut told = chat(&server.model, "hello", 3);
+    told["chat_template_kwargs"] = json!({"enable_thinking": false});
+    let (status, problem) = server.problem("/v1/chat/completions", &told);
+    assert_eq!(status, 400, "{problem}");
+    assert_eq!(problem["param"], "chat_template_kwargs");
     // Two demos a question, chosen for it.
     assert_eq!(oracle.calls(), 3);
 }

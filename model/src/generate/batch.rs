@@ -372,15 +372,13 @@ fn end(row: Row, token: Option<TokenProb>, answer: Answer, tell: &mut dyn FnMut(
     tell(row.index, Said::End(answer));
 }
 
-/// An error that struck several rows; the message is all they share.
+/// An error that struck several rows.
 fn fail<'a>(
     rows: impl Iterator<Item = &'a Row>,
     error: &ModelError,
     tell: &mut dyn FnMut(usize, Said),
 ) {
-    let reason = error.to_string();
     for row in rows {
-        let again = ModelError::Request(reason.clone());
-        tell(row.index, Said::End(Err(again)));
+        tell(row.index, Said::End(Err(error.again())));
     }
 }

@@ -188,9 +188,8 @@ impl Generator {
                 }
             }
             Err(error) => {
-                let reason = error.to_string();
                 for Row { index, .. } in waiting {
-                    tell(index, Err(ModelError::Request(reason.clone())));
+                    tell(index, Err(error.again()));
                 }
             }
         }

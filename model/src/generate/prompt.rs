@@ -71,10 +71,12 @@ impl BaseModel {
         messages: &[ChatMessage],
         arguments: &TemplateArguments,
     ) -> Result<Vec<u32>, ModelError> {
-        if messages.iter().any(|m| m.content.contains([OPEN, CLOSE])) {
+        let said = messages.iter().map(|m| m.content.as_str());
+        let told = arguments.values().flat_map(texts);
+        if said.chain(told).any(|text| text.contains([OPEN, CLOSE])) {
             return Err(ModelError::Tokenizer(
-                "a message spells a special token and has the characters U+E000 or U+E001; \
-                 remove one of them"
+                "a message spells a special token, and one of the messages or of \
+                 `chat_template_kwargs` has the characters U+E000 or U+E001; remove one of them"
                     .to_owned(),
             ));
         }

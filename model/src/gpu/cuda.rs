@@ -109,7 +109,12 @@ impl Cuda {
     }
 
     fn error(&self, what: &str, error: DriverError) -> ModelError {
-        ModelError::Device(format!("{}: {what}: {}", self.name, describe(error)))
+        let text = format!("{}: {what}: {}", self.name, describe(error));
+        match error.0 {
+            // The one error that passes.
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => ModelError::NoDevice(text),
+            _ => ModelError::Device(text),
+        }
     }
 }
 
@@ -239,7 +244,7 @@ impl Backend for Cuda {
         address.map_err(|error| match error.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 let (free, all) = driver::mem_get_info().unwrap_or_default();
-                ModelError::Device(too_little(&self.name, bytes, free, all))
+                ModelError::NoDevice(too_little(&self.name, bytes, free, all))
             }
             _ => self.error("allocating", error),
         })
@@ -366,7 +371,13 @@ impl Backend for Cuda {
                 int(ldc)?,
             )
         };
-        result.map_err(|e| ModelError::Device(format!("{}: cuBLAS: {e:?}", self.name)))
+        result.map_err(|e| {
+            let text = format!("{}: cuBLAS: {e:?}", self.name);
+            match e.0 {
+                blas_sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => ModelError::NoDevice(text),
+                _ => ModelError::Device(text),
+            }
+        })
     }
 }
 

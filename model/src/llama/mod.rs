@@ -172,12 +172,12 @@ impl Llama {
     /// Feeds every run and returns the normed hidden state of each run's last token,
     /// `[runs, hidden]`.
     pub(crate) fn forward(&self, mut runs: Vec<Run<'_>>) -> Result<Vec<f32>, ModelError> {
+        for run in &mut runs {
+            self.shorten(run)?;
+        }
         #[cfg(feature = "cuda")]
         if let Some(on_gpu) = &self.on_gpu {
             return on_gpu.forward(runs, &self.frequencies);
-        }
-        for run in &mut runs {
-            self.shorten(run)?;
         }
         let total: usize = runs.iter().map(|run| run.tokens.len()).sum();
         let longest = runs.iter().map(|run| run.tokens.len()).max().unwrap_or(0);
@@ -205,10 +205,19 @@ impl Llama {
                 own: &mut *run.own,
                 adapter: run.adapter,
             };
-            self.pass(vec![piece], Threads::All)?;
+            self.feed(piece)?;
             run.tokens = later;
         }
         Ok(())
+    }
+
+    /// Feeds a run by itself.
+    fn feed(&self, run: Run<'_>) -> Result<(), ModelError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &self.on_gpu {
+            return on_gpu.forward(vec![run], &self.frequencies).map(drop);
+        }
+        self.pass(vec![run], Threads::All).map(drop)
     }
 
     /// Logits over the whole vocabulary for `hidden`, `[rows, hidden]`.

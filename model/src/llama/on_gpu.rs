@@ -17,9 +17,11 @@ use crate::gpu::{
 };
 use crate::lora::Module;
 
-/// Tokens that go through the layers together, unless one run has more: bounds the memory.
+/// Tokens that go through the layers together at most.
 const TOGETHER: usize = 4096;
-/// Caches grow in steps of so many tokens at least.
+/// Tokens that room is kept for from one pass to the next: every adapter has its own.
+const KEPT: usize = 256;
+/// Caches grow in steps of so many tokens at least, once they hold something.
 const STEP: usize = 64;
 
 /// A base model on a GPU, and room to compute in.
@@ -207,17 +209,31 @@ impl OnGpu {
         frequencies: &[Vec<f64>],
     ) -> Result<Vec<f32>, ModelError> {
         let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        let out = self.parts(runs, frequencies, &mut room);
+        if room.x.len() > KEPT * self.model.config.hidden {
+            *room = Room::new(&self.model.gpu)?;
+        }
+        out
+    }
+
+    /// The same, in passes of bounded sizes.
+    fn parts(
+        &self,
+        runs: Vec<Run<'_>>,
+        frequencies: &[Vec<f64>],
+        room: &mut Room,
+    ) -> Result<Vec<f32>, ModelError> {
         let mut out = Vec::new();
         let (mut part, mut tokens) = (Vec::new(), 0);
         for run in runs {
             if tokens > 0 && tokens + run.tokens.len() > TOGETHER {
-                out.extend(self.pass(std::mem::take(&mut part), frequencies, &mut room)?);
+                out.extend(self.pass(std::mem::take(&mut part), frequencies, room)?);
                 tokens = 0;
             }
             tokens += run.tokens.len();
             part.push(run);
         }
-        out.extend(self.pass(part, frequencies, &mut room)?);
+        out.extend(self.pass(part, frequencies, room)?);
         Ok(out)
     }
 
@@ -326,7 +342,11 @@ impl OnGpu {
         if tokens <= held {
             return Ok(());
         }
-        let capacity = tokens.max(2 * held).next_multiple_of(STEP);
+        // Many caches are filled once and read from then on.
+        let capacity = match held {
+            0 => tokens,
+            _ => tokens.max(held + held / 2).next_multiple_of(STEP),
+        };
         let width = c.kv_width();
         let values = gpu.room(2 * c.layers * capacity * width)?;
         if let Some(before) = &cache.on_gpu {

@@ -76,6 +76,12 @@ pub(crate) fn device(world: &World) -> Result<Device, StepError> {
     }
 }
 
+/// Whether models compute on the processor here: `auto` does where there is no GPU.
+fn on_cpu(world: &World) -> Result<bool, StepError> {
+    let gpu = device(world)?.gpu_name().map_err(failed)?;
+    Ok(gpu.is_none())
+}
+
 /// The name of the GPU that a device is; none for the processor.
 ///
 /// # Errors
@@ -92,7 +98,7 @@ pub(super) fn gpu(device: &str) -> Result<Option<String>, StepError> {
 pub(crate) fn open_base(spec: &EmbeddedSpec, host: &Host<'_>) -> Result<Arc<BaseModel>, StepError> {
     let found = spec.weights.locate(host.world, host.cancel)?;
     // A GPU computes in f32.
-    let on_cpu = device(host.world)? == Device::default();
+    let on_cpu = on_cpu(host.world)?;
     shared(&BASES, &found.digest, || match on_cpu {
         true => BaseModel::load_to_answer(&found.path, &found.digest),
         false => BaseModel::load(&found.path, &found.digest),
@@ -108,7 +114,7 @@ pub(crate) fn open_whole_base(
     host: &Host<'_>,
 ) -> Result<Arc<BaseModel>, StepError> {
     // With a GPU all of it is there anyway, and one copy of the weights on the GPU is enough.
-    if device(host.world)? != Device::default() {
+    if !on_cpu(host.world)? {
         return open_base(spec, host);
     }
     let found = spec.weights.locate(host.world, host.cancel)?;
@@ -367,6 +373,27 @@ fn completion(answer: &Result<Generated, ModelError>) -> Result<Completion, LmEr
         }),
         Err(ModelError::Cancelled) => Err(LmError::Cancelled),
         Err(ModelError::TooLong(why)) => Err(LmError::TooLong(why.clone())),
+        Err(error @ (ModelError::Device(_) | ModelError::NoDevice(_))) => {
+            Err(LmError::Barred(error.to_string()))
+        }
         Err(error) => Err(LmError::Rejected(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_fails_is_no_answer_of_the_models() {
+        for error in [
+            ModelError::Device("lost".to_owned()),
+            ModelError::NoDevice("lost".to_owned()),
+        ] {
+            let barred = LmError::Barred("GPU: lost".to_owned());
+            assert_eq!(completion(&Err(error)), Err(barred));
+        }
+        let bad = completion(&Err(ModelError::Request("bad".to_owned())));
+        assert_eq!(bad, Err(LmError::Rejected("bad".to_owned())));
     }
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use flowrun_engine::step::StepError;
-use flowrun_model::{BaseModel, GenerateOptions, Generator, LoraAdapter};
+use flowrun_model::{BaseModel, GenerateOptions, Generator, LoraAdapter, ModelError};
 
 use super::{ModelEntry, ModelsError};
 use crate::checkpoint::Checkpoint;
@@ -305,7 +305,11 @@ impl Adapters {
             .map_err(|e| unusable(without_folder(&e.to_string(), folder)))?;
         Generator::new(Arc::clone(&self.base), Some(&adapter), self.options)
             .map(|generator| Loaded(Arc::new(generator)))
-            .map_err(|e| unusable(e.to_string()))
+            .map_err(|e| match e {
+                ModelError::NoDevice(_) => ModelsError::NoRoom(e.to_string()),
+                ModelError::Device(_) => ModelsError::Down(e.to_string()),
+                e => unusable(e.to_string()),
+            })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -2,7 +2,8 @@
 //! they are answered, given up or cut off.
 //!
 //! Invariant: what waits is bounded; a request that nobody waits for any more is computed no
-//! further than the step under way.
+//! further than the step under way. The thread ends when the device fails: who asks, or waits,
+//! hears that the server cannot compute.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -81,6 +82,7 @@ impl Engine {
             template_arguments: spec.model.chat_template_kwargs.clone(),
             active: Arc::clone(&active),
             on_step: spec.on_step,
+            broken: false,
         };
         std::thread::Builder::new()
             .name("answers".to_owned())
@@ -202,6 +204,8 @@ struct Worker {
     template_arguments: TemplateArguments,
     active: Arc<AtomicUsize>,
     on_step: Box<dyn Fn(&Step) + Send>,
+    /// Whether the device failed: all that would follow fails too.
+    broken: bool,
 }
 
 impl Worker {
@@ -223,6 +227,12 @@ impl Worker {
             self.drop_the_gone();
             self.active.store(self.callers.len(), Ordering::Relaxed);
             self.step();
+            if self.broken {
+                // Before those who wait hear of it: they find that nothing is answered any more.
+                waiting.close();
+                self.active.store(0, Ordering::Relaxed);
+                return;
+            }
             self.active.store(self.callers.len(), Ordering::Relaxed);
         }
     }
@@ -257,12 +267,19 @@ impl Worker {
             return;
         }
         let started = Instant::now();
-        let callers = &mut self.callers;
+        let (callers, broken) = (&mut self.callers, &mut self.broken);
         self.batch.step(&mut |id, said| match said {
             Said::Piece(piece) => {
                 if let Some(caller) = callers.get(&id) {
                     caller.tell(Event::Piece(in_our_terms(piece)));
                 }
+            }
+            // No answer to the request: its caller stays until the thread ends.
+            Said::End(Err(ModelError::Device(why))) => {
+                if !*broken {
+                    tracing::error!("GPU: {why}; nothing is answered any more, restart the server");
+                }
+                *broken = true;
             }
             Said::End(answer) => {
                 if let Some(caller) = callers.remove(&id) {
@@ -297,6 +314,9 @@ impl Caller {
 fn refused(error: ModelError) -> LmError {
     match error {
         ModelError::TooLong(why) => LmError::TooLong(why),
+        error @ (ModelError::Device(_) | ModelError::NoDevice(_)) => {
+            LmError::Unavailable(error.to_string())
+        }
         error => LmError::Rejected(error.to_string()),
     }
 }
@@ -422,5 +442,18 @@ impl EngineLm {
             true => Err(LmError::Cancelled),
             false => Err(gone()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_has_no_room_is_not_the_requests_fault() {
+        let full = refused(ModelError::NoDevice("full".to_owned()));
+        assert_eq!(full, LmError::Unavailable("GPU: full".to_owned()));
+        let bad = refused(ModelError::Request("bad".to_owned()));
+        assert_eq!(bad, LmError::Rejected("bad".to_owned()));
     }
 }

@@ -160,4 +160,10 @@ pub enum ModelsError {
     /// The files are no adapter for this base model.
     #[error("{0}")]
     Unusable(String),
+    /// The device has too little memory for it.
+    #[error("{0}")]
+    NoRoom(String),
+    /// The device failed.
+    #[error("{0}")]
+    Down(String),
 }
