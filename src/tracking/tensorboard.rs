@@ -160,9 +160,9 @@ fn place(step: &str) -> (String, u64) {
     let (name, Some(item)) = parts(step) else {
         return (valid(step), 0);
     };
-    if item == BASE {
-        return (valid(name), 0);
-    }
+    let base = item.strip_suffix(BASE);
+    // The end of a longer word is another.
+    let base = base.filter(|before| before.is_empty() || before.ends_with(['/', ',']));
     let found = item.split_once(TRAINED).and_then(|(before, rest)| {
         let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
         let trained = rest[..digits].parse::<u64>().ok()?;
@@ -173,6 +173,7 @@ fn place(step: &str) -> (String, u64) {
         };
         Some((format!("{before}{}", &rest[digits..]), trained))
     });
+    let found = found.or_else(|| Some((base?.to_owned(), 0)));
     let Some((others, trained)) = found else {
         return (valid(step), 0);
     };
@@ -253,6 +254,14 @@ mod tests {
         for (step, expected) in [
             ("load", ("load", 0)),
             ("evaluate[base]", ("evaluate", 0)),
+            ("score[short/base]", ("score/short", 0)),
+            ("score[short,base]", ("score/short", 0)),
+            ("score[database]", ("score/database", 0)),
+            ("x/evaluate[0.001/base]", ("x/evaluate/0.001", 0)),
+            (
+                "x/evaluate[0.001/epochs-1-total-trained-steps-8]",
+                ("x/evaluate/0.001", 8),
+            ),
             (
                 "evaluate[epochs-2-total-trained-steps-64]",
                 ("evaluate", 64),

@@ -93,6 +93,10 @@ pub(crate) struct Declared {
 
 /// What the params of a `finetune` step say; `None` when they can be known only in a run.
 pub(crate) fn declared(params: &Value) -> Option<Declared> {
+    let decisive = ["model", "lora", "backend"];
+    if decisive.iter().any(|field| is_open(&params[*field])) {
+        return None;
+    }
     let params: Params = serde_json::from_value(params.clone()).ok()?;
     let rank = u64::try_from(params.lora.rank).ok()?;
     let modules = params.lora.target_modules.clone();
@@ -112,6 +116,16 @@ pub(crate) fn declared(params: &Value) -> Option<Declared> {
         spec.declare(&mut found);
     }
     Some(found)
+}
+
+/// It holds an expression, whose value is known only for an item.
+pub(crate) fn is_open(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains("${{"),
+        Value::Array(items) => items.iter().any(is_open),
+        Value::Object(fields) => fields.values().any(is_open),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
 }
 
 /// What the step would refuse of its own params.
@@ -148,4 +162,38 @@ fn refused(params: &Params) -> Vec<Said<Refusal>> {
         found.push(Said::new(refusal, &["lora", "invocation"]));
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_differs_from_item_to_item_is_not_said() {
+        let command =
+            |config: Value| json!({"command": {"trainer": "trl", "base": "m", "config": config}});
+        let params = |lora: Value, backend: Value| {
+            let model = json!({"provider": "openai", "base_url": "http://h/v1", "model": "m"});
+            json!({"model": model, "lora": lora, "backend": backend})
+        };
+        let rank = json!({"rank": 4});
+        let known = declared(&params(
+            rank.clone(),
+            command(json!({"use_dora": true, "lora_r": 8})),
+        ));
+        let beyond = known.map(|known| known.beyond.len());
+        assert_eq!(beyond, Some(1));
+        for open in [
+            params(rank, command(json!({"use_dora": "${{ item.dora }}"}))),
+            params(json!({"invocation": "${{ item.x }}"}), command(json!({}))),
+            params(
+                json!({"target_modules": ["q_proj", "${{ item.x }}"]}),
+                command(json!({})),
+            ),
+        ] {
+            assert_eq!(declared(&open), None, "{open}");
+        }
+    }
 }

@@ -202,8 +202,8 @@ impl Snapshot {
         Ok(place)
     }
 
-    /// A file that not every repository has; none where the hub says that this one has not. That is
-    /// noted in the cache, where the hub's other clients note it too, since a commit never gets
+    /// A file that not every repository has; none where the hub says that this one has not, or a
+    /// mirror of it answers 404 and no more. What the hub says is noted in the cache, where the hub's other clients note it too, since a commit never gets
     /// another file.
     ///
     /// # Errors
@@ -225,6 +225,10 @@ impl Snapshot {
                 // Without the note it is asked again.
                 let folder = note.parent().unwrap_or(Path::new("."));
                 let _ = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&note, ""));
+                return Ok(None);
+            }
+            // Of a mirror it is not known whether it will have the file later, so it is not noted.
+            if refusal::is_bare_absence(&answer) {
                 return Ok(None);
             }
         }

@@ -56,6 +56,11 @@ pub(super) fn is_of_absent_file<B>(answer: &Response<B>) -> bool {
     code.is_some_and(|code| code.as_bytes() == b"EntryNotFound")
 }
 
+/// There is no such file, though not in the hub's words: so answer servers that only hand files out.
+pub(super) fn is_bare_absence<B>(answer: &Response<B>) -> bool {
+    answer.status().as_u16() == 404 && !answer.headers().contains_key("x-error-code")
+}
+
 /// The hub's answer was no.
 pub(super) fn explained<B>(asked: &Asked<'_>, answer: &Response<B>) -> StepError {
     let header = |name: &str| {

@@ -18,8 +18,8 @@ fn world(dir: &Path, env: &[(&str, &str)]) -> World {
     }
 }
 
-/// What is said of a hub that answers everything with this head, to somebody with this token.
-fn error_of(head: &str, token: &str) -> StepError {
+/// A hub that answers everything with this head.
+fn hub(head: &str) -> String {
     let head = head.to_owned();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -31,8 +31,36 @@ fn error_of(head: &str, token: &str) -> StepError {
             let _ = write!(stream, "HTTP/1.1 {head}\r\n{rest}\r\n\r\n");
         }
     });
+    format!("http://{address}")
+}
+
+#[test]
+fn a_file_that_need_not_be_is_absent_for_the_hub_and_its_mirrors() {
+    for (head, is_absent, is_noted) in [
+        ("404 Not Found\r\nX-Error-Code: EntryNotFound", true, true),
+        ("404 Not Found", true, false),
+        (
+            "404 Not Found\r\nX-Error-Code: RevisionNotFound",
+            false,
+            false,
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let endpoint = hub(head);
+        let env = [("HF_ENDPOINT", endpoint.as_str())];
+        let world = world(dir.path(), &env);
+        let snapshot = Snapshot::newest(RepoType::Model, "owner/name", COMMIT, &world).unwrap();
+        let found = snapshot.optional_file("chat_template.jinja");
+        assert_eq!(matches!(found, Ok(None)), is_absent, "{head}");
+        let notes = snapshot.of.folder().join(".no_exist");
+        assert_eq!(notes.exists(), is_noted, "{head}");
+    }
+}
+
+/// What is said of a hub that answers everything with this head, to somebody with this token.
+fn error_of(head: &str, token: &str) -> StepError {
+    let endpoint = hub(head);
     let dir = tempfile::tempdir().unwrap();
-    let endpoint = format!("http://{address}");
     let env = [("HF_ENDPOINT", endpoint.as_str()), ("HF_TOKEN", token)];
     let world = world(dir.path(), &env);
     let snapshot = Snapshot::newest(RepoType::Model, "owner/name", COMMIT, &world).unwrap();

@@ -135,10 +135,11 @@ fn place<'a>(
     adapter: &Adapter,
 ) -> Result<&'a AdapterPlace, StepError> {
     // Against a digest, only the server can compare its base model. What was trained on a model of
-    // the hub names its commit too, which a server's name has not.
+    // the hub names its commit too, which a server's name has not; but a server's name may have `@`.
     let base = adapter.base.split_once('@');
     let base = base.map_or(adapter.base.as_str(), |(repository, _)| repository);
-    if base.len() != DIGEST && base != spec.model {
+    let fits = adapter.base == spec.model || base == spec.model || base.len() == DIGEST;
+    if !fits {
         return Err(StepError::invalid(format!(
             "the checkpoint `{}` was trained on `{}`, and this server has `{}`",
             checkpoint.name, adapter.base, spec.model
@@ -161,17 +162,20 @@ mod tests {
 
     #[test]
     fn a_server_is_given_the_adapters_of_its_own_model() {
-        let spec =
-            json!({"base_url": "http://h/v1", "model": "org/base", "adapters": {"folder": "a"}});
-        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
         let commit = "0123456789abcdef0123456789abcdef01234567";
-        for (base, fits) in [
-            ("org/base".to_owned(), true),
-            (format!("org/base@{commit}"), true),
-            ("a".repeat(DIGEST), true),
-            ("org/other".to_owned(), false),
-            (format!("org/other@{commit}"), false),
+        for (model, base, fits) in [
+            ("org/base", "org/base".to_owned(), true),
+            ("org/base", format!("org/base@{commit}"), true),
+            ("org/base", "a".repeat(DIGEST), true),
+            ("org/base", "org/other".to_owned(), false),
+            ("org/base", format!("org/other@{commit}"), false),
+            ("m@v2", "m@v2".to_owned(), true),
+            ("m@v2", "m@v3".to_owned(), false),
+            ("@cf/m", "@cf/m".to_owned(), true),
         ] {
+            let spec =
+                json!({"base_url": "http://h/v1", "model": model, "adapters": {"folder": "a"}});
+            let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
             let adapter = Adapter {
                 digest: "d".to_owned(),
                 base: base.clone(),

@@ -87,11 +87,10 @@ impl WithAdapter {
         }
     }
 
-    /// Asks for `requests`; tells of all answers, unless the server lacks the model and `again` says
-    /// that it will be asked once more.
-    fn ask(&self, requests: &[Request], again: bool, tell: &OnAnswer<'_>) -> Vec<Answer> {
+    /// Asks for `requests`; tells of all answers but those that the server lacks the model for.
+    fn ask(&self, requests: &[Request], tell: &OnAnswer<'_>) -> Vec<Answer> {
         let told = |index: usize, answer: &Answer| {
-            if !(again && is_lacking(answer)) {
+            if !is_lacking(answer) {
                 tell(index, answer);
             }
         };
@@ -114,7 +113,7 @@ impl Lm for WithAdapter {
             Ok(given) => given,
             Err(error) => return refused(requests.len(), &error, on_answer),
         };
-        let mut answers = self.ask(requests, true, on_answer);
+        let mut answers = self.ask(requests, on_answer);
         let mut fruitless = 0;
         loop {
             let lacking = answers.iter().enumerate().filter(|(_, a)| is_lacking(a));
@@ -127,19 +126,24 @@ impl Lm for WithAdapter {
                 Err(error) => refused(open.len(), &error, &told),
                 Ok(given) => {
                     seen = given;
-                    fruitless += 1;
                     let asked: Vec<Request> = open.iter().map(|i| requests[*i].clone()).collect();
-                    self.ask(&asked, fruitless < FRUITLESS, &told)
+                    self.ask(&asked, &told)
                 }
             };
-            let is_last = fruitless >= FRUITLESS;
-            if !again.iter().all(is_lacking) {
-                fruitless = 0;
+            // How a round ends is known after it.
+            fruitless = match again.iter().all(is_lacking) {
+                true => fruitless + 1,
+                false => 0,
+            };
+            if fruitless == FRUITLESS {
+                for (place, answer) in again.iter().enumerate() {
+                    told(place, answer);
+                }
             }
             for (index, answer) in open.iter().zip(again) {
                 answers[*index] = answer;
             }
-            if is_last {
+            if fruitless == FRUITLESS {
                 return answers;
             }
         }
@@ -172,6 +176,8 @@ mod tests {
     /// A server that forgets its adapter after so many answers.
     #[derive(Default)]
     struct Server {
+        /// So many times it is given the adapter and does not have it.
+        deaf: usize,
         forgets_after: usize,
         state: Mutex<State>,
     }
@@ -188,9 +194,14 @@ mod tests {
 
     impl Server {
         fn start(forgets_after: usize) -> (Arc<Self>, String) {
+            Self::start_deaf(0, forgets_after)
+        }
+
+        fn start_deaf(deaf: usize, forgets_after: usize) -> (Arc<Self>, String) {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let url = format!("http://{}/v1", listener.local_addr().unwrap());
             let server = Arc::new(Self {
+                deaf,
                 forgets_after,
                 state: Mutex::default(),
             });
@@ -237,8 +248,8 @@ mod tests {
                 let told = "the adapter has already been loaded";
                 return (400, json!({"error": {"message": told}}));
             }
-            state.loaded = true;
             state.loads += 1;
+            state.loaded = state.loads > self.deaf;
             state.answers = 0;
             (200, json!("Success"))
         }
@@ -310,6 +321,19 @@ mod tests {
         assert!(state.answered.values().all(|times| *times == 1));
         // Nine answers, two after each load.
         assert_eq!((state.answered.len(), state.loads), (9, 5));
+    }
+
+    #[test]
+    fn a_server_that_answers_in_the_last_round_is_asked_for_the_rest() {
+        let folder = tempfile::tempdir().unwrap();
+        // The third round is the first that gives something, and not all.
+        let (server, url) = Server::start_deaf(3, 2);
+        let lm = adapted(&url, folder.path());
+        let (answers, told) = ask(&lm, &TEXTS);
+        assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+        assert_eq!(told, vec![1; TEXTS.len()]);
+        let state = server.state.lock().unwrap();
+        assert!(state.answered.values().all(|times| *times == 1));
     }
 
     #[test]

@@ -4,14 +4,15 @@
 use flowrun_engine::finding::{Finding, Severity};
 use flowrun_engine::pipeline::StepNode;
 
-use super::{Training, of_asker, plain};
+use super::{Training, of_asker, plain, softened};
 use crate::models::ModelSpec;
 
-/// What keeps the target of `step` from loading the model or the checkpoints.
+/// What keeps the target of `step` from loading the model or the checkpoints of `trainings`, each
+/// with whether a run may leave it out.
 pub(super) fn check(
     step: &StepNode,
     model: Option<&ModelSpec>,
-    trainings: &[&Training<'_>],
+    trainings: &[(&Training<'_>, bool)],
 ) -> Vec<Finding> {
     let settings = &step.params["settings"];
     let target = match step.params["target"].as_str() {
@@ -42,32 +43,37 @@ pub(super) fn check(
             "deploy a program that asks a `provider: embedded` model, or one of a server with `adapters`",
         )),
     }
-    let whose = format!("the target `{target}` of `{}`", step.name);
-    for training in trainings {
-        if training.declared.is_hosted {
-            found.push(error(
-                format!(
-                    "`{target}` cannot load the models of `{}`: only their server has them",
-                    training.step
-                ),
-                "choose the target `bundle`: it asks that server",
-            ));
-            continue;
-        }
-        found.extend(plain::refused(training, &whose, Severity::Error));
-        found.extend(plain::unusual_modules(training, &whose));
-        found.extend(plain::rank_above(
-            training,
-            plain::HIGHEST_RANK,
-            Severity::Error,
-            |rank| {
-                format!(
-                    "{whose}, which is vLLM, loads adapters of rank {} at most, not {rank}",
-                    plain::HIGHEST_RANK
-                )
-            },
-            "train a lower rank",
-        ));
+    for (training, open) in trainings {
+        let all = of_training(step, target, training).into_iter();
+        found.extend(all.map(|one| softened(one, *open)));
     }
+    found
+}
+
+/// What keeps `target` from loading the checkpoints of `training`.
+fn of_training(step: &StepNode, target: &str, training: &Training<'_>) -> Vec<Finding> {
+    if training.declared.is_hosted {
+        let message = format!(
+            "`{target}` cannot load the models of `{}`: only their server has them",
+            training.step
+        );
+        let help = "choose the target `bundle`: it asks that server";
+        return vec![of_asker(Severity::Error, step, "target", message, help)];
+    }
+    let whose = format!("the target `{target}` of `{}`", step.name);
+    let mut found = plain::refused(training, &whose, Severity::Error);
+    found.extend(plain::unusual_modules(training, &whose));
+    found.extend(plain::rank_above(
+        training,
+        plain::HIGHEST_RANK,
+        Severity::Error,
+        |rank| {
+            format!(
+                "{whose}, which is vLLM, loads adapters of rank {} at most, not {rank}",
+                plain::HIGHEST_RANK
+            )
+        },
+        "train a lower rank",
+    ));
     found
 }

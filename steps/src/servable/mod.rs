@@ -10,7 +10,7 @@
 //!
 //! Knows only what params declare: what an expression over `item`, a file of the project or a
 //! server's own settings decide is no matter of this check. Invariant: an error is said only where
-//! no checkpoint can be served; what depends on more is a warning.
+//! no checkpoint can be served; what depends on more, a `when` included, is a warning.
 
 mod asked;
 mod deployed;
@@ -20,10 +20,11 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use flowrun_engine::dag::required_predecessors;
 use flowrun_engine::finding::{Finding, Severity};
 use flowrun_engine::pipeline::{Action, ForeachList, Source, StepNode};
 
-use crate::finetune::declared::{Declared, declared};
+use crate::finetune::declared::{Declared, declared, is_open};
 use crate::models::ModelSpec;
 
 /// The kind that trains, and its output of what it trained.
@@ -40,6 +41,7 @@ pub(crate) fn check(steps: &[StepNode]) -> Vec<Finding> {
         .iter()
         .map(|step| (step.name.as_str(), step))
         .collect();
+    let left_out = may_be_left_out(steps);
     let mut found = Vec::new();
     let mut trainings = BTreeMap::new();
     for step in steps.iter().filter(|step| kind(step) == Some(FINETUNE)) {
@@ -48,7 +50,8 @@ pub(crate) fn check(steps: &[StepNode]) -> Vec<Finding> {
                 step: &step.name,
                 declared,
             };
-            found.extend(training.itself());
+            let open = left_out.contains(training.step);
+            found.extend(training.itself().into_iter().map(|one| softened(one, open)));
             trainings.insert(step.name.as_str(), training);
         }
     }
@@ -59,21 +62,74 @@ pub(crate) fn check(steps: &[StepNode]) -> Vec<Finding> {
         _ => !trainings.is_empty(),
     };
     for step in steps.iter().filter(|step| kind(step).is_some_and(concerns)) {
-        let model: Option<ModelSpec> = serde_json::from_value(step.params["model"].clone()).ok();
-        let mut names = BTreeSet::new();
-        trained_by(step, &by_name, &mut BTreeSet::new(), &mut names);
-        let asked: Vec<&Training<'_>> = names
+        let given = Some(&step.params["model"]).filter(|model| !is_open(model));
+        let model: Option<ModelSpec> =
+            given.and_then(|model| serde_json::from_value(model.clone()).ok());
+        let open = left_out.contains(step.name.as_str());
+        let mut names = BTreeMap::new();
+        let mut seen = BTreeSet::new();
+        trained_by(step, open, &by_name, &left_out, &mut seen, &mut names);
+        let asked: Vec<(&Training<'_>, bool)> = names
             .iter()
-            .filter_map(|name| trainings.get(name))
+            .filter_map(|(name, open)| Some((trainings.get(name)?, *open)))
             .collect();
         if let Some(model) = &model {
-            found.extend(asked.iter().flat_map(|one| asked::check(step, model, one)));
+            for (training, open) in &asked {
+                let all = asked::check(step, model, training).into_iter();
+                found.extend(all.map(|one| softened(one, *open)));
+            }
         }
         if kind(step) == Some(DEPLOY) {
-            found.extend(deployed::check(step, model.as_ref(), &asked));
+            let all = deployed::check(step, model.as_ref(), &asked).into_iter();
+            found.extend(all.map(|one| softened(one, open)));
         }
     }
     found
+}
+
+/// The steps that a run may leave out: for a condition, or with a step that they cannot do without.
+fn may_be_left_out(steps: &[StepNode]) -> BTreeSet<&str> {
+    let concerns = |step: &StepNode| matches!(kind(step), Some(FINETUNE | DEPLOY));
+    let mut open: Vec<&str> = steps
+        .iter()
+        .filter(|step| has_condition(step))
+        .map(|step| step.name.as_str())
+        .collect();
+    let mut all = BTreeSet::new();
+    if open.is_empty() || !steps.iter().any(concerns) {
+        return all;
+    }
+    let mut after: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for step in steps {
+        for before in required_predecessors(step) {
+            after.entry(before).or_default().push(&step.name);
+        }
+    }
+    while let Some(name) = open.pop() {
+        if all.insert(name) {
+            open.extend(after.get(name).into_iter().flatten().copied());
+        }
+    }
+    all
+}
+
+/// It, or some of its items, may be left out.
+fn has_condition(step: &StepNode) -> bool {
+    let levels = step.foreach.iter().flat_map(|each| &each.levels);
+    let of_items = levels.flat_map(|level| &level.conditions);
+    step.when.iter().chain(of_items).any(|text| text != "true")
+}
+
+/// A finding about what `may_be_left_out` is no error.
+fn softened(finding: Finding, may_be_left_out: bool) -> Finding {
+    let severity = match may_be_left_out {
+        true => Severity::Warning,
+        false => finding.severity,
+    };
+    Finding {
+        severity,
+        ..finding
+    }
 }
 
 /// A training, and what it says of its checkpoints.
@@ -134,12 +190,15 @@ fn kind(step: &StepNode) -> Option<&'static str> {
     }
 }
 
-/// Adds the trainings whose checkpoints reach the adapters that `step` is given.
+/// Adds the trainings whose checkpoints reach the adapters that `step` is given, each with whether
+/// something on the way, as `open` says of `step`, may be left out.
 fn trained_by<'a>(
     step: &'a StepNode,
+    open: bool,
     by_name: &BTreeMap<&str, &'a StepNode>,
+    left_out: &BTreeSet<&str>,
     seen: &mut BTreeSet<&'a str>,
-    names: &mut BTreeSet<&'a str>,
+    names: &mut BTreeMap<&'a str, bool>,
 ) {
     if !seen.insert(&step.name) {
         return;
@@ -155,13 +214,16 @@ fn trained_by<'a>(
         let Some(from) = by_name.get(from.as_str()) else {
             continue;
         };
+        let open = open || left_out.contains(from.name.as_str());
         match kind(from) {
             Some(FINETUNE) if output == CHECKPOINTS => {
-                names.insert(&from.name);
+                // A way on which nothing is left out decides.
+                let known = names.entry(&from.name).or_insert(open);
+                *known &= open;
             }
             // The student as it was is served by anything.
             Some(FINETUNE) | None => {}
-            Some(_) => trained_by(from, by_name, seen, names),
+            Some(_) => trained_by(from, open, by_name, left_out, seen, names),
         }
     }
 }

@@ -257,3 +257,32 @@ fn a_base_that_a_target_cannot_load_is_told_before_the_training() {
     let ships = [("MODEL", GGUF), ("TRAIN", "epochs: 1"), ("SHIP", named)];
     assert_eq!(found(&ships), Vec::<String>::new());
 }
+
+#[test]
+fn what_a_condition_may_leave_out_is_no_error() {
+    let named = "target: vllm, settings: { base_model: org/base }";
+    let base = [
+        ("MODEL", GGUF),
+        ("TRAIN", "epochs: 1"),
+        ("SHIP", "target: vllm"),
+    ];
+    let trained = [
+        ("MODEL", GGUF),
+        ("TRAIN", "lora: { invocation: x }"),
+        ("SHIP", named),
+    ];
+    // The step that deploys, the one that trains, and one between them.
+    for (fills, uses) in [
+        (&base, "uses: deploy"),
+        (&trained, "uses: deploy"),
+        (&trained, "uses: finetune"),
+        (&trained, "uses: select"),
+    ] {
+        for (when, severity) in [("false", "warning: "), ("true", "error: ")] {
+            let with_condition = format!("{uses}\n    when: \"{when}\"");
+            let all = found(&and(fills, (uses, &with_condition)));
+            assert_eq!(all.len(), 1, "{uses}: {all:#?}");
+            assert!(all[0].contains(severity), "{uses}: {all:#?}");
+        }
+    }
+}
