@@ -323,7 +323,12 @@ pub(crate) enum Parsed {
 /// A result as it is stored.
 pub(crate) fn to_text(result: &ActionResult) -> String {
     let body = crate::canonical_json(result);
-    format!("{}\n{body}\n", Digest::of_bytes(body.as_bytes()))
+    let mut text = Digest::of_bytes(body.as_bytes()).to_hex();
+    text.reserve_exact(body.len() + 2);
+    text.push('\n');
+    text.push_str(&body);
+    text.push('\n');
+    text
 }
 
 /// A stored result, if it is whole and of this version.

@@ -98,6 +98,14 @@ impl ArtifactStore {
     /// # Errors
     /// As [`ArtifactStore::put_path`].
     pub fn take_path(&self, path: &Path) -> Result<Artifact, CacheError> {
+        let own = std::fs::symlink_metadata(path).map_err(|e| CacheError::outside(path, e))?;
+        if own.is_file() {
+            return Ok(Artifact {
+                digest: self.take_file(path, &own)?,
+                kind: ArtifactKind::File,
+                size: own.len(),
+            });
+        }
         if Self::has_link(path)? {
             return self.put_path(path);
         }
@@ -149,21 +157,21 @@ impl ArtifactStore {
         Ok(digest)
     }
 
+    /// `meta` is of the file itself, not of what a link names.
     fn take_file(&self, path: &Path, meta: &Metadata) -> Result<Digest, CacheError> {
         let fail = |e| CacheError::io(path, e);
         let digest = Digest::of_file(path).map_err(fail)?;
         if self.has_object(&digest, meta.len()) {
             return Ok(digest);
         }
-        let own = std::fs::symlink_metadata(path).map_err(fail)?;
         // What has another name is not ours alone: it could change under it.
-        if !own.is_file() || own.nlink() > 1 {
+        if !meta.is_file() || meta.nlink() > 1 {
             let mut file = File::open(path).map_err(fail)?;
             self.write_object(&digest, &mut file)?;
             return Ok(digest);
         }
         std::fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(fail)?;
-        if own.len() >= LARGE {
+        if meta.len() >= LARGE {
             File::open(path).and_then(|f| f.sync_data()).map_err(fail)?;
         }
         let object = self.object_path(&digest);
@@ -178,7 +186,7 @@ impl ArtifactStore {
             return Ok(digest);
         }
         let now = std::fs::metadata(&object).map_err(|e| CacheError::io(&object, e))?;
-        if Stamp::of(&now) != Stamp::of(meta) {
+        if Stamp::of(&now) != Stamp::of(meta) || now.nlink() > 1 {
             // Set aside: what it holds is not what was hashed.
             let _ = self.quarantine(&digest);
             return Err(changed(path));

@@ -10,6 +10,7 @@
 //! | `worker` | one action: look it up, or run it and store what it made | other actions |
 //! | `reporter` | what a step says, as events and log lines | the scheduler |
 
+mod ready;
 mod reporter;
 mod room;
 mod scheduler;

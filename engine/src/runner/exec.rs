@@ -165,7 +165,7 @@ pub(super) fn work(
         started_at: request.started_at,
         completions: Arc::new(completions),
         actions,
-        finished: Arc::new(request.finished),
+        finished: request.finished.into(),
         reporter: Arc::clone(reporter),
         cancel,
     };

@@ -162,7 +162,7 @@ impl StepRequest {
             user_cache: ctx.world.user_cache.clone(),
             root: ctx.world.root.clone(),
             started_at: ctx.started_at,
-            finished: ctx.finished.as_ref().clone(),
+            finished: ctx.finished.to_vec(),
             traced: ctx.reporter.traces(),
         }
     }

@@ -14,7 +14,7 @@ use flowrun_cache::CompletionCache;
 use serde_json::json;
 
 use super::*;
-use crate::step::{Cancel, InputArtifact, StepReporter, TraceSpan};
+use crate::step::{Cancel, Finished, InputArtifact, StepReporter, TraceSpan};
 use crate::testing::{Toy, write};
 use crate::vocabulary::Vocabulary;
 use std::collections::BTreeMap;
@@ -164,7 +164,7 @@ fn run(what: &str, memory: u64, cancel: &Cancel) -> Ran {
         started_at: SystemTime::UNIX_EPOCH,
         completions: Arc::new(CompletionCache::in_memory()),
         actions: flowrun_cache::ActionCache::open(dir.path().join("actions")),
-        finished: Arc::default(),
+        finished: Finished::default(),
         reporter: heard.clone(),
         cancel: cancel.clone(),
     };

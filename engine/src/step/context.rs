@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Cancel, StepError, StepReporter, World};
+use super::{Cancel, Finished, StepError, StepReporter, World};
 
 /// One artifact handed to a step.
 #[derive(Debug, Clone)]
@@ -68,7 +68,7 @@ pub struct StepContext {
     /// (a candidate of a search): a later attempt, or another step, finds them.
     pub actions: ActionCache,
     /// Steps that finished before this one started, in order of finishing.
-    pub finished: Arc<Vec<StepSummary>>,
+    pub finished: Finished,
     /// Where to report.
     pub reporter: Arc<dyn StepReporter>,
     /// Whether to stop.

@@ -112,7 +112,7 @@ impl Step for ReportStep {
             }),
             calibration: best.and_then(|(_, score)| score.calibration.clone()),
             errors: best.map_or_else(Vec::new, |(_, score)| wrong(score)),
-            steps: ctx.finished.iter().map(step_cost).collect(),
+            steps: ctx.finished.to_vec().iter().map(step_cost).collect(),
             cost: tested(&test).map(|(s, p)| cost(ctx, s, p)).collect(),
             notes: params.notes,
         };
@@ -322,7 +322,8 @@ fn step_cost(step: &StepSummary) -> StepCost {
 fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
     let n = score.n.max(1) as f64;
     // The step that measured it says how long a row took.
-    let measured = ctx.finished.iter().rev().find(|step| {
+    let finished = ctx.finished.to_vec();
+    let measured = finished.iter().rev().find(|step| {
         let is = |name: &str, value: Value| step.metrics.get(name) == Some(&value);
         let role = score.role.map_or("", Role::as_str);
         is("model", scores.model.as_str().into())

@@ -42,8 +42,7 @@ use crate::record::{log_path, timestamp};
 use crate::runner::{end_leftover, panicked, runner_of};
 use crate::sandbox::{Sandbox, inherited, timed_out};
 use crate::step::{
-    Cancel, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter, StepSummary,
-    World,
+    Cancel, Finished, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter, World,
 };
 use crate::warden::Warden;
 use crate::why::{Cause, why};
@@ -295,7 +294,7 @@ impl Worker {
         request: &ActionRequest,
         keyed: &Keyed,
         why: String,
-        finished: &Arc<Vec<StepSummary>>,
+        finished: &Finished,
     ) -> End {
         let started = Instant::now();
         self.send(RunEvent::StepStarted {
@@ -332,7 +331,7 @@ impl Worker {
         &self,
         request: &ActionRequest,
         keyed: &Keyed,
-        finished: &Arc<Vec<StepSummary>>,
+        finished: &Finished,
     ) -> Result<ActionResult, Trouble> {
         let retry = request.node.retry;
         let mut attempt = 1;
@@ -375,7 +374,7 @@ impl Worker {
         &self,
         request: &ActionRequest,
         keyed: &Keyed,
-        finished: &Arc<Vec<StepSummary>>,
+        finished: &Finished,
     ) -> Result<ActionResult, Trouble> {
         let started = Instant::now();
         let shape = Shape {
@@ -422,7 +421,7 @@ impl Worker {
                     started_at: SystemTime::now(),
                     completions: self.cache.completions(),
                     actions: self.step_actions(),
-                    finished: Arc::clone(finished),
+                    finished: finished.clone(),
                     reporter,
                     cancel,
                 };
