@@ -393,18 +393,13 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::OpenOptions;
     use crate::action::{ACTION_VERSION, OutputRecord, OutputValue};
-    use crate::{LockWait, OpenOptions};
 
     const RUN: &str = "20260101-000000-aaaa";
 
     fn open(dir: &Path) -> Cache {
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        Cache::open(dir, &options).unwrap()
+        Cache::open(dir, &OpenOptions::no_wait("test")).unwrap()
     }
 
     /// A cache with one run, one result and a folder as its output.

@@ -138,10 +138,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::OpenOptions;
     use crate::action::{ACTION_VERSION, ActionResult, OutputRecord, OutputValue};
     use crate::artifact::Artifact;
     use crate::survey::{Share, Survey};
-    use crate::{LockWait, OpenOptions};
 
     const EVERYTHING: Bounds = Bounds {
         max_size: None,
@@ -149,12 +149,7 @@ mod tests {
     };
 
     fn open(dir: &Path) -> Cache {
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        Cache::open(dir, &options).unwrap()
+        Cache::open(dir, &OpenOptions::no_wait("test")).unwrap()
     }
 
     fn put(cache: &Cache, name: &str, outputs: &[&Artifact]) -> ActionKey {

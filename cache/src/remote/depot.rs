@@ -299,15 +299,10 @@ impl Depot {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{LockWait, OpenOptions};
+    use crate::OpenOptions;
 
     fn cache(dir: &Path) -> Cache {
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        Cache::open(dir, &options).unwrap()
+        Cache::open(dir, &OpenOptions::no_wait("test")).unwrap()
     }
 
     fn notes_and_objects_pass(bucket: &Bucket) {

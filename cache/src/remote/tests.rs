@@ -12,7 +12,7 @@ use super::bucket::Bucket;
 use super::*;
 use crate::action::{ACTION_VERSION, OutputRecord, OutputValue};
 use crate::verify::verify;
-use crate::{CacheReader, LockWait, OpenOptions};
+use crate::{CacheReader, OpenOptions};
 
 /// A machine: its own cache, and the remote.
 struct Machine {
@@ -24,12 +24,7 @@ struct Machine {
 impl Machine {
     fn new(bucket: Bucket, read_only: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), &OpenOptions::no_wait("test")).unwrap();
         let remote = Arc::new(RemoteCache::of(bucket, read_only, cache.dir()).unwrap());
         Self { dir, cache, remote }
     }
@@ -471,12 +466,7 @@ fn next_run(machine: Machine, shared: &TempDir) -> Machine {
     let Machine { dir, cache, remote } = machine;
     let place = cache.dir().to_owned();
     drop((cache, remote));
-    let options = OpenOptions {
-        wait: LockWait::NoWait,
-        command: "test".into(),
-        on_wait: None,
-    };
-    let cache = Cache::open(&place, &options).unwrap();
+    let cache = Cache::open(&place, &OpenOptions::no_wait("test")).unwrap();
     let remote = Arc::new(RemoteCache::of(folder(shared), false, cache.dir()).unwrap());
     cache.completions().share(&remote, || false);
     Machine { dir, cache, remote }

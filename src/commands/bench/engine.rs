@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_cache::{Cache, OpenOptions};
 use flowrun_engine::Diagnostics;
 use flowrun_engine::pipeline::{
     Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode,
@@ -328,11 +328,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         sources: Vec::new(),
         warnings: Diagnostics::default(),
     };
-    let open = OpenOptions {
-        wait: LockWait::NoWait,
-        command: "flowrun bench".into(),
-        on_wait: None,
-    };
+    let open = OpenOptions::no_wait("flowrun bench");
     let cache = Arc::new(Cache::open(&folder, &open)?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

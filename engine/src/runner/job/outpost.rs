@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use flowrun_cache::{
-    ArtifactStore, Cache, CompletionCache, Depot, DepotError, LockWait, OpenOptions, RemoteCache,
+    ArtifactStore, Cache, CompletionCache, Depot, DepotError, OpenOptions, RemoteCache,
     RemoteOptions,
 };
 
@@ -102,11 +102,7 @@ impl Outpost {
         let attempt = AttemptFolder::at(ground.scratch.join("job"));
         attempt.make().map_err(|e| no_job(&e))?;
         let courier = Courier::start(&shipment, &attempt);
-        let cache = OpenOptions {
-            wait: LockWait::NoWait,
-            command: format!("job {id}"),
-            on_wait: None,
-        };
+        let cache = OpenOptions::no_wait(format!("job {id}"));
         let cache = Cache::open(&cache_dir, &cache).map_err(|e| no_job(&e))?;
         let remote = RemoteCache::open(&options, &cache_dir).map_err(|e| no_job(&e))?;
         let place = attempt.place();

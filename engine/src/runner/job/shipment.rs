@@ -429,17 +429,12 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use flowrun_cache::{LockWait, OpenOptions, RemoteOptions};
+    use flowrun_cache::{OpenOptions, RemoteOptions};
 
     use super::*;
 
     fn cache(dir: &Path) -> Cache {
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".to_owned(),
-            on_wait: None,
-        };
-        Cache::open(dir, &options).unwrap()
+        Cache::open(dir, &OpenOptions::no_wait("test")).unwrap()
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use flowrun_cache::{Cache, Depot, Digest, LockWait, OpenOptions, RemoteOptions};
+use flowrun_cache::{Cache, Depot, Digest, OpenOptions, RemoteOptions};
 
 use super::*;
 use crate::runner::Host;
@@ -184,12 +184,11 @@ impl Desk {
     /// One whose files go through a store, which is a folder.
     fn through_a_store() -> Self {
         let desk = Self::new();
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".to_owned(),
-            on_wait: None,
-        };
-        let cache = Cache::open(&desk.dir.path().join("cache"), &options).unwrap();
+        let cache = Cache::open(
+            &desk.dir.path().join("cache"),
+            &OpenOptions::no_wait("test"),
+        )
+        .unwrap();
         Self {
             cache: Some(Arc::new(cache)),
             ..desk
