@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use object_store::PutPayload;
@@ -480,7 +481,7 @@ fn who_stops_waits_for_no_answers_and_leaves_the_asking_to_the_next() {
     assert_eq!(send_answers(&a), 1);
     let b = Machine::new(folder(&shared), false);
     let completions = b.cache.completions();
-    let stops = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let stops = Arc::new(AtomicBool::new(true));
     let stop = Arc::clone(&stops);
     completions.share(&b.remote, move || stop.load(Ordering::SeqCst));
     assert!(!answered(&b, "a"), "the run is to stop");
