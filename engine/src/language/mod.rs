@@ -12,6 +12,7 @@ mod draft;
 mod expr;
 mod handed;
 mod hooks;
+mod inliner;
 mod load;
 mod mismatch;
 mod node;
