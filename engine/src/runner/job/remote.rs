@@ -5,12 +5,13 @@
 //! follows it. Invariant: when [`Remote::run`] returns with a result or an error of the step,
 //! nothing is left of the job.
 
+mod forgetting;
 mod supervision;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::{ActionKey, Digest};
@@ -331,16 +332,6 @@ impl Remote {
         }
     }
 
-    /// Its process may not have ended yet, and nobody waits for that here. The job system is
-    /// asked without the lock: other steps do not wait for its answers.
-    fn forget_with_others(&self, id: &str) {
-        let over = || self.over.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut ids = std::mem::take(&mut *over());
-        ids.push(id.to_owned());
-        forget(self.system.as_ref(), &mut ids);
-        over().append(&mut ids);
-    }
-
     fn order(&self, errand: &Errand<'_>, order: &JobOrder<'_>) -> Result<(), Ended> {
         let started = Instant::now();
         let mut told = false;
@@ -372,47 +363,6 @@ impl Remote {
             std::thread::sleep(ORDER_EVERY);
         }
     }
-}
-
-impl Drop for Remote {
-    /// Forgets the jobs that are over.
-    fn drop(&mut self) {
-        let over = self.over.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let mut over = std::mem::take(over);
-        let system = Arc::clone(&self.system);
-        // Clients that block may not be used on the run's own thread.
-        let thread = std::thread::spawn(move || {
-            let started = Instant::now();
-            while forget(system.as_ref(), &mut over)
-                && !over.is_empty()
-                && started.elapsed() < GRACE
-            {
-                std::thread::sleep(LOOK_EVERY);
-            }
-        });
-        // It has nothing to tell.
-        let _ = thread.join();
-    }
-}
-
-/// Removes those that are gone, or that the job system will not let go. False when it does not
-/// answer: the others are not tried then.
-pub(super) fn forget(system: &dyn JobSystem, over: &mut Vec<String>) -> bool {
-    let mut answers = true;
-    over.retain(|id| {
-        if !answers {
-            return true;
-        }
-        match system.forget(id) {
-            Ok(gone) => !gone,
-            Err(JobError::Unreachable(_)) => {
-                answers = false;
-                true
-            }
-            Err(JobError::Refused { .. }) => false,
-        }
-    });
-    answers
 }
 
 /// Removes the notes of a job from the remote store; false when they stay.

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use flowrun_cache::{Cache, Depot, Digest, OpenOptions, RemoteOptions};
@@ -488,36 +488,6 @@ fn a_job_that_nobody_wants_any_more_ends_before_other_work_begins() {
     leftover::silence(&attempt, &left, None, &|_| {}, &desk.cancel, &reporter).unwrap();
     assert!(!attempt.claim().unwrap());
     assert!(Post::take(attempt.path()).unwrap().is_none());
-}
-
-/// A job system that went away.
-struct Gone(AtomicUsize);
-
-impl JobSystem for Gone {
-    fn name(&self) -> String {
-        "gone".to_owned()
-    }
-    fn submit(&self, _: &JobOrder<'_>) -> Result<(), JobError> {
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-    fn state(&self, _: &JobOrder<'_>) -> Result<JobState, JobError> {
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-    fn stop(&self, _: &str) -> Result<(), JobError> {
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-    fn forget(&self, _: &str) -> Result<bool, JobError> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-}
-
-#[test]
-fn one_that_went_away_is_asked_once_to_forget() {
-    let gone = Gone(AtomicUsize::new(0));
-    let mut over = vec!["a".to_owned(), "b".to_owned()];
-    assert!(!remote::forget(&gone, &mut over));
-    assert_eq!((gone.0.load(Ordering::SeqCst), over.len()), (1, 2));
 }
 
 #[test]
