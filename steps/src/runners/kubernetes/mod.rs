@@ -3,7 +3,8 @@
 //!
 //! | file | does |
 //! |---|---|
-//! | this one | settings; order, look, stop, forget |
+//! | this one | order, look, stop, forget |
+//! | `settings` | what the pipeline says of the cluster |
 //! | `manifest` | the Job that is ordered |
 //! | `outcome` | what a Job and its pod say; pure |
 //! | `kubectl` | raw requests |
@@ -14,6 +15,7 @@
 mod kubectl;
 mod manifest;
 mod outcome;
+mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,14 +24,12 @@ use std::time::{Duration, Instant};
 use flowrun_cache::Digest;
 use flowrun_engine::runner::{JobEnd, JobError, JobKind, JobOrder, JobState, JobSystem};
 use flowrun_engine::step::{StepError, World};
-use nix::unistd::{getegid, geteuid};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use self::kubectl::{CallError, Kubectl};
 use self::manifest::Owner;
 use self::outcome::Told;
+use self::settings::Settings;
 use crate::schema_of;
 
 /// Wait between two looks at the jobs; longer where a look takes long.
@@ -42,68 +42,8 @@ const EVENTS_EVERY: Duration = Duration::from_secs(5);
 const PROJECT: usize = 16;
 /// Characters of an event that are told.
 const SAID: usize = 600;
-/// Parts of a pod and of its container that are this program's.
-const OURS_OF_POD: &[&str] = &["containers", "restartPolicy", "volumes"];
-const OURS_OF_CONTAINER: &[&str] = &["args", "command", "image", "name", "volumeMounts"];
-
 /// The job system.
 pub(super) struct Kubernetes;
-
-/// A Kubernetes cluster, as `kubectl` reaches it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct Settings {
-    /// Namespace of the jobs.
-    #[schemars(regex(pattern = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
-    namespace: String,
-    /// Image of the pods. It has this program, unless `program` lies on a volume.
-    image: String,
-    /// Path in the pods to a volume as Kubernetes words it:
-    /// `{ /mnt/flowrun: { persistentVolumeClaim: { claimName: flowrun } } }`. The cache folder
-    /// must lie on one that this machine has too, unless `through: remote`.
-    #[serde(default)]
-    volumes: BTreeMap<String, Map<String, Value>>,
-    /// Context of the kubeconfig; the current one when left out.
-    #[serde(default)]
-    context: Option<String>,
-    /// Path of `kubectl`, where it is not on the `PATH`.
-    #[serde(default)]
-    kubectl: Option<String>,
-    /// How long a pod may wait for its start, in seconds.
-    #[serde(default = "an_hour")]
-    #[schemars(range(min = 1))]
-    queue_timeout: u64,
-    /// User id of the pods, 0 for root; that of this process when left out.
-    #[serde(default)]
-    user: Option<u32>,
-    /// Group id of the pods; the same number as `user`, or that of this process.
-    #[serde(default)]
-    group: Option<u32>,
-    /// What the cluster calls a GPU.
-    #[serde(default = "nvidia")]
-    gpu: String,
-    /// Labels of jobs and pods.
-    #[serde(default)]
-    labels: BTreeMap<String, String>,
-    /// Annotations of jobs and pods.
-    #[serde(default)]
-    annotations: BTreeMap<String, String>,
-    /// More fields of the pods' `spec`, as Kubernetes takes them: `serviceAccountName`,
-    /// `nodeSelector`, `tolerations`, `imagePullSecrets`, ….
-    #[serde(default)]
-    pod: Map<String, Value>,
-    /// More fields of their container: `envFrom`, `resources`, ….
-    #[serde(default)]
-    container: Map<String, Value>,
-}
-
-fn an_hour() -> u64 {
-    3600
-}
-
-fn nvidia() -> String {
-    "nvidia.com/gpu".to_owned()
-}
 
 struct Cluster {
     kubectl: Kubectl,
@@ -165,17 +105,8 @@ impl JobKind for Kubernetes {
 
 impl Cluster {
     fn new(settings: Settings, world: &World) -> Result<Self, StepError> {
-        for (part, fields, ours) in [
-            ("pod", &settings.pod, OURS_OF_POD),
-            ("container", &settings.container, OURS_OF_CONTAINER),
-        ] {
-            if let Some(field) = ours.iter().find(|field| fields.contains_key(**field)) {
-                let text = format!("`runners.kubernetes.{part}` may not hold `{field}`");
-                let help = format!("flowrun writes {} itself", ours.join(", "));
-                return Err(StepError::invalid(text).help(help));
-            }
-        }
-        let owner = owner(&settings)?;
+        settings.check()?;
+        let owner = settings.owner()?;
         let project = Digest::of_bytes(world.root.display().to_string().as_bytes()).to_hex();
         let kubectl = settings.kubectl.clone();
         Ok(Self {
@@ -444,23 +375,6 @@ impl Looked {
         };
         self.at.elapsed() < LOOK_EVERY.max(long)
     }
-}
-
-/// Whose files the pods are to have.
-fn owner(settings: &Settings) -> Result<Owner, StepError> {
-    let here = geteuid();
-    if settings.user.is_none() && here.is_root() {
-        let text = "`runners.kubernetes`: flowrun runs as root here, and its pods would too";
-        let help = "run flowrun as the user whom the files on the volume belong to, or name one with `user`; `user: 0` is root";
-        return Err(StepError::invalid(text).help(help));
-    }
-    Ok(Owner {
-        user: settings.user.unwrap_or_else(|| here.as_raw()),
-        group: settings
-            .group
-            .or(settings.user)
-            .unwrap_or_else(|| getegid().as_raw()),
-    })
 }
 
 /// Somebody deletes it, and it waits for its pod's end.
