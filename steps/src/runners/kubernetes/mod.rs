@@ -3,7 +3,8 @@
 //!
 //! | file | does |
 //! |---|---|
-//! | this one | order, look, stop, forget |
+//! | this one | order, stop, forget |
+//! | `look` | the jobs of the project at one time |
 //! | `settings` | what the pipeline says of the cluster |
 //! | `manifest` | the Job that is ordered |
 //! | `outcome` | what a Job and its pod say; pure |
@@ -13,6 +14,7 @@
 //! Not run on a cluster: `docs/connected.md` says what was.
 
 mod kubectl;
+mod look;
 mod manifest;
 mod outcome;
 mod settings;
@@ -27,15 +29,12 @@ use flowrun_engine::step::{StepError, World};
 use serde_json::Value;
 
 use self::kubectl::{CallError, Kubectl};
+use self::look::{LOOK_EVERY, Looked, made_at};
 use self::manifest::Owner;
 use self::outcome::Told;
 use self::settings::Settings;
 use crate::schema_of;
 
-/// Wait between two looks at the jobs; longer where a look takes long.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// At most one part in so many of the time is spent on looks.
-const SHARE: u32 = 5;
 /// Wait between two questions for the events of what waits without a reason.
 const EVENTS_EVERY: Duration = Duration::from_secs(5);
 /// Hex digits of the project's label.
@@ -56,22 +55,6 @@ struct Cluster {
     /// Ids of jobs that were there.
     known: Mutex<BTreeSet<String>>,
     waits: Mutex<BTreeMap<String, Wait>>,
-}
-
-/// A look, which is the answer to all who ask as long as it is new. So is a failure: a server
-/// that hangs would else be waited for by each of them in turn.
-struct Looked {
-    /// When it began.
-    at: Instant,
-    took: Duration,
-    seen: Result<Look, CallError>,
-}
-
-/// The jobs of the project at one time.
-struct Look {
-    jobs: BTreeMap<String, Value>,
-    /// The newest pod of each.
-    pods: BTreeMap<String, Value>,
 }
 
 /// A job that waits.
@@ -134,56 +117,6 @@ impl Cluster {
     fn path(&self, kind: &str) -> String {
         let namespace = &self.settings.namespace;
         format!("/api/v1/namespaces/{namespace}/{kind}")
-    }
-
-    /// A job and its pod, if there is such a job.
-    fn find(&self, id: &str) -> Result<Option<(Value, Option<Value>)>, CallError> {
-        // Others wait meanwhile, for the same answer.
-        let mut slot = lock(&self.look);
-        let looked = match slot.take().filter(Looked::is_new) {
-            Some(looked) => looked,
-            None => self.look(),
-        };
-        let looked = slot.insert(looked);
-        let look = looked.seen.as_ref().map_err(CallError::clone)?;
-        let job = look.jobs.get(id).cloned();
-        Ok(job.map(|job| (job, look.pods.get(id).cloned())))
-    }
-
-    fn look(&self) -> Looked {
-        let at = Instant::now();
-        let seen = self.see();
-        Looked {
-            at,
-            took: at.elapsed(),
-            seen,
-        }
-    }
-
-    fn see(&self) -> Result<Look, CallError> {
-        let label = manifest::PROJECT.replace('/', "%2F");
-        let ours = format!("labelSelector={label}%3D{}", self.project);
-        // Pods first: one that ended because its job was deleted is then not taken for lost.
-        let mut pods = self.list("PodList", &format!("{}?{ours}", self.path("pods")))?;
-        let jobs = self.list("JobList", &format!("{}?{ours}", self.jobs()))?;
-        pods.sort_by(|a, b| made_at(a).cmp(made_at(b)));
-        let named = jobs.into_iter().filter_map(|job| {
-            let name = job["metadata"]["name"].as_str()?.to_owned();
-            Some((name, job))
-        });
-        let of_jobs = pods.into_iter().filter_map(|pod| {
-            let job = pod["metadata"]["labels"][manifest::JOB]
-                .as_str()?
-                .to_owned();
-            Some((job, pod))
-        });
-        let look = Look {
-            jobs: named.collect(),
-            // The last of a job stays.
-            pods: of_jobs.collect(),
-        };
-        lock(&self.known).extend(look.jobs.keys().cloned());
-        Ok(look)
     }
 
     fn list(&self, kind: &str, path: &str) -> Result<Vec<Value>, CallError> {
@@ -366,26 +299,9 @@ impl JobSystem for Cluster {
     }
 }
 
-impl Looked {
-    fn is_new(&self) -> bool {
-        let long = match self.seen {
-            Ok(_) => self.took * SHARE,
-            // As long again as it took: the server may be back soon.
-            Err(_) => self.took * 2,
-        };
-        self.at.elapsed() < LOOK_EVERY.max(long)
-    }
-}
-
 /// Somebody deletes it, and it waits for its pod's end.
 fn is_going(job: &Value) -> bool {
     job["metadata"]["deletionTimestamp"].is_string()
-}
-
-/// When an object was made, in the one form in which times sort as text.
-fn made_at(object: &Value) -> &str {
-    let time = object["metadata"]["creationTimestamp"].as_str();
-    time.unwrap_or_default()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
