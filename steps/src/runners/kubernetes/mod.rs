@@ -5,6 +5,7 @@
 //! |---|---|
 //! | this one | order, stop, forget |
 //! | `look` | the jobs of the project at one time |
+//! | `waiting` | why a job waits |
 //! | `settings` | what the pipeline says of the cluster |
 //! | `manifest` | the Job that is ordered |
 //! | `outcome` | what a Job and its pod say; pure |
@@ -18,10 +19,10 @@ mod look;
 mod manifest;
 mod outcome;
 mod settings;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use flowrun_cache::Digest;
 use flowrun_engine::runner::{JobEnd, JobError, JobKind, JobOrder, JobState, JobSystem};
@@ -29,18 +30,16 @@ use flowrun_engine::step::{StepError, World};
 use serde_json::Value;
 
 use self::kubectl::{CallError, Kubectl};
-use self::look::{LOOK_EVERY, Looked, made_at};
+use self::look::{LOOK_EVERY, Looked};
 use self::manifest::Owner;
 use self::outcome::Told;
 use self::settings::Settings;
+use self::waiting::Wait;
 use crate::schema_of;
 
-/// Wait between two questions for the events of what waits without a reason.
-const EVENTS_EVERY: Duration = Duration::from_secs(5);
 /// Hex digits of the project's label.
 const PROJECT: usize = 16;
-/// Characters of an event that are told.
-const SAID: usize = 600;
+
 /// The job system.
 pub(super) struct Kubernetes;
 
@@ -55,15 +54,6 @@ struct Cluster {
     /// Ids of jobs that were there.
     known: Mutex<BTreeSet<String>>,
     waits: Mutex<BTreeMap<String, Wait>>,
-}
-
-/// A job that waits.
-#[derive(Debug, Clone)]
-struct Wait {
-    since: Instant,
-    /// When events were asked for, and what the last one said.
-    asked: Option<Instant>,
-    said: Option<String>,
 }
 
 impl JobKind for Kubernetes {
@@ -141,48 +131,6 @@ impl Cluster {
             Err(error) if error.reason == "NotFound" => Ok(()),
             Err(error) => Err(error.into()),
         }
-    }
-
-    /// What is to be said of a job that waits: why, and whether it has waited for too long.
-    fn waiting(&self, id: &str, why: String, object: Option<&str>) -> JobState {
-        let wait = lock(&self.waits).get(id).cloned();
-        let mut wait = wait.unwrap_or_else(|| Wait {
-            since: Instant::now(),
-            asked: None,
-            said: None,
-        });
-        if let Some(object) = object
-            && wait.asked.unwrap_or(wait.since).elapsed() >= EVENTS_EVERY
-        {
-            wait.asked = Some(Instant::now());
-            wait.said = self.last_warning(object);
-        }
-        let mut why = match (object, &wait.said) {
-            (Some(_), Some(said)) => format!("{why}: {said}"),
-            _ => why,
-        };
-        let limit = self.settings.queue_timeout;
-        let hopeless = wait.since.elapsed() >= Duration::from_secs(limit);
-        if hopeless {
-            why = format!("it waited for {limit} s (`queue_timeout`): {why}");
-        }
-        lock(&self.waits).insert(id.to_owned(), wait);
-        JobState::Waiting { why, hopeless }
-    }
-
-    /// What the cluster warned of last about an object; nothing where it may not be asked.
-    fn last_warning(&self, object: &str) -> Option<String> {
-        let fields = format!("involvedObject.name%3D{object}%2Ctype%3DWarning");
-        let path = format!("{}?fieldSelector={fields}", self.path("events"));
-        let events = self.list("EventList", &path).ok()?;
-        let last = events.iter().max_by_key(|event| {
-            let times = [&event["lastTimestamp"], &event["eventTime"]];
-            let time = times.into_iter().find_map(Value::as_str);
-            time.unwrap_or_else(|| made_at(event)).to_owned()
-        })?;
-        let part = |name: &str| last[name].as_str().unwrap_or_default().trim();
-        let said = format!("{}: {}", part("reason"), part("message"));
-        Some(said.chars().take(SAID).collect())
     }
 }
 
@@ -312,6 +260,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::path::Path;
+    use std::time::Duration;
 
     use flowrun_engine::pipeline::Resources;
     use serde_json::json;
