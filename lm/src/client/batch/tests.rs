@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::folder::{KEPT, ORDER};
 use super::*;
-use crate::lm::{Budget, Message, Role, Sampling};
+use crate::lm::{Budget, Message, Role, Sampling, Spending};
 
 /// What stands in a line for a text: `response` and `error`.
 type Line = dyn Fn(usize, &str) -> Value + Send + Sync;
