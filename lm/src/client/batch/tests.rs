@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::folder::{KEPT, ORDER};
+use super::folder::{KEPT, ORDER, Order};
 use super::*;
 use crate::lm::{Budget, Message, Role, Sampling, Spending};
 
