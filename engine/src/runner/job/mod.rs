@@ -30,6 +30,7 @@ mod folder;
 mod follow;
 mod leftover;
 mod outpost;
+mod patience;
 mod post;
 mod remote;
 mod saving;

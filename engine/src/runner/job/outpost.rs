@@ -20,6 +20,7 @@ use flowrun_cache::{
 
 use super::folder::AttemptFolder;
 use super::follow::Growing;
+use super::patience::Patience;
 use super::post::{Environment, Post, Request, exec_with};
 use super::saving::{Saving, Stored};
 use super::shipment::{CACHE, Order, PLACE, Said, Shipment, USER};
@@ -193,9 +194,11 @@ impl Goods {
         let place = self.attempt.place();
         let saved = self.saved.as_deref();
         let (cache, order) = (&self.cache, &self.order);
-        let stop = || self.is_unwanted();
-        self.shipment
-            .fetch(cache, order, &place, saved, PATIENCE, &stop)?;
+        let patience = Patience {
+            longest: PATIENCE,
+            stop: &|| self.is_unwanted(),
+        };
+        self.shipment.fetch(cache, order, &place, saved, patience)?;
         if let Some(begun) = &self.begun {
             // It listens until it is told of the end.
             let _ = begun.send(News::Begun(Begun {
@@ -217,9 +220,11 @@ impl Goods {
         self.remote.send_answers(&self.cache.completions());
         let delivered = match well {
             true => {
-                let stop = || self.is_unwanted();
-                self.shipment
-                    .deliver(&self.cache, &self.attempt, PATIENCE, &stop)
+                let patience = Patience {
+                    longest: PATIENCE,
+                    stop: &|| self.is_unwanted(),
+                };
+                self.shipment.deliver(&self.cache, &self.attempt, patience)
             }
             false => {
                 if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists()) {

@@ -289,9 +289,9 @@ impl Remote {
         if let (Some(way), Some(collector)) = (&self.way, collector) {
             let shipment = collector.shipment();
             if let Ended::Answered(Ok(_)) = &ended {
-                let patience = Duration::from_secs(self.settings.patience);
                 let stop = || errand.cancel.is_cancelled();
-                if let Err(error) = shipment.bring(&way.cache, attempt, patience, &stop) {
+                let patience = self.patience(&stop);
+                if let Err(error) = shipment.bring(&way.cache, attempt, patience) {
                     ended = Ended::Error(error);
                 }
             } else {
