@@ -358,14 +358,7 @@ fn save(shipment: &Shipment, stored: &mut Stored, folder: &Path) -> Result<bool,
 impl Courier {
     fn start(shipment: &Shipment, attempt: &AttemptFolder) -> Self {
         let (tell, hears) = channel();
-        let mut telling = Telling {
-            shipment: shipment.clone(),
-            messages: Growing::new(attempt.messages()),
-            log: Growing::new(attempt.log()),
-            unsaid: None,
-            next: 1,
-            beat: 0,
-        };
+        let mut telling = Telling::new(shipment, attempt);
         let attempt = attempt.clone();
         let thread = std::thread::spawn(move || telling.until_the_end(&attempt, &hears));
         Self { tell, thread }
@@ -390,6 +383,17 @@ struct Telling {
 }
 
 impl Telling {
+    fn new(shipment: &Shipment, attempt: &AttemptFolder) -> Self {
+        Self {
+            shipment: shipment.clone(),
+            messages: Growing::new(attempt.messages()),
+            log: Growing::new(attempt.log()),
+            unsaid: None,
+            next: 1,
+            beat: 0,
+        }
+    }
+
     fn until_the_end(&mut self, attempt: &AttemptFolder, hears: &Receiver<News>) {
         let mut passing = None;
         loop {
@@ -487,14 +491,7 @@ mod tests {
         let attempt = AttemptFolder::at(dir.path().join("job"));
         attempt.make().unwrap();
         std::fs::write(attempt.log(), vec![b'x'; (AT_ONCE << 20) + 1]).unwrap();
-        let mut telling = Telling {
-            shipment: shipment.clone(),
-            messages: Growing::new(attempt.messages()),
-            log: Growing::new(attempt.log()),
-            unsaid: None,
-            next: 1,
-            beat: 0,
-        };
+        let mut telling = Telling::new(&shipment, &attempt);
         assert!(telling.tell().unwrap(), "there is more");
         assert!(!telling.tell().unwrap());
         let last = AT_ONCE as u64 + 1;
