@@ -18,6 +18,7 @@
 //! | `post` | the other end |
 //! | `way` | how files reach the workers: in the folder, or through a remote store |
 //! | `shipment` | what lies in a remote store, where the workers do not see the folder |
+//! | `patience` | how a store that does not answer is asked again |
 //! | `collect` | makes the folder here say what the one there says |
 //! | `outpost` | the other end, with a folder of its own |
 //! | `saving` | when what a step saved there is sent |
