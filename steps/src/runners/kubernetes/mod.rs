@@ -260,7 +260,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::path::Path;
-    use std::time::Duration;
 
     use flowrun_engine::pipeline::Resources;
     use serde_json::json;
@@ -317,6 +316,7 @@ mod tests {
 
     #[test]
     fn a_look_that_failed_is_the_answer_to_all_who_ask() {
+        use std::time::Duration;
         let mut cluster = cluster(&[]).unwrap();
         let failed = cluster.find("a").unwrap_err();
         lock(&cluster.look).as_mut().unwrap().took = Duration::from_secs(3600);
