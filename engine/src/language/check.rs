@@ -25,7 +25,7 @@ use super::source_map::{SourceMap, Span};
 use super::spec::StepSpec;
 use super::wiring::{Wiring, check_uses, wire};
 use super::{hooks, settings, suggest, tracking};
-use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode};
+use crate::pipeline::{Action, Pipeline, StepNode};
 use crate::runner::{JobRunner, runner_schema};
 use crate::vocabulary::Vocabulary;
 
@@ -355,7 +355,6 @@ fn step_node(
     };
     StepNode {
         name: draft.name.to_owned(),
-        about: None,
         action,
         params,
         key_params,
@@ -365,17 +364,7 @@ fn step_node(
         out_paths,
         needs: wiring.needs,
         foreach: wiring.foreach,
-        when: None,
-        env: BTreeMap::new(),
-        secrets: Vec::new(),
-        retry: Retry::default(),
-        timeout: None,
-        resources: Resources::default(),
-        pool: None,
-        runner: RunnerKind::Inline,
-        cache: CachePolicy::Reuse,
-        publish: BTreeMap::new(),
-        expect: Vec::new(),
+        ..StepNode::default()
     }
 }
 
