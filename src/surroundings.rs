@@ -14,7 +14,10 @@ use flowrun_engine::premises::RunName;
 use flowrun_engine::run::{Capacity, Expressions, RunOptions};
 use flowrun_engine::step::World;
 use flowrun_engine::vocabulary::Vocabulary;
-use flowrun_engine::{LoadOptions, eval_bool, load_pipeline, resolve_item};
+use flowrun_engine::{
+    Diagnostic, Diagnostics, InProfile, LoadOptions, check_profiles, eval_bool, load_pipeline,
+    resolve_item,
+};
 
 use crate::args::{GlobalArgs, Scope, Select};
 use crate::exit::Failure;
@@ -60,11 +63,22 @@ pub(crate) fn ask(select: &Select, global: &GlobalArgs) -> Result<Asked, Failure
 impl Asked {
     /// Loads and checks it.
     pub(crate) fn load(self) -> Result<Surroundings, Failure> {
-        let pipeline = load_pipeline(&self.file, &self.vocabulary, &self.options)?;
+        let pipeline = self.pipeline()?;
         Ok(Surroundings {
             pipeline,
             world: self.world,
         })
+    }
+
+    /// The same, without what it needs to run.
+    pub(crate) fn pipeline(&self) -> Result<Pipeline, Diagnostics> {
+        load_pipeline(&self.file, &self.vocabulary, &self.options)
+    }
+
+    /// What is found only with one of its profiles, each tried by itself; `plain` is what is found
+    /// without.
+    pub(crate) fn in_profiles(&self, plain: &[Diagnostic]) -> Vec<InProfile> {
+        check_profiles(&self.file, &self.vocabulary, &self.options, plain)
     }
 
     /// The name under which a run of it is remembered.
@@ -80,9 +94,14 @@ pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings,
 
 /// Tells of what may go wrong in a run of it.
 pub(crate) fn warn(pipeline: &Pipeline) {
-    if !pipeline.warnings.errors.is_empty() {
+    tell(&pipeline.warnings);
+}
+
+/// Tells of what was found.
+pub(crate) fn tell(found: &Diagnostics) {
+    if !found.errors.is_empty() {
         // When nobody reads it, the run itself still tells.
-        let _ = writeln!(std::io::stderr(), "{}", pipeline.warnings);
+        let _ = writeln!(std::io::stderr(), "{found}");
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! `load` reads the file and those it includes, `overlay` lays profiles and `--set`
 //! over them, `resolution` fills in `${{ }}`, `check` finds every mistake and makes the
-//! pipeline. Knows no step kind (the [`Vocabulary`] does), runs nothing, prints nothing.
+//! pipeline; `profiles` tries each profile. Knows no step kind (the [`Vocabulary`] does), runs nothing, prints nothing.
 
 mod check;
 mod conditions;
@@ -18,6 +18,7 @@ mod node;
 mod order;
 mod overlay;
 mod params;
+mod profiles;
 mod published;
 mod reader;
 mod resolution;
@@ -41,6 +42,7 @@ use std::path::{Path, PathBuf};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use expr::{eval_bool, resolve_item};
+pub use profiles::{InProfile, check_profiles};
 pub use scalar::{bytes as parse_bytes, duration as parse_duration};
 pub use schema::{definition_schema, pipeline_schema, step_schema};
 
@@ -82,10 +84,7 @@ pub fn load_pipeline(
     options: &LoadOptions,
 ) -> Result<Pipeline, Diagnostics> {
     let mut map = source_map::SourceMap::default();
-    let variants = overlay::Variants {
-        model: &vocabulary.model_schema,
-        program: &vocabulary.program_schema,
-    };
+    let variants = variants(vocabulary);
     let Some(mut tree) = load::load(&mut map, file, &variants) else {
         return Err(map.into_diagnostics());
     };
@@ -104,5 +103,12 @@ pub fn load_pipeline(
             ..pipeline
         }),
         None => Err(map.into_diagnostics()),
+    }
+}
+
+fn variants(vocabulary: &Vocabulary) -> overlay::Variants<'_> {
+    overlay::Variants {
+        model: &vocabulary.model_schema,
+        program: &vocabulary.program_schema,
     }
 }
