@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flowrun_cache::remote::{folder_url, is_folder};
+use flowrun_cache::remote::{folder_of, folder_url, is_folder};
 use flowrun_cache::{Cache, LockWait, OpenOptions, RemoteCache, RemoteError, RemoteOptions};
 use flowrun_engine::language::project_root;
 use flowrun_engine::pipeline::Pipeline;
@@ -51,6 +51,7 @@ pub(crate) fn ask(select: &Select, global: &GlobalArgs) -> Result<Asked, Failure
         profiles: select.profile.clone(),
         env: world.env.clone(),
         root: None,
+        remote_folder: remote_url(global).and_then(|url| folder_of(&url)),
     };
     Ok(Asked {
         file,
@@ -169,6 +170,16 @@ pub(crate) fn remote(global: &GlobalArgs) -> Result<Option<Arc<RemoteCache>>, Fa
 
 /// The same, with what keeps it from being used.
 pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<RemoteCache, RemoteError>> {
+    let options = RemoteOptions {
+        url: remote_url(global)?,
+        read_only: global.remote_read_only,
+        env: environment(),
+    };
+    Some(RemoteCache::open(&options, &global.cache_dir))
+}
+
+/// The URL of the remote cache that is meant, if one is and may be used.
+fn remote_url(global: &GlobalArgs) -> Option<String> {
     let text = global.remote.as_deref().filter(|text| !text.is_empty())?;
     let url = match text.contains("://") {
         true => text.to_owned(),
@@ -180,12 +191,7 @@ pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<RemoteCache, Rem
     if global.offline && !is_folder(&url) {
         return None;
     }
-    let options = RemoteOptions {
-        url,
-        read_only: global.remote_read_only,
-        env: environment(),
-    };
-    Some(RemoteCache::open(&options, &global.cache_dir))
+    Some(url)
 }
 
 /// Options of a run of these steps.

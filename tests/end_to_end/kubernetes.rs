@@ -154,7 +154,7 @@ fn a_command_is_a_job_too_and_the_api_server_never_has_its_secret() {
     assert_eq!(kubernetes.api.orders().len(), 2, "nothing was ordered");
 }
 
-/// No volume is needed where files go through a remote store.
+/// Of this machine the pods need no more than the store, and that only where it is a folder.
 #[test]
 fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     let Some(kubernetes) = Kubernetes::start() else {
@@ -167,12 +167,17 @@ fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     let volumes = runners
         .lines()
         .find(|line| line.trim().starts_with("volumes:"));
-    let runners = runners.replace(&format!("{}\n", volumes.unwrap()), "");
+    let store = project.path("store");
+    let seen = format!(
+        "    volumes: {{ '{}': {{ persistentVolumeClaim: {{ claimName: store }} }} }}",
+        store.display()
+    );
+    let runners = runners.replace(volumes.unwrap(), &seen);
     project.write("p.yaml", &format!("{runners}{step}"));
     let mut command = project.command(&["p.yaml"]);
     command
         .env("KUBECONFIG", kubernetes.api.kubeconfig())
-        .env("FLOWRUN_REMOTE", project.path("store"));
+        .env("FLOWRUN_REMOTE", &store);
     Run::of(command.output().unwrap()).ok();
     assert_eq!(project.read("n"), "text\n");
     let log = project.run(&["show", "s"]).ok().stdout;
@@ -368,4 +373,35 @@ fn a_kubectl_or_an_api_server_that_is_not_there_is_named() {
         "{}",
         away.stderr
     );
+}
+
+#[test]
+fn a_remote_folder_that_lies_on_no_volume_is_told_before_the_run() {
+    let project = Project::new();
+    let runners = "runners:\n  kubernetes:\n    namespace: ml\n    image: registry.example/flowrun:1\n    user: 10001\n    through: remote\n";
+    let step = "steps:\n  s: { run: 'true', runner: kubernetes }\n";
+    project.write("p.yaml", &format!("{runners}{step}"));
+    let store = project.path("store");
+    let run = |remote: &str, args: &[&str]| {
+        let mut command = project.command(args);
+        Run::of(command.env("FLOWRUN_REMOTE", remote).output().unwrap())
+    };
+    let folder = store.display().to_string();
+    for args in [&["check", "p.yaml"][..], &["p.yaml"]] {
+        let refused = run(&folder, args);
+        assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+        let text = format!(
+            "p.yaml:6:14: error: the pods do not see the remote cache: {folder} lies on none of `volumes`"
+        );
+        assert!(refused.stderr.contains(&text), "{}", refused.stderr);
+    }
+    assert!(!project.path(".flowrun/runs").exists(), "nothing was begun");
+    let check = ["check", "p.yaml"];
+    run("s3://bucket/x", &check).ok();
+    let volumes = format!(
+        "    volumes: {{ '{}': {{ hostPath: {{ path: /srv }} }} }}\n",
+        project.path("").display()
+    );
+    project.write("p.yaml", &format!("{runners}{volumes}{step}"));
+    run(&folder, &check).ok();
 }

@@ -43,7 +43,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::{OnceCell, Semaphore};
 
 use self::bucket::Bucket;
-pub use self::bucket::{folder_url, is_folder};
+pub use self::bucket::{folder_of, folder_url, is_folder};
 pub use self::depot::{Depot, DepotError};
 use self::outbox::Outbox;
 use self::policy::{Policy, Refusal};

@@ -26,7 +26,7 @@ use super::spec::StepSpec;
 use super::wiring::{Wiring, check_uses, wire};
 use super::{hooks, settings, suggest, tracking};
 use crate::pipeline::{Action, Pipeline, StepNode};
-use crate::runner::{JobRunner, runner_schema};
+use crate::runner::{JobRunner, Through, runner_schema};
 use crate::vocabulary::Vocabulary;
 
 /// What a check needs besides the tree.
@@ -39,6 +39,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) profiles: &'a [String],
     /// Environment variables that are set.
     pub(crate) environment: &'a BTreeMap<String, String>,
+    /// The remote cache, if it is a folder.
+    pub(crate) remote_folder: Option<&'a Path>,
     /// Step kinds and the shapes of models and programs.
     pub(crate) vocabulary: &'a Vocabulary,
 }
@@ -199,6 +201,13 @@ fn check_surroundings(
             let place = at(&["shared", &text], true);
             map.report(place, "unreadable", message, "", Some(help.to_owned()));
         }
+    }
+    if runner.settings.through == Through::Remote
+        && let Some(folder) = setting.remote_folder
+        && let Err(unseen) = runner.kind.sees(&runner.own, folder)
+    {
+        let place = at(&["through"], false);
+        map.report(place, "unseen-remote", unseen.message, "", unseen.help);
     }
 }
 

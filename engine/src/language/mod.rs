@@ -61,6 +61,8 @@ pub struct LoadOptions {
     pub env: BTreeMap<String, String>,
     /// Project root. None: see [`project_root`].
     pub root: Option<PathBuf>,
+    /// The folder that the remote cache is, if it is one.
+    pub remote_folder: Option<PathBuf>,
 }
 
 /// The folder of the pipeline file; if that is named `pipelines`, the folder around it.
@@ -95,6 +97,7 @@ pub fn load_pipeline(
         root: options.root.clone().unwrap_or_else(|| project_root(file)),
         profiles: &options.profiles,
         environment: &options.env,
+        remote_folder: options.remote_folder.as_deref(),
         vocabulary,
     };
     match check::check(&mut map, tree, &setting) {

@@ -74,6 +74,14 @@ pub trait JobKind: Send + Sync {
     /// # Errors
     /// When the settings cannot work here.
     fn open(&self, settings: &Value, world: &World) -> Result<Box<dyn JobSystem>, StepError>;
+    /// Whether the workers see the remote cache, which is this folder, as far as its own settings
+    /// tell. They know it by the same path.
+    ///
+    /// # Errors
+    /// When they do not.
+    fn sees(&self, _settings: &Value, _remote: &Path) -> Result<(), StepError> {
+        Ok(())
+    }
 }
 
 /// A job system that can be reached.
