@@ -188,6 +188,39 @@ fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
 
+/// The work ends while the store, through which its result goes, is away for longer than `patience`.
+#[test]
+fn a_result_outlasts_a_store_that_is_away() {
+    let Some(kubernetes) = Kubernetes::start() else {
+        return;
+    };
+    let more = "    through: remote\n    patience: 2\n";
+    let slow = Slow::new("kubernetes", &kubernetes.runners(more));
+    let path = |name: &str| slow.project.path(name);
+    std::fs::create_dir(path("store")).unwrap();
+    std::fs::create_dir(path("notes")).unwrap();
+    slow.project.write("file", "");
+    // Where a file takes the place of a folder, nothing can be read or written.
+    let notes_lie_in = |target: &str| {
+        std::os::unix::fs::symlink(path(target), path("new")).unwrap();
+        std::fs::rename(path("new"), path("store/jobs")).unwrap();
+    };
+    notes_lie_in("notes");
+    let (config, store) = (kubernetes.api.kubeconfig(), path("store"));
+    let store = store.display().to_string();
+    let child = slow.start_with(&[("KUBECONFIG", &config), ("FLOWRUN_REMOTE", &store)]);
+    slow.worker();
+    notes_lie_in("file");
+    slow.go();
+    until("it was not followed", || {
+        slow.has_said("the job is followed")
+    });
+    notes_lie_in("notes");
+    let run = slow.ended_well(child);
+    assert_eq!(slow.begun(), 1, "{}", run.stdout);
+    until("jobs are left", || kubernetes.api.jobs().is_empty());
+}
+
 #[test]
 fn a_worker_that_is_killed_is_followed_by_another() {
     let Some(kubernetes) = Kubernetes::start() else {

@@ -19,12 +19,14 @@
 //! | `way` | how files reach the workers: in the folder, or through a remote store |
 //! | `shipment` | what lies in a remote store, where the workers do not see the folder |
 //! | `collect` | makes the folder here say what the one there says |
+//! | `absence` | what becomes of a job while the remote store is away |
 //! | `outpost` | the other end, with a folder of its own |
 //! | `saving` | when what a step saved there is sent |
 //!
 //! Knows no job system. Invariant: at most one process works for one attempt, and an attempt
 //! that was ordered is followed by whoever runs the action next, not ordered again.
 
+mod absence;
 mod collect;
 mod folder;
 mod follow;

@@ -22,12 +22,13 @@ use super::folder::AttemptFolder;
 use super::follow::Growing;
 use super::post::{Environment, Post, Request, exec_with};
 use super::saving::{Saving, Stored};
-use super::shipment::{CACHE, Order, PLACE, Said, Shipment, USER};
+use super::shipment::{A_DAY, CACHE, Order, PLACE, Said, Shipment, USER, patiently};
 use super::watch::BEAT;
 use crate::runner::exec::{ExecError, Host};
 use crate::step::{Cancel, StepError};
 
-/// How long a store that does not answer is waited for at the beginning and the end of the work.
+/// How long a store that does not answer is waited for at the beginning of the work, and at the
+/// least at its end.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How long the last answers of language models may take.
 const LAST_ANSWERS: Duration = Duration::from_secs(60);
@@ -66,6 +67,7 @@ pub(super) struct Goods {
     /// Where the step saves what its next attempt can go on from.
     saved: Option<PathBuf>,
     cancel: Cancel,
+    offer: Offer,
     /// Held while something is sent of what the step saves; true once the work is over.
     over: Arc<Mutex<bool>>,
     /// Hears that the work begins.
@@ -101,7 +103,11 @@ impl Outpost {
         }
         let attempt = AttemptFolder::at(ground.scratch.join("job"));
         attempt.make().map_err(|e| no_job(&e))?;
-        let courier = Courier::start(&shipment, &attempt);
+        let offer = Offer {
+            taken: Instant::now(),
+            timeout: order.timeout,
+        };
+        let courier = Courier::start(&shipment, &attempt, offer, cancel);
         let cache = OpenOptions {
             wait: LockWait::NoWait,
             command: format!("job {id}"),
@@ -148,6 +154,7 @@ impl Outpost {
                 lacks,
                 saved,
                 cancel: cancel.clone(),
+                offer,
                 over: Arc::default(),
                 begun: None,
             },
@@ -222,8 +229,9 @@ impl Goods {
         let delivered = match well {
             true => {
                 let stop = || self.is_unwanted();
+                let patience = self.offer.patience();
                 self.shipment
-                    .deliver(&self.cache, &self.attempt, PATIENCE, &stop)
+                    .deliver(&self.cache, &self.attempt, patience, &stop)
             }
             false => {
                 if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists()) {
@@ -255,6 +263,23 @@ impl Goods {
     /// The objects that this end has.
     pub(super) fn store(&self) -> &ArtifactStore {
         self.cache.store()
+    }
+}
+
+/// How long what came of the work is offered to a store that does not answer: it lies here, and
+/// may have taken long.
+#[derive(Debug, Clone, Copy)]
+struct Offer {
+    /// When the job was taken.
+    taken: Instant,
+    /// The step's own.
+    timeout: Option<Duration>,
+}
+
+impl Offer {
+    fn patience(&self) -> Duration {
+        let left = |timeout: Duration| timeout.saturating_sub(self.taken.elapsed());
+        self.timeout.map_or(A_DAY, left).max(PATIENCE)
     }
 }
 
@@ -355,10 +380,12 @@ fn save(shipment: &Shipment, stored: &mut Stored, folder: &Path) -> Result<bool,
 }
 
 impl Courier {
-    fn start(shipment: &Shipment, attempt: &AttemptFolder) -> Self {
+    fn start(shipment: &Shipment, attempt: &AttemptFolder, offer: Offer, cancel: &Cancel) -> Self {
         let (tell, hears) = channel();
         let mut telling = Telling {
             shipment: shipment.clone(),
+            offer,
+            cancel: cancel.clone(),
             messages: Growing::new(attempt.messages()),
             log: Growing::new(attempt.log()),
             unsaid: None,
@@ -380,6 +407,8 @@ impl Courier {
 /// What was said so far.
 struct Telling {
     shipment: Shipment,
+    offer: Offer,
+    cancel: Cancel,
     messages: Growing,
     log: Growing,
     /// A note that is still to be written.
@@ -411,7 +440,7 @@ impl Telling {
                 Ok(News::End) | Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        let said = self.tell_all();
+        let said = self.tell_all(attempt);
         // It writes notes too.
         if let Some(passing) = passing {
             passing.end();
@@ -427,16 +456,14 @@ impl Telling {
     }
 
     /// Says all that is left, with patience.
-    fn tell_all(&mut self) -> Result<(), DepotError> {
-        let started = Instant::now();
-        loop {
-            match self.tell() {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
-                Err(e) if !e.passes() || started.elapsed() > PATIENCE => return Err(e),
-                Err(_) => std::thread::sleep(BEAT),
-            }
-        }
+    fn tell_all(&mut self, attempt: &AttemptFolder) -> Result<(), DepotError> {
+        let (patience, started) = (self.offer.patience(), Instant::now());
+        let cancel = self.cancel.clone();
+        // That it was told to stop is soon nobody's concern.
+        let is_unwanted = || cancel.is_cancelled() || attempt.is_cancelled();
+        let stop = || is_unwanted() && started.elapsed() > PATIENCE;
+        while patiently(patience, &stop, || self.tell())? {}
+        Ok(())
     }
 
     /// Says what is new, or that somebody is here; true when there may be more to say.
@@ -486,8 +513,14 @@ mod tests {
         let attempt = AttemptFolder::at(dir.path().join("job"));
         attempt.make().unwrap();
         std::fs::write(attempt.log(), vec![b'x'; (AT_ONCE << 20) + 1]).unwrap();
+        let offer = Offer {
+            taken: Instant::now(),
+            timeout: None,
+        };
         let mut telling = Telling {
             shipment: shipment.clone(),
+            offer,
+            cancel: Cancel::default(),
             messages: Growing::new(attempt.messages()),
             log: Growing::new(attempt.log()),
             unsaid: None,
@@ -499,6 +532,19 @@ mod tests {
         let last = AT_ONCE as u64 + 1;
         assert_eq!(shipment.said(last).unwrap().unwrap().log, b"x");
         assert!(shipment.said(last + 1).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_was_made_is_offered_as_long_as_the_step_may_take() {
+        let patience = |timeout: Option<u64>| {
+            let timeout = timeout.map(Duration::from_secs);
+            let taken = Instant::now();
+            Offer { taken, timeout }.patience()
+        };
+        assert_eq!(patience(None), A_DAY);
+        assert_eq!(patience(Some(1)), PATIENCE);
+        let hours = patience(Some(7200));
+        assert!(hours > PATIENCE && hours <= Duration::from_secs(7200));
     }
 
     #[test]

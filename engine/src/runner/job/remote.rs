@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::{ActionKey, Digest};
 
+use super::absence::Absence;
 use super::collect::Collector;
 use super::folder::{AttemptFolder, JOB_VERSION, JobFolder, Ordered};
 use super::follow::{Answer, Follower};
@@ -40,7 +41,7 @@ const ID: usize = 20;
 
 /// A job system as the steps of a run use it.
 pub(crate) struct Remote {
-    system: Arc<dyn JobSystem>,
+    pub(super) system: Arc<dyn JobSystem>,
     pub(super) settings: JobSettings,
     /// This program as the workers find it.
     program: String,
@@ -291,9 +292,7 @@ impl Remote {
         if let (Some(way), Some(collector)) = (&self.way, collector) {
             let shipment = collector.shipment();
             if let Ended::Answered(Ok(_)) = &ended {
-                let patience = Duration::from_secs(self.settings.patience);
-                let stop = || errand.cancel.is_cancelled();
-                if let Err(error) = shipment.bring(&way.cache, attempt, patience, &stop) {
+                if let Err(error) = self.bring(errand, way, shipment, attempt) {
                     ended = Ended::Error(error);
                 }
             } else {
@@ -390,7 +389,7 @@ impl Remote {
         let mut asked = None;
         let mut looked = None;
         let mut pause = FIRST_LOOK;
-        let mut told = false;
+        let mut absence = Absence::default();
         loop {
             if let Some(collector) = collector.as_deref_mut() {
                 collector.look();
@@ -408,16 +407,15 @@ impl Remote {
                 continue;
             }
             // Nothing that the job system says can be judged by one who does not hear the job.
-            if let Some((since, why)) = collector.as_deref().and_then(Collector::away) {
-                if since > patience {
-                    return Ended::Lost(format!("{why}, for {} s", since.as_secs()));
+            if let Some(collector) = collector.as_deref_mut() {
+                if collector.away().is_some() {
+                    if let Some(why) = self.unheard(errand, order, collector, &mut absence) {
+                        return Ended::Lost(why);
+                    }
+                    std::thread::sleep(LOOK_EVERY);
+                    continue;
                 }
-                if !told {
-                    told = true;
-                    errand.reporter.warning(&format!("{why}; waiting for it"));
-                }
-                std::thread::sleep(LOOK_EVERY);
-                continue;
+                absence.is_over();
             }
             let now = started.elapsed();
             if looked.is_none_or(|at| now.saturating_sub(at) > BEAT / 2) {
@@ -460,7 +458,7 @@ impl Remote {
         }
     }
 
-    fn hear(&self, said: &Result<JobState, JobError>, errand: &Errand<'_>) {
+    pub(super) fn hear(&self, said: &Result<JobState, JobError>, errand: &Errand<'_>) {
         if said.is_ok() {
             self.reached.store(true, Ordering::Relaxed);
         }

@@ -34,8 +34,12 @@ pub(super) const SHIPMENT_VERSION: u32 = 1;
 pub(super) const PLACE: &str = "@place";
 pub(super) const CACHE: &str = "@cache";
 pub(super) const USER: &str = "@user";
-/// Wait between two tries at a store that does not answer.
+/// How long the result of a job is offered to a store that does not answer, or asked of it, where
+/// the step has no `timeout`.
+pub(super) const A_DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// Wait between two tries at a store that does not answer; doubles up to the second one.
 const AGAIN: Duration = Duration::from_secs(1);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
 /// A note that says all by being there: not every store keeps an empty one.
 const MARK: &[u8] = b"\n";
 /// Bytes of the first line of a note of what was said, at most.
@@ -63,6 +67,9 @@ pub(super) struct Order {
     pub(super) secrets: Vec<String>,
     /// Names of variables that the work gets where the worker has them.
     pub(super) handed: Vec<String>,
+    /// The step's own: nobody waits for the result longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) timeout: Option<Duration>,
 }
 
 /// An artifact that goes in.
@@ -343,20 +350,34 @@ impl Shipment {
     }
 }
 
-/// Does it again while that may help and `stop` does not say otherwise.
+/// Does it again, after waits that grow, while that may help and `stop` does not say otherwise.
 pub(super) fn patiently<T>(
     patience: Duration,
     stop: &dyn Fn() -> bool,
     mut work: impl FnMut() -> Result<T, DepotError>,
 ) -> Result<T, DepotError> {
     let started = Instant::now();
+    let mut pause = AGAIN;
     loop {
         match work() {
             Err(error) if error.passes() && !stop() && started.elapsed() < patience => {
-                std::thread::sleep(AGAIN);
+                rest(pause.min(patience.saturating_sub(started.elapsed())), stop);
+                pause = (pause * 2).min(AGAIN_AT_MOST);
             }
             ended => return ended,
         }
+    }
+}
+
+/// Sleeps, unless `stop` says so meanwhile.
+fn rest(pause: Duration, stop: &dyn Fn() -> bool) {
+    let started = Instant::now();
+    while !stop() {
+        let left = pause.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return;
+        }
+        std::thread::sleep(left.min(AGAIN));
     }
 }
 
@@ -427,6 +448,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::cell::Cell;
     use std::collections::BTreeMap;
 
     use flowrun_cache::{LockWait, OpenOptions, RemoteOptions};
@@ -499,6 +521,30 @@ mod tests {
         for path in ["", "/etc/x", "../x", "in/../../x"] {
             assert!(inside(folder, path).is_err(), "{path}");
         }
+    }
+
+    #[test]
+    fn what_may_help_is_done_again_until_it_does_or_nobody_wants_it() {
+        let away = |passes| DepotError::There {
+            url: "file:///store".to_owned(),
+            reason: "gone".to_owned(),
+            passes,
+        };
+        let tries = Cell::new(0);
+        let tried = || tries.replace(tries.get() + 1);
+        let day = |stop: &dyn Fn() -> bool, passes: bool, works_after: u32| {
+            tries.set(0);
+            let done = patiently(A_DAY, stop, || match tried() {
+                n if n >= works_after => Ok(n),
+                _ => Err(away(passes)),
+            });
+            (done.is_ok(), tries.get())
+        };
+        assert_eq!(day(&|| false, true, 1), (true, 2));
+        assert_eq!(day(&|| false, false, 1), (false, 1));
+        assert_eq!(day(&|| tries.get() > 1, true, 9), (false, 2));
+        let none = patiently(Duration::ZERO, &|| false, || Err::<(), _>(away(true)));
+        assert!(none.is_err());
     }
 
     #[test]
