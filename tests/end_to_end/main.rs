@@ -47,6 +47,7 @@ mod oracle_faults;
 mod prices;
 mod process;
 mod processes;
+mod profiles;
 mod programs;
 mod project;
 mod publish;

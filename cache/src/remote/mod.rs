@@ -44,7 +44,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 
 use self::bucket::Bucket;
-pub use self::bucket::{folder_url, is_folder};
+pub use self::bucket::{folder_of, folder_url, is_folder};
 pub use self::depot::{Depot, DepotError};
 use self::shared::Shared;
 pub use self::tally::{Sending, Sent};

@@ -18,14 +18,15 @@ use flowrun_cache::{ArtifactStore, Cache, Depot, OpenOptions, RemoteCache, Remot
 
 use self::courier::{Begun, Courier, News, save};
 use super::folder::AttemptFolder;
-use super::patience::Patience;
+use super::patience::{A_DAY, Patience};
 use super::post::{Environment, Post, Request, exec_with};
 use super::saving::{Saving, Stored};
 use super::shipment::{CACHE, Order, PLACE, Shipment, USER};
 use crate::runner::exec::{ExecError, Host};
 use crate::step::{Cancel, StepError};
 
-/// How long a store that does not answer is waited for at the beginning and the end of the work.
+/// How long a store that does not answer is waited for at the beginning of the work, and at the
+/// least at its end.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How long the last answers of language models may take.
 const LAST_ANSWERS: Duration = Duration::from_secs(60);
@@ -60,6 +61,7 @@ pub(super) struct Goods {
     /// Where the step saves what its next attempt can go on from.
     saved: Option<PathBuf>,
     cancel: Cancel,
+    offer: Offer,
     /// Held while something is sent of what the step saves; true once the work is over.
     over: Arc<Mutex<bool>>,
     /// Hears that the work begins.
@@ -95,7 +97,11 @@ impl Outpost {
         }
         let attempt = AttemptFolder::at(ground.scratch.join("job"));
         attempt.make().map_err(|e| no_job(&e))?;
-        let courier = Courier::start(&shipment, &attempt);
+        let offer = Offer {
+            taken: Instant::now(),
+            timeout: order.timeout,
+        };
+        let courier = Courier::start(&shipment, &attempt, offer, cancel);
         let cache = OpenOptions::no_wait(format!("job {id}"));
         let cache = Cache::open(&cache_dir, &cache).map_err(|e| no_job(&e))?;
         let remote = RemoteCache::open(&options, &cache_dir).map_err(|e| no_job(&e))?;
@@ -138,6 +144,7 @@ impl Outpost {
                 lacks,
                 saved,
                 cancel: cancel.clone(),
+                offer,
                 over: Arc::default(),
                 begun: None,
             },
@@ -214,7 +221,7 @@ impl Goods {
         let delivered = match well {
             true => {
                 let patience = Patience {
-                    longest: PATIENCE,
+                    longest: self.offer.patience(),
                     stop: &|| self.is_unwanted(),
                 };
                 self.shipment.deliver(&self.cache, &self.attempt, patience)
@@ -252,6 +259,23 @@ impl Goods {
     }
 }
 
+/// How long what came of the work is offered to a store that does not answer: it lies here, and
+/// may have taken long.
+#[derive(Debug, Clone, Copy)]
+struct Offer {
+    /// When the job was taken.
+    taken: Instant,
+    /// The step's own.
+    timeout: Option<Duration>,
+}
+
+impl Offer {
+    fn patience(&self) -> Duration {
+        let left = |timeout: Duration| timeout.saturating_sub(self.taken.elapsed());
+        self.timeout.map_or(A_DAY, left).max(PATIENCE)
+    }
+}
+
 /// A path of an order as this machine has it.
 fn of_here(path: &Path, place: &Path, cache: &Path, user: &Path) -> PathBuf {
     for (sign, folder) in [(PLACE, place), (CACHE, cache), (USER, user)] {
@@ -269,6 +293,19 @@ fn of_here(path: &Path, place: &Path, cache: &Path, user: &Path) -> PathBuf {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_made_is_offered_as_long_as_the_step_may_take() {
+        let patience = |timeout: Option<u64>| {
+            let timeout = timeout.map(Duration::from_secs);
+            let taken = Instant::now();
+            Offer { taken, timeout }.patience()
+        };
+        assert_eq!(patience(None), A_DAY);
+        assert_eq!(patience(Some(1)), PATIENCE);
+        let hours = patience(Some(7200));
+        assert!(hours > PATIENCE && hours <= Duration::from_secs(7200));
+    }
 
     #[test]
     fn paths_of_an_order_are_those_of_this_machine() {

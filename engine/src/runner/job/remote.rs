@@ -38,7 +38,7 @@ const ID: usize = 20;
 
 /// A job system as the steps of a run use it.
 pub(crate) struct Remote {
-    system: Arc<dyn JobSystem>,
+    pub(super) system: Arc<dyn JobSystem>,
     pub(super) settings: JobSettings,
     /// This program as the workers find it.
     program: String,
@@ -289,9 +289,7 @@ impl Remote {
         if let (Some(way), Some(collector)) = (&self.way, collector) {
             let shipment = collector.shipment();
             if let Ended::Answered(Ok(_)) = &ended {
-                let stop = || errand.cancel.is_cancelled();
-                let patience = self.patience(&stop);
-                if let Err(error) = shipment.bring(&way.cache, attempt, patience) {
+                if let Err(error) = self.bring(errand, way, shipment, attempt) {
                     ended = Ended::Error(error);
                 }
             } else {

@@ -17,6 +17,7 @@
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use flowrun_cache::{Artifact, ArtifactStore, Cache, Depot, DepotError};
 use serde::de::DeserializeOwned;
@@ -61,6 +62,9 @@ pub(super) struct Order {
     pub(super) secrets: Vec<String>,
     /// Names of variables that the work gets where the worker has them.
     pub(super) handed: Vec<String>,
+    /// The step's own: nobody waits for the result longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) timeout: Option<Duration>,
 }
 
 /// An artifact that goes in.
@@ -394,7 +398,6 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::time::Duration;
 
     use flowrun_cache::{OpenOptions, RemoteOptions};
 

@@ -103,6 +103,7 @@ impl Remote {
             folders,
             secrets: names(&errand.environment.secrets),
             handed: names(&errand.environment.handed),
+            timeout: errand.timeout,
         };
         // What shows that there is a job, for whoever comes upon the folder.
         attempt.write_request(&order.request).map_err(io)?;

@@ -22,6 +22,7 @@ mod settings;
 mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::Digest;
@@ -70,9 +71,31 @@ impl JobKind for Kubernetes {
         "{ namespace: ml, image: 'registry/flowrun:1', volumes: { /mnt/flowrun: { persistentVolumeClaim: { claimName: flowrun } } } }"
     }
     fn open(&self, settings: &Value, world: &World) -> Result<Box<dyn JobSystem>, StepError> {
-        let settings: Settings = serde_json::from_value(settings.clone())
-            .map_err(|e| StepError::invalid(format!("`runners.kubernetes`: {e}")))?;
-        Ok(Box::new(Cluster::new(settings, world)?))
+        Ok(Box::new(Cluster::new(Settings::read(settings)?, world)?))
+    }
+    fn sees(&self, settings: &Value, remote: &Path) -> Result<(), StepError> {
+        if Settings::read(settings)?.mounts(remote) {
+            return Ok(());
+        }
+        let text = format!(
+            "the pods do not see the remote cache: {} lies on none of `volumes`",
+            remote.display()
+        );
+        Err(StepError::invalid(text).help(
+            "a folder must lie on a volume that this machine has at the same path as the pods; a bucket needs none",
+        ))
+    }
+}
+
+impl Settings {
+    fn read(settings: &Value) -> Result<Self, StepError> {
+        let settings = serde_json::from_value(settings.clone());
+        settings.map_err(|e| StepError::invalid(format!("`runners.kubernetes`: {e}")))
+    }
+
+    /// This path of the pods lies on a volume.
+    fn mounts(&self, path: &Path) -> bool {
+        self.volumes.keys().any(|mount| path.starts_with(mount))
     }
 }
 
@@ -148,9 +171,8 @@ impl JobSystem for Cluster {
     }
 
     fn submit(&self, order: &JobOrder<'_>) -> Result<(), JobError> {
-        let mut mounts = self.settings.volumes.keys();
         if let Some(folder) = order.folder
-            && !mounts.any(|path| folder.starts_with(path))
+            && !self.settings.mounts(folder)
         {
             let folder = folder.display();
             return Err(JobError::Refused {
@@ -259,8 +281,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::path::Path;
-
     use flowrun_engine::pipeline::Resources;
     use serde_json::json;
 
@@ -312,6 +332,21 @@ mod tests {
         assert!(submit("/home/me/.flowrun/jobs/k/1").contains("none of `volumes`"));
         // This one is seen; only the program is missing.
         assert!(submit("/mnt/flowrun/jobs/k/1").contains("/nowhere/kubectl"));
+    }
+
+    #[test]
+    fn a_remote_cache_that_is_a_folder_lies_on_a_volume() {
+        let settings = json!({
+            "namespace": "ml", "image": "registry.example/flowrun:1",
+            "volumes": {"/mnt/flowrun/": {"persistentVolumeClaim": {"claimName": "flowrun"}}},
+        });
+        let sees = |folder: &str| Kubernetes.sees(&settings, Path::new(folder));
+        assert!(sees("/mnt/flowrun/store").is_ok());
+        for folder in ["/mnt/flowrunner", "/srv/store", "/mnt"] {
+            let unseen = sees(folder).unwrap_err();
+            assert!(unseen.message.contains(folder), "{}", unseen.message);
+            assert!(unseen.message.contains("none of `volumes`"));
+        }
     }
 
     #[test]

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use flowrun_cache::{CompletionCache, DepotError, RemoteCache};
 
-use super::PATIENCE;
+use super::{Offer, PATIENCE};
 use crate::runner::job::folder::AttemptFolder;
 use crate::runner::job::follow::Growing;
+use crate::runner::job::patience::Patience;
 use crate::runner::job::saving::{Saving, Stored};
 use crate::runner::job::shipment::{Said, Shipment};
 use crate::runner::job::watch::BEAT;
+use crate::step::{Cancel, StepError};
 
 /// How often answers of language models are sent: what is killed loses no more.
 const ANSWERS_EVERY: Duration = Duration::from_secs(30);
@@ -110,9 +112,14 @@ pub(super) fn save(
 
 impl Courier {
     /// Begins to tell.
-    pub(super) fn start(shipment: &Shipment, attempt: &AttemptFolder) -> Self {
+    pub(super) fn start(
+        shipment: &Shipment,
+        attempt: &AttemptFolder,
+        offer: Offer,
+        cancel: &Cancel,
+    ) -> Self {
         let (tell, hears) = channel();
-        let mut telling = Telling::new(shipment, attempt);
+        let mut telling = Telling::new(shipment, attempt, offer, cancel);
         let attempt = attempt.clone();
         let thread = std::thread::spawn(move || telling.until_the_end(&attempt, &hears));
         Self { tell, thread }
@@ -128,6 +135,8 @@ impl Courier {
 /// What was said so far.
 struct Telling {
     shipment: Shipment,
+    offer: Offer,
+    cancel: Cancel,
     messages: Growing,
     log: Growing,
     /// A note that is still to be written.
@@ -137,9 +146,11 @@ struct Telling {
 }
 
 impl Telling {
-    fn new(shipment: &Shipment, attempt: &AttemptFolder) -> Self {
+    fn new(shipment: &Shipment, attempt: &AttemptFolder, offer: Offer, cancel: &Cancel) -> Self {
         Self {
             shipment: shipment.clone(),
+            offer,
+            cancel: cancel.clone(),
             messages: Growing::new(attempt.messages()),
             log: Growing::new(attempt.log()),
             unsaid: None,
@@ -170,7 +181,7 @@ impl Telling {
                 Ok(News::End) | Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        let said = self.tell_all();
+        let said = self.tell_all(attempt);
         // It writes notes too.
         if let Some(passing) = passing {
             passing.end();
@@ -186,16 +197,17 @@ impl Telling {
     }
 
     /// Says all that is left, with patience.
-    fn tell_all(&mut self) -> Result<(), DepotError> {
-        let started = Instant::now();
-        loop {
-            match self.tell() {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
-                Err(e) if !e.passes() || started.elapsed() > PATIENCE => return Err(e),
-                Err(_) => std::thread::sleep(BEAT),
-            }
-        }
+    fn tell_all(&mut self, attempt: &AttemptFolder) -> Result<(), StepError> {
+        let (longest, started) = (self.offer.patience(), Instant::now());
+        let cancel = self.cancel.clone();
+        // That it was told to stop is soon nobody's concern.
+        let is_unwanted = || cancel.is_cancelled() || attempt.is_cancelled();
+        let patience = Patience {
+            longest,
+            stop: &|| is_unwanted() && started.elapsed() > PATIENCE,
+        };
+        while patience.with(|| self.tell())? {}
+        Ok(())
     }
 
     /// Says what is new, or that somebody is here; true when there may be more to say.
@@ -249,7 +261,11 @@ mod tests {
         let attempt = AttemptFolder::at(dir.path().join("job"));
         attempt.make().unwrap();
         std::fs::write(attempt.log(), vec![b'x'; (AT_ONCE << 20) + 1]).unwrap();
-        let mut telling = Telling::new(&shipment, &attempt);
+        let offer = Offer {
+            taken: Instant::now(),
+            timeout: None,
+        };
+        let mut telling = Telling::new(&shipment, &attempt, offer, &Cancel::default());
         assert!(telling.tell().unwrap(), "there is more");
         assert!(!telling.tell().unwrap());
         let last = AT_ONCE as u64 + 1;

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Ended, Errand, GRACE, LOOK_EVERY, Remote, step_error};
+use crate::runner::job::absence::Absence;
 use crate::runner::job::collect::Collector;
 use crate::runner::job::folder::AttemptFolder;
 use crate::runner::job::follow::Follower;
@@ -34,7 +35,7 @@ impl Remote {
         let mut asked = None;
         let mut looked = None;
         let mut pause = FIRST_LOOK;
-        let mut told = false;
+        let mut absence = Absence::default();
         loop {
             if let Some(collector) = collector.as_deref_mut() {
                 collector.look();
@@ -52,16 +53,15 @@ impl Remote {
                 continue;
             }
             // Nothing that the job system says can be judged by one who does not hear the job.
-            if let Some((since, why)) = collector.as_deref().and_then(Collector::away) {
-                if since > patience {
-                    return Ended::Lost(format!("{why}, for {} s", since.as_secs()));
+            if let Some(collector) = collector.as_deref_mut() {
+                if collector.away().is_some() {
+                    if let Some(why) = self.unheard(errand, order, collector, &mut absence) {
+                        return Ended::Lost(why);
+                    }
+                    std::thread::sleep(LOOK_EVERY);
+                    continue;
                 }
-                if !told {
-                    told = true;
-                    errand.reporter.warning(&format!("{why}; waiting for it"));
-                }
-                std::thread::sleep(LOOK_EVERY);
-                continue;
+                absence.is_over();
             }
             let now = started.elapsed();
             if looked.is_none_or(|at| now.saturating_sub(at) > BEAT / 2) {
@@ -104,7 +104,11 @@ impl Remote {
         }
     }
 
-    fn hear(&self, said: &Result<JobState, JobError>, errand: &Errand<'_>) {
+    pub(in crate::runner::job) fn hear(
+        &self,
+        said: &Result<JobState, JobError>,
+        errand: &Errand<'_>,
+    ) {
         if said.is_ok() {
             self.reached.store(true, Ordering::Relaxed);
         }
