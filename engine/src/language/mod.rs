@@ -2,7 +2,8 @@
 //!
 //! `load` reads the file and those it includes, `overlay` lays profiles and `--set`
 //! over them, `resolution` fills in `${{ }}`, `check` finds every mistake and makes the
-//! pipeline; `profiles` tries each profile. Knows no step kind (the [`Vocabulary`] does), runs nothing, prints nothing.
+//! pipeline; `profiles` tries each profile. Knows no step kind (the [`Vocabulary`] does), runs
+//! nothing, prints nothing.
 
 mod check;
 mod conditions;

@@ -30,7 +30,7 @@ pub(super) struct Absence {
 
 impl Absence {
     /// The store answers again.
-    pub(super) fn is_over(&mut self) {
+    pub(super) fn ends(&mut self) {
         self.asked = None;
         self.shown = Duration::ZERO;
     }

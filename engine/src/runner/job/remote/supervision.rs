@@ -61,7 +61,7 @@ impl Remote {
                     std::thread::sleep(LOOK_EVERY);
                     continue;
                 }
-                absence.is_over();
+                absence.ends();
             }
             let now = started.elapsed();
             if looked.is_none_or(|at| now.saturating_sub(at) > BEAT / 2) {
