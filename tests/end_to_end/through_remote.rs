@@ -193,13 +193,7 @@ steps:
 ";
     project.write("p.yaml", &format!("{}{steps}", runners(&ray)));
     run(&project, &["p.yaml"]).ok();
-    assert_eq!(
-        project
-            .read("out.txt")
-            .split_whitespace()
-            .collect::<Vec<_>>(),
-        ["inner", "ran", "2", "note"]
-    );
+    assert_eq!(project.words("out.txt"), ["inner", "ran", "2", "note"]);
 }
 
 #[test]
