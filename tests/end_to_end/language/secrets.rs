@@ -1,19 +1,7 @@
 //! The values of secrets.
 
-use std::path::{Path, PathBuf};
-
+use crate::files;
 use crate::project::{Project, Run};
-
-fn files_below(folder: &Path, into: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let entry = entry.unwrap();
-        match entry.file_type().unwrap() {
-            kind if kind.is_dir() => files_below(&entry.path(), into),
-            kind if kind.is_file() => into.push(entry.path()),
-            _ => {}
-        }
-    }
-}
 
 #[test]
 fn the_value_of_a_secret_is_written_nowhere() {
@@ -65,12 +53,8 @@ fn the_value_of_a_secret_is_written_nowhere() {
     );
     assert!(shown.contains("the token is ***"), "{shown}");
     assert!(!shown.contains("swordfish"), "{shown}");
-    let mut files = Vec::new();
-    files_below(&project.path("."), &mut files);
-    assert!(files.len() > 10);
-    for file in files {
-        let bytes = std::fs::read(&file).unwrap();
-        let found = bytes.windows(9).any(|w| w == b"swordfish");
-        assert!(!found, "{}", file.display());
-    }
+    let here = project.path(".");
+    assert!(files::below(&here).len() > 10);
+    let holding = files::holding(&here, "swordfish");
+    assert!(holding.is_empty(), "{holding:?}");
 }
