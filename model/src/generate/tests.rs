@@ -10,19 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::architecture::{self, Architecture};
-use crate::tiny;
-
-fn request(text: &str, max_tokens: usize) -> GenerateRequest {
-    GenerateRequest {
-        messages: vec![ChatMessage::new("user", text)],
-        template_arguments: TemplateArguments::new(),
-        max_tokens,
-        temperature: 0.0,
-        seed: None,
-        stop: vec![],
-        choices: None,
-    }
-}
+use crate::tiny::{self, request};
 
 fn generator(seed: u64, batch: usize) -> Generator {
     generator_of(architecture::ALL[0], seed, batch)

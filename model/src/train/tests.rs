@@ -7,19 +7,11 @@ mod resumed;
 
 use std::cell::RefCell;
 
-use super::tiny;
+use super::tiny::{self, lora};
 use super::{Hooks, TrainConfig, TrainRow, Trainer, TrainerState};
 use crate::error::ModelError;
-use crate::lora::{LoraAdapter, LoraConfig, Module};
+use crate::lora::{LoraAdapter, Module};
 use crate::weights::LlamaWeights;
-
-fn lora() -> LoraConfig {
-    LoraConfig {
-        rank: 3,
-        alpha: 6.0,
-        ..LoraConfig::default()
-    }
-}
 
 fn config() -> TrainConfig {
     TrainConfig {
