@@ -5,11 +5,12 @@ use std::process::Child;
 
 use serde_json::{Value, json};
 
+use crate::external::named;
 use crate::kubernetes_api::{Api, ended};
+use crate::processes::{lives, until};
 use crate::project::{Project, Run};
-use crate::slow_job::{Slow, lives, signal, until};
-use crate::through_remote::notes;
-use crate::tiny;
+use crate::slow_job::{Slow, notes};
+use crate::{heavy_steps, tiny};
 
 /// A cluster and what asks it.
 struct Kubernetes {
@@ -19,14 +20,10 @@ struct Kubernetes {
 
 impl Kubernetes {
     fn start() -> Option<Self> {
-        let named = std::env::var("FLOWRUN_KUBECTL").ok();
-        let Some(kubectl) = named.filter(|path| !path.is_empty()) else {
-            println!("skipped: FLOWRUN_KUBECTL names no `kubectl`");
-            return None;
-        };
+        let kubectl = named("FLOWRUN_KUBECTL", "`kubectl`")?;
         Some(Self {
             api: Api::start(),
-            kubectl,
+            kubectl: kubectl.display().to_string(),
         })
     }
 
@@ -81,35 +78,9 @@ fn the_heavy_steps_of_the_tiny_job_run_as_jobs_with_the_same_results() {
     };
     let project = tiny::project();
     let here = project.run(&["pipeline.yaml", "--json"]).ok();
-    let outputs = |run: &Run| -> Vec<(Value, Value, Value)> {
-        let events = run.events();
-        let ended = events.iter().filter(|e| e["event"] == "step_finished");
-        let steps = ended.filter(|e| e["step"] == "chats" || e["step"] == "score");
-        let part = |e: &Value, part: &str| e["outputs"][part]["digest"].clone();
-        steps
-            .map(|e| (e["key"].clone(), part(e, "messages"), part(e, "program")))
-            .collect()
-    };
-    for step in ["convert-to-messages", "evaluate"] {
-        let uses = format!("uses: {step}\n");
-        let there = format!("{uses}    runner: kubernetes\n    timeout: 1h\n");
-        project.edit("pipeline.yaml", &uses, &there);
-    }
-    let text = format!(
-        "{}{}",
-        kubernetes.runners(""),
-        project.read("pipeline.yaml")
-    );
-    project.write("pipeline.yaml", &text);
-    let cached = kubernetes.run(&project, &["pipeline.yaml", "--json"]).ok();
-    assert!(cached.steps("ran").is_empty(), "the runner is in no key");
-    let again = ["pipeline.yaml", "--json", "--from", "chats"];
-    let there = kubernetes.run(&project, &again).ok();
-    assert_eq!(there.steps("ran"), ["chats", "score", "deploy"]);
-    assert_eq!(outputs(&there), outputs(&here));
-    let progress = there.events();
-    let scored = |e: &&Value| e["event"] == "progress" && e["step"] == "score" && e["total"] != 0;
-    assert!(progress.iter().any(|e| scored(&e)), "{}", there.stdout);
+    let settings = "    runner: kubernetes\n    timeout: 1h\n";
+    heavy_steps::move_to(&project, &kubernetes.runners(""), settings);
+    let there = heavy_steps::are_the_same_elsewhere(&here, |args| kubernetes.run(&project, args));
     let orders = kubernetes.api.orders();
     let steps = orders
         .iter()
@@ -227,15 +198,7 @@ fn a_worker_that_is_killed_is_followed_by_another() {
         return;
     };
     let slow = kubernetes.slow();
-    let child = kubernetes.start_run(&slow);
-    let first = slow.worker();
-    signal("-KILL", first);
-    let second = slow.worker();
-    assert_ne!(first, second);
-    slow.go();
-    let run = slow.ended_well(child);
-    assert_eq!(slow.begun(), 2);
-    assert!(run.stdout.contains("it is begun again"), "{}", run.stdout);
+    slow.outlives_its_worker(kubernetes.start_run(&slow));
     until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
 
@@ -245,22 +208,15 @@ fn the_job_of_a_killed_run_is_taken_up_by_the_next() {
         return;
     };
     let slow = kubernetes.slow();
-    let mut child = kubernetes.start_run(&slow);
-    let worker = slow.worker();
-    signal("-KILL", child.id());
-    child.wait().unwrap();
-    let next = kubernetes.start_run(&slow);
-    until("the next run did not find it", || {
-        slow.has_said("of an earlier run")
-    });
-    assert!(lives(worker), "the job works on");
-    // An API server that cannot answer for a while ends nothing.
-    kubernetes.api.be_away(true);
-    until("it was not missed", || slow.has_said("unable to handle"));
-    kubernetes.api.be_away(false);
-    slow.go();
-    slow.ended_well(next);
-    assert_eq!(slow.begun(), 1, "it was not begun again");
+    slow.outlives_its_run(
+        || kubernetes.start_run(&slow),
+        || {
+            // An API server that cannot answer for a while ends nothing.
+            kubernetes.api.be_away(true);
+            until("it was not missed", || slow.has_said("unable to handle"));
+            kubernetes.api.be_away(false);
+        },
+    );
     assert_eq!(kubernetes.api.orders().len(), 1);
     until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
@@ -271,12 +227,7 @@ fn an_interrupted_run_deletes_its_job() {
         return;
     };
     let slow = kubernetes.slow();
-    let child = kubernetes.start_run(&slow);
-    let worker = slow.worker();
-    signal("-INT", child.id());
-    let ended = Run::of(child.wait_with_output().unwrap());
-    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
-    until("the job works on", || !lives(worker));
+    slow.is_stopped_with_its_run(kubernetes.start_run(&slow));
     assert!(slow.left().is_empty(), "{:?}", slow.left());
     until("jobs are left", || kubernetes.api.jobs().is_empty());
     assert_eq!(kubernetes.api.deleted().len(), 1);
