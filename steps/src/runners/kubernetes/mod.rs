@@ -87,18 +87,6 @@ impl JobKind for Kubernetes {
     }
 }
 
-impl Settings {
-    fn read(settings: &Value) -> Result<Self, StepError> {
-        let settings = serde_json::from_value(settings.clone());
-        settings.map_err(|e| StepError::invalid(format!("`runners.kubernetes`: {e}")))
-    }
-
-    /// This path of the pods lies on a volume.
-    fn mounts(&self, path: &Path) -> bool {
-        self.volumes.keys().any(|mount| path.starts_with(mount))
-    }
-}
-
 impl Cluster {
     fn new(settings: Settings, world: &World) -> Result<Self, StepError> {
         settings.check()?;

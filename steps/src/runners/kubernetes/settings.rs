@@ -1,6 +1,7 @@
 //! [`Settings`]: how jobs are to run on a cluster, as the pipeline's `runners` say it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use flowrun_engine::step::StepError;
 use nix::unistd::{getegid, geteuid};
@@ -71,6 +72,17 @@ fn nvidia() -> String {
 }
 
 impl Settings {
+    /// As the pipeline has them.
+    pub(super) fn read(settings: &Value) -> Result<Self, StepError> {
+        let settings = serde_json::from_value(settings.clone());
+        settings.map_err(|e| StepError::invalid(format!("`runners.kubernetes`: {e}")))
+    }
+
+    /// This path of the pods lies on a volume.
+    pub(super) fn mounts(&self, path: &Path) -> bool {
+        self.volumes.keys().any(|mount| path.starts_with(mount))
+    }
+
     /// Refuses what would overwrite what flowrun writes itself.
     pub(super) fn check(&self) -> Result<(), StepError> {
         for (part, fields, ours) in [
