@@ -31,6 +31,18 @@ pub struct OpenOptions<'a> {
     pub on_wait: Option<OnWait<'a>>,
 }
 
+impl OpenOptions<'_> {
+    /// Fails when another process holds it. `command` is for the other's message.
+    #[must_use]
+    pub fn no_wait(command: impl Into<String>) -> Self {
+        Self {
+            wait: LockWait::NoWait,
+            command: command.into(),
+            on_wait: None,
+        }
+    }
+}
+
 /// A cache folder, held by this process.
 #[derive(Debug)]
 pub struct Cache {
@@ -316,11 +328,7 @@ mod tests {
     use super::*;
 
     fn options() -> OpenOptions<'static> {
-        OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        }
+        OpenOptions::no_wait("test")
     }
 
     #[test]

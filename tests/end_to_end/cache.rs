@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
+use crate::files;
 use crate::project::Project;
 
 const JSON: &[&str] = &["pipeline.yaml", "--json"];
@@ -24,19 +25,7 @@ fn run_with(project: &Project, letter: &str) -> Vec<String> {
 
 /// Files below a folder of the cache.
 fn files(project: &Project, folder: &str) -> Vec<PathBuf> {
-    let (mut files, mut left) = (Vec::new(), vec![project.path(".flowrun").join(folder)]);
-    while let Some(folder) = left.pop() {
-        for entry in std::fs::read_dir(folder).into_iter().flatten() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                left.push(path);
-            } else {
-                files.push(path);
-            }
-        }
-    }
-    files.sort();
-    files
+    files::below(&project.path(".flowrun").join(folder))
 }
 
 fn flip(path: &PathBuf) {

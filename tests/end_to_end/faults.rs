@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::files;
 use crate::mount::Mount;
 use crate::processes::signal;
 use crate::project::{Project, Run};
@@ -80,23 +81,9 @@ fn ran_keys(run: &Run) -> BTreeSet<String> {
         .collect()
 }
 
-fn files_below(folder: &Path) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files.extend(files_below(&path));
-        } else {
-            files.push(path);
-        }
-    }
-    files.sort();
-    files
-}
-
 /// Keys of all results that are recorded.
 fn recorded(project: &Project) -> BTreeSet<String> {
-    files_below(&project.path(".flowrun/actions"))
+    files::below(&project.path(".flowrun/actions"))
         .iter()
         .filter(|path| path.extension().is_some_and(|e| e == "json"))
         .map(|path| {
@@ -243,7 +230,7 @@ fn damaged_files_of_the_cache_are_never_believed() {
             for how in 0..5 {
                 let files: Vec<PathBuf> = match whole.path(".flowrun").join(kind) {
                     path if path.is_file() => vec![path],
-                    path => files_below(&path),
+                    path => files::below(&path),
                 };
                 if files.is_empty() {
                     continue;

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::external::named;
 use crate::project::Project;
 use crate::server::Server;
 use crate::tiny::{self, write_adapter, write_model};
@@ -423,8 +424,7 @@ fn answers(project: &Project, run: &crate::project::Run) -> Vec<(String, Vec<Val
 /// The real thing, where `FLOWRUN_TRL` names TRL's command.
 #[test]
 fn trl_trains_and_its_checkpoints_answer() {
-    let Some(trl) = std::env::var_os("FLOWRUN_TRL").map(PathBuf::from) else {
-        println!("skipped: FLOWRUN_TRL names no `trl` (pip install trl peft)");
+    let Some(trl) = named("FLOWRUN_TRL", "`trl` (pip install trl peft)") else {
         return;
     };
     assert!(trl.is_file(), "{} is no file", trl.display());

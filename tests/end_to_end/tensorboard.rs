@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::external::named;
 use crate::project::Project;
 use crate::tiny;
 
@@ -94,10 +95,9 @@ print(json.dumps({tag: [[e.step, e.value] for e in run.Scalars(tag)] for tag in 
 "#;
 
 #[test]
-#[allow(clippy::print_stderr)]
 fn tensorboard_itself_reads_the_curves() {
-    let Some(python) = std::env::var_os("FLOWRUN_TENSORBOARD_PYTHON") else {
-        eprintln!("skipped: FLOWRUN_TENSORBOARD_PYTHON names no Python with `tensorboard`");
+    let tensorboard = "Python with `tensorboard`";
+    let Some(python) = named("FLOWRUN_TENSORBOARD_PYTHON", tensorboard) else {
         return;
     };
     let project = project();

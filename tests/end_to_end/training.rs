@@ -1,12 +1,12 @@
 //! Training in this process: checkpoints by step, an early end by the validation loss, and which
 //! rows count as having decided it.
 
-use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::files;
 use crate::project::{Project, Run};
 use crate::tiny::{self, write_model};
 
@@ -164,7 +164,7 @@ fn a_killed_training_ends_with_the_same_checkpoints() {
         .spawn()
         .unwrap();
     let saved = || {
-        let files = walk(&killed.path(".flowrun"));
+        let files = files::below(&killed.path(".flowrun"));
         let all = files
             .iter()
             .filter(|path| path.ends_with("checkpoint.json"));
@@ -200,18 +200,6 @@ fn a_killed_training_ends_with_the_same_checkpoints() {
         assert!(digest(&whole).is_string());
         assert_eq!(digest(&resumed), digest(&whole), "{output}");
     }
-}
-
-/// All files of a folder; what goes meanwhile is left out.
-fn walk(folder: &Path) -> Vec<PathBuf> {
-    let mut all = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            true => all.extend(walk(&entry.path())),
-            false => all.push(entry.path()),
-        }
-    }
-    all
 }
 
 /// Trains on answers that are the opposite of what it is validated on.

@@ -67,7 +67,8 @@ fn serve_on(listener: TcpListener, script: Vec<Reply>) -> Server {
     server
 }
 
-fn read_request(stream: &TcpStream) -> Option<(String, Value)> {
+/// The head and the body of the next request.
+pub(super) fn read_message(stream: &TcpStream) -> Option<(String, Vec<u8>)> {
     let mut reader = BufReader::new(stream);
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
@@ -78,9 +79,14 @@ fn read_request(stream: &TcpStream) -> Option<(String, Value)> {
     let lower = head.to_lowercase();
     let length = lower
         .lines()
-        .find_map(|l| l.strip_prefix("content-length: "))?;
-    let mut body = vec![0; length.trim().parse().ok()?];
+        .find_map(|line| line.strip_prefix("content-length: "));
+    let mut body = vec![0; length.map_or(Some(0), |text| text.trim().parse().ok())?];
     reader.read_exact(&mut body).ok()?;
+    Some((head, body))
+}
+
+fn read_request(stream: &TcpStream) -> Option<(String, Value)> {
+    let (head, body) = read_message(stream)?;
     Some((head, serde_json::from_slice(&body).ok()?))
 }
 

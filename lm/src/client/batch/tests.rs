@@ -1,15 +1,16 @@
 //! Batches against a server of files and batches on loopback.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::folder::{KEPT, ORDER};
+use super::folder::{KEPT, ORDER, Order};
 use super::*;
-use crate::lm::{Budget, Message, Role, Sampling};
+use crate::client::tests::read_message;
+use crate::lm::{Budget, Message, Role, Sampling, Spending};
 
 /// What stands in a line for a text: `response` and `error`.
 type Line = dyn Fn(usize, &str) -> Value + Send + Sync;
@@ -53,19 +54,7 @@ fn serve(line: impl Fn(usize, &str) -> Value + Send + Sync + 'static) -> Server 
 
 impl Inner {
     fn serve(&self, mut stream: &TcpStream) -> Option<()> {
-        let mut reader = BufReader::new(stream);
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            if reader.read_line(&mut head).ok()? == 0 {
-                return None;
-            }
-        }
-        let lower = head.to_lowercase();
-        let length = lower
-            .lines()
-            .find_map(|line| line.strip_prefix("content-length: "));
-        let mut body = vec![0; length.map_or(0, |text| text.trim().parse().unwrap())];
-        reader.read_exact(&mut body).ok()?;
+        let (head, body) = read_message(stream)?;
         let body = String::from_utf8(body).unwrap();
         let mut words = head.split(' ');
         let (method, path) = (words.next()?, words.next()?);

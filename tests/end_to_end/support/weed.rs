@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -13,21 +13,13 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::external::named;
+use crate::http::listen;
 use crate::project::{Project, Run};
 use crate::server::{client, free_port};
 
 /// How long the server may take to come up.
 const UP_WITHIN: Duration = Duration::from_secs(90);
-
-/// The binary; says on stderr that the test is skipped when there is none.
-#[allow(clippy::print_stderr)]
-pub(crate) fn binary() -> Option<PathBuf> {
-    let binary = std::env::var_os("FLOWRUN_WEED").map(PathBuf::from);
-    if binary.is_none() {
-        eprintln!("skipped: FLOWRUN_WEED names no SeaweedFS");
-    }
-    binary
-}
 
 /// A server; killed when dropped.
 pub(crate) struct Weed {
@@ -38,7 +30,9 @@ pub(crate) struct Weed {
 }
 
 impl Weed {
-    pub(crate) fn start(binary: PathBuf) -> Self {
+    /// One, where there is a SeaweedFS.
+    pub(crate) fn start() -> Option<Self> {
+        let binary = named("FLOWRUN_WEED", "SeaweedFS")?;
         let dir = tempfile::tempdir().unwrap();
         let user = |name: &str, key: &str, secret: &str, actions: &[&str]| {
             json!({
@@ -69,7 +63,7 @@ impl Weed {
             child: None,
         };
         weed.up();
-        weed
+        Some(weed)
     }
 
     /// Starts it on what it had before.
@@ -196,22 +190,17 @@ pub(crate) struct Gate {
 
 impl Gate {
     pub(crate) fn before(server: &str, bytes: u64) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let server = server.strip_prefix("http://").unwrap().to_owned();
         let left = Arc::new(AtomicU64::new(bytes));
         let closed = Arc::new(AtomicBool::new(false));
         let gate = (Arc::clone(&left), Arc::clone(&closed));
-        std::thread::spawn(move || {
-            for client in listener.incoming() {
-                let (Ok(client), Ok(server)) = (client, TcpStream::connect(&server)) else {
-                    continue;
-                };
-                let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
-                let (left, closed) = gate.clone();
-                std::thread::spawn(move || pass(client, server, Some((&left, &closed))));
-                std::thread::spawn(move || pass(back.0, back.1, None));
-            }
+        let url = listen(move |client| {
+            let Ok(server) = TcpStream::connect(&server) else {
+                return;
+            };
+            let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            std::thread::spawn(move || pass(back.0, back.1, None));
+            pass(client, server, Some((&gate.0, &gate.1)));
         });
         Self { url, left, closed }
     }

@@ -3,8 +3,6 @@
 //! this one cannot be brought to say (no place, no image, an eviction) is put into its mouth.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,7 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
-use crate::slow_job::signal;
+use crate::http::Request;
+use crate::processes::signal;
+use crate::receiver::Receiver;
 
 const NAMESPACE: &str = "ml";
 
@@ -52,26 +52,23 @@ enum Pod {
 
 impl Api {
     pub(crate) fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let cluster: Arc<Mutex<Cluster>> = Arc::default();
+        let own = Arc::clone(&cluster);
+        let server = Receiver::start(move |_, sent| {
+            let (code, answer) = own.lock().unwrap().answer(sent);
+            (code, answer.to_string())
+        });
         let api = Self {
-            cluster: Arc::default(),
+            cluster,
             scratch: tempfile::tempdir().unwrap(),
         };
-        let server = format!("http://{}", listener.local_addr().unwrap());
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {"server": server}}],
+            "clusters": [{"name": "test", "cluster": {"server": server.url}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
             "users": [{"name": "test", "user": {}}],
         });
         std::fs::write(api.kubeconfig(), config.to_string()).unwrap();
-        let cluster = Arc::clone(&api.cluster);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let cluster = Arc::clone(&cluster);
-                std::thread::spawn(move || serve(&stream, &cluster));
-            }
-        });
         api
     }
 
@@ -147,27 +144,22 @@ impl Drop for Api {
 }
 
 impl Cluster {
-    fn answer(&mut self, method: &str, target: &str, body: &str) -> (u16, Value) {
+    fn answer(&mut self, sent: &Request) -> (u16, Value) {
         if self.away {
             let text = "the server is currently unable to handle the request";
             return status(503, "ServiceUnavailable", text);
         }
         self.pass();
-        let (path, query) = target.split_once('?').unwrap_or((target, ""));
-        let query: BTreeMap<String, String> = query
-            .split('&')
-            .filter_map(|part| part.split_once('='))
-            .map(|(name, value)| (name.to_owned(), decoded(value)))
-            .collect();
+        let query = sent.query();
         let of = |name: &str| query.get(name).map(String::as_str).unwrap_or_default();
         let jobs = format!("/apis/batch/v1/namespaces/{NAMESPACE}/jobs");
         let core = format!("/api/v1/namespaces/{NAMESPACE}");
-        match (method, path) {
+        match (sent.method.as_str(), sent.place()) {
             ("GET", "/version") => (
                 200,
                 json!({"major": "1", "minor": "32", "gitVersion": "v1.32.0"}),
             ),
-            ("POST", path) if path == jobs => self.create(body, of("fieldValidation")),
+            ("POST", path) if path == jobs => self.create(&sent.body, of("fieldValidation")),
             ("GET", path) if path == jobs => {
                 let items = self.jobs.values().map(Job::shown);
                 (200, list("JobList", items, of("labelSelector")))
@@ -198,8 +190,8 @@ impl Cluster {
         }
     }
 
-    fn create(&mut self, body: &str, validation: &str) -> (u16, Value) {
-        let Ok(mut manifest) = serde_json::from_str::<Value>(body) else {
+    fn create(&mut self, body: &[u8], validation: &str) -> (u16, Value) {
+        let Ok(mut manifest) = serde_json::from_slice::<Value>(body) else {
             return status(400, "BadRequest", "the body is no JSON");
         };
         if validation != "Strict" || manifest["kind"] != "Job" {
@@ -373,69 +365,4 @@ fn status(code: u16, reason: &str, message: &str) -> (u16, Value) {
         "message": message, "reason": reason, "code": code,
     });
     (code, status)
-}
-
-/// Percent-encoding undone.
-fn decoded(text: &str) -> String {
-    let mut parts = text.split('%');
-    let mut plain = parts.next().unwrap().to_owned();
-    for part in parts {
-        let code = u8::from_str_radix(&part[..2], 16).unwrap();
-        plain.push(char::from(code));
-        plain.push_str(&part[2..]);
-    }
-    plain
-}
-
-/// Answers one request; none when it broke off.
-fn serve(stream: &TcpStream, cluster: &Mutex<Cluster>) -> Option<()> {
-    let mut reader = BufReader::new(stream);
-    let mut line = String::new();
-    reader.read_line(&mut line).ok()?;
-    let mut words = line.split_whitespace();
-    let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let mut headers = BTreeMap::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.trim().split_once(':') else {
-            break;
-        };
-        headers.insert(name.to_lowercase(), value.trim().to_owned());
-    }
-    let body = match headers.get("content-length") {
-        Some(length) => read(&mut reader, length.parse().ok()?)?,
-        None if headers.contains_key("transfer-encoding") => chunks(&mut reader)?,
-        None => String::new(),
-    };
-    let (code, answer) = cluster.lock().unwrap().answer(&method, &target, &body);
-    let answer = answer.to_string();
-    let length = answer.len();
-    let head = format!(
-        "HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
-    );
-    let mut stream = stream;
-    stream.write_all(head.as_bytes()).ok()?;
-    stream.write_all(answer.as_bytes()).ok()
-}
-
-fn read(reader: &mut impl Read, length: usize) -> Option<String> {
-    let mut bytes = vec![0; length];
-    reader.read_exact(&mut bytes).ok()?;
-    String::from_utf8(bytes).ok()
-}
-
-/// A body of chunks, as `kubectl` sends what it reads from a file.
-fn chunks(reader: &mut impl BufRead) -> Option<String> {
-    let mut body = String::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let length = usize::from_str_radix(line.trim(), 16).ok()?;
-        body.push_str(&read(reader, length)?);
-        reader.read_line(&mut line).ok()?;
-        if length == 0 {
-            return Some(body);
-        }
-    }
 }

@@ -3,12 +3,13 @@
 //! pages, uploads in parts. Written after what `object_store` sends and reads; it takes any token.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufReader, Write};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex};
 
 use flowrun_cache::Digest;
 
+use crate::http::{Request, decoded, listen};
 use crate::project::{Project, Run};
 
 /// The bucket that there is.
@@ -34,16 +35,6 @@ pub(crate) struct Gcs {
     state: Arc<Mutex<State>>,
 }
 
-struct Request {
-    method: String,
-    /// Decoded, after the first `/`.
-    path: String,
-    query: BTreeMap<String, String>,
-    /// By name in small letters.
-    headers: BTreeMap<String, String>,
-    body: Vec<u8>,
-}
-
 struct Answer {
     status: &'static str,
     headers: Vec<(&'static str, String)>,
@@ -52,16 +43,10 @@ struct Answer {
 
 impl Gcs {
     pub(crate) fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let state: Arc<Mutex<State>> = Arc::default();
         let shared = Arc::clone(&state);
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let state = Arc::clone(&shared);
-                // A client may go at any moment.
-                std::thread::spawn(move || serve(stream.ok()?, &state));
-            }
+        let url = listen(move |stream| {
+            serve(&stream, &shared);
         });
         Self { url, state }
     }
@@ -96,12 +81,12 @@ impl Gcs {
     }
 }
 
-/// Answers one request after the other.
-fn serve(stream: TcpStream, state: &Mutex<State>) -> Option<()> {
-    let mut reader = BufReader::new(stream.try_clone().ok()?);
+/// Answers one request after the other; ends when the client goes.
+fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
+    let mut reader = BufReader::new(stream);
     let mut writer = stream;
     loop {
-        let request = read(&mut reader)?;
+        let request = Request::read(&mut reader)?;
         let answer = answer(&mut state.lock().unwrap(), &request);
         let mut head = format!("HTTP/1.1 {}\r\n", answer.status);
         for (name, value) in &answer.headers {
@@ -116,73 +101,23 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> Option<()> {
     }
 }
 
-fn read(reader: &mut impl BufRead) -> Option<Request> {
-    let mut line = String::new();
-    reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
-    let mut words = line.split_whitespace();
-    let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let mut headers = BTreeMap::new();
-    loop {
-        line.clear();
-        reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
-        let Some((name, value)) = line.trim().split_once(':') else {
-            break;
-        };
-        headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
-    }
-    let length = headers.get("content-length");
-    let length = length.map_or(Some(0), |length| length.parse().ok())?;
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
-    let pairs = query.split('&').filter(|pair| !pair.is_empty());
-    let pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    Some(Request {
-        method,
-        path: decoded(path.trim_start_matches('/')),
-        query: pairs
-            .map(|(name, value)| (decoded(name), decoded(&value.replace('+', " "))))
-            .collect(),
-        headers,
-        body,
-    })
-}
-
-fn decoded(text: &str) -> String {
-    let mut bytes = Vec::new();
-    let mut rest = text.as_bytes();
-    while let [first, more @ ..] = rest {
-        let digits = more.get(..2).filter(|_| *first == b'%');
-        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &more[2..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = more;
-            }
-        }
-    }
-    String::from_utf8(bytes).unwrap()
-}
-
 fn answer(state: &mut State, request: &Request) -> Answer {
-    let (bucket, name) = request.path.split_once('/').unwrap_or((&request.path, ""));
+    let path = decoded(request.place().trim_start_matches('/'));
+    let query = request.query();
+    let (bucket, name) = path.split_once('/').unwrap_or((&path, ""));
     if bucket != BUCKET {
         return refusal("404 Not Found", "NoSuchBucket");
     }
-    let upload = request.query.get("uploadId");
+    let upload = query.get("uploadId");
     match (request.method.as_str(), upload) {
-        ("GET", None) if name.is_empty() => list(state, &request.query),
+        ("GET", None) if name.is_empty() => list(state, &query),
         ("GET" | "HEAD", None) => get(state, name, request.headers.get("range")),
         ("PUT", None) => put(state, name, request),
         ("DELETE", None) => match state.objects.remove(name) {
             Some(_) => plain("204 No Content", Vec::new()),
             None => refusal("404 Not Found", "NoSuchKey"),
         },
-        ("POST", None) if request.query.contains_key("uploads") => {
+        ("POST", None) if query.contains_key("uploads") => {
             state.begun += 1;
             let id = format!("upload-{}", state.begun);
             state.uploads.insert(id.clone(), BTreeMap::new());
@@ -190,7 +125,7 @@ fn answer(state: &mut State, request: &Request) -> Answer {
                 "<InitiateMultipartUploadResult><Bucket>{BUCKET}</Bucket><Key>{name}</Key><UploadId>{id}</UploadId></InitiateMultipartUploadResult>"
             ))
         }
-        ("PUT", Some(id)) => put_part(state, id, request),
+        ("PUT", Some(id)) => put_part(state, id, query.get("partNumber"), &request.body),
         ("POST", Some(id)) => complete(state, id, name, &request.body),
         ("DELETE", Some(id)) => {
             state.uploads.remove(id);
@@ -235,14 +170,12 @@ fn put(state: &mut State, name: &str, request: &Request) -> Answer {
     tagged(tag)
 }
 
-fn put_part(state: &mut State, id: &str, request: &Request) -> Answer {
-    let number = request.query.get("partNumber");
+fn put_part(state: &mut State, id: &str, number: Option<&String>, part: &[u8]) -> Answer {
     let number = number.and_then(|number| number.parse().ok());
     match (state.uploads.get_mut(id), number) {
         (Some(parts), Some(number)) => {
-            let tag = tag(&request.body);
-            parts.insert(number, request.body.clone());
-            tagged(tag)
+            parts.insert(number, part.to_vec());
+            tagged(tag(part))
         }
         _ => refusal("404 Not Found", "NoSuchUpload"),
     }

@@ -3,13 +3,15 @@
 //! refuses.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufReader, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use flowrun_steps::download::sha256_of;
 use serde_json::json;
+
+use crate::http;
 
 /// A file of this size or larger lies on the other server.
 const LARGE: usize = 1000;
@@ -146,50 +148,29 @@ fn listen(
     state: &Arc<Mutex<State>>,
     answer: impl Fn(&mut State, &Request, Option<&str>) -> Answer + Send + Sync + 'static,
 ) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let (state, answer) = (Arc::clone(state), Arc::new(answer));
-    std::thread::spawn(move || {
-        for stream in listener.incoming().map_while(Result::ok) {
-            let (state, answer) = (Arc::clone(&state), Arc::clone(&answer));
-            std::thread::spawn(move || serve(stream, &state, &*answer));
-        }
-    });
-    url
+    let state = Arc::clone(state);
+    http::listen(move |stream| {
+        serve(&stream, &state, &answer);
+    })
 }
 
 /// One request a connection.
 fn serve(
-    mut stream: TcpStream,
+    mut stream: &TcpStream,
     state: &Mutex<State>,
     answer: &dyn Fn(&mut State, &Request, Option<&str>) -> Answer,
 ) -> Option<()> {
-    let mut head = Vec::new();
-    let mut byte = [0];
-    while !head.ends_with(b"\r\n\r\n") {
-        if stream.read(&mut byte).ok()? == 0 {
-            return None;
-        }
-        head.push(byte[0]);
-    }
-    let head = String::from_utf8(head).ok()?;
-    let mut lines = head.lines();
-    let mut words = lines.next()?.split(' ');
-    let (method, target) = (words.next()?.to_owned(), words.next()?);
-    let path = target.split('?').next()?.to_owned();
-    let headers: BTreeMap<String, String> = lines
-        .filter_map(|line| line.split_once(": "))
-        .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
-        .collect();
-    let token = headers.get("authorization");
+    let sent = http::Request::read(&mut BufReader::new(stream))?;
+    let path = sent.place().to_owned();
+    let token = sent.headers.get("authorization");
     let token = token.map(|value| value.trim_start_matches("Bearer ").to_owned());
-    let range = headers.get("range").cloned();
+    let range = sent.headers.get("range").cloned();
     let from = range.as_deref().and_then(|range| {
         let from = range.strip_prefix("bytes=")?.strip_suffix('-')?;
         from.parse().ok()
     });
     let request = Request {
-        method,
+        method: sent.method,
         path: path.clone(),
         range: from,
     };

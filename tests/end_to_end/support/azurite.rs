@@ -1,10 +1,10 @@
 //! An Azurite of this machine: Microsoft's own emulator of Azure's blob store. `FLOWRUN_AZURITE`
 //! names its script `azurite-blob` (`npm install azurite`).
 
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::external::named;
 use crate::project::{Project, Run};
 use crate::server::free_port;
 
@@ -35,16 +35,6 @@ fetch(`http://127.0.0.1:${port}/${account}/${container}?restype=container`,
   }, error => { console.error(String(error.cause || error)); process.exit(1); });
 ";
 
-/// The script; says on stderr that the test is skipped when there is none.
-#[allow(clippy::print_stderr)]
-pub(crate) fn script() -> Option<PathBuf> {
-    let script = std::env::var_os("FLOWRUN_AZURITE").map(PathBuf::from);
-    if script.is_none() {
-        eprintln!("skipped: FLOWRUN_AZURITE names no Azurite");
-    }
-    script
-}
-
 /// A server with an empty container; killed when dropped.
 pub(crate) struct Azurite {
     child: Child,
@@ -53,7 +43,9 @@ pub(crate) struct Azurite {
 }
 
 impl Azurite {
-    pub(crate) fn start(script: &Path) -> Self {
+    /// One, where there is an Azurite.
+    pub(crate) fn start() -> Option<Self> {
+        let script = named("FLOWRUN_AZURITE", "Azurite")?;
         let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
         let child = Command::new(script)
             .current_dir(dir.path())
@@ -66,7 +58,7 @@ impl Azurite {
             .unwrap();
         let mut azurite = Self { child, port, dir };
         azurite.wait();
-        azurite
+        Some(azurite)
     }
 
     fn wait(&mut self) {

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+use crate::http::Request;
 use crate::oracle::query;
-use crate::receiver::{Receiver, Sent};
+use crate::receiver::Receiver;
 use crate::server::client;
 
 /// The line in place of a query's answer, if it has none.
@@ -88,8 +89,8 @@ impl BatchServer {
 }
 
 impl Inner {
-    fn answer(&self, sent: &Sent) -> Option<String> {
-        let path = sent.path.split('?').next()?.strip_prefix("/v1/")?;
+    fn answer(&self, sent: &Request) -> Option<String> {
+        let path = sent.place().strip_prefix("/v1/")?;
         let parts: Vec<&str> = path.split('/').collect();
         let reply = match (sent.method.as_str(), parts.as_slice()) {
             ("POST", ["files"]) => {
@@ -179,7 +180,7 @@ impl Inner {
 }
 
 /// The text of the part `file` of a form.
-fn file_in(sent: &Sent) -> Option<String> {
+fn file_in(sent: &Request) -> Option<String> {
     let boundary = sent.headers["content-type"].split("boundary=").nth(1)?;
     let text = String::from_utf8_lossy(&sent.body);
     let part = text

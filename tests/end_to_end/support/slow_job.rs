@@ -1,8 +1,9 @@
 //! A step that is a job somewhere: it says which process works, and works until it may go on.
 
+use std::path::Path;
 use std::process::{Child, Stdio};
 
-pub(crate) use crate::processes::{lives, signal, until};
+use crate::processes::{lives, signal, until};
 use crate::project::{Project, Run};
 
 /// A project with that step.
@@ -83,6 +84,52 @@ impl Slow {
         run
     }
 
+    /// The worker is killed, and another one does the work.
+    pub(crate) fn outlives_its_worker(&self, child: Child) {
+        let first = self.worker();
+        signal("-KILL", first);
+        let second = self.worker();
+        assert_ne!(first, second);
+        self.go();
+        let run = self.ended_well(child);
+        assert_eq!(self.begun(), 2);
+        assert!(run.stdout.contains("it is begun again"), "{}", run.stdout);
+    }
+
+    /// The run is killed, and the next one takes up its job; `meanwhile` happens before it ends.
+    pub(crate) fn outlives_its_run(&self, start: impl Fn() -> Child, meanwhile: impl FnOnce()) {
+        let mut child = start();
+        let worker = self.worker();
+        signal("-KILL", child.id());
+        child.wait().unwrap();
+        let next = start();
+        until("the next run did not find it", || {
+            self.has_said("of an earlier run")
+        });
+        assert!(lives(worker), "the job works on");
+        meanwhile();
+        self.go();
+        self.ended_well(next);
+        assert_eq!(self.begun(), 1, "it was not begun again");
+    }
+
+    /// An interrupted run stops its job.
+    pub(crate) fn is_stopped_with_its_run(&self, child: Child) {
+        let worker = self.worker();
+        signal("-INT", child.id());
+        let ended = Run::of(child.wait_with_output().unwrap());
+        assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+        until("the job works on", || !lives(worker));
+    }
+
+    /// No place of the work was in the project, where its cache folder is.
+    pub(crate) fn worked_elsewhere(&self) {
+        let places = self.project.read("places");
+        let project = self.project.path("");
+        let elsewhere = |place: &str| !Path::new(place).starts_with(&project);
+        assert!(places.lines().all(elsewhere), "{places}");
+    }
+
     /// Job folders.
     pub(crate) fn left(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.project.path(".flowrun/jobs"));
@@ -91,4 +138,10 @@ impl Slow {
             .map(|e| e.file_name().into_string().unwrap())
             .collect()
     }
+}
+
+/// Notes of jobs that lie in the store of a project whose jobs see no folder of the run.
+pub(crate) fn notes(project: &Project) -> usize {
+    let jobs = project.path("store/jobs");
+    std::fs::read_dir(jobs).map_or(0, Iterator::count)
 }

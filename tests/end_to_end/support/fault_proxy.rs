@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::http::listen;
 use crate::oracle::query;
 use crate::server::client;
 
@@ -82,11 +83,17 @@ type Plan = dyn Fn(&Asked<'_>) -> Option<Fault> + Send + Sync;
 /// The proxy; it runs as long as the tests do.
 pub(crate) struct Proxy {
     pub(crate) url: String,
-    counts: Arc<Mutex<BTreeMap<String, Count>>>,
-    connections: Arc<Mutex<usize>>,
-    tokens: Arc<Mutex<u64>>,
-    under_way: Arc<UnderWay>,
-    last: Arc<Mutex<Value>>,
+    seen: Arc<Seen>,
+}
+
+/// What went through.
+#[derive(Default)]
+struct Seen {
+    counts: Mutex<BTreeMap<String, Count>>,
+    connections: AtomicUsize,
+    tokens: Mutex<u64>,
+    under_way: UnderWay,
+    last: Mutex<Value>,
 }
 
 /// Requests under way, and the most there were at once.
@@ -102,47 +109,27 @@ impl Proxy {
         upstream: &str,
         plan: impl Fn(&Asked<'_>) -> Option<Fault> + Send + Sync + 'static,
     ) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let proxy = Self {
-            url: format!("http://{}/v1", listener.local_addr().unwrap()),
-            counts: Arc::default(),
-            connections: Arc::default(),
-            tokens: Arc::default(),
-            under_way: Arc::default(),
-            last: Arc::default(),
-        };
-        let last = Arc::clone(&proxy.last);
-        let tokens = Arc::clone(&proxy.tokens);
-        let under_way = Arc::clone(&proxy.under_way);
-        let counts = Arc::clone(&proxy.counts);
-        let connections = Arc::clone(&proxy.connections);
-        let plan: Arc<Plan> = Arc::new(plan);
+        let seen: Arc<Seen> = Arc::default();
+        let own = Arc::clone(&seen);
         let upstream = format!("{upstream}/v1/chat/completions");
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                *connections.lock().unwrap() += 1;
-                let (plan, counts) = (Arc::clone(&plan), Arc::clone(&counts));
-                let (upstream, tokens) = (upstream.clone(), Arc::clone(&tokens));
-                let (under_way, last) = (Arc::clone(&under_way), Arc::clone(&last));
-                std::thread::spawn(move || {
-                    let connection = Connection {
-                        stream,
-                        upstream: &upstream,
-                        counts: &counts,
-                        tokens: &tokens,
-                        under_way: &under_way,
-                        last: &last,
-                    };
-                    while connection.serve(&*plan).is_some() {}
-                });
-            }
+        let url = listen(move |stream| {
+            own.connections.fetch_add(1, Ordering::SeqCst);
+            let connection = Connection {
+                stream,
+                upstream: &upstream,
+                seen: &own,
+            };
+            while connection.serve(&plan).is_some() {}
         });
-        proxy
+        Self {
+            url: format!("{url}/v1"),
+            seen,
+        }
     }
 
     /// Requests and answers by query.
     pub(crate) fn counts(&self) -> BTreeMap<String, Count> {
-        self.counts.lock().unwrap().clone()
+        self.seen.counts.lock().unwrap().clone()
     }
 
     /// Requests in all.
@@ -152,42 +139,39 @@ impl Proxy {
 
     /// Tokens of all whole answers and their prompts, as the server counts them.
     pub(crate) fn tokens(&self) -> u64 {
-        *self.tokens.lock().unwrap()
+        *self.seen.tokens.lock().unwrap()
     }
 
     /// The last request.
     pub(crate) fn last_body(&self) -> Value {
-        self.last.lock().unwrap().clone()
+        self.seen.last.lock().unwrap().clone()
     }
 
     /// The most requests that were under way at once.
     pub(crate) fn most_at_once(&self) -> usize {
-        self.under_way.most.load(Ordering::SeqCst)
+        self.seen.under_way.most.load(Ordering::SeqCst)
     }
 
     /// Connections that were made.
     pub(crate) fn connections(&self) -> usize {
-        *self.connections.lock().unwrap()
+        self.seen.connections.load(Ordering::SeqCst)
     }
 }
 
 struct Connection<'a> {
     stream: TcpStream,
     upstream: &'a str,
-    counts: &'a Mutex<BTreeMap<String, Count>>,
-    tokens: &'a Mutex<u64>,
-    under_way: &'a UnderWay,
-    last: &'a Mutex<Value>,
+    seen: &'a Seen,
 }
 
 impl Connection<'_> {
     /// One request; `None` ends the connection.
     fn serve(&self, plan: &Plan) -> Option<()> {
         let (length, body) = peek_request(&self.stream)?;
-        self.last.lock().unwrap().clone_from(&body);
+        self.seen.last.lock().unwrap().clone_from(&body);
         let query = query(&body);
         let fault = {
-            let mut counts = self.counts.lock().unwrap();
+            let mut counts = self.seen.counts.lock().unwrap();
             let answered = counts.values().map(|count| count.answers).sum();
             let count = counts.entry(query.to_owned()).or_insert_with(|| Count {
                 requests: 0,
@@ -222,12 +206,12 @@ impl Connection<'_> {
             Some(Fault::Late(wait)) => std::thread::sleep(wait),
             _ => {}
         }
-        let now = self.under_way.now.fetch_add(1, Ordering::SeqCst) + 1;
-        self.under_way.most.fetch_max(now, Ordering::SeqCst);
+        let now = self.seen.under_way.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.seen.under_way.most.fetch_max(now, Ordering::SeqCst);
         let answer = client().post(self.upstream).json(&body).send().unwrap();
         let status = answer.status().as_u16();
         let mut text = answer.text().unwrap();
-        self.under_way.now.fetch_sub(1, Ordering::SeqCst);
+        self.seen.under_way.now.fetch_sub(1, Ordering::SeqCst);
         match fault {
             Some(Fault::Truncated) => {
                 self.write(status, "", &text[..text.len() / 2], text.len())?;
@@ -242,9 +226,9 @@ impl Connection<'_> {
         }
         let chosen: Value = serde_json::from_str(&text).unwrap();
         if chosen["choices"].as_array().is_some_and(|c| !c.is_empty()) {
-            let mut counts = self.counts.lock().unwrap();
+            let mut counts = self.seen.counts.lock().unwrap();
             counts.get_mut(query).unwrap().answers += 1;
-            *self.tokens.lock().unwrap() += chosen["usage"]["total_tokens"].as_u64().unwrap();
+            *self.seen.tokens.lock().unwrap() += chosen["usage"]["total_tokens"].as_u64().unwrap();
         }
         self.write(status, "", &text, text.len())
     }

@@ -53,6 +53,12 @@ impl Project {
         std::fs::read_to_string(self.path(name)).unwrap()
     }
 
+    /// The words of a file.
+    pub(crate) fn words(&self, name: &str) -> Vec<String> {
+        let text = self.read(name);
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
     /// Replaces text that must be there.
     pub(crate) fn edit(&self, name: &str, from: &str, to: &str) {
         let text = self.read(name);
