@@ -194,12 +194,11 @@ fn a_full_output_is_an_error_with_a_message() {
 #[test]
 fn a_step_kind_is_described_down_to_its_nested_params() {
     let project = Project::new();
-    let list = project.run(&["steps"]).ok().stdout;
-    let kinds: Vec<&str> = list
-        .lines()
-        .filter_map(|l| l.split_whitespace().next())
-        .collect();
-    assert!(kinds.contains(&"finetune") && kinds.len() > 10, "{list}");
+    let kinds = project.kinds();
+    assert!(
+        kinds.contains(&"finetune".to_owned()) && kinds.len() > 10,
+        "{kinds:?}"
+    );
     for kind in &kinds {
         let text = project.run(&["steps", kind]).ok().stdout;
         assert!(

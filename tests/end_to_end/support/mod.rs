@@ -12,6 +12,7 @@ pub(crate) mod heavy_steps;
 pub(crate) mod http;
 pub(crate) mod hub_server;
 pub(crate) mod kubernetes_api;
+pub(crate) mod label_job;
 pub(crate) mod mount;
 pub(crate) mod oracle;
 pub(crate) mod processes;

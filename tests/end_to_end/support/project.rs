@@ -90,6 +90,13 @@ impl Project {
         command
     }
 
+    /// The step kinds that the binary lists.
+    pub(crate) fn kinds(&self) -> Vec<String> {
+        let list = self.run(&["steps"]).ok().stdout;
+        let kinds = list.lines().filter_map(|l| l.split_whitespace().next());
+        kinds.map(str::to_owned).collect()
+    }
+
     pub(crate) fn run(&self, args: &[&str]) -> Run {
         Run::of(self.command(args).output().unwrap())
     }
