@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::fault_proxy::{Fault, Proxy};
-use crate::oracle_faults::{all_there, project, run, upstream};
+use crate::label_job::{all_there, project, run, upstream};
 use crate::project::Project;
 
 const ROWS: usize = 40;

@@ -3,9 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use crate::files;
@@ -97,17 +96,6 @@ fn recorded(project: &Project) -> BTreeSet<String> {
         .collect()
 }
 
-pub(crate) fn spawn(project: &Project, args: &[&str]) -> Child {
-    let mut command = project.command(args);
-    // A group of its own, so that a test can kill the lot.
-    command.process_group(0);
-    command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
 /// Numbers that differ from run to run; printed, so that a failure can be repeated.
 struct Random(u64);
 
@@ -147,7 +135,7 @@ fn killed_at_random_moments_nothing_recorded_runs_again_and_every_digest_is_righ
         // A run is killed again and again until one gets through.
         loop {
             let before = recorded(&project);
-            let mut child = spawn(&project, RUN);
+            let mut child = project.spawn(RUN);
             std::thread::sleep(Duration::from_millis(random.below(length + length / 8)));
             if let Some(status) = child.try_wait().unwrap() {
                 assert!(status.success(), "{status}");
@@ -348,7 +336,7 @@ fn eight_runs_at_once_on_one_cache_run_each_step_once() {
     let children: Vec<Child> = (0..8)
         .map(|i| {
             let file = ["pipeline.yaml", "other.yaml"][i % 2];
-            spawn(&project, &[file, "--json"])
+            project.spawn(&[file, "--json"])
         })
         .collect();
     let runs: Vec<Run> = children

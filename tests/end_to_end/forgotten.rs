@@ -71,22 +71,6 @@ impl Forgetful {
     }
 }
 
-const SCORE: &str = r#"
-  finetune:
-    uses: finetune
-    in: { messages: chats.messages, lineage: chats.lineage }
-    with:
-      model: student
-      epochs: 2
-      batch_size: 4
-      backend: { command: { trainer: trl, program: [sh, TRAINER], base: some/base } }
-  score:
-    uses: evaluate
-    foreach: { adapter: [finetune.base, finetune.checkpoints] }
-    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
-    with: { model: student, sampling: { max_tokens: 8 } }
-"#;
-
 const TRAINER: &str = r#"
 out=$(sed -n 's/^output_dir: //p' "$3")
 for step in 3 6; do
@@ -117,16 +101,10 @@ fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
     let script = format!("ADAPTERS={}\n{TRAINER}", project.path("made").display());
     project.write("trainer.sh", &script);
     let trainer = project.path("trainer.sh").display().to_string();
-    let old = project.read("pipeline.yaml");
-    let place = |text: &str| old.find(text).unwrap();
-    let (start, end, score) = (place("  student:"), place("programs:"), place("  score:"));
-    let text = format!(
-        "{}{student}{}{}",
-        &old[..start],
-        &old[end..score],
-        SCORE.replace("TRAINER", &trainer)
+    let backend = format!(
+        "backend: {{ command: {{ trainer: trl, program: [sh, {trainer}], base: some/base }} }}"
     );
-    project.write("pipeline.yaml", &text);
+    tiny::train(&project, Some(&student), &backend);
 
     let run = project.run(&["--json", "pipeline.yaml"]).ok();
     let scored = run.steps("ran");

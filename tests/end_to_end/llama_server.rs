@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::classify;
 use crate::external::named;
-use crate::oracle_faults::{all_there, project};
+use crate::label_job::{all_there, project};
 use crate::project::{Project, Run};
 
 const KEY: &str = "right";

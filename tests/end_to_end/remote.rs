@@ -4,11 +4,10 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
 use crate::files;
 use crate::project::{Project, Run};
-use crate::remote_cache::{args, fetched, machine, outputs, uploaded, warnings};
+use crate::remote_cache::{args, fetched, machine, outputs, uploaded, warnings, write_at_once};
 
 /// A run with the remote.
 fn run(project: &Project, remote: &str, more: &[&str]) -> Run {
@@ -225,18 +224,7 @@ fn read_only_use_leaves_the_remote_as_it_is() {
 fn two_writers_at_once_and_a_third_who_reads() {
     let shared = tempfile::tempdir().unwrap();
     let remote = format!("file://{}", shared.path().display());
-    let machines = [(); 3].map(|()| machine());
-    let started = machines.each_ref().map(|project| {
-        let args = ["pipeline.yaml", "--json", "--remote", &remote];
-        let mut command = project.command(&args);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().unwrap()
-    });
-    let runs = started.map(|child| Run::of(child.wait_with_output().unwrap()).ok());
-    for run in &runs {
-        assert_eq!(outputs(run), outputs(&runs[0]));
-        assert!(warnings(run).is_empty(), "{:?}", warnings(run));
-    }
+    let runs: [Run; 3] = write_at_once(|project| project.command(&args(&remote, &[])));
     let got = run(&machine(), &remote, &[]).ok();
     assert_eq!(fetched(&got), STEPS);
     assert_eq!(outputs(&got), outputs(&runs[0]));

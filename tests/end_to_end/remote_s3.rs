@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::project::{Project, Run};
 use crate::remote_cache::{
     Machines, a_second_machine_gets_every_step, fetched, large, machine, outputs, uploaded,
-    warnings,
+    warnings, write_at_once,
 };
 use crate::weed::{Gate, Weed};
 
@@ -142,17 +142,7 @@ fn what_is_wrong_there_is_a_miss(weed: &Weed, made: &Run) {
 
 fn writers_at_once(weed: &Weed) {
     let args = [&ARGS[..3], &["s3://flow/both"]].concat();
-    let machines = [(); 2].map(|()| machine());
-    let started = machines.each_ref().map(|project| {
-        let mut command = weed.command(project, &args);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().unwrap()
-    });
-    let runs = started.map(|child| Run::of(child.wait_with_output().unwrap()).ok());
-    for run in &runs {
-        assert_eq!(outputs(run), outputs(&runs[0]));
-        assert!(warnings(run).is_empty(), "{:?}", warnings(run));
-    }
+    let runs: [Run; 2] = write_at_once(|project| weed.command(project, &args));
     let got = weed.run(&machine(), &args).ok();
     assert_eq!(fetched(&got).len(), 5);
     assert_eq!(outputs(&got), outputs(&runs[0]));

@@ -1,7 +1,8 @@
 //! A project in a temporary folder, and the binary run in it.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -88,6 +89,24 @@ impl Project {
             }
         }
         command
+    }
+
+    /// Starts the binary in a group of its own, so that a test can kill the lot.
+    pub(crate) fn spawn(&self, args: &[&str]) -> Child {
+        let mut command = self.command(args);
+        command.process_group(0);
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// The step kinds that the binary lists.
+    pub(crate) fn kinds(&self) -> Vec<String> {
+        let list = self.run(&["steps"]).ok().stdout;
+        let kinds = list.lines().filter_map(|l| l.split_whitespace().next());
+        kinds.map(str::to_owned).collect()
     }
 
     pub(crate) fn run(&self, args: &[&str]) -> Run {

@@ -1,6 +1,7 @@
 //! Runs of two machines with a remote cache between them, and what they say of it.
 
 use std::collections::BTreeMap;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -148,4 +149,20 @@ pub(crate) fn a_large_file_goes_and_comes(run: Runs<'_>, remote: &str) {
     let got = run(&large(BYTES), &args(remote, &[])).ok();
     assert_eq!(fetched(&got), ["large"]);
     assert_eq!(outputs(&got), outputs(&made));
+}
+
+/// Several machines that make and send the same at once; gives their runs.
+pub(crate) fn write_at_once<const N: usize>(command: impl Fn(&Project) -> Command) -> [Run; N] {
+    let machines = [(); N].map(|()| machine());
+    let started = machines.each_ref().map(|project| {
+        let mut command = command(project);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    });
+    let runs = started.map(|child| Run::of(child.wait_with_output().unwrap()).ok());
+    for run in &runs {
+        assert_eq!(outputs(run), outputs(&runs[0]));
+        assert!(warnings(run).is_empty(), "{:?}", warnings(run));
+    }
+    runs
 }

@@ -74,6 +74,38 @@ pub(crate) fn project() -> Project {
     project
 }
 
+/// Has the project train the student with these settings more, and score every checkpoint instead
+/// of deploying. `student` takes the place of the entry of the model.
+pub(crate) fn train(project: &Project, student: Option<&str>, settings: &str) {
+    let old = project.read("pipeline.yaml");
+    let place = |text: &str| old.find(text).unwrap();
+    let (start, end, score) = (place("  student:"), place("programs:"), place("  score:"));
+    let text = format!(
+        "{}{}{}{}",
+        &old[..start],
+        student.unwrap_or(&old[start..end]),
+        &old[end..score],
+        TRAINED.replace("SETTINGS", settings)
+    );
+    project.write("pipeline.yaml", &text);
+}
+
+const TRAINED: &str = r#"
+  finetune:
+    uses: finetune
+    in: { messages: chats.messages, lineage: chats.lineage }
+    with:
+      model: student
+      epochs: 2
+      batch_size: 4
+      SETTINGS
+  score:
+    uses: evaluate
+    foreach: { adapter: [finetune.base, finetune.checkpoints] }
+    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
+    with: { model: student, sampling: { max_tokens: 8 } }
+"#;
+
 const PIPELINE: &str = "\
 name: tiny
 params:
