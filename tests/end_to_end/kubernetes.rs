@@ -125,7 +125,7 @@ fn a_command_is_a_job_too_and_the_api_server_never_has_its_secret() {
     assert_eq!(kubernetes.api.orders().len(), 2, "nothing was ordered");
 }
 
-/// No volume is needed where files go through a remote store.
+/// Of this machine the pods need no more than the store, and that only where it is a folder.
 #[test]
 fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     let Some(kubernetes) = Kubernetes::start() else {
@@ -138,12 +138,17 @@ fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     let volumes = runners
         .lines()
         .find(|line| line.trim().starts_with("volumes:"));
-    let runners = runners.replace(&format!("{}\n", volumes.unwrap()), "");
+    let store = project.path("store");
+    let seen = format!(
+        "    volumes: {{ '{}': {{ persistentVolumeClaim: {{ claimName: store }} }} }}",
+        store.display()
+    );
+    let runners = runners.replace(volumes.unwrap(), &seen);
     project.write("p.yaml", &format!("{runners}{step}"));
     let mut command = project.command(&["p.yaml"]);
     command
         .env("KUBECONFIG", kubernetes.api.kubeconfig())
-        .env("FLOWRUN_REMOTE", project.path("store"));
+        .env("FLOWRUN_REMOTE", &store);
     Run::of(command.output().unwrap()).ok();
     assert_eq!(project.read("n"), "text\n");
     let log = project.run(&["show", "s"]).ok().stdout;
@@ -151,6 +156,39 @@ fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     let order = kubernetes.api.orders()[0].to_string();
     assert!(order.contains("--through"), "{order}");
     until("notes are left", || notes(&project) == 0);
+    until("jobs are left", || kubernetes.api.jobs().is_empty());
+}
+
+/// The work ends while the store, through which its result goes, is away for longer than `patience`.
+#[test]
+fn a_result_outlasts_a_store_that_is_away() {
+    let Some(kubernetes) = Kubernetes::start() else {
+        return;
+    };
+    let more = "    through: remote\n    patience: 2\n";
+    let slow = Slow::new("kubernetes", &kubernetes.runners(more));
+    let path = |name: &str| slow.project.path(name);
+    std::fs::create_dir(path("store")).unwrap();
+    std::fs::create_dir(path("notes")).unwrap();
+    slow.project.write("file", "");
+    // Where a file takes the place of a folder, nothing can be read or written.
+    let notes_lie_in = |target: &str| {
+        std::os::unix::fs::symlink(path(target), path("new")).unwrap();
+        std::fs::rename(path("new"), path("store/jobs")).unwrap();
+    };
+    notes_lie_in("notes");
+    let (config, store) = (kubernetes.api.kubeconfig(), path("store"));
+    let store = store.display().to_string();
+    let child = slow.start_with(&[("KUBECONFIG", &config), ("FLOWRUN_REMOTE", &store)]);
+    slow.worker();
+    notes_lie_in("file");
+    slow.go();
+    until("it was not followed", || {
+        slow.has_said("the job is followed")
+    });
+    notes_lie_in("notes");
+    let run = slow.ended_well(child);
+    assert_eq!(slow.begun(), 1, "{}", run.stdout);
     until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
 
@@ -319,4 +357,35 @@ fn a_kubectl_or_an_api_server_that_is_not_there_is_named() {
         "{}",
         away.stderr
     );
+}
+
+#[test]
+fn a_remote_folder_that_lies_on_no_volume_is_told_before_the_run() {
+    let project = Project::new();
+    let runners = "runners:\n  kubernetes:\n    namespace: ml\n    image: registry.example/flowrun:1\n    user: 10001\n    through: remote\n";
+    let step = "steps:\n  s: { run: 'true', runner: kubernetes }\n";
+    project.write("p.yaml", &format!("{runners}{step}"));
+    let store = project.path("store");
+    let run = |remote: &str, args: &[&str]| {
+        let mut command = project.command(args);
+        Run::of(command.env("FLOWRUN_REMOTE", remote).output().unwrap())
+    };
+    let folder = store.display().to_string();
+    for args in [&["check", "p.yaml"][..], &["p.yaml"]] {
+        let refused = run(&folder, args);
+        assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+        let text = format!(
+            "p.yaml:6:14: error: the pods do not see the remote cache: {folder} lies on none of `volumes`"
+        );
+        assert!(refused.stderr.contains(&text), "{}", refused.stderr);
+    }
+    assert!(!project.path(".flowrun/runs").exists(), "nothing was begun");
+    let check = ["check", "p.yaml"];
+    run("s3://bucket/x", &check).ok();
+    let volumes = format!(
+        "    volumes: {{ '{}': {{ hostPath: {{ path: /srv }} }} }}\n",
+        project.path("").display()
+    );
+    project.write("p.yaml", &format!("{runners}{volumes}{step}"));
+    run(&folder, &check).ok();
 }

@@ -36,6 +36,7 @@ mod openai_sdk;
 mod oracle_faults;
 mod prices;
 mod process;
+mod profiles;
 mod programs;
 mod publish;
 mod ray;

@@ -15,8 +15,10 @@ use tokio::sync::Semaphore;
 
 use super::bucket::Bucket;
 use super::download::{self, Flaw};
+use super::policy::Refusal;
+use super::shared::{SentObjects, Shared};
 use super::upload::{self, Unsent};
-use super::{ABREAST, AT_ONCE, FOLDER, Refusal, RemoteError, RemoteOptions, SentObjects, Shared};
+use super::{ABREAST, AT_ONCE, FOLDER, RemoteError, RemoteOptions};
 use crate::artifact::Artifact;
 use crate::cache::Cache;
 use crate::digest::Digest;

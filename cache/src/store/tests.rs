@@ -316,6 +316,46 @@ fn what_cannot_be_put_leaves_its_place_as_it_was() {
 }
 
 #[test]
+fn folders_that_were_made_for_what_was_not_put_go_with_it() {
+    let (dir, store) = store();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "new").unwrap();
+    let artifact = store.put_path(&file).unwrap();
+    let project = dir.path().join("project");
+    std::fs::create_dir_all(project.join("empty")).unwrap();
+    // Every folder below the project.
+    let folders = || {
+        let inner = |folder: &str| project.join(folder).is_dir();
+        ["empty", "empty/b", "r", "r/a", "r/b", "r/b/c"].map(inner)
+    };
+    let before = folders();
+    let dests = ["r/b/c/x", "r/a/x", "empty/b/x", "r/b/x"].map(|dest| project.join(dest));
+    let mut staging = Staging::new(&store);
+    for dest in &dests {
+        let staged = staging.add(&artifact, dest, &|| false).unwrap();
+        assert!(staged.is_some());
+    }
+    assert_eq!(folders(), [true; 6]);
+    drop(staging);
+    assert_eq!(folders(), before, "one that was there stays, though empty");
+
+    // One is put, one is put and taken back, and in one somebody else has begun to stage.
+    let mut staging = Staging::new(&store);
+    let mut put = |dest: &Path| {
+        let staged = staging.add(&artifact, dest, &|| false).unwrap();
+        staged.unwrap().put().unwrap()
+    };
+    put(&dests[1]);
+    put(&dests[0]).undo().unwrap();
+    let mut other = Staging::new(&store);
+    let theirs = other.add(&artifact, &dests[3], &|| false).unwrap();
+    drop(staging);
+    assert_eq!(folders(), [true, false, true, true, true, false]);
+    theirs.unwrap().put().unwrap();
+    assert_eq!(std::fs::read_to_string(&dests[3]).unwrap(), "new");
+}
+
+#[test]
 fn what_was_staged_by_a_program_that_was_killed_is_removed() {
     let (dir, store) = store();
     let file = dir.path().join("file");

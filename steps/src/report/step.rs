@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, OracleAudit, Report, StepCost,
-    TestScore, render_html,
+    Comparison, Confusion, CostRow, DataSummary, ErrorRow, OracleAudit, Report, Score, StepCost,
+    render_html,
 };
 use crate::load::DataSetInfo;
 use crate::rows::{Row, read_json, read_jsonl, read_rows, write_json};
@@ -142,9 +142,11 @@ fn tested(scores: &[Scores]) -> impl Iterator<Item = (&Scores, &ProgramScore)> {
         .flat_map(|scores| std::iter::repeat(scores).zip(&scores.programs))
 }
 
-fn dev_score(scores: &Scores, score: &ProgramScore) -> DevScore {
+/// On the devset, where a model has no role.
+fn dev_score(scores: &Scores, score: &ProgramScore) -> Score {
     let (low, high) = wilson95(score.correct, score.n);
-    DevScore {
+    Score {
+        role: None,
         model: scores.model.clone(),
         program: score.program,
         n: score.n as u64,
@@ -157,23 +159,14 @@ fn dev_score(scores: &Scores, score: &ProgramScore) -> DevScore {
     }
 }
 
-fn test_score(scores: &Scores, score: &ProgramScore) -> Result<TestScore, StepError> {
+fn test_score(scores: &Scores, score: &ProgramScore) -> Result<Score, StepError> {
     let role = score.role.ok_or_else(|| {
         StepError::invalid(format!("the test score of `{}` has no role", scores.model))
             .help("set `role` on the `evaluate` step that made it")
     })?;
-    let (low, high) = wilson95(score.correct, score.n);
-    Ok(TestScore {
-        role,
-        model: scores.model.clone(),
-        program: score.program,
-        n: score.n as u64,
-        correct: score.correct as u64,
-        accuracy: score.accuracy,
-        parse_failures: score.parse_failures as u64,
-        low,
-        high,
-        leakage: score.leakage.clone(),
+    Ok(Score {
+        role: Some(role),
+        ..dev_score(scores, score)
     })
 }
 

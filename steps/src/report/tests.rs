@@ -33,15 +33,15 @@ fn clean(rows: u64, correct: u64) -> Leakage {
     }
 }
 
-fn test_score(role: Role, model: &str, correct: u64, parse_failures: u64) -> TestScore {
+fn test_score(role: Role, model: &str, correct: u64, parse_failures: u64) -> Score {
     let accuracy = correct as f64 / 1000.0;
     let program = if role == Role::Best {
         ProgramKind::Optimised
     } else {
         ProgramKind::Plain
     };
-    TestScore {
-        role,
+    Score {
+        role: Some(role),
         model: model.into(),
         program,
         n: 1000,
@@ -64,7 +64,8 @@ fn sample(stand_in: bool) -> Report {
     let dev = models.iter().enumerate().flat_map(|(index, model)| {
         [ProgramKind::Plain, ProgramKind::Optimised].map(|program| {
             let correct = 111 + 107 * index as u64 + 37 * (program as u64);
-            DevScore {
+            Score {
+                role: None,
                 model: model.clone(),
                 program,
                 n: 1000,

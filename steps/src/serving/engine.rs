@@ -13,10 +13,7 @@ use std::time::Instant;
 
 use flowrun_engine::step::StepError;
 use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
-use flowrun_model::{
-    Batch, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, ModelError, Said,
-    TemplateArguments,
-};
+use flowrun_model::{Batch, Finish, GenerateOptions, ModelError, Said, TemplateArguments};
 use tokio::sync::mpsc;
 
 use super::adapters::{Adapters, Loaded};
@@ -24,7 +21,7 @@ use super::{
     Ask, Ended, EngineSpec, Event, ModelEntry, ModelsError, Piece, Prompt, Step, TokenProb,
 };
 use crate::models::Host;
-use crate::models::embedded::{device, open_base};
+use crate::models::embedded::{device, generate_request, open_base};
 
 /// Bytes of keys and values of prompts' common starts that are kept.
 const PREFIX_BYTES: usize = 256 << 20;
@@ -322,35 +319,19 @@ fn refused(error: ModelError) -> LmError {
 }
 
 fn in_model_terms(ask: Ask, usual: &TemplateArguments) -> flowrun_model::Ask {
-    let sampling = ask.sampling;
     let mut template_arguments = usual.clone();
     template_arguments.extend(ask.chat_template_kwargs);
     let (messages, text) = match ask.prompt {
         Prompt::Chat(messages) => (messages, None),
         Prompt::Text(text) => (Vec::new(), Some(text)),
     };
+    let request = Request {
+        messages,
+        sampling: ask.sampling,
+        choices: ask.choices,
+    };
     flowrun_model::Ask {
-        request: GenerateRequest {
-            messages: messages
-                .into_iter()
-                .map(|m| ChatMessage::new(m.role.as_str(), m.content))
-                .collect(),
-            template_arguments,
-            max_tokens: sampling.max_tokens as usize,
-            temperature: sampling.temperature,
-            seed: Some(
-                sampling
-                    .seed
-                    .unwrap_or(0)
-                    .wrapping_add(sampling.rollout.unwrap_or(0)),
-            ),
-            stop: sampling.stop,
-            choices: ask.choices.map(|choices| ChoiceSet {
-                after: choices.after,
-                values: choices.values,
-                then: choices.then,
-            }),
-        },
+        request: generate_request(request, template_arguments),
         text,
         top_p: ask.top_p,
         logprobs: ask.logprobs,

@@ -166,6 +166,7 @@ struct Desk {
     orders: Arc<Mutex<Vec<String>>>,
     /// A cache here, where the workers see no folder of this side.
     cache: Option<Arc<Cache>>,
+    settings: JobSettings,
 }
 
 impl Desk {
@@ -182,6 +183,7 @@ impl Desk {
             heard: Arc::default(),
             orders: Arc::default(),
             cache: None,
+            settings: JobSettings::default(),
         }
     }
 
@@ -251,7 +253,7 @@ impl Desk {
         };
         let remote = Remote::new(
             Box::new(system),
-            JobSettings::default(),
+            self.settings.clone(),
             Path::new("/flowrun"),
             self.dir.path(),
             self.way(),

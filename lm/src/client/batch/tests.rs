@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::folder::{KEPT, ORDER};
+use super::folder::{KEPT, ORDER, Order};
 use super::*;
 use crate::client::tests::read_message;
-use crate::lm::{Budget, Message, Role, Sampling};
+use crate::lm::{Budget, Message, Role, Sampling, Spending};
 
 /// What stands in a line for a text: `response` and `error`.
 type Line = dyn Fn(usize, &str) -> Value + Send + Sync;

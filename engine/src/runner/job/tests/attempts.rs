@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flowrun_cache::Digest;
 
 use super::{Desk, Fate, WORK, work};
-use crate::runner::job::{JobEnd, JobError, JobOrder, JobState, JobSystem, Request, remote};
+use crate::runner::job::{JobEnd, Request};
 use crate::runner::protocol::PROTOCOL_VERSION;
 use crate::step::{Cancel, StepErrorKind};
 
@@ -120,36 +119,6 @@ fn one_that_cannot_be_ordered_or_placed_says_so_at_once() {
         assert_eq!(tells_paths, matches!(fate, Fate::Fails));
         assert!(!desk.folder().exists());
     }
-}
-
-/// A job system that went away.
-struct Gone(AtomicUsize);
-
-impl JobSystem for Gone {
-    fn name(&self) -> String {
-        "gone".to_owned()
-    }
-    fn submit(&self, _: &JobOrder<'_>) -> Result<(), JobError> {
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-    fn state(&self, _: &JobOrder<'_>) -> Result<JobState, JobError> {
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-    fn stop(&self, _: &str) -> Result<(), JobError> {
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-    fn forget(&self, _: &str) -> Result<bool, JobError> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        Err(JobError::Unreachable("gone".to_owned()))
-    }
-}
-
-#[test]
-fn one_that_went_away_is_asked_once_to_forget() {
-    let gone = Gone(AtomicUsize::new(0));
-    let mut over = vec!["a".to_owned(), "b".to_owned()];
-    assert!(!remote::forget(&gone, &mut over));
-    assert_eq!((gone.0.load(Ordering::SeqCst), over.len()), (1, 2));
 }
 
 #[test]
