@@ -188,7 +188,7 @@ impl Step for Finetune {
         "finetune"
     }
     fn version(&self) -> u32 {
-        4
+        5
     }
     fn about(&self) -> &'static str {
         "Fine-tunes the student with LoRA on chats; a checkpoint (PEFT files) after every epoch."
