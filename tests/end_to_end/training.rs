@@ -291,6 +291,10 @@ fn settings_that_cannot_be_met_are_refused_with_their_reason() {
     assert_eq!(refused.code, Some(4), "{}", refused.stdout);
     let said = "`save_steps`: only training in this process knows it";
     assert!(refused.stdout.contains(said), "{}", refused.stdout);
+    project.edit("pipeline.yaml", "rank: 2 }", "rank: 2, layer_names: text }");
+    let refused = project.run(&RUN);
+    let said = "`lora.layer_names`: TRL names the layers as it loads the model";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
 
     for (from, to) in [
         ("save_steps: 3", "save_steps: 0"),

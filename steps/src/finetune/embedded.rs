@@ -9,10 +9,11 @@ use flowrun_model::train::{
     EpochStats, Hooks, Schedule, StepStats, TrainConfig, TrainRow, Trainer, TrainerState,
 };
 use flowrun_model::{
-    BaseModel, ChatMessage, Device, LoraAdapter, LoraConfig, ModelError, TemplateArguments,
+    BaseModel, ChatMessage, Device, LayerNames, LoraAdapter, LoraConfig, ModelError,
+    TemplateArguments,
 };
 
-use super::{Params, ScheduleSpec, VALIDATION};
+use super::{LayerNamesSpec, Params, ScheduleSpec, VALIDATION};
 use crate::checkpoint::Checkpoint;
 use crate::folder;
 use crate::models::local::{device, failed, open_whole_base};
@@ -188,6 +189,11 @@ impl Training<'_> {
         let of = Of {
             base: &base,
             name: self.spec.weights.name(),
+            layer_names: match self.params.lora.layer_names {
+                None => base.layer_names,
+                Some(LayerNamesSpec::Text) => LayerNames::Text,
+                Some(LayerNamesSpec::BesidePictures) => LayerNames::BesidePictures,
+            },
             told: &self.spec.chat_template_kwargs,
         };
         let keep = |step: usize, adapter: &LoraAdapter| {
@@ -343,6 +349,8 @@ struct Of<'a> {
     base: &'a BaseModel,
     /// The base model's name.
     name: String,
+    /// What the files call its layers.
+    layer_names: LayerNames,
     /// What the chat template was told.
     told: &'a TemplateArguments,
 }
@@ -359,7 +367,7 @@ fn save(
     let _ = std::fs::remove_dir_all(&part);
     let _ = std::fs::remove_dir_all(folder);
     std::fs::create_dir_all(&part).map_err(ModelError::io(&part))?;
-    adapter.save(&part, &of.name)?;
+    adapter.save_as(&part, &of.name, of.layer_names)?;
     let checkpoint = Checkpoint::of_adapter(&part, epoch, step, &of.base.id);
     let mut checkpoint = checkpoint.map_err(|e| ModelError::format(&part, e.message))?;
     checkpoint.chat_template_kwargs = Some(of.told.clone());
