@@ -61,6 +61,19 @@ pub struct Adapter {
     pub base: String,
 }
 
+/// What to do about an entry that tells the chat template something else than the training did.
+pub(crate) const TOLD_OTHERWISE: &str = "leave `chat_template_kwargs` out of the entry, as a \
+                                         checkpoint says what it was trained with; or train with \
+                                         what the entry says";
+
+/// What a training told the chat template, in words.
+pub(crate) fn trained_with(told: &BTreeMap<String, Value>) -> String {
+    match told.is_empty() {
+        true => "without `chat_template_kwargs`".to_owned(),
+        false => format!("with `chat_template_kwargs: {}`", json!(told)),
+    }
+}
+
 impl Checkpoint {
     /// The student before any training.
     #[must_use]
@@ -133,22 +146,14 @@ impl Checkpoint {
         match &self.chat_template_kwargs {
             None => Ok(entry),
             Some(trained) if entry.is_empty() || *trained == entry => Ok(trained.clone()),
-            Some(trained) => {
-                let trained = match trained.is_empty() {
-                    true => "without `chat_template_kwargs`".to_owned(),
-                    false => format!("with `chat_template_kwargs: {}`", json!(trained)),
-                };
-                Err(StepError::invalid(format!(
-                    "the checkpoint `{}` was trained {trained}, and the entry of `{name}` says \
-                     `chat_template_kwargs: {}`",
-                    self.name,
-                    json!(entry)
-                ))
-                .help(
-                    "leave `chat_template_kwargs` out of the entry, as a checkpoint says what it \
-                     was trained with; or train with what the entry says",
-                ))
-            }
+            Some(trained) => Err(StepError::invalid(format!(
+                "the checkpoint `{}` was trained {}, and the entry of `{name}` says \
+                 `chat_template_kwargs: {}`",
+                self.name,
+                trained_with(trained),
+                json!(entry)
+            ))
+            .help(TOLD_OTHERWISE)),
         }
     }
 

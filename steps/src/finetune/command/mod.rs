@@ -112,7 +112,7 @@ pub(super) fn train(
     {
         ctx.reporter
             .log("an earlier attempt has trained to the end");
-        return take_over(ctx, params, spec.trainer, &found);
+        return take_over(ctx, params, spec, &found);
     }
     let from = spec.trainer.goes_on_from(&out);
     match &from {
@@ -147,21 +147,18 @@ pub(super) fn train(
     env.extend(spec.env.clone());
     process::run(&argv, turn, folder, &env, &lines, &ctx.cancel)?;
     let found = collect::collect(&out, spec.trainer.name())?;
-    take_over(ctx, params, spec.trainer, &found)
+    take_over(ctx, params, spec, &found)
 }
 
 /// Makes the program's checkpoints the step's own.
 fn take_over(
     ctx: &StepContext,
     params: &Params,
-    trainer: Trainer,
+    spec: &CommandSpec,
     collected: &Collected,
 ) -> Result<StepOutcome, StepError> {
     let base = base_id(ctx, params)?;
-    // What the others tell the template is in their own words.
-    let told = trainer.tells_the_template();
-    let told = told.then(|| params.model.chat_template_kwargs());
-    let told = told.map(|told| told.cloned().unwrap_or_default());
+    let told = spec.told(&params.model);
     Checkpoint::base().save(&ctx.output("base"))?;
     let mut labels = Vec::new();
     for found in &collected.checkpoints {
