@@ -169,15 +169,17 @@ impl Embedder for Encoder {
     }
 }
 
+/// The model of an entry, or a checkpoint of it; its chat template is told `told`.
 pub(super) fn open_lm(
     spec: &EmbeddedSpec,
+    told: TemplateArguments,
     checkpoint: Option<(&Path, &Checkpoint)>,
     host: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
     let base = open_base(spec, host)?;
     let mut id = format!("embedded-{GENERATION}:{}", base.id);
-    if !spec.chat_template_kwargs.is_empty() {
-        id = format!("{id} with {}", serde_json::json!(spec.chat_template_kwargs));
+    if !told.is_empty() {
+        id = format!("{id} with {}", serde_json::json!(told));
     }
     let adapter = match checkpoint {
         Some((
@@ -222,7 +224,7 @@ pub(super) fn open_lm(
     Ok(Arc::new(LocalLm {
         id,
         generator,
-        template_arguments: spec.chat_template_kwargs.clone(),
+        template_arguments: told,
         cancel: host.cancel.clone(),
     }))
 }

@@ -3,6 +3,7 @@
 //!
 //! Invariant: an id at a server stands for the same values for ever, as it ends with their digest.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -10,7 +11,7 @@ use flowrun_cache::Digest;
 use flowrun_engine::step::StepError;
 use flowrun_lm::client::{AdapterPlace, Api, Batched, OpenAi, OpenAiSpec};
 use flowrun_lm::lm::{Ledger, Lm};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::with_adapter::WithAdapter;
 use super::{Host, traced};
@@ -19,13 +20,14 @@ use crate::checkpoint::{Adapter, Checkpoint};
 /// Length of a digest in hexadecimal: what names a base model that is known by more than a name.
 const DIGEST: usize = 64;
 
-/// A server's model, or a checkpoint of it.
+/// A server's model, or a checkpoint of it; its chat template is told `told`.
 pub(super) fn open_lm(
     spec: &OpenAiSpec,
+    told: BTreeMap<String, Value>,
     checkpoint: Option<(&Path, &Checkpoint)>,
     host: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
-    let client = |model: &str| client(spec, model, host);
+    let client = |model: &str| client(spec, &told, model, host);
     let Some((folder, checkpoint)) = checkpoint else {
         return client(&spec.model);
     };
@@ -71,9 +73,19 @@ pub(crate) fn api(spec: &OpenAiSpec, host: &Host<'_>) -> Result<Api, StepError> 
     .map_err(|e| StepError::invalid(e.to_string()))
 }
 
-/// The entry's server, asked for the answers of `model`; all its models have one budget.
-fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<Arc<dyn Lm>, StepError> {
-    let ledger = ledger(spec, host)?;
+/// The entry's server, asked for the answers of `model`; all its models have one budget, whatever
+/// their chat templates are told.
+fn client(
+    entry: &OpenAiSpec,
+    told: &BTreeMap<String, Value>,
+    model: &str,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Lm>, StepError> {
+    let ledger = ledger(entry, host)?;
+    let spec = &OpenAiSpec {
+        chat_template_kwargs: told.clone(),
+        ..entry.clone()
+    };
     if let Some(ctx) = host.step.filter(|_| spec.batch) {
         let spec = OpenAiSpec {
             model: model.to_owned(),
@@ -187,6 +199,7 @@ mod tests {
                 step: 8,
                 adapter: Some(adapter.clone()),
                 hosted: None,
+                chat_template_kwargs: None,
                 lineage: None,
             };
             assert_eq!(place(&spec, &checkpoint, &adapter).is_ok(), fits, "{base}");

@@ -69,14 +69,14 @@ impl Engine {
             ..GenerateOptions::default()
         };
         let (pinned, folders) = (spec.pinned, &spec.folders);
-        let adapters = Adapters::new(base, spec.base_id, pinned, folders, spec.keep, options)?;
+        let of = (spec.base_id, spec.model.chat_template_kwargs.clone());
+        let adapters = Adapters::new(base, of, pinned, folders, spec.keep, options)?;
         let (jobs, waiting) = mpsc::channel(spec.queue.max(1));
         let active = Arc::new(AtomicUsize::new(0));
         let worker = Worker {
             batch: Batch::new(spec.batch, PREFIX_BYTES),
             size: spec.batch.max(1),
             callers: BTreeMap::new(),
-            template_arguments: spec.model.chat_template_kwargs.clone(),
             active: Arc::clone(&active),
             on_step: spec.on_step,
             broken: false,
@@ -197,8 +197,6 @@ struct Worker {
     batch: Batch,
     size: usize,
     callers: BTreeMap<usize, Caller>,
-    /// Those of the model's entry.
-    template_arguments: TemplateArguments,
     active: Arc<AtomicUsize>,
     on_step: Box<dyn Fn(&Step) + Send>,
     /// Whether the device failed: all that would follow fails too.
@@ -238,8 +236,8 @@ impl Worker {
         if caller.is_gone() {
             return;
         }
-        let ask = in_model_terms(ask, &self.template_arguments);
-        match self.batch.add(&model.0, id, &ask) {
+        let ask = in_model_terms(ask, &model.told);
+        match self.batch.add(&model.generator, id, &ask) {
             Ok(()) => {
                 self.callers.insert(id, caller);
             }

@@ -4,14 +4,45 @@ use serde_json::{Value, json};
 
 use super::{ids, serve, with_adapters};
 use crate::server::{Server, chat, chunks, content};
-use crate::tiny;
+use crate::tiny::{self, write_adapter};
+
+/// A chat template that adds five characters, which are tokens, where it is told not to think.
+const TEMPLATE: &str = "{% for m in messages %}{{ m.content }}{% endfor %}\
+    {% if enable_thinking is defined and not enable_thinking %}12345{% endif %}";
+
+#[test]
+fn an_adapter_is_told_what_it_was_trained_with() {
+    let project = tiny::project();
+    project.write("tiny/chat_template.jinja", TEMPLATE);
+    write_adapter(&project.path("adapters/told"), 11);
+    write_adapter(&project.path("adapters/unsaid"), 12);
+    let checkpoint = json!({
+        "version": 2, "name": "epochs-1-total-trained-steps-8", "epoch": 1, "step": 8,
+        "chat_template_kwargs": {"enable_thinking": true},
+    });
+    project.write("adapters/told/checkpoint.json", &checkpoint.to_string());
+    let usual = r#"{"enable_thinking": false}"#;
+    let usual = ["--default-chat-template-kwargs", usual];
+    let server = serve(
+        &project,
+        &[["tiny", "--adapters", "adapters"].as_slice(), &usual].concat(),
+    );
+    let tokens = |model: &str, told: Value| {
+        let mut body = chat(model, "hello", 1);
+        body["chat_template_kwargs"] = told;
+        let answer = server.json("/v1/chat/completions", &body);
+        answer["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(tokens("tiny", json!({})), 10);
+    assert_eq!(tokens("tiny:unsaid", json!({})), 10);
+    assert_eq!(tokens("tiny:told", json!({})), 5);
+    assert_eq!(tokens("tiny:told", json!({"enable_thinking": false})), 10);
+}
 
 #[test]
 fn a_chat_template_is_told_what_the_models_entry_and_the_request_say() {
     let project = tiny::project();
-    let template = "{% for m in messages %}{{ m.content }}{% endfor %}\
-        {% if enable_thinking is defined and not enable_thinking %}12345{% endif %}";
-    std::fs::write(project.path("tiny/chat_template.jinja"), template).unwrap();
+    project.write("tiny/chat_template.jinja", TEMPLATE);
     let body = |server: &Server, told: Value| {
         let message = json!({"role": "user", "content": "hello"});
         let mut body = json!({"model": ids(server)[0], "messages": [message], "max_tokens": 1});
