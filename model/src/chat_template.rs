@@ -148,15 +148,22 @@ impl ChatTemplate {
     }
 }
 
+/// Whether a rendering did more than it may; what it was about then wraps that.
+fn is_spent(error: &Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(this) = cause {
+        let own = this.downcast_ref::<Error>();
+        if own.is_some_and(|own| own.kind() == ErrorKind::OutOfFuel) {
+            return true;
+        }
+        cause = this.source();
+    }
+    false
+}
+
 /// Why a rendering failed.
 fn failed(error: &Error) -> ModelError {
-    let first: &(dyn std::error::Error + 'static) = error;
-    let mut causes = std::iter::successors(Some(first), |cause| cause.source());
-    let is_spent = |cause: &(dyn std::error::Error + 'static)| {
-        let cause = cause.downcast_ref::<Error>();
-        cause.is_some_and(|cause| cause.kind() == ErrorKind::OutOfFuel)
-    };
-    if !causes.any(is_spent) {
+    if !is_spent(error) {
         return ModelError::Template(error.to_string());
     }
     let line = error.line().map(|line| format!(" in line {line}"));
