@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use flowrun_cache::Digest;
@@ -17,6 +17,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use self::folder::{Folder, Order};
+use super::identity::{Identity, OnWarning};
 use super::retry::{self, Failure};
 use super::{Api, ApiError, OpenAiSpec, fitting, model_id, wire};
 use crate::lm::{
@@ -55,6 +56,9 @@ pub struct Batched {
     ledger: Option<Ledger>,
     folder: Folder,
     told: Told,
+    identity: Identity,
+    /// Why answers cannot be kept.
+    barred: OnceLock<LmError>,
     /// One order at a time.
     turn: Mutex<()>,
 }
@@ -121,8 +125,23 @@ impl Batched {
             ledger,
             folder: Folder(folder),
             told,
+            identity: Identity::new(spec),
+            barred: OnceLock::new(),
             turn: Mutex::default(),
         }
+    }
+
+    /// The same client, which tells `on_warning` when another model answers than was asked for.
+    #[must_use]
+    pub fn warning(mut self, on_warning: Option<OnWarning>) -> Self {
+        self.identity = self.identity.told_to(on_warning);
+        self
+    }
+
+    /// Answers that cannot be kept are still at the server: what was written down of them stays,
+    /// and nothing is ordered.
+    fn unless_barred(&self) -> Result<(), LmError> {
+        self.barred.get().map_or(Ok(()), |why| Err(why.clone()))
     }
 
     fn answer_all(&self, job: &mut Job<'_>) -> Result<(), LmError> {
@@ -131,6 +150,7 @@ impl Batched {
         if let Some(order) = self.placed()? {
             let ended = self.collect(&order)?;
             self.hand_out(&ended, job, false)?;
+            self.unless_barred()?;
             self.folder.forget_order()?;
         }
         loop {
@@ -154,10 +174,13 @@ impl Batched {
             };
             let ended = self.collect(&order)?;
             let whole = self.hand_out(&ended, job, true)?;
-            self.folder.forget_order()?;
+            if self.barred.get().is_none() {
+                self.folder.forget_order()?;
+            }
             if ended.refused {
                 give_back(taken);
-                return Err(LmError::Rejected(ended.told));
+                // All of it, whatever is in it.
+                return Err(LmError::Barred(ended.told));
             }
             for (at, part) in taken {
                 let charge = match &job.answers[at] {
@@ -168,6 +191,7 @@ impl Batched {
                 let why = format!("{} without an answer", ended.told);
                 job.answer(at, Err(LmError::Unavailable(why)));
             }
+            self.unless_barred()?;
         }
     }
 
@@ -187,6 +211,7 @@ impl Batched {
             }
             false
         });
+        self.unless_barred()?;
         self.folder.keep(&kept)
     }
 
@@ -420,6 +445,7 @@ impl Batched {
         let text = body.to_string();
         let status = status_of(line);
         let (read, charge) = if status.is_success() {
+            self.identity.check(body["model"].as_str());
             let read = wire::completion(text.as_bytes())
                 .map_err(|why| Failure::Unreadable { why })
                 .and_then(|answer| fitting(&self.spec, shown, request, answer));
@@ -467,6 +493,10 @@ impl Lm for Batched {
             job.answer(at, answer.unwrap_or_else(|| Err(error.clone())));
         }
         job.answers.into_iter().flatten().collect()
+    }
+
+    fn bar(&self, why: &LmError) {
+        self.barred.get_or_init(|| why.clone());
     }
 }
 
@@ -519,7 +549,7 @@ fn most_bytes(spec: &OpenAiSpec) -> usize {
 fn text_of(object: &Value, name: &str) -> Result<String, LmError> {
     object[name].as_str().map(str::to_owned).ok_or_else(|| {
         let shown = wire::shown(object.to_string().as_bytes());
-        LmError::Rejected(format!("the server's batch API gave no `{name}`: {shown}"))
+        LmError::Unavailable(format!("the server's batch API gave no `{name}`: {shown}"))
     })
 }
 
