@@ -33,8 +33,8 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 const ASK_EVERY_ALIVE: Duration = Duration::from_secs(5);
 /// Wait between two attempts to order a job from a job system that does not answer.
 const ORDER_EVERY: Duration = Duration::from_secs(1);
-/// How long work that was asked to stop has to do so.
-const GRACE: Duration = Duration::from_secs(10);
+/// How long work that was asked to stop has to do so: the other end has a little less.
+const GRACE: Duration = Duration::from_secs(15);
 /// Hex digits of an id.
 const ID: usize = 20;
 
