@@ -72,7 +72,7 @@ pub(crate) fn run(project: &Project) -> Run {
 }
 
 /// The rows of an output, by query, with why they were dropped.
-fn rows(project: &Project, file: &str) -> Vec<(String, Option<String>)> {
+pub(crate) fn rows(project: &Project, file: &str) -> Vec<(String, Option<String>)> {
     let text = project.read(file);
     let row = |line: &str| {
         let row: Value = serde_json::from_str(line).unwrap();
