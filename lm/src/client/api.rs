@@ -421,7 +421,7 @@ mod tests {
     fn a_server_that_is_silent_in_a_file_is_asked_again_and_given_up() {
         let (url, asked) = silent_server();
         let mut api = api(&url, Arc::new(|| false));
-        api.silence = Duration::from_millis(50);
+        api.silence = Duration::from_millis(300);
         let error = api.text(&["files", "f", "content"]).unwrap_err();
         assert!(error.to_string().contains("nothing came for"), "{error}");
         assert!(error.may_pass());

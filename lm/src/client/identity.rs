@@ -38,7 +38,7 @@ impl Identity {
     }
 
     /// The same for another model of the entry's server.
-    pub(super) fn as_model(self, spec: &OpenAiSpec) -> Self {
+    pub(super) fn of_model(self, spec: &OpenAiSpec) -> Self {
         let on_warning = self.on_warning.clone();
         Self::new(spec).told_to(on_warning)
     }

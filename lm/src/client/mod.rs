@@ -123,7 +123,7 @@ impl OpenAi {
     pub fn as_model(mut self, model: &str) -> Self {
         model.clone_into(&mut self.spec.model);
         self.id = model_id(&self.spec);
-        self.identity = self.identity.as_model(&self.spec);
+        self.identity = self.identity.of_model(&self.spec);
         self
     }
 

@@ -77,6 +77,7 @@ pub struct Metered {
     counted: Mutex<Usage>,
     first_error: OnceLock<Box<LmError>>,
     barred: OnceLock<Box<LmError>>,
+    lost: Mutex<Option<LmError>>,
 }
 
 impl Metered {
@@ -88,6 +89,7 @@ impl Metered {
             counted: Mutex::default(),
             first_error: OnceLock::new(),
             barred: OnceLock::new(),
+            lost: Mutex::default(),
         }
     }
 
@@ -101,6 +103,13 @@ impl Metered {
     /// Why the model answers no more calls, if it does not.
     pub fn barred(&self) -> Option<&LmError> {
         self.barred.get().map(Box::as_ref)
+    }
+
+    /// Why the last call got no answer that the model could not be reached for: of an outage, what
+    /// ended it.
+    pub fn lost(&self) -> Option<LmError> {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        lost.clone()
     }
 
     /// What was used so far, by all threads together.
@@ -120,9 +129,11 @@ impl Metered {
             Err(error) => {
                 counted.failed += 1;
                 self.first_error.get_or_init(|| Box::new(error.clone()));
-                let unavailable =
-                    matches!(error, LmError::Unavailable(_) | LmError::ServerError(_));
-                counted.unavailable += u64::from(unavailable);
+                if matches!(error, LmError::Unavailable(_) | LmError::ServerError(_)) {
+                    counted.unavailable += 1;
+                    let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+                    *lost = Some(error.clone());
+                }
                 if matches!(error, LmError::Barred(_) | LmError::NoModel(_)) {
                     self.barred.get_or_init(|| Box::new(error.clone()));
                 }
