@@ -34,6 +34,7 @@ mod mlflow;
 mod notebook;
 mod openai_sdk;
 mod oracle_faults;
+mod oracle_stops;
 mod prices;
 mod process;
 mod profiles;

@@ -166,6 +166,7 @@ pub(super) fn work(
         completions: Arc::new(completions),
         actions,
         finished: request.finished.into(),
+        at_once: request.at_once,
         reporter: Arc::clone(reporter),
         cancel,
     };

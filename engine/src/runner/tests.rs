@@ -72,6 +72,7 @@ fn toy() -> Arc<dyn Step> {
         Ok(StepOutcome::default()
             .metric("rows", 3)
             .metric("observed", json!(ctx.observed))
+            .metric("at_once", ctx.at_once)
             .list("l", vec!["a".into()]))
     }))
 }
@@ -165,6 +166,7 @@ fn run(what: &str, memory: u64, cancel: &Cancel) -> Ran {
         completions: Arc::new(CompletionCache::in_memory()),
         actions: flowrun_cache::ActionCache::open(dir.path().join("actions")),
         finished: Finished::default(),
+        at_once: 3,
         reporter: heard.clone(),
         cancel: cancel.clone(),
     };
@@ -178,6 +180,7 @@ fn the_outcome_and_all_reports_come_back() {
     let ran = run("", 0, &Cancel::default());
     let outcome = ran.result.unwrap();
     assert_eq!(outcome.metrics["rows"], 3);
+    assert_eq!(outcome.metrics["at_once"], 3);
     assert_eq!(outcome.metrics["observed"], json!({"file": "a digest"}));
     assert_eq!(outcome.lists["l"], ["a"]);
     for line in ["3/3 rows text", "warning: beware", "a line", "a stray line"] {

@@ -69,6 +69,10 @@ pub struct StepContext {
     pub actions: ActionCache,
     /// Steps that finished before this one started, in order of finishing.
     pub finished: Finished,
+    /// How many processes may do this step's work at the same time, item by item, this one included;
+    /// 1 where all of it is done in flowrun's own. What is allowed to all together (requests in a
+    /// minute), each has its part of.
+    pub at_once: usize,
     /// Where to report.
     pub reporter: Arc<dyn StepReporter>,
     /// Whether to stop.

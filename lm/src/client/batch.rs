@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use flowrun_cache::Digest;
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use self::folder::Folder;
 use self::lines::{Charge, is_answer};
 use self::orders::Ended;
+use super::identity::{Identity, OnWarning};
 use super::{Api, ApiError, OpenAiSpec, model_id, wire};
 use crate::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Patience, Refused, Request, Taken};
 
@@ -53,6 +54,9 @@ pub struct Batched {
     ledger: Option<Ledger>,
     folder: Folder,
     told: Told,
+    identity: Identity,
+    /// Why answers cannot be kept.
+    barred: OnceLock<LmError>,
     /// One order at a time.
     turn: Mutex<()>,
 }
@@ -99,8 +103,23 @@ impl Batched {
             ledger,
             folder: Folder(folder),
             told,
+            identity: Identity::new(spec),
+            barred: OnceLock::new(),
             turn: Mutex::default(),
         }
+    }
+
+    /// The same client, which tells `on_warning` when another model answers than was asked for.
+    #[must_use]
+    pub fn warning(mut self, on_warning: Option<OnWarning>) -> Self {
+        self.identity = self.identity.told_to(on_warning);
+        self
+    }
+
+    /// Answers that cannot be kept are still at the server: what was written down of them stays,
+    /// and nothing is ordered.
+    fn unless_barred(&self) -> Result<(), LmError> {
+        self.barred.get().map_or(Ok(()), |why| Err(why.clone()))
     }
 
     fn answer_all(&self, job: &mut Job<'_>) -> Result<(), LmError> {
@@ -109,6 +128,7 @@ impl Batched {
         if let Some(order) = self.placed()? {
             let ended = self.collect(&order)?;
             self.hand_out(&ended, job, false)?;
+            self.unless_barred()?;
             self.folder.forget_order()?;
         }
         loop {
@@ -132,10 +152,13 @@ impl Batched {
             };
             let ended = self.collect(&order)?;
             let whole = self.hand_out(&ended, job, true)?;
-            self.folder.forget_order()?;
+            if self.barred.get().is_none() {
+                self.folder.forget_order()?;
+            }
             if ended.refused {
                 give_back(taken);
-                return Err(LmError::Rejected(ended.told));
+                // All of it, whatever is in it.
+                return Err(LmError::Barred(ended.told));
             }
             for (at, part) in taken {
                 let charge = match &job.answers[at] {
@@ -146,6 +169,7 @@ impl Batched {
                 let why = format!("{} without an answer", ended.told);
                 job.answer(at, Err(LmError::Unavailable(why)));
             }
+            self.unless_barred()?;
         }
     }
 
@@ -165,6 +189,7 @@ impl Batched {
             }
             false
         });
+        self.unless_barred()?;
         self.folder.keep(&kept)
     }
 
@@ -293,6 +318,10 @@ impl Lm for Batched {
             job.answer(at, answer.unwrap_or_else(|| Err(error.clone())));
         }
         job.answers.into_iter().flatten().collect()
+    }
+
+    fn bar(&self, why: &LmError) {
+        self.barred.get_or_init(|| why.clone());
     }
 }
 

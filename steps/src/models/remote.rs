@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use flowrun_cache::Digest;
 use flowrun_engine::step::StepError;
-use flowrun_lm::client::{AdapterPlace, Api, Batched, OpenAi, OpenAiSpec};
+use flowrun_lm::client::{AdapterPlace, Api, Batched, OnWarning, OpenAi, OpenAiSpec};
 use flowrun_lm::lm::{Ledger, Lm};
 use serde_json::{Value, json};
 
@@ -86,6 +86,7 @@ fn client(
         chat_template_kwargs: told.clone(),
         ..entry.clone()
     };
+    let on_warning = on_warning(host);
     if let Some(ctx) = host.step.filter(|_| spec.batch) {
         let spec = OpenAiSpec {
             model: model.to_owned(),
@@ -100,23 +101,30 @@ fn client(
             reporter.progress(done, total, "requests", text);
         };
         let api = api(&spec, host)?;
-        return Ok(Arc::new(Batched::new(
-            &spec,
-            api,
-            folder,
-            ledger,
-            Box::new(told),
-        )));
+        let client = Batched::new(&spec, api, folder, ledger, Box::new(told));
+        return Ok(Arc::new(client.warning(on_warning)));
     }
-    let cancel = host.cancel.clone();
+    let (cancel, kill) = (host.cancel.clone(), host.cancel.clone());
+    // The budget is bounded by its file; the limits hold in one process.
+    let own = spec.shared_by(host.step.map_or(1, |ctx| ctx.at_once));
     let client = OpenAi::new(
-        spec,
+        &own,
         key(spec, host)?,
         Arc::new(move || cancel.is_cancelled()),
     )
     .map_err(|e| StepError::failed(e.to_string()))?;
-    let client = client.as_model(model).with_ledger(ledger);
+    let client = client
+        .killed_by(Arc::new(move || kill.is_killed()))
+        .as_model(model)
+        .with_ledger(ledger)
+        .warning(on_warning);
     Ok(Arc::new(client.heard_by(traced::on_call(host.step))))
+}
+
+/// Where a person reads what should be known of a server's answers.
+fn on_warning(host: &Host<'_>) -> Option<OnWarning> {
+    let reporter = Arc::clone(&host.step?.reporter);
+    Some(Arc::new(move |text: &str| reporter.warning(text)))
 }
 
 /// The ledger of the entry's budget in this run: steps with equal entries share it.

@@ -328,7 +328,7 @@ fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
         model: scores.model.clone(),
         program: score.program,
         queries: score.n as u64,
-        tokens_per_query: (score.prompt_tokens + score.completion_tokens) as f64 / n,
+        tokens_per_query: score.prompt_tokens.saturating_add(score.completion_tokens) as f64 / n,
         ms_per_query: ms,
         usd_per_1000: score.cost_usd.map(|cost| cost / n * 1000.0),
     }

@@ -31,13 +31,13 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use super::ready::Ready;
 use super::room::Room;
 use super::state::{ItemState, Phase, State, StepState};
-use super::together::Together;
+use super::together::{Together, most_together};
 use super::worker::{End, Looked, Trouble, Worker};
 use super::{Outputs, RunOptions, Selection};
 use crate::dag::{data_predecessors, predecessors, required_predecessors};
 use crate::event::RunEvent;
 use crate::expansion::{ActionRequest, expand, gather};
-use crate::pipeline::{Action, Pipeline, StepNode};
+use crate::pipeline::{Action, Pipeline, RunnerKind, StepNode};
 use crate::premises::Changed;
 use crate::step::{Finished, StepError};
 
@@ -311,6 +311,17 @@ impl Scheduler {
         });
     }
 
+    /// How many processes may do the work of a step at the same time.
+    fn at_once(&self, at: usize) -> usize {
+        let step = &self.steps[at];
+        let node = &step.node;
+        if node.runner == RunnerKind::Inline {
+            return 1;
+        }
+        let items = step.items.len().min(most_together(node));
+        self.room.at_once(node).min(items).max(1)
+    }
+
     fn start_attempt(&mut self, place: Place) {
         let request = Arc::clone(&self.item(place).request);
         self.tell_beyond(place.0);
@@ -325,6 +336,7 @@ impl Scheduler {
         self.keys.insert(keyed.key, Vec::new());
         self.running += 1;
         self.room.take(&request.node);
+        let at_once = self.at_once(place.0);
         let step = &mut self.steps[place.0];
         step.busy += 1;
         step.together.add(&step.node, request.label.as_deref());
@@ -338,7 +350,7 @@ impl Scheduler {
             Action::Run(_) => Finished::default(),
         };
         tokio::task::spawn_blocking(move || {
-            let end = worker.attempt(&request, &keyed, why, &finished);
+            let end = worker.attempt(&request, &keyed, why, &finished, at_once);
             // The scheduler listens while anything is under way.
             let _ = tell.send(Message::Ended(place, Box::new(end)));
         });

@@ -288,13 +288,15 @@ impl Worker {
         }
     }
 
-    /// Runs an action, with its retries. Never panics, whatever the step does.
+    /// Runs an action, with its retries; `at_once` says how many processes may do its step's work at
+    /// the same time. Never panics, whatever the step does.
     pub(super) fn attempt(
         &self,
         request: &ActionRequest,
         keyed: &Keyed,
         why: String,
         finished: &Finished,
+        at_once: usize,
     ) -> End {
         let started = Instant::now();
         self.send(RunEvent::StepStarted {
@@ -304,7 +306,7 @@ impl Worker {
             why: why.clone(),
         });
         let work = || {
-            let result = self.with_retries(request, keyed, finished)?;
+            let result = self.with_retries(request, keyed, finished, at_once)?;
             self.settle(request, result)
         };
         let result = catch_unwind(AssertUnwindSafe(work))
@@ -332,11 +334,12 @@ impl Worker {
         request: &ActionRequest,
         keyed: &Keyed,
         finished: &Finished,
+        at_once: usize,
     ) -> Result<ActionResult, Trouble> {
         let retry = request.node.retry;
         let mut attempt = 1;
         loop {
-            let trouble = match self.once(request, keyed, finished) {
+            let trouble = match self.once(request, keyed, finished, at_once) {
                 Ok(result) => return Ok(result),
                 Err(trouble) => trouble,
             };
@@ -375,6 +378,7 @@ impl Worker {
         request: &ActionRequest,
         keyed: &Keyed,
         finished: &Finished,
+        at_once: usize,
     ) -> Result<ActionResult, Trouble> {
         let started = Instant::now();
         let shape = Shape {
@@ -422,6 +426,7 @@ impl Worker {
                     completions: self.cache.completions(),
                     actions: self.step_actions(),
                     finished: finished.clone(),
+                    at_once,
                     reporter,
                     cancel,
                 };

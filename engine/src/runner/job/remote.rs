@@ -31,8 +31,8 @@ use crate::step::{Cancel, StepError, StepErrorKind, StepOutcome, StepReporter};
 const LOOK_EVERY: Duration = Duration::from_millis(400);
 /// Wait between two attempts to order a job from a job system that does not answer.
 const ORDER_EVERY: Duration = Duration::from_secs(1);
-/// How long work that was asked to stop has to do so.
-const GRACE: Duration = Duration::from_secs(10);
+/// How long work that was asked to stop has to do so: the other end has a little less.
+const GRACE: Duration = Duration::from_secs(15);
 /// Hex digits of an id.
 const ID: usize = 20;
 

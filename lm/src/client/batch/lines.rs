@@ -28,6 +28,7 @@ impl Batched {
         let text = body.to_string();
         let status = status_of(line);
         let (read, charge) = if status.is_success() {
+            self.identity.check(body["model"].as_str());
             let read = wire::completion(text.as_bytes())
                 .map_err(|why| Failure::Unreadable { why })
                 .and_then(|answer| fitting(&self.spec, shown, request, answer));

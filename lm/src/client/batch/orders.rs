@@ -146,6 +146,6 @@ impl Batched {
 fn text_of(object: &Value, name: &str) -> Result<String, LmError> {
     object[name].as_str().map(str::to_owned).ok_or_else(|| {
         let shown = wire::shown(object.to_string().as_bytes());
-        LmError::Rejected(format!("the server's batch API gave no `{name}`: {shown}"))
+        LmError::Unavailable(format!("the server's batch API gave no `{name}`: {shown}"))
     })
 }

@@ -61,7 +61,7 @@ fn json_request() -> serde_json::Value {
         "run_path": "/here/run", "completions": "/here/completions", "actions": "/here/actions",
         "memory": 0, "offline": false, "distdir": "/here/distdir", "user_cache": "/here/cache",
         "root": "/here/root", "started_at": std::time::SystemTime::UNIX_EPOCH, "finished": [],
-        "traced": false,
+        "at_once": 1, "traced": false,
     })
 }
 
