@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
-use flowrun_cache::{ArtifactKind, ArtifactStore, Cache, CacheReader, Digest, FileStamp};
+use flowrun_cache::{Artifact, ArtifactKind, Cache, CacheReader, Digest, FileStamp};
 
 use super::{
     Changed, ENTRY, FilePremise, KEY, ObjectPremise, Premises, Remembered, RunName, environment,
@@ -135,7 +135,7 @@ impl Checker<'_> {
     fn file(&mut self, root: &Path, file: &FilePremise) -> Option<FilePremise> {
         let path = root.join(&file.path);
         if file.artifact.kind == ArtifactKind::Tree {
-            let now = ArtifactStore::address_of(&path).ok()?;
+            let now = self.cache.store().address_in_project(&path).ok()?;
             self.compare(file, now == file.artifact);
             return Some(file.clone());
         }
@@ -147,7 +147,7 @@ impl Checker<'_> {
         if !meta.is_file() {
             return None;
         }
-        let same = Digest::of_file(&path).ok()? == file.artifact.digest;
+        let same = Artifact::of_file(Digest::of_file(&path).ok()?, &meta) == file.artifact;
         self.compare(file, same);
         let settled = stamp.is_settled(self.now)
             && std::fs::metadata(&path).is_ok_and(|m| FileStamp::of(&m) == stamp);
