@@ -1,8 +1,8 @@
 //! An archive: runs with all that they need, in one file that moves them to another cache.
 //!
 //! A tar file, compressed with zstd. First [`HEADER`], then objects, then results, then the
-//! runs' folders: whatever is cut off leaves no result without its objects. Everything is
-//! checked against its digest when it is read.
+//! runs' folders (less [`REPLACED`]): whatever is cut off leaves no result without its objects.
+//! Everything is checked against its digest when it is read.
 
 use std::collections::BTreeSet;
 use std::fs::{File, Permissions};
@@ -19,6 +19,9 @@ use crate::error::CacheError;
 
 /// Version of the archive's layout.
 const VERSION: u32 = 1;
+/// Folder of a run with what published outputs replaced: files of the user's that nobody else has,
+/// and that are no part of what a run made.
+pub const REPLACED: &str = "replaced";
 /// The first entry.
 const HEADER: &str = "flowrun-archive.json";
 /// zstd's level: its default.
@@ -145,7 +148,7 @@ fn write(
         append(tar, &format!("actions/{}", result.key), text.as_bytes())?;
     }
     for dir in runs {
-        append_folder(tar, dir, &format!("runs/{}", name_of(dir)))?;
+        append_folder(tar, dir, &format!("runs/{}", name_of(dir)), &[REPLACED])?;
     }
     Ok(())
 }
@@ -176,18 +179,22 @@ fn append_object(
     Ok(())
 }
 
+/// Appends the files of a folder, but for the links in it, and for what has one of the names.
 fn append_folder(
     tar: &mut tar::Builder<impl Write>,
     folder: &Path,
     name: &str,
+    without: &[&str],
 ) -> std::io::Result<()> {
     let mut paths: Vec<PathBuf> = crate::record::folder(folder).collect();
+    paths.retain(|path| !without.contains(&name_of(path).as_str()));
     paths.sort();
     for path in paths {
         let name = format!("{name}/{}", name_of(&path));
-        if path.is_dir() {
-            append_folder(tar, &path, &name)?;
-        } else {
+        let kind = path.symlink_metadata()?.file_type();
+        if kind.is_dir() {
+            append_folder(tar, &path, &name, &[])?;
+        } else if kind.is_file() {
             // Read whole: a record may still be growing.
             append(tar, &name, &std::fs::read(&path)?)?;
         }
@@ -458,6 +465,26 @@ mod tests {
         let log = to.dir().join("runs").join(RUN).join("logs/s.log");
         assert_eq!(std::fs::read_to_string(log).unwrap(), "log\n");
         assert_eq!(import(&to, &file).unwrap(), written, "twice does no harm");
+    }
+
+    #[test]
+    fn what_a_run_replaced_and_links_stay_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (cache, key) = filled(dir.path());
+        let run = cache.dir().join("runs").join(RUN);
+        std::fs::create_dir_all(run.join(REPLACED).join("results")).unwrap();
+        std::fs::write(run.join(REPLACED).join("results/notes"), "mine").unwrap();
+        let nowhere = Path::new("nowhere");
+        std::os::unix::fs::symlink(nowhere, run.join(REPLACED).join("results/link")).unwrap();
+        std::os::unix::fs::symlink(nowhere, run.join("logs/link")).unwrap();
+        let reader = CacheReader::open(cache.dir());
+        let file = dir.path().join("moved.tar.zst");
+        export(&reader, &reader.runs(), &BTreeSet::from([key]), &file).unwrap();
+        let to = open(&dir.path().join("to"));
+        import(&to, &file).unwrap();
+        let run = to.dir().join("runs").join(RUN);
+        assert!(run.join("logs/s.log").is_file() && !run.join("logs/link").is_symlink());
+        assert!(!run.join(REPLACED).exists());
     }
 
     #[test]

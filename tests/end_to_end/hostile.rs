@@ -240,6 +240,24 @@ fn check_tells_of_expressions_that_give_too_much() {
 }
 
 #[test]
+fn check_does_not_wait_for_a_pipe() {
+    let project = Project::new();
+    let pipe = project.path("pipe.yaml");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    for text in [
+        "include: [pipe.yaml]\nsteps:\n  a: { run: ls }\n",
+        "steps:\n  a: { uses: ./pipe.yaml }\n",
+    ] {
+        project.write("pipeline.yaml", text);
+        let run = project.run(&["check", "pipeline.yaml"]);
+        assert_eq!(run.code, Some(3), "{}", run.stderr);
+        let expected = "neither a file nor a folder";
+        assert!(run.stderr.contains(expected), "{}", run.stderr);
+    }
+}
+
+#[test]
 fn no_damage_to_our_own_pipelines_makes_the_reader_panic() {
     let dir = tempfile::tempdir().unwrap();
     let texts: Vec<Vec<u8>> = own_pipelines()

@@ -44,6 +44,7 @@ mod notebook;
 mod openai_sdk;
 mod oracle;
 mod oracle_faults;
+mod outputs;
 mod prices;
 mod process;
 mod processes;

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::event::RunEvent;
 use crate::hook::Hook;
-use crate::record::{next_run_id, timestamp};
+use crate::record::{discard, next_run_id, timestamp};
 use crate::run::{RunError, RunSummary};
 use crate::step::World;
 use crate::tracking::Tracking;
@@ -233,10 +233,13 @@ impl Unchanged {
         let run_id = next_run_id(now, newest);
         let run_dir = cache.new_run_dir(&run_id)?;
         let head = &self.remembered.head;
-        if let Some(report) = &head.report {
-            let place = run_dir.join("report.html");
-            cache.store().materialize(report, &place)?;
-        }
+        let placed = match &head.report {
+            Some(report) => {
+                let place = run_dir.join("report.html");
+                cache.store().materialize(report, &place)
+            }
+            None => Ok(()),
+        };
         let first = RunEvent::RunStarted {
             run: run_id.clone(),
             pipeline: head.pipeline.clone(),
@@ -252,11 +255,17 @@ impl Unchanged {
             run_dir: run_dir.display().to_string(),
             took_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
         };
-        let written = self.write(&run_dir, &run_id, &first, &last);
-        written.map_err(|source| RunError::Record {
-            path: run_dir.clone(),
-            source,
-        })?;
+        let written = placed.map_err(RunError::from).and_then(|()| {
+            let written = self.write(&run_dir, &run_id, &first, &last);
+            written.map_err(|source| RunError::Record {
+                path: run_dir.clone(),
+                source,
+            })
+        });
+        if let Err(error) = written {
+            discard(&run_dir);
+            return Err(error);
+        }
         tell(&first);
         tell(&last);
         Ok(RunSummary {
