@@ -96,7 +96,7 @@ struct Omitted {
     cache: Option<Identity>,
 }
 
-/// A folder on the way down.
+/// A walk through a folder.
 struct Walk<'a> {
     digest: DigestFile<'a>,
     omitted: Option<Omitted>,

@@ -16,6 +16,9 @@ use serde_json::Value;
 const MAX_ONE: usize = 16 << 20;
 /// Most bytes of all expressions of a pipeline.
 const MAX_ALL: usize = 256 << 20;
+/// Bytes of each expression that do not count among those of all: how many expressions there are is
+/// bounded by the size of the file.
+const FREE: usize = 256;
 /// Bytes of a value, beside its text.
 pub(super) const VALUE: usize = 32;
 /// tera's filters, but for `default` and `safe`, which give what they get.
@@ -81,7 +84,8 @@ impl Budget {
         let most = MAX_ONE.min(MAX_ALL.saturating_sub(self.0.get()));
         LEFT.set(most);
         let done = work();
-        self.0.set(self.0.get() + most - LEFT.get());
+        let taken = most - LEFT.get();
+        self.0.set(self.0.get() + taken.saturating_sub(FREE));
         done
     }
 }
