@@ -42,7 +42,9 @@ fn tools() -> Project {
 
 /// All is as it was made, and nothing was made again.
 fn assert_restored(project: &Project, run: &Run) {
-    assert_eq!(run.steps("cached"), ["make", "use"], "{}", run.stderr);
+    let mut cached = run.steps("cached");
+    cached.sort();
+    assert_eq!(cached, ["make", "use"], "{}", run.stderr);
     assert!(is_program(project, "bin/tool"));
     assert_eq!(project.read("said.txt"), "made\nown\n");
 }
@@ -110,7 +112,7 @@ steps:
     assert!(project.path("results/empty/deep").is_dir());
     std::fs::remove_dir_all(project.path("results/empty")).unwrap();
     let again = project.run(JSON).ok();
-    assert_eq!(again.steps("cached"), ["make", "look"]);
+    assert!(again.steps("ran").is_empty(), "{}", again.stdout);
     assert!(project.path("results/empty/deep").is_dir());
     // Of a folder of the project, too.
     project.write("data/a/x", "x\n");
