@@ -1,8 +1,8 @@
 //! An archive: runs with all that they need, in one file that moves them to another cache.
 //!
 //! A tar file, compressed with zstd. First [`HEADER`], then objects, then results, then the
-//! runs' folders: whatever is cut off leaves no result without its objects. Everything is
-//! checked against its digest when it is read.
+//! runs' folders (less [`REPLACED`]): whatever is cut off leaves no result without its objects.
+//! Everything is checked against its digest when it is read.
 
 mod export;
 mod import;
@@ -17,6 +17,9 @@ use crate::error::CacheError;
 
 /// Version of the archive's layout.
 const VERSION: u32 = 1;
+/// Folder of a run with what published outputs replaced: files of the user's that nobody else has,
+/// and that are no part of what a run made.
+pub const REPLACED: &str = "replaced";
 /// The first entry.
 const HEADER: &str = "flowrun-archive.json";
 /// zstd's level: its default.
@@ -136,6 +139,46 @@ mod tests {
         let log = to.dir().join("runs").join(RUN).join("logs/s.log");
         assert_eq!(std::fs::read_to_string(log).unwrap(), "log\n");
         assert_eq!(import(&to, &file).unwrap(), written, "twice does no harm");
+    }
+
+    #[test]
+    fn what_a_run_replaced_and_links_stay_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (cache, key) = filled(dir.path());
+        let run = cache.dir().join("runs").join(RUN);
+        std::fs::create_dir_all(run.join(REPLACED).join("results")).unwrap();
+        std::fs::write(run.join(REPLACED).join("results/notes"), "mine").unwrap();
+        let nowhere = Path::new("nowhere");
+        std::os::unix::fs::symlink(nowhere, run.join(REPLACED).join("results/link")).unwrap();
+        std::os::unix::fs::symlink(nowhere, run.join("logs/link")).unwrap();
+        let reader = CacheReader::open(cache.dir());
+        let file = dir.path().join("moved.tar.zst");
+        export(&reader, &reader.runs(), &BTreeSet::from([key]), &file).unwrap();
+        let to = open(&dir.path().join("to"));
+        import(&to, &file).unwrap();
+        let run = to.dir().join("runs").join(RUN);
+        assert!(run.join("logs/s.log").is_file() && !run.join("logs/link").is_symlink());
+        assert!(!run.join(REPLACED).exists());
+    }
+
+    #[test]
+    fn what_a_run_replaced_and_links_stay_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (cache, key) = filled(dir.path());
+        let run = cache.dir().join("runs").join(RUN);
+        std::fs::create_dir_all(run.join(REPLACED).join("results")).unwrap();
+        std::fs::write(run.join(REPLACED).join("results/notes"), "mine").unwrap();
+        let nowhere = Path::new("nowhere");
+        std::os::unix::fs::symlink(nowhere, run.join(REPLACED).join("results/link")).unwrap();
+        std::os::unix::fs::symlink(nowhere, run.join("logs/link")).unwrap();
+        let reader = CacheReader::open(cache.dir());
+        let file = dir.path().join("moved.tar.zst");
+        export(&reader, &reader.runs(), &BTreeSet::from([key]), &file).unwrap();
+        let to = open(&dir.path().join("to"));
+        import(&to, &file).unwrap();
+        let run = to.dir().join("runs").join(RUN);
+        assert!(run.join("logs/s.log").is_file() && !run.join("logs/link").is_symlink());
+        assert!(!run.join(REPLACED).exists());
     }
 
     #[test]

@@ -199,9 +199,13 @@ impl Cache {
         let runs = self.dir.join("runs");
         std::fs::create_dir_all(&runs).map_err(|e| CacheError::io(&runs, e))?;
         let path = runs.join(run_id);
-        for folder in [&path, &path.join("logs")] {
-            std::fs::create_dir(folder).map_err(|e| CacheError::io(folder, e))?;
-        }
+        std::fs::create_dir(&path).map_err(|e| CacheError::io(&path, e))?;
+        let logs = path.join("logs");
+        std::fs::create_dir(&logs).map_err(|e| {
+            // Half a folder is no run.
+            let _ = std::fs::remove_dir(&path);
+            CacheError::io(&logs, e)
+        })?;
         Ok(path)
     }
 

@@ -274,6 +274,31 @@ fn damage_is_found_set_aside_and_made_again() {
 }
 
 #[test]
+fn a_command_that_only_reads_leaves_damage_to_whoever_holds_the_cache() {
+    let project = Project::shell();
+    project.run(JSON).ok();
+    let damaged = &files(&project, "actions")[0];
+    flip(damaged);
+    project.run(&["plan", "pipeline.yaml"]).ok();
+    project.run(&["why", "note", "pipeline.yaml"]).ok();
+    assert!(damaged.exists());
+    let repaired = json(&project, &["cache", "repair"]);
+    assert!(!repaired["damage"].as_array().unwrap().is_empty());
+    assert!(!damaged.exists());
+    project.run(&["cache", "verify"]).ok();
+}
+
+#[test]
+fn an_index_that_is_no_folder_is_repaired() {
+    let project = Project::shell();
+    project.run(JSON).ok();
+    project.write(".flowrun/index.sled", "no index\n");
+    project.run(&["cache", "repair"]).ok();
+    assert!(!project.path(".flowrun/index.sled").is_file());
+    project.run(&["cache", "verify"]).ok();
+}
+
+#[test]
 fn one_file_moves_a_run_to_another_machine() {
     let here = Project::shell();
     here.run(JSON).ok();

@@ -35,6 +35,7 @@ mod notebook;
 mod openai_sdk;
 mod oracle_faults;
 mod oracle_stops;
+mod outputs;
 mod prices;
 mod process;
 mod profiles;

@@ -11,7 +11,6 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::fault_proxy::{Asked, Fault, Proxy};
-use crate::faults::spawn;
 use crate::mount::Mount;
 use crate::label_job::{all_there, project, rows, run, upstream};
 use crate::processes::{signal, until};
@@ -230,7 +229,7 @@ fn a_server_that_answers_as_another_model_is_warned_of_once() {
 
 /// A run whose answers come late, once some were asked for.
 fn waiting(project: &Project, proxy: &Proxy) -> Child {
-    let child = spawn(project, &["p.yaml", "--json"]);
+    let child = project.spawn(&["p.yaml", "--json"]);
     until("nothing was asked for", || proxy.requests() >= 4);
     child
 }

@@ -6,7 +6,7 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{ArchiveError, HEADER, Header, LEVEL, Moved, VERSION};
+use super::{ArchiveError, HEADER, Header, LEVEL, Moved, REPLACED, VERSION};
 use crate::action::{self, ActionKey, ActionResult};
 use crate::cache::CacheReader;
 use crate::digest::Digest;
@@ -87,7 +87,7 @@ fn write(
         append(tar, &format!("actions/{}", result.key), text.as_bytes())?;
     }
     for dir in runs {
-        append_folder(tar, dir, &format!("runs/{}", name_of(dir)))?;
+        append_folder(tar, dir, &format!("runs/{}", name_of(dir)), &[REPLACED])?;
     }
     Ok(())
 }
@@ -118,18 +118,22 @@ fn append_object(
     Ok(())
 }
 
+/// Appends the files of a folder, but for the links in it, and for what has one of the names.
 fn append_folder(
     tar: &mut tar::Builder<impl Write>,
     folder: &Path,
     name: &str,
+    without: &[&str],
 ) -> std::io::Result<()> {
     let mut paths: Vec<PathBuf> = crate::record::folder(folder).collect();
+    paths.retain(|path| !without.contains(&name_of(path).as_str()));
     paths.sort();
     for path in paths {
         let name = format!("{name}/{}", name_of(&path));
-        if path.is_dir() {
-            append_folder(tar, &path, &name)?;
-        } else {
+        let kind = path.symlink_metadata()?.file_type();
+        if kind.is_dir() {
+            append_folder(tar, &path, &name, &[])?;
+        } else if kind.is_file() {
             // Read whole: a record may still be growing.
             append(tar, &name, &std::fs::read(&path)?)?;
         }

@@ -6,7 +6,7 @@
 //! made for it included.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{DirEntry, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -231,6 +231,13 @@ fn changing() -> MutexGuard<'static, ()> {
     CHANGING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Something is staged there.
+pub(super) fn is_staging(entry: &DirEntry) -> bool {
+    let name = entry.file_name();
+    let is_named = name.as_encoded_bytes().starts_with(PREFIX.as_bytes());
+    is_named && entry.file_type().is_ok_and(|kind| kind.is_dir())
+}
+
 /// Marks a folder as in use, as long as the file is open.
 fn hold(staging: &Path) -> io::Result<File> {
     let young = staging.join("young");
@@ -254,8 +261,7 @@ fn sweep(folder: &Path) {
         return;
     }
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        if name.as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_left(&entry.path()) {
+        if is_staging(&entry) && is_left(&entry.path()) {
             // What stays is in nobody's way.
             let _ = std::fs::remove_dir_all(entry.path());
         }

@@ -203,6 +203,7 @@ impl Inliner<'_> {
         let mut inner = Scope {
             context: scope.context.clone(),
             walked: !self.walked.is_empty(),
+            budget: scope.budget.clone(),
             ..Scope::default()
         };
         inner.context["params"] = Value::Object(bindings.known);
