@@ -162,26 +162,6 @@ mod tests {
     }
 
     #[test]
-    fn what_a_run_replaced_and_links_stay_behind() {
-        let dir = tempfile::tempdir().unwrap();
-        let (cache, key) = filled(dir.path());
-        let run = cache.dir().join("runs").join(RUN);
-        std::fs::create_dir_all(run.join(REPLACED).join("results")).unwrap();
-        std::fs::write(run.join(REPLACED).join("results/notes"), "mine").unwrap();
-        let nowhere = Path::new("nowhere");
-        std::os::unix::fs::symlink(nowhere, run.join(REPLACED).join("results/link")).unwrap();
-        std::os::unix::fs::symlink(nowhere, run.join("logs/link")).unwrap();
-        let reader = CacheReader::open(cache.dir());
-        let file = dir.path().join("moved.tar.zst");
-        export(&reader, &reader.runs(), &BTreeSet::from([key]), &file).unwrap();
-        let to = open(&dir.path().join("to"));
-        import(&to, &file).unwrap();
-        let run = to.dir().join("runs").join(RUN);
-        assert!(run.join("logs/s.log").is_file() && !run.join("logs/link").is_symlink());
-        assert!(!run.join(REPLACED).exists());
-    }
-
-    #[test]
     fn a_cut_or_changed_archive_is_refused_and_what_was_read_is_whole() {
         let dir = tempfile::tempdir().unwrap();
         let (file, key, _) = exported(dir.path());

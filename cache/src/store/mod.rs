@@ -102,11 +102,7 @@ impl ArtifactStore {
     pub fn take_path(&self, path: &Path) -> Result<Artifact, CacheError> {
         let own = std::fs::symlink_metadata(path).map_err(|e| CacheError::outside(path, e))?;
         if own.is_file() {
-            return Ok(Artifact {
-                digest: self.take_file(path, &own)?,
-                kind: ArtifactKind::File,
-                size: own.len(),
-            });
+            return Ok(Artifact::of_file(self.take_file(path, &own)?, &own));
         }
         if Self::has_link(path)? {
             return self.put_path(path);

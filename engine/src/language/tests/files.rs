@@ -74,7 +74,7 @@ fn a_pipe_that_a_file_names_is_not_waited_for() {
         assert!(made.unwrap().success());
         let options = load_options(dir.path());
         let loaded = load_pipeline(&dir.path().join("main.yaml"), &vocabulary(), &options);
-        let text = loaded.unwrap_err().to_string();
+        let text = loaded.err().unwrap().to_string();
         assert!(text.contains("neither a file nor a folder"), "{text}");
     }
 }
