@@ -280,7 +280,7 @@ fn a_large_param_is_not_repeated_without_bounds() {
         let error = resolve(&text.repeat(1_000), &fresh).unwrap_err();
         assert!(error.message.contains("too much"), "{}", error.message);
         // All expressions of a pipeline share what there is.
-        assert!(resolve("${{ params.n }}", &fresh).is_err());
+        assert!(resolve("${{ params.large }}", &fresh).is_err());
     }
     let item = BTreeMap::from([("k".to_owned(), json!("x".repeat(5 << 20)))]);
     let error = resolve_item(&json!("${{ item.k }}".repeat(1_000)), &item).unwrap_err();
