@@ -1,7 +1,8 @@
 //! Text to tokens and back: a thin layer over the `tokenizers` crate.
 //!
-//! Knows no weights. Invariant: encoding never adds a begin token by itself; a rendered chat
-//! carries its own.
+//! Knows no weights. Invariant: encoding never adds a begin token by itself, since a rendered chat
+//! carries its own; and a text has all of its tokens and no others, whatever length its file cuts
+//! or fills texts to.
 
 mod gguf;
 mod hugging_face;
@@ -47,6 +48,10 @@ impl Tokenizer {
     /// the usual ones are added where the vocabulary has them as special tokens.
     pub fn new(inner: tokenizers::Tokenizer, eos: &[u32]) -> Self {
         let mut special = inner;
+        special.with_padding(None);
+        special
+            .with_truncation(None)
+            .expect("only a length can be out of range");
         special.set_encode_special_tokens(false);
         let mut plain = special.clone();
         plain.set_encode_special_tokens(true);
@@ -133,6 +138,38 @@ impl Tokenizer {
                 "the tokenizer's token `{token}` is number {id}, but the embedding has only \
                  {rows} rows (counted from 0); resize the model or take its own tokenizer"
             )),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokenizers::{PaddingParams, PaddingStrategy, TruncationParams};
+
+    use super::*;
+
+    #[test]
+    fn a_text_is_neither_cut_nor_filled_whatever_its_file_says() {
+        let mut inner = tiny_tokenizer().special;
+        let cut = TruncationParams {
+            max_length: 4,
+            ..TruncationParams::default()
+        };
+        inner.with_truncation(Some(cut)).unwrap();
+        inner.with_padding(Some(PaddingParams {
+            strategy: PaddingStrategy::Fixed(64),
+            ..PaddingParams::default()
+        }));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, inner.to_string(true).unwrap()).unwrap();
+        let read = Tokenizer::from_file(&path, &[]).unwrap();
+        for special in [true, false] {
+            for text in ["a card", "where is my card?<|im_end|>"] {
+                let wanted = tiny_tokenizer().encode(text, special).unwrap();
+                assert_eq!(read.encode(text, special).unwrap(), wanted, "{text}");
+            }
         }
     }
 }

@@ -27,6 +27,7 @@ impl SafetensorsModel {
         let file = path.join("config.json");
         let config: HubConfig = json(&file)?;
         let tensors = tensors(path)?;
+        check_scales(tensors.keys()).map_err(|reason| ModelError::format(path, reason))?;
         let shape = config
             .shape(tensors.contains_key("lm_head.weight"))
             .map_err(|reason| ModelError::format(&file, reason))?;
@@ -100,6 +101,10 @@ struct HubConfig {
     attn_logit_softcapping: Option<f64>,
     final_logit_softcapping: Option<f64>,
     use_bidirectional_attention: Option<bool>,
+    /// How the weights are stored, where that is not as plain numbers.
+    quantization_config: Option<serde_json::Value>,
+    /// The older name of it.
+    compression_config: Option<serde_json::Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -169,6 +174,14 @@ impl HubConfig {
 
     /// Refuses what would make every result another.
     fn check(&self, architecture: &Architecture) -> Result<(), String> {
+        let quantised = self.quantization_config.as_ref();
+        if let Some(how) = quantised.or(self.compression_config.as_ref()) {
+            let method = how["quant_method"].as_str().unwrap_or("unnamed");
+            return Err(format!(
+                "its weights are quantised (`quantization_config`, method `{method}`), which is not \
+                 supported in a folder; {UNQUANTISED}"
+            ));
+        }
         let wanted = match architecture.parts.activation {
             Activation::Silu => "silu",
             Activation::GeluTanh => "gelu_pytorch_tanh",
@@ -222,6 +235,24 @@ impl HubConfig {
                 None => local_layers(self.num_hidden_layers, pattern)?,
             },
         })
+    }
+}
+
+/// What to do about weights that are quantised.
+const UNQUANTISED: &str = "take the model's folder in F32, F16 or BF16, or a GGUF file of it";
+
+/// Refuses scales beside the weights, without which these would be other numbers.
+fn check_scales<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), String> {
+    let is_scale = |name: &&String| {
+        let last = name.rsplit('.').next();
+        last.is_some_and(|last| last.contains("_scale"))
+    };
+    match names.filter(is_scale).min() {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "the tensor `{name}` says that the weights are quantised, which is not supported in a \
+             folder; {UNQUANTISED}"
+        )),
     }
 }
 
@@ -358,9 +389,15 @@ struct Source {
 impl Source {
     /// Takes the tensor out, so that its original bytes are freed once it is converted.
     fn take(&mut self, name: &str) -> Result<Tensor, String> {
-        self.tensors
-            .remove(name)
-            .ok_or_else(|| format!("the tensor `{name}` is missing"))
+        let tensor = self.tensors.remove(name);
+        let tensor = tensor.ok_or_else(|| format!("the tensor `{name}` is missing"))?;
+        match tensor.dtype() {
+            DType::F32 | DType::F16 | DType::BF16 => Ok(tensor),
+            other => Err(format!(
+                "the tensor `{name}` holds values of the type {}; {UNQUANTISED}",
+                other.as_str()
+            )),
+        }
     }
 
     fn take_norm(&mut self, name: &str) -> Result<Tensor, String> {
@@ -506,6 +543,11 @@ mod tests {
             (r#"{"attention_bias": true}"#, "attention_bias"),
             (r#"{"final_logit_softcapping": 30.0}"#, "soft-capped"),
             (r#"{"query_pre_attn_scalar": 0}"#, "not a positive number"),
+            (
+                r#"{"quantization_config": {"quant_method": "fp8"}}"#,
+                "method `fp8`",
+            ),
+            (r#"{"compression_config": {}}"#, "are quantised"),
         ] {
             let qwen = r#"{"model_type": "qwen2", "#;
             let error = shape(&text.replacen('{', qwen, 1)).err().unwrap();
@@ -515,6 +557,35 @@ mod tests {
         assert_eq!(lacking, "`sliding_window` is missing");
         let qwen = shape(r#"{"model_type": "qwen3", "hidden_act": "silu"}"#).unwrap();
         assert!(qwen.config.parts.head_norms && qwen.query_scalar.is_none());
+    }
+
+    #[test]
+    fn weights_that_need_scales_are_refused() {
+        let values = Tensor::new(&[0.5f32, -0.25], &Device::Cpu).unwrap();
+        let take = |dtype| {
+            let tensor = values.to_dtype(dtype).unwrap();
+            let mut source = Source {
+                tensors: HashMap::from([("lm_head.weight".to_owned(), tensor)]),
+                architecture: Architecture::of_model_type("llama").unwrap(),
+            };
+            source.head()
+        };
+        for plain in [DType::F32, DType::F16, DType::BF16] {
+            assert!(take(plain).is_ok(), "{plain:?}");
+        }
+        for stored in [DType::F8E4M3, DType::U8] {
+            let error = take(stored).err().unwrap();
+            assert!(error.contains("`lm_head.weight`"), "{error}");
+        }
+        let check = |name: &str| check_scales([name.to_owned()].iter());
+        for name in ["weight_scale_inv", "weight_scale", "k_scale"] {
+            let name = format!("model.layers.0.self_attn.k_proj.{name}");
+            let error = check(&name).unwrap_err();
+            assert!(error.contains(&name), "{error}");
+        }
+        check("model.layers.0.self_attn.k_proj.weight").unwrap();
+        let unquantised = shape(r#"{"quantization_config": null}"#);
+        assert!(unquantised.is_ok());
     }
 
     #[test]
