@@ -26,7 +26,8 @@ pub struct Ask {
     /// The request.
     pub request: GenerateRequest,
     /// A text to go on with instead of the request's messages; special tokens that it spells are
-    /// those tokens.
+    /// those tokens, and it begins as [`Tokenizer::text_tokens`](crate::Tokenizer::text_tokens)
+    /// says.
     pub text: Option<String>,
     /// Draws come from the likeliest tokens that have this share of the probability together
     /// (nucleus sampling, Holtzman et al. 2020); 1 for all.
@@ -110,7 +111,7 @@ impl Batch {
     pub fn add(&mut self, on: &Generator, id: usize, ask: &Ask) -> Result<(), ModelError> {
         let base = on.base();
         let tokens = match &ask.text {
-            Some(text) => base.tokenizer.encode(text, true)?,
+            Some(text) => base.tokenizer.text_tokens(text)?,
             None => {
                 let request = &ask.request;
                 base.prompt_tokens_with(&request.messages, &request.template_arguments)?

@@ -42,7 +42,7 @@ impl SafetensorsModel {
         let eos = settings.eos_token.as_ref().map_or("", SpecialToken::text);
         let bos = settings.bos_token.as_ref().map_or("", SpecialToken::text);
         let words = path.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&words, &[eos])?;
+        let tokenizer = settings.begin(Tokenizer::from_file(&words, &[eos])?);
         let fits = tokenizer.check_fits(weights.config.vocab);
         fits.map_err(|reason| ModelError::format(&words, reason))?;
         let template = match chat_template(&path.join("chat_template.jinja"))? {
@@ -293,7 +293,21 @@ impl RopeParameters {
 struct TokenizerConfig {
     bos_token: Option<SpecialToken>,
     eos_token: Option<SpecialToken>,
+    add_bos_token: Option<bool>,
     chat_template: Option<Templates>,
+}
+
+impl TokenizerConfig {
+    /// Has texts begin as the config says; where it says nothing, `tokenizer.json` does.
+    fn begin(&self, tokenizer: Tokenizer) -> Tokenizer {
+        let bos = self.bos_token.as_ref().map(SpecialToken::text);
+        let bos = bos.and_then(|bos| tokenizer.token_id(bos));
+        match (self.add_bos_token, bos) {
+            (Some(true), Some(bos)) => tokenizer.with_begin(Some(bos)),
+            (Some(false), _) => tokenizer.with_begin(None),
+            _ => tokenizer,
+        }
+    }
 }
 
 /// Hugging Face writes a special token as its text or as an object.
@@ -557,6 +571,28 @@ mod tests {
         assert_eq!(lacking, "`sliding_window` is missing");
         let qwen = shape(r#"{"model_type": "qwen3", "hidden_act": "silu"}"#).unwrap();
         assert!(qwen.config.parts.head_norms && qwen.query_scalar.is_none());
+    }
+
+    #[test]
+    fn a_text_begins_as_the_tokenizers_config_says() {
+        let words = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity/tiny/rope/tokenizer.json");
+        let tokenizer = Tokenizer::from_file(&words, &[]).unwrap();
+        let bos = tokenizer.token_id("<|im_start|>").unwrap();
+        let begins = |config: &str| {
+            let config: TokenizerConfig = serde_json::from_str(config).unwrap();
+            let tokenizer = config.begin(tokenizer.clone());
+            tokenizer.text_tokens("card").unwrap().first() == Some(&bos)
+        };
+        assert!(begins(
+            r#"{"bos_token": "<|im_start|>", "add_bos_token": true}"#
+        ));
+        for config in [
+            r#"{"bos_token": "<|im_start|>"}"#,
+            r#"{"bos_token": "<|im_start|>", "add_bos_token": false}"#,
+            r#"{"add_bos_token": true}"#,
+        ] {
+            assert!(!begins(config), "{config}");
+        }
     }
 
     #[test]
