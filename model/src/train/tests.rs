@@ -3,11 +3,12 @@
 
 use std::cell::{Cell, RefCell};
 
+use super::budget::Budget;
 use super::frozen::Frozen;
 use super::head::{self, HeadRoom};
 use super::linear::Dropout;
 use super::network::Network;
-use super::pack::Pack;
+use super::pack::{self, Pack};
 use super::params::Layout;
 use super::rope::Rope;
 use super::tape::{Keep, Tape};
@@ -177,9 +178,22 @@ fn a_shared_prefix_and_split_passes_change_nothing() {
         probe.gradient(&probe.layout.flatten(&start).unwrap())
     };
     let (loss, grads) = gradient(vec![Pack::new(&refs, false)]);
-    for (share_prefix, max_tokens) in [(true, 1000), (false, 20), (true, 20)] {
-        let packs = Pack::split(&refs, share_prefix, max_tokens);
-        assert_eq!(packs.len() > 1, max_tokens == 20);
+    for (share_prefix, whole, inputs) in [
+        (true, 1000, 1000),
+        (false, 20, 20),
+        (true, 20, 20),
+        (true, 1, 1000),
+    ] {
+        let past = inputs;
+        let budget = Budget {
+            whole,
+            inputs,
+            past,
+        };
+        let groups = pack::groups(&refs, share_prefix, &budget);
+        let packs = groups.iter().map(|rows| Pack::new(rows, share_prefix));
+        let packs: Vec<Pack> = packs.collect();
+        assert_eq!(packs.len() > 1, inputs == 20);
         let (other, others) = gradient(packs);
         assert!((loss - other).abs() < 1e-5, "{loss} is not {other}");
         close(&grads, &others);
@@ -214,6 +228,70 @@ fn a_row_longer_than_a_pass_may_be_is_trained_all_the_same() {
         train(&weights, &config, &rows).1
     };
     close(&train(1000, 1), &train(1, 1));
+}
+
+/// However a batch is cut, what is kept of it, and in which pieces what comes before an invocation
+/// is computed: the gradients are those of one pass.
+#[test]
+fn gradients_hang_neither_on_the_room_nor_on_the_pieces() {
+    let rows = tiny::rows(12, 2);
+    for architecture in architecture::ALL {
+        let weights = tiny::weights_of(architecture, 1);
+        for lora in [lora(), activated()] {
+            let adapter = tiny::adapter(&lora, &weights.config, 3);
+            let gradients = |max_tokens, share_prefix| {
+                let config = TrainConfig {
+                    max_tokens,
+                    share_prefix,
+                    ..config()
+                };
+                let trainer = Trainer::new(&weights, lora.clone(), config, &rows).unwrap();
+                trainer.gradients_of(&adapter, &rows)
+            };
+            let (loss, wanted) = gradients(1000, false);
+            for max_tokens in [1, 7, 12, 20, 40, 1000] {
+                let (other, got) = gradients(max_tokens, true);
+                let name = architecture.gguf;
+                assert!((loss - other).abs() < 1e-5, "{name} {max_tokens}: {other}");
+                for (layer, pairs) in wanted.layers.iter().enumerate() {
+                    for (module, pair) in pairs {
+                        let other = &got.layers[layer][module];
+                        for (a, b) in [(&pair.a, &other.a), (&pair.b, &other.b)] {
+                            let values = |factor: &candle_core::Tensor| {
+                                factor.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+                            };
+                            close(&values(a), &values(b));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A start that leaves no room beside it is computed once for a batch, not once for each row.
+#[test]
+fn a_long_common_start_is_computed_once_for_a_batch() {
+    let weights = tiny::weights(1);
+    let start: Vec<u32> = (0..50).map(|at| at % 8).collect();
+    let mut rows = tiny::rows(8, 2);
+    for row in &mut rows {
+        row.prompt = [start.as_slice(), row.prompt.as_slice()].concat();
+        row.prompt.truncate(58);
+        row.target.truncate(2);
+    }
+    let own: usize = rows.iter().map(|row| row.len() - 56).sum();
+    let config = TrainConfig {
+        epochs: 1,
+        // The start and a row or two, if everything is kept.
+        max_tokens: 62,
+        ..config()
+    };
+    let tokens = Cell::new(0);
+    let hooks = Hooks::default().on_step(|stats| tokens.set(stats.tokens));
+    let mut trainer = Trainer::new(&weights, lora(), config, &rows).unwrap();
+    trainer.run(hooks).unwrap();
+    assert_eq!(tokens.get(), 56 + own);
 }
 
 /// The loss again, computed with plain candle operations and no code of this module.
@@ -492,6 +570,33 @@ fn checkpoints_by_steps_are_the_adapters_of_these_steps_and_come_before_the_stat
     assert!(error.contains("the disk is full"), "{error}");
 }
 
+#[test]
+fn a_validation_loss_that_is_no_number_ends_the_training() {
+    let (mut weights, rows) = (tiny::weights(1), tiny::rows(8, 2));
+    // A token that no row to train on has.
+    let mut embed: Vec<Vec<f32>> = weights.embed.to_vec2().unwrap();
+    embed[30].fill(f32::NAN);
+    let shape = (embed.len(), weights.config.hidden);
+    let embed = candle_core::Tensor::from_vec(embed.concat(), shape, &candle_core::Device::Cpu);
+    weights.embed = embed.unwrap();
+    let unseen = [TrainRow {
+        prompt: vec![1, 2, 3, 30],
+        target: vec![8, 0],
+    }];
+    let told = Cell::new(false);
+    let hooks = Hooks::default().on_epoch(|_, _| {
+        told.set(true);
+        Ok(())
+    });
+    let mut trainer = Trainer::new(&weights, lora(), config(), &rows)
+        .unwrap()
+        .validate_on(&unseen)
+        .unwrap();
+    let error = trainer.run(hooks).unwrap_err().to_string();
+    assert!(error.contains("validation loss is NaN"), "{error}");
+    assert!(!told.get());
+}
+
 /// The invocation of an activated adapter: the last token of every prompt of [`tiny::rows`] but
 /// one, and the first of the common start once more in some questions.
 fn activated() -> LoraConfig {
@@ -578,6 +683,7 @@ fn small_passes_of_an_activated_training_change_nothing() {
         trainer.run(Hooks::default()).unwrap().losses
     };
     close(&losses(1000), &losses(9));
+    close(&losses(1000), &losses(1));
 }
 
 #[test]

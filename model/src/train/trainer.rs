@@ -5,6 +5,7 @@
 
 use super::activated::{self, Activated};
 use super::adamw::AdamW;
+use super::budget::Budget;
 use super::config::TrainConfig;
 use super::frozen::Frozen;
 use super::head::{self, HeadRoom, LossSum};
@@ -14,14 +15,14 @@ use super::network::Network;
 #[cfg(feature = "cuda")]
 use super::on_gpu::OnGpu;
 use super::order::{mix, shuffled};
-use super::pack::Pack;
+use super::pack::{self, Pack};
 use super::params::Layout;
 use super::past::Stretch;
 use super::rope::Rope;
 use super::row::{self, TrainRow};
 use super::schedule::learning_rate;
 use super::state::TrainerState;
-use super::tape::{Keep, Tape};
+use super::tape::Tape;
 use crate::base_model::BaseModel;
 use crate::device::Device;
 use crate::error::ModelError;
@@ -37,6 +38,7 @@ pub struct Trainer<'a> {
     rows: &'a [TrainRow],
     validation: &'a [TrainRow],
     layout: Layout,
+    budget: Budget,
     state: TrainerState,
     /// The base model on the GPU that computes, where one does.
     #[cfg(feature = "cuda")]
@@ -105,6 +107,7 @@ impl<'a> Trainer<'a> {
             validations: Vec::new(),
         };
         Ok(Self {
+            budget: Budget::new(&weights.config, &layout, config.max_tokens),
             weights,
             lora,
             config,
@@ -298,9 +301,9 @@ impl<'a> Trainer<'a> {
         }
         if let (Some(mut activated), Some(row)) = (work.activated.take(), rows.clone().next()) {
             let layout = activated.layout.clone();
-            let plain = &mut work;
+            let (plain, most) = (&mut work, self.config.max_tokens);
             in_pool(|| {
-                activated.compute_shared(&mut |pack| self.plain(plain, &layout, pack), row)
+                activated.compute_shared(&mut |pack| self.plain(plain, &layout, pack), row, most)
             })?;
             work.activated = Some(activated);
         }
@@ -329,26 +332,36 @@ impl<'a> Trainer<'a> {
         Ok(stretch)
     }
 
-    /// The rows of a batch as passes; also the number of tokens that they compute.
-    fn packs(
+    /// The rows of each pass of a batch.
+    fn groups<'r, 't>(
+        &self,
+        work: &Workspace<'_>,
+        rows: &'r [&'t TrainRow],
+    ) -> Vec<&'r [&'t TrainRow]> {
+        match &work.activated {
+            None => pack::groups(rows, self.config.share_prefix, &self.budget),
+            Some(activated) => activated.groups(rows, &self.budget),
+        }
+    }
+
+    /// Rows as a pass; also the number of tokens that are computed for it.
+    fn pack(
         &self,
         work: &mut Workspace<'_>,
         rows: &[&TrainRow],
-    ) -> Result<(Vec<Pack>, usize), ModelError> {
-        let most = self.config.max_tokens;
-        let count = |packs: &[Pack]| packs.iter().map(|pack| pack.tokens.len()).sum::<usize>();
+    ) -> Result<(Pack, usize), ModelError> {
         // Taken out of the workspace, which computes for it.
-        let (packs, plain) = match work.activated.take() {
-            None => (Pack::split(rows, self.config.share_prefix, most), 0),
-            Some(activated) => {
-                let layout = &activated.layout;
-                let packs = activated.packs(&mut |pack| self.plain(work, layout, pack), rows, most);
-                work.activated = Some(activated);
-                packs?
-            }
+        let Some(activated) = work.activated.take() else {
+            let pack = Pack::new(rows, self.config.share_prefix);
+            let tokens = pack.tokens.len();
+            return Ok((pack, tokens));
         };
-        let tokens = count(&packs) + plain;
-        Ok((packs, tokens))
+        let (layout, most) = (&activated.layout, self.config.max_tokens);
+        let packed = activated.pack(&mut |pack| self.plain(work, layout, pack), rows, most);
+        work.activated = Some(activated);
+        let (pack, before) = packed?;
+        let tokens = pack.tokens.len() + before;
+        Ok((pack, tokens))
     }
 
     /// Mean loss and token accuracy of the adapter so far.
@@ -382,6 +395,14 @@ impl<'a> Trainer<'a> {
         let validate = !self.validation.is_empty();
         let validation = validate.then(|| in_pool(|| self.measure(work, self.validation)));
         let validation = validation.transpose()?;
+        if let Some(stats) = validation.filter(|stats| !stats.loss.is_finite()) {
+            let reason = format!(
+                "the validation loss is {}; lower the learning rate",
+                stats.loss
+            );
+            let step = self.state.step;
+            return Err(ModelError::Training { step, reason });
+        }
         // A state saved right after this epoch's last step meets its end twice.
         if let Some(stats) = validation.filter(|_| self.state.validations.len() <= epoch) {
             self.state.validations.push(stats.loss as f32);
@@ -470,27 +491,24 @@ impl<'a> Trainer<'a> {
         work.grads.fill(0.0);
         let targets: usize = rows.iter().map(|row| row.target.len()).sum();
         let weight = 1.0 / targets as f32;
-        let (packs, tokens) = self.packs(work, rows)?;
-        let mut sum = LossSum::default();
+        let (mut sum, mut tokens) = (LossSum::default(), 0);
         #[cfg(feature = "cuda")]
         if let Some(on_gpu) = &mut work.on_gpu {
             on_gpu.begin(&self.state.params)?;
         }
-        for (index, pack) in packs.iter().enumerate() {
+        for (index, rows) in self.groups(work, rows).into_iter().enumerate() {
+            let (pack, computed) = self.pack(work, rows)?;
+            tokens += computed;
             let place = mix(self.state.step as u64) ^ mix(index as u64 + 1);
             let dropout = (self.lora.dropout > 0.0).then_some(Dropout {
                 share: self.lora.dropout,
                 key: mix(self.config.seed ^ place),
             });
-            // Only a row that alone is longer than it may be makes such a pass.
-            let keep = match pack.tokens.len() > self.config.max_tokens {
-                true => Keep::Inputs,
-                false => Keep::Everything,
-            };
+            let keep = self.budget.keep(pack.tokens.len());
             #[cfg(feature = "cuda")]
             if let Some(on_gpu) = &mut work.on_gpu {
                 let scale = self.lora.scale() as f32;
-                sum.add(on_gpu.gradients(&self.layout, scale, dropout, keep, pack, weight)?);
+                sum.add(on_gpu.gradients(&self.layout, scale, dropout, keep, &pack, weight)?);
                 continue;
             }
             // Taken out of the workspace, so that the network may borrow the rest of it.
@@ -500,7 +518,7 @@ impl<'a> Trainer<'a> {
             );
             let mut grads = std::mem::take(&mut work.grads);
             let network = self.network(work, dropout);
-            network.forward(&self.state.params, pack, &mut tape, keep);
+            network.forward(&self.state.params, &pack, &mut tape, keep);
             let (out, dx) = (&tape.out, &mut tape.dx);
             let frozen = work.frozen;
             sum.add(head::loss(
@@ -511,7 +529,7 @@ impl<'a> Trainer<'a> {
                 weight,
                 Some(dx),
             ));
-            network.backward(&self.state.params, &mut grads, pack, &mut tape);
+            network.backward(&self.state.params, &mut grads, &pack, &mut tape);
             (work.tape, work.head, work.grads) = (tape, room, grads);
         }
         #[cfg(feature = "cuda")]
@@ -533,7 +551,8 @@ impl<'a> Trainer<'a> {
         }
         for batch in rows.chunks(self.config.batch_size) {
             let batch: Vec<&TrainRow> = batch.iter().collect();
-            for pack in self.packs(work, &batch)?.0 {
+            for rows in self.groups(work, &batch) {
+                let (pack, _) = self.pack(work, rows)?;
                 #[cfg(feature = "cuda")]
                 if let Some(on_gpu) = &mut work.on_gpu {
                     let scale = self.lora.scale() as f32;
@@ -615,7 +634,7 @@ fn digest(
     rows: &[TrainRow],
 ) -> Result<String, ModelError> {
     let mut hasher = blake3::Hasher::new();
-    let settings = format!("train-state-2 {:?} {lora:?} {config:?}", weights.config);
+    let settings = format!("train-state-3 {:?} {lora:?} {config:?}", weights.config);
     hasher.update(settings.as_bytes());
     let norms = weights.layers.iter().map(|layer| &layer.attn_norm);
     for tensor in norms.chain([&weights.norm]) {
