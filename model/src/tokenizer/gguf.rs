@@ -294,6 +294,31 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn llama_3_takes_a_whole_word_without_merging_up_to_it() {
+        let mut metadata = tiny_metadata();
+        let pre = Value::String("llama-bpe".to_owned());
+        metadata.insert("tokenizer.ggml.pre".to_owned(), pre);
+        let llama = from_gguf(&metadata).unwrap();
+        let id = |token: &&str| llama.token_id(token).unwrap();
+        for (text, wanted) in [
+            ("card", &["card"][..]),
+            ("card card", &["card", "Ġcard"]),
+            // A word that is none of the vocabulary is merged.
+            ("car cards", &["c", "ar", "Ġc", "ar", "d", "s"]),
+            ("1212", &["1", "2", "1", "2"]),
+            ("12", &["12"]),
+        ] {
+            let tokens = llama.encode(text, true).unwrap();
+            let wanted: Vec<u32> = wanted.iter().map(id).collect();
+            assert_eq!(tokens, wanted, "{text}");
+            assert_eq!(llama.decode(&tokens).unwrap(), text);
+        }
+        // No merge makes `card`.
+        let other = tiny_tokenizer().encode("card", true).unwrap();
+        assert_eq!(other.len(), 3);
+    }
+
+    #[test]
     fn qwen_reads_composed_characters() {
         let mut metadata = tiny_metadata();
         let pre = Value::String("qwen2".to_owned());
