@@ -291,8 +291,15 @@ fn settings_that_cannot_be_met_are_refused_with_their_reason() {
     let said = "`save_steps`: only training in this process knows it";
     assert!(refused.stdout.contains(said), "{}", refused.stdout);
 
+    project.edit("pipeline.yaml", "save_steps: 3", "max_tokens: 512");
+    let refused = project.run(&RUN);
+    let said = "`max_tokens`: only training in this process knows it";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
     for (from, to) in [
-        ("save_steps: 3", "save_steps: 0"),
+        ("max_tokens: 512", "max_tokens: 0"),
+        ("max_tokens: 0", "max_grad_norm: -1"),
+        ("max_grad_norm: -1", "save_steps: 0"),
         ("save_steps: 0", "patience: 0"),
     ] {
         project.edit("pipeline.yaml", from, to);

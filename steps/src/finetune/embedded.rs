@@ -316,7 +316,12 @@ fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfi
         let tokens = base.tokenizer.encode(text, true).map_err(failed)?;
         lora.invocation_tokens = Some(tokens);
     }
-    let config = TrainConfig {
+    Ok((lora, config(params)))
+}
+
+fn config(params: &Params) -> TrainConfig {
+    let usual = TrainConfig::default();
+    TrainConfig {
         epochs: params.epochs,
         batch_size: params.batch_size,
         learning_rate: params.learning_rate,
@@ -327,11 +332,12 @@ fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfi
             ScheduleSpec::Constant => Schedule::Constant,
         },
         weight_decay: params.weight_decay,
+        clip: params.max_grad_norm,
+        max_tokens: params.max_tokens.unwrap_or(usual.max_tokens),
         seed: params.seed,
         patience: params.patience,
-        ..TrainConfig::default()
-    };
-    Ok((lora, config))
+        ..usual
+    }
 }
 
 /// Writes a checkpoint; a reader sees all of it or nothing.
@@ -354,4 +360,29 @@ fn save(
         .save(&part)
         .map_err(|e| ModelError::format(&part, e.message))?;
     std::fs::rename(&part, folder).map_err(ModelError::io(folder))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_params_reach_the_training() {
+        let model = json!({"provider": "embedded", "weights": {"file": "tiny"}});
+        let read = |more: serde_json::Value| {
+            let mut params = json!({ "model": model });
+            let more = more.as_object().unwrap().clone();
+            params.as_object_mut().unwrap().extend(more);
+            let params: Params = serde_json::from_value(params).unwrap();
+            config(&params)
+        };
+        let usual = read(json!({}));
+        assert_eq!((usual.clip, usual.max_tokens), (1.0, 2048));
+        let told = read(json!({"max_grad_norm": 0.25, "max_tokens": 300, "weight_decay": 0.01}));
+        assert_eq!((told.clip, told.max_tokens), (0.25, 300));
+        assert_eq!(told.weight_decay, 0.01);
+    }
 }

@@ -139,6 +139,8 @@ pub fn tune(
         warmup: super::warmup(),
         schedule: super::ScheduleSpec::default(),
         weight_decay: 0.0,
+        max_grad_norm: super::max_grad_norm(),
+        max_tokens: None,
         seed,
         save_steps: None,
         patience: None,
