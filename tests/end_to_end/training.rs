@@ -266,6 +266,16 @@ fn a_training_that_gets_no_better_on_other_chats_ends_early() {
     let last = format!("epochs-{epochs}-total-trained-steps-{}", 2 * epochs);
     assert_eq!(names.last(), Some(&last));
     assert!(metrics["validation_loss"].as_f64().unwrap() > 0.0);
+    // The curve has both losses, this one at the end of each epoch.
+    let curve = ended["outputs"]["loss"]["path"].as_str().unwrap();
+    let curve: Vec<Value> = serde_json::from_str(&project.read(curve)).unwrap();
+    let told = curve.iter().filter(|point| point["validation"].is_number());
+    let told: Vec<&Value> = told.collect();
+    let steps: Vec<u64> = told.iter().filter_map(|p| p["step"].as_u64()).collect();
+    let ends: Vec<u64> = (1..=epochs as u64).map(|epoch| 2 * epoch).collect();
+    assert_eq!(steps, ends);
+    assert_eq!(told[epochs - 2]["validation"], metrics["validation_loss"]);
+    assert_eq!(curve.len(), 2 * epochs);
 
     // Without patience it goes on, and still tells the loss.
     project.edit("pipeline.yaml", "      patience: 1\n", "");

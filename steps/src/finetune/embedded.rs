@@ -219,10 +219,15 @@ impl Training<'_> {
             checkpoints.push(last);
         }
         let checkpoints = checkpoints.into_iter();
+        let validations = &outcome.validations;
         let point = |(at, loss): (usize, &f32)| LossPoint {
             step: at as u64 + 1,
             epoch: u32::try_from(at / per_epoch).unwrap_or(u32::MAX),
             loss: f64::from(*loss),
+            validation: match (at + 1) % per_epoch {
+                0 => validations.get(at / per_epoch).copied().map(f64::from),
+                _ => None,
+            },
         };
         let tokens: usize = rows.iter().map(|r| r.prompt.len() + r.target.len()).sum();
         Ok(Trained {
@@ -230,7 +235,7 @@ impl Training<'_> {
                 .map(|step| saving.reached(self.resume, step))
                 .collect(),
             losses: outcome.losses.iter().enumerate().map(point).collect(),
-            validations: outcome.validations,
+            validations: validations.clone(),
             stopped_early: outcome.stopped_early,
             rows: rows.len(),
             tokens: tokens * saving.epoch(last),

@@ -256,7 +256,11 @@ impl Step for Finetune {
                 "The student after each epoch, or every `save_steps`.",
             )
             .many(),
-            Port::new("loss", "loss", "Training loss, step by step."),
+            Port::new(
+                "loss",
+                "loss",
+                "Training loss, step by step, and that on `validation` at the end of each epoch.",
+            ),
         ]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
