@@ -15,6 +15,7 @@ use super::tape::{Keep, Tape};
 use super::tiny;
 use super::{Hooks, TrainConfig, TrainRow, Trainer, TrainerState};
 use crate::architecture;
+use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::lora::{LoraAdapter, LoraConfig, Module};
 use crate::weights::LlamaWeights;
@@ -392,6 +393,59 @@ fn equal_seeds_give_equal_bytes_with_any_number_of_threads() {
     assert_eq!(first, bytes(1, 2));
     assert_eq!(first, bytes(1, 1));
     assert_ne!(first, bytes(2, 2));
+}
+
+/// Sizes at which products and loops are split over threads; those of the other tests are not.
+#[test]
+fn equal_seeds_give_equal_bytes_where_the_work_is_split() {
+    let model = LlamaConfig {
+        hidden: 96,
+        head_dim: 24,
+        ffn: 256,
+        ..tiny::config()
+    };
+    let weights = tiny::weights_with(model, 1);
+    let lora = LoraConfig {
+        rank: 16,
+        dropout: 0.1,
+        ..lora()
+    };
+    let row = |row: u32| TrainRow {
+        prompt: (0..31).map(|at| (row * 7 + at * at + 5) % 31).collect(),
+        target: vec![row % 31, 0],
+    };
+    let rows: Vec<TrainRow> = (0..16).map(row).collect();
+    let config = TrainConfig {
+        epochs: 2,
+        share_prefix: false,
+        ..config()
+    };
+    let trained = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let trainer = Trainer::new(&weights, lora.clone(), config.clone(), &rows);
+            let tokens = Cell::new(0);
+            let hooks = Hooks::default().on_step(|stats| tokens.set(stats.tokens));
+            let outcome = trainer.unwrap().run(hooks).unwrap();
+            // The keys' product is the smallest with a frozen weight.
+            assert!(tokens.get() * 96 * 48 > 1 << 20);
+            let values = outcome
+                .adapter
+                .layers
+                .iter()
+                .flat_map(|pairs| pairs.values());
+            let values = values.map(|pair| pair.a.elem_count() + pair.b.elem_count());
+            assert!(values.sum::<usize>() > 2 * (16 << 10));
+            outcome.adapter.to_safetensors().unwrap()
+        })
+    };
+    let first = trained(1);
+    for threads in [2, 3, 4] {
+        assert!(trained(threads) == first, "{threads} threads");
+    }
 }
 
 #[test]
