@@ -204,6 +204,7 @@ fn check_gradients(name: &str, base: &BaseModel, files: &Path, trained: Trained)
         .map(|row| TrainRow {
             prompt: row.prompt,
             target: row.target,
+            earlier: Vec::new(),
         })
         .collect();
     let (loss, grads) = gradients(&base.weights, &adapter, &rows);

@@ -29,7 +29,7 @@ pub(super) struct Activated {
     shared: Vec<Past>,
 }
 
-/// Checks that every row has the invocation.
+/// Checks that every row has the invocation, and learns nothing before it.
 ///
 /// # Errors
 /// [`ModelError::Row`] naming the row.
@@ -37,6 +37,12 @@ pub(super) fn check(rows: &[TrainRow], invocation: &[u32]) -> Result<(), ModelEr
     let lacking = rows
         .iter()
         .position(|row| activation(&row.prompt, invocation).is_none());
+    if let Some(index) = rows.iter().position(|row| !row.earlier.is_empty()) {
+        let reason = "an activated adapter learns the last answer of a row alone; give earlier ones \
+                      rows of their own";
+        let reason = reason.to_owned();
+        return Err(ModelError::Row { index, reason });
+    }
     match lacking {
         None => Ok(()),
         Some(index) => Err(ModelError::Row {
@@ -184,6 +190,7 @@ mod tests {
         let row = |(at, own): (usize, &usize)| TrainRow {
             prompt: [&[1, 2, 3][..], &vec![10 + at as u32; *own], &[7, 8]].concat(),
             target: vec![9, 0],
+            earlier: Vec::new(),
         };
         own.iter().enumerate().map(row).collect()
     }

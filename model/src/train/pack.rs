@@ -2,8 +2,8 @@
 //!
 //! Rows that start alike share those tokens: the common prefix is laid out once, before the
 //! rest of each row. It is exact, also for the gradients, because a token's state depends on
-//! the tokens before it alone. Knows no weights. Invariant: a row keeps at least one prompt
-//! token of its own, so every predicted token has its own matrix row.
+//! the tokens before it alone. Knows no weights. Invariant: a row keeps at least the token before the
+//! first that it learns, so every predicted token has its own matrix row.
 
 use super::attention::Span;
 use super::budget::Budget;
@@ -36,6 +36,10 @@ impl Pack {
         }
         for row in rows {
             let start = pack.push(row.tokens().skip(prefix), prefix, prefix);
+            for answer in &row.earlier {
+                let first = start + answer.start - 1 - prefix;
+                pack.aim(first, &row.prompt[answer.clone()]);
+            }
             let first = start + row.prompt.len() - 1 - prefix;
             pack.aim(first, &row.target);
         }
@@ -166,7 +170,7 @@ fn common_prefix(rows: &[&TrainRow]) -> usize {
     }
     let shortest = rows
         .iter()
-        .map(|row| row.prompt.len() - 1)
+        .map(|row| row.first_target() - 1)
         .min()
         .unwrap_or(0);
     let same = |row: &&TrainRow| {
@@ -185,6 +189,7 @@ mod tests {
         TrainRow {
             prompt: prompt.to_vec(),
             target: target.to_vec(),
+            earlier: Vec::new(),
         }
     }
 
@@ -210,6 +215,25 @@ mod tests {
         let plain = Pack::new(&rows, false);
         assert_eq!(plain.tokens, [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 8]);
         assert_eq!(plain.spans, [span(0, 7, 0), span(7, 6, 0)]);
+    }
+
+    #[test]
+    #[allow(clippy::single_range_in_vec_init)]
+    fn earlier_answers_are_learnt_and_not_shared() {
+        let mut rows = [
+            row(&[1, 2, 3, 4, 5, 6, 7, 8], &[7, 9]),
+            row(&[1, 2, 3, 4, 5, 6, 7, 9], &[8, 9]),
+        ];
+        rows[0].earlier = vec![5..7];
+        let rows: Vec<&TrainRow> = rows.iter().collect();
+        let pack = Pack::new(&rows, true);
+        // The first row needs its token 5, after which it answers.
+        assert_eq!(pack.tokens, [1, 2, 3, 4, 5, 6, 7, 8, 7, 5, 6, 7, 9, 8]);
+        let targets = [(4, 6), (5, 7), (7, 7), (8, 9), (12, 8), (13, 9)];
+        assert_eq!(pack.targets, targets);
+        for (place, token) in [(4, 6), (5, 7)] {
+            assert_eq!(pack.tokens[place + 1], token);
+        }
     }
 
     #[test]

@@ -169,6 +169,49 @@ fn every_subset_of_modules_gets_its_gradient() {
     }
 }
 
+/// A conversation with two answers is its two rows with one answer each.
+#[test]
+#[allow(clippy::single_range_in_vec_init)]
+fn earlier_answers_have_the_gradients_of_rows_of_their_own() {
+    let weights = tiny::weights(8);
+    let row = |prompt: &[u32], target: &[u32], earlier| TrainRow {
+        prompt: prompt.to_vec(),
+        target: target.to_vec(),
+        earlier,
+    };
+    let start = [1, 2, 3, 4, 5];
+    let chats: Vec<[TrainRow; 3]> = [[9, 10, 11], [12, 13, 14]]
+        .map(|[question, answer, more]| {
+            let first = [&start[..], &[question, 7]].concat();
+            let said = [&first[..], &[answer, 0, more, 7]].concat();
+            let answers = vec![first.len()..first.len() + 2];
+            [
+                row(&said, &[more, 8, 0], answers),
+                row(&first, &[answer, 0], Vec::new()),
+                row(&said, &[more, 8, 0], Vec::new()),
+            ]
+        })
+        .into();
+    let gradient = |rows: Vec<&TrainRow>, share_prefix| {
+        let pack = Pack::new(&rows, share_prefix);
+        let probe = Probe::new(&weights, &lora(), vec![pack]);
+        let start = tiny::adapter(&lora(), &weights.config, 3);
+        probe.gradient(&probe.layout.flatten(&start).unwrap())
+    };
+    let apart = chats.iter().flat_map(|rows| &rows[1..]).collect();
+    let (loss, grads) = gradient(apart, false);
+    for share_prefix in [false, true] {
+        let whole = chats.iter().map(|rows| &rows[0]).collect();
+        let (other, others) = gradient(whole, share_prefix);
+        assert!((loss - other).abs() < 1e-5, "{loss} is not {other}");
+        close(&grads, &others);
+    }
+    let rows: Vec<TrainRow> = chats.iter().map(|rows| rows[0].clone()).collect();
+    let error = Trainer::new(&weights, activated(), config(), &rows).err();
+    let error = error.unwrap().to_string();
+    assert!(error.contains("the last answer of a row alone"), "{error}");
+}
+
 #[test]
 fn a_shared_prefix_and_split_passes_change_nothing() {
     let (weights, rows) = (tiny::weights(8), tiny::rows(6, 9));
@@ -413,6 +456,7 @@ fn equal_seeds_give_equal_bytes_where_the_work_is_split() {
     let row = |row: u32| TrainRow {
         prompt: (0..31).map(|at| (row * 7 + at * at + 5) % 31).collect(),
         target: vec![row % 31, 0],
+        earlier: Vec::new(),
     };
     let rows: Vec<TrainRow> = (0..16).map(row).collect();
     let config = TrainConfig {
@@ -552,7 +596,11 @@ fn what_cannot_be_trained_is_an_error() {
     assert!(new(&[]).is_some());
     let bad = |prompt: Vec<u32>, target: Vec<u32>| {
         let mut rows = rows.clone();
-        rows[3] = TrainRow { prompt, target };
+        rows[3] = TrainRow {
+            prompt,
+            target,
+            earlier: Vec::new(),
+        };
         new(&rows).unwrap().to_string()
     };
     assert!(bad(vec![], vec![1]).starts_with("training row 4: a training row needs"));
@@ -636,6 +684,7 @@ fn a_validation_loss_that_is_no_number_ends_the_training() {
     let unseen = [TrainRow {
         prompt: vec![1, 2, 3, 30],
         target: vec![8, 0],
+        earlier: Vec::new(),
     }];
     let told = Cell::new(false);
     let hooks = Hooks::default().on_epoch(|_, _| {

@@ -127,6 +127,7 @@ pub(crate) fn rows(count: usize, seed: u64) -> Vec<TrainRow> {
                 &[0],
             ]
             .concat(),
+            earlier: Vec::new(),
         }
     };
     (0..count).map(row).collect()

@@ -489,7 +489,7 @@ impl<'a> Trainer<'a> {
         rows: &[&TrainRow],
     ) -> Result<(LossSum, usize), ModelError> {
         work.grads.fill(0.0);
-        let targets: usize = rows.iter().map(|row| row.target.len()).sum();
+        let targets: usize = rows.iter().map(|row| row.targets()).sum();
         let weight = 1.0 / targets as f32;
         let (mut sum, mut tokens) = (LossSum::default(), 0);
         #[cfg(feature = "cuda")]
@@ -648,6 +648,14 @@ fn digest(
 
 fn hash_rows(hasher: &mut blake3::Hasher, rows: &[TrainRow]) {
     for row in rows {
+        hasher.update(&(row.earlier.len() as u64).to_le_bytes());
+        for place in row
+            .earlier
+            .iter()
+            .flat_map(|answer| [answer.start, answer.end])
+        {
+            hasher.update(&(place as u64).to_le_bytes());
+        }
         for part in [&row.prompt, &row.target] {
             hasher.update(&(part.len() as u64).to_le_bytes());
             for token in part {

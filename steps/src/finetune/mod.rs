@@ -19,6 +19,8 @@ pub mod tuning;
 use std::collections::BTreeMap;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_lm::lm::Role;
+use flowrun_lm::messages::ChatRow;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -122,6 +124,19 @@ impl Params {
     }
 }
 
+/// Refuses chats that end with a message which no model is to write.
+fn check(chats: &[ChatRow]) -> Result<(), StepError> {
+    let ends = |chat: &ChatRow| chat.messages.last().map(|last| last.role);
+    let other = |chat: &ChatRow| ends(chat) != Some(Role::Assistant);
+    match chats.iter().position(other) {
+        None => Ok(()),
+        Some(at) => Err(StepError::invalid(format!(
+            "line {}: a chat to train on ends with a message of the assistant",
+            at + 1
+        ))),
+    }
+}
+
 /// What trains the student.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -212,7 +227,7 @@ impl Step for Finetune {
         "finetune"
     }
     fn version(&self) -> u32 {
-        4
+        5
     }
     fn about(&self) -> &'static str {
         "Fine-tunes the student with LoRA on chats; a checkpoint (PEFT files) after every epoch."
@@ -225,7 +240,7 @@ impl Step for Finetune {
             Port::new(
                 "messages",
                 "messages",
-                "Chats; the loss is on the last message of each.",
+                "Chats; the loss is on the assistant's messages, one of which is the last.",
             ),
             Port::new(
                 "lineage",
