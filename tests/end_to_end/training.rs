@@ -318,6 +318,31 @@ fn settings_that_cannot_be_met_are_refused_with_their_reason() {
     }
 }
 
+#[test]
+fn a_chat_of_several_turns_is_trained_whole_and_ends_with_an_answer() {
+    let project = patient();
+    let said = |role: &str, text: &str| json!({"role": role, "content": text});
+    let turns = [
+        said("user", "query 1"),
+        said("assistant", "aa"),
+        said("user", "query 2"),
+        said("assistant", "bb"),
+    ];
+    let line = |turns: &[Value]| format!("{}\n", json!({ "messages": turns }));
+    project.write("train.jsonl", &(line(&turns) + &line(&turns[..3])));
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let reason = "line 2: a chat to train on ends with a message of the assistant";
+    assert!(refused.stdout.contains(reason), "{}", refused.stdout);
+
+    project.edit("pipeline.yaml", "epochs: 40", "epochs: 1");
+    project.write("train.jsonl", &line(&turns).repeat(4));
+    let trained = finished(&project.run(&RUN).ok(), "finetune");
+    // Both answers of a chat in one row.
+    assert_eq!(trained["metrics"]["rows"], 4, "{trained}");
+    assert_eq!(trained["metrics"]["steps"], 1);
+}
+
 /// The test rows say when the training ends.
 const ENDED_BY_TEST_ROWS: &str = r#"  held:
     uses: convert-to-messages
