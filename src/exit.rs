@@ -41,8 +41,6 @@ pub(crate) struct Failure {
     exit: Exit,
     text: String,
     locked: bool,
-    /// Mistakes in a pipeline, for programs.
-    mistakes: Vec<Value>,
 }
 
 impl Failure {
@@ -51,13 +49,7 @@ impl Failure {
             exit,
             text: text.into(),
             locked: false,
-            mistakes: Vec::new(),
         }
-    }
-
-    /// Mistakes in a pipeline, each with its place.
-    pub(crate) fn mistakes(&self) -> &[Value] {
-        &self.mistakes
     }
 
     /// The code that it leads to.
@@ -132,13 +124,8 @@ impl From<Diagnostics> for Failure {
         } else {
             format!("{n} errors")
         };
-        Self {
-            mistakes: found.errors.iter().map(for_programs).collect(),
-            ..Self::new(
-                Exit::Invalid,
-                format!("{found}\n{count}; nothing was run\n"),
-            )
-        }
+        let text = format!("{found}\n{count}; nothing was run\n");
+        Self::new(Exit::Invalid, text)
     }
 }
 

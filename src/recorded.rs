@@ -14,12 +14,15 @@ const LAST: &str = "last";
 const NAMED: usize = 5;
 
 /// The folder of a run: the newest without a name; else its id, the beginning or the end of it,
-/// `last`, or `last~N`.
+/// `last`, or `last~N`. What lies among the runs and tells of none is passed over by the latter.
 pub(crate) fn find_dir(name: Option<&str>, global: &GlobalArgs) -> Result<PathBuf, Failure> {
     let runs = CacheReader::open(&global.cache_dir).runs();
     let name = name.unwrap_or(LAST);
     let found: Vec<&PathBuf> = match back(name) {
-        Some(back) => runs.iter().skip(back).take(1).collect(),
+        Some(back) => {
+            let begun = |dir: &&PathBuf| RunRecord::load(dir).is_ok_and(|run| run.has_begun());
+            runs.iter().filter(begun).skip(back).take(1).collect()
+        }
         None => matching(&runs, name),
     };
     match found.as_slice() {

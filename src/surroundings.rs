@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flowrun_cache::remote::{folder_url, is_folder};
+use flowrun_cache::remote::{folder_of, folder_url, is_folder};
 use flowrun_cache::{Cache, LockWait, OpenOptions, RemoteCache, RemoteError, RemoteOptions};
 use flowrun_engine::language::project_root;
 use flowrun_engine::pipeline::Pipeline;
@@ -14,7 +14,10 @@ use flowrun_engine::premises::RunName;
 use flowrun_engine::run::{Capacity, Expressions, RunOptions};
 use flowrun_engine::step::World;
 use flowrun_engine::vocabulary::Vocabulary;
-use flowrun_engine::{LoadOptions, eval_bool, load_pipeline, resolve_item};
+use flowrun_engine::{
+    Diagnostic, Diagnostics, InProfile, LoadOptions, check_profiles, eval_bool, load_pipeline,
+    resolve_item,
+};
 
 use crate::args::{GlobalArgs, Scope, Select};
 use crate::exit::Failure;
@@ -48,6 +51,7 @@ pub(crate) fn ask(select: &Select, global: &GlobalArgs) -> Result<Asked, Failure
         profiles: select.profile.clone(),
         env: world.env.clone(),
         root: None,
+        remote_folder: remote_url(global).and_then(|url| folder_of(&url)),
     };
     Ok(Asked {
         file,
@@ -60,11 +64,22 @@ pub(crate) fn ask(select: &Select, global: &GlobalArgs) -> Result<Asked, Failure
 impl Asked {
     /// Loads and checks it.
     pub(crate) fn load(self) -> Result<Surroundings, Failure> {
-        let pipeline = load_pipeline(&self.file, &self.vocabulary, &self.options)?;
+        let pipeline = self.pipeline()?;
         Ok(Surroundings {
             pipeline,
             world: self.world,
         })
+    }
+
+    /// The same, without what it needs to run.
+    pub(crate) fn pipeline(&self) -> Result<Pipeline, Diagnostics> {
+        load_pipeline(&self.file, &self.vocabulary, &self.options)
+    }
+
+    /// What is found only with one of its profiles, each tried by itself; `plain` is what is found
+    /// without.
+    pub(crate) fn in_profiles(&self, plain: &[Diagnostic]) -> Vec<InProfile> {
+        check_profiles(&self.file, &self.vocabulary, &self.options, plain)
     }
 
     /// The name under which a run of it is remembered.
@@ -80,9 +95,14 @@ pub(crate) fn load(select: &Select, global: &GlobalArgs) -> Result<Surroundings,
 
 /// Tells of what may go wrong in a run of it.
 pub(crate) fn warn(pipeline: &Pipeline) {
-    if !pipeline.warnings.errors.is_empty() {
+    tell(&pipeline.warnings);
+}
+
+/// Tells of what was found.
+pub(crate) fn tell(found: &Diagnostics) {
+    if !found.errors.is_empty() {
         // When nobody reads it, the run itself still tells.
-        let _ = writeln!(std::io::stderr(), "{}", pipeline.warnings);
+        let _ = writeln!(std::io::stderr(), "{found}");
     }
 }
 
@@ -150,6 +170,16 @@ pub(crate) fn remote(global: &GlobalArgs) -> Result<Option<Arc<RemoteCache>>, Fa
 
 /// The same, with what keeps it from being used.
 pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<RemoteCache, RemoteError>> {
+    let options = RemoteOptions {
+        url: remote_url(global)?,
+        read_only: global.remote_read_only,
+        env: environment(),
+    };
+    Some(RemoteCache::open(&options, &global.cache_dir))
+}
+
+/// The URL of the remote cache that is meant, if one is and may be used.
+fn remote_url(global: &GlobalArgs) -> Option<String> {
     let text = global.remote.as_deref().filter(|text| !text.is_empty())?;
     let url = match text.contains("://") {
         true => text.to_owned(),
@@ -161,12 +191,7 @@ pub(crate) fn open_remote(global: &GlobalArgs) -> Option<Result<RemoteCache, Rem
     if global.offline && !is_folder(&url) {
         return None;
     }
-    let options = RemoteOptions {
-        url,
-        read_only: global.remote_read_only,
-        env: environment(),
-    };
-    Some(RemoteCache::open(&options, &global.cache_dir))
+    Some(url)
 }
 
 /// Options of a run of these steps.

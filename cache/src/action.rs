@@ -226,8 +226,8 @@ impl ActionCache {
         Digest::parse(&format!("{folder}{name}"))
     }
 
-    /// The result of `key`; `None` when there is none, or it is damaged (then a
-    /// warning is kept and the file set aside) or of another version.
+    /// The result of `key`; `None` when there is none, or it is of another version, or damaged: then
+    /// whoever holds the cache sets the file aside and keeps a warning.
     #[must_use]
     pub fn get(&self, key: &ActionKey) -> Option<ActionResult> {
         self.get_here(key).or_else(|| {
@@ -247,7 +247,10 @@ impl ActionCache {
             Parsed::Good(result) if result.key == *key => Some(*result),
             Parsed::OtherVersion(_) => None,
             Parsed::Good(_) | Parsed::Damaged => {
-                self.set_aside(&path);
+                // A reader holds nothing: what it read may have been replaced by now.
+                if self.unsynced.is_some() {
+                    self.set_aside(&path);
+                }
                 None
             }
         }
@@ -323,7 +326,12 @@ pub(crate) enum Parsed {
 /// A result as it is stored.
 pub(crate) fn to_text(result: &ActionResult) -> String {
     let body = crate::canonical_json(result);
-    format!("{}\n{body}\n", Digest::of_bytes(body.as_bytes()))
+    let mut text = Digest::of_bytes(body.as_bytes()).to_hex();
+    text.reserve_exact(body.len() + 2);
+    text.push('\n');
+    text.push_str(&body);
+    text.push('\n');
+    text
 }
 
 /// A stored result, if it is whole and of this version.
@@ -368,7 +376,8 @@ mod tests {
     }
 
     fn cache(dir: &Path) -> ActionCache {
-        ActionCache::new(dir.to_owned(), Arc::default(), None)
+        let unsynced = Some(Arc::new(Unsynced::new(dir)));
+        ActionCache::new(dir.to_owned(), Arc::default(), unsynced)
     }
 
     #[test]
@@ -429,6 +438,23 @@ mod tests {
         cache.put(&good).unwrap();
         assert_eq!(cache.get(&good.key), Some(good));
         assert!(!cache.warnings.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_reader_leaves_damage_where_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = cache(dir.path());
+        let good = result("l", "2026");
+        let path = cache.path(&good.key);
+        cache.put(&good).unwrap();
+        std::fs::write(&path, "damaged").unwrap();
+        assert_eq!(
+            ActionCache::open(dir.path().to_owned()).get(&good.key),
+            None
+        );
+        assert!(path.exists() && !path.with_extension("bad").exists());
+        assert_eq!(cache.get(&good.key), None);
+        assert!(!path.exists() && path.with_extension("bad").exists());
     }
 
     #[test]

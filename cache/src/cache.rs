@@ -31,6 +31,18 @@ pub struct OpenOptions<'a> {
     pub on_wait: Option<OnWait<'a>>,
 }
 
+impl OpenOptions<'_> {
+    /// Fails when another process holds it. `command` is for the other's message.
+    #[must_use]
+    pub fn no_wait(command: impl Into<String>) -> Self {
+        Self {
+            wait: LockWait::NoWait,
+            command: command.into(),
+            on_wait: None,
+        }
+    }
+}
+
 /// A cache folder, held by this process.
 #[derive(Debug)]
 pub struct Cache {
@@ -187,9 +199,13 @@ impl Cache {
         let runs = self.dir.join("runs");
         std::fs::create_dir_all(&runs).map_err(|e| CacheError::io(&runs, e))?;
         let path = runs.join(run_id);
-        for folder in [&path, &path.join("logs")] {
-            std::fs::create_dir(folder).map_err(|e| CacheError::io(folder, e))?;
-        }
+        std::fs::create_dir(&path).map_err(|e| CacheError::io(&path, e))?;
+        let logs = path.join("logs");
+        std::fs::create_dir(&logs).map_err(|e| {
+            // Half a folder is no run.
+            let _ = std::fs::remove_dir(&path);
+            CacheError::io(&logs, e)
+        })?;
         Ok(path)
     }
 
@@ -316,11 +332,7 @@ mod tests {
     use super::*;
 
     fn options() -> OpenOptions<'static> {
-        OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        }
+        OpenOptions::no_wait("test")
     }
 
     #[test]

@@ -2,11 +2,14 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
+
+/// Bytes of a file that are read before a large buffer is taken for the rest.
+const SMALL: usize = 1 << 12;
 
 /// A blake3 hash (32 bytes); text form is 64 lower-case hex characters.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,8 +37,20 @@ impl Digest {
     /// # Errors
     /// When the file cannot be read.
     pub fn of_file(path: &Path) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        // Most outputs of small steps fit, and need no large buffer.
+        let mut start = [0; SMALL];
+        let mut filled = 0;
+        while filled < SMALL {
+            match file.read(&mut start[filled..]) {
+                Ok(0) => return Ok(Self::of_bytes(&start[..filled])),
+                Ok(bytes) => filled += bytes,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
         let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(File::open(path)?)?;
+        hasher.update(&start).update_reader(file)?;
         Ok(Self(*hasher.finalize().as_bytes()))
     }
 

@@ -90,10 +90,7 @@ impl Index {
     fn open(&self) -> Option<sled::Db> {
         if self.folder.exists() && !self.was_closed_cleanly() {
             self.warn("the index was not closed cleanly; it is built anew");
-            // It may be anything but a folder.
-            std::fs::remove_dir_all(&self.folder)
-                .or_else(|_| std::fs::remove_file(&self.folder))
-                .ok()?;
+            self.remove().ok()?;
         }
         // From here on a crash leaves no marker, so the next run starts anew.
         let _ = std::fs::remove_file(self.marker());
@@ -138,7 +135,13 @@ impl Index {
         if self.db.get().is_some() || !self.folder.exists() {
             return Ok(());
         }
-        std::fs::remove_dir_all(&self.folder).map_err(|e| CacheError::io(&self.folder, e))
+        self.remove().map_err(|e| CacheError::io(&self.folder, e))
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        // It may be anything but a folder.
+        std::fs::remove_dir_all(&self.folder)
+            .or_else(|e| std::fs::remove_file(&self.folder).map_err(|_| e))
     }
 
     fn warn(&self, text: &str) {
@@ -241,6 +244,17 @@ mod tests {
         let file = old_file(dir.path(), "two");
         assert_eq!(index.file_digest(&file).unwrap(), digest("two"));
         assert!(index.take_warnings().is_empty());
+    }
+
+    #[test]
+    fn what_is_no_folder_is_thrown_away_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("index.sled");
+        std::fs::write(&folder, "no index").unwrap();
+        let index = Index::new(folder.clone());
+        index.discard().unwrap();
+        assert!(!folder.exists());
+        index.discard().unwrap();
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub mod survey;
 pub mod verify;
 
 pub use action::{ActionCache, ActionKey, ActionResult, ListItem, OutputRecord, OutputValue};
-pub use artifact::{Artifact, ArtifactKind};
+pub use artifact::{Artifact, ArtifactKind, is_executable};
 pub use cache::{Cache, CacheReader, OpenOptions, Scratch};
 pub use completion::CompletionCache;
 pub use digest::{Digest, canonical_json};

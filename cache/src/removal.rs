@@ -96,18 +96,13 @@ fn read(cache_dir: &Path) -> Vec<Line> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::OpenOptions;
     use crate::digest::Digest;
-    use crate::{LockWait, OpenOptions};
 
     #[test]
     fn the_last_removals_are_remembered_and_damage_tells_less() {
         let dir = tempfile::tempdir().unwrap();
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        let cache = Cache::open(dir.path(), &options).unwrap();
+        let cache = Cache::open(dir.path(), &OpenOptions::no_wait("test")).unwrap();
         let key = |n: usize| Digest::of_bytes(&n.to_le_bytes());
         let by = |n: usize| Removal::all(dir.path()).get(&key(n)).map(|r| r.by);
         assert_eq!(by(0), None);

@@ -192,16 +192,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::OpenOptions;
     use crate::action::{ACTION_VERSION, OutputRecord, OutputValue};
-    use crate::{LockWait, OpenOptions};
 
     fn open(dir: &Path) -> Cache {
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        Cache::open(dir, &options).unwrap()
+        Cache::open(dir, &OpenOptions::no_wait("test")).unwrap()
     }
 
     fn flip(path: &Path) {

@@ -34,6 +34,6 @@ mod warden;
 mod why;
 
 pub use language::{
-    Diagnostic, Diagnostics, LoadOptions, definition_schema, eval_bool, load_pipeline, parse_bytes,
-    parse_duration, pipeline_schema, resolve_item, step_schema,
+    Diagnostic, Diagnostics, InProfile, LoadOptions, check_profiles, definition_schema, eval_bool,
+    load_pipeline, parse_bytes, parse_duration, pipeline_schema, resolve_item, step_schema,
 };

@@ -16,7 +16,7 @@ use crate::step::{StepError, World};
 use flowrun_cache::remote::Fetched;
 use flowrun_cache::{
     ActionCache, ActionKey, ActionResult, Artifact, ArtifactKind, ArtifactStore, Cache, CacheError,
-    CacheReader, Digest, RemoteCache,
+    CacheReader, Digest, RemoteCache, is_executable,
 };
 
 /// Version of how `run` steps are run. Raised when the same command may give other bytes.
@@ -136,6 +136,7 @@ impl Lookup {
                     digest: artifact.digest,
                     label: seen.then(|| label.clone()),
                     folder: artifact.kind == ArtifactKind::Tree,
+                    executable: artifact.executable,
                 })
                 .collect()
         };
@@ -259,21 +260,18 @@ impl Lookup {
     fn file(&self, path: &Path) -> Result<Artifact, CacheError> {
         let path = self.root.join(path);
         let Some(cache) = &self.held else {
-            return ArtifactStore::address_of(&path);
+            return self.store.address_in_project(&path);
         };
         let meta = std::fs::metadata(&path).map_err(|e| CacheError::outside(&path, e))?;
         if meta.is_file() {
             let digest = cache.index().file_digest(&path);
-            let known = Artifact {
-                digest: digest.map_err(|e| CacheError::outside(&path, e))?,
-                kind: ArtifactKind::File,
-                size: meta.len(),
-            };
+            let digest = digest.map_err(|e| CacheError::outside(&path, e))?;
+            let known = Artifact::of_file(digest, &meta);
             if self.store.contains(&known) {
                 return Ok(known);
             }
         }
-        self.store.put_path(&path)
+        self.store.put_project_path(&path)
     }
 
     fn named_files(
@@ -289,12 +287,7 @@ impl Lookup {
                 let digest = self.digest(&path).map_err(|e| StepError::io(&path, &e))?;
                 files.insert(word.to_owned(), digest);
                 if let Some(memory) = &self.memory {
-                    let artifact = Artifact {
-                        digest,
-                        kind: ArtifactKind::File,
-                        size: meta.len(),
-                    };
-                    memory.file(step, Path::new(word), &artifact);
+                    memory.file(step, Path::new(word), &Artifact::of_file(digest, meta));
                 }
             } else if let Some(memory) = &self.memory {
                 memory.absent(word);
@@ -310,12 +303,16 @@ impl Lookup {
         }
     }
 
-    /// What lies at `path` is this artifact, byte for byte.
+    /// What lies at `path` is this artifact, byte for byte. A file that is no program may be one there:
+    /// whoever made it one may want to run it.
     pub(crate) fn is_at(&self, artifact: &Artifact, path: &Path) -> bool {
+        let fits = |meta: Metadata| {
+            let is_lost = artifact.executable && !is_executable(&meta);
+            meta.is_file() && meta.len() == artifact.size && !is_lost
+        };
         match artifact.kind {
             ArtifactKind::File => {
-                std::fs::symlink_metadata(path)
-                    .is_ok_and(|m| m.is_file() && m.len() == artifact.size)
+                std::fs::symlink_metadata(path).is_ok_and(fits)
                     && self.digest(path).is_ok_and(|d| d == artifact.digest)
             }
             ArtifactKind::Tree => {

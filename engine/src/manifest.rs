@@ -7,7 +7,7 @@
 //! | kind, its version, the command text | `kind`, `kind_version`, `command` |
 //! | project files that the command text names | `files` |
 //! | resolved params, models, programs | `params` (less URLs and keys) |
-//! | inputs | `inputs`: content digests, labels the step can see, whether it is a folder |
+//! | inputs | `inputs`: content digests, labels the step can see, whether it is a folder or a program |
 //! | facts about the outside world that a kind depends on | `observed` |
 //! | declared environment | `env` |
 //! | step name, paths, times, host, retry, resources, runner, secrets | nowhere |
@@ -64,6 +64,9 @@ pub struct InputKey {
     /// It is a folder: a file may hold the same bytes as the list of a folder's files.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub folder: bool,
+    /// It is a file that may be run.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub executable: bool,
 }
 
 impl ActionManifest {

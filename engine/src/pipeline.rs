@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use flowrun_cache::Digest;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::hook::Hook;
 use crate::language::Diagnostics;
@@ -191,6 +191,23 @@ impl Level {
 }
 
 impl StepNode {
+    /// A step that does this and says nothing else: without params, with the outputs of its kind.
+    #[must_use]
+    pub fn new(name: impl Into<String>, action: Action) -> Self {
+        let outputs = match &action {
+            Action::Uses(step) => step.outputs(),
+            Action::Run(_) => Vec::new(),
+        };
+        Self {
+            name: name.into(),
+            action,
+            params: json!({}),
+            key_params: json!({}),
+            outputs,
+            ..Self::default()
+        }
+    }
+
     /// It works without this input port.
     #[must_use]
     pub fn may_lack(&self, port: &str) -> bool {

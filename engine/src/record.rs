@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use flowrun_cache::Digest;
+pub(crate) use flowrun_cache::archive::REPLACED;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -19,8 +20,6 @@ use crate::pipeline::{ForeachList, Source, StepNode};
 
 /// Version of [`RunPlan`].
 pub const PLAN_VERSION: u32 = 1;
-/// Folder of a run with what published outputs replaced: nobody else has it.
-pub(crate) const REPLACED: &str = "replaced";
 /// Bytes of a log file's name before its ending.
 const LOG_NAME: usize = 100;
 
@@ -147,6 +146,13 @@ impl RunRecorder {
     }
 }
 
+/// Removes the folder of a run that did nothing and could not write its record: it tells nobody
+/// anything.
+pub(crate) fn discard(run_dir: &Path) {
+    // What stays is passed over by whoever looks for a run.
+    let _ = std::fs::remove_dir_all(run_dir);
+}
+
 /// A run as its events tell it.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct RunRecord {
@@ -226,6 +232,13 @@ impl RunRecord {
         }
         let text = format!("version {} of `plan.json` is not known", plan.version);
         Err(std::io::Error::other(text))
+    }
+
+    /// It tells of a run: that it began, or of a step. A run that could not write its record, or was
+    /// killed before, leaves none that does.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        !self.started_at.is_empty() || !self.steps.is_empty()
     }
 
     /// A step by its id.
@@ -436,9 +449,12 @@ mod tests {
         assert_eq!((record.ok, record.took_ms), (Some(false), Some(7)));
         let path = dir.path().join("events.jsonl");
         let bytes = std::fs::read(&path).unwrap();
+        let begun = bytes.iter().position(|b| *b == b'\n').unwrap();
         for at in 0..bytes.len() - 1 {
             std::fs::write(&path, &bytes[..at]).unwrap();
-            assert_eq!(RunRecord::load(dir.path()).unwrap().ok, None, "cut at {at}");
+            let record = RunRecord::load(dir.path()).unwrap();
+            assert_eq!(record.ok, None, "cut at {at}");
+            assert_eq!(record.has_begun(), at >= begun, "cut at {at}");
         }
     }
 

@@ -149,7 +149,7 @@ pub(crate) fn timed_out(limit: Duration) -> StepError {
 mod tests {
     use std::sync::Mutex;
 
-    use flowrun_cache::{Cache, LockWait, OpenOptions};
+    use flowrun_cache::{Cache, OpenOptions};
     use nix::unistd::Pid;
 
     use super::*;
@@ -173,12 +173,7 @@ mod tests {
         cancel: &Cancel,
     ) -> (Result<(), StepError>, Vec<String>, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), &OpenOptions::no_wait("test")).unwrap();
         let warden = Warden::new(&Arc::new(cache));
         let lines = Arc::new(Lines::default());
         let reporter: Arc<dyn StepReporter> = lines.clone();

@@ -6,11 +6,13 @@
 mod cancel;
 mod context;
 mod error;
+mod finished;
 mod reporter;
 
 pub use cancel::Cancel;
 pub use context::{InputArtifact, StepContext, StepSummary};
 pub use error::{StepError, StepErrorKind};
+pub use finished::Finished;
 pub use reporter::{StepReporter, TraceSpan};
 
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! Toy steps, pipelines and a bench to run them on, for tests.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,10 +10,7 @@ use serde_json::{Value, json};
 
 use crate::event::{RunEvent, StepStatus};
 use crate::language::Diagnostics;
-use crate::pipeline::{
-    Action, CachePolicy, Foreach, ForeachList, Level, Pipeline, Resources, Retry, RunnerKind,
-    Source, StepNode,
-};
+use crate::pipeline::{Action, Foreach, ForeachList, Level, Pipeline, Source, StepNode};
 use crate::plan::{Costs, Plan, plan};
 use crate::run::{Expressions, RunOptions, RunSummary, run};
 use crate::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World};
@@ -134,30 +131,7 @@ pub(crate) fn node(name: &str) -> StepNode {
 }
 
 pub(crate) fn uses(name: &str, step: Arc<dyn Step>) -> StepNode {
-    StepNode {
-        name: name.into(),
-        about: None,
-        outputs: step.outputs(),
-        action: Action::Uses(step),
-        params: json!({}),
-        key_params: json!({}),
-        inputs: BTreeMap::new(),
-        lists: BTreeSet::new(),
-        out_paths: BTreeMap::new(),
-        needs: Vec::new(),
-        foreach: None,
-        when: None,
-        env: BTreeMap::new(),
-        secrets: Vec::new(),
-        retry: Retry::default(),
-        timeout: None,
-        resources: Resources::default(),
-        pool: None,
-        runner: RunnerKind::Inline,
-        cache: CachePolicy::Reuse,
-        publish: BTreeMap::new(),
-        expect: Vec::new(),
-    }
+    StepNode::new(name, Action::Uses(step))
 }
 
 /// A `run` step with one output, `out` at `out.txt`.

@@ -1,46 +1,27 @@
 //! Shell steps through the whole run: cache, early cutoff, forcing, failure.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use flowrun_cache::{Cache, LockWait, OpenOptions};
 use flowrun_engine::Diagnostics;
 use flowrun_engine::event::{RunEvent, StepStatus};
-use flowrun_engine::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, Source, StepNode};
+use flowrun_engine::pipeline::{Action, Pipeline, Source, StepNode};
 use flowrun_engine::run::{Expressions, RunOptions, RunSummary, run};
 use flowrun_engine::step::{Cancel, Port, World};
 use flowrun_engine::tracking::Tracking;
-use serde_json::json;
 
 fn shell(name: &str, command: &str, inputs: &[(&str, Source)]) -> StepNode {
     StepNode {
-        name: name.into(),
-        about: None,
-        action: Action::Run(command.into()),
-        params: json!({}),
-        key_params: json!({}),
         inputs: inputs
             .iter()
             .map(|(p, s)| ((*p).to_owned(), vec![s.clone()]))
             .collect(),
-        lists: BTreeSet::new(),
         outputs: vec![Port::new("out", "file", "")],
         out_paths: BTreeMap::from([("out".to_owned(), "result.txt".to_owned())]),
-        needs: vec![],
-        foreach: None,
-        when: None,
-        env: BTreeMap::new(),
-        secrets: vec![],
-        retry: flowrun_engine::pipeline::Retry::default(),
-        timeout: None,
-        resources: flowrun_engine::pipeline::Resources::default(),
-        pool: None,
-        runner: RunnerKind::Inline,
-        cache: CachePolicy::Reuse,
-        publish: BTreeMap::new(),
-        expect: vec![],
+        ..StepNode::new(name, Action::Run(command.into()))
     }
 }
 

@@ -9,7 +9,7 @@ use crate::chat_template::ChatTemplate;
 use crate::error::ModelError;
 use crate::kernels::int8;
 use crate::llama::Int8Weights;
-use crate::lora::Module;
+use crate::lora::{LayerNames, Module};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{GgufModel, Keep, LlamaWeights, SafetensorsModel, keep_dense};
 
@@ -25,6 +25,9 @@ pub struct BaseModel {
     pub chat: ChatTemplate,
     /// A digest of the weights, given by the caller; names the model in records and adapters.
     pub id: String,
+    /// What the files of its adapters call its layers, where nothing else is said: as they are named
+    /// where `transformers` loads the model.
+    pub layer_names: LayerNames,
     /// The weights rounded to 8 bits, once a generator asked for them.
     int8: OnceLock<Option<Int8Weights>>,
     /// Some matrices are rounded only.
@@ -47,6 +50,7 @@ impl BaseModel {
             tokenizer,
             chat,
             id: id.to_owned(),
+            layer_names: LayerNames::Text,
             int8: OnceLock::new(),
             answers_only: false,
             #[cfg(feature = "cuda")]
@@ -143,8 +147,13 @@ impl BaseModel {
             weights,
             tokenizer,
             chat,
+            layer_names,
         } = GgufModel::load(path, keep)?;
-        Ok(Self::new(weights, tokenizer, chat, id))
+        let base = Self::new(weights, tokenizer, chat, id);
+        Ok(Self {
+            layer_names,
+            ..base
+        })
     }
 }
 

@@ -3,11 +3,16 @@
 //! Knows nothing of tokens. Rendering is a pure function: a template that asks for today's date
 //! gets the date that Meta's templates use when they have no clock, so a cached prompt never
 //! depends on the day it was rendered.
+//!
+//! A template comes with a model's files, so a stranger wrote it. Invariant: what a rendering may
+//! do is bounded ([`FUEL`]), its instructions and the texts that it makes; one that goes on for
+//! longer is an error.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 
 use minijinja::{
-    Environment, Error, ErrorKind, Value,
+    Environment, Error, ErrorKind, State, Value,
     syntax::SyntaxConfig,
     value::{Kwargs, Serde},
 };
@@ -20,6 +25,12 @@ const NAME: &str = "chat";
 pub(crate) const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' \
     + m['content'] + '<|im_end|>\\n' }}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+/// What one rendering may do, as minijinja counts it: one for each instruction, and one for each 64
+/// bytes of the texts that it reads and makes, those on the way too. So a template makes some 320
+/// MB at most. Chats of a million tokens, which are some four million bytes, take a tenth of it in
+/// templates that copy each message a handful of times.
+const FUEL: u64 = 5_000_000;
 
 /// What else a template is told, by name (`chat_template_kwargs` of `apply_chat_template` and of
 /// vLLM): `enable_thinking` of Qwen 3, for one.
@@ -69,6 +80,7 @@ impl ChatTemplate {
             .lstrip_blocks(true)
             .build();
         environment.set_syntax(syntax.map_err(parsed)?);
+        environment.set_fuel(Some(FUEL));
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
@@ -94,7 +106,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`ModelError::Template`] when the template refuses the messages (some allow no system
-    /// message, or want user and assistant to alternate).
+    /// message, or want user and assistant to alternate), or does not come to an end.
     pub fn render(
         &self,
         messages: &[ChatMessage],
@@ -132,7 +144,7 @@ impl ChatTemplate {
         );
         let template = self.environment.get_template(NAME);
         let template = template.and_then(|template| template.render(told));
-        template.map_err(|e| ModelError::Template(e.to_string()))
+        template.map_err(|e| failed(&e))
     }
 
     /// What is written after an assistant's message; empty where the template refuses a question
@@ -148,6 +160,33 @@ impl ChatTemplate {
         let after = rendered.rsplit_once(SAID);
         after.map_or(String::new(), |(_, after)| after.to_owned())
     }
+}
+
+/// Whether a rendering did more than it may; what it was about then wraps that.
+fn is_spent(error: &Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(this) = cause {
+        let own = this.downcast_ref::<Error>();
+        if own.is_some_and(|own| own.kind() == ErrorKind::OutOfFuel) {
+            return true;
+        }
+        cause = this.source();
+    }
+    false
+}
+
+/// Why a rendering failed.
+fn failed(error: &Error) -> ModelError {
+    if !is_spent(error) {
+        return ModelError::Template(error.to_string());
+    }
+    let line = error.line().map(|line| format!(" in line {line}"));
+    ModelError::Template(format!(
+        "the model's chat template was stopped{}: it did more than {FUEL} instructions and 64-byte \
+         pieces of text, and a sound one needs far fewer; look for a loop or a text that grows \
+         without end in it, or take the template of the model's own publisher",
+        line.unwrap_or_default()
+    ))
 }
 
 fn message(message: &ChatMessage) -> Value {
@@ -183,24 +222,58 @@ fn strftime(format: String) -> String {
 
 /// Python's `json.dumps(value, ensure_ascii=False)`, which Hugging Face puts in place of Jinja's
 /// own HTML-safe filter.
-fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
+fn tojson(state: &State, value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
-    let mut bytes = Vec::new();
-    match indent {
+    let mut text = Charged {
+        charge: |fuel| state.consume_fuel(fuel),
+        bytes: Vec::new(),
+        spent: None,
+    };
+    let written = match indent {
         None => value.serialize(&mut serde_json::Serializer::with_formatter(
-            &mut bytes, Python,
+            &mut text, Python,
         )),
         Some(indent) => {
             let indent = " ".repeat(indent.min(16));
             let pretty = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
             value.serialize(&mut serde_json::Serializer::with_formatter(
-                &mut bytes, pretty,
+                &mut text, pretty,
             ))
         }
+    };
+    if let Some(spent) = text.spent {
+        return Err(spent);
     }
-    .map_err(failed)?;
-    String::from_utf8(bytes).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+    written.map_err(failed)?;
+    String::from_utf8(text.bytes)
+        .map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// A text that is paid for as it grows: a small value that holds itself twice, over and over, is a
+/// text without end.
+struct Charged<F> {
+    charge: F,
+    bytes: Vec<u8>,
+    /// Why it did not go on.
+    spent: Option<Error>,
+}
+
+impl<F: Fn(u64) -> Result<(), Error>> Write for Charged<F> {
+    fn write(&mut self, piece: &[u8]) -> std::io::Result<usize> {
+        // One for the piece, as for an instruction.
+        let fuel = 1 + piece.len() as u64 / 64;
+        if let Err(spent) = (self.charge)(fuel) {
+            self.spent = Some(spent);
+            return Err(std::io::Error::other("out of fuel"));
+        }
+        self.bytes.extend_from_slice(piece);
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Python's separators: `, ` and `: `.
@@ -346,6 +419,42 @@ mod tests {
         let template = ChatTemplate::new("{{ bos_token }}{{ eos_token }}", "<s>", "</s>").unwrap();
         let other = TemplateArguments::from([("bos_token".to_owned(), "<b>".into())]);
         assert_eq!(template.render_with(&[], true, &other).unwrap(), "<b></s>");
+    }
+
+    #[test]
+    fn a_template_that_goes_on_and_on_is_stopped() {
+        // Grows to twice as much, over and over.
+        let doubling = |of: &str, to: &str, end: &str| {
+            format!(
+                "{{% set ns = namespace(x={of}) %}}{{% for i in range(60) %}}\
+                 {{% set ns.x = {to} %}}{{% endfor %}}{end}"
+            )
+        };
+        for source in [
+            "{% for a in range(9000) %}{% for b in range(9000) %}{% endfor %}{% endfor %}"
+                .to_owned(),
+            doubling("'ab'", "ns.x ~ ns.x", ""),
+            doubling("[1]", "[ns.x, ns.x]", "{{ ns.x | tojson }}"),
+            doubling("[1]", "[ns.x, ns.x]", "{{ ns.x | tojson(indent=2) }}"),
+        ] {
+            let error = render(&source, &[]).unwrap_err().to_string();
+            let said = "chat template: the model's chat template was stopped";
+            assert!(error.starts_with(said), "{source}: {error}");
+            assert!(error.contains("more than 5000000 instructions"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_chat_as_long_as_any_context_is_rendered() {
+        let long = |role: &str| ChatMessage::new(role, "a word ".repeat(600_000));
+        let messages = [long("user"), long("assistant"), long("user")];
+        let template = ChatTemplate::new(THINKING, "", "<|im_end|>").unwrap();
+        let text = template.render(&messages, true).unwrap();
+        assert!(text.len() > 3 * 7 * 600_000);
+        let many: Vec<ChatMessage> = (0..10_000)
+            .map(|i| ChatMessage::new(["user", "assistant"][i % 2], "hm"))
+            .collect();
+        assert!(template.render(&many, false).is_ok());
     }
 
     #[test]

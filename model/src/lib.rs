@@ -41,6 +41,6 @@ pub use generate::{
     Piece, Said, TokenProb,
 };
 pub use llama::Precision;
-pub use lora::{LoraAdapter, LoraConfig, LoraPair};
+pub use lora::{LayerNames, LoraAdapter, LoraConfig, LoraPair};
 pub use tokenizer::{Tokenizer, files_of_gguf};
 pub use weights::{HeadNorms, LayerWeights, LlamaWeights, PostNorms, QkvBias};

@@ -9,8 +9,9 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::architecture::{self, Architecture, tiny_local};
 use crate::base_model::BaseModel;
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::{ChatMessage, ChatTemplate, TemplateArguments};
 use crate::config::{Activation, LlamaConfig};
+use crate::generate::GenerateRequest;
 use crate::lora::{LoraAdapter, LoraConfig, LoraPair, Module};
 use crate::tokenizer::tiny_tokenizer;
 use crate::weights::{HeadNorms, LayerWeights, LlamaWeights, PostNorms, QkvBias};
@@ -116,6 +117,19 @@ pub(crate) fn adapter(model: &LlamaConfig, seed: u64) -> LoraAdapter {
     LoraAdapter {
         layers: layers.collect(),
         config,
+    }
+}
+
+/// A greedy chat of one message.
+pub(crate) fn request(text: &str, max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        messages: vec![ChatMessage::new("user", text)],
+        template_arguments: TemplateArguments::new(),
+        max_tokens,
+        temperature: 0.0,
+        seed: None,
+        stop: vec![],
+        choices: None,
     }
 }
 

@@ -38,7 +38,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ID")]
     pub(crate) name: Option<String>,
     /// What a base model's chat template is told besides the messages, as a JSON object:
-    /// `{"enable_thinking": false}` has Qwen 3 answer at once. A request's own wins.
+    /// `{"enable_thinking": false}` has Qwen 3 answer at once. An adapter that knows what it was
+    /// trained with is told that, and a request's own wins.
     #[arg(long, value_name = "JSON", value_parser = parse_object)]
     pub(crate) default_chat_template_kwargs: Option<BTreeMap<String, Value>>,
     /// Requests that are computed together.

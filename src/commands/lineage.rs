@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use console::style;
-use flowrun_cache::{ArtifactStore, CacheReader};
+use flowrun_cache::CacheReader;
 use flowrun_engine::lineage::{Lineage, MadeBy, MadeOutput, Origin, RunLineage, runs_by_key};
 use serde_json::Value;
 
@@ -45,7 +45,7 @@ fn find(
     runs: &[PathBuf],
     reader: &CacheReader,
 ) -> Result<(RunLineage, MadeOutput), Failure> {
-    let digest = digest_of(artifact)?;
+    let digest = digest_of(artifact, reader)?;
     let mut names = Vec::new();
     for dir in runs {
         let Ok(run) = RunLineage::load(dir, reader) else {
@@ -74,10 +74,11 @@ fn find(
 }
 
 /// The digest of a file or folder, or the digits that were given.
-fn digest_of(artifact: &str) -> Result<Option<String>, Failure> {
+fn digest_of(artifact: &str, reader: &CacheReader) -> Result<Option<String>, Failure> {
     let path = Path::new(artifact);
     if path.exists() {
-        return Ok(Some(ArtifactStore::address_of(path)?.digest.to_hex()));
+        let there = reader.store().address_in_project(path)?;
+        return Ok(Some(there.digest.to_hex()));
     }
     let digits = artifact.len() >= DIGEST && artifact.bytes().all(|b| b.is_ascii_hexdigit());
     Ok(digits.then(|| artifact.to_ascii_lowercase()))

@@ -29,7 +29,7 @@ pub(crate) fn runs(limit: usize, global: &GlobalArgs) -> Result<Exit, Failure> {
     }
     if records.is_empty() {
         out = format!("{} holds no run yet\n", global.cache_dir.display());
-    } else if records.len() < dirs.len() {
+    } else if records.len() == limit && limit < dirs.len() {
         out.push_str("older ones: flowrun runs -n 0\n");
     }
     output::print(&out)

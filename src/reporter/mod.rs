@@ -23,6 +23,8 @@ use self::terminal::TerminalReporter;
 use crate::args::GlobalArgs;
 use crate::output::{bytes, count};
 
+/// Events that are taken together, when so many wait.
+const AT_ONCE: usize = 256;
 /// Earlier runs that are looked at for how long a step took.
 const EARLIER: usize = 3;
 
@@ -79,9 +81,13 @@ impl Reporter {
         mut events: UnboundedReceiver<RunEvent>,
         mut hear: impl FnMut(&RunEvent),
     ) -> io::Result<()> {
-        while let Some(event) = events.blocking_recv() {
-            hear(&event);
-            self.show(&event);
+        let mut batch = Vec::new();
+        while events.blocking_recv_many(&mut batch, AT_ONCE) > 0 {
+            for event in batch.drain(..) {
+                hear(&event);
+                self.take(&event);
+            }
+            self.flush();
         }
         self.end()
     }
@@ -104,6 +110,18 @@ impl Reporter {
 
     /// Shows one event.
     pub(crate) fn show(&mut self, event: &RunEvent) {
+        self.take(event);
+        self.flush();
+    }
+
+    /// Prints what plain lines have gathered.
+    fn flush(&mut self) {
+        if let Self::Plain(reporter) = self {
+            reporter.flush();
+        }
+    }
+
+    fn take(&mut self, event: &RunEvent) {
         match self {
             Self::Json(reporter) => reporter.show(event),
             Self::Plain(reporter) => reporter.show(event),

@@ -18,6 +18,8 @@ pub(crate) struct PlainReporter {
     verbose: bool,
     table: Table,
     last: BTreeMap<String, Instant>,
+    /// Lines that were not printed yet.
+    said: String,
 }
 
 impl PlainReporter {
@@ -27,6 +29,7 @@ impl PlainReporter {
             verbose,
             table: Table::default(),
             last: BTreeMap::new(),
+            said: String::new(),
         }
     }
 
@@ -81,12 +84,12 @@ impl PlainReporter {
             _ => None,
         };
         if let Some(line) = line.filter(|_| !self.quiet) {
-            say(line.trim_end());
+            self.say(line.trim_end());
         }
         match event {
             RunEvent::Warning { step, text } => {
                 let step = step.as_ref().map(|s| format!("{s}: ")).unwrap_or_default();
-                say(&format!("warning: {step}{text}"));
+                self.say(&format!("warning: {step}{text}"));
             }
             RunEvent::StepFinished {
                 step,
@@ -95,21 +98,30 @@ impl PlainReporter {
                 help,
                 ..
             } => {
-                say(&format!("error: {step}: {why}"));
+                self.say(&format!("error: {step}: {why}"));
                 if let Some(help) = help {
-                    say(&format!("  help: {help}"));
+                    self.say(&format!("  help: {help}"));
                 }
             }
             RunEvent::RunFinished { .. } if !self.quiet => {
-                say(self.table.render(None).trim_end());
+                let table = self.table.render(None);
+                self.say(table.trim_end());
             }
             _ => {}
         }
     }
-}
 
-/// One line on stderr. A terminal that went away does not stop the run.
-fn say(line: &str) {
-    // In one piece: stderr is not buffered.
-    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+    fn say(&mut self, line: &str) {
+        self.said.push_str(line);
+        self.said.push('\n');
+    }
+
+    /// Prints what was said, in one piece: stderr is not buffered. A terminal that went away does
+    /// not stop the run.
+    pub(super) fn flush(&mut self) {
+        if !self.said.is_empty() {
+            let _ = std::io::stderr().write_all(self.said.as_bytes());
+            self.said.clear();
+        }
+    }
 }

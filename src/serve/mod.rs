@@ -140,8 +140,8 @@ fn open_bundle(args: &ServeArgs, world: &World) -> Result<Arc<Service>, Failure>
     }
     if args.default_chat_template_kwargs.is_some() {
         return Err(Failure::usage(
-            "`--default-chat-template-kwargs` needs a base model; a bundle has its own, those of \
-             the model's entry that it was made with",
+            "`--default-chat-template-kwargs` needs a base model; a bundle has its own, those that \
+             its checkpoint was trained with or else those of its model's entry",
         ));
     }
     let bundle = Bundle::open(&world.root).map_err(unusable)?;

@@ -113,6 +113,7 @@ pub(super) async fn batch(
             &result.prediction,
             Err(RowError::Lm(
                 LmError::Unavailable(_)
+                    | LmError::ServerError(_)
                     | LmError::Barred(_)
                     | LmError::NoModel(_)
                     | LmError::Cancelled

@@ -184,9 +184,10 @@ impl From<LmError> for Problem {
         match error {
             LmError::Rejected(why) => Self::bad(why),
             LmError::TooLong(why) => Self::bad(why).code("context_length_exceeded"),
-            LmError::Unavailable(why) | LmError::Barred(why) | LmError::NoModel(why) => {
-                Self::new(StatusCode::BAD_GATEWAY, why)
-            }
+            LmError::Unavailable(why)
+            | LmError::ServerError(why)
+            | LmError::Barred(why)
+            | LmError::NoModel(why) => Self::new(StatusCode::BAD_GATEWAY, why),
             LmError::Cancelled => Refused::Down.into(),
         }
     }

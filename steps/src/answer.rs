@@ -284,8 +284,7 @@ pub(crate) const KEPT_ANSWERS: &str = "kept_answers";
 /// `cost_usd` where prices are known.
 #[must_use]
 pub(crate) fn with_usage(outcome: StepOutcome, usage: &Usage) -> StepOutcome {
-    let tokens = usage.prompt_tokens + usage.completion_tokens;
-    let mut outcome = outcome.metric("tokens", tokens);
+    let mut outcome = outcome.metric("tokens", usage.tokens());
     if usage.cached > 0 {
         outcome = outcome.metric(KEPT_ANSWERS, usage.cached);
     }
@@ -319,6 +318,63 @@ pub fn is_too_long(result: &RowResult) -> bool {
     matches!(result.prediction, Err(RowError::Lm(LmError::TooLong(_))))
 }
 
+/// The metric of the rows that were dropped because the server refuses them, where there are some.
+const FAILED: &str = "failed";
+
+/// How many rows a step may drop because their server refuses them for good, and how many it has.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Refusals {
+    most: usize,
+    rows: usize,
+    /// Some row had an answer.
+    answered: bool,
+}
+
+impl Refusals {
+    /// None yet, and at most so many: `max_failed`.
+    pub(crate) fn at_most(most: usize) -> Self {
+        Self {
+            most,
+            ..Self::default()
+        }
+    }
+
+    /// Adds how many there were, where there were some.
+    #[must_use]
+    pub(crate) fn told(self, outcome: StepOutcome) -> StepOutcome {
+        match self.rows {
+            0 => outcome,
+            rows => outcome.metric(FAILED, rows),
+        }
+    }
+
+    /// Why rows are not dropped, for the end of a sentence.
+    fn why_not(self) -> String {
+        let Self { most, rows, .. } = self;
+        match self.answered {
+            true => format!("; {rows} failed in all (`max_failed` is {most})"),
+            false => "; not one was answered, so none is dropped (`max_failed`)".to_owned(),
+        }
+    }
+
+    /// Takes the rows of one call; whether they may be dropped. A server that has refused every row
+    /// so far refuses more than rows.
+    fn admit(&mut self, refused: usize, all: usize) -> bool {
+        self.answered |= refused < all;
+        self.rows += refused;
+        self.answered && self.rows <= self.most
+    }
+}
+
+/// Whether the server refuses this row for good, while others may be answered: it says no to it, or
+/// had an error of its own at every try.
+fn is_refused(result: &RowResult) -> bool {
+    matches!(
+        result.prediction,
+        Err(RowError::Lm(LmError::Rejected(_) | LmError::ServerError(_)))
+    )
+}
+
 /// Adds how many prompts were too long, where some were.
 #[must_use]
 pub(crate) fn with_too_long(outcome: StepOutcome, rows: usize) -> StepOutcome {
@@ -347,16 +403,18 @@ pub fn check_fits(results: &[RowResult]) -> Result<(), StepError> {
 }
 
 /// Stops a step whose model did not answer some rows: an outage is no score. A row whose prompt is
-/// too long is none: it has no answer, and the others stand. What was used so far is told, as a
-/// failed step reports no metrics.
+/// too long is none: it has no answer, and the others stand; so it is with those that the server
+/// refuses, as many as `refusals` allow. What was used so far is told, as a failed step reports no
+/// metrics.
 ///
 /// # Errors
-/// Cancelled; invalid when the program does not fit the rows; transient while the model cannot be reached, failed when it refused; with the first
-/// reason.
+/// Cancelled; invalid when the program does not fit the rows; transient while the model cannot be
+/// reached, failed when it refused; with the weightiest reason.
 pub(crate) fn check_answered(
     ctx: &StepContext,
     results: &[RowResult],
     usage: &Usage,
+    refusals: &mut Refusals,
 ) -> Result<(), StepError> {
     ctx.check_cancelled()?;
     // The program cannot ask about this row at all: no model is to blame, and it is no score.
@@ -380,17 +438,25 @@ pub(crate) fn check_answered(
             _ => None,
         })
         .collect();
-    // Of several reasons, the one that must be seen to.
+    let refused = results.iter().filter(|result| is_refused(result)).count();
+    if refusals.admit(refused, results.len()) && refused == lost.len() {
+        return Ok(());
+    }
+    // Of several reasons, the one that must be seen to; of an outage, what ended it, which those
+    // have that were not sent any more.
+    lost.reverse();
     lost.sort_by_key(|error| match error {
         LmError::Barred(_) | LmError::NoModel(_) => 0,
         LmError::Rejected(_) => 1,
+        LmError::ServerError(_) => 3,
         _ => 2,
     });
     let Some(first) = lost.first() else {
         return Ok(());
     };
     // What a server refuses once it refuses again.
-    let passes = lost.iter().all(|e| matches!(e, LmError::Unavailable(_)));
+    let may_pass = |e: &&LmError| matches!(e, LmError::Unavailable(_) | LmError::ServerError(_));
+    let passes = lost.iter().all(may_pass);
     let kind = if passes {
         StepErrorKind::Transient
     } else {
@@ -398,7 +464,10 @@ pub(crate) fn check_answered(
     };
     let (lost, all) = (lost.len(), results.len());
     let mut text = format!("{lost} of {all} rows got no answer: {first}");
-    let tokens = usage.prompt_tokens + usage.completion_tokens;
+    if refused == lost && refusals.most > 0 {
+        text += &refusals.why_not();
+    }
+    let tokens = usage.tokens();
     if tokens > 0 {
         let cost = usage.cost.map(|cost| format!(", ${cost:.4}"));
         text += &format!(
@@ -444,5 +513,37 @@ mod tests {
         let refused = check_fits(&[long(), long()]).unwrap_err().message;
         let said = "none of 2 prompts fits into the model's context: context_length_exceeded: 8 of";
         assert!(refused.starts_with(said), "{refused}");
+    }
+
+    #[test]
+    fn rows_that_the_server_refuses_are_dropped_up_to_a_number() {
+        let mut none = Refusals::default();
+        assert!(none.admit(0, 4));
+        assert!(!none.admit(1, 4));
+        // Over several calls.
+        let mut two = Refusals::at_most(2);
+        assert!(two.admit(1, 4) && two.admit(0, 4) && two.admit(1, 1));
+        assert!(!two.admit(1, 4));
+        let told = two.told(StepOutcome::default());
+        assert_eq!(told.metrics["failed"], 3);
+        // It may well be something else than the rows.
+        assert!(!Refusals::at_most(100).admit(4, 4));
+    }
+
+    #[test]
+    fn only_what_the_server_says_of_a_row_is_the_rows_own_matter() {
+        let of = |error: LmError| is_refused(&result(Err(RowError::Lm(error))));
+        let why = || "no".to_owned();
+        assert!(of(LmError::Rejected(why())) && of(LmError::ServerError(why())));
+        for error in [
+            LmError::Unavailable(why()),
+            LmError::Barred(why()),
+            LmError::NoModel(why()),
+            LmError::TooLong(why()),
+            LmError::Cancelled,
+        ] {
+            assert!(!of(error.clone()), "{error:?}");
+        }
+        assert!(!is_refused(&result(Ok(Prediction::default()))));
     }
 }

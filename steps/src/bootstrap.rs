@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{
-    Answerer, SamplingSpec, check_answered, check_fits, examples, is_too_long, rows_at_once,
-    with_too_long, with_usage,
+    Answerer, Refusals, SamplingSpec, check_answered, check_fits, examples, is_too_long,
+    rows_at_once, with_too_long, with_usage,
 };
 use crate::estimate::{Calls, estimate, server};
 use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
@@ -64,6 +64,11 @@ struct Params {
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 1.0))]
     min_confidence: f64,
+    /// Drop up to so many rows that the model's server refuses for good: it says no to that row
+    /// alone (400), or has an error of its own (5xx) at every try. One more ends the step with an
+    /// error.
+    #[serde(default)]
+    max_failed: usize,
 }
 
 fn one() -> usize {
@@ -170,6 +175,7 @@ impl Step for Bootstrap {
         let mut rows = JsonlReader::<Row>::open(unlabelled)?;
         let portion = portion(params.model.as_ref());
         let mut too_long = 0;
+        let mut refusals = Refusals::at_most(params.max_failed);
         loop {
             let some: Vec<Row> = rows.by_ref().take(portion).collect::<Result<_, _>>()?;
             if some.is_empty() {
@@ -181,7 +187,7 @@ impl Step for Bootstrap {
                 ctx.reporter.progress(done, total, "rows", "labelled");
             };
             let results = answerer.run(&examples(&some, &field), &field, &progress)?;
-            check_answered(ctx, &results, &answerer.usage())?;
+            check_answered(ctx, &results, &answerer.usage(), &mut refusals)?;
             if before == 0 {
                 check_fits(&results)?;
             }
@@ -204,7 +210,7 @@ impl Step for Bootstrap {
         let outcome = StepOutcome::default()
             .metric("labelled", kept)
             .metric("dropped", dropped);
-        let outcome = with_too_long(outcome, too_long);
+        let outcome = refusals.told(with_too_long(outcome, too_long));
         Ok(with_usage(outcome, &answerer.usage()))
     }
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::answer::{
-    Answerer, SamplingSpec, check_answered, check_fits, check_metric, examples, question,
+    Answerer, Refusals, SamplingSpec, check_answered, check_fits, check_metric, examples, question,
     with_too_long, with_usage,
 };
 use crate::checkpoint::Checkpoint;
@@ -267,7 +267,9 @@ fn score(
         let before = results.len();
         let told = |done: usize| progress(before + done);
         let answered = answerer.run(chunk, field, &told)?;
-        check_answered(ctx, &answered, &answerer.usage())?;
+        // A row without an answer has no score.
+        let mut none = Refusals::default();
+        check_answered(ctx, &answered, &answerer.usage(), &mut none)?;
         results.extend(answered);
         let failed = results.iter().filter(|result| result.prediction.is_err());
         if params.max_errors.is_some_and(|max| failed.count() >= max) {

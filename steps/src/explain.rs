@@ -9,7 +9,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::answer::{Answerer, SamplingSpec, check_answered, check_fits, examples, with_usage};
+use crate::answer::{
+    Answerer, Refusals, SamplingSpec, check_answered, check_fits, examples, with_usage,
+};
 use crate::estimate::{Calls, estimate, server};
 use crate::models::{Host, ModelSpec, observe, settle};
 use crate::program_file::ProgramFile;
@@ -34,6 +36,11 @@ struct Params {
     /// How the model draws tokens.
     #[serde(default)]
     sampling: SamplingSpec,
+    /// Drop up to so many rows that the model's server refuses for good: it says no to that row
+    /// alone (400), or has an error of its own (5xx) at every try. One more ends the step with an
+    /// error.
+    #[serde(default)]
+    max_failed: usize,
 }
 
 impl Step for Explain {
@@ -58,7 +65,7 @@ impl Step for Explain {
             Port::new(
                 "dropped",
                 "examples",
-                "Rows whose reason could not be read, each with why.",
+                "Rows that have no reason that could be read, each with why.",
             ),
         ]
     }
@@ -101,7 +108,8 @@ impl Step for Explain {
                 .progress(done as u64, total, "rows", "explained");
         };
         let results = answerer.run(&examples(&rows, LABEL), LABEL, &progress)?;
-        check_answered(ctx, &results, &answerer.usage())?;
+        let mut refusals = Refusals::at_most(params.max_failed);
+        check_answered(ctx, &results, &answerer.usage(), &mut refusals)?;
         check_fits(&results)?;
         let mut explained = Vec::with_capacity(rows.len());
         let mut dropped = Vec::new();
@@ -119,8 +127,8 @@ impl Step for Explain {
         }
         if !dropped.is_empty() {
             ctx.reporter.warning(&format!(
-                "{} of {total} rows were dropped: too long for the model, or their reason could not be \
-                 read; the output `dropped` says why, row by row",
+                "{} of {total} rows were dropped: too long for the model, refused by its server, or \
+                 their reason could not be read; the output `dropped` says why, row by row",
                 dropped.len()
             ));
         }
@@ -129,6 +137,6 @@ impl Step for Explain {
         let outcome = StepOutcome::default()
             .metric("explained", explained.len())
             .metric("dropped", dropped.len());
-        Ok(with_usage(outcome, &answerer.usage()))
+        Ok(with_usage(refusals.told(outcome), &answerer.usage()))
     }
 }

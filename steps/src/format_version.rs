@@ -88,33 +88,35 @@ mod tests {
     }
 
     /// The same file, as a later flowrun writes it.
-    fn is_refused<T: serde::de::DeserializeOwned>(newer: &str) {
+    fn is_refused<T: serde::de::DeserializeOwned>(newer: &str, version: u32, known: &str) {
         let Err(error) = serde_json::from_str::<T>(newer) else {
             panic!("{newer} was read");
         };
         let error = error.to_string();
-        assert!(
-            error.contains("format has version 2, and flowrun "),
-            "{error}"
-        );
-        assert!(error.contains("reads version 1:"), "{error}");
+        let said = format!("format has version {version}, and flowrun ");
+        assert!(error.contains(&said), "{error}");
+        assert!(error.contains(&format!("reads {known}:")), "{error}");
     }
 
     #[test]
-    fn a_checkpoint_without_a_version_keeps_its_bytes_and_a_newer_one_is_refused() {
+    fn a_checkpoint_of_the_first_version_is_read_and_a_newer_one_is_refused() {
         let old = r#"{"name":"base","epoch":0,"step":0,"lineage":{}}"#;
-        stays_as_it_is::<Checkpoint>(old);
-        is_refused::<Checkpoint>(&old.replacen('{', r#"{"version":2,"tokens":9,"#, 1));
-        let first = old.replacen('{', r#"{"version":1,"#, 1);
-        let read: Checkpoint = serde_json::from_str(&first).unwrap();
-        assert_eq!(read, Checkpoint::base());
+        let versioned = |version: u32| old.replacen('{', &format!(r#"{{"version":{version},"#), 1);
+        for text in [old.to_owned(), versioned(1), versioned(2)] {
+            let read: Checkpoint = serde_json::from_str(&text).unwrap();
+            assert_eq!(read, Checkpoint::base(), "{text}");
+            assert_eq!(serde_json::to_string(&read).unwrap(), versioned(2));
+        }
+        let newer = versioned(3).replacen(r#""name""#, r#""tokens":9,"name""#, 1);
+        is_refused::<Checkpoint>(&newer, 3, "versions 1 to 2");
     }
 
     #[test]
     fn scores_without_a_version_keep_their_bytes_and_newer_ones_are_refused() {
         let old = r#"{"dataset":"d","model":"m","programs":[]}"#;
         stays_as_it_is::<Scores>(old);
-        is_refused::<Scores>(&old.replacen('{', r#"{"version":2,"tasks":[],"#, 1));
+        let newer = old.replacen('{', r#"{"version":2,"tasks":[],"#, 1);
+        is_refused::<Scores>(&newer, 2, "version 1");
     }
 
     #[test]
@@ -130,6 +132,6 @@ mod tests {
         );
         stays_as_it_is::<ProgramFile>(&old);
         let newer = old.replacen(r#"{"spec""#, r#"{"version":2,"more":1,"spec""#, 1);
-        is_refused::<ProgramFile>(&newer);
+        is_refused::<ProgramFile>(&newer, 2, "version 1");
     }
 }

@@ -120,8 +120,10 @@ fn add(program: &mut ProgramScore, more: ProgramScore) {
     program.n += more.n;
     program.correct += more.correct;
     program.parse_failures += more.parse_failures;
-    program.prompt_tokens += more.prompt_tokens;
-    program.completion_tokens += more.completion_tokens;
+    program.prompt_tokens = program.prompt_tokens.saturating_add(more.prompt_tokens);
+    program.completion_tokens = program
+        .completion_tokens
+        .saturating_add(more.completion_tokens);
     program.cost_usd = program.cost_usd.zip(more.cost_usd).map(|(a, b)| a + b);
     program.leakage = match (program.leakage.take(), more.leakage) {
         (Some(a), Some(b)) => Some(Leakage {

@@ -216,8 +216,11 @@ impl Step for Optimize {
         let unavailable =
             lm.totals().unavailable + proposer.as_ref().map_or(0, |p| p.totals().unavailable);
         if unavailable > 0 {
-            let text =
-                format!("the model could not be reached for {unavailable} calls of the search");
+            let lost = lm.lost().or_else(|| proposer.as_ref()?.lost());
+            let why = lost.map(|error| format!(": {error}")).unwrap_or_default();
+            let text = format!(
+                "the model could not be reached for {unavailable} calls of the search{why}"
+            );
             return Err(StepError::new(StepErrorKind::Transient, text)
                 .help("the answers that came are kept; a later run asks only for the rest"));
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::batch_server::BatchServer;
-use crate::oracle_faults::{all_there, project, run, upstream};
+use crate::label_job::{all_there, project, run, upstream};
 
 const ROWS: usize = 40;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::fault_proxy::{Fault, Proxy};
-use crate::oracle_faults::{all_there, project, run, upstream};
+use crate::label_job::{all_there, project, run, upstream};
 use crate::project::Project;
 
 const ROWS: usize = 40;
@@ -97,6 +97,44 @@ fn steps_that_run_at_once_share_their_places_and_connections() {
     assert!(proxy.most_at_once() <= 4, "{}", proxy.most_at_once());
     // One that is being given back may not be there in time.
     assert!(proxy.connections() <= 8, "{}", proxy.connections());
+}
+
+/// The rows in four shards, each labelled in a process of its own.
+const SHARDED: &str = "  shard:
+    uses: shard
+    in: { rows: load.test }
+    with: { size: 10 }
+  label:
+    uses: bootstrap
+    runner: process
+    foreach: { shard: shard.shards }
+    in: { unlabelled: '${{ item.shard }}', labels: labels.labels }
+    with: { program: classify, model: oracle }
+  all:
+    uses: concat
+    in: { parts: label.rows }
+    publish: { rows: rows.jsonl }
+  left:
+    uses: concat
+    in: { parts: label.dropped }
+    publish: { rows: dropped.jsonl }
+";
+
+#[test]
+fn items_in_processes_share_the_places_of_their_entry() {
+    let (_folder, server) = upstream();
+    let proxy = Proxy::start(&server.url, |_| {
+        Some(Fault::Late(Duration::from_millis(20)))
+    });
+    let project = project(ROWS, &proxy.url, "tiny", "");
+    project.edit("p.yaml", "concurrency: 1", "concurrency: 4");
+    let text = project.read("p.yaml");
+    let (head, _) = text.split_once("  label:\n").unwrap();
+    project.write("p.yaml", &format!("{head}{SHARDED}"));
+    project.run(&["p.yaml", "-j", "4"]).ok();
+    all_there(&project, ROWS);
+    assert_eq!(answers(&proxy), ROWS);
+    assert!(proxy.most_at_once() <= 4, "{}", proxy.most_at_once());
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
+use crate::files;
 use crate::project::Project;
 
 const JSON: &[&str] = &["pipeline.yaml", "--json"];
@@ -24,19 +25,7 @@ fn run_with(project: &Project, letter: &str) -> Vec<String> {
 
 /// Files below a folder of the cache.
 fn files(project: &Project, folder: &str) -> Vec<PathBuf> {
-    let (mut files, mut left) = (Vec::new(), vec![project.path(".flowrun").join(folder)]);
-    while let Some(folder) = left.pop() {
-        for entry in std::fs::read_dir(folder).into_iter().flatten() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                left.push(path);
-            } else {
-                files.push(path);
-            }
-        }
-    }
-    files.sort();
-    files
+    files::below(&project.path(".flowrun").join(folder))
 }
 
 fn flip(path: &PathBuf) {
@@ -281,6 +270,31 @@ fn damage_is_found_set_aside_and_made_again() {
     let again = project.run(JSON).ok();
     assert!(!again.steps("ran").is_empty());
     assert_eq!(project.read("results/note.txt"), "lines with it 2\n");
+    project.run(&["cache", "verify"]).ok();
+}
+
+#[test]
+fn a_command_that_only_reads_leaves_damage_to_whoever_holds_the_cache() {
+    let project = Project::shell();
+    project.run(JSON).ok();
+    let damaged = &files(&project, "actions")[0];
+    flip(damaged);
+    project.run(&["plan", "pipeline.yaml"]).ok();
+    project.run(&["why", "note", "pipeline.yaml"]).ok();
+    assert!(damaged.exists());
+    let repaired = json(&project, &["cache", "repair"]);
+    assert!(!repaired["damage"].as_array().unwrap().is_empty());
+    assert!(!damaged.exists());
+    project.run(&["cache", "verify"]).ok();
+}
+
+#[test]
+fn an_index_that_is_no_folder_is_repaired() {
+    let project = Project::shell();
+    project.run(JSON).ok();
+    project.write(".flowrun/index.sled", "no index\n");
+    project.run(&["cache", "repair"]).ok();
+    assert!(!project.path(".flowrun/index.sled").is_file());
     project.run(&["cache", "verify"]).ok();
 }
 

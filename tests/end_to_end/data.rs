@@ -1,10 +1,9 @@
 //! The data steps, on the stand-in and, where it is at hand, on banking77.
 
-use std::path::{Path, PathBuf};
-
 use serde_json::Value;
 
 use crate::project::Project;
+use crate::real_data::distdir;
 
 const PIPELINE: &str = "\
 name: data
@@ -33,17 +32,6 @@ steps:
     out: { rows: rows.jsonl, labels: labels.json, info: about.json }
     publish: { rows: rows.jsonl, labels: labels.json, info: about.json }
 ";
-
-/// The folder with the real files, where there is one; `FLOWRUN_E2E=full` demands it.
-pub(crate) fn distdir() -> Option<PathBuf> {
-    let named = std::env::var_os("FLOWRUN_DISTDIR").map(PathBuf::from);
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/dist");
-    let mut folders = named.into_iter().chain([beside]);
-    let found = folders.find(|d| d.join("banking77/train.csv").is_file());
-    let demanded = std::env::var("FLOWRUN_E2E").is_ok_and(|value| value == "full");
-    assert!(found.is_some() || !demanded, "banking77 is not at hand");
-    found
-}
 
 fn metric(events: &[Value], step: &str, name: &str) -> Value {
     let ended = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;

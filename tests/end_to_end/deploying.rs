@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::external::named;
 use crate::mount::Mount;
 use crate::project::{Project, Run};
 use crate::server::{Server, client, free_port};
@@ -423,8 +424,7 @@ fn a_bundle_is_rendered_for_every_target_that_can_run_it() {
 
 #[test]
 fn the_manifests_are_valid_by_the_schemas_of_kubernetes() {
-    let Some(validate) = std::env::var_os("FLOWRUN_KUBERNETES_VALIDATE") else {
-        println!("skipped: FLOWRUN_KUBERNETES_VALIDATE names no `kubernetes-validate`");
+    let Some(validate) = named("FLOWRUN_KUBERNETES_VALIDATE", "`kubernetes-validate`") else {
         return;
     };
     let project = tiny::project();

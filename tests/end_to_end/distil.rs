@@ -6,9 +6,9 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::data::distdir;
 use crate::deployed::{Current, StopAtEnd, a_bundle_is_served};
 use crate::project::{Project, Run};
+use crate::real_data::distdir;
 
 /// Three intents, thirty labels, two short epochs.
 const SMALL: [&str; 14] = [

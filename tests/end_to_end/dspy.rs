@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 use crate::classify::{self, CONVERT, run};
+use crate::external::named;
 use crate::oracle::{Oracle, query};
 use crate::programs::project;
 use crate::project::Run;
@@ -131,8 +132,8 @@ program.save(sys.argv[2])
 /// The real thing, where `FLOWRUN_DSPY_PYTHON` names a Python that has DSPy 3.
 #[test]
 fn dspy_itself_reads_such_a_file_and_writes_one_that_is_read_here() {
-    let Some(python) = std::env::var_os("FLOWRUN_DSPY_PYTHON") else {
-        println!("skipped: FLOWRUN_DSPY_PYTHON names no Python with DSPy 3 (pip install dspy)");
+    let dspy = "Python with DSPy 3 (pip install dspy)";
+    let Some(python) = named("FLOWRUN_DSPY_PYTHON", dspy) else {
         return;
     };
     let oracle = Oracle::start(|_| Some("card".to_owned()));

@@ -29,7 +29,7 @@ fn request(project: &Project, params: &Value, data: &Value, offline: bool) -> Va
         "completions": null, "actions": project.path("actions"), "memory": 0,
         "offline": offline, "distdir": null, "user_cache": project.path("user-cache/flowrun"),
         "root": project.path("."), "started_at": SystemTime::UNIX_EPOCH, "finished": [],
-        "traced": false,
+        "at_once": 1, "traced": false,
     })
 }
 

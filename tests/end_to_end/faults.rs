@@ -3,11 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
+use crate::files;
 use crate::mount::Mount;
 use crate::processes::signal;
 use crate::project::{Project, Run};
@@ -80,23 +80,9 @@ fn ran_keys(run: &Run) -> BTreeSet<String> {
         .collect()
 }
 
-fn files_below(folder: &Path) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files.extend(files_below(&path));
-        } else {
-            files.push(path);
-        }
-    }
-    files.sort();
-    files
-}
-
 /// Keys of all results that are recorded.
 fn recorded(project: &Project) -> BTreeSet<String> {
-    files_below(&project.path(".flowrun/actions"))
+    files::below(&project.path(".flowrun/actions"))
         .iter()
         .filter(|path| path.extension().is_some_and(|e| e == "json"))
         .map(|path| {
@@ -108,17 +94,6 @@ fn recorded(project: &Project) -> BTreeSet<String> {
             )
         })
         .collect()
-}
-
-pub(crate) fn spawn(project: &Project, args: &[&str]) -> Child {
-    let mut command = project.command(args);
-    // A group of its own, so that a test can kill the lot.
-    command.process_group(0);
-    command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
 }
 
 /// Numbers that differ from run to run; printed, so that a failure can be repeated.
@@ -160,7 +135,7 @@ fn killed_at_random_moments_nothing_recorded_runs_again_and_every_digest_is_righ
         // A run is killed again and again until one gets through.
         loop {
             let before = recorded(&project);
-            let mut child = spawn(&project, RUN);
+            let mut child = project.spawn(RUN);
             std::thread::sleep(Duration::from_millis(random.below(length + length / 8)));
             if let Some(status) = child.try_wait().unwrap() {
                 assert!(status.success(), "{status}");
@@ -243,7 +218,7 @@ fn damaged_files_of_the_cache_are_never_believed() {
             for how in 0..5 {
                 let files: Vec<PathBuf> = match whole.path(".flowrun").join(kind) {
                     path if path.is_file() => vec![path],
-                    path => files_below(&path),
+                    path => files::below(&path),
                 };
                 if files.is_empty() {
                     continue;
@@ -361,7 +336,7 @@ fn eight_runs_at_once_on_one_cache_run_each_step_once() {
     let children: Vec<Child> = (0..8)
         .map(|i| {
             let file = ["pipeline.yaml", "other.yaml"][i % 2];
-            spawn(&project, &[file, "--json"])
+            project.spawn(&[file, "--json"])
         })
         .collect();
     let runs: Vec<Run> = children

@@ -3,12 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::external::named;
+use crate::processes::signal;
 use crate::project::Project;
 use crate::server::Server;
 use crate::tiny::{self, write_adapter, write_model};
@@ -20,36 +22,13 @@ fn project(server: &Server, backend: &str, adapters: &str) -> Project {
         "  student:\n    provider: openai\n    base_url: {}/v1\n    model: tiny\n    guided: vllm\n{adapters}",
         server.url
     );
-    let pipeline = project.read("pipeline.yaml");
-    let start = pipeline.find("  student:").unwrap();
-    let end = pipeline.find("programs:").unwrap();
-    let score = pipeline.find("  score:").unwrap();
-    let text = format!(
-        "{}{student}{}{}",
-        &pipeline[..start],
-        &pipeline[end..score],
-        TRAINED.replace("BACKEND", backend)
+    tiny::train(
+        &project,
+        Some(&student),
+        &format!("backend:\n        {backend}"),
     );
-    project.write("pipeline.yaml", &text);
     project
 }
-
-const TRAINED: &str = r#"
-  finetune:
-    uses: finetune
-    in: { messages: chats.messages, lineage: chats.lineage }
-    with:
-      model: student
-      epochs: 2
-      batch_size: 4
-      backend:
-        BACKEND
-  score:
-    uses: evaluate
-    foreach: { adapter: [finetune.base, finetune.checkpoints] }
-    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
-    with: { model: student, sampling: { max_tokens: 8 } }
-"#;
 
 /// A server of the tiny model that trains, working in `project`.
 fn trainer(project: &Project) -> Server {
@@ -65,6 +44,14 @@ fn home() -> Project {
 }
 
 const OPENAI: &str = "openai: { poll_s: 0.1, suffix: intents, hyperparameters: { learning_rate: 0.01, lora_rank: 2 } }";
+
+/// A project whose training takes a while.
+fn slow_project(server: &Server) -> Project {
+    let project = project(server, OPENAI, "");
+    project.edit("pipeline.yaml", "epochs: 2", "epochs: 80");
+    project.edit("pipeline.yaml", "batch_size: 4", "batch_size: 1");
+    project
+}
 
 fn jobs(server: &Server) -> Vec<Value> {
     let listed: Value = server.get("/v1/fine_tuning/jobs").json().unwrap();
@@ -127,10 +114,7 @@ fn a_server_trains_and_every_checkpoint_is_scored_there() {
 fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
     let home = home();
     let server = trainer(&home);
-    let slow = OPENAI;
-    let project = project(&server, slow, "");
-    project.edit("pipeline.yaml", "epochs: 2", "epochs: 80");
-    project.edit("pipeline.yaml", "batch_size: 4", "batch_size: 1");
+    let project = slow_project(&server);
     let started = |server: &Server| {
         let jobs = jobs(server);
         jobs.iter().any(|job| job["status"] == "running")
@@ -191,10 +175,7 @@ fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
 fn stopping_the_run_cancels_the_job() {
     let home = home();
     let server = trainer(&home);
-    let slow = OPENAI;
-    let project = project(&server, slow, "");
-    project.edit("pipeline.yaml", "epochs: 2", "epochs: 80");
-    project.edit("pipeline.yaml", "batch_size: 4", "batch_size: 1");
+    let project = slow_project(&server);
     let mut run = project
         .command(&["pipeline.yaml"])
         .stdout(Stdio::null())
@@ -202,14 +183,7 @@ fn stopping_the_run_cancels_the_job() {
         .spawn()
         .unwrap();
     wait(|| jobs(&server).iter().any(|job| job["status"] == "running"));
-    let pid = run.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
+    signal("-INT", run.id());
     assert_eq!(run.wait().unwrap().code(), Some(130));
     let said: Vec<String> = BufReader::new(run.stderr.take().unwrap())
         .lines()
@@ -423,8 +397,7 @@ fn answers(project: &Project, run: &crate::project::Run) -> Vec<(String, Vec<Val
 /// The real thing, where `FLOWRUN_TRL` names TRL's command.
 #[test]
 fn trl_trains_and_its_checkpoints_answer() {
-    let Some(trl) = std::env::var_os("FLOWRUN_TRL").map(PathBuf::from) else {
-        println!("skipped: FLOWRUN_TRL names no `trl` (pip install trl peft)");
+    let Some(trl) = named("FLOWRUN_TRL", "`trl` (pip install trl peft)") else {
         return;
     };
     assert!(trl.is_file(), "{} is no file", trl.display());

@@ -2,13 +2,12 @@
 //! step goes on. The server is this program's; what stands before it unloads the adapter there.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
 use crate::project::Project;
+use crate::receiver::Receiver;
 use crate::server::{Server, client};
 use crate::tiny::{self, write_adapter, write_model};
 
@@ -29,42 +28,23 @@ struct Forgetful {
 
 impl Forgetful {
     fn start(upstream: &str) -> (Arc<Self>, String) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let own = Arc::new(Self {
             upstream: upstream.to_owned(),
             counts: Mutex::default(),
         });
         let forgetful = Arc::clone(&own);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                let own = Arc::clone(&own);
-                std::thread::spawn(move || {
-                    let mut reader = BufReader::new(stream.try_clone().unwrap());
-                    while own.serve(&mut reader, &stream).is_some() {}
-                });
-            }
+        let server = Receiver::start(move |_, sent| {
+            let body = serde_json::from_slice::<Value>(&sent.body);
+            // Status 0 hangs up.
+            body.map_or((0, String::new()), |body| own.answer(&sent.path, &body))
         });
-        (forgetful, url)
+        (forgetful, format!("{}/v1", server.url))
     }
 
-    fn serve(&self, reader: &mut BufReader<TcpStream>, mut stream: &TcpStream) -> Option<()> {
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            (reader.read_line(&mut head).ok()? > 0).then_some(())?;
-        }
-        let path = head.split(' ').nth(1)?.to_owned();
-        let lower = head.to_lowercase();
-        let length = lower
-            .lines()
-            .find_map(|line| line.strip_prefix("content-length: "))?;
-        let mut body = vec![0_u8; length.trim().parse().ok()?];
-        reader.read_exact(&mut body).ok()?;
-        let body: Value = serde_json::from_slice(&body).ok()?;
+    fn answer(&self, path: &str, body: &Value) -> (u16, String) {
         // One at a time, so that what is unloaded is so before the next request.
         let mut counts = self.counts.lock().unwrap();
-        let answer = self.post(&path, &body);
-        let (status, text) = (answer.0, answer.1);
+        let (status, text) = self.post(path, body);
         if path.ends_with("load_lora_adapter") && status == 200 {
             counts.loads += 1;
         }
@@ -81,10 +61,7 @@ impl Forgetful {
                 counts.unloads += 1;
             }
         }
-        drop(counts);
-        let length = text.len();
-        let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {length}\r\n\r\n");
-        stream.write_all((head + &text).as_bytes()).ok()
+        (status, text)
     }
 
     fn post(&self, path: &str, body: &Value) -> (u16, String) {
@@ -93,22 +70,6 @@ impl Forgetful {
         (answer.status().as_u16(), answer.text().unwrap())
     }
 }
-
-const SCORE: &str = r#"
-  finetune:
-    uses: finetune
-    in: { messages: chats.messages, lineage: chats.lineage }
-    with:
-      model: student
-      epochs: 2
-      batch_size: 4
-      backend: { command: { trainer: trl, program: [sh, TRAINER], base: some/base } }
-  score:
-    uses: evaluate
-    foreach: { adapter: [finetune.base, finetune.checkpoints] }
-    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
-    with: { model: student, sampling: { max_tokens: 8 } }
-"#;
 
 const TRAINER: &str = r#"
 out=$(sed -n 's/^output_dir: //p' "$3")
@@ -140,16 +101,10 @@ fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
     let script = format!("ADAPTERS={}\n{TRAINER}", project.path("made").display());
     project.write("trainer.sh", &script);
     let trainer = project.path("trainer.sh").display().to_string();
-    let old = project.read("pipeline.yaml");
-    let place = |text: &str| old.find(text).unwrap();
-    let (start, end, score) = (place("  student:"), place("programs:"), place("  score:"));
-    let text = format!(
-        "{}{student}{}{}",
-        &old[..start],
-        &old[end..score],
-        SCORE.replace("TRAINER", &trainer)
+    let backend = format!(
+        "backend: {{ command: {{ trainer: trl, program: [sh, {trainer}], base: some/base }} }}"
     );
-    project.write("pipeline.yaml", &text);
+    tiny::train(&project, Some(&student), &backend);
 
     let run = project.run(&["--json", "pipeline.yaml"]).ok();
     let scored = run.steps("ran");

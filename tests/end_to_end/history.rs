@@ -51,6 +51,26 @@ fn a_run_is_named_by_either_end_of_its_id_or_by_its_place() {
 }
 
 #[test]
+fn what_is_no_record_of_a_run_does_not_hide_those_that_are() {
+    let project = Project::shell();
+    let first = id(&project.run(JSON).ok());
+    let second = id(&project.run(JSON).ok());
+    // A full disk or a kill left a folder; and something else lies there.
+    project.write(".flowrun/runs/99990101-000000-aaaa/plan.json", "{\"vers");
+    project.write(".flowrun/runs/99990101-000000-bbbb/events.jsonl", "");
+    project.write(".flowrun/runs/notes.txt", "mine\n");
+    let shown = |name: &str| json(&project, &["show", name])["run"].clone();
+    assert_eq!(shown("last"), second);
+    assert_eq!(shown("last~1"), first);
+    project.run(&["show"]).ok();
+    project.run(&["diff"]).ok();
+    let listed = project.run(&["runs"]).ok().stdout;
+    assert!(!listed.contains("older ones"), "{listed}");
+    let third = project.run(JSON).ok();
+    assert_eq!(third.steps("cached"), ["strip", "count", "note"]);
+}
+
+#[test]
 fn a_difference_names_params_causes_outputs_and_what_is_alike() {
     let project = Project::shell();
     project.run(JSON).ok();

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::files;
 use crate::project::{Project, Run};
 use crate::receiver::Receiver;
 use crate::server::free_port;
@@ -41,22 +42,10 @@ fn told(project: &Project, file: &str) -> Value {
 /// Nothing under the project's cache, and nothing that was printed, holds the secret.
 fn assert_secret(project: &Project, run: &Run) {
     assert!(!run.stdout.contains(SECRET) && !run.stderr.contains(SECRET));
-    let mut folders = vec![project.path(".flowrun")];
-    let mut files = 0;
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.is_file() {
-                files += 1;
-                let bytes = std::fs::read(&path).unwrap();
-                let holds = bytes.windows(SECRET.len()).any(|w| w == SECRET.as_bytes());
-                assert!(!holds, "{}", path.display());
-            }
-        }
-    }
-    assert!(files > 5);
+    let cache = project.path(".flowrun");
+    assert!(files::below(&cache).len() > 5);
+    let holding = files::holding(&cache, SECRET);
+    assert!(holding.is_empty(), "{holding:?}");
 }
 
 #[test]

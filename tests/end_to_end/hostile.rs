@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use flowrun_engine::{LoadOptions, load_pipeline};
 
+use crate::project::Project;
+
 /// Pieces that mean something to the reader.
 const WORDS: &[&[u8]] = &[
     b"${{",
@@ -195,8 +197,63 @@ fn bombs_depth_size_and_odd_bytes_are_mistakes() {
         ),
         ("a device", b"include: [/dev/zero]\n".to_vec()),
     ];
-    for (name, bytes) in cases {
+    let bombs = expression_bombs(step);
+    let bombs = bombs.map(|(name, text)| (name, text.into_bytes()));
+    for (name, bytes) in cases.into_iter().chain(bombs) {
         assert!(!load(dir.path(), &bytes), "{name} passed");
+    }
+}
+
+/// Short files whose expressions would give values that no machine has room for.
+fn expression_bombs(step: &str) -> [(&'static str, String); 4] {
+    let wide = "a".repeat(32);
+    let replace = format!("| replace(from=\"a\", to=\"{wide}\") ").repeat(16);
+    let slashes = "| addslashes ".repeat(70);
+    let large = format!("params: {{ x: {} }}\n", "x".repeat(4 << 20));
+    let named = "${{ params.x }} ".repeat(100_000);
+    let joined = "${{ params.x ~ params.x ~ params.x ~ params.x ~ params.x }} ".repeat(10_000);
+    let with = |text: &str| step.replace("echo", text);
+    [
+        (
+            "text that grows with each filter",
+            with(&format!("${{{{ \"a\" {replace}}}}}")),
+        ),
+        (
+            "text that doubles with each filter",
+            with(&format!("${{{{ \"'\" {slashes}}}}}")),
+        ),
+        ("a large param named often", large.clone() + &with(&named)),
+        ("a large param joined to itself", large + &with(&joined)),
+    ]
+}
+
+#[test]
+fn check_tells_of_expressions_that_give_too_much() {
+    let project = Project::new();
+    let step = "steps:\n  a:\n    run: echo > $out\n    out: { out: o }\n";
+    for (name, text) in expression_bombs(step) {
+        project.write("pipeline.yaml", &text);
+        let run = project.run(&["check", "pipeline.yaml"]);
+        assert_eq!(run.code, Some(3), "{name}: {}", run.stderr);
+        assert!(run.stderr.contains("too much"), "{name}: {}", run.stderr);
+    }
+}
+
+#[test]
+fn check_does_not_wait_for_a_pipe() {
+    let project = Project::new();
+    let pipe = project.path("pipe.yaml");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    for text in [
+        "include: [pipe.yaml]\nsteps:\n  a: { run: ls }\n",
+        "steps:\n  a: { uses: ./pipe.yaml }\n",
+    ] {
+        project.write("pipeline.yaml", text);
+        let run = project.run(&["check", "pipeline.yaml"]);
+        assert_eq!(run.code, Some(3), "{}", run.stderr);
+        let expected = "neither a file nor a folder";
+        assert!(run.stderr.contains(expected), "{}", run.stderr);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Data sets and models of the Hugging Face hub: branches and commits, gates and tokens, what is
 //! interrupted, and what works without a network.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
@@ -263,6 +263,17 @@ fn an_interrupted_download_goes_on_where_it_was() {
     assert!(!part.exists());
 }
 
+/// The files of a model, as the hub has them.
+fn model_files(folder: &Path) -> [(&'static str, Vec<u8>); 4] {
+    let names = [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ];
+    names.map(|name| (name, std::fs::read(folder.join(name)).unwrap()))
+}
+
 #[test]
 fn a_model_of_the_hub_is_followed_by_its_branch_and_pinned_in_the_bundle() {
     let hub = Hub::start();
@@ -270,14 +281,7 @@ fn a_model_of_the_hub_is_followed_by_its_branch_and_pinned_in_the_bundle() {
     let publish = |commit: &str, seed: u64| {
         let folder = project.path("published");
         tiny::write_model(&folder, seed);
-        let names = [
-            "config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "model.safetensors",
-        ];
-        let files = names.map(|name| (name, std::fs::read(folder.join(name)).unwrap()));
-        hub.publish("org/tiny", commit, &files);
+        hub.publish("org/tiny", commit, &model_files(&folder));
     };
     std::fs::remove_dir_all(project.path("tiny")).unwrap();
     project.edit("pipeline.yaml", "{ file: tiny }", "{ hf: org/tiny }");
@@ -336,15 +340,8 @@ fn a_template_in_a_file_of_its_own_is_fetched_and_used() {
     std::fs::remove_dir_all(project.path("tiny")).unwrap();
     project.edit("pipeline.yaml", "{ file: tiny }", "{ hf: org/template }");
     let publish = |commit: &str, template: Option<&str>| {
-        let names = [
-            "config.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "model.safetensors",
-        ];
-        let files = names.map(|name| (name, std::fs::read(folder.join(name)).unwrap()));
         let template = template.map(|text| ("chat_template.jinja", text.as_bytes().to_vec()));
-        let files: Vec<_> = files.into_iter().chain(template).collect();
+        let files: Vec<_> = model_files(&folder).into_iter().chain(template).collect();
         hub.publish("org/template", commit, &files);
     };
     let asked = |seen: &[Seen]| {

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use crate::interfaces::on_a_terminal;
 use crate::project::Project;
+use crate::terminal::on_a_terminal;
 
 fn rows(labelled: usize, unlabelled: usize) -> String {
     let mut csv = "id,query,intent\n".to_owned();

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::project::{Project, Run};
+use crate::terminal::on_a_terminal;
 
 const FAN: &str = "\
 name: fan
@@ -194,12 +195,11 @@ fn a_full_output_is_an_error_with_a_message() {
 #[test]
 fn a_step_kind_is_described_down_to_its_nested_params() {
     let project = Project::new();
-    let list = project.run(&["steps"]).ok().stdout;
-    let kinds: Vec<&str> = list
-        .lines()
-        .filter_map(|l| l.split_whitespace().next())
-        .collect();
-    assert!(kinds.contains(&"finetune") && kinds.len() > 10, "{list}");
+    let kinds = project.kinds();
+    assert!(
+        kinds.contains(&"finetune".to_owned()) && kinds.len() > 10,
+        "{kinds:?}"
+    );
     for kind in &kinds {
         let text = project.run(&["steps", kind]).ok().stdout;
         assert!(
@@ -249,30 +249,6 @@ fn piped_output_is_plain() {
     for part in ["error: bad: ", "it broke", "failed  bad", "skipped behind"] {
         assert!(run.stderr.contains(part), "{part} in\n{}", run.stderr);
     }
-}
-
-/// Runs the binary on a terminal of 80 columns that answers so; gives what was written to it,
-/// or nothing where there is no `script` to make a terminal with.
-pub(crate) fn on_a_terminal(
-    project: &Project,
-    args: &str,
-    answers: &str,
-    env: &[(&str, &str)],
-) -> Option<String> {
-    let binary = env!("CARGO_BIN_EXE_flowrun");
-    let line = format!("stty cols 80 rows 24; '{binary}' {args}");
-    project.write("answers", answers);
-    let mut command = std::process::Command::new("script");
-    command
-        .args(["-qec", &line, "/dev/null"])
-        .current_dir(project.path(""))
-        .stdin(std::fs::File::open(project.path("answers")).unwrap())
-        .env_remove("CI")
-        .env_remove("NO_COLOR")
-        .env("TERM", "xterm-256color")
-        .envs(env.iter().copied());
-    let output = command.output().ok()?;
-    Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[test]

@@ -5,11 +5,12 @@ use std::process::Child;
 
 use serde_json::{Value, json};
 
+use crate::external::named;
 use crate::kubernetes_api::{Api, ended};
+use crate::processes::{lives, until};
 use crate::project::{Project, Run};
-use crate::slow_job::{Slow, lives, signal, until};
-use crate::through_remote::notes;
-use crate::tiny;
+use crate::slow_job::{Slow, notes};
+use crate::{heavy_steps, tiny};
 
 /// A cluster and what asks it.
 struct Kubernetes {
@@ -19,14 +20,10 @@ struct Kubernetes {
 
 impl Kubernetes {
     fn start() -> Option<Self> {
-        let named = std::env::var("FLOWRUN_KUBECTL").ok();
-        let Some(kubectl) = named.filter(|path| !path.is_empty()) else {
-            println!("skipped: FLOWRUN_KUBECTL names no `kubectl`");
-            return None;
-        };
+        let kubectl = named("FLOWRUN_KUBECTL", "`kubectl`")?;
         Some(Self {
             api: Api::start(),
-            kubectl,
+            kubectl: kubectl.display().to_string(),
         })
     }
 
@@ -81,35 +78,9 @@ fn the_heavy_steps_of_the_tiny_job_run_as_jobs_with_the_same_results() {
     };
     let project = tiny::project();
     let here = project.run(&["pipeline.yaml", "--json"]).ok();
-    let outputs = |run: &Run| -> Vec<(Value, Value, Value)> {
-        let events = run.events();
-        let ended = events.iter().filter(|e| e["event"] == "step_finished");
-        let steps = ended.filter(|e| e["step"] == "chats" || e["step"] == "score");
-        let part = |e: &Value, part: &str| e["outputs"][part]["digest"].clone();
-        steps
-            .map(|e| (e["key"].clone(), part(e, "messages"), part(e, "program")))
-            .collect()
-    };
-    for step in ["convert-to-messages", "evaluate"] {
-        let uses = format!("uses: {step}\n");
-        let there = format!("{uses}    runner: kubernetes\n    timeout: 1h\n");
-        project.edit("pipeline.yaml", &uses, &there);
-    }
-    let text = format!(
-        "{}{}",
-        kubernetes.runners(""),
-        project.read("pipeline.yaml")
-    );
-    project.write("pipeline.yaml", &text);
-    let cached = kubernetes.run(&project, &["pipeline.yaml", "--json"]).ok();
-    assert!(cached.steps("ran").is_empty(), "the runner is in no key");
-    let again = ["pipeline.yaml", "--json", "--from", "chats"];
-    let there = kubernetes.run(&project, &again).ok();
-    assert_eq!(there.steps("ran"), ["chats", "score", "deploy"]);
-    assert_eq!(outputs(&there), outputs(&here));
-    let progress = there.events();
-    let scored = |e: &&Value| e["event"] == "progress" && e["step"] == "score" && e["total"] != 0;
-    assert!(progress.iter().any(|e| scored(&e)), "{}", there.stdout);
+    let settings = "    runner: kubernetes\n    timeout: 1h\n";
+    heavy_steps::move_to(&project, &kubernetes.runners(""), settings);
+    let there = heavy_steps::are_the_same_elsewhere(&here, |args| kubernetes.run(&project, args));
     let orders = kubernetes.api.orders();
     let steps = orders
         .iter()
@@ -154,7 +125,7 @@ fn a_command_is_a_job_too_and_the_api_server_never_has_its_secret() {
     assert_eq!(kubernetes.api.orders().len(), 2, "nothing was ordered");
 }
 
-/// No volume is needed where files go through a remote store.
+/// Of this machine the pods need no more than the store, and that only where it is a folder.
 #[test]
 fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     let Some(kubernetes) = Kubernetes::start() else {
@@ -167,12 +138,17 @@ fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     let volumes = runners
         .lines()
         .find(|line| line.trim().starts_with("volumes:"));
-    let runners = runners.replace(&format!("{}\n", volumes.unwrap()), "");
+    let store = project.path("store");
+    let seen = format!(
+        "    volumes: {{ '{}': {{ persistentVolumeClaim: {{ claimName: store }} }} }}",
+        store.display()
+    );
+    let runners = runners.replace(volumes.unwrap(), &seen);
     project.write("p.yaml", &format!("{runners}{step}"));
     let mut command = project.command(&["p.yaml"]);
     command
         .env("KUBECONFIG", kubernetes.api.kubeconfig())
-        .env("FLOWRUN_REMOTE", project.path("store"));
+        .env("FLOWRUN_REMOTE", &store);
     Run::of(command.output().unwrap()).ok();
     assert_eq!(project.read("n"), "text\n");
     let log = project.run(&["show", "s"]).ok().stdout;
@@ -183,21 +159,46 @@ fn a_pod_that_sees_no_folder_gets_its_files_through_the_remote_store() {
     until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
 
+/// The work ends while the store, through which its result goes, is away for longer than `patience`.
+#[test]
+fn a_result_outlasts_a_store_that_is_away() {
+    let Some(kubernetes) = Kubernetes::start() else {
+        return;
+    };
+    let more = "    through: remote\n    patience: 2\n";
+    let slow = Slow::new("kubernetes", &kubernetes.runners(more));
+    let path = |name: &str| slow.project.path(name);
+    std::fs::create_dir(path("store")).unwrap();
+    std::fs::create_dir(path("notes")).unwrap();
+    slow.project.write("file", "");
+    // Where a file takes the place of a folder, nothing can be read or written.
+    let notes_lie_in = |target: &str| {
+        std::os::unix::fs::symlink(path(target), path("new")).unwrap();
+        std::fs::rename(path("new"), path("store/jobs")).unwrap();
+    };
+    notes_lie_in("notes");
+    let (config, store) = (kubernetes.api.kubeconfig(), path("store"));
+    let store = store.display().to_string();
+    let child = slow.start_with(&[("KUBECONFIG", &config), ("FLOWRUN_REMOTE", &store)]);
+    slow.worker();
+    notes_lie_in("file");
+    slow.go();
+    until("it was not followed", || {
+        slow.has_said("the job is followed")
+    });
+    notes_lie_in("notes");
+    let run = slow.ended_well(child);
+    assert_eq!(slow.begun(), 1, "{}", run.stdout);
+    until("jobs are left", || kubernetes.api.jobs().is_empty());
+}
+
 #[test]
 fn a_worker_that_is_killed_is_followed_by_another() {
     let Some(kubernetes) = Kubernetes::start() else {
         return;
     };
     let slow = kubernetes.slow();
-    let child = kubernetes.start_run(&slow);
-    let first = slow.worker();
-    signal("-KILL", first);
-    let second = slow.worker();
-    assert_ne!(first, second);
-    slow.go();
-    let run = slow.ended_well(child);
-    assert_eq!(slow.begun(), 2);
-    assert!(run.stdout.contains("it is begun again"), "{}", run.stdout);
+    slow.outlives_its_worker(kubernetes.start_run(&slow));
     until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
 
@@ -207,22 +208,15 @@ fn the_job_of_a_killed_run_is_taken_up_by_the_next() {
         return;
     };
     let slow = kubernetes.slow();
-    let mut child = kubernetes.start_run(&slow);
-    let worker = slow.worker();
-    signal("-KILL", child.id());
-    child.wait().unwrap();
-    let next = kubernetes.start_run(&slow);
-    until("the next run did not find it", || {
-        slow.has_said("of an earlier run")
-    });
-    assert!(lives(worker), "the job works on");
-    // An API server that cannot answer for a while ends nothing.
-    kubernetes.api.be_away(true);
-    until("it was not missed", || slow.has_said("unable to handle"));
-    kubernetes.api.be_away(false);
-    slow.go();
-    slow.ended_well(next);
-    assert_eq!(slow.begun(), 1, "it was not begun again");
+    slow.outlives_its_run(
+        || kubernetes.start_run(&slow),
+        || {
+            // An API server that cannot answer for a while ends nothing.
+            kubernetes.api.be_away(true);
+            until("it was not missed", || slow.has_said("unable to handle"));
+            kubernetes.api.be_away(false);
+        },
+    );
     assert_eq!(kubernetes.api.orders().len(), 1);
     until("jobs are left", || kubernetes.api.jobs().is_empty());
 }
@@ -233,12 +227,7 @@ fn an_interrupted_run_deletes_its_job() {
         return;
     };
     let slow = kubernetes.slow();
-    let child = kubernetes.start_run(&slow);
-    let worker = slow.worker();
-    signal("-INT", child.id());
-    let ended = Run::of(child.wait_with_output().unwrap());
-    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
-    until("the job works on", || !lives(worker));
+    slow.is_stopped_with_its_run(kubernetes.start_run(&slow));
     assert!(slow.left().is_empty(), "{:?}", slow.left());
     until("jobs are left", || kubernetes.api.jobs().is_empty());
     assert_eq!(kubernetes.api.deleted().len(), 1);
@@ -368,4 +357,35 @@ fn a_kubectl_or_an_api_server_that_is_not_there_is_named() {
         "{}",
         away.stderr
     );
+}
+
+#[test]
+fn a_remote_folder_that_lies_on_no_volume_is_told_before_the_run() {
+    let project = Project::new();
+    let runners = "runners:\n  kubernetes:\n    namespace: ml\n    image: registry.example/flowrun:1\n    user: 10001\n    through: remote\n";
+    let step = "steps:\n  s: { run: 'true', runner: kubernetes }\n";
+    project.write("p.yaml", &format!("{runners}{step}"));
+    let store = project.path("store");
+    let run = |remote: &str, args: &[&str]| {
+        let mut command = project.command(args);
+        Run::of(command.env("FLOWRUN_REMOTE", remote).output().unwrap())
+    };
+    let folder = store.display().to_string();
+    for args in [&["check", "p.yaml"][..], &["p.yaml"]] {
+        let refused = run(&folder, args);
+        assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+        let text = format!(
+            "p.yaml:6:14: error: the pods do not see the remote cache: {folder} lies on none of `volumes`"
+        );
+        assert!(refused.stderr.contains(&text), "{}", refused.stderr);
+    }
+    assert!(!project.path(".flowrun/runs").exists(), "nothing was begun");
+    let check = ["check", "p.yaml"];
+    run("s3://bucket/x", &check).ok();
+    let volumes = format!(
+        "    volumes: {{ '{}': {{ hostPath: {{ path: /srv }} }} }}\n",
+        project.path("").display()
+    );
+    project.write("p.yaml", &format!("{runners}{volumes}{step}"));
+    run(&folder, &check).ok();
 }

@@ -213,6 +213,36 @@ fn a_label_that_came_from_elsewhere_is_explained_and_what_is_not_is_listed() {
 }
 
 #[test]
+fn rows_that_a_server_fails_at_are_not_explained_up_to_max_failed() {
+    let oracle = Oracle::start(|body| {
+        let asked = query(body);
+        (!asked.contains("text: two")).then(|| "Because.\nsure: yes".to_owned())
+    });
+    let project = classify::project(&[EXPLAIN]);
+    let reason = "programs:
+  reason:
+    predict:
+      adapter: compact
+      instructions: Why?
+      inputs: [{ name: text }, { name: label }]
+      outputs: [{ name: reasoning }, { name: sure, type: bool }]
+";
+    project.edit("p.yaml", "programs:\n", reason);
+    let known = [("one", "card"), ("two", "pin"), ("three", "card")];
+    let known = known.map(|(text, label)| (text.to_owned(), label));
+    classify::write_rows(&project, "train.csv", known);
+    classify::write_rows(&project, "test.csv", [("four".to_owned(), "card")]);
+    assert_eq!(run(&project, &oracle).code, Some(4));
+    project.edit("p.yaml", "model: m }", "model: m, max_failed: 1 }");
+    let ended = run(&project, &oracle).ok();
+    assert!(ended.stdout.contains("\"failed\":1"), "{}", ended.stdout);
+    assert_eq!(rows(&project, "rows.jsonl").len(), 2);
+    let dropped = rows(&project, "dropped.jsonl");
+    let why = dropped[0]["dropped"].as_str().unwrap();
+    assert!(dropped.len() == 1 && why.contains("status 500"), "{why}");
+}
+
+#[test]
 fn a_teacher_sees_the_labelled_rows_most_like_each_query_also_when_it_is_served() {
     // Repeats the last example, which is the most similar one.
     let oracle = Oracle::start(|body| {

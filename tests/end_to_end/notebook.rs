@@ -6,9 +6,9 @@ use flowrun_lm::messages::{MessageOptions, row_to_messages};
 use flowrun_lm::program::ProgramSpec;
 use serde_json::Value;
 
-use crate::data::distdir;
 use crate::oracle::Oracle;
 use crate::project::Project;
+use crate::real_data::distdir;
 
 const PRINTED: &str = include_str!("notebook_messages.json");
 const PIPELINE: &str = include_str!("../../pipelines/banking77.yaml");

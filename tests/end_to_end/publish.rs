@@ -71,6 +71,28 @@ fn a_users_file_is_kept_also_when_a_step_has_read_it() {
 }
 
 #[test]
+fn what_was_replaced_stays_behind_when_the_run_moves() {
+    let project = Project::new();
+    project.write("pipeline.yaml", PIPELINE);
+    project.write("results/text.txt", "mine\n");
+    let link = project.path("results/tree");
+    std::os::unix::fs::symlink("nowhere", link).unwrap();
+    project.run(&["pipeline.yaml"]).ok();
+    project.run(&["cache", "export", "moved.tar.zst"]).ok();
+    let there = Project::new();
+    there.write("pipeline.yaml", PIPELINE);
+    let file = project.path("moved.tar.zst").display().to_string();
+    there.run(&["cache", "import", &file]).ok();
+    let runs = std::fs::read_dir(there.path(".flowrun/runs")).unwrap();
+    let runs: Vec<_> = runs.map(|run| run.unwrap().path()).collect();
+    assert_eq!(runs.len(), 1);
+    assert!(runs[0].join("events.jsonl").is_file());
+    assert!(!runs[0].join("replaced").exists());
+    let run = there.run(&["pipeline.yaml", "--json"]).ok();
+    assert_eq!(run.steps("cached"), ["make"]);
+}
+
+#[test]
 fn two_actions_that_publish_to_one_path_are_an_error() {
     let project = Project::new();
     let two = |fixed: &str| {

@@ -1,161 +1,18 @@
 //! The target `ray-serve` on a real Ray of this machine. `FLOWRUN_RAY_PYTHON` names a Python with
 //! `ray[default,serve]`; else `python3` is tried.
 
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
 use crate::project::Run;
+use crate::ray_cluster::{Ray, python};
 use crate::server::{client, free_port};
 use crate::tiny::{self, write_model};
 
-/// A Python that has Ray.
-pub(crate) fn python() -> Option<PathBuf> {
-    let named = std::env::var_os("FLOWRUN_RAY_PYTHON").map(PathBuf::from);
-    let python = named.clone().unwrap_or_else(|| "python3".into());
-    let find = "import importlib.util as u, sys; sys.exit(u.find_spec('ray') is None or u.find_spec('ray.serve') is None)";
-    let found = Command::new(&python)
-        .args(["-c", find])
-        .stderr(Stdio::null())
-        .status();
-    let found = found.is_ok_and(|status| status.success());
-    assert!(
-        found || named.is_none(),
-        "FLOWRUN_RAY_PYTHON has no `ray[default,serve]`"
-    );
-    found.then_some(python)
-}
-
-/// A Ray of one node, which ends with the test.
-pub(crate) struct Ray {
-    child: Child,
-    python: PathBuf,
-    /// Address of the cluster, for other nodes.
-    address: String,
-    nodes: Vec<Child>,
-    pub(crate) dashboard: String,
-    scratch: tempfile::TempDir,
-}
-
-impl Ray {
-    pub(crate) fn start(python: &std::path::Path) -> Self {
-        // Its sockets' paths must be short.
-        let scratch = tempfile::Builder::new()
-            .prefix("fr")
-            .tempdir_in("/tmp")
-            .unwrap();
-        let (port, gcs) = (free_port(), free_port());
-        let flag = |name: &str| format!("--{name}={}", free_port());
-        let child = Command::new(python)
-            .args(["-m", "ray.scripts.scripts", "start", "--head", "--block"])
-            .args(["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"])
-            .arg(format!("--dashboard-port={port}"))
-            .arg(format!("--port={gcs}"))
-            .args([
-                flag("ray-client-server-port"),
-                flag("dashboard-agent-listen-port"),
-            ])
-            .args(["--num-cpus=4", "--object-store-memory=100000000"])
-            .arg("--disable-usage-stats")
-            .arg(format!("--temp-dir={}", scratch.path().display()))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut ray = Self {
-            child,
-            python: python.to_owned(),
-            address: format!("127.0.0.1:{gcs}"),
-            nodes: Vec::new(),
-            dashboard: format!("http://127.0.0.1:{port}"),
-            scratch,
-        };
-        let version = format!("{}/api/version", ray.dashboard);
-        let deadline = Instant::now() + Duration::from_secs(180);
-        while client().get(&version).send().is_err() {
-            let ended = ray.child.try_wait().unwrap();
-            assert!(ended.is_none(), "ray ended: {ended:?}");
-            assert!(Instant::now() < deadline, "ray did not come up");
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        ray
-    }
-
-    /// Adds a node that has a plough; its processes' command lines hold `label`.
-    pub(crate) fn add_node(&mut self, label: &str) {
-        let resources = format!("{{\"plough\": 1, \"{label}\": 1}}");
-        let child = Command::new(&self.python)
-            .args(["-m", "ray.scripts.scripts", "start", "--block"])
-            .arg(format!("--address={}", self.address))
-            .args(["--node-ip-address=127.0.0.1", "--num-cpus=1"])
-            .arg("--object-store-memory=100000000")
-            .arg(format!("--dashboard-agent-listen-port={}", free_port()))
-            .arg(format!("--resources={resources}"))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        self.nodes.push(child);
-    }
-
-    /// Where its processes' files are.
-    pub(crate) fn folder(&self) -> &std::path::Path {
-        self.scratch.path()
-    }
-
-    /// Names, states and routes of its applications.
-    fn applications(&self) -> Vec<(String, Value, Value)> {
-        let url = format!("{}/api/serve/applications/", self.dashboard);
-        let served: Value = client().get(url).send().unwrap().json().unwrap();
-        let all = served["applications"].as_object().unwrap();
-        all.iter()
-            .map(|(name, app)| {
-                let (status, route) = (app["status"].clone(), app["route_prefix"].clone());
-                (name.clone(), status, route)
-            })
-            .collect()
-    }
-
-    /// Waits until what goes is gone.
-    fn settled(&self) -> Vec<(String, Value, Value)> {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            let all = self.applications();
-            if all.iter().all(|(_, status, _)| status == "RUNNING") {
-                return all;
-            }
-            assert!(Instant::now() < deadline, "{all:?}");
-            std::thread::sleep(Duration::from_millis(200));
-        }
-    }
-}
-
-impl Drop for Ray {
-    fn drop(&mut self) {
-        // Each ends its own processes.
-        for child in self.nodes.iter_mut().chain([&mut self.child]) {
-            let pid = child.id().to_string();
-            let _ = Command::new("kill").arg(pid).status();
-            let deadline = Instant::now() + Duration::from_secs(30);
-            while child.try_wait().is_ok_and(|ended| ended.is_none()) {
-                if Instant::now() > deadline {
-                    let _ = child.kill();
-                }
-                std::thread::sleep(Duration::from_millis(50));
-            }
-        }
-    }
-}
-
 #[test]
 fn a_bundle_is_served_on_ray_and_one_that_fails_leaves_the_old_one() {
-    let Some(python) = python() else {
-        println!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
-        return;
-    };
-    let ray = Ray::start(&python);
+    let Some(ray) = Ray::at_hand() else { return };
     let port = free_port();
     let project = tiny::project();
     let program = env!("CARGO_BIN_EXE_flowrun");
@@ -266,10 +123,7 @@ ServeDeploySchema(**yaml.safe_load(open(sys.argv[1])))
 
 #[test]
 fn the_files_for_ray_are_what_it_takes() {
-    let Some(python) = python() else {
-        println!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
-        return;
-    };
+    let Some(python) = python() else { return };
     let project = tiny::project();
     project.run(&["pipeline.yaml"]).ok();
     let render = ["deploy", "render", "bundle", "--target", "ray-serve"];

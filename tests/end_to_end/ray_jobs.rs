@@ -2,23 +2,15 @@
 //! `FLOWRUN_RAY_PYTHON` names a Python with `ray[default]`; else `python3` is tried.
 
 use std::path::Path;
-use std::process::Command;
 
 use serde_json::Value;
 
+use crate::processes::{lives, signal, until};
 use crate::project::{Project, Run};
-use crate::ray::{Ray, python};
+use crate::ray_cluster::Ray;
 use crate::server::{client, free_port};
-use crate::slow_job::{Slow, lives, signal, until};
-use crate::tiny;
-
-fn ray() -> Option<Ray> {
-    let Some(python) = python() else {
-        println!("skipped: no Python with `ray[default]`; name one in FLOWRUN_RAY_PYTHON");
-        return None;
-    };
-    Some(Ray::start(&python))
-}
+use crate::slow_job::Slow;
+use crate::{files, heavy_steps, tiny};
 
 fn runners(ray: &Ray) -> String {
     format!(
@@ -41,40 +33,17 @@ fn jobs(ray: &Ray) -> Vec<(String, String)> {
 /// same keys. Nothing is left of the jobs.
 #[test]
 fn the_heavy_steps_of_the_tiny_job_run_on_ray_with_the_same_results() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let project = tiny::project();
     let here = project.run(&["pipeline.yaml", "--json"]).ok();
-    let outputs = |run: &Run| -> Vec<(Value, Value, Value)> {
-        let events = run.events();
-        let ended = events.iter().filter(|e| e["event"] == "step_finished");
-        let steps = ended.filter(|e| e["step"] == "chats" || e["step"] == "score");
-        let part = |e: &Value, part: &str| e["outputs"][part]["digest"].clone();
-        steps
-            .map(|e| (e["key"].clone(), part(e, "messages"), part(e, "program")))
-            .collect()
-    };
-    for step in ["convert-to-messages", "evaluate"] {
-        let uses = format!("uses: {step}\n");
-        project.edit("pipeline.yaml", &uses, &format!("{uses}    runner: ray\n"));
-    }
-    let text = format!("{}{}", runners(&ray), project.read("pipeline.yaml"));
-    project.write("pipeline.yaml", &text);
-    let cached = project.run(&["pipeline.yaml", "--json"]).ok();
-    assert!(cached.steps("ran").is_empty(), "the runner is in no key");
-    let there = project
-        .run(&["pipeline.yaml", "--json", "--from", "chats"])
-        .ok();
-    assert_eq!(there.steps("ran"), ["chats", "score", "deploy"]);
-    assert_eq!(outputs(&there), outputs(&here));
-    let progress = there.events();
-    let scored = |e: &&Value| e["event"] == "progress" && e["step"] == "score" && e["total"] != 0;
-    assert!(progress.iter().any(|e| scored(&e)), "{}", there.stdout);
+    heavy_steps::move_to(&project, &runners(&ray), "    runner: ray\n");
+    heavy_steps::are_the_same_elsewhere(&here, |args| project.run(args));
     until("jobs are left", || jobs(&ray).is_empty());
 }
 
 #[test]
 fn a_command_is_a_job_too_and_its_secret_is_shown_nowhere() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let project = Project::new();
     let step = "steps:\n  s:\n    run: 'echo \"it is $TOKEN\"; printf %s \"$TOKEN\" | wc -c > \"$out\"; [ -z \"${OTHER-}\" ]'\n    runner: ray\n    secrets: [TOKEN]\n    out: { out: deep/n }\n    publish: { out: n }\n";
     project.write("p.yaml", &format!("{}{step}", runners(&ray)));
@@ -129,24 +98,13 @@ fn a_command_is_a_job_too_and_its_secret_is_shown_nowhere() {
         jobs.iter()
             .all(|(_, status)| status == "PENDING" || status == "STOPPED")
     });
-    let said = secret_in(ray.folder());
+    let said = files::holding(ray.folder(), "very-secret-value");
     assert!(said.is_empty(), "{said:?}");
-}
-
-/// Files of Ray's that hold the secret.
-fn secret_in(folder: &Path) -> Vec<String> {
-    let grep = Command::new("grep")
-        .args(["-rlF", "--devices=skip", "very-secret-value"])
-        .arg(folder)
-        .output()
-        .unwrap();
-    let files = String::from_utf8(grep.stdout).unwrap();
-    files.lines().map(str::to_owned).collect()
 }
 
 #[test]
 fn the_program_may_be_brought_to_the_workers() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let project = Project::new();
     let step = "steps:\n  s:\n    run: readlink /proc/$PPID/exe > \"$out\"\n    runner: ray\n    out: { out: exe }\n    publish: { out: exe }\n";
     project.write("p.yaml", &format!("{}{step}", runners(&ray)));
@@ -158,49 +116,25 @@ fn the_program_may_be_brought_to_the_workers() {
 
 #[test]
 fn a_worker_that_is_killed_is_followed_by_another() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let slow = Slow::new("ray", &runners(&ray));
-    let child = slow.start();
-    let first = slow.worker();
-    signal("-KILL", first);
-    let second = slow.worker();
-    assert_ne!(first, second);
-    slow.go();
-    let run = slow.ended_well(child);
-    assert_eq!(slow.begun(), 2);
-    assert!(run.stdout.contains("it is begun again"), "{}", run.stdout);
+    slow.outlives_its_worker(slow.start());
     until("jobs are left", || jobs(&ray).is_empty());
 }
 
 #[test]
 fn the_job_of_a_killed_run_is_taken_up_by_the_next() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let slow = Slow::new("ray", &runners(&ray));
-    let mut child = slow.start();
-    let worker = slow.worker();
-    signal("-KILL", child.id());
-    child.wait().unwrap();
-    let next = slow.start();
-    until("the next run did not find it", || {
-        slow.has_said("of an earlier run")
-    });
-    assert!(lives(worker), "the job works on");
-    slow.go();
-    slow.ended_well(next);
-    assert_eq!(slow.begun(), 1, "it was not begun again");
+    slow.outlives_its_run(|| slow.start(), || {});
     until("jobs are left", || jobs(&ray).is_empty());
 }
 
 #[test]
 fn an_interrupted_run_stops_its_job() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let slow = Slow::new("ray", &runners(&ray));
-    let child = slow.start();
-    let worker = slow.worker();
-    signal("-INT", child.id());
-    let ended = Run::of(child.wait_with_output().unwrap());
-    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
-    until("the job works on", || !lives(worker));
+    slow.is_stopped_with_its_run(slow.start());
     assert!(slow.left().is_empty(), "{:?}", slow.left());
     until("jobs are left", || jobs(&ray).is_empty());
 }
@@ -208,7 +142,9 @@ fn an_interrupted_run_stops_its_job() {
 /// The node that works is lost as a whole; another one comes.
 #[test]
 fn a_node_that_dies_is_replaced_by_another() {
-    let Some(mut ray) = ray() else { return };
+    let Some(mut ray) = Ray::at_hand() else {
+        return;
+    };
     ray.add_node("first");
     let slow = on_a_node(&ray);
     let child = slow.start();
@@ -239,7 +175,9 @@ fn on_a_node(ray: &Ray) -> Slow {
 /// is away.
 #[test]
 fn a_head_that_dies_does_not_take_the_work_along() {
-    let Some(mut ray) = ray() else { return };
+    let Some(mut ray) = Ray::at_hand() else {
+        return;
+    };
     ray.add_node("other");
     let slow = on_a_node(&ray);
     let child = slow.start();

@@ -4,103 +4,22 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
-use serde_json::Value;
-
+use crate::files;
 use crate::project::{Project, Run};
-
-/// Files, a folder with an executable, a list, a step that always runs.
-const PIPELINE: &str = "\
-name: mixed
-params: { letter: a }
-steps:
-  words:
-    run: grep \"$LETTER\" \"$text\" > \"$words\"
-    in: { text: { file: words.txt } }
-    out: { words: words.txt }
-    env: { LETTER: \"${{ params.letter }}\" }
-  folder:
-    run: |
-      mkdir -p \"$folder/deep\"; cp \"$words\" \"$folder/deep/words\"
-      printf '#!/bin/sh\\necho tool\\n' > \"$folder/tool\"; chmod +x \"$folder/tool\"
-    in: { words: words.words }
-    out: { folder: folder }
-    publish: { folder: results/folder }
-  use:
-    foreach: { which: [one, two] }
-    run: (\"$folder/tool\"; wc -l < \"$folder/deep/words\"; echo ${{ item.which }}) > \"$line\"
-    in: { folder: folder.folder }
-    out: { line: line.txt }
-  all:
-    run: cat \"$lines\"/* > \"$all\"
-    in: { lines: use.line }
-    out: { all: all.txt }
-    publish: { all: results/all.txt }
-  told:
-    run: date +%N > \"$told\"
-    cache: never
-    in: { all: all.all }
-    out: { told: told.txt }
-";
-
-pub(crate) fn machine() -> Project {
-    let project = Project::new();
-    project.write("pipeline.yaml", PIPELINE);
-    project.write("words.txt", "a\nba\nc\nda\n");
-    project
-}
+use crate::remote_cache::{args, fetched, machine, outputs, uploaded, warnings, write_at_once};
 
 /// A run with the remote.
 fn run(project: &Project, remote: &str, more: &[&str]) -> Run {
-    let args = [&["pipeline.yaml", "--json", "--remote", remote], more].concat();
-    project.run(&args)
+    project.run(&args(remote, more))
 }
 
-/// Digests by output, of all steps but those that always run.
-pub(crate) fn outputs(run: &Run) -> BTreeMap<String, Value> {
-    let events = run.events();
-    let ended = events.iter().filter(|e| e["event"] == "step_finished");
-    let all = ended.flat_map(|e| {
-        let outputs = e["outputs"].as_object().unwrap().iter();
-        outputs.map(move |(port, o)| (format!("{}.{port}", e["step"]), o["digest"].clone()))
-    });
-    all.filter(|(name, _)| !name.contains("told")).collect()
-}
-
-/// The steps whose results came from the remote.
-pub(crate) fn fetched(run: &Run) -> Vec<String> {
-    let events = run.events();
-    let from = events.iter().filter(|e| e["from"] == "remote");
-    let mut steps: Vec<_> = from
-        .map(|e| e["step"].as_str().unwrap().to_owned())
-        .collect();
-    steps.sort();
-    steps
-}
-
-/// The event that says what was sent.
-pub(crate) fn uploaded(run: &Run) -> Option<Value> {
-    run.events().into_iter().find(|e| e["event"] == "uploaded")
-}
-
-pub(crate) fn warnings(run: &Run) -> Vec<String> {
-    let events = run.events();
-    let told = events.iter().filter(|e| e["event"] == "warning");
-    told.map(|e| format!("{} {}", e["step"], e["text"]))
-        .collect()
-}
-
+/// Files and their bytes.
 fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut all = BTreeMap::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten() {
-        let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => all.extend(files(&path)),
-            false => drop(all.insert(path.clone(), std::fs::read(&path).unwrap())),
-        }
-    }
-    all
+    let files = files::below(folder).into_iter();
+    files
+        .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+        .collect()
 }
 
 const STEPS: [&str; 5] = ["all", "folder", "use[one]", "use[two]", "words"];
@@ -164,7 +83,7 @@ fn the_settings_of_a_project_name_the_remote() {
     let here = machine();
     // A folder is relative to the file; the file may lie above.
     here.write(".flowrun.yaml", &settings("shared", false));
-    here.write("below/pipeline.yaml", PIPELINE);
+    here.write("below/pipeline.yaml", &here.read("pipeline.yaml"));
     here.write("below/words.txt", &here.read("words.txt"));
     let mut below = here.command(&plain);
     let made = Run::of(below.current_dir(here.path("below")).output().unwrap()).ok();
@@ -305,18 +224,7 @@ fn read_only_use_leaves_the_remote_as_it_is() {
 fn two_writers_at_once_and_a_third_who_reads() {
     let shared = tempfile::tempdir().unwrap();
     let remote = format!("file://{}", shared.path().display());
-    let machines = [(); 3].map(|()| machine());
-    let started = machines.each_ref().map(|project| {
-        let args = ["pipeline.yaml", "--json", "--remote", &remote];
-        let mut command = project.command(&args);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().unwrap()
-    });
-    let runs = started.map(|child| Run::of(child.wait_with_output().unwrap()).ok());
-    for run in &runs {
-        assert_eq!(outputs(run), outputs(&runs[0]));
-        assert!(warnings(run).is_empty(), "{:?}", warnings(run));
-    }
+    let runs: [Run; 3] = write_at_once(|project| project.command(&args(&remote, &[])));
     let got = run(&machine(), &remote, &[]).ok();
     assert_eq!(fetched(&got), STEPS);
     assert_eq!(outputs(&got), outputs(&runs[0]));

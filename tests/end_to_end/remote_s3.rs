@@ -6,44 +6,29 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use crate::project::{Project, Run};
-use crate::remote::{fetched, machine, outputs, uploaded, warnings};
-use crate::weed::{Gate, Weed, binary};
+use crate::remote_cache::{
+    Machines, a_second_machine_gets_every_step, fetched, large, machine, outputs, uploaded,
+    warnings, write_at_once,
+};
+use crate::weed::{Gate, Weed};
 
 const REMOTE: &str = "s3://flow/team/cache";
 const ARGS: [&str; 4] = ["pipeline.yaml", "--json", "--remote", REMOTE];
 
-/// One step that makes a file of 100 MB, in which no part is like another.
-fn large() -> Project {
-    let project = Project::new();
-    let pipeline = "steps:\n  large:\n    run: seq 1 20000000 | head -c 100000000 > \"$large\"\n    out: { large: large.txt }\n    publish: { large: large.txt }\n";
-    project.write("pipeline.yaml", pipeline);
-    project
-}
+/// Bytes of a file that goes in parts, more than are under way at once.
+const LARGE: u64 = 100_000_000;
 
 #[test]
 fn a_second_machine_gets_every_step_from_s3() {
-    let Some(binary) = binary() else { return };
-    let weed = Weed::start(binary);
-    let here = machine();
-    let made = weed.run(&here, &ARGS).ok();
-    assert_eq!(made.steps("ran").len(), 6);
-    assert!(warnings(&made).is_empty(), "{:?}", warnings(&made));
-    assert_eq!(uploaded(&made).unwrap()["results"], 5);
-    let there = machine();
-    let got = weed.run(&there, &ARGS).ok();
-    assert_eq!(
-        (fetched(&got).len(), got.steps("ran")),
-        (5, vec!["told".into()])
-    );
-    assert_eq!(outputs(&got), outputs(&made));
-    assert_eq!(there.read("results/all.txt"), here.read("results/all.txt"));
+    let Some(weed) = Weed::start() else { return };
+    let run = |project: &Project, args: &[&str]| weed.run(project, args);
+    let Machines { here, there, made } = a_second_machine_gets_every_step(&run, REMOTE);
     assert_eq!(
         there.read("results/folder/deep/words"),
         here.read("results/folder/deep/words")
     );
     let mode = std::fs::metadata(there.path("results/folder/tool")).unwrap();
     assert_eq!(mode.permissions().mode() & 0o111, 0o111);
-    there.run(&["cache", "verify"]).ok();
     let doctor = weed
         .run(&there, &["doctor", "pipeline.yaml", "--remote", REMOTE])
         .ok();
@@ -157,17 +142,7 @@ fn what_is_wrong_there_is_a_miss(weed: &Weed, made: &Run) {
 
 fn writers_at_once(weed: &Weed) {
     let args = [&ARGS[..3], &["s3://flow/both"]].concat();
-    let machines = [(); 2].map(|()| machine());
-    let started = machines.each_ref().map(|project| {
-        let mut command = weed.command(project, &args);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().unwrap()
-    });
-    let runs = started.map(|child| Run::of(child.wait_with_output().unwrap()).ok());
-    for run in &runs {
-        assert_eq!(outputs(run), outputs(&runs[0]));
-        assert!(warnings(run).is_empty(), "{:?}", warnings(run));
-    }
+    let runs: [Run; 2] = write_at_once(|project| weed.command(project, &args));
     let got = weed.run(&machine(), &args).ok();
     assert_eq!(fetched(&got).len(), 5);
     assert_eq!(outputs(&got), outputs(&runs[0]));
@@ -193,9 +168,8 @@ fn by_hand(weed: &Weed) {
 
 #[test]
 fn a_large_file_goes_on_where_a_killed_upload_left_off() {
-    let Some(binary) = binary() else { return };
-    let weed = Weed::start(binary);
-    let here = large();
+    let Some(weed) = Weed::start() else { return };
+    let here = large(LARGE);
     // More than the eight parts under way can hold, so that some are there when it closes.
     let gate = Gate::before(&weed.endpoint(), 90_000_000);
     let mut command = weed.command(&here, &ARGS);
@@ -240,26 +214,27 @@ fn a_large_file_goes_on_where_a_killed_upload_left_off() {
     let moved = sent["bytes"].as_u64().unwrap();
     assert_eq!(
         moved,
-        100_000_000 - (there as u64) * (8 << 20),
+        LARGE - (there as u64) * (8 << 20),
         "{sent}, {there} parts were there"
     );
     assert_eq!((&sent["results"], &sent["waiting"]), (&1.into(), &0.into()));
 
-    let other = large();
+    let other = large(LARGE);
     let got = weed.run(&other, &ARGS).ok();
     assert_eq!(fetched(&got), ["large"]);
     assert_eq!(outputs(&got), outputs(&again));
     assert_eq!(
         std::fs::metadata(other.path("large.txt")).unwrap().len(),
-        100_000_000
+        LARGE
     );
     other.run(&["cache", "verify"]).ok();
 }
 
 #[test]
 fn a_server_that_stops_in_the_middle_of_a_run_fails_nothing() {
-    let Some(binary) = binary() else { return };
-    let mut weed = Weed::start(binary);
+    let Some(mut weed) = Weed::start() else {
+        return;
+    };
     let project = |go: &str| {
         let project = Project::new();
         let wait = format!("touch {go}.began; while [ ! -e {go} ]; do sleep 0.05; done");

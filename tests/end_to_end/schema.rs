@@ -196,15 +196,11 @@ fn what_is_wrong_is_underlined() {
 #[test]
 fn the_schema_of_each_step_kind_fits_what_pipelines_give_it() {
     let project = Project::new();
-    let list = project.run(&["steps"]).ok().stdout;
-    let kinds: Vec<&str> = list
-        .lines()
-        .filter_map(|l| l.split_whitespace().next())
-        .collect();
-    assert!(kinds.contains(&"finetune"), "{kinds:?}");
+    let kinds = project.kinds();
+    assert!(kinds.contains(&"finetune".to_owned()), "{kinds:?}");
     for kind in kinds {
         let schema: Value =
-            serde_json::from_str(&project.run(&["schema", kind]).ok().stdout).unwrap();
+            serde_json::from_str(&project.run(&["schema", &kind]).ok().stdout).unwrap();
         jsonschema::meta::validate(&schema).unwrap();
         assert_eq!(schema["title"], json!(kind));
         let validator = jsonschema::validator_for(&schema).unwrap();

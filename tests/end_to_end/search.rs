@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::classify::{self, CONVERT, command, run, shown};
+use crate::files;
 use crate::oracle::{Oracle, query};
 use crate::project::{Project, Run};
 
@@ -78,9 +79,7 @@ fn candidates(project: &Project) -> Vec<Value> {
 
 /// Files of the action cache that hold a candidate's score.
 fn kept(project: &Project) -> Vec<PathBuf> {
-    let folders = std::fs::read_dir(project.path(".flowrun/actions")).unwrap();
-    let files = folders.flat_map(|folder| std::fs::read_dir(folder.unwrap().path()).unwrap());
-    let files = files.map(|file| file.unwrap().path());
+    let files = files::below(&project.path(".flowrun/actions")).into_iter();
     let is_candidate = |path: &PathBuf| {
         let text = std::fs::read_to_string(path).unwrap();
         text.contains("\"kind\":\"optimize-candidate\"")

@@ -42,18 +42,25 @@ fn what_a_server_may_not_load_is_a_warning_and_what_it_cannot_an_error() {
     );
     project.write("p.yaml", &each);
     let said = project.run(&["check", "p.yaml"]).ok();
+    // Two are of the profile.
     assert!(
-        said.stdout.contains("no errors, 1 warning"),
+        said.stdout.contains("no errors, 3 warnings"),
         "{}",
         said.stdout
     );
-    let place = "p.yaml:20:31: warning: the server of `org/base` does not load DoRA";
-    assert!(said.stderr.contains(place), "{}", said.stderr);
+    for place in [
+        "p.yaml:20:31: warning: the server of `org/base` does not load DoRA",
+        "p.yaml:16:21: warning: profile `vllm` alone: the server of `org/base` loads adapters of rank 16",
+    ] {
+        assert!(said.stderr.contains(place), "{}", said.stderr);
+    }
     let json = project.run(&["--json", "check", "p.yaml"]).ok();
     let about: Value = serde_json::from_str(&json.stdout).unwrap();
     assert_eq!(about["ok"], true);
     assert_eq!(about["warnings"][0]["line"], 20, "{about}");
     assert_eq!(about["warnings"][0]["code"], "not-served");
+    assert_eq!(about["warnings"][0].get("profile"), None);
+    assert_eq!(about["warnings"][1]["profile"], "vllm");
 
     let refused = project.run(&["check", "p.yaml", "--profile", "vllm"]);
     assert_eq!(refused.code, Some(3), "{}", refused.stderr);

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::label_job::{all_there, project, run};
 use crate::mount::Mount;
-use crate::oracle_faults::{all_there, project, run};
 use crate::project::Project;
 use crate::server::{Server, chat, client};
 use crate::tiny::write_model;

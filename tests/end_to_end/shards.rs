@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::oracle::{Oracle, query};
 use crate::project::{Project, Run};
-use crate::ray::{Ray, python};
+use crate::ray_cluster::Ray;
 
 /// All rows scored at once, to compare with.
 const WHOLE: &str = "  whole:
@@ -80,11 +80,7 @@ fn shards_are_cached_one_by_one_and_join_to_the_same_result() {
 
 #[test]
 fn shards_are_jobs_of_ray() {
-    let Some(python) = python() else {
-        println!("skipped: no Python with `ray[default]`; name one in FLOWRUN_RAY_PYTHON");
-        return;
-    };
-    let ray = Ray::start(&python);
+    let Some(ray) = Ray::at_hand() else { return };
     let address = format!("ray={}", ray.dashboard);
     sharded(&["--set", "runner=ray", "--set", &address]);
 }

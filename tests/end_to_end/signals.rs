@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::faults::spawn;
 use crate::processes::signal;
 use crate::project::{Project, Run};
 
@@ -49,7 +48,7 @@ fn stopped_by(name: &str, times: usize) {
     let here = project.path("").display().to_string();
     let text = STUBBORN.replace("DIR_NAME", here.trim_end_matches('/'));
     project.write("pipeline.yaml", &text);
-    let child = spawn(&project, &["pipeline.yaml", "--json"]);
+    let child = project.spawn(&["pipeline.yaml", "--json"]);
     let pid = wait_for(&project.path("pid"));
     signal(name, child.id());
     if times == 2 {

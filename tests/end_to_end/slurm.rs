@@ -5,10 +5,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::processes::{signal, until};
 use crate::project::{Project, Run};
 use crate::server::free_port;
-use crate::slow_job::{Slow, lives, signal, until};
-use crate::weed::{Weed, binary};
+use crate::slow_job::Slow;
+use crate::weed::Weed;
 
 /// A cluster of one node, which ends with the test.
 struct Slurm {
@@ -208,40 +209,17 @@ fn steps_are_batch_jobs_and_what_dies_is_begun_again() {
     );
 
     let slow = Slow::new("slurm", RUNNERS);
-    let child = slurm.start_run(&slow);
-    let first = slow.worker();
-    signal("-KILL", first);
-    let second = slow.worker();
-    assert_ne!(first, second);
-    slow.go();
-    slow.ended_well(child);
-    assert_eq!(slow.begun(), 2);
+    slow.outlives_its_worker(slurm.start_run(&slow));
 }
 
 #[test]
 fn the_job_of_a_killed_run_is_taken_up_and_an_interrupted_run_stops_its_job() {
     let Some(slurm) = Slurm::start() else { return };
     let slow = Slow::new("slurm", RUNNERS);
-    let mut child = slurm.start_run(&slow);
-    let worker = slow.worker();
-    signal("-KILL", child.id());
-    child.wait().unwrap();
-    let next = slurm.start_run(&slow);
-    until("the next run did not find it", || {
-        slow.has_said("of an earlier run")
-    });
-    assert!(lives(worker), "the job works on");
-    slow.go();
-    slow.ended_well(next);
-    assert_eq!(slow.begun(), 1, "it was not begun again");
+    slow.outlives_its_run(|| slurm.start_run(&slow), || {});
 
     let slow = Slow::new("slurm", RUNNERS);
-    let child = slurm.start_run(&slow);
-    let worker = slow.worker();
-    signal("-INT", child.id());
-    let ended = Run::of(child.wait_with_output().unwrap());
-    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
-    until("the job works on", || !lives(worker));
+    slow.is_stopped_with_its_run(slurm.start_run(&slow));
     until("jobs are left", || slurm.jobs().is_empty());
 }
 
@@ -249,9 +227,8 @@ fn the_job_of_a_killed_run_is_taken_up_and_an_interrupted_run_stops_its_job() {
 /// jobs say. Secrets and the credentials of the store are in the jobs' environment alone.
 #[test]
 fn files_of_jobs_go_through_s3_where_the_workers_see_no_folder() {
-    let Some(binary) = binary() else { return };
+    let Some(weed) = Weed::start() else { return };
     let Some(slurm) = Slurm::start() else { return };
-    let weed = Weed::start(binary);
     let runners = "runners:\n  slurm: { jobs: 4, through: remote }\n";
     let remote = "s3://flow/team/jobs";
     let project = Project::new();
@@ -298,21 +275,7 @@ fn files_of_jobs_go_through_s3_where_the_workers_see_no_folder() {
         .iter()
         .map(|(name, value)| (*name, value.as_str()))
         .collect();
-    let child = slow.start_with(&env);
-    let first = slow.worker();
-    signal("-KILL", first);
-    let second = slow.worker();
-    assert_ne!(first, second);
-    slow.go();
-    slow.ended_well(child);
-    assert_eq!(slow.begun(), 2);
-    let places = slow.project.read("places");
-    let project = slow.project.path("");
-    assert!(
-        places
-            .lines()
-            .all(|place| !Path::new(place).starts_with(&project)),
-        "{places}"
-    );
+    slow.outlives_its_worker(slow.start_with(&env));
+    slow.worked_elsewhere();
     until("notes are left", || notes() == 0);
 }

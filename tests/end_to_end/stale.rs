@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::files;
 use crate::project::{Project, Run};
 
 const JSON: &[&str] = &["pipeline.yaml", "--json"];
@@ -76,10 +77,8 @@ fn a_result_that_was_removed_from_the_cache_is_told_with_who_did_it() {
     assert!(ended(&again, "strip").contains(by_gc), "{}", again.stdout);
 
     let results = project.path(".flowrun/actions");
-    for folder in std::fs::read_dir(results).unwrap() {
-        for file in std::fs::read_dir(folder.unwrap().path()).unwrap() {
-            std::fs::write(file.unwrap().path(), "spoilt").unwrap();
-        }
+    for file in files::below(&results) {
+        std::fs::write(file, "spoilt").unwrap();
     }
     project.run(&["cache", "repair"]);
     let text = why(&project, "strip", &[]);

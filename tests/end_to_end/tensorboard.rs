@@ -6,44 +6,25 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::external::named;
+use crate::files;
 use crate::project::Project;
 use crate::tiny;
 
 const TRACKING: &str = "tracking: { tensorboard: { folder: results/tb } }\n";
 
-const TRAINED: &str = r#"
-  finetune:
-    uses: finetune
-    in: { messages: chats.messages, lineage: chats.lineage }
-    with: { model: student, epochs: 2, batch_size: 4, lora: { rank: 2 } }
-  score:
-    uses: evaluate
-    foreach: { adapter: [finetune.base, finetune.checkpoints] }
-    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
-    with: { model: student, sampling: { max_tokens: 8 } }
-"#;
-
 /// A project that trains the tiny model and scores its checkpoints.
 fn project() -> Project {
     let project = tiny::project();
+    tiny::train(&project, None, "lora: { rank: 2 }");
     let pipeline = project.read("pipeline.yaml");
-    let score = pipeline.find("  score:").unwrap();
-    let text = format!("{TRACKING}{}{TRAINED}", &pipeline[..score]);
-    project.write("pipeline.yaml", &text);
+    project.write("pipeline.yaml", &format!("{TRACKING}{pipeline}"));
     project
 }
 
 /// The event files, run by run.
 fn files(project: &Project) -> Vec<PathBuf> {
-    let runs = std::fs::read_dir(project.path("results/tb"));
-    let runs = runs.into_iter().flatten().flatten();
-    let inside = |run: PathBuf| std::fs::read_dir(run).into_iter().flatten().flatten();
-    let mut all: Vec<PathBuf> = runs
-        .flat_map(|run| inside(run.path()))
-        .map(|entry| entry.path())
-        .collect();
-    all.sort();
-    all
+    files::below(&project.path("results/tb"))
 }
 
 fn holds(file: &Path, text: &str) -> bool {
@@ -94,10 +75,9 @@ print(json.dumps({tag: [[e.step, e.value] for e in run.Scalars(tag)] for tag in 
 "#;
 
 #[test]
-#[allow(clippy::print_stderr)]
 fn tensorboard_itself_reads_the_curves() {
-    let Some(python) = std::env::var_os("FLOWRUN_TENSORBOARD_PYTHON") else {
-        eprintln!("skipped: FLOWRUN_TENSORBOARD_PYTHON names no Python with `tensorboard`");
+    let tensorboard = "Python with `tensorboard`";
+    let Some(python) = named("FLOWRUN_TENSORBOARD_PYTHON", tensorboard) else {
         return;
     };
     let project = project();

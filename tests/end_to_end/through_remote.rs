@@ -1,23 +1,13 @@
 //! `through: remote`: jobs whose workers see no folder of the run's machine. Their files and words
 //! go through a remote store: a folder here; `slurm` has the same through S3.
 
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use serde_json::Value;
-
+use crate::processes::until;
 use crate::project::{Project, Run};
-use crate::ray::{Ray, python};
-use crate::slow_job::{Slow, lives, signal, until};
-use crate::tiny;
-
-fn ray() -> Option<Ray> {
-    let Some(python) = python() else {
-        println!("skipped: no Python with `ray[default]`; name one in FLOWRUN_RAY_PYTHON");
-        return None;
-    };
-    Some(Ray::start(&python))
-}
+use crate::ray_cluster::Ray;
+use crate::slow_job::{Slow, notes};
+use crate::{files, heavy_steps, tiny};
 
 fn runners(ray: &Ray) -> String {
     format!(
@@ -45,66 +35,28 @@ fn start(slow: &Slow) -> Child {
     slow.start_with(&[("FLOWRUN_REMOTE", &store(&slow.project))])
 }
 
-/// Notes of jobs that lie in the store.
-pub(crate) fn notes(project: &Project) -> usize {
-    let jobs = project.path("store/jobs");
-    std::fs::read_dir(jobs).map_or(0, Iterator::count)
-}
-
-/// No place of the work was in the project, where its cache folder is.
-fn worked_elsewhere(slow: &Slow) {
-    let places = slow.project.read("places");
-    let project = slow.project.path("");
-    let elsewhere = |place: &str| !Path::new(place).starts_with(&project);
-    assert!(places.lines().all(elsewhere), "{places}");
-}
-
 #[test]
 fn a_worker_that_is_killed_is_followed_by_another() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let slow = Slow::new("ray", &runners(&ray));
-    let child = start(&slow);
-    let first = slow.worker();
-    signal("-KILL", first);
-    let second = slow.worker();
-    assert_ne!(first, second);
-    slow.go();
-    let run = slow.ended_well(child);
-    assert_eq!(slow.begun(), 2);
-    assert!(run.stdout.contains("it is begun again"), "{}", run.stdout);
-    worked_elsewhere(&slow);
+    slow.outlives_its_worker(start(&slow));
+    slow.worked_elsewhere();
     until("notes are left", || notes(&slow.project) == 0);
 }
 
 #[test]
 fn the_job_of_a_killed_run_is_taken_up_by_the_next() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let slow = Slow::new("ray", &runners(&ray));
-    let mut child = start(&slow);
-    let worker = slow.worker();
-    signal("-KILL", child.id());
-    child.wait().unwrap();
-    let next = start(&slow);
-    until("the next run did not find it", || {
-        slow.has_said("of an earlier run")
-    });
-    assert!(lives(worker), "the job works on");
-    slow.go();
-    slow.ended_well(next);
-    assert_eq!(slow.begun(), 1, "it was not begun again");
+    slow.outlives_its_run(|| start(&slow), || {});
     until("notes are left", || notes(&slow.project) == 0);
 }
 
 #[test]
 fn an_interrupted_run_stops_its_job() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let slow = Slow::new("ray", &runners(&ray));
-    let child = start(&slow);
-    let worker = slow.worker();
-    signal("-INT", child.id());
-    let ended = Run::of(child.wait_with_output().unwrap());
-    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
-    until("the job works on", || !lives(worker));
+    slow.is_stopped_with_its_run(start(&slow));
     assert!(slow.left().is_empty(), "{:?}", slow.left());
     until("notes are left", || notes(&slow.project) == 0);
 }
@@ -140,33 +92,16 @@ fn hidden(command: &Command, project: &Project) -> Option<Command> {
 /// Step kinds and commands, files and folders, with a cache folder that the workers cannot see.
 #[test]
 fn steps_work_where_the_cache_folder_is_not_there() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let project = tiny::project();
     let here = project.run(&["pipeline.yaml", "--json"]).ok();
-    let outputs = |run: &Run| -> Vec<(Value, Value, Value)> {
-        let events = run.events();
-        let ended = events.iter().filter(|e| e["event"] == "step_finished");
-        let steps = ended.filter(|e| e["step"] == "chats" || e["step"] == "score");
-        let part = |e: &Value, part: &str| e["outputs"][part]["digest"].clone();
-        steps
-            .map(|e| (e["key"].clone(), part(e, "messages"), part(e, "program")))
-            .collect()
-    };
-    for step in ["convert-to-messages", "evaluate"] {
-        let uses = format!("uses: {step}\n");
-        project.edit("pipeline.yaml", &uses, &format!("{uses}    runner: ray\n"));
-    }
-    let text = format!("{}{}", runners(&ray), project.read("pipeline.yaml"));
-    project.write("pipeline.yaml", &text);
+    heavy_steps::move_to(&project, &runners(&ray), "    runner: ray\n");
     let mut command = project.command(&["pipeline.yaml", "--json", "--force"]);
     command.env("FLOWRUN_REMOTE", store(&project));
     let mut command = hidden(&command, &project).unwrap_or(command);
     let there = Run::of(command.output().unwrap()).ok();
     assert!(there.steps("ran").contains(&"score".to_owned()));
-    assert_eq!(outputs(&there), outputs(&here));
-    let events = there.events();
-    let scored = |e: &&Value| e["event"] == "progress" && e["step"] == "score" && e["total"] != 0;
-    assert!(events.iter().any(|e| scored(&e)), "{}", there.stdout);
+    heavy_steps::assert_same(&here, &there);
     until("notes are left", || notes(&project) == 0);
 
     // Folders, empty ones too, programs, and lists.
@@ -193,18 +128,12 @@ steps:
 ";
     project.write("p.yaml", &format!("{}{steps}", runners(&ray)));
     run(&project, &["p.yaml"]).ok();
-    assert_eq!(
-        project
-            .read("out.txt")
-            .split_whitespace()
-            .collect::<Vec<_>>(),
-        ["inner", "ran", "2", "note"]
-    );
+    assert_eq!(project.words("out.txt"), ["inner", "ran", "2", "note"]);
 }
 
 #[test]
 fn what_is_missing_is_said() {
-    let Some(ray) = ray() else { return };
+    let Some(ray) = Ray::at_hand() else { return };
     let project = Project::new();
     let steps = "steps:\n  s:\n    run: 'printf %s \"$TOKEN\" | wc -c > \"$out\"'\n    runner: ray\n    secrets: [TOKEN]\n    out: { out: n }\n";
     project.write("p.yaml", &format!("{}{steps}", runners(&ray)));
@@ -224,12 +153,8 @@ fn what_is_missing_is_said() {
         "{}",
         lacks.stderr
     );
-    let grep = Command::new("grep")
-        .args(["-rlF", "very-secret-value"])
-        .arg(project.path("store"))
-        .output()
-        .unwrap();
-    assert!(grep.stdout.is_empty(), "the store has the secret");
+    let said = files::holding(&project.path("store"), "very-secret-value");
+    assert!(said.is_empty(), "the store has the secret: {said:?}");
     until("notes are left", || notes(&project) == 0);
 
     let alone = with_token(None, &[]);

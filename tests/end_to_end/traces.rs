@@ -204,7 +204,7 @@ fn a_failed_step_and_its_call_are_errors() {
     assert!(has("run classify") && has("chat m"), "{failed:#?}");
     assert!(has("step label") || has("step elsewhere"), "{failed:#?}");
     let call = failed.iter().find(|span| span.name == "chat m").unwrap();
-    assert_eq!(call.attributes["error.type"], "unavailable");
+    assert_eq!(call.attributes["error.type"], "server_error");
 }
 
 #[test]

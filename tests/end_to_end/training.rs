@@ -1,13 +1,14 @@
 //! Training in this process: checkpoints by step, an early end by the validation loss, and which
 //! rows count as having decided it.
 
-use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::files;
 use crate::project::{Project, Run};
+use crate::server::{Server, chat};
 use crate::tiny::{self, write_model};
 
 const RUN: [&str; 2] = ["--json", "pipeline.yaml"];
@@ -164,7 +165,7 @@ fn a_killed_training_ends_with_the_same_checkpoints() {
         .spawn()
         .unwrap();
     let saved = || {
-        let files = walk(&killed.path(".flowrun"));
+        let files = files::below(&killed.path(".flowrun"));
         let all = files
             .iter()
             .filter(|path| path.ends_with("checkpoint.json"));
@@ -200,18 +201,6 @@ fn a_killed_training_ends_with_the_same_checkpoints() {
         assert!(digest(&whole).is_string());
         assert_eq!(digest(&resumed), digest(&whole), "{output}");
     }
-}
-
-/// All files of a folder; what goes meanwhile is left out.
-fn walk(folder: &Path) -> Vec<PathBuf> {
-    let mut all = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            true => all.extend(walk(&entry.path())),
-            false => all.push(entry.path()),
-        }
-    }
-    all
 }
 
 /// Trains on answers that are the opposite of what it is validated on.
@@ -306,6 +295,11 @@ fn settings_that_cannot_be_met_are_refused_with_their_reason() {
     let said = "`max_tokens`: only training in this process knows it";
     assert!(refused.stdout.contains(said), "{}", refused.stdout);
 
+    project.edit("pipeline.yaml", "rank: 2 }", "rank: 2, layer_names: text }");
+    let refused = project.run(&RUN);
+    let said = "`lora.layer_names`: TRL names the layers as it loads the model";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
     for (from, to) in [
         ("max_tokens: 512", "max_tokens: 0"),
         ("max_tokens: 0", "max_grad_norm: -1"),
@@ -394,4 +388,100 @@ fn rows_that_ended_the_training_are_not_clean_to_test_it() {
     project.edit("pipeline.yaml", " patience: 1,", "");
     let told = project.run(&RUN).ok();
     assert_eq!(leakage(&project, &told), (json!(true), json!(0)));
+}
+
+/// Trains by one entry and asks by another, which says nothing of the chat template.
+const BY_TWO_ENTRIES: &str = r#"  finetune:
+    uses: finetune
+    in: { messages: chats.messages, lineage: chats.lineage }
+    with: { model: student, epochs: 1, lora: { rank: 2 } }
+  alone:
+    uses: evaluate
+    in: { rows: labels.test, program: chats.program }
+    with: { model: plain }
+  optimize:
+    uses: optimize
+    foreach: { adapter: finetune.checkpoints }
+    in:
+      program: chats.program
+      adapter: "${{ item.adapter }}"
+      trainset: labels.train
+      valset: labels.train
+    with: { model: plain, search: { restrict: [-2], max_labeled_demos: 1 } }
+  score:
+    uses: evaluate
+    foreach: { adapter: finetune.checkpoints }
+    in: { rows: labels.test, program: chats.program, adapter: "${{ item.adapter }}" }
+    with: { model: plain }
+  select:
+    uses: select
+    in:
+      scores: score.scores
+      adapters: [finetune.checkpoints]
+      optimised: optimize.program
+      program: chats.program
+  again:
+    uses: evaluate
+    in: { rows: labels.test, program: select.program, adapter: select.adapter }
+    with: { model: plain, role: best, leakage: allow }
+  deploy:
+    uses: deploy
+    in: { program: select.program, adapter: select.adapter, scores: again.scores }
+    with: { name: tiny, model: plain }
+    publish: { bundle: bundle }
+"#;
+
+/// Tokens of all prompts that a step scored.
+fn prompt_tokens(project: &Project, run: &Run, step: &str) -> u64 {
+    let events = run.events();
+    let is_it = |e: &&Value| {
+        let name = e["step"].as_str().unwrap_or_default();
+        e["event"] == "step_finished" && name.starts_with(step)
+    };
+    let path = events.iter().find(is_it).unwrap()["outputs"]["scores"]["path"].as_str();
+    let scores: Value = serde_json::from_str(&project.read(path.unwrap())).unwrap();
+    scores["programs"][0]["prompt_tokens"].as_u64().unwrap()
+}
+
+#[test]
+fn a_checkpoint_is_asked_with_what_its_training_told_the_template() {
+    let project = project(BY_TWO_ENTRIES);
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}\
+        {% if enable_thinking is defined and not enable_thinking %}12345{% endif %}";
+    project.write("tiny/chat_template.jinja", template);
+    project.edit(
+        "pipeline.yaml",
+        "    weights: { file: tiny }\n",
+        "    weights: { file: tiny }\n    chat_template_kwargs: { enable_thinking: false }\n  \
+         plain:\n    provider: embedded\n    weights: { file: tiny }\n",
+    );
+    let run = project.run(&RUN).ok();
+    // Five more characters, which are tokens, in each of the four prompts.
+    let alone = prompt_tokens(&project, &run, "alone");
+    assert_eq!(prompt_tokens(&project, &run, "score["), alone + 4 * 5);
+    let read = |file: &str| -> Value { serde_json::from_str(&project.read(file)).unwrap() };
+    let checkpoint = read("bundle/adapter/checkpoint.json");
+    let told = json!({"enable_thinking": false});
+    assert_eq!(checkpoint["chat_template_kwargs"], told);
+
+    let mut command = project.command(&["serve", "bundle"]);
+    command.env_remove("FLOWRUN_API_KEY");
+    let server = Server::start(command);
+    let tokens = |model: &str| {
+        let answer = server.json("/v1/chat/completions", &chat(model, "hello", 1));
+        answer["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(tokens(&server.model), 10);
+    assert_eq!(tokens("tiny"), 5);
+
+    // What an entry says on purpose is not overruled in silence.
+    project.edit(
+        "pipeline.yaml",
+        "  plain:\n",
+        "  plain:\n    chat_template_kwargs: { enable_thinking: true }\n",
+    );
+    let refused = project.run(&["check", "pipeline.yaml"]);
+    assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+    let said = "the checkpoints of `finetune` are trained with `chat_template_kwargs: ";
+    assert!(refused.stderr.contains(said), "{}", refused.stderr);
 }

@@ -10,15 +10,16 @@ use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload};
 
 use super::bucket::Bucket;
 use super::download::{self, blocking};
-use super::{AT_ONCE, PART, Refusal, Shared, upload};
-use crate::completion::{known_packs, note_packs, packs_file, parse_line};
+use super::policy::Refusal;
+use super::{AT_ONCE, PART, Shared, upload};
+use crate::completion::{LOOK_EVERY, known_packs, note_packs, packs_file, parse_line};
 use crate::digest::Digest;
 use crate::error::CacheError;
 use crate::record::write_atomic;
@@ -33,6 +34,9 @@ const MANY: u64 = 100 << 20;
 const NOTES: &str = "answers";
 /// The note of packs there that are damaged.
 const DAMAGED: &str = "damaged";
+
+/// Is handed a pack of answers.
+pub(super) type TakePack<'a> = dyn FnMut(Digest, &[u8]) -> Result<(), CacheError> + 'a;
 
 /// A stretch of a segment that was not sent yet.
 struct Pack {
@@ -248,6 +252,24 @@ pub(super) async fn fetch(
         // Who does not listen any more has an error of its own to tell.
         if pack.is_some_and(|pack| tell.send(pack).is_err()) {
             return;
+        }
+    }
+}
+
+/// Hands on what comes until there is no more, or `stop`; false when that came first.
+pub(super) fn hear(
+    hear: &Receiver<(Digest, Vec<u8>)>,
+    stop: &dyn Fn() -> bool,
+    take: &mut TakePack<'_>,
+) -> Result<bool, CacheError> {
+    loop {
+        if stop() {
+            return Ok(false);
+        }
+        match hear.recv_timeout(LOOK_EVERY) {
+            Ok((pack, bytes)) => take(pack, &bytes)?,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(true),
         }
     }
 }

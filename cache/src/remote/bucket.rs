@@ -209,9 +209,7 @@ impl Bucket {
 
     /// The path on this machine of what lies there, if the store is a folder of it.
     pub(super) fn local(&self, path: &Path) -> Option<PathBuf> {
-        let url = Url::parse(&self.url).ok()?;
-        let folder = url.to_file_path().ok().filter(|_| self.is_folder())?;
-        Some(folder.join(path.as_ref()))
+        Some(folder_of(&self.url)?.join(path.as_ref()))
     }
 
     /// The key of what lies there, if it is a result.
@@ -273,6 +271,13 @@ pub fn is_folder(url: &str) -> bool {
 #[must_use]
 pub fn folder_url(folder: &FilePath) -> Option<String> {
     Url::from_file_path(folder).ok().map(String::from)
+}
+
+/// The folder that a URL names; `None` when it names none of this machine.
+#[must_use]
+pub fn folder_of(url: &str) -> Option<PathBuf> {
+    let url = Url::parse(url).ok().filter(|_| is_folder(url))?;
+    url.to_file_path().ok()
 }
 
 fn parse(text: &str) -> Result<Url, RemoteError> {
@@ -356,6 +361,16 @@ mod tests {
         let text = refused("s3://AK:SECRET@bucket/x");
         assert!(text.contains("environment variables"), "{text}");
         assert!(!text.contains("SECRET"), "{text}");
+    }
+
+    #[test]
+    fn a_url_of_a_folder_leads_back_to_it() {
+        let folder = FilePath::new("/mnt/team a");
+        let url = folder_url(folder).unwrap();
+        assert_eq!(folder_of(&url).as_deref(), Some(folder));
+        for none in ["s3://b/x", "/mnt", "file://host"] {
+            assert_eq!(folder_of(none), None, "{none}");
+        }
     }
 
     #[test]

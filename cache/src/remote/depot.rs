@@ -15,8 +15,10 @@ use tokio::sync::Semaphore;
 
 use super::bucket::Bucket;
 use super::download::{self, Flaw};
+use super::policy::Refusal;
+use super::shared::{SentObjects, Shared};
 use super::upload::{self, Unsent};
-use super::{ABREAST, AT_ONCE, FOLDER, Refusal, RemoteError, RemoteOptions, SentObjects, Shared};
+use super::{ABREAST, AT_ONCE, FOLDER, RemoteError, RemoteOptions};
 use crate::artifact::Artifact;
 use crate::cache::Cache;
 use crate::digest::Digest;
@@ -299,15 +301,10 @@ impl Depot {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{LockWait, OpenOptions};
+    use crate::OpenOptions;
 
     fn cache(dir: &Path) -> Cache {
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".into(),
-            on_wait: None,
-        };
-        Cache::open(dir, &options).unwrap()
+        Cache::open(dir, &OpenOptions::no_wait("test")).unwrap()
     }
 
     fn notes_and_objects_pass(bucket: &Bucket) {

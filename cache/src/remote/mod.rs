@@ -6,6 +6,8 @@
 //! | `bucket` | what a URL names, and the names of things there |
 //! | `depot` | the same place as one where two processes hand things to each other |
 //! | `policy` | what is done about a remote that refuses |
+//! | `shared` | what calls and background work share |
+//! | `tally` | how much is sent |
 //! | `download` | gets a result with its objects, each verified before it has its name |
 //! | `upload` | sends objects, then the result |
 //! | `multipart` | sends a large file in parts, and goes on where a kill left off |
@@ -24,32 +26,31 @@ mod download;
 mod multipart;
 mod outbox;
 mod policy;
+mod shared;
+mod tally;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
 mod upload;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
 use object_store::ObjectStore;
-use serde::Serialize;
 use tokio::runtime::Runtime;
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::Semaphore;
 
 use self::bucket::Bucket;
-pub use self::bucket::{folder_url, is_folder};
+pub use self::bucket::{folder_of, folder_url, is_folder};
 pub use self::depot::{Depot, DepotError};
-use self::outbox::Outbox;
-use self::policy::{Policy, Refusal};
+use self::shared::Shared;
+pub use self::tally::{Sending, Sent};
 use crate::action::{ActionKey, ActionResult};
 use crate::cache::Cache;
-use crate::completion::{CompletionCache, LOOK_EVERY};
+use crate::completion::CompletionCache;
 use crate::digest::Digest;
 use crate::error::CacheError;
 use crate::store::ArtifactStore;
@@ -62,8 +63,6 @@ const AT_ONCE: usize = 8;
 const ABREAST: usize = 16;
 /// Threads that serve the connections.
 const THREADS: usize = 2;
-/// How often progress is told.
-const TELL_EVERY: Duration = Duration::from_millis(200);
 /// How often answers are sent while a run is under way.
 const ANSWERS_EVERY: Duration = Duration::from_secs(300);
 /// Folder in the cache for what is kept about remotes.
@@ -101,46 +100,6 @@ pub struct RemoteCache {
     runtime: Option<Runtime>,
 }
 
-/// What calls and background work share.
-#[derive(Debug)]
-struct Shared {
-    bucket: Bucket,
-    policy: Policy,
-    read_only: bool,
-    /// Below [`FOLDER`] of the cache folder.
-    folder: std::path::PathBuf,
-    outbox: Outbox,
-    /// Requests with content under way.
-    transfers: Arc<Semaphore>,
-    /// Results that are being sent.
-    results: Semaphore,
-    /// Held while answers are sent.
-    packing: tokio::sync::Mutex<()>,
-    /// Objects that are there, or on their way.
-    sent: Arc<SentObjects>,
-    /// Objects and results that were found damaged, or without what belongs to them.
-    spoilt: Mutex<BTreeSet<Digest>>,
-    tally: Tally,
-}
-
-/// Objects that were sent, or are being sent: whoever wants the same waits for that.
-type SentObjects = Mutex<HashMap<Digest, Arc<OnceCell<()>>>>;
-
-/// Counts of what is sent.
-#[derive(Debug, Default)]
-struct Tally {
-    objects: AtomicU64,
-    of_objects: AtomicU64,
-    bytes: AtomicU64,
-    of_bytes: AtomicU64,
-    /// Bytes less those of parts that an earlier run had sent.
-    moved: AtomicU64,
-    results: AtomicU64,
-    /// Results under way; tells when it sinks.
-    pending: Mutex<usize>,
-    sunk: Condvar,
-}
-
 /// What a remote has under a key.
 #[derive(Debug)]
 pub enum Fetched {
@@ -150,32 +109,6 @@ pub enum Fetched {
     Flawed(String),
     /// Nothing, or it was not asked.
     Nothing,
-}
-
-/// How far sending is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Sending {
-    /// Objects that are there by now.
-    pub objects: u64,
-    /// Of so many that are known of.
-    pub of_objects: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Of so many.
-    pub of_bytes: u64,
-}
-
-/// What was sent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Sent {
-    /// Results.
-    pub results: u64,
-    /// Objects; those that were there already do not count.
-    pub objects: u64,
-    /// Bytes that were moved; parts that an earlier run had sent do not count.
-    pub bytes: u64,
-    /// Results that are still to be sent.
-    pub waiting: u64,
 }
 
 /// How a remote is used.
@@ -203,9 +136,6 @@ impl Drop for RemoteCache {
         }
     }
 }
-
-/// Is handed a pack of answers.
-type TakePack<'a> = dyn FnMut(Digest, &[u8]) -> Result<(), CacheError> + 'a;
 
 impl RemoteCache {
     /// Opens it. No server is asked anything yet.
@@ -360,10 +290,9 @@ impl RemoteCache {
         let (Some(runtime), Some(folder)) = (runtime, completions.folder()) else {
             return;
         };
-        *self.shared.tally.pending() += 1;
+        let done = self.shared.begin();
         let (shared, folder) = (Arc::clone(&self.shared), folder.to_owned());
         runtime.spawn(async move {
-            let done = Pending(Arc::clone(&shared));
             match look {
                 true => answers::push(&shared, folder).await,
                 false => answers::send(&shared, folder).await,
@@ -396,7 +325,7 @@ impl RemoteCache {
         &self,
         known: BTreeSet<Digest>,
         stop: &dyn Fn() -> bool,
-        take: &mut TakePack<'_>,
+        take: &mut answers::TakePack<'_>,
     ) -> Result<bool, CacheError> {
         let Some(runtime) = &self.runtime else {
             return Ok(true);
@@ -405,7 +334,7 @@ impl RemoteCache {
         let (tell, hear) = std::sync::mpsc::sync_channel(2);
         let shared = Arc::clone(&self.shared);
         let task = runtime.spawn(async move { answers::fetch(&shared, known, tell).await });
-        let heard = hear_packs(&hear, stop, take);
+        let heard = answers::hear(&hear, stop, take);
         // Nobody waits for what has not come by now.
         task.abort();
         heard
@@ -438,10 +367,9 @@ impl RemoteCache {
         else {
             return;
         };
-        *self.shared.tally.pending() += 1;
+        let done = self.shared.begin();
         let (shared, store) = (Arc::clone(&self.shared), store.clone());
         runtime.spawn(async move {
-            let done = Pending(Arc::clone(&shared));
             upload::result(&shared, &store, &result, replace).await;
             drop(done);
         });
@@ -449,32 +377,14 @@ impl RemoteCache {
 
     /// Waits until everything is sent that can be, or until `stop`.
     pub fn flush(&self, stop: &dyn Fn() -> bool, tell: &mut dyn FnMut(Sending)) -> Sent {
-        let tally = &self.shared.tally;
-        let mut pending = tally.pending();
-        let mut told = None;
-        while *pending > 0 && !stop() {
-            let waited = tally.sunk.wait_timeout(pending, TELL_EVERY);
-            pending = waited.unwrap_or_else(PoisonError::into_inner).0;
-            let now = tally.sending();
-            if *pending > 0 && told.replace(now) != Some(now) {
-                tell(now);
-            }
-        }
-        drop(pending);
+        self.shared.tally.wait(stop, tell);
         self.sent()
     }
 
     /// What was sent until now.
     #[must_use]
     pub fn sent(&self) -> Sent {
-        let tally = &self.shared.tally;
-        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Sent {
-            results: of(&tally.results),
-            objects: of(&tally.objects),
-            bytes: of(&tally.moved),
-            waiting: self.waiting() as u64,
-        }
+        self.shared.tally.sent(self.waiting() as u64)
     }
 
     #[cfg(test)]
@@ -500,101 +410,4 @@ fn runtime() -> Result<Runtime, RemoteError> {
         .enable_all()
         .build()
         .map_err(RemoteError::Threads)
-}
-
-/// Hands on what comes until there is no more, or `stop`; false when that came first.
-fn hear_packs(
-    hear: &Receiver<(Digest, Vec<u8>)>,
-    stop: &dyn Fn() -> bool,
-    take: &mut TakePack<'_>,
-) -> Result<bool, CacheError> {
-    loop {
-        if stop() {
-            return Ok(false);
-        }
-        match hear.recv_timeout(LOOK_EVERY) {
-            Ok((pack, bytes)) => take(pack, &bytes)?,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Ok(true),
-        }
-    }
-}
-
-/// One result on its way: also counts down when the work panics.
-struct Pending(Arc<Shared>);
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        *self.0.tally.pending() -= 1;
-        self.0.tally.sunk.notify_all();
-    }
-}
-
-impl Tally {
-    fn pending(&self) -> MutexGuard<'_, usize> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn moved(&self, bytes: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.moved.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    fn sending(&self) -> Sending {
-        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Sending {
-            objects: of(&self.objects),
-            of_objects: of(&self.of_objects),
-            bytes: of(&self.bytes),
-            of_bytes: of(&self.of_bytes),
-        }
-    }
-}
-
-impl Shared {
-    fn new(
-        bucket: Bucket,
-        read_only: bool,
-        folder: std::path::PathBuf,
-        transfers: Arc<Semaphore>,
-        sent: Arc<SentObjects>,
-    ) -> Self {
-        Self {
-            bucket,
-            policy: Policy::default(),
-            read_only,
-            outbox: Outbox::new(&folder),
-            folder,
-            transfers,
-            results: Semaphore::new(AT_ONCE),
-            packing: tokio::sync::Mutex::default(),
-            sent,
-            spoilt: Mutex::default(),
-            tally: Tally::default(),
-        }
-    }
-
-    /// A read was refused: what that means for what was asked.
-    fn refused(&self, refusal: Refusal) {
-        if let Refusal::Denied(why) | Refusal::Unreachable(why) = refusal {
-            self.policy.no_more_reads(self.bucket.url(), &why);
-        }
-    }
-
-    /// Notes that an object or a result there is to be written anew.
-    fn spoil(&self, digest: &Digest) {
-        self.spoilt().insert(*digest);
-    }
-
-    fn is_spoilt(&self, digest: &Digest) -> bool {
-        self.spoilt().contains(digest)
-    }
-
-    fn mended(&self, digest: &Digest) {
-        self.spoilt().remove(digest);
-    }
-
-    fn spoilt(&self) -> MutexGuard<'_, BTreeSet<Digest>> {
-        self.spoilt.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }

@@ -21,8 +21,9 @@ use serde::{Deserialize, Serialize};
 
 use super::bucket::Parts;
 use super::download::blocking;
+use super::policy::Refusal;
 use super::upload::{Unsent, going_on};
-use super::{AT_ONCE, PART, Refusal, Shared};
+use super::{AT_ONCE, PART, Shared};
 use crate::digest::Digest;
 use crate::error::CacheError;
 

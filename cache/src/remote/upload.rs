@@ -11,7 +11,8 @@ use futures::{StreamExt, TryStreamExt, stream};
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
 use super::download::blocking;
-use super::{ABREAST, PART, Refusal, Shared, multipart};
+use super::policy::Refusal;
+use super::{ABREAST, PART, Shared, multipart};
 use crate::action::{self, ActionResult};
 use crate::artifact::Artifact;
 use crate::digest::Digest;

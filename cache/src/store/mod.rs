@@ -20,7 +20,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use self::address::address;
+use self::address::{address, address_in_project};
 pub use self::lent::Lent;
 use self::lent::Stamp;
 pub use self::staging::{Placed, Staged, Staging};
@@ -75,13 +75,15 @@ impl ArtifactStore {
             digest,
             kind: ArtifactKind::File,
             size: bytes.len() as u64,
+            executable: false,
         })
     }
 
-    /// Stores a file or a folder. Symbolic links are followed; an empty folder is kept as an empty tree.
+    /// Stores a file or a folder. Symbolic links are followed; empty folders, and whether a file may be
+    /// run, are kept.
     ///
     /// # Errors
-    /// When something cannot be read or written.
+    /// When something cannot be read or written, or a link leads to a folder that it lies in.
     pub fn put_path(&self, path: &Path) -> Result<Artifact, CacheError> {
         address(path, &mut |path, meta| self.put_file(path, meta.len())).and_then(|found| {
             if let Some(tree) = &found.tree {
@@ -98,6 +100,10 @@ impl ArtifactStore {
     /// # Errors
     /// As [`ArtifactStore::put_path`].
     pub fn take_path(&self, path: &Path) -> Result<Artifact, CacheError> {
+        let own = std::fs::symlink_metadata(path).map_err(|e| CacheError::outside(path, e))?;
+        if own.is_file() {
+            return Ok(Artifact::of_file(self.take_file(path, &own)?, &own));
+        }
         if Self::has_link(path)? {
             return self.put_path(path);
         }
@@ -118,6 +124,36 @@ impl ArtifactStore {
             Digest::of_file(path).map_err(|e| CacheError::outside(path, e))
         };
         address(path, hash).map(|found| found.artifact)
+    }
+
+    /// As [`ArtifactStore::put_path`], of a file or folder of a project: this cache, and what is being
+    /// published there, are no part of it.
+    ///
+    /// # Errors
+    /// As [`ArtifactStore::put_path`].
+    pub fn put_project_path(&self, path: &Path) -> Result<Artifact, CacheError> {
+        let digest = &mut |path: &Path, meta: &Metadata| self.put_file(path, meta.len());
+        let found = address_in_project(path, self.cache_dir(), digest)?;
+        if let Some(tree) = &found.tree {
+            self.put_bytes(tree.as_bytes())?;
+        }
+        Ok(found.artifact)
+    }
+
+    /// The address that [`ArtifactStore::put_project_path`] would give; nothing is stored.
+    ///
+    /// # Errors
+    /// When something cannot be read.
+    pub fn address_in_project(&self, path: &Path) -> Result<Artifact, CacheError> {
+        let hash = &mut |path: &Path, _: &Metadata| {
+            Digest::of_file(path).map_err(|e| CacheError::outside(path, e))
+        };
+        address_in_project(path, self.cache_dir(), hash).map(|found| found.artifact)
+    }
+
+    /// The folder of the cache that the store is a part of.
+    fn cache_dir(&self) -> &Path {
+        self.root.parent().unwrap_or(&self.root)
     }
 
     /// It is a symbolic link, or a folder that holds one at any depth.
@@ -149,21 +185,21 @@ impl ArtifactStore {
         Ok(digest)
     }
 
+    /// `meta` is of the file itself, not of what a link names.
     fn take_file(&self, path: &Path, meta: &Metadata) -> Result<Digest, CacheError> {
         let fail = |e| CacheError::io(path, e);
         let digest = Digest::of_file(path).map_err(fail)?;
         if self.has_object(&digest, meta.len()) {
             return Ok(digest);
         }
-        let own = std::fs::symlink_metadata(path).map_err(fail)?;
         // What has another name is not ours alone: it could change under it.
-        if !own.is_file() || own.nlink() > 1 {
+        if !meta.is_file() || meta.nlink() > 1 {
             let mut file = File::open(path).map_err(fail)?;
             self.write_object(&digest, &mut file)?;
             return Ok(digest);
         }
         std::fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(fail)?;
-        if own.len() >= LARGE {
+        if meta.len() >= LARGE {
             File::open(path).and_then(|f| f.sync_data()).map_err(fail)?;
         }
         let object = self.object_path(&digest);
@@ -178,7 +214,7 @@ impl ArtifactStore {
             return Ok(digest);
         }
         let now = std::fs::metadata(&object).map_err(|e| CacheError::io(&object, e))?;
-        if Stamp::of(&now) != Stamp::of(meta) {
+        if Stamp::of(&now) != Stamp::of(meta) || now.nlink() > 1 {
             // Set aside: what it holds is not what was hashed.
             let _ = self.quarantine(&digest);
             return Err(changed(path));
@@ -395,7 +431,8 @@ impl ArtifactStore {
         serde_json::from_slice::<TreeObject>(&bytes)
             .ok()
             .filter(|t| {
-                t.version == TREE_VERSION && t.entries.iter().all(|e| stays_inside(&e.path))
+                let mut paths = t.entries.iter().map(|e| &e.path).chain(&t.folders);
+                t.version == TREE_VERSION && paths.all(|path| stays_inside(path))
             })
             .ok_or(CacheError::Missing { digest: *digest })
     }

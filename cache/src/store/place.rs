@@ -59,12 +59,17 @@ impl ArtifactStore {
         match artifact.kind {
             ArtifactKind::File if stop() => Ok(false),
             ArtifactKind::File => {
-                self.place_file(&artifact.digest, dest, false, how)?;
+                self.place_file(&artifact.digest, dest, artifact.executable, how)?;
                 Ok(true)
             }
             ArtifactKind::Tree => {
-                std::fs::create_dir_all(dest).map_err(|e| CacheError::outside(dest, e))?;
-                for entry in self.tree(&artifact.digest)?.entries {
+                let tree = self.tree(&artifact.digest)?;
+                let empty = tree.folders.iter().map(|folder| dest.join(folder));
+                for folder in std::iter::once(dest.to_owned()).chain(empty) {
+                    std::fs::create_dir_all(&folder)
+                        .map_err(|e| CacheError::outside(&folder, e))?;
+                }
+                for entry in tree.entries {
                     if stop() {
                         return Ok(false);
                     }

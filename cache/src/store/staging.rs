@@ -2,13 +2,14 @@
 //! Then only names change.
 //!
 //! Invariant: until [`Staged::put`] nothing at the places is touched, what was put can be taken
-//! back ([`Placed::undo`]), and what was not put is gone with the staging.
+//! back ([`Placed::undo`]), and what was not put is gone with the staging, the folders that were
+//! made for it included.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{DirEntry, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tempfile::TempDir;
 
@@ -29,6 +30,8 @@ pub struct Staging<'a> {
     store: &'a ArtifactStore,
     /// For each folder that places lie in, one within it: names change only within a file system.
     folders: BTreeMap<PathBuf, Folder>,
+    /// After `folders`, so that it is dropped after them.
+    made: MadeFolders,
     count: usize,
 }
 
@@ -48,6 +51,7 @@ impl<'a> Staging<'a> {
         Self {
             store,
             folders: BTreeMap::new(),
+            made: MadeFolders::default(),
             count: 0,
         }
     }
@@ -68,7 +72,8 @@ impl<'a> Staging<'a> {
             .filter(|p| !p.as_os_str().is_empty())
             .unwrap_or(Path::new("."));
         if !self.folders.contains_key(folder) {
-            let staging = Folder::within(folder).map_err(|e| CacheError::outside(folder, e))?;
+            let staging = Folder::within(folder, &mut self.made);
+            let staging = staging.map_err(|e| CacheError::outside(folder, e))?;
             self.folders.insert(folder.to_owned(), staging);
         }
         let staging = self.folders[folder].dir.path();
@@ -173,13 +178,64 @@ struct Folder {
 }
 
 impl Folder {
-    fn within(folder: &Path) -> io::Result<Self> {
-        std::fs::create_dir_all(folder)?;
+    fn within(folder: &Path, made: &mut MadeFolders) -> io::Result<Self> {
         sweep(folder);
-        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(folder)?;
+        let dir = {
+            let _changing = changing();
+            made.make(folder)?;
+            tempfile::Builder::new().prefix(PREFIX).tempdir_in(folder)?
+        };
         let held = hold(dir.path()).ok();
         Ok(Self { dir, _held: held })
     }
+}
+
+/// Folders that were not there before; those that are still empty go when it is dropped.
+#[derive(Debug, Default)]
+struct MadeFolders(Vec<PathBuf>);
+
+impl MadeFolders {
+    /// Makes a folder, and those above it that are missing.
+    fn make(&mut self, folder: &Path) -> io::Result<()> {
+        let above = folder.ancestors();
+        let missing = above.take_while(|path| !path.as_os_str().is_empty() && !path.is_dir());
+        let mut missing: Vec<&Path> = missing.collect();
+        while let Some(path) = missing.pop() {
+            match std::fs::create_dir(path) {
+                Ok(()) => self.0.push(path.to_owned()),
+                // Another program made it in the meantime.
+                Err(_) if path.is_dir() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for MadeFolders {
+    fn drop(&mut self) {
+        if self.0.is_empty() {
+            return;
+        }
+        let _changing = changing();
+        while let Some(folder) = self.0.pop() {
+            // One with something in it stays.
+            let _ = std::fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Held while folders are made or removed: none goes before another staging has begun in it.
+fn changing() -> MutexGuard<'static, ()> {
+    static CHANGING: Mutex<()> = Mutex::new(());
+    CHANGING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Something is staged there.
+pub(super) fn is_staging(entry: &DirEntry) -> bool {
+    let name = entry.file_name();
+    let is_named = name.as_encoded_bytes().starts_with(PREFIX.as_bytes());
+    is_named && entry.file_type().is_ok_and(|kind| kind.is_dir())
 }
 
 /// Marks a folder as in use, as long as the file is open.
@@ -205,8 +261,7 @@ fn sweep(folder: &Path) {
         return;
     }
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        if name.as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_left(&entry.path()) {
+        if is_staging(&entry) && is_left(&entry.path()) {
             // What stays is in nobody's way.
             let _ = std::fs::remove_dir_all(entry.path());
         }

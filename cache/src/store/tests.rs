@@ -156,24 +156,27 @@ fn a_tree_that_points_outside_is_refused() {
             size: 1,
             executable: false,
         };
-        let tree = TreeObject {
-            record: "tree".into(),
-            version: TREE_VERSION,
-            entries: vec![entry],
-        };
-        let object = store
-            .put_bytes(crate::canonical_json(&tree).as_bytes())
-            .unwrap();
-        let artifact = Artifact {
-            kind: ArtifactKind::Tree,
-            ..object
-        };
-        assert!(
-            store
-                .materialize(&artifact, &dir.path().join("out"))
-                .is_err(),
-            "{path}"
-        );
+        for (entries, folders) in [(vec![entry], vec![]), (vec![], vec![path.to_owned()])] {
+            let tree = TreeObject {
+                record: "tree".into(),
+                version: TREE_VERSION,
+                entries,
+                folders,
+            };
+            let object = store
+                .put_bytes(crate::canonical_json(&tree).as_bytes())
+                .unwrap();
+            let artifact = Artifact {
+                kind: ArtifactKind::Tree,
+                ..object
+            };
+            assert!(
+                store
+                    .materialize(&artifact, &dir.path().join("out"))
+                    .is_err(),
+                "{path}"
+            );
+        }
     }
 }
 
@@ -316,6 +319,46 @@ fn what_cannot_be_put_leaves_its_place_as_it_was() {
 }
 
 #[test]
+fn folders_that_were_made_for_what_was_not_put_go_with_it() {
+    let (dir, store) = store();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "new").unwrap();
+    let artifact = store.put_path(&file).unwrap();
+    let project = dir.path().join("project");
+    std::fs::create_dir_all(project.join("empty")).unwrap();
+    // Every folder below the project.
+    let folders = || {
+        let inner = |folder: &str| project.join(folder).is_dir();
+        ["empty", "empty/b", "r", "r/a", "r/b", "r/b/c"].map(inner)
+    };
+    let before = folders();
+    let dests = ["r/b/c/x", "r/a/x", "empty/b/x", "r/b/x"].map(|dest| project.join(dest));
+    let mut staging = Staging::new(&store);
+    for dest in &dests {
+        let staged = staging.add(&artifact, dest, &|| false).unwrap();
+        assert!(staged.is_some());
+    }
+    assert_eq!(folders(), [true; 6]);
+    drop(staging);
+    assert_eq!(folders(), before, "one that was there stays, though empty");
+
+    // One is put, one is put and taken back, and in one somebody else has begun to stage.
+    let mut staging = Staging::new(&store);
+    let mut put = |dest: &Path| {
+        let staged = staging.add(&artifact, dest, &|| false).unwrap();
+        staged.unwrap().put().unwrap()
+    };
+    put(&dests[1]);
+    put(&dests[0]).undo().unwrap();
+    let mut other = Staging::new(&store);
+    let theirs = other.add(&artifact, &dests[3], &|| false).unwrap();
+    drop(staging);
+    assert_eq!(folders(), [true, false, true, true, true, false]);
+    theirs.unwrap().put().unwrap();
+    assert_eq!(std::fs::read_to_string(&dests[3]).unwrap(), "new");
+}
+
+#[test]
 fn what_was_staged_by_a_program_that_was_killed_is_removed() {
     let (dir, store) = store();
     let file = dir.path().join("file");
@@ -336,4 +379,124 @@ fn what_was_staged_by_a_program_that_was_killed_is_removed() {
     assert!(staging("unknown").join("new-0").exists());
     let names = std::fs::read_dir(&project).unwrap().count();
     assert_eq!(names, 3, "nothing else is left");
+}
+
+#[test]
+fn a_program_stays_one_wherever_it_is_placed() {
+    let (dir, store) = store();
+    let place = |name: &str| dir.path().join(name);
+    let mode = |name: &str| {
+        let meta = std::fs::metadata(place(name)).unwrap();
+        meta.permissions().mode() & 0o111
+    };
+    // The same bytes, once as a program: one object, which is none.
+    for (name, mode) in [("plain", 0o644), ("program", 0o755)] {
+        std::fs::write(place(name), "#!/bin/sh\n").unwrap();
+        std::fs::set_permissions(place(name), Permissions::from_mode(mode)).unwrap();
+    }
+    let address = ArtifactStore::address_of(&place("program")).unwrap();
+    let program = store.put_path(&place("program")).unwrap();
+    let plain = store.take_path(&place("plain")).unwrap();
+    assert_eq!((&address, program.digest), (&program, plain.digest));
+    assert!(program.executable && !plain.executable);
+    store.link_read_only(&program, &place("lent")).unwrap();
+    store.materialize(&program, &place("copied")).unwrap();
+    store.link_read_only(&plain, &place("text")).unwrap();
+    assert_eq!(
+        (mode("lent"), mode("copied"), mode("text")),
+        (0o111, 0o111, 0)
+    );
+    let object = std::fs::metadata(store.object_path(&program.digest)).unwrap();
+    assert_eq!(object.permissions().mode() & 0o777, 0o444);
+    let taken = store.take_path(&place("program")).unwrap();
+    assert_eq!(taken, program);
+}
+
+#[test]
+fn empty_folders_come_back_and_other_trees_have_the_address_they_had() {
+    let (dir, store) = store();
+    let source = dir.path().join("source");
+    std::fs::create_dir_all(source.join("full/deep/empty")).unwrap();
+    std::fs::create_dir_all(source.join("empty")).unwrap();
+    std::fs::write(source.join("full/file"), "x").unwrap();
+    let with = store.put_path(&source).unwrap();
+    let tree = store.tree(&with.digest).unwrap();
+    assert_eq!(tree.folders, ["empty", "full/deep/empty"]);
+    for link in [false, true] {
+        let dest = dir.path().join(format!("dest{link}"));
+        match link {
+            true => drop(store.link_read_only(&with, &dest).unwrap()),
+            false => store.materialize(&with, &dest).unwrap(),
+        }
+        assert!(dest.join("empty").is_dir() && dest.join("full/deep/empty").is_dir());
+        assert_eq!(ArtifactStore::address_of(&dest).unwrap(), with);
+    }
+    std::fs::remove_dir_all(source.join("empty")).unwrap();
+    std::fs::remove_dir_all(source.join("full/deep")).unwrap();
+    let without = store.put_path(&source).unwrap();
+    let text = String::from_utf8(store.read(&without.digest).unwrap()).unwrap();
+    assert!(!text.contains("folders"), "{text}");
+    assert_ne!(without, with);
+    std::fs::remove_dir_all(source.join("full")).unwrap();
+    let nothing = store.put_path(&source).unwrap();
+    let nothing = store.tree(&nothing.digest).unwrap();
+    assert!(nothing.entries.is_empty() && nothing.folders.is_empty());
+}
+
+#[test]
+fn a_link_that_leads_up_is_refused_and_named() {
+    let (dir, store) = store();
+    let out = dir.path().join("out");
+    let other = dir.path().join("other");
+    std::fs::create_dir_all(out.join("sub")).unwrap();
+    std::fs::create_dir_all(&other).unwrap();
+    let cases: [(&str, &Path); 3] = [
+        ("sub/self", Path::new(".")),
+        ("sub/up", Path::new("..")),
+        ("sub/way", &other),
+    ];
+    std::os::unix::fs::symlink(&out, other.join("back")).unwrap();
+    for (link, target) in cases {
+        std::os::unix::fs::symlink(target, out.join(link)).unwrap();
+        for stored in [
+            ArtifactStore::address_of(&out),
+            store.put_path(&out),
+            store.take_path(&out),
+            store.put_project_path(&out),
+        ] {
+            let error = stored.unwrap_err();
+            assert!(matches!(error, CacheError::Unstorable { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains(link) && text.contains("leads to"), "{text}");
+        }
+        std::fs::remove_file(out.join(link)).unwrap();
+    }
+    // Two that lead to one folder beside them are two folders.
+    std::fs::write(out.join("sub/file"), "x").unwrap();
+    for name in ["a", "b"] {
+        std::os::unix::fs::symlink("sub", out.join(name)).unwrap();
+    }
+    let tree = store.put_path(&out).unwrap();
+    assert_eq!(store.tree(&tree.digest).unwrap().entries.len(), 3);
+}
+
+#[test]
+fn the_cache_and_what_is_staged_are_no_part_of_a_project() {
+    let (dir, store) = store();
+    let project = tempfile::tempdir().unwrap();
+    let inner = |name: &str| project.path().join(name);
+    std::fs::create_dir_all(inner("data")).unwrap();
+    std::fs::write(inner("data/file"), "x").unwrap();
+    let before = store.put_project_path(project.path()).unwrap();
+    // The cache may be met by another name.
+    std::os::unix::fs::symlink(dir.path(), inner("data/cache")).unwrap();
+    std::fs::create_dir_all(inner("data/.flowrun-abc")).unwrap();
+    std::fs::write(inner("data/.flowrun-abc/new-0"), "half").unwrap();
+    assert_eq!(store.put_project_path(project.path()).unwrap(), before);
+    assert_eq!(store.address_in_project(project.path()).unwrap(), before);
+    let all = ArtifactStore::address_of(project.path()).unwrap();
+    assert_ne!(all, before);
+    // A file of such a name is the user's.
+    std::fs::write(inner("data/.flowrun-notes"), "x").unwrap();
+    assert_ne!(store.put_project_path(project.path()).unwrap(), before);
 }

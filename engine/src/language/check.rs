@@ -25,8 +25,8 @@ use super::source_map::{SourceMap, Span};
 use super::spec::StepSpec;
 use super::wiring::{Wiring, check_uses, wire};
 use super::{hooks, settings, suggest, tracking};
-use crate::pipeline::{Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode};
-use crate::runner::{JobRunner, runner_schema};
+use crate::pipeline::{Action, Pipeline, StepNode};
+use crate::runner::{JobRunner, Through, runner_schema};
 use crate::vocabulary::Vocabulary;
 
 /// What a check needs besides the tree.
@@ -39,6 +39,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) profiles: &'a [String],
     /// Environment variables that are set.
     pub(crate) environment: &'a BTreeMap<String, String>,
+    /// The remote cache, if it is a folder.
+    pub(crate) remote_folder: Option<&'a Path>,
     /// Step kinds and the shapes of models and programs.
     pub(crate) vocabulary: &'a Vocabulary,
 }
@@ -200,6 +202,13 @@ fn check_surroundings(
             map.report(place, "unreadable", message, "", Some(help.to_owned()));
         }
     }
+    if runner.settings.through == Through::Remote
+        && let Some(folder) = setting.remote_folder
+        && let Err(unseen) = runner.kind.sees(&runner.own, folder)
+    {
+        let place = at(&["through"], false);
+        map.report(place, "unseen-remote", unseen.message, "", unseen.help);
+    }
 }
 
 /// `name:`, else the name of the file.
@@ -355,7 +364,6 @@ fn step_node(
     };
     StepNode {
         name: draft.name.to_owned(),
-        about: None,
         action,
         params,
         key_params,
@@ -365,17 +373,7 @@ fn step_node(
         out_paths,
         needs: wiring.needs,
         foreach: wiring.foreach,
-        when: None,
-        env: BTreeMap::new(),
-        secrets: Vec::new(),
-        retry: Retry::default(),
-        timeout: None,
-        resources: Resources::default(),
-        pool: None,
-        runner: RunnerKind::Inline,
-        cache: CachePolicy::Reuse,
-        publish: BTreeMap::new(),
-        expect: Vec::new(),
+        ..StepNode::default()
     }
 }
 

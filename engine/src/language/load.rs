@@ -36,7 +36,7 @@ pub(crate) fn load(map: &mut SourceMap, file: &Path, variants: &Variants<'_>) ->
 
 /// Reads a step definition that the step `by` uses, as `at` says. Mistakes go to `map`.
 pub(crate) fn load_used(map: &mut SourceMap, file: &Path, by: &str, at: Span) -> Option<Node> {
-    let text = match text_of(file) {
+    let text = match text_of_named(file) {
         Ok(text) => text,
         Err(Unreadable::File(reason)) => {
             let help = "the path is relative to the file that names it".to_owned();
@@ -119,7 +119,7 @@ impl Loader<'_> {
             self.map.report(span, "yaml-limit", message, "", None);
             return None;
         }
-        match text_of(&path) {
+        match text_of_named(&path) {
             Ok(text) => self.file(&path, text),
             Err(Unreadable::File(reason)) => {
                 let help = "included paths are relative to the file that names them".to_owned();
@@ -174,6 +174,15 @@ impl Unreadable {
             }
         };
         map.report_file(of_file(path, code, message, help));
+    }
+}
+
+/// The text of a file that a file names. A pipe there may never have a writer: to open it would wait.
+fn text_of_named(path: &Path) -> Result<Arc<str>, Unreadable> {
+    let meta = std::fs::metadata(path).map_err(|e| Unreadable::File(e.to_string()))?;
+    match meta.is_file() || meta.is_dir() {
+        true => text_of(path),
+        false => Err(Unreadable::File("it is neither a file nor a folder".into())),
     }
 }
 

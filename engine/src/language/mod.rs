@@ -2,7 +2,8 @@
 //!
 //! `load` reads the file and those it includes, `overlay` lays profiles and `--set`
 //! over them, `resolution` fills in `${{ }}`, `check` finds every mistake and makes the
-//! pipeline. Knows no step kind (the [`Vocabulary`] does), runs nothing, prints nothing.
+//! pipeline; `profiles` tries each profile. Knows no step kind (the [`Vocabulary`] does), runs
+//! nothing, prints nothing.
 
 mod check;
 mod conditions;
@@ -12,12 +13,14 @@ mod draft;
 mod expr;
 mod handed;
 mod hooks;
+mod inliner;
 mod load;
 mod mismatch;
 mod node;
 mod order;
 mod overlay;
 mod params;
+mod profiles;
 mod published;
 mod reader;
 mod resolution;
@@ -41,6 +44,7 @@ use std::path::{Path, PathBuf};
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use expr::{eval_bool, resolve_item};
+pub use profiles::{InProfile, check_profiles};
 pub use scalar::{bytes as parse_bytes, duration as parse_duration};
 pub use schema::{definition_schema, pipeline_schema, step_schema};
 
@@ -59,6 +63,8 @@ pub struct LoadOptions {
     pub env: BTreeMap<String, String>,
     /// Project root. None: see [`project_root`].
     pub root: Option<PathBuf>,
+    /// The folder that the remote cache is, if it is one.
+    pub remote_folder: Option<PathBuf>,
 }
 
 /// The folder of the pipeline file; if that is named `pipelines`, the folder around it.
@@ -82,10 +88,7 @@ pub fn load_pipeline(
     options: &LoadOptions,
 ) -> Result<Pipeline, Diagnostics> {
     let mut map = source_map::SourceMap::default();
-    let variants = overlay::Variants {
-        model: &vocabulary.model_schema,
-        program: &vocabulary.program_schema,
-    };
+    let variants = variants(vocabulary);
     let Some(mut tree) = load::load(&mut map, file, &variants) else {
         return Err(map.into_diagnostics());
     };
@@ -96,6 +99,7 @@ pub fn load_pipeline(
         root: options.root.clone().unwrap_or_else(|| project_root(file)),
         profiles: &options.profiles,
         environment: &options.env,
+        remote_folder: options.remote_folder.as_deref(),
         vocabulary,
     };
     match check::check(&mut map, tree, &setting) {
@@ -104,5 +108,12 @@ pub fn load_pipeline(
             ..pipeline
         }),
         None => Err(map.into_diagnostics()),
+    }
+}
+
+fn variants(vocabulary: &Vocabulary) -> overlay::Variants<'_> {
+    overlay::Variants {
+        model: &vocabulary.model_schema,
+        program: &vocabulary.program_schema,
     }
 }

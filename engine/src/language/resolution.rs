@@ -6,10 +6,11 @@
 
 use serde_json::{Value, json};
 
-use super::definition::{Uses, inline};
+use super::definition::Uses;
 use super::expr::{
     ExprError, Resolved, Scope, close_condition, condition, escaped, has_expression, resolve,
 };
+use super::inliner::inline;
 use super::node::{Data, Node};
 use super::source_map::{SourceMap, Span};
 

@@ -6,6 +6,7 @@ mod definitions;
 mod files;
 mod hooks;
 mod nested;
+mod profiles;
 mod runners;
 mod together;
 mod tracking;

@@ -127,7 +127,7 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
         return format!("input `{port}` was {word}");
     };
     if let ([a], [b]) = (old.as_slice(), new.as_slice()) {
-        if a.get("digest") == b.get("digest") && a.get("folder") != b.get("folder") {
+        if a.get("digest") == b.get("digest") && shape(a) != shape(b) {
             return format!("input `{port}`: {} → {}", shape(a), shape(b));
         }
         if a.get("digest") == b.get("digest") {
@@ -136,14 +136,14 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
         return format!("input `{port}` changed ({} → {})", digest(a), digest(b));
     }
     let by_label = |list: &[Value]| {
-        let mut all: BTreeMap<String, String> = BTreeMap::new();
+        let mut all: BTreeMap<String, (String, &str)> = BTreeMap::new();
         for input in list {
             let base = label(input);
             // Outputs of several steps may have one name.
             let numbered = (2..).map(|n| format!("{base}#{n}"));
             let mut names = std::iter::once(base.clone()).chain(numbered);
             if let Some(name) = names.find(|name| !all.contains_key(name)) {
-                all.insert(name, digest(input));
+                all.insert(name, (digest(input), shape(input)));
             }
         }
         all
@@ -170,9 +170,11 @@ fn input_line(port: &str, old: Option<&Value>, new: Option<&Value>) -> String {
 }
 
 fn shape(input: &Value) -> &'static str {
-    match input.get("folder").and_then(Value::as_bool) {
-        Some(true) => "a folder",
-        _ => "a file",
+    let is = |field: &str| input.get(field).and_then(Value::as_bool) == Some(true);
+    match (is("folder"), is("executable")) {
+        (true, _) => "a folder",
+        (false, true) => "a program",
+        (false, false) => "a file",
     }
 }
 
@@ -206,6 +208,7 @@ mod tests {
             digest: Digest::of_bytes(bytes.as_bytes()),
             label: label.map(str::to_owned),
             folder: false,
+            executable: false,
         }
     }
 
@@ -326,6 +329,27 @@ mod tests {
             inputs[0].folder = true;
         }
         assert_ne!(manifest().key(), other.key());
+    }
+
+    #[test]
+    fn a_program_is_no_other_file_of_the_same_bytes() {
+        let program = |label: Option<&str>| InputKey {
+            executable: true,
+            ..input("a", label)
+        };
+        let one = vec![program(None)];
+        assert_eq!(
+            changed(|m| drop(m.inputs.insert("messages".into(), one))),
+            ["input `messages`: a file → a program"]
+        );
+        let list = |first: InputKey| {
+            let mut list = manifest();
+            let inputs = vec![first, input("y", Some("other"))];
+            list.inputs.insert("tools".into(), inputs);
+            list.to_value()
+        };
+        let (old, new) = (list(input("a", Some("tool"))), list(program(Some("tool"))));
+        assert_eq!(diff(&old, &new), ["input `tools`: `tool` changed"]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
-use flowrun_cache::{ArtifactKind, ArtifactStore, Cache, CacheReader, Digest, FileStamp};
+use flowrun_cache::{Artifact, ArtifactKind, Cache, CacheReader, Digest, FileStamp};
 
 use super::{
     Changed, ENTRY, FilePremise, KEY, ObjectPremise, Premises, Remembered, RunName, environment,
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::event::RunEvent;
 use crate::hook::Hook;
-use crate::record::{next_run_id, timestamp};
+use crate::record::{discard, next_run_id, timestamp};
 use crate::run::{RunError, RunSummary};
 use crate::step::World;
 use crate::tracking::Tracking;
@@ -135,7 +135,7 @@ impl Checker<'_> {
     fn file(&mut self, root: &Path, file: &FilePremise) -> Option<FilePremise> {
         let path = root.join(&file.path);
         if file.artifact.kind == ArtifactKind::Tree {
-            let now = ArtifactStore::address_of(&path).ok()?;
+            let now = self.cache.store().address_in_project(&path).ok()?;
             self.compare(file, now == file.artifact);
             return Some(file.clone());
         }
@@ -147,7 +147,7 @@ impl Checker<'_> {
         if !meta.is_file() {
             return None;
         }
-        let same = Digest::of_file(&path).ok()? == file.artifact.digest;
+        let same = Artifact::of_file(Digest::of_file(&path).ok()?, &meta) == file.artifact;
         self.compare(file, same);
         let settled = stamp.is_settled(self.now)
             && std::fs::metadata(&path).is_ok_and(|m| FileStamp::of(&m) == stamp);
@@ -233,10 +233,13 @@ impl Unchanged {
         let run_id = next_run_id(now, newest);
         let run_dir = cache.new_run_dir(&run_id)?;
         let head = &self.remembered.head;
-        if let Some(report) = &head.report {
-            let place = run_dir.join("report.html");
-            cache.store().materialize(report, &place)?;
-        }
+        let placed = match &head.report {
+            Some(report) => {
+                let place = run_dir.join("report.html");
+                cache.store().materialize(report, &place)
+            }
+            None => Ok(()),
+        };
         let first = RunEvent::RunStarted {
             run: run_id.clone(),
             pipeline: head.pipeline.clone(),
@@ -252,11 +255,17 @@ impl Unchanged {
             run_dir: run_dir.display().to_string(),
             took_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
         };
-        let written = self.write(&run_dir, &run_id, &first, &last);
-        written.map_err(|source| RunError::Record {
-            path: run_dir.clone(),
-            source,
-        })?;
+        let written = placed.map_err(RunError::from).and_then(|()| {
+            let written = self.write(&run_dir, &run_id, &first, &last);
+            written.map_err(|source| RunError::Record {
+                path: run_dir.clone(),
+                source,
+            })
+        });
+        if let Err(error) = written {
+            discard(&run_dir);
+            return Err(error);
+        }
         tell(&first);
         tell(&last);
         Ok(RunSummary {

@@ -10,6 +10,7 @@
 //! | `worker` | one action: look it up, or run it and store what it made | other actions |
 //! | `reporter` | what a step says, as events and log lines | the scheduler |
 
+mod ready;
 mod reporter;
 mod room;
 mod scheduler;
@@ -40,7 +41,7 @@ use crate::expansion::kind_of;
 use crate::pipeline::Pipeline;
 use crate::premises::{Changed, Memory, RunName};
 use crate::record::{
-    PLAN_VERSION, PlanSource, PlanStep, RunPlan, RunRecorder, next_run_id, timestamp,
+    PLAN_VERSION, PlanSource, PlanStep, RunPlan, RunRecorder, discard, next_run_id, timestamp,
 };
 use crate::step::{Cancel, StepError, StepSummary, World};
 
@@ -218,7 +219,10 @@ async fn perform(
         }
         Work::Changed(changed) => RunRecorder::with_plan(&run_dir, &changed.plan(&run_id)),
     };
-    let recorder = recorder.map_err(record_error)?;
+    let recorder = recorder.map_err(|source| {
+        discard(&run_dir);
+        record_error(source)
+    })?;
     let (to_recorder, from_run) = unbounded_channel();
     let writer = tokio::task::spawn_blocking(move || record(recorder, from_run, &events));
     let send = |event| {

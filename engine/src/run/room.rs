@@ -120,6 +120,18 @@ impl Room {
             && memory
     }
 
+    /// The most actions of this step that run at the same time, whatever else does.
+    pub(super) fn at_once(&self, node: &StepNode) -> usize {
+        let places = node.pool.as_ref().map_or(usize::MAX, |pool| {
+            self.places.get(pool).copied().unwrap_or(1)
+        });
+        let jobs = match node.runner.job() {
+            Some(name) => self.remote.get(name).map_or(1, |(jobs, _)| *jobs),
+            None => self.jobs,
+        };
+        jobs.min(places).max(1)
+    }
+
     pub(super) fn take(&mut self, node: &StepNode) {
         if let Some(pool) = &node.pool {
             *self.pools.entry(pool.clone()).or_default() += 1;
@@ -218,6 +230,7 @@ mod tests {
         let mut job = wanting(64.0, 1 << 40, 8.0);
         job.runner = RunnerKind::Job("ray".to_owned());
         let here = node("s");
+        assert_eq!((room.at_once(&job), room.at_once(&here)), (2, 1));
         assert_eq!(room.beyond(&job), None);
         room.take(&here);
         assert!(!room.fits(&here) && room.fits(&job) && !room.is_full());
@@ -241,6 +254,8 @@ mod tests {
             step
         };
         let (one, two) = (pooled("one"), pooled("two"));
+        assert_eq!((room.at_once(&one), room.at_once(&two)), (1, 2));
+        assert_eq!(room.at_once(&node("s")), 3);
         room.take(&one);
         assert!(!room.fits(&one));
         room.take(&two);

@@ -64,6 +64,14 @@ impl Together {
     }
 }
 
+/// The most items of a step that run at the same time, as far as its levels bound them.
+pub(super) fn most_together(node: &StepNode) -> usize {
+    let most = levels(node)
+        .iter()
+        .map(|level| level.max_parallel.map_or(usize::MAX, |most| most.max(1)));
+    most.fold(1, usize::saturating_mul)
+}
+
 fn levels(node: &StepNode) -> &[Level] {
     match &node.foreach {
         Some(foreach) => &foreach.levels,
@@ -150,6 +158,20 @@ mod tests {
         assert!(!together.admits(&step, Some("b/1")));
         together.remove(&step, Some("/2"));
         assert!(together.admits(&step, Some("b/1")));
+    }
+
+    #[test]
+    fn levels_bound_together_what_runs_at_once() {
+        for (levels, most) in [
+            (vec![Some(0)], 1),
+            (vec![Some(3)], 3),
+            (vec![None], usize::MAX),
+            (vec![Some(2), Some(3)], 6),
+            (vec![Some(2), None], usize::MAX),
+        ] {
+            assert_eq!(most_together(&step(&levels)), most, "{levels:?}");
+        }
+        assert_eq!(most_together(&node("s")), 1);
     }
 
     #[test]

@@ -165,7 +165,8 @@ pub(super) fn work(
         started_at: request.started_at,
         completions: Arc::new(completions),
         actions,
-        finished: Arc::new(request.finished),
+        finished: request.finished.into(),
+        at_once: request.at_once,
         reporter: Arc::clone(reporter),
         cancel,
     };

@@ -19,8 +19,9 @@ use crate::child::{LAST_WORDS, Tail, ended_within, follow, signal};
 use crate::step::{Step, StepContext, StepError, StepOutcome, StepReporter};
 use crate::warden::Warden;
 
-/// How long work that was asked to stop has to do so.
-pub(super) const GRACE: Duration = Duration::from_secs(5);
+/// How long work that was asked to stop has to do so: longer than a client of a server awaits the
+/// requests that it has in flight.
+pub(super) const GRACE: Duration = Duration::from_secs(12);
 /// What Rust says when memory runs out.
 const OUT_OF_MEMORY: &str = "memory allocation of";
 

@@ -19,7 +19,7 @@ use crate::step::{
 };
 
 /// Version of the protocol; both ends must have the same.
-pub const PROTOCOL_VERSION: u32 = 6;
+pub const PROTOCOL_VERSION: u32 = 7;
 
 /// One attempt of a step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -64,6 +64,8 @@ pub struct StepRequest {
     pub started_at: SystemTime,
     /// Steps that finished before.
     pub finished: Vec<StepSummary>,
+    /// Processes that may do the step's work at the same time.
+    pub at_once: usize,
     /// Somebody wants to hear of spans.
     pub traced: bool,
 }
@@ -162,7 +164,8 @@ impl StepRequest {
             user_cache: ctx.world.user_cache.clone(),
             root: ctx.world.root.clone(),
             started_at: ctx.started_at,
-            finished: ctx.finished.as_ref().clone(),
+            finished: ctx.finished.to_vec(),
+            at_once: ctx.at_once,
             traced: ctx.reporter.traces(),
         }
     }

@@ -14,7 +14,7 @@ use flowrun_cache::CompletionCache;
 use serde_json::json;
 
 use super::*;
-use crate::step::{Cancel, InputArtifact, StepReporter, TraceSpan};
+use crate::step::{Cancel, Finished, InputArtifact, StepReporter, TraceSpan};
 use crate::testing::{Toy, write};
 use crate::vocabulary::Vocabulary;
 use std::collections::BTreeMap;
@@ -72,6 +72,7 @@ fn toy() -> Arc<dyn Step> {
         Ok(StepOutcome::default()
             .metric("rows", 3)
             .metric("observed", json!(ctx.observed))
+            .metric("at_once", ctx.at_once)
             .list("l", vec!["a".into()]))
     }))
 }
@@ -164,7 +165,8 @@ fn run(what: &str, memory: u64, cancel: &Cancel) -> Ran {
         started_at: SystemTime::UNIX_EPOCH,
         completions: Arc::new(CompletionCache::in_memory()),
         actions: flowrun_cache::ActionCache::open(dir.path().join("actions")),
-        finished: Arc::default(),
+        finished: Finished::default(),
+        at_once: 3,
         reporter: heard.clone(),
         cancel: cancel.clone(),
     };
@@ -178,6 +180,7 @@ fn the_outcome_and_all_reports_come_back() {
     let ran = run("", 0, &Cancel::default());
     let outcome = ran.result.unwrap();
     assert_eq!(outcome.metrics["rows"], 3);
+    assert_eq!(outcome.metrics["at_once"], 3);
     assert_eq!(outcome.metrics["observed"], json!({"file": "a digest"}));
     assert_eq!(outcome.lists["l"], ["a"]);
     for line in ["3/3 rows text", "warning: beware", "a line", "a stray line"] {

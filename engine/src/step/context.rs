@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Cancel, StepError, StepReporter, World};
+use super::{Cancel, Finished, StepError, StepReporter, World};
 
 /// One artifact handed to a step.
 #[derive(Debug, Clone)]
@@ -68,7 +68,11 @@ pub struct StepContext {
     /// (a candidate of a search): a later attempt, or another step, finds them.
     pub actions: ActionCache,
     /// Steps that finished before this one started, in order of finishing.
-    pub finished: Arc<Vec<StepSummary>>,
+    pub finished: Finished,
+    /// How many processes may do this step's work at the same time, item by item, this one included;
+    /// 1 where all of it is done in flowrun's own. What is allowed to all together (requests in a
+    /// minute), each has its part of.
+    pub at_once: usize,
     /// Where to report.
     pub reporter: Arc<dyn StepReporter>,
     /// Whether to stop.

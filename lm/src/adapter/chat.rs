@@ -2,15 +2,17 @@
 //! a `[[ ## name ## ]]` header; the answer ends with `[[ ## completed ## ]]`.
 
 use super::field_text::{
-    INCOMPLETE, STRUCTURE, block, objective, placeholder, shown_demos, value_text,
+    INCOMPLETE, STRUCTURE, block, objective, placeholders, shown_demos, value_text,
 };
 use super::{Adapter, Dialect, FormatError, ParseError, message, output_names};
 use crate::example::Demo;
+use crate::field_type::FieldType;
 use crate::lm::{Choices, Message, Role};
 use crate::python_text::{splitlines, strip};
 use crate::signature::{Field, Signature};
-use crate::value::Fields;
+use crate::value::{Fields, Value};
 use regex::Regex;
+use std::borrow::Borrow;
 use std::sync::LazyLock;
 
 const NOT_SUPPLIED: &str = "Not supplied for this particular example.";
@@ -48,13 +50,6 @@ impl ChatAdapter {
     }
 
     fn system(&self, signature: &Signature) -> String {
-        let placeholders = |fields: &[Field], is_output| {
-            let blocks: Vec<String> = fields
-                .iter()
-                .map(|field| placeholder(field, is_output, self.dialect))
-                .collect();
-            strip(&blocks.join("\n\n")).to_owned()
-        };
         let parts = [
             format!("Your input fields are:\n{}", field_list(&signature.inputs)),
             format!(
@@ -62,8 +57,8 @@ impl ChatAdapter {
                 field_list(&signature.outputs)
             ),
             STRUCTURE.to_owned(),
-            placeholders(&signature.inputs, false),
-            placeholders(&signature.outputs, true),
+            placeholders(&signature.inputs, false, self.dialect),
+            placeholders(&signature.outputs, true, self.dialect),
             "[[ ## completed ## ]]".to_owned(),
             objective(signature),
         ];
@@ -190,23 +185,7 @@ impl Adapter for ChatAdapter {
                 }
             }
         }
-        let mut fields = Fields::new();
-        for (name, lines) in sections {
-            let Some(field) = signature.output(name) else {
-                continue;
-            };
-            if fields.contains_key(name) {
-                continue;
-            }
-            let value = field
-                .ty
-                .parse_v2(strip(&lines.join("\n")))
-                .map_err(|reason| ParseError::Field {
-                    field: name.to_owned(),
-                    reason,
-                })?;
-            fields.insert(name.to_owned(), value);
-        }
+        let fields = outputs_in(&sections, signature, FieldType::parse_v2)?;
         let expected = output_names(signature);
         let in_order = self.dialect != Dialect::Dspy25Dev || fields.keys().eq(expected.iter());
         if fields.len() != expected.len() || !in_order {
@@ -219,6 +198,32 @@ impl Adapter for ChatAdapter {
     fn choices(&self, signature: &Signature, values: Vec<String>) -> Choices {
         header_choices(signature, values)
     }
+}
+
+/// The outputs among the sections of an answer, each a name and the lines below its header. Of
+/// several with one name the first counts.
+pub(super) fn outputs_in<N: AsRef<str>, L: Borrow<str>>(
+    sections: &[(N, Vec<L>)],
+    signature: &Signature,
+    parse: impl Fn(&FieldType, &str) -> Result<Value, String>,
+) -> Result<Fields, ParseError> {
+    let mut fields = Fields::new();
+    for (name, lines) in sections {
+        let name = name.as_ref();
+        let Some(field) = signature.output(name) else {
+            continue;
+        };
+        if fields.contains_key(name) {
+            continue;
+        }
+        let value = parse(&field.ty, strip(&lines.join("\n")));
+        let value = value.map_err(|reason| ParseError::Field {
+            field: name.to_owned(),
+            reason,
+        })?;
+        fields.insert(name.to_owned(), value);
+    }
+    Ok(fields)
 }
 
 /// The restriction of the last field under its header.

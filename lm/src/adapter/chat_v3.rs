@@ -2,9 +2,9 @@
 //! but with other joints and tails; an answer that cannot be read is asked for
 //! again as JSON.
 
-use super::chat::{HEADER, header_choices};
+use super::chat::{HEADER, header_choices, outputs_in};
 use super::field_text::{
-    INCOMPLETE, STRUCTURE, block, objective, placeholder, shown_demos, value_text,
+    INCOMPLETE, STRUCTURE, block, objective, placeholders, shown_demos, value_text,
 };
 use super::{Adapter, Dialect, FormatError, JsonV3Adapter, ParseError, message, output_names};
 use crate::example::Demo;
@@ -24,8 +24,8 @@ impl ChatV3Adapter {
     fn system(signature: &Signature) -> String {
         let structure = [
             STRUCTURE.to_owned(),
-            placeholders(&signature.inputs, false),
-            placeholders(&signature.outputs, true),
+            placeholders(&signature.inputs, false, Dialect::Dspy3),
+            placeholders(&signature.outputs, true, Dialect::Dspy3),
             "[[ ## completed ## ]]".to_owned(),
         ];
         system_text(signature, &structure)
@@ -74,14 +74,6 @@ fn field_list(fields: &[Field]) -> String {
         })
         .collect();
     strip(&items.join("\n")).to_owned()
-}
-
-pub(super) fn placeholders(fields: &[Field], is_output: bool) -> String {
-    let blocks: Vec<String> = fields
-        .iter()
-        .map(|field| placeholder(field, is_output, Dialect::Dspy3))
-        .collect();
-    strip(&blocks.join("\n\n")).to_owned()
 }
 
 pub(super) fn output_text(
@@ -212,23 +204,7 @@ impl Adapter for ChatV3Adapter {
                 }
             }
         }
-        let mut found = Fields::new();
-        for (name, lines) in sections {
-            let Some(field) = signature.output(&name) else {
-                continue;
-            };
-            if found.contains_key(&name) {
-                continue;
-            }
-            let value = field
-                .ty
-                .parse_v3(strip(&lines.join("\n")))
-                .map_err(|reason| ParseError::Field {
-                    field: name.clone(),
-                    reason,
-                })?;
-            found.insert(name, value);
-        }
+        let found = outputs_in(&sections, signature, FieldType::parse_v3)?;
         in_signature_order(signature, found)
     }
 

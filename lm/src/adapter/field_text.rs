@@ -4,7 +4,7 @@
 use super::{Dialect, FormatError};
 use crate::example::Demo;
 use crate::field_type::FieldType;
-use crate::python_text::{dedent, splitlines};
+use crate::python_text::{dedent, splitlines, strip};
 use crate::signature::{Field, Signature};
 use crate::value::Value;
 
@@ -81,8 +81,17 @@ pub(super) fn objective(signature: &Signature) -> String {
     text
 }
 
+/// The blocks that show the structure of these fields.
+pub(super) fn placeholders(fields: &[Field], is_output: bool, dialect: Dialect) -> String {
+    let blocks: Vec<String> = fields
+        .iter()
+        .map(|field| placeholder(field, is_output, dialect))
+        .collect();
+    strip(&blocks.join("\n\n")).to_owned()
+}
+
 /// `{name}` and what is said about the type of an output, in the block that shows the structure.
-pub(super) fn placeholder(field: &Field, is_output: bool, dialect: Dialect) -> String {
+fn placeholder(field: &Field, is_output: bool, dialect: Dialect) -> String {
     let note = if is_output {
         type_note(&field.ty, dialect)
     } else {

@@ -1,11 +1,9 @@
 //! [`JsonV3Adapter`]: DSPy 3.4.1's second try when an answer in the chat format
 //! cannot be read: the same task, answered as one JSON object.
 
-use super::chat_v3::{
-    conversation, in_signature_order, output_text, placeholders, system_text, type_info,
-};
-use super::field_text::STRUCTURE;
-use super::{Adapter, FormatError, ParseError, output_names};
+use super::chat_v3::{conversation, in_signature_order, output_text, system_text, type_info};
+use super::field_text::{STRUCTURE, placeholders};
+use super::{Adapter, Dialect, FormatError, ParseError, output_names};
 use crate::example::Demo;
 use crate::literal::{parse_json, parse_python};
 use crate::lm::{Choices, Message};
@@ -23,7 +21,7 @@ impl JsonV3Adapter {
             .outputs
             .iter()
             .map(|field| {
-                let shown = placeholders(std::slice::from_ref(field), true);
+                let shown = placeholders(std::slice::from_ref(field), true, Dialect::Dspy3);
                 let (_, text) = shown.split_once('\n').unwrap_or_default();
                 (field.name.clone(), Value::from(text))
             })
@@ -31,7 +29,7 @@ impl JsonV3Adapter {
         let structure = [
             STRUCTURE.to_owned(),
             "Inputs will have the following structure:".to_owned(),
-            placeholders(&signature.inputs, false),
+            placeholders(&signature.inputs, false, Dialect::Dspy3),
             "Outputs will be a JSON object with the following fields.".to_owned(),
             indented(&outputs),
         ];

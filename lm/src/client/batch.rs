@@ -9,21 +9,22 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use flowrun_cache::Digest;
-use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use self::folder::{Folder, Order};
-use super::retry::{self, Failure};
-use super::{Api, ApiError, OpenAiSpec, fitting, model_id, wire};
-use crate::lm::{
-    Completion, Ledger, Lm, LmError, OnAnswer, Patience, Refused, Request, Spending, Taken,
-};
+use self::folder::Folder;
+use self::lines::{Charge, is_answer};
+use self::orders::Ended;
+use super::identity::{Identity, OnWarning};
+use super::{Api, ApiError, OpenAiSpec, model_id, wire};
+use crate::lm::{Completion, Ledger, Lm, LmError, OnAnswer, Patience, Refused, Request, Taken};
 
 mod folder;
+mod lines;
+mod orders;
 #[cfg(test)]
 mod tests;
 
@@ -41,8 +42,6 @@ const FIRST_LOOK: Duration = Duration::from_millis(500);
 const LONGEST_LOOK: Duration = Duration::from_secs(60);
 /// How long a batch may take: a budget that other batches hold back is waited for so long.
 const WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
-/// Batches in a page of the list.
-const PAGE: &str = "100";
 
 /// Hears how a batch goes on: requests done, of how many, and in words.
 pub type Told = Box<dyn Fn(u64, u64, &str) + Send + Sync>;
@@ -55,28 +54,11 @@ pub struct Batched {
     ledger: Option<Ledger>,
     folder: Folder,
     told: Told,
+    identity: Identity,
+    /// Why answers cannot be kept.
+    barred: OnceLock<LmError>,
     /// One order at a time.
     turn: Mutex<()>,
-}
-
-/// How a batch ended.
-struct Ended {
-    /// In words.
-    told: String,
-    /// Its lines.
-    lines: String,
-    /// The server took none of its requests.
-    refused: bool,
-    /// The server does not know it, or its answers, any more.
-    gone: bool,
-}
-
-/// What a request has cost.
-#[derive(Clone, Copy)]
-enum Charge {
-    Nothing,
-    /// So many tokens, or up to its worst case.
-    Used(Option<Spending>),
 }
 
 /// Requests by name, and their answers.
@@ -121,8 +103,23 @@ impl Batched {
             ledger,
             folder: Folder(folder),
             told,
+            identity: Identity::new(spec),
+            barred: OnceLock::new(),
             turn: Mutex::default(),
         }
+    }
+
+    /// The same client, which tells `on_warning` when another model answers than was asked for.
+    #[must_use]
+    pub fn warning(mut self, on_warning: Option<OnWarning>) -> Self {
+        self.identity = self.identity.told_to(on_warning);
+        self
+    }
+
+    /// Answers that cannot be kept are still at the server: what was written down of them stays,
+    /// and nothing is ordered.
+    fn unless_barred(&self) -> Result<(), LmError> {
+        self.barred.get().map_or(Ok(()), |why| Err(why.clone()))
     }
 
     fn answer_all(&self, job: &mut Job<'_>) -> Result<(), LmError> {
@@ -131,6 +128,7 @@ impl Batched {
         if let Some(order) = self.placed()? {
             let ended = self.collect(&order)?;
             self.hand_out(&ended, job, false)?;
+            self.unless_barred()?;
             self.folder.forget_order()?;
         }
         loop {
@@ -154,10 +152,13 @@ impl Batched {
             };
             let ended = self.collect(&order)?;
             let whole = self.hand_out(&ended, job, true)?;
-            self.folder.forget_order()?;
+            if self.barred.get().is_none() {
+                self.folder.forget_order()?;
+            }
             if ended.refused {
                 give_back(taken);
-                return Err(LmError::Rejected(ended.told));
+                // All of it, whatever is in it.
+                return Err(LmError::Barred(ended.told));
             }
             for (at, part) in taken {
                 let charge = match &job.answers[at] {
@@ -168,6 +169,7 @@ impl Batched {
                 let why = format!("{} without an answer", ended.told);
                 job.answer(at, Err(LmError::Unavailable(why)));
             }
+            self.unless_barred()?;
         }
     }
 
@@ -187,6 +189,7 @@ impl Batched {
             }
             false
         });
+        self.unless_barred()?;
         self.folder.keep(&kept)
     }
 
@@ -289,158 +292,6 @@ impl Batched {
         }
         (text, count)
     }
-
-    /// Orders a batch.
-    fn place(&self, text: &str) -> Result<Order, LmError> {
-        let path = self.folder.write_requests(text)?;
-        let file = self.api.upload(&["files"], &path, &[("purpose", "batch")]);
-        let mut order = Order {
-            file: text_of(&file.map_err(failed)?, "id")?,
-            batch: None,
-        };
-        self.folder.write_order(&order)?;
-        let body = json!({
-            "input_file_id": order.file,
-            "endpoint": "/v1/chat/completions",
-            "completion_window": "24h",
-        });
-        let batch = self.api.post(&["batches"], &body).map_err(failed)?;
-        order.batch = Some(text_of(&batch, "id")?);
-        self.folder.write_order(&order)?;
-        Ok(order)
-    }
-
-    /// The order that was written down, if the server made a batch of it.
-    fn placed(&self) -> Result<Option<Order>, LmError> {
-        let Some(order) = self.folder.order()? else {
-            return Ok(None);
-        };
-        if order.batch.is_some() {
-            return Ok(Some(order));
-        }
-        // It may have been made without our hearing of it.
-        let mut after = String::new();
-        loop {
-            let mut query = vec![("limit", PAGE)];
-            if !after.is_empty() {
-                query.push(("after", &after));
-            }
-            let page = self.api.get(&["batches"], &query).map_err(failed)?;
-            let all = page["data"].as_array().map_or(&[][..], Vec::as_slice);
-            let ours = all
-                .iter()
-                .find(|batch| batch["input_file_id"] == order.file.as_str());
-            if let Some(batch) = ours {
-                let batch = Some(text_of(batch, "id")?);
-                return Ok(Some(Order { batch, ..order }));
-            }
-            let Some(last) = all.last().filter(|_| page["has_more"] == true) else {
-                return Ok(None);
-            };
-            let last = text_of(last, "id")?;
-            // A server that knows no `after` lists the same again.
-            if last == after {
-                return Ok(None);
-            }
-            after = last;
-        }
-    }
-
-    /// Waits for a batch and fetches its lines.
-    fn collect(&self, order: &Order) -> Result<Ended, LmError> {
-        let id = order.batch.as_deref().unwrap_or_default();
-        let mut wait = FIRST_LOOK;
-        let batch = loop {
-            let batch = match self.api.get(&["batches", id], &[]) {
-                Ok(batch) => batch,
-                Err(error) if error.status() == Some(404) => {
-                    let told =
-                        format!("the server does not know the batch `{id}` any more, it is gone");
-                    return Ok(Ended {
-                        told,
-                        lines: String::new(),
-                        refused: false,
-                        gone: true,
-                    });
-                }
-                Err(error) => return Err(failed(error)),
-            };
-            let status = text_of(&batch, "status")?;
-            let counts = &batch["request_counts"];
-            let count = |name: &str| counts[name].as_u64().unwrap_or(0);
-            let text = format!("batch {id}: {status}");
-            (self.told)(count("completed") + count("failed"), count("total"), &text);
-            if ["completed", "failed", "expired", "cancelled"].contains(&status.as_str()) {
-                break batch;
-            }
-            self.api.pause(wait).map_err(failed)?;
-            wait = longer(wait);
-        };
-        let mut lines = String::new();
-        let mut gone = false;
-        for name in ["output_file_id", "error_file_id"] {
-            let Some(file) = batch[name].as_str() else {
-                continue;
-            };
-            match self.api.text(&["files", file, "content"]) {
-                Ok(text) => lines += &text,
-                // Deleted, or kept for so long only: to ask for it again would be in vain for ever.
-                Err(error) if error.status() == Some(404) => gone = true,
-                Err(error) => return Err(failed(error)),
-            }
-            lines.push('\n');
-        }
-        let status = text_of(&batch, "status")?;
-        // Its file was not taken; one that failed in its midst has answers.
-        let refused = status == "failed" && lines.trim().is_empty() && !gone;
-        let why = batch
-            .pointer("/errors/data/0/message")
-            .and_then(Value::as_str);
-        let told = match why.filter(|_| refused) {
-            Some(why) => format!("the server refused the batch `{id}`: {why}"),
-            None if gone => format!("the answers of the batch `{id}` are gone from the server"),
-            None => format!("the batch `{id}` ended as {status}"),
-        };
-        Ok(Ended {
-            told,
-            lines,
-            refused,
-            gone,
-        })
-    }
-
-    /// What a line answers, and what that has cost.
-    fn read(&self, line: &Value, request: &Request) -> (Answer, Charge) {
-        let shown = "the batch";
-        if let Some(message) = line.pointer("/error/message").and_then(Value::as_str) {
-            let error = LmError::Unavailable(format!("{shown}: {message}"));
-            return (Err(error), Charge::Nothing);
-        }
-        let body = &line["response"]["body"];
-        let text = body.to_string();
-        let status = status_of(line);
-        let (read, charge) = if status.is_success() {
-            let read = wire::completion(text.as_bytes())
-                .map_err(|why| Failure::Unreadable { why })
-                .and_then(|answer| fitting(&self.spec, shown, request, answer));
-            (read, Charge::Used(wire::used(body)))
-        } else {
-            let why = wire::error_text(text.as_bytes());
-            let code = wire::error_code(text.as_bytes());
-            let code = code.as_deref();
-            let failure = retry::of_status(status, &why, code, None, shown, &self.spec);
-            let charge = match failure.may_cost() {
-                true => Charge::Used(None),
-                false => Charge::Nothing,
-            };
-            (Err(failure), charge)
-        };
-        let answer = match read {
-            Err(Failure::Withheld) => Ok(wire::withheld()),
-            read => read.map_err(|failure| failure.into_error(shown, "batch")),
-        };
-        (answer, charge)
-    }
 }
 
 impl Lm for Batched {
@@ -468,6 +319,10 @@ impl Lm for Batched {
         }
         job.answers.into_iter().flatten().collect()
     }
+
+    fn bar(&self, why: &LmError) {
+        self.barred.get_or_init(|| why.clone());
+    }
 }
 
 /// What a request is called in a batch.
@@ -494,33 +349,12 @@ fn longer(wait: Duration) -> Duration {
     wait.mul_f64(1.5).min(LONGEST_LOOK)
 }
 
-/// The HTTP status of a line's answer.
-fn status_of(line: &Value) -> StatusCode {
-    let status = line["response"]["status_code"].as_u64().unwrap_or(200);
-    u16::try_from(status)
-        .ok()
-        .and_then(|n| StatusCode::from_u16(n).ok())
-        .unwrap_or(StatusCode::OK)
-}
-
-/// Whether a line has an answer that was paid for.
-fn is_answer(line: &Value) -> bool {
-    line["error"].is_null() && !line["response"]["body"].is_null() && status_of(line).is_success()
-}
-
 /// Bytes of a batch's file that a model's server takes.
 fn most_bytes(spec: &OpenAiSpec) -> usize {
     match spec.base_url.trim_start().starts_with(OPENAI) {
         true => MOST_BYTES,
         false => MOST_BYTES_ELSEWHERE,
     }
-}
-
-fn text_of(object: &Value, name: &str) -> Result<String, LmError> {
-    object[name].as_str().map(str::to_owned).ok_or_else(|| {
-        let shown = wire::shown(object.to_string().as_bytes());
-        LmError::Rejected(format!("the server's batch API gave no `{name}`: {shown}"))
-    })
 }
 
 fn failed(error: ApiError) -> LmError {

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use flowrun_cache::Digest;
 use serde_json::json;
-use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 
 use super::limits::Limits;
+use super::runtime::Runtime;
 use super::{CONNECT_WITHIN, OpenAiSpec};
 use crate::lm::LmError;
 
@@ -25,17 +25,8 @@ pub(super) struct Gate {
     /// One for each request that may be in flight.
     pub(super) slots: Semaphore,
     pub(super) http: reqwest::Client,
-    /// Kept over calls, so that connections are; gone only while this is dropped.
-    runtime: Option<Runtime>,
-}
-
-impl Drop for Gate {
-    /// A runtime must not be waited for where the last owner may be an async task.
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
+    /// Kept over calls, so that connections are.
+    runtime: Runtime,
 }
 
 impl Gate {
@@ -69,22 +60,17 @@ impl Gate {
         let http = builder
             .build()
             .map_err(|e| LmError::Unavailable(format!("no HTTP client: {e}")))?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("openai")
-            .enable_all()
-            .build()
-            .map_err(|e| LmError::Unavailable(format!("no async runtime: {e}")))?;
+        let runtime = Runtime::new("openai").map_err(LmError::Unavailable)?;
         Ok(Self {
             limits: Limits::new(spec),
             slots: Semaphore::new(spec.concurrency.clamp(1, Semaphore::MAX_PERMITS)),
             http,
-            runtime: Some(runtime),
+            runtime,
         })
     }
 
     /// Runs `work` on this thread until it is done; `None` only while this is dropped.
     pub(super) fn block_on<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        Some(self.runtime.as_ref()?.block_on(work))
+        self.runtime.block_on(work)
     }
 }

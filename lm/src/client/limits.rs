@@ -57,11 +57,17 @@ impl Limits {
         wait(&self.requests, 1.0).max(wait(&self.tokens, estimate as f64))
     }
 
-    /// Corrects the estimate by what was used.
-    pub(super) fn settle(&self, estimate: u64, answer: &Completion) {
-        let used = answer.prompt_tokens + answer.completion_tokens;
+    /// Corrects the estimate by what was used. The count is the server's word: it counts for no
+    /// more than `most`, or than a minute's tokens where nothing bounds an answer, so that a
+    /// nonsensical one does not hold up all requests for years.
+    pub(super) fn settle(&self, estimate: u64, most: Option<u64>, answer: &Completion) {
+        let used = answer
+            .prompt_tokens
+            .saturating_add(answer.completion_tokens);
         if let (Some(bucket), 1..) = (&self.tokens, used) {
-            lock(bucket).level += estimate as f64 - used as f64;
+            let mut bucket = lock(bucket);
+            let most = most.map_or(bucket.per_second * 60.0, |most| most as f64);
+            bucket.level += estimate as f64 - (used as f64).min(most);
         }
     }
 }
@@ -104,8 +110,31 @@ impl Bucket {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::testing::completion;
+
+    #[test]
+    fn a_nonsensical_count_holds_up_nothing_for_long() {
+        let spec = serde_json::json!({
+            "base_url": "http://h/v1", "model": "m", "tokens_per_minute": 600,
+        });
+        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
+        let answer = Completion {
+            prompt_tokens: u64::MAX,
+            completion_tokens: u64::MAX,
+            ..completion("x")
+        };
+        // Ten tokens a second: what is used beyond the estimate is waited for.
+        for (most, at_most) in [(Some(100), 11.0), (None, 61.0)] {
+            let limits = Limits::new(&spec);
+            limits.reserve(10);
+            limits.settle(10, most, &answer);
+            let wait = limits.reserve(1).as_secs_f64();
+            assert!(wait > at_most - 3.0 && wait <= at_most, "{most:?}: {wait}");
+        }
+    }
 
     fn seconds(bucket: &mut Bucket, amount: f64, now: Instant) -> f64 {
         let wait = bucket.reserve(amount, now).as_secs_f64();

@@ -5,59 +5,69 @@
 //! | `spec` | the settings, as a pipeline says them |
 //! | `endpoint` | the URL |
 //! | `api` | what such a server offers besides chats: files, fine-tuning jobs, adapters |
+//! | `ask` | one request until it is answered or given up |
 //! | `wire` | the JSON of requests and answers |
 //! | `call` | what those hear who trace calls |
 //! | `batch` | requests as one file, answers within a day |
 //! | `gate` | what all users of an entry share: limits, places, connections |
 //! | `limits` | requests and tokens per minute |
 //! | `retry` | what is tried again, and when |
+//! | `outage` | when a server that is there answers nobody |
+//! | `identity` | whether it answers as the model that it is asked for |
+//! | `runtime` | the thread that waits for servers |
 //!
 //! Invariant: no error, log line or `Debug` text shows the key.
 
 mod api;
+mod ask;
 mod batch;
 mod call;
 mod endpoint;
 mod gate;
+mod identity;
 mod limits;
+mod outage;
 mod retry;
+mod runtime;
 mod spec;
 #[cfg(test)]
 mod tests;
 mod wire;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use futures::StreamExt as _;
-use tokio::time::Instant;
 
-use crate::lm::{
-    Completion, FinishReason, Ledger, Lm, LmError, OnAnswer, Patience, Refused, Request, Spending,
-    Taken, prompt_tokens,
-};
+use crate::lm::{Completion, FinishReason, Ledger, Lm, LmError, OnAnswer, Request, Spending};
 pub use api::{Api, ApiError};
 pub use batch::{Batched, Told};
 pub use call::{Call, OnCall};
 use endpoint::Endpoint;
 use gate::Gate;
+use identity::Identity;
+pub use identity::OnWarning;
+use outage::Outage;
 use retry::{Failure, Pace};
 pub use spec::{AdapterPlace, AdapterServer, Guided, OpenAiSpec};
 
 pub use crate::lm::Prices;
 
-/// Longest answer that is read.
-const LARGEST_BODY: usize = 16 << 20;
 /// How often a wait looks whether the run was asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Longest wait for a connection; a server that is there takes one at once.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// How long requests in flight are awaited once the run was asked to stop: they may be paid for.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Says whether to stop.
 pub type Cancelled = Arc<dyn Fn() -> bool + Send + Sync>;
 
 type Answer = Result<Completion, LmError>;
+
+/// Why no other request of a call is sent, once that is known.
+type Down = std::cell::OnceCell<LmError>;
 
 /// A model behind a server.
 pub struct OpenAi {
@@ -67,14 +77,23 @@ pub struct OpenAi {
     endpoint: Endpoint,
     key: Option<String>,
     cancelled: Cancelled,
+    /// Whether what is in flight is to end at once.
+    killed: Cancelled,
+    /// How long it may take otherwise, once the run was asked to stop.
+    grace: Duration,
     pace: Pace,
     gate: Arc<Gate>,
+    identity: Identity,
     /// What bounds what is spent.
     ledger: Option<Ledger>,
     /// Hears of each call that ended.
     on_call: Option<OnCall>,
     /// The last that was seen of the server is that there is none.
     unreachable: AtomicBool,
+    /// The requests that were given up in a row.
+    outage: Outage,
+    /// Why no request is sent any more, as who takes the answers has it.
+    barred: OnceLock<LmError>,
 }
 
 impl std::fmt::Debug for OpenAi {
@@ -104,6 +123,22 @@ impl OpenAi {
     pub fn as_model(mut self, model: &str) -> Self {
         model.clone_into(&mut self.spec.model);
         self.id = model_id(&self.spec);
+        self.identity = self.identity.of_model(&self.spec);
+        self
+    }
+
+    /// The same client, which ends at once what is in flight when `killed` says so. Else it is
+    /// awaited for some seconds after the run was asked to stop.
+    #[must_use]
+    pub fn killed_by(mut self, killed: Cancelled) -> Self {
+        self.killed = killed;
+        self
+    }
+
+    /// The same client, which tells `on_warning` when another model answers than was asked for.
+    #[must_use]
+    pub fn warning(mut self, on_warning: Option<OnWarning>) -> Self {
+        self.identity = self.identity.told_to(on_warning);
         self
     }
 
@@ -142,235 +177,17 @@ impl OpenAi {
             ledger: None,
             on_call: None,
             unreachable: AtomicBool::new(false),
+            outage: Outage::new(spec.concurrency),
+            barred: OnceLock::new(),
+            identity: Identity::new(spec),
+            killed: Arc::new(|| false),
+            grace: GRACE,
             spec: spec.clone(),
             endpoint,
             key,
             cancelled,
             pace,
         })
-    }
-
-    /// [`Self::ask`], and tells who wants to hear of it.
-    async fn call(&self, request: &Request, down: &std::cell::OnceCell<LmError>) -> Answer {
-        let Some(on_call) = self.on_call.as_ref().filter(|_| down.get().is_none()) else {
-            return self.ask(request, down).await;
-        };
-        let (started_at, started) = (SystemTime::now(), Instant::now());
-        let answer = self.ask(request, down).await;
-        on_call(&Call {
-            model: &self.spec.model,
-            host: self.endpoint.url.host_str().unwrap_or_default(),
-            port: self
-                .endpoint
-                .url
-                .port_or_known_default()
-                .unwrap_or_default(),
-            sampling: &request.sampling,
-            started_at,
-            took: started.elapsed(),
-            answer: &answer,
-        });
-        answer
-    }
-
-    /// One request until it is answered, refused, or out of tries or time. `down` is set once no
-    /// request of this call will be answered: the others would only hear the same.
-    async fn ask(&self, request: &Request, down: &std::cell::OnceCell<LmError>) -> Answer {
-        let _slot = self.unless_stopped(self.gate.slots.acquire()).await?;
-        let body = wire::body(&self.spec, request);
-        let estimate = prompt_tokens(request);
-        let deadline = Duration::from_secs(self.spec.deadline_s.max(1));
-        // What tries and the waits between them took.
-        let mut spent = Duration::ZERO;
-        let mut attempts = 0;
-        loop {
-            let left = deadline.saturating_sub(spent);
-            // Both before a wait and after it: it may be a long one.
-            let barred = || down.get().map_or(Ok(()), |error| Err(error.clone()));
-            barred()?;
-            self.place(estimate, left).await?;
-            barred()?;
-            let taken = self.afford(request, deadline, down).await?;
-            if let Err(error) = barred() {
-                if let Some(taken) = taken {
-                    taken.refused();
-                }
-                return Err(error);
-            }
-            let started = Instant::now();
-            let sent = self.unless_stopped(self.within(left, self.send(&body)));
-            let sent = sent.await?;
-            spent += started.elapsed();
-            attempts += 1;
-            settle(taken, &sent);
-            let failure = match sent
-                .and_then(|answer| fitting(&self.spec, &self.endpoint.shown, request, answer))
-            {
-                Ok(completion) => {
-                    self.unreachable.store(false, Ordering::Relaxed);
-                    self.gate.limits.settle(estimate, &completion);
-                    return Ok(completion);
-                }
-                Err(Failure::Withheld) => return Ok(wire::withheld()),
-                Err(failure) => failure,
-            };
-            let nobody = matches!(failure, Failure::Unreachable { .. });
-            // What an earlier call waited for in vain is not waited for again.
-            let known = self.unreachable.load(Ordering::Relaxed) && nobody;
-            let wait = self.pace.wait(attempts, failure.after());
-            if let Some(after) = failure.after() {
-                self.gate.limits.hold(after);
-            }
-            let tried = known || attempts > failure.retries(self.spec.max_retries);
-            let late = spent + wait >= deadline;
-            if tried || late {
-                self.unreachable.store(nobody, Ordering::Relaxed);
-                let all =
-                    nobody || matches!(failure, Failure::Barred { .. } | Failure::NoModel { .. });
-                let tries = match late && !tried {
-                    false => format!("{attempts} attempts"),
-                    true => format!(
-                        "{attempts} attempts; the next one, in {} s, is after `deadline_s`",
-                        wait.as_secs_f64().ceil()
-                    ),
-                };
-                let error = failure.into_error(&self.endpoint.shown, &tries);
-                return Err(if all {
-                    down.get_or_init(|| error).clone()
-                } else {
-                    error
-                });
-            }
-            tracing::debug!(url = self.endpoint.shown, attempts, ?wait, "trying again");
-            self.unless_stopped(tokio::time::sleep(wait)).await?;
-            spent += wait;
-        }
-    }
-
-    /// Waits until a request may be sent: for its place in the limits, and until the server, which
-    /// asked one request to come later, wants to hear from any.
-    async fn place(&self, estimate: u64, left: Duration) -> Result<(), LmError> {
-        let wait = self.gate.limits.reserve(estimate);
-        self.unless_stopped(tokio::time::sleep(wait)).await?;
-        while let Some(wait) = self.gate.limits.held() {
-            if wait > left {
-                return Err(LmError::Unavailable(format!(
-                    "{}: the server asks to come again in {} s, which is after `deadline_s`",
-                    self.endpoint.shown,
-                    wait.as_secs_f64().ceil()
-                )));
-            }
-            // Not all in the same moment.
-            let wait = wait.mul_f64(1.0 + rand::random::<f64>() / 10.0);
-            self.unless_stopped(tokio::time::sleep(wait)).await?;
-        }
-        Ok(())
-    }
-
-    /// Takes the worst case of a request out of the budget. While requests under way hold too much
-    /// of it back, it waits for them; each ends within `deadline`.
-    async fn afford(
-        &self,
-        request: &Request,
-        deadline: Duration,
-        down: &std::cell::OnceCell<LmError>,
-    ) -> Result<Option<Taken<'_>>, LmError> {
-        let Some(ledger) = &self.ledger else {
-            return Ok(None);
-        };
-        let broken = |e: std::io::Error| {
-            LmError::Barred(format!("the ledger of the model's `budget` fails: {e}"))
-        };
-        let need = wire::worst_case(&self.spec, request);
-        let mut patience = Patience::new(deadline);
-        let error = loop {
-            match ledger.take(need).map_err(broken)? {
-                Ok(taken) => return Ok(Some(taken)),
-                Err(Refused::Spent(told)) => break spent(&self.spec.model, &told),
-                Err(Refused::Later(held)) if patience.is_over(ledger, held) => {
-                    let told = ledger.stuck(need).map_err(broken)?;
-                    break held_back(&self.spec.model, &told);
-                }
-                Err(Refused::Later(_)) => {
-                    self.unless_stopped(tokio::time::sleep(LOOK_EVERY)).await?;
-                    if let Some(error) = down.get() {
-                        return Err(error.clone());
-                    }
-                }
-            }
-        };
-        Err(down.get_or_init(|| error).clone())
-    }
-
-    /// `work`, given up once the request's time is over.
-    async fn within<T>(
-        &self,
-        left: Duration,
-        work: impl Future<Output = Result<T, Failure>>,
-    ) -> Result<T, Failure> {
-        let late = |_| {
-            let why = "no answer in time (`deadline_s`)".to_owned();
-            Err(Failure::Lost { why })
-        };
-        tokio::time::timeout(left, work).await.unwrap_or_else(late)
-    }
-
-    /// `work`, dropped as soon as the run is asked to stop.
-    async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Result<T, LmError> {
-        let stopped = async {
-            while !(self.cancelled)() {
-                tokio::time::sleep(LOOK_EVERY).await;
-            }
-        };
-        tokio::select! {
-            biased;
-            () = stopped => Err(LmError::Cancelled),
-            done = work => Ok(done),
-        }
-    }
-
-    async fn send(&self, body: &serde_json::Value) -> Result<Completion, Failure> {
-        let mut call = self.gate.http.post(self.endpoint.url.clone()).json(body);
-        if let Some(key) = &self.key {
-            call = call.bearer_auth(key);
-        }
-        let response = call.send().await.map_err(|e| retry::of_error(&e))?;
-        let status = response.status();
-        let after = retry::after(response.headers());
-        let bytes = self.read(response).await?;
-        if !status.is_success() {
-            let why = self.without_key(&wire::error_text(&bytes));
-            let url = &self.endpoint.shown;
-            let code = wire::error_code(&bytes);
-            let code = code.as_deref();
-            return Err(retry::of_status(status, &why, code, after, url, &self.spec));
-        }
-        wire::completion(&bytes).map_err(|why| Failure::Unreadable {
-            why: self.without_key(&why),
-        })
-    }
-
-    async fn read(&self, response: reqwest::Response) -> Result<Vec<u8>, Failure> {
-        let mut bytes = Vec::new();
-        let mut stream = response.bytes_stream();
-        while let Some(chunk) = stream.next().await {
-            bytes.extend_from_slice(&chunk.map_err(|e| retry::of_error(&e))?);
-            if bytes.len() > LARGEST_BODY {
-                return Err(Failure::Final(LmError::Rejected(format!(
-                    "{}: the answer is larger than {LARGEST_BODY} bytes",
-                    self.endpoint.shown
-                ))));
-            }
-        }
-        Ok(bytes)
-    }
-
-    /// Some servers repeat the key that they do not know.
-    fn without_key(&self, text: &str) -> String {
-        match &self.key {
-            Some(key) => text.replace(key.as_str(), "[key]"),
-            None => text.to_owned(),
-        }
     }
 }
 
@@ -444,18 +261,6 @@ fn fitting(
     })
 }
 
-/// Gives back what a request did not use.
-fn settle(taken: Option<Taken<'_>>, sent: &Result<Completion, Failure>) {
-    let Some(taken) = taken else {
-        return;
-    };
-    match sent {
-        Ok(answer) => taken.answered(Spending::of(answer)),
-        Err(failure) if failure.may_cost() => taken.answered(None),
-        Err(_) => taken.refused(),
-    }
-}
-
 /// The key without the white space around it; `from` is the variable that it came from.
 fn sendable(key: Option<String>, from: Option<&str>) -> Result<Option<String>, String> {
     let key = key.map(|key| key.trim().to_owned());
@@ -479,7 +284,7 @@ impl Lm for OpenAi {
     /// `spawn_blocking`; from within an async task it panics. `on_answer` is called on this thread.
     fn complete(&self, requests: &[Request], on_answer: &OnAnswer<'_>) -> Vec<Answer> {
         let mut answers: Vec<Answer> = requests.iter().map(|_| Err(LmError::Cancelled)).collect();
-        let down = std::cell::OnceCell::new();
+        let down = Down::new();
         self.gate.block_on(async {
             let calls = requests.iter().enumerate().map(|(index, request)| {
                 let answer = self.call(request, &down);
@@ -493,5 +298,9 @@ impl Lm for OpenAi {
             }
         });
         answers
+    }
+
+    fn bar(&self, why: &LmError) {
+        self.barred.get_or_init(|| why.clone());
     }
 }

@@ -30,6 +30,8 @@ pub(super) enum Failure {
         after: Option<Duration>,
         /// It may be the word of a proxy that lost the answer, or did not wait for it.
         computed: bool,
+        /// The server has an error of its own (5xx), perhaps at this request alone.
+        erred: bool,
     },
     /// The connection broke, or no answer came in time: the server may have computed one.
     Lost { why: String },
@@ -37,6 +39,8 @@ pub(super) enum Failure {
     Unreachable { why: String },
     /// The answer cannot be read.
     Unreadable { why: String },
+    /// The answer is larger than any that is read; another try would give the same.
+    TooLarge { why: String },
 }
 
 /// Tries after the first one for an answer that cannot be read.
@@ -46,7 +50,11 @@ impl Failure {
     /// Tries after the first one, out of as many as are allowed for errors that pass.
     pub(super) fn retries(&self, allowed: u32) -> u32 {
         match self {
-            Self::Final(_) | Self::Barred { .. } | Self::NoModel { .. } | Self::Withheld => 0,
+            Self::Final(_)
+            | Self::Barred { .. }
+            | Self::NoModel { .. }
+            | Self::Withheld
+            | Self::TooLarge { .. } => 0,
             Self::Again { .. } | Self::Lost { .. } | Self::Unreachable { .. } => allowed,
             Self::Unreadable { .. } => allowed.min(REREADS),
         }
@@ -63,8 +71,29 @@ impl Failure {
     /// Whether the server may have computed, and charged for, an answer that did not arrive.
     pub(super) fn may_cost(&self) -> bool {
         match self {
-            Self::Lost { .. } | Self::Unreadable { .. } => true,
+            Self::Lost { .. } | Self::Unreadable { .. } | Self::TooLarge { .. } => true,
             Self::Again { computed, .. } => *computed,
+            Self::Final(_)
+            | Self::Barred { .. }
+            | Self::NoModel { .. }
+            | Self::Withheld
+            | Self::Unreachable { .. } => false,
+        }
+    }
+
+    /// Whether the server had an error of its own: 5xx.
+    pub(super) fn is_server_error(&self) -> bool {
+        matches!(self, Self::Again { erred: true, .. })
+    }
+
+    /// Whether a server that does this to many requests in a row answers nobody. What it refuses,
+    /// it has answered.
+    pub(super) fn is_no_answer(&self) -> bool {
+        match self {
+            Self::Again { .. }
+            | Self::Lost { .. }
+            | Self::Unreadable { .. }
+            | Self::TooLarge { .. } => true,
             Self::Final(_)
             | Self::Barred { .. }
             | Self::NoModel { .. }
@@ -80,9 +109,13 @@ impl Failure {
             Self::Barred { why } => LmError::Barred(why),
             Self::NoModel { why } => LmError::NoModel(why),
             Self::Withheld => LmError::Rejected(format!("{url}: the prompt was withheld")),
+            Self::Again {
+                why, erred: true, ..
+            } => LmError::ServerError(format!("{url}: {why} ({tries})")),
             Self::Again { why, .. } | Self::Lost { why } => {
                 LmError::Unavailable(format!("{url}: {why} ({tries})"))
             }
+            Self::TooLarge { why } => LmError::Rejected(format!("{url}: {why}")),
             Self::Unreachable { why } => LmError::Unavailable(format!(
                 "{url} cannot be reached: {why} ({tries}); is the server running?"
             )),
@@ -210,6 +243,7 @@ pub(super) fn of_status(
             why,
             after,
             computed,
+            erred: status >= 500,
         };
     }
     let help = match (status, &spec.api_key_env) {
@@ -306,6 +340,32 @@ mod tests {
             let status = StatusCode::from_u16(status).unwrap();
             let failure = of_status(status, "", None, None, "http://h", &spec);
             assert_eq!(failure.may_cost(), costs, "{status}");
+        }
+        let large = Failure::TooLarge { why: String::new() };
+        assert!(large.may_cost() && large.retries(6) == 0);
+    }
+
+    #[test]
+    fn an_error_of_the_server_is_told_from_no_answer() {
+        let spec = serde_json::json!({"base_url": "http://h/v1", "model": "m"});
+        let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
+        let failure = |status: u16| {
+            let status = StatusCode::from_u16(status).unwrap();
+            of_status(status, "no", None, None, "http://h", &spec)
+        };
+        for (status, erred, no_answer) in [
+            (400, false, false),
+            (422, false, false),
+            (408, false, true),
+            (429, false, true),
+            (500, true, true),
+            (503, true, true),
+        ] {
+            assert_eq!(failure(status).is_server_error(), erred, "{status}");
+            assert_eq!(failure(status).is_no_answer(), no_answer, "{status}");
+            let error = failure(status).into_error("http://h", "1 attempts");
+            let is = matches!(error, LmError::ServerError(_));
+            assert_eq!(is, erred, "{status}: {error}");
         }
     }
 

@@ -21,7 +21,8 @@ pub struct OpenAiSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_key_env: Option<String>,
     /// Requests in flight at once, of all steps in flowrun's own process together; the same goes for
-    /// the limits below.
+    /// the limits below. Of a step that runs elsewhere (`runner`), each item has its share of them:
+    /// they are divided by how many of its items may run at the same time.
     #[serde(default = "concurrency")]
     #[schemars(range(min = 1))]
     pub concurrency: usize,
@@ -122,6 +123,22 @@ pub enum Guided {
     JsonSchema,
 }
 
+impl OpenAiSpec {
+    /// The entry as one of `processes` has it that share it: with its part of what may be in flight
+    /// and of the limits, at least one of each.
+    #[must_use]
+    pub fn shared_by(&self, processes: usize) -> Self {
+        let parts = u64::try_from(processes.max(1)).unwrap_or(u64::MAX);
+        let part = |limit: Option<u64>| limit.map(|limit| (limit / parts).max(1));
+        Self {
+            concurrency: (self.concurrency / processes.max(1)).max(1),
+            requests_per_minute: part(self.requests_per_minute),
+            tokens_per_minute: part(self.tokens_per_minute),
+            ..self.clone()
+        }
+    }
+}
+
 fn concurrency() -> usize {
     16
 }
@@ -136,4 +153,28 @@ fn deadline_s() -> u64 {
 
 fn max_retries() -> u32 {
     6
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn processes_share_the_limits_of_an_entry() {
+        let entry = json!({
+            "base_url": "http://h/v1", "model": "m", "concurrency": 64, "tokens_per_minute": 3,
+            "budget": { "tokens": 9 },
+        });
+        let entry: OpenAiSpec = serde_json::from_value(entry).unwrap();
+        for alone in [0, 1] {
+            assert_eq!(entry.shared_by(alone), entry);
+        }
+        let one = entry.shared_by(16);
+        assert_eq!((one.concurrency, one.tokens_per_minute), (4, Some(1)));
+        assert_eq!((one.requests_per_minute, one.budget), (None, entry.budget));
+        assert_eq!(entry.shared_by(usize::MAX).concurrency, 1);
+    }
 }

@@ -67,7 +67,8 @@ fn serve_on(listener: TcpListener, script: Vec<Reply>) -> Server {
     server
 }
 
-fn read_request(stream: &TcpStream) -> Option<(String, Value)> {
+/// The head and the body of the next request.
+pub(super) fn read_message(stream: &TcpStream) -> Option<(String, Vec<u8>)> {
     let mut reader = BufReader::new(stream);
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
@@ -78,9 +79,14 @@ fn read_request(stream: &TcpStream) -> Option<(String, Value)> {
     let lower = head.to_lowercase();
     let length = lower
         .lines()
-        .find_map(|l| l.strip_prefix("content-length: "))?;
-    let mut body = vec![0; length.trim().parse().ok()?];
+        .find_map(|line| line.strip_prefix("content-length: "));
+    let mut body = vec![0; length.map_or(Some(0), |text| text.trim().parse().ok())?];
     reader.read_exact(&mut body).ok()?;
+    Some((head, body))
+}
+
+fn read_request(stream: &TcpStream) -> Option<(String, Value)> {
+    let (head, body) = read_message(stream)?;
     Some((head, serde_json::from_slice(&body).ok()?))
 }
 
@@ -359,13 +365,167 @@ fn a_refusal_is_not_an_empty_answer() {
 }
 
 #[test]
+fn what_is_in_flight_when_the_run_stops_is_awaited() {
+    let server = serve(vec![]);
+    let mut spec = spec(&server.url);
+    spec.concurrency = 1;
+    let stop = Arc::new(AtomicBool::new(false));
+    let hears = Arc::clone(&stop);
+    let client = OpenAi::new(&spec, None, Arc::new(move || hears.load(Ordering::SeqCst))).unwrap();
+    let answers = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while server.seen.lock().unwrap().is_empty() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            stop.store(true, Ordering::SeqCst);
+            // Until it has looked.
+            std::thread::sleep(4 * LOOK_EVERY);
+            server.go.store(true, Ordering::SeqCst);
+        });
+        ask(&client, &["slow", "b"])
+    });
+    assert_eq!(answers[0].as_ref().unwrap().text, "slow");
+    assert_eq!(answers[1], Err(LmError::Cancelled));
+    assert_eq!(server.seen.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn a_server_that_takes_too_long_is_not_awaited_for_ever() {
+    let server = serve(vec![]);
+    let seen = Arc::clone(&server.seen);
+    let cancelled = Arc::new(move || !seen.lock().unwrap().is_empty());
+    let mut client = OpenAi::new(&spec(&server.url), None, cancelled).unwrap();
+    client.grace = Duration::ZERO;
+    assert_eq!(ask(&client, &["slow"]), [Err(LmError::Cancelled)]);
+    server.go.store(true, Ordering::SeqCst);
+}
+
+#[test]
+fn a_server_that_answers_nobody_is_left_alone() {
+    let server = serve((0..200).map(|_| (500, "", "oops".to_owned())).collect());
+    let mut spec = spec(&server.url);
+    spec.concurrency = 2;
+    spec.max_retries = 1;
+    let client = client(&spec, None);
+    let answers = ask(&client, &["a"; 100]);
+    // Eight that were given up, and the one beside the last of them.
+    let seen = server.seen.lock().unwrap().len();
+    assert!((16..=18).contains(&seen), "{seen}");
+    assert!(matches!(&answers[0], Err(LmError::ServerError(why)) if why.contains("status 500")));
+    let Err(LmError::Unavailable(why)) = &answers[99] else {
+        unreachable!("{answers:?}");
+    };
+    assert!(
+        why.starts_with("8 requests in a row got no answer") && why.contains("oops (2 attempts)"),
+        "{why}"
+    );
+    // The next call finds out with one try.
+    let again = ask(&client, &["a"]);
+    assert!(matches!(&again[0], Err(LmError::Unavailable(_))));
+    assert_eq!(server.seen.lock().unwrap().len(), seen + 1);
+}
+
+#[test]
+fn refusals_are_no_outage() {
+    let refused = || (400, "", "{\"detail\": \"no\"}".to_owned());
+    let server = serve((0..40).map(|_| refused()).collect());
+    let mut spec = spec(&server.url);
+    spec.concurrency = 1;
+    let answers = ask(&client(&spec, None), &["a"; 50]);
+    assert!(
+        answers[..40]
+            .iter()
+            .all(|answer| matches!(answer, Err(LmError::Rejected(_))))
+    );
+    assert!(answers[40..].iter().all(Result::is_ok));
+}
+
+#[test]
+fn other_failures_than_5xx_are_told_apart() {
+    let script = vec![
+        (500, "", "oops".to_owned()),
+        (200, "", "<html>".to_owned()),
+        (500, "", "oops".to_owned()),
+    ];
+    let server = serve(script);
+    let answers = ask(&client(&spec(&server.url), None), &["a"]);
+    assert!(
+        matches!(&answers[0], Err(LmError::Unavailable(_))),
+        "{answers:?}"
+    );
+}
+
+#[test]
+fn a_barred_client_sends_nothing_more() {
+    let server = serve(vec![]);
+    let mut spec = spec(&server.url);
+    spec.concurrency = 1;
+    let client = client(&spec, None);
+    let full = LmError::Barred("the disk is full".to_owned());
+    let requests = ["a"; 5].map(request);
+    let answers = client.complete(&requests, &|_, _| client.bar(&full));
+    assert!(answers[0].is_ok());
+    assert!(
+        answers[1..]
+            .iter()
+            .all(|answer| *answer == Err(full.clone()))
+    );
+    assert_eq!(ask(&client, &["b"]), [Err(full)]);
+    assert_eq!(server.seen.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn an_answer_that_is_too_large_was_paid_for() {
+    let server = serve(vec![(200, "", "x".repeat(17 << 20))]);
+    let spec = spec(&server.url);
+    let folder = tempfile::tempdir().unwrap();
+    let budget = crate::lm::Budget {
+        usd: None,
+        tokens: Some(worst_case(&spec, &request("a")).tokens()),
+    };
+    let ledger = Ledger::open(&folder.path().join("ledger"), budget, None).unwrap();
+    let client = client(&spec, None).with_ledger(Some(ledger));
+    let text = error(&ask(&client, &["a"]));
+    assert!(text.contains("larger than"), "{text}");
+    let text = error(&ask(&client, &["a"]));
+    assert!(text.contains("is spent"), "{text}");
+    assert_eq!(server.seen.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn counts_without_measure_are_taken_for_what_they_are() {
+    let body = json!({
+        "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": u64::MAX, "completion_tokens": 1e300},
+    });
+    let server = serve(vec![(200, "", body.to_string()); 2]);
+    let mut spec = spec(&server.url);
+    spec.tokens_per_minute = Some(60_000_000);
+    let folder = tempfile::tempdir().unwrap();
+    let budget = crate::lm::Budget {
+        usd: None,
+        tokens: Some(1_000_000),
+    };
+    let ledger = Ledger::open(&folder.path().join("ledger"), budget, None).unwrap();
+    let client = client(&spec, None).with_ledger(Some(ledger));
+    assert_eq!(
+        ask(&client, &["a"])[0].as_ref().unwrap().prompt_tokens,
+        u64::MAX
+    );
+    let text = error(&ask(&client, &["a"]));
+    assert!(text.contains("is spent"), "{text}");
+}
+
+#[test]
 fn a_stopped_run_does_not_wait_for_the_server() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let spec = spec(&format!("http://{}/v1", listener.local_addr().unwrap()));
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
     let cancelled = Arc::new(move || count.fetch_add(1, Ordering::SeqCst) > 2);
+    let killed = cancelled.clone();
     let client = OpenAi::new(&spec, None, cancelled).unwrap();
+    let client = client.killed_by(killed);
     assert_eq!(ask(&client, &["a", "b"]), vec![Err(LmError::Cancelled); 2]);
 }
 

@@ -87,11 +87,24 @@ pub(super) fn worst_case(spec: &OpenAiSpec, request: &Request) -> Spending {
         .chain(spec.body.values().filter(texts))
         .map(|value| value.to_string().len() as u64);
     need.prompt += more.sum::<u64>();
+    need.completion = bound(spec).unwrap_or(need.completion);
+    need
+}
+
+/// The tokens of an answer that `body` allows.
+fn bound(spec: &OpenAiSpec) -> Option<u64> {
     let bounds = BOUNDS
         .iter()
         .filter_map(|name| spec.body.get(*name)?.as_u64());
-    need.completion = bounds.max().unwrap_or(need.completion);
-    need
+    bounds.max()
+}
+
+/// As many tokens as a request can be believed to have used, thoughts that its server does not
+/// count to `max_tokens` included; none where `body` takes the bound away.
+pub(super) fn credible(spec: &OpenAiSpec, request: &Request) -> Option<u64> {
+    let unbounded = spec.body.get(BOUNDS[0]).is_some_and(Value::is_null) && bound(spec).is_none();
+    let most = worst_case(spec, request).tokens().saturating_mul(2);
+    (!unbounded).then_some(most)
 }
 
 /// Fields of the body that belong to the client.
@@ -212,6 +225,17 @@ pub(super) fn completion(bytes: &[u8]) -> Result<Completion, String> {
     })
 }
 
+/// The model that an answer says it is of.
+pub(super) fn model(bytes: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Named {
+        #[serde(default)]
+        model: Value,
+    }
+    let named: Named = serde_json::from_slice(bytes).ok()?;
+    named.model.as_str().map(str::to_owned)
+}
+
 /// What an answer says that it used; `None` where its server does not count.
 pub(super) fn used(body: &Value) -> Option<Spending> {
     let count = |name: &str| {
@@ -324,9 +348,22 @@ mod tests {
             (&json!(7), &json!(0.5))
         );
         assert_eq!(worst_case(&spec, &request(None)).completion, 7);
+        let twice = 2 * worst_case(&spec, &request(None)).tokens();
+        assert_eq!(credible(&spec, &request(None)), Some(twice));
         assert_eq!(misplaced(&spec), None);
         spec.body.insert("stream".to_owned(), json!(true));
         assert_eq!(misplaced(&spec), Some("stream"));
+        spec.body.remove("max_completion_tokens");
+        assert_eq!(credible(&spec, &request(None)), None);
+    }
+
+    #[test]
+    fn the_model_of_an_answer_is_read_where_it_is_a_name() {
+        let of = |body: &str| model(body.as_bytes());
+        assert_eq!(of(r#"{"model": "m", "choices": []}"#).as_deref(), Some("m"));
+        for other in [r#"{"choices": []}"#, r#"{"model": 3}"#, "[]", "<html>"] {
+            assert_eq!(of(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! [`Cached`]: a model whose answers are kept, so that none is computed or paid for twice.
 //!
 //! An answer's key is the model's id with the whole request, the rollout included. Errors are not
-//! kept. What another thread of this process is asking for is waited for. Invariant: an answer is in the store before the caller hears of it.
+//! kept. What another thread of this process is asking for is waited for. Invariant: an answer is in
+//! the store before the caller hears of it; once one could not be kept, no other is asked for.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use flowrun_cache::{CompletionCache, Digest};
 use serde_json::json;
@@ -16,6 +17,8 @@ pub struct Cached {
     lm: Arc<dyn Lm>,
     store: Arc<CompletionCache>,
     cancelled: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
+    /// Why answers cannot be kept.
+    unkept: OnceLock<LmError>,
 }
 
 impl Cached {
@@ -25,6 +28,7 @@ impl Cached {
             lm,
             store,
             cancelled: None,
+            unkept: OnceLock::new(),
         }
     }
 
@@ -55,13 +59,23 @@ impl Cached {
         self.cancelled.as_ref().is_some_and(|cancelled| cancelled())
     }
 
+    /// Stores an answer. When that fails, the model is asked for no other: it would be paid for
+    /// again.
     fn keep(&self, key: &Digest, answer: &Completion) {
         let stored = serde_json::to_value(answer)
             .map_err(|e| e.to_string())
             .and_then(|value| self.store.put(key, &value).map_err(|e| e.to_string()));
-        if let Err(why) = stored {
+        let Err(why) = stored else {
+            return;
+        };
+        let error = self.unkept.get_or_init(|| {
             tracing::warn!("an answer could not be kept and will be asked for again: {why}");
-        }
+            LmError::Barred(format!(
+                "an answer could not be kept ({why}), so no other is asked for; see to the disk of \
+                 the cache folder"
+            ))
+        });
+        self.lm.bar(error);
     }
 }
 
@@ -105,6 +119,11 @@ impl Cached {
             drop(claim);
             tell(indices, answer);
         };
+        if let Some(error) = self.unkept.get() {
+            let refused = Err(error.clone());
+            (0..own.len()).for_each(|place| told(place, &refused));
+            return others;
+        }
         let answers = self.lm.complete(&new, &told);
         // Where nothing could be asked, nothing was told.
         answers.iter().enumerate().for_each(|(p, a)| told(p, a));
@@ -174,6 +193,10 @@ impl Lm for Cached {
             .map(|answer| answer.unwrap_or_else(lost))
             .collect()
     }
+
+    fn bar(&self, why: &LmError) {
+        self.lm.bar(why);
+    }
 }
 
 /// The answer as its nth asker gets it: only the first one's was computed.
@@ -195,11 +218,15 @@ mod tests {
     #[derive(Default)]
     struct Echo {
         asked: Mutex<Vec<String>>,
+        barred: Mutex<Vec<LmError>>,
     }
 
     impl Lm for Echo {
         fn id(&self) -> &str {
             "echo"
+        }
+        fn bar(&self, why: &LmError) {
+            self.barred.lock().unwrap().push(why.clone());
         }
         fn complete(
             &self,
@@ -236,6 +263,45 @@ mod tests {
             let refused = || Err(LmError::Rejected("no adapter".into()));
             requests.iter().map(|_| refused()).collect()
         }
+    }
+
+    #[test]
+    fn no_more_is_asked_for_once_an_answer_could_not_be_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        // A folder that cannot be made.
+        let place = folder.path().join("completions");
+        std::fs::write(&place, "").unwrap();
+        let store = CompletionCache::open(place.clone()).unwrap();
+        let echo = Arc::new(Echo::default());
+        let cached = Cached::new(Arc::clone(&echo) as Arc<dyn Lm>, Arc::new(store));
+        let asked = [request("a", None), request("b", None)];
+        let answers = cached.complete(&asked, &|_, _| {});
+        // They were paid for.
+        assert!(answers.iter().all(Result::is_ok));
+        {
+            let barred = echo.barred.lock().unwrap();
+            assert_eq!(barred.len(), 2, "by each answer that is lost");
+            let text = barred[0].to_string();
+            assert!(text.contains("could not be kept"), "{text}");
+        }
+        let more = [request("c", None), request("c", None)];
+        let answers = cached.complete(&more, &|_, _| {});
+        assert!(matches!(
+            &answers[..],
+            [Err(LmError::Barred(_)), Err(LmError::Barred(_))]
+        ));
+        assert_eq!(echo.asked.lock().unwrap().len(), 2);
+        // The next run.
+        std::fs::remove_file(&place).unwrap();
+        let store = Arc::new(CompletionCache::open(place).unwrap());
+        let cached = Cached::new(Arc::clone(&echo) as Arc<dyn Lm>, store);
+        assert!(cached.complete(&more, &|_, _| {})[0].is_ok());
+        assert!(
+            cached.complete(&more, &|_, _| {})[0]
+                .as_ref()
+                .unwrap()
+                .cached
+        );
     }
 
     #[test]

@@ -44,14 +44,25 @@ pub struct Usage {
     pub cost: Option<f64>,
 }
 
+impl Usage {
+    /// Tokens of prompts and answers together.
+    #[must_use]
+    pub fn tokens(&self) -> u64 {
+        self.prompt_tokens.saturating_add(self.completion_tokens)
+    }
+}
+
 impl std::ops::AddAssign for Usage {
     fn add_assign(&mut self, other: Self) {
         self.calls += other.calls;
         self.cached += other.cached;
         self.failed += other.failed;
         self.unavailable += other.unavailable;
-        self.prompt_tokens += other.prompt_tokens;
-        self.completion_tokens += other.completion_tokens;
+        // Counts are the word of servers.
+        self.prompt_tokens = self.prompt_tokens.saturating_add(other.prompt_tokens);
+        self.completion_tokens = self
+            .completion_tokens
+            .saturating_add(other.completion_tokens);
         self.cost = match (self.cost, other.cost) {
             (Some(a), Some(b)) => Some(a + b),
             (a, b) => a.or(b),
@@ -66,6 +77,7 @@ pub struct Metered {
     counted: Mutex<Usage>,
     first_error: OnceLock<Box<LmError>>,
     barred: OnceLock<Box<LmError>>,
+    lost: Mutex<Option<LmError>>,
 }
 
 impl Metered {
@@ -77,6 +89,7 @@ impl Metered {
             counted: Mutex::default(),
             first_error: OnceLock::new(),
             barred: OnceLock::new(),
+            lost: Mutex::default(),
         }
     }
 
@@ -90,6 +103,13 @@ impl Metered {
     /// Why the model answers no more calls, if it does not.
     pub fn barred(&self) -> Option<&LmError> {
         self.barred.get().map(Box::as_ref)
+    }
+
+    /// Why the last call got no answer that the model could not be reached for: of an outage, what
+    /// ended it.
+    pub fn lost(&self) -> Option<LmError> {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        lost.clone()
     }
 
     /// What was used so far, by all threads together.
@@ -109,15 +129,23 @@ impl Metered {
             Err(error) => {
                 counted.failed += 1;
                 self.first_error.get_or_init(|| Box::new(error.clone()));
-                counted.unavailable += u64::from(matches!(error, LmError::Unavailable(_)));
+                if matches!(error, LmError::Unavailable(_) | LmError::ServerError(_)) {
+                    counted.unavailable += 1;
+                    let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+                    *lost = Some(error.clone());
+                }
                 if matches!(error, LmError::Barred(_) | LmError::NoModel(_)) {
                     self.barred.get_or_init(|| Box::new(error.clone()));
                 }
             }
             Ok(completion) if completion.cached => counted.cached += 1,
             Ok(completion) => {
-                counted.prompt_tokens += completion.prompt_tokens;
-                counted.completion_tokens += completion.completion_tokens;
+                counted.prompt_tokens = counted
+                    .prompt_tokens
+                    .saturating_add(completion.prompt_tokens);
+                counted.completion_tokens = counted
+                    .completion_tokens
+                    .saturating_add(completion.completion_tokens);
             }
         }
     }
@@ -137,6 +165,10 @@ impl Lm for Metered {
             self.count(answer);
             on_answer(index, answer);
         })
+    }
+
+    fn bar(&self, why: &LmError) {
+        self.lm.bar(why);
     }
 }
 
@@ -171,6 +203,50 @@ mod tests {
                 }
             })
         }
+    }
+
+    /// Says that it used more than there can be.
+    struct Liar;
+
+    impl Lm for Liar {
+        fn id(&self) -> &str {
+            "liar"
+        }
+
+        fn complete(
+            &self,
+            requests: &[Request],
+            on_answer: &OnAnswer<'_>,
+        ) -> Vec<Result<Completion, LmError>> {
+            answer_each(requests, on_answer, |_| {
+                Ok(Completion {
+                    prompt_tokens: u64::MAX,
+                    completion_tokens: u64::MAX,
+                    ..completion("x")
+                })
+            })
+        }
+    }
+
+    #[test]
+    fn counts_without_measure_do_not_wrap() {
+        let metered = Metered::new(Arc::new(Liar), None);
+        let request = Request {
+            messages: Vec::new(),
+            sampling: Sampling::default(),
+            choices: None,
+        };
+        metered.complete(&[request.clone(), request], &|_, _| {});
+        let mut totals = metered.totals();
+        totals += metered.totals();
+        assert_eq!(
+            (
+                totals.prompt_tokens,
+                totals.completion_tokens,
+                totals.tokens()
+            ),
+            (u64::MAX, u64::MAX, u64::MAX)
+        );
     }
 
     #[test]

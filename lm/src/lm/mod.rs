@@ -148,6 +148,10 @@ pub enum LmError {
     /// The server cannot be reached or kept failing.
     #[error("{0}")]
     Unavailable(String),
+    /// The server had an error of its own (5xx) at every try of this request; others may be
+    /// answered.
+    #[error("{0}")]
+    ServerError(String),
     /// This request is wrong: a field is not known.
     #[error("{0}")]
     Rejected(String),
@@ -180,4 +184,9 @@ pub trait Lm: Send + Sync {
         requests: &[Request],
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>>;
+    /// Says that answers are of no use any more, as they cannot be kept: a model that is paid for
+    /// sends no further request and answers `why` instead. Those in flight are awaited.
+    fn bar(&self, why: &LmError) {
+        let _ = why;
+    }
 }

@@ -358,7 +358,9 @@ impl Program {
 /// Why the model gave a row no answer, unless it is the row's own fault.
 fn outage(result: &RowResult) -> Option<&LmError> {
     match &result.prediction {
-        Err(RowError::Lm(LmError::Rejected(_) | LmError::TooLong(_))) => None,
+        Err(RowError::Lm(LmError::Rejected(_) | LmError::ServerError(_) | LmError::TooLong(_))) => {
+            None
+        }
         Err(RowError::Lm(error)) => Some(error),
         _ => None,
     }

@@ -419,6 +419,10 @@ fn an_outage_ends_the_rounds_and_a_row_that_is_refused_does_not() {
     ] {
         assert_eq!(run(error), (vec![2], vec![true, true]));
     }
-    let refused = run(LmError::Rejected("too long".into()));
-    assert_eq!(refused, (vec![2, 2, 2], vec![false, true]));
+    for error in [
+        LmError::Rejected("too long".into()),
+        LmError::ServerError("it fails at this one".into()),
+    ] {
+        assert_eq!(run(error), (vec![2, 2, 2], vec![false, true]));
+    }
 }

@@ -28,6 +28,8 @@ pub(super) const GEMMA3: Architecture = Architecture {
         rope_theta: 10_000.0,
         pattern: 6,
     }),
+    // 4B, 12B and 27B; 270M and 1B are text models.
+    beside_pictures: &[34, 48, LAYERS_OF_27B],
 };
 
 /// GGUF files do not name it: the head size, but for the largest model, whose heads are narrower

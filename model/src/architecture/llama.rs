@@ -16,4 +16,5 @@ pub(super) const LLAMA: Architecture = Architecture {
     scaled_embedding: false,
     query_scalar: None,
     local: None,
+    beside_pictures: &[],
 };

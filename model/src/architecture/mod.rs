@@ -12,6 +12,7 @@ mod qwen3;
 #[cfg(test)]
 use crate::config::LocalAttention;
 use crate::config::{LayerParts, LlamaConfig};
+use crate::lora::LayerNames;
 
 /// What tells one architecture from the others.
 #[derive(Debug)]
@@ -40,6 +41,9 @@ pub(crate) struct Architecture {
     pub(crate) query_scalar: Option<fn(&LlamaConfig) -> f64>,
     /// Its local layers, if it has any.
     pub(crate) local: Option<LocalLayers>,
+    /// The numbers of layers of its sizes that were published with a picture part, which GGUF files
+    /// leave out: `transformers` loads them with it.
+    pub(crate) beside_pictures: &'static [usize],
 }
 
 /// What an architecture with local layers says where its files do not.
@@ -60,6 +64,16 @@ impl Architecture {
     pub(crate) fn of_gguf(name: &str) -> Result<&'static Self, String> {
         find(name, |architecture| architecture.gguf)
             .map_err(|known| format!("the architecture `{name}` is not supported ({known})"))
+    }
+
+    /// What the adapters of a GGUF file call its layers: as the model is named where `transformers`
+    /// loads it. Nothing in the file says it but the size; a text model of the same size, which
+    /// somebody took out or trained further, has a text model's names.
+    pub(crate) fn layer_names(&self, layers: usize) -> LayerNames {
+        match self.beside_pictures.contains(&layers) {
+            true => LayerNames::BesidePictures,
+            false => LayerNames::Text,
+        }
     }
 
     /// The one that a `config.json` names, or a sentence that lists the known ones.
@@ -93,6 +107,24 @@ fn find(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_that_came_with_a_picture_part_name_their_layers_beside_it() {
+        let names = |name: &str, layers: usize| {
+            let found = Architecture::of_gguf(name);
+            found.map(|architecture| architecture.layer_names(layers))
+        };
+        for (layers, expected) in [
+            (18, LayerNames::Text),
+            (26, LayerNames::Text),
+            (34, LayerNames::BesidePictures),
+            (48, LayerNames::BesidePictures),
+            (62, LayerNames::BesidePictures),
+        ] {
+            assert_eq!(names("gemma3", layers), Ok(expected), "{layers}");
+        }
+        assert_eq!(names("llama", 48), Ok(LayerNames::Text));
+    }
 
     #[test]
     fn an_unknown_architecture_is_told_what_is_known() {

@@ -296,16 +296,8 @@ impl Gpu {
         gate: View<'_, f32>,
         up: View<'_, f32>,
     ) -> Result<(), ModelError> {
-        assert!(out.len() == gate.len() && gate.len() == up.len());
-        let args = [
-            out.arg(),
-            gate.arg(),
-            up.arg(),
-            Arg::Long(up.len() as u64),
-            number(activation),
-        ];
-        // SAFETY: sizes.
-        unsafe { self.values(Kernel::Glu, up.len(), &args) }
+        // SAFETY: the kernel takes these.
+        unsafe { self.gated(Kernel::Glu, activation, [out, gate, up]) }
     }
 
     /// As the CPU's `vector::glu_backward`.
@@ -316,16 +308,32 @@ impl Gpu {
         gate: View<'_, f32>,
         up: View<'_, f32>,
     ) -> Result<(), ModelError> {
-        assert!(d.len() == gate.len() && gate.len() == up.len());
+        // SAFETY: the kernel takes these.
+        unsafe { self.gated(Kernel::GluBackward, activation, [d, gate, up]) }
+    }
+
+    /// Starts threads that share the values of a gated unit: of its result or gradient, its gate
+    /// and what is gated, all of one size.
+    ///
+    /// # Safety
+    /// The kernel takes these views, their size and the activation.
+    unsafe fn gated(
+        &self,
+        kernel: Kernel,
+        activation: Activation,
+        views: [View<'_, f32>; 3],
+    ) -> Result<(), ModelError> {
+        let [out, gate, up] = views;
+        assert!(out.len() == gate.len() && gate.len() == up.len());
         let args = [
-            d.arg(),
+            out.arg(),
             gate.arg(),
             up.arg(),
             Arg::Long(up.len() as u64),
             number(activation),
         ];
-        // SAFETY: sizes.
-        unsafe { self.values(Kernel::GluBackward, up.len(), &args) }
+        // SAFETY: sizes; the kernel is the caller's.
+        unsafe { self.values(kernel, up.len(), &args) }
     }
 
     /// As the CPU's `Dropout::masked`: a draw below `limit` of 2³² drops a value, the others are

@@ -7,6 +7,7 @@
 mod config;
 mod init;
 mod module;
+mod names;
 mod peft;
 
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use candle_core::Tensor;
 pub use config::LoraConfig;
 pub(crate) use config::activation;
 pub use module::Module;
+pub use names::LayerNames;
 pub(crate) use peft::replace;
 
 /// The two factors of one adapted linear layer: `y += scale · (x · aᵀ) · bᵀ`.

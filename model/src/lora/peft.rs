@@ -13,20 +13,13 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
-use super::{LoraAdapter, LoraConfig, LoraPair, Module};
+use super::{LayerNames, LoraAdapter, LoraConfig, LoraPair, Module};
 use crate::config::LlamaConfig;
 use crate::error::ModelError;
 use crate::kernels::View;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-const PREFIX: &str = "base_model.model.model.layers.";
-/// Names of the same layers where the base model was loaded with a picture part (Gemma 3 with 4B
-/// and more), in `transformers` since 4.52 and before.
-const BESIDE_PICTURES: [&str; 2] = [
-    "base_model.model.model.language_model.layers.",
-    "base_model.model.language_model.model.layers.",
-];
 
 /// Settings that may have any value: they name things, or matter only before or while training.
 const HARMLESS: [&str; 9] = [
@@ -42,16 +35,24 @@ const HARMLESS: [&str; 9] = [
 ];
 
 impl LoraAdapter {
-    /// Writes the two files into `dir`, which is made if it is missing. `base` is the name of the
-    /// base model that PEFT and vLLM show and may load. Each file is replaced as a whole, the
-    /// config last.
+    /// Writes the two files into `dir`, which is made if it is missing, with the names of a text
+    /// model's layers. `base` is the name of the base model that PEFT and vLLM show and may load.
+    /// Each file is replaced as a whole, the config last.
     ///
     /// # Errors
     /// [`ModelError::Io`] naming the file.
     pub fn save(&self, dir: &Path, base: &str) -> Result<(), ModelError> {
+        self.save_as(dir, base, LayerNames::Text)
+    }
+
+    /// The same with other names of the layers.
+    ///
+    /// # Errors
+    /// As [`LoraAdapter::save`].
+    pub fn save_as(&self, dir: &Path, base: &str, names: LayerNames) -> Result<(), ModelError> {
         fs::create_dir_all(dir).map_err(ModelError::io(dir))?;
-        replace(&dir.join(WEIGHTS_FILE), &self.to_safetensors()?)?;
-        let config = format!("{:#}\n", self.peft_config(base));
+        replace(&dir.join(WEIGHTS_FILE), &self.weights_file(names)?)?;
+        let config = format!("{:#}\n", self.peft_config(base, names));
         replace(&dir.join(CONFIG_FILE), config.as_bytes())
     }
 
@@ -80,8 +81,14 @@ impl LoraAdapter {
         Ok(Self { config, layers })
     }
 
-    /// The weights file: f32, PEFT's names, the same bytes for the same values.
+    /// The weights file with the names of a text model's layers: equal for equal values.
+    #[cfg(test)]
     pub(crate) fn to_safetensors(&self) -> Result<Vec<u8>, ModelError> {
+        self.weights_file(LayerNames::Text)
+    }
+
+    /// The weights file: f32, PEFT's names, the same bytes for the same values.
+    fn weights_file(&self, names: LayerNames) -> Result<Vec<u8>, ModelError> {
         let mut data = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             for module in Module::ALL {
@@ -91,7 +98,7 @@ impl LoraAdapter {
                 for (factor, tensor) in [("lora_A", &pair.a), ("lora_B", &pair.b)] {
                     let values = tensor.flatten_all()?.to_vec1::<f32>()?;
                     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                    let name = tensor_name(index, module, factor);
+                    let name = tensor_name(names, index, module, factor);
                     data.push((name, tensor.dims().to_vec(), bytes));
                 }
             }
@@ -106,7 +113,7 @@ impl LoraAdapter {
             .map_err(|e| ModelError::Adapter(format!("cannot be written as safetensors: {e}")))
     }
 
-    fn peft_config(&self, base: &str) -> Value {
+    fn peft_config(&self, base: &str, names: LayerNames) -> Value {
         let mut config = json!({
             "alpha_pattern": {},
             "auto_mapping": null,
@@ -124,7 +131,7 @@ impl LoraAdapter {
             "r": self.config.rank,
             "rank_pattern": {},
             "revision": null,
-            "target_modules": self.config.target_modules,
+            "target_modules": names.target_modules(&self.config.target_modules),
             "task_type": "CAUSAL_LM",
             "use_dora": false,
             "use_rslora": false,
@@ -146,17 +153,14 @@ fn number(value: f64) -> Value {
     }
 }
 
-fn tensor_name(layer: usize, module: Module, factor: &str) -> String {
-    let (block, name) = (module.block(), module.name());
-    format!("{PREFIX}{layer}.{block}.{name}.{factor}.weight")
+fn tensor_name(names: LayerNames, layer: usize, module: Module, factor: &str) -> String {
+    let (prefix, block, name) = (names.prefix(), module.block(), module.name());
+    format!("{prefix}{layer}.{block}.{name}.{factor}.weight")
 }
 
 /// Layer, module and whether it is the `a` factor.
 fn parse_name(name: &str) -> Option<(usize, Module, bool)> {
-    let mut prefixes = [PREFIX].into_iter().chain(BESIDE_PICTURES);
-    let (layer, rest) = prefixes
-        .find_map(|prefix| name.strip_prefix(prefix))?
-        .split_once('.')?;
+    let (layer, rest) = LayerNames::strip(name)?.split_once('.')?;
     let rest = rest.strip_suffix(".weight")?;
     let (path, factor) = rest.rsplit_once('.')?;
     let (block, module) = path.split_once('.')?;
@@ -297,7 +301,7 @@ fn read_layers(
     let mut layers = vec![BTreeMap::new(); model.layers];
     for ((layer, module), pair) in found {
         let (Some(a), Some(b)) = pair else {
-            let name = tensor_name(layer, module, "lora_?");
+            let name = tensor_name(LayerNames::Text, layer, module, "lora_?");
             return Err(format!("of `{name}` only one of A and B is there"));
         };
         layers[layer].insert(module.name().to_owned(), LoraPair { a, b });
@@ -326,6 +330,7 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::lora::names::PREFIXES;
     use crate::train::tiny;
 
     fn lora() -> LoraConfig {
@@ -435,8 +440,9 @@ mod tests {
         let (folder, adapter) = saved();
         let path = folder.path().join(WEIGHTS_FILE);
         let tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
-        let renamed = |name: &str, to: &str| name.replace(PREFIX, to);
-        for other in BESIDE_PICTURES {
+        let [text, others @ ..] = PREFIXES;
+        let renamed = |name: &str, to: &str| name.replace(text, to);
+        for other in others {
             let all = tensors.iter();
             let all = all.map(|(name, tensor)| (renamed(name, other), tensor.clone()));
             let all: HashMap<String, Tensor> = all.collect();
@@ -451,6 +457,32 @@ mod tests {
             let error = LoraAdapter::load(folder.path(), &tiny::config()).unwrap_err();
             assert!(error.to_string().contains("two names"), "{error}");
         }
+    }
+
+    #[test]
+    fn an_adapter_for_a_model_with_a_picture_part_is_written_with_its_names() {
+        let (_, adapter) = saved();
+        let folder = tempfile::tempdir().unwrap();
+        let names = LayerNames::BesidePictures;
+        adapter.save_as(folder.path(), "some/base", names).unwrap();
+        let path = folder.path().join(WEIGHTS_FILE);
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        let q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight";
+        assert!(tensors.contains_key(q));
+        assert!(tensors.keys().all(|name| name.starts_with(names.prefix())));
+        let config = fs::read(folder.path().join(CONFIG_FILE)).unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        // No module of the picture part, which has a `q_proj` too.
+        assert_eq!(
+            config["target_modules"],
+            r".*\.language_model\.layers\.\d+\.\w+\.(q_proj|down_proj)"
+        );
+        let back = LoraAdapter::load(folder.path(), &tiny::config()).unwrap();
+        assert_eq!(back.config, adapter.config);
+        assert_eq!(
+            back.to_safetensors().unwrap(),
+            adapter.to_safetensors().unwrap()
+        );
     }
 
     #[test]

@@ -93,6 +93,15 @@ pub(crate) fn weights_with(c: LlamaConfig, seed: u64) -> LlamaWeights {
     }
 }
 
+/// All modules, at a low rank.
+pub(crate) fn lora() -> LoraConfig {
+    LoraConfig {
+        rank: 3,
+        alpha: 6.0,
+        ..LoraConfig::default()
+    }
+}
+
 /// An adapter whose `b` is not zero.
 pub(crate) fn adapter(lora: &LoraConfig, model: &LlamaConfig, seed: u64) -> LoraAdapter {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

@@ -1,34 +1,38 @@
 //! The training loop.
 //!
+//! | file | what |
+//! |---|---|
+//! | `trainer` | how far it is, and its steps |
+//! | `passes` | the loss and the gradient of rows |
+//! | `digest` | what decides the result |
+//!
 //! Knows no text, no clock and no folder but the state's. Invariant: everything that decides the
 //! result is in the digest that the state carries.
 
-use super::activated::{self, Activated};
+mod digest;
+mod passes;
+
+use super::activated;
 use super::adamw::AdamW;
 use super::budget::Budget;
 use super::config::TrainConfig;
 use super::frozen::Frozen;
-use super::head::{self, HeadRoom, LossSum};
 use super::hooks::{EpochStats, EvalStats, Hooks, StepStats};
-use super::linear::Dropout;
-use super::network::Network;
-#[cfg(feature = "cuda")]
-use super::on_gpu::OnGpu;
-use super::order::{mix, shuffled};
-use super::pack::{self, Pack};
+use super::order::shuffled;
 use super::params::Layout;
-use super::past::Stretch;
-use super::rope::Rope;
 use super::row::{self, TrainRow};
 use super::schedule::learning_rate;
 use super::state::TrainerState;
-use super::tape::Tape;
 use crate::base_model::BaseModel;
 use crate::device::Device;
 use crate::error::ModelError;
 use crate::kernels::vector;
 use crate::lora::{LoraAdapter, LoraConfig};
 use crate::weights::LlamaWeights;
+use digest::{digest, hash_rows};
+#[cfg(test)]
+pub(crate) use passes::gradients;
+use passes::{Workspace, in_pool};
 
 /// A training of one adapter: rows, settings, and how far it is.
 pub struct Trainer<'a> {
@@ -56,18 +60,6 @@ pub struct TrainOutcome {
     pub validations: Vec<f32>,
     /// Whether the validation loss ended it before its last step.
     pub stopped_early: bool,
-}
-
-/// What steps share, and the room that they reuse.
-struct Workspace<'f> {
-    frozen: &'f Frozen<'f>,
-    ropes: Vec<Rope>,
-    tape: Tape,
-    head: HeadRoom,
-    grads: Vec<f32>,
-    activated: Option<Activated>,
-    #[cfg(feature = "cuda")]
-    on_gpu: Option<OnGpu>,
 }
 
 impl<'a> Trainer<'a> {
@@ -275,95 +267,6 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Room for passes over `rows`, and what they have in common.
-    fn workspace<'f, 'r>(
-        &self,
-        frozen: &'f Frozen<'f>,
-        rows: impl Iterator<Item = &'r TrainRow> + Clone,
-        grads: usize,
-    ) -> Result<Workspace<'f>, ModelError> {
-        let model = &self.weights.config;
-        let longest = rows.clone().map(TrainRow::len).max().unwrap_or(0);
-        let invocation = self.lora.invocation_tokens.as_deref();
-        let mut work = Workspace {
-            frozen,
-            ropes: Rope::tables(model, longest),
-            tape: Tape::default(),
-            head: HeadRoom::default(),
-            grads: vec![0.0; grads],
-            activated: invocation.map(|tokens| Activated::new(tokens, model, rows.clone())),
-            #[cfg(feature = "cuda")]
-            on_gpu: None,
-        };
-        #[cfg(feature = "cuda")]
-        if let Some(model) = &self.on_gpu {
-            work.on_gpu = Some(OnGpu::new(model, &work.ropes, self.layout.len)?);
-        }
-        if let (Some(mut activated), Some(row)) = (work.activated.take(), rows.clone().next()) {
-            let layout = activated.layout.clone();
-            let (plain, most) = (&mut work, self.config.max_tokens);
-            in_pool(|| {
-                activated.compute_shared(&mut |pack| self.plain(plain, &layout, pack), row, most)
-            })?;
-            work.activated = Some(activated);
-        }
-        Ok(work)
-    }
-
-    /// Computes a pack with the base model alone, whose layout is `layout`.
-    fn plain(
-        &self,
-        work: &mut Workspace<'_>,
-        layout: &Layout,
-        pack: &Pack,
-    ) -> Result<Stretch, ModelError> {
-        #[cfg(feature = "cuda")]
-        if let Some(on_gpu) = &mut work.on_gpu {
-            return on_gpu.stretch(layout, pack);
-        }
-        let mut stretch = Stretch::new(pack.tokens.len());
-        let mut tape = std::mem::take(&mut work.tape);
-        let network = Network {
-            layout,
-            ..self.network(work, None)
-        };
-        network.forward_only(&[], pack, &mut tape, Some(&mut stretch));
-        work.tape = tape;
-        Ok(stretch)
-    }
-
-    /// The rows of each pass of a batch.
-    fn groups<'r, 't>(
-        &self,
-        work: &Workspace<'_>,
-        rows: &'r [&'t TrainRow],
-    ) -> Vec<&'r [&'t TrainRow]> {
-        match &work.activated {
-            None => pack::groups(rows, self.config.share_prefix, &self.budget),
-            Some(activated) => activated.groups(rows, &self.budget),
-        }
-    }
-
-    /// Rows as a pass; also the number of tokens that are computed for it.
-    fn pack(
-        &self,
-        work: &mut Workspace<'_>,
-        rows: &[&TrainRow],
-    ) -> Result<(Pack, usize), ModelError> {
-        // Taken out of the workspace, which computes for it.
-        let Some(activated) = work.activated.take() else {
-            let pack = Pack::new(rows, self.config.share_prefix);
-            let tokens = pack.tokens.len();
-            return Ok((pack, tokens));
-        };
-        let (layout, most) = (&activated.layout, self.config.max_tokens);
-        let packed = activated.pack(&mut |pack| self.plain(work, layout, pack), rows, most);
-        work.activated = Some(activated);
-        let (pack, before) = packed?;
-        let tokens = pack.tokens.len() + before;
-        Ok((pack, tokens))
-    }
-
     /// Mean loss and token accuracy of the adapter so far.
     ///
     /// # Errors
@@ -427,16 +330,6 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    fn network<'b>(&'b self, work: &'b Workspace<'_>, dropout: Option<Dropout>) -> Network<'b> {
-        Network {
-            frozen: work.frozen,
-            layout: &self.layout,
-            ropes: &work.ropes,
-            scale: self.lora.scale() as f32,
-            dropout,
-        }
-    }
-
     /// One update from one batch.
     fn step(
         &mut self,
@@ -479,188 +372,5 @@ impl<'a> Trainer<'a> {
             tokens,
             targets: sum.tokens,
         })
-    }
-
-    /// Leaves the gradient of the batch's mean loss in `work.grads`; also the number of tokens
-    /// computed.
-    fn gradients(
-        &self,
-        work: &mut Workspace<'_>,
-        rows: &[&TrainRow],
-    ) -> Result<(LossSum, usize), ModelError> {
-        work.grads.fill(0.0);
-        let targets: usize = rows.iter().map(|row| row.targets()).sum();
-        let weight = 1.0 / targets as f32;
-        let (mut sum, mut tokens) = (LossSum::default(), 0);
-        #[cfg(feature = "cuda")]
-        if let Some(on_gpu) = &mut work.on_gpu {
-            on_gpu.begin(&self.state.params)?;
-        }
-        for (index, rows) in self.groups(work, rows).into_iter().enumerate() {
-            let (pack, computed) = self.pack(work, rows)?;
-            tokens += computed;
-            let place = mix(self.state.step as u64) ^ mix(index as u64 + 1);
-            let dropout = (self.lora.dropout > 0.0).then_some(Dropout {
-                share: self.lora.dropout,
-                key: mix(self.config.seed ^ place),
-            });
-            let keep = self.budget.keep(pack.tokens.len());
-            #[cfg(feature = "cuda")]
-            if let Some(on_gpu) = &mut work.on_gpu {
-                let scale = self.lora.scale() as f32;
-                sum.add(on_gpu.gradients(&self.layout, scale, dropout, keep, &pack, weight)?);
-                continue;
-            }
-            // Taken out of the workspace, so that the network may borrow the rest of it.
-            let (mut tape, mut room) = (
-                std::mem::take(&mut work.tape),
-                std::mem::take(&mut work.head),
-            );
-            let mut grads = std::mem::take(&mut work.grads);
-            let network = self.network(work, dropout);
-            network.forward(&self.state.params, &pack, &mut tape, keep);
-            let (out, dx) = (&tape.out, &mut tape.dx);
-            let frozen = work.frozen;
-            sum.add(head::loss(
-                frozen,
-                &mut room,
-                out,
-                &pack.targets,
-                weight,
-                Some(dx),
-            ));
-            network.backward(&self.state.params, &mut grads, &pack, &mut tape);
-            (work.tape, work.head, work.grads) = (tape, room, grads);
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(on_gpu) = &work.on_gpu {
-            work.grads = on_gpu.gathered()?;
-        }
-        Ok((sum, tokens))
-    }
-
-    fn measure(
-        &self,
-        work: &mut Workspace<'_>,
-        rows: &[TrainRow],
-    ) -> Result<EvalStats, ModelError> {
-        let mut sum = LossSum::default();
-        #[cfg(feature = "cuda")]
-        if let Some(on_gpu) = &mut work.on_gpu {
-            on_gpu.begin(&self.state.params)?;
-        }
-        for batch in rows.chunks(self.config.batch_size) {
-            let batch: Vec<&TrainRow> = batch.iter().collect();
-            for rows in self.groups(work, &batch) {
-                let (pack, _) = self.pack(work, rows)?;
-                #[cfg(feature = "cuda")]
-                if let Some(on_gpu) = &mut work.on_gpu {
-                    let scale = self.lora.scale() as f32;
-                    sum.add(on_gpu.loss(&self.layout, scale, &pack)?);
-                    continue;
-                }
-                let (mut tape, mut room) = (
-                    std::mem::take(&mut work.tape),
-                    std::mem::take(&mut work.head),
-                );
-                self.network(work, None)
-                    .forward_only(&self.state.params, &pack, &mut tape, None);
-                sum.add(head::loss(
-                    work.frozen,
-                    &mut room,
-                    &tape.out,
-                    &pack.targets,
-                    0.0,
-                    None,
-                ));
-                (work.tape, work.head) = (tape, room);
-            }
-        }
-        let tokens = sum.tokens.max(1) as f64;
-        Ok(EvalStats {
-            loss: sum.loss / tokens,
-            token_accuracy: sum.right as f64 / tokens,
-        })
-    }
-}
-
-/// Mean loss of `adapter` on `rows` and its gradients, shaped as the adapter.
-#[cfg(test)]
-pub(crate) fn gradients(
-    weights: &LlamaWeights,
-    adapter: &LoraAdapter,
-    rows: &[TrainRow],
-) -> (f64, LoraAdapter) {
-    let lora = adapter.config.clone();
-    let trainer = Trainer::new(weights, lora, TrainConfig::default(), rows);
-    trainer.expect("rows that fit").gradients_of(adapter, rows)
-}
-
-#[cfg(test)]
-impl Trainer<'_> {
-    /// The same with the settings and on the device of a training.
-    pub(crate) fn gradients_of(
-        mut self,
-        adapter: &LoraAdapter,
-        rows: &[TrainRow],
-    ) -> (f64, LoraAdapter) {
-        let trainer = &mut self;
-        trainer.state.params = trainer.layout.flatten(adapter).expect("it fits");
-        let frozen = Frozen::new(trainer.weights).expect("dense weights");
-        let work = trainer.workspace(&frozen, rows.iter(), trainer.layout.len);
-        let mut work = work.expect("room");
-        let batch: Vec<&TrainRow> = rows.iter().collect();
-        let (sum, _) = in_pool(|| trainer.gradients(&mut work, &batch)).expect("no device");
-        let grads = trainer
-            .layout
-            .adapter(&work.grads, &trainer.lora)
-            .expect("it fits");
-        (sum.loss / sum.tokens as f64, grads)
-    }
-}
-
-/// Runs `compute` on a thread of the current pool. From outside, each of the thousands of small
-/// parallel loops of a step would put the caller to sleep and wake it.
-fn in_pool<R: Send>(compute: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| compute())
-}
-
-/// Digest of everything that decides the result. Of the base model the norms stand for all
-/// weights: they are small, and differ between any two trained models.
-fn digest(
-    weights: &LlamaWeights,
-    lora: &LoraConfig,
-    config: &TrainConfig,
-    rows: &[TrainRow],
-) -> Result<String, ModelError> {
-    let mut hasher = blake3::Hasher::new();
-    let settings = format!("train-state-3 {:?} {lora:?} {config:?}", weights.config);
-    hasher.update(settings.as_bytes());
-    let norms = weights.layers.iter().map(|layer| &layer.attn_norm);
-    for tensor in norms.chain([&weights.norm]) {
-        for value in tensor.flatten_all()?.to_vec1::<f32>()? {
-            hasher.update(&value.to_le_bytes());
-        }
-    }
-    hash_rows(&mut hasher, rows);
-    Ok(hasher.finalize().to_hex().to_string())
-}
-
-fn hash_rows(hasher: &mut blake3::Hasher, rows: &[TrainRow]) {
-    for row in rows {
-        hasher.update(&(row.earlier.len() as u64).to_le_bytes());
-        for place in row
-            .earlier
-            .iter()
-            .flat_map(|answer| [answer.start, answer.end])
-        {
-            hasher.update(&(place as u64).to_le_bytes());
-        }
-        for part in [&row.prompt, &row.target] {
-            hasher.update(&(part.len() as u64).to_le_bytes());
-            for token in part {
-                hasher.update(&token.to_le_bytes());
-            }
-        }
     }
 }

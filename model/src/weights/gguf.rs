@@ -14,6 +14,7 @@ use crate::chat_template::ChatTemplate;
 use crate::config::{LlamaConfig, LocalAttention, RopeScaling};
 use crate::error::ModelError;
 use crate::gguf_header;
+use crate::lora::LayerNames;
 use crate::tokenizer::{self, Tokenizer};
 
 /// What a GGUF file holds.
@@ -21,6 +22,8 @@ pub(crate) struct GgufModel {
     pub(crate) weights: LlamaWeights,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) chat: ChatTemplate,
+    /// What the files of its adapters call its layers.
+    pub(crate) layer_names: LayerNames,
 }
 
 impl GgufModel {
@@ -33,6 +36,7 @@ impl GgufModel {
         let architecture = tokenizer::string(metadata, "general.architecture");
         let architecture = architecture.and_then(Architecture::of_gguf).map_err(bad)?;
         let mut config = config(&content, architecture).map_err(bad)?;
+        let layer_names = architecture.layer_names(config.layers);
         check_biases(&content, architecture).map_err(bad)?;
         let tokenizer = tokenizer::from_gguf(metadata).map_err(bad)?;
         let chat = chat(metadata)?;
@@ -53,6 +57,7 @@ impl GgufModel {
             weights,
             tokenizer,
             chat,
+            layer_names,
         })
     }
 }

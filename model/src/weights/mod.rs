@@ -7,6 +7,7 @@
 //! puts on embeddings and scores are in the weights, so that no pass knows of them.
 
 mod gguf;
+mod hub_config;
 mod safetensors;
 
 use candle_core::{DType, Tensor};

@@ -4,18 +4,16 @@
 //! all it started, and its peak memory. Where `ninja` is installed, it does the same
 //! work beside it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-use flowrun_cache::{Cache, LockWait, OpenOptions};
+use flowrun_cache::{Cache, OpenOptions};
 use flowrun_engine::Diagnostics;
-use flowrun_engine::pipeline::{
-    Action, CachePolicy, Pipeline, Resources, Retry, RunnerKind, StepNode,
-};
+use flowrun_engine::pipeline::{Action, Pipeline, StepNode};
 use flowrun_engine::run::run as run_pipeline;
 use flowrun_engine::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_engine::tracking::Tracking;
@@ -288,28 +286,9 @@ fn in_process(steps: usize) -> Result<(), Failure> {
     let folder = PathBuf::from(format!("in-process-{}", std::process::id()));
     let step: Arc<dyn Step> = Arc::new(Tiny);
     let node = |i: usize| StepNode {
-        name: format!("t{i}"),
-        about: None,
-        action: Action::Uses(Arc::clone(&step)),
         params: json!({ "number": i }),
         key_params: json!({ "number": i }),
-        inputs: BTreeMap::new(),
-        lists: BTreeSet::new(),
-        outputs: step.outputs(),
-        out_paths: BTreeMap::new(),
-        needs: Vec::new(),
-        foreach: None,
-        when: None,
-        env: BTreeMap::new(),
-        secrets: Vec::new(),
-        retry: Retry::default(),
-        timeout: None,
-        resources: Resources::default(),
-        pool: None,
-        runner: RunnerKind::default(),
-        cache: CachePolicy::Reuse,
-        publish: BTreeMap::new(),
-        expect: Vec::new(),
+        ..StepNode::new(format!("t{i}"), Action::Uses(Arc::clone(&step)))
     };
     let pipeline = Pipeline {
         name: "bench".into(),
@@ -328,11 +307,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         sources: Vec::new(),
         warnings: Diagnostics::default(),
     };
-    let open = OpenOptions {
-        wait: LockWait::NoWait,
-        command: "flowrun bench".into(),
-        on_wait: None,
-    };
+    let open = OpenOptions::no_wait("flowrun bench");
     let cache = Arc::new(Cache::open(&folder, &open)?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -171,6 +171,8 @@ impl Bundle {
                         .help("set `model` to a name of `models:`")
                 })?;
                 let checkpoint = parts.adapter.map(Checkpoint::load).transpose()?;
+                // What does not fit is found before anything is copied.
+                model.template_arguments(checkpoint.as_ref())?;
                 if let Some(from) = parts.adapter {
                     folder::copy(from, &folder.join(ADAPTER))?;
                 }
@@ -259,10 +261,7 @@ impl Bundle {
     /// When weights cannot be had or do not belong together.
     pub fn answerer(&self, host: &Host<'_>) -> Result<Answerer, StepError> {
         let adapter = self.folder.join(ADAPTER);
-        let checkpoint = match adapter.is_dir() {
-            true => Some(Checkpoint::load(&adapter)?),
-            false => None,
-        };
+        let checkpoint = self.checkpoint()?;
         let manifest = &self.manifest;
         let given = checkpoint.as_ref().map(|c| (adapter.as_path(), c));
         let model = manifest.model.as_ref();
@@ -274,12 +273,35 @@ impl Bundle {
     /// # Errors
     /// When it says what it is and that cannot be read.
     pub fn adapter(&self) -> Result<Option<PathBuf>, StepError> {
+        let adapter = self.checkpoint()?.and_then(|checkpoint| checkpoint.adapter);
+        Ok(adapter.map(|_| self.folder.join(ADAPTER)))
+    }
+
+    /// The checkpoint that answers, if it came with one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(crate) fn checkpoint(&self) -> Result<Option<Checkpoint>, StepError> {
         let folder = self.folder.join(ADAPTER);
-        if !folder.is_dir() {
-            return Ok(None);
+        match folder.is_dir() {
+            true => Checkpoint::load(&folder).map(Some),
+            false => Ok(None),
         }
-        let checkpoint = Checkpoint::load(&folder)?;
-        Ok(checkpoint.adapter.map(|_| folder))
+    }
+
+    /// What the model's chat template is told when the program asks it; nothing for a program that
+    /// asks no model.
+    ///
+    /// # Errors
+    /// When the checkpoint cannot be read, or was trained with something else than the model's
+    /// entry says.
+    pub(crate) fn template_arguments(
+        &self,
+    ) -> Result<BTreeMap<String, serde_json::Value>, StepError> {
+        match &self.manifest.model {
+            Some(model) => model.template_arguments(self.checkpoint()?.as_ref()),
+            None => Ok(BTreeMap::new()),
+        }
     }
 
     /// The rows to ask before it is used, with the labels that a server gives: what is none of the

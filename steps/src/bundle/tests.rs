@@ -55,11 +55,21 @@ fn write(
     scores: &Scores,
     root: &Path,
 ) -> Result<Bundle, StepError> {
+    write_with(folder, model, None, scores, root)
+}
+
+fn write_with(
+    folder: &Path,
+    model: &ModelSpec,
+    adapter: Option<&Path>,
+    scores: &Scores,
+    root: &Path,
+) -> Result<Bundle, StepError> {
     let parts = Parts {
         name: "intents",
         program: &program(),
         model: Some(model),
-        adapter: None,
+        adapter,
         sampling: SamplingSpec::default(),
         scores,
         smoke_rows: 4,
@@ -99,6 +109,62 @@ fn a_bundle_is_read_as_it_was_written_and_equal_parts_give_equal_bytes() {
         "{card}"
     );
     assert!(!card.contains("stand-in"), "{card}");
+}
+
+#[test]
+fn a_bundles_template_is_told_what_its_checkpoint_was_trained_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let entry = |told: serde_json::Value| {
+        let entry = json!({
+            "provider": "openai", "base_url": "http://h/v1", "model": "m",
+            "chat_template_kwargs": told,
+        });
+        model(entry)
+    };
+    let quick = json!({"enable_thinking": false});
+    let checkpoint = |name: &str, told: serde_json::Value| {
+        let folder = dir.path().join(name);
+        let checkpoint = Checkpoint {
+            hosted: Some("ft:m".to_owned()),
+            chat_template_kwargs: serde_json::from_value(told).unwrap(),
+            ..Checkpoint::base()
+        };
+        checkpoint.save(&folder).unwrap();
+        folder
+    };
+    let trained = checkpoint("trained", quick.clone());
+    // As checkpoints were before they said it.
+    let older = checkpoint("older", serde_json::Value::Null);
+    for (at, (told, adapter, expected)) in [
+        (json!({}), &trained, quick.clone()),
+        (quick.clone(), &trained, quick.clone()),
+        (json!({}), &older, json!({})),
+        (quick.clone(), &older, quick.clone()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = dir.path().join(format!("bundle-{at}"));
+        let model = entry(told);
+        write_with(&folder, &model, Some(adapter), &scores("d"), dir.path()).unwrap();
+        let bundle = Bundle::open(&folder).unwrap();
+        assert_eq!(json!(bundle.template_arguments().unwrap()), expected);
+        assert_eq!(
+            bundle.manifest.model,
+            Some(model),
+            "the entry stays as it is"
+        );
+    }
+    let folder = dir.path().join("refused");
+    let other = entry(json!({"enable_thinking": true}));
+    let refused = write_with(&folder, &other, Some(&trained), &scores("d"), dir.path());
+    let error = refused.err().unwrap();
+    assert!(
+        error.message.contains("and the entry of `m`"),
+        "{}",
+        error.message
+    );
+    assert!(!folder.join(ADAPTER).exists());
 }
 
 #[test]

@@ -14,12 +14,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::server::{Health, Life, Server, health};
-use super::smoke;
+use super::versions::{BUNDLE, CURRENT};
+use super::{smoke, versions};
 use crate::bundle::Bundle;
 use crate::folder;
 use crate::rows::{read_json, write_json};
 
-const CURRENT: &str = "current.json";
 /// Hex digits of a digest that name a folder.
 const SHORT: usize = 16;
 /// How long the old server may take to finish.
@@ -86,13 +86,7 @@ impl Place {
     /// The names of what was deployed.
     #[must_use]
     pub fn names(deployed: &Path) -> Vec<String> {
-        let entries = std::fs::read_dir(deployed).into_iter().flatten().flatten();
-        let mut names: Vec<String> = entries
-            .filter(|entry| entry.path().join(CURRENT).is_file())
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .collect();
-        names.sort();
-        names
+        versions::names(deployed, |name| Self::new(deployed, name).folder)
     }
 
     /// What was deployed last, and whether it is still served. No state comes twice: a server
@@ -138,7 +132,7 @@ impl Place {
         let bundle = self
             .folder
             .join(&digest[..SHORT.min(digest.len())])
-            .join("bundle");
+            .join(BUNDLE);
         // A copy that is not what was tested is made anew.
         if bundle.is_dir() && super::digest(&bundle)? != digest {
             std::fs::remove_dir_all(&bundle).map_err(|e| StepError::io(&bundle, &e))?;
@@ -162,10 +156,7 @@ impl Place {
     /// Invalid when there is nothing to go back to; gate when it does not answer as evaluated:
     /// what is served now is served still.
     pub fn rollback(&self, world: &World, cancel: &Cancel) -> Result<Current, StepError> {
-        let nothing = |text: &str| {
-            StepError::invalid(format!("{}: {text}", self.folder.display()))
-                .help("`flowrun deploy status` lists what is deployed")
-        };
+        let nothing = |why: &str| versions::no_way_back(&self.folder, why);
         let current = self
             .current()
             .ok_or_else(|| nothing("nothing is deployed here"))?;
@@ -223,7 +214,6 @@ impl Place {
         std::fs::rename(&new, &path).map_err(|e| StepError::io(&path, &e))
     }
 
-    /// Removes versions that nothing leads back to.
     fn forget_old(&self, current: &Current) {
         let previous = current.previous.as_ref().map(|previous| &previous.folder);
         let kept: Vec<&Path> = [Some(&current.folder), previous]
@@ -231,16 +221,7 @@ impl Place {
             .flatten()
             .filter_map(|bundle| bundle.parent())
             .collect();
-        let entries = std::fs::read_dir(&self.folder)
-            .into_iter()
-            .flatten()
-            .flatten();
-        for path in entries.map(|entry| entry.path()) {
-            if path.join("bundle").is_dir() && !kept.contains(&path.as_path()) {
-                // Left over, it only takes room.
-                let _ = std::fs::remove_dir_all(&path);
-            }
-        }
+        versions::forget_others(&self.folder, &kept);
     }
 }
 
@@ -258,7 +239,7 @@ fn place(from: &Path, to: &Path) -> Result<(), StepError> {
     let folder = to.parent().unwrap_or(to);
     std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
     let scratch = tempfile::tempdir_in(folder).map_err(|e| StepError::io(folder, &e))?;
-    let whole = scratch.path().join("bundle");
+    let whole = scratch.path().join(BUNDLE);
     folder::copy(from, &whole)?;
     std::fs::rename(&whole, to).map_err(|e| StepError::io(to, &e))
 }

@@ -10,6 +10,7 @@
 //! | `local` | the target `local`: leaves the server running |
 //! | `targets` | files for other places to run |
 //! | `ray`, `on_ray` | the target `ray-serve`: serves the files on a cluster; the way back |
+//! | `versions` | deployed versions as they lie in the project |
 //! | `package` | files as Ray takes them |
 
 mod canary;
@@ -21,6 +22,7 @@ mod ray;
 mod server;
 mod smoke;
 pub mod targets;
+mod versions;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

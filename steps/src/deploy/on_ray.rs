@@ -15,14 +15,13 @@ use serde::{Deserialize, Serialize};
 
 use super::ray::{self, ClusterSpec};
 use super::server::{Endpoint, health};
-use super::{digest, smoke};
+use super::versions::{BUNDLE, CURRENT};
+use super::{digest, smoke, versions};
 use crate::bundle::Bundle;
 use crate::folder;
 use crate::rows::{read_json, write_json};
 
 const FOLDER: &str = "ray";
-const CURRENT: &str = "current.json";
-const BUNDLE: &str = "bundle";
 
 /// What was deployed last.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,13 +91,7 @@ impl Place {
     /// The names of what was deployed.
     #[must_use]
     pub fn names(deployed: &Path) -> Vec<String> {
-        let entries = std::fs::read_dir(deployed).into_iter().flatten().flatten();
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        let mut names: Vec<String> = names
-            .filter(|name| Self::new(deployed, name).folder.join(CURRENT).is_file())
-            .collect();
-        names.sort();
-        names
+        versions::names(deployed, |name| Self::new(deployed, name).folder)
     }
 
     /// What was deployed last.
@@ -181,10 +174,7 @@ impl Place {
     /// Invalid when there is nothing to go back to; gate when it does not come up or answer as
     /// evaluated; failed when the cluster cannot be reached: what is served now is served still.
     pub fn rollback(&self, world: &World, cancel: &Cancel) -> Result<(Current, String), StepError> {
-        let nothing = |text: &str| {
-            StepError::invalid(format!("{}: {text}", self.folder.display()))
-                .help("`flowrun deploy status` lists what is deployed")
-        };
+        let nothing = |why: &str| versions::no_way_back(&self.folder, why);
         let current = self
             .current()
             .ok_or_else(|| nothing("nothing is deployed on Ray from here"))?;
@@ -214,20 +204,13 @@ impl Place {
         })
     }
 
-    /// Removes versions that nothing leads back to.
     fn forget_others(&self, current: Option<&Current>) {
         let releases = current.into_iter().flat_map(|current| {
             let previous = current.previous.as_ref();
             [Some(&current.release), previous].into_iter().flatten()
         });
         let kept: Vec<&Path> = releases.map(|release| release.folder.as_path()).collect();
-        let entries = std::fs::read_dir(&self.folder);
-        for path in entries.into_iter().flatten().flatten().map(|e| e.path()) {
-            if path.join(BUNDLE).is_dir() && !kept.contains(&path.as_path()) {
-                // Left over, it only takes room.
-                let _ = std::fs::remove_dir_all(&path);
-            }
-        }
+        versions::forget_others(&self.folder, &kept);
     }
 }
 

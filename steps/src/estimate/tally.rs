@@ -47,7 +47,7 @@ impl Seen {
         }
         // As long as the kept ones, where there are some.
         let mean = self.kept_completion.checked_div(kept).filter(|n| *n > 0);
-        let completion = mean.map(|mean| (mean * requests).min(at_most));
+        let completion = mean.map(|mean| mean.saturating_mul(requests).min(at_most));
         let answers = match completion {
             Some(completion) => format!("about {completion} tokens of answers"),
             None => format!("at most {at_most} tokens of answers"),
@@ -120,7 +120,9 @@ impl Lm for Tally<'_> {
             match answer {
                 Ok(completion) => {
                     seen.kept += 1;
-                    seen.kept_completion += completion.completion_tokens;
+                    seen.kept_completion = seen
+                        .kept_completion
+                        .saturating_add(completion.completion_tokens);
                 }
                 Err(_) => {
                     seen.requests += 1;

@@ -1,6 +1,8 @@
 //! [`Declared`]: what the params of a `finetune` step say of the checkpoints that come of it,
 //! before any training. Says nothing of what they leave open.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::{Backend, Params};
@@ -81,6 +83,8 @@ pub(crate) struct Declared {
     pub(crate) model: ModelSpec,
     /// The server that trains keeps the models; there are no files.
     pub(crate) is_hosted: bool,
+    /// What the chat template is told besides the messages; `None` where only who trains knows.
+    pub(crate) told: Option<BTreeMap<String, Value>>,
     /// Rank of every pair of factors; `None` where the program is told in a way of its own.
     pub(crate) rank: Option<Said<u64>>,
     /// Adapted modules, where they are listed.
@@ -100,7 +104,16 @@ pub(crate) fn declared(params: &Value) -> Option<Declared> {
     let params: Params = serde_json::from_value(params.clone()).ok()?;
     let rank = u64::try_from(params.lora.rank).ok()?;
     let modules = params.lora.target_modules.clone();
+    let told = match &params.backend {
+        Backend::Embedded => {
+            let told = params.model.chat_template_kwargs();
+            Some(told.cloned().unwrap_or_default())
+        }
+        Backend::Command(spec) => spec.told(&params.model),
+        Backend::OpenAi(_) => None,
+    };
     let mut found = Declared {
+        told,
         is_hosted: matches!(params.backend, Backend::OpenAi(_)),
         rank: Some(Said::new(rank, &["lora", "rank"])),
         modules: modules.map(|modules| Said::new(modules, &["lora", "target_modules"])),

@@ -9,10 +9,11 @@ use flowrun_model::train::{
     EpochStats, Hooks, Schedule, StepStats, TrainConfig, TrainRow, Trainer, TrainerState,
 };
 use flowrun_model::{
-    BaseModel, ChatMessage, Device, LoraAdapter, LoraConfig, ModelError, TemplateArguments,
+    BaseModel, ChatMessage, Device, LayerNames, LoraAdapter, LoraConfig, ModelError,
+    TemplateArguments,
 };
 
-use super::{Params, ScheduleSpec, VALIDATION};
+use super::{LayerNamesSpec, Params, ScheduleSpec, VALIDATION};
 use crate::checkpoint::Checkpoint;
 use crate::folder;
 use crate::models::local::{device, failed, open_whole_base};
@@ -186,10 +187,19 @@ impl Training<'_> {
         )?;
         let saving = self.saving(&trainer);
         let per_epoch = saving.per_epoch;
-        let name = self.spec.weights.name();
+        let of = Of {
+            base: &base,
+            name: self.spec.weights.name(),
+            layer_names: match self.params.lora.layer_names {
+                None => base.layer_names,
+                Some(LayerNamesSpec::Text) => LayerNames::Text,
+                Some(LayerNamesSpec::BesidePictures) => LayerNames::BesidePictures,
+            },
+            told: &self.spec.chat_template_kwargs,
+        };
         let keep = |step: usize, adapter: &LoraAdapter| {
             let folder = saving.reached(self.resume, step).folder;
-            save(&folder, (saving.epoch(step), step), adapter, &base, &name)
+            save(&folder, (saving.epoch(step), step), adapter, &of)
         };
         let on_epoch = |stats: &EpochStats, adapter: &LoraAdapter| {
             if let Some(seen) = stats.validation {
@@ -393,22 +403,33 @@ fn config(params: &Params) -> TrainConfig {
     }
 }
 
+/// What all checkpoints of a training have in common.
+struct Of<'a> {
+    base: &'a BaseModel,
+    /// The base model's name.
+    name: String,
+    /// What the files call its layers.
+    layer_names: LayerNames,
+    /// What the chat template was told.
+    told: &'a TemplateArguments,
+}
+
 /// Writes a checkpoint; a reader sees all of it or nothing.
 fn save(
     folder: &Path,
     (epoch, step): (usize, usize),
     adapter: &LoraAdapter,
-    base: &BaseModel,
-    name: &str,
+    of: &Of<'_>,
 ) -> Result<(), ModelError> {
     let part = folder.with_extension("part");
     // What a killed attempt left.
     let _ = std::fs::remove_dir_all(&part);
     let _ = std::fs::remove_dir_all(folder);
     std::fs::create_dir_all(&part).map_err(ModelError::io(&part))?;
-    adapter.save(&part, name)?;
-    let checkpoint = Checkpoint::of_adapter(&part, epoch, step, &base.id);
-    let checkpoint = checkpoint.map_err(|e| ModelError::format(&part, e.message))?;
+    adapter.save_as(&part, &of.name, of.layer_names)?;
+    let checkpoint = Checkpoint::of_adapter(&part, epoch, step, &of.base.id);
+    let mut checkpoint = checkpoint.map_err(|e| ModelError::format(&part, e.message))?;
+    checkpoint.chat_template_kwargs = Some(of.told.clone());
     checkpoint
         .save(&part)
         .map_err(|e| ModelError::format(&part, e.message))?;

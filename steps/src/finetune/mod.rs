@@ -106,6 +106,12 @@ impl Params {
             ))
             .help("leave it out; servers such as vLLM take plain LoRA only"));
         }
+        if self.lora.layer_names.is_some() {
+            return Err(StepError::invalid(format!(
+                "`lora.layer_names`: {who} names the layers as it loads the model"
+            ))
+            .help("leave it out"));
+        }
         let all = "leave it out: a checkpoint after every epoch, and all epochs";
         let room = "leave it out: `micro_batch` of a command, or the server, bounds the memory";
         let given = [
@@ -170,6 +176,22 @@ struct LoraSpec {
     /// before, once for all adapters. Training costs a fraction; the adapter can do less.
     #[serde(skip_serializing_if = "Option::is_none")]
     invocation: Option<String>,
+    /// What the adapter's files call the model's layers. Left out, as `transformers` loads the model:
+    /// with its picture part for a GGUF file of Gemma 3 with 4B, 12B or 27B, else as a text model. In
+    /// this process only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer_names: Option<LayerNamesSpec>,
+}
+
+/// What an adapter's files call the layers of its model.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum LayerNamesSpec {
+    /// `model.layers`: for a text model, also one without the picture part that its size was
+    /// published with.
+    Text,
+    /// `model.language_model.layers`: for a model that is loaded with its picture part.
+    BesidePictures,
 }
 
 impl Default for LoraSpec {
@@ -180,6 +202,7 @@ impl Default for LoraSpec {
             dropout: 0.0,
             target_modules: None,
             invocation: None,
+            layer_names: None,
         }
     }
 }

@@ -1,11 +1,13 @@
 //! Stands where the embedded model was left out of the build: every use says so.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use flowrun_engine::step::StepError;
 use flowrun_lm::classifier::Embedder;
 use flowrun_lm::lm::Lm;
+use serde_json::Value;
 
 use super::{EmbeddedSpec, EncoderSpec, Host};
 use crate::bench::Measured;
@@ -37,6 +39,7 @@ pub(super) fn gpu(_: &str) -> Result<Option<String>, StepError> {
 
 pub(super) fn open_lm(
     _: &EmbeddedSpec,
+    _: BTreeMap<String, Value>,
     _: Option<(&Path, &Checkpoint)>,
     _: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {

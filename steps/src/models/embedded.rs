@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use flowrun_engine::step::{Cancel, StepError, World};
 use flowrun_lm::classifier::Embedder;
-use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
+use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, Message, OnAnswer, Request};
 use flowrun_model::bench::ModelBench;
 use flowrun_model::{
     BaseModel, ChatMessage, ChoiceSet, Device, Finish, GenerateOptions, GenerateRequest, Generated,
@@ -169,15 +169,17 @@ impl Embedder for Encoder {
     }
 }
 
+/// The model of an entry, or a checkpoint of it; its chat template is told `told`.
 pub(super) fn open_lm(
     spec: &EmbeddedSpec,
+    told: TemplateArguments,
     checkpoint: Option<(&Path, &Checkpoint)>,
     host: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
     let base = open_base(spec, host)?;
     let mut id = format!("embedded-{GENERATION}:{}", base.id);
-    if !spec.chat_template_kwargs.is_empty() {
-        id = format!("{id} with {}", serde_json::json!(spec.chat_template_kwargs));
+    if !told.is_empty() {
+        id = format!("{id} with {}", serde_json::json!(told));
     }
     let adapter = match checkpoint {
         Some((
@@ -222,7 +224,7 @@ pub(super) fn open_lm(
     Ok(Arc::new(LocalLm {
         id,
         generator,
-        template_arguments: spec.chat_template_kwargs.clone(),
+        template_arguments: told,
         cancel: host.cancel.clone(),
     }))
 }
@@ -319,7 +321,8 @@ impl Lm for LocalLm {
         requests: &[Request],
         on_answer: &OnAnswer<'_>,
     ) -> Vec<Result<Completion, LmError>> {
-        let request = |asked: &Request| request(asked, &self.template_arguments);
+        let request =
+            |asked: &Request| generate_request(asked.clone(), self.template_arguments.clone());
         let requests: Vec<GenerateRequest> = requests.iter().map(request).collect();
         let tell = |index: usize, answer: &Result<Generated, ModelError>| {
             on_answer(index, &completion(answer));
@@ -331,15 +334,16 @@ impl Lm for LocalLm {
     }
 }
 
-fn request(request: &Request, template_arguments: &TemplateArguments) -> GenerateRequest {
-    let sampling = &request.sampling;
+/// A request as the generator takes it.
+pub(crate) fn generate_request(
+    request: Request,
+    template_arguments: TemplateArguments,
+) -> GenerateRequest {
+    let sampling = request.sampling;
+    let message = |m: Message| ChatMessage::new(m.role.as_str(), m.content);
     GenerateRequest {
-        messages: request
-            .messages
-            .iter()
-            .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
-            .collect(),
-        template_arguments: template_arguments.clone(),
+        messages: request.messages.into_iter().map(message).collect(),
+        template_arguments,
         max_tokens: sampling.max_tokens as usize,
         temperature: sampling.temperature,
         // Another rollout is another draw of the same prompt.
@@ -349,11 +353,11 @@ fn request(request: &Request, template_arguments: &TemplateArguments) -> Generat
                 .unwrap_or(0)
                 .wrapping_add(sampling.rollout.unwrap_or(0)),
         ),
-        stop: sampling.stop.clone(),
-        choices: request.choices.as_ref().map(|choices| ChoiceSet {
-            after: choices.after.clone(),
-            values: choices.values.clone(),
-            then: choices.then.clone(),
+        stop: sampling.stop,
+        choices: request.choices.map(|choices| ChoiceSet {
+            after: choices.after,
+            values: choices.values,
+            then: choices.then,
         }),
     }
 }

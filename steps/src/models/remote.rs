@@ -3,14 +3,15 @@
 //!
 //! Invariant: an id at a server stands for the same values for ever, as it ends with their digest.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use flowrun_cache::Digest;
 use flowrun_engine::step::StepError;
-use flowrun_lm::client::{AdapterPlace, Api, Batched, OpenAi, OpenAiSpec};
+use flowrun_lm::client::{AdapterPlace, Api, Batched, OnWarning, OpenAi, OpenAiSpec};
 use flowrun_lm::lm::{Ledger, Lm};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::with_adapter::WithAdapter;
 use super::{Host, traced};
@@ -19,13 +20,14 @@ use crate::checkpoint::{Adapter, Checkpoint};
 /// Length of a digest in hexadecimal: what names a base model that is known by more than a name.
 const DIGEST: usize = 64;
 
-/// A server's model, or a checkpoint of it.
+/// A server's model, or a checkpoint of it; its chat template is told `told`.
 pub(super) fn open_lm(
     spec: &OpenAiSpec,
+    told: BTreeMap<String, Value>,
     checkpoint: Option<(&Path, &Checkpoint)>,
     host: &Host<'_>,
 ) -> Result<Arc<dyn Lm>, StepError> {
-    let client = |model: &str| client(spec, model, host);
+    let client = |model: &str| client(spec, &told, model, host);
     let Some((folder, checkpoint)) = checkpoint else {
         return client(&spec.model);
     };
@@ -71,9 +73,20 @@ pub(crate) fn api(spec: &OpenAiSpec, host: &Host<'_>) -> Result<Api, StepError> 
     .map_err(|e| StepError::invalid(e.to_string()))
 }
 
-/// The entry's server, asked for the answers of `model`; all its models have one budget.
-fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<Arc<dyn Lm>, StepError> {
-    let ledger = ledger(spec, host)?;
+/// The entry's server, asked for the answers of `model`; all its models have one budget, whatever
+/// their chat templates are told.
+fn client(
+    entry: &OpenAiSpec,
+    told: &BTreeMap<String, Value>,
+    model: &str,
+    host: &Host<'_>,
+) -> Result<Arc<dyn Lm>, StepError> {
+    let ledger = ledger(entry, host)?;
+    let spec = &OpenAiSpec {
+        chat_template_kwargs: told.clone(),
+        ..entry.clone()
+    };
+    let on_warning = on_warning(host);
     if let Some(ctx) = host.step.filter(|_| spec.batch) {
         let spec = OpenAiSpec {
             model: model.to_owned(),
@@ -88,23 +101,30 @@ fn client(spec: &OpenAiSpec, model: &str, host: &Host<'_>) -> Result<Arc<dyn Lm>
             reporter.progress(done, total, "requests", text);
         };
         let api = api(&spec, host)?;
-        return Ok(Arc::new(Batched::new(
-            &spec,
-            api,
-            folder,
-            ledger,
-            Box::new(told),
-        )));
+        let client = Batched::new(&spec, api, folder, ledger, Box::new(told));
+        return Ok(Arc::new(client.warning(on_warning)));
     }
-    let cancel = host.cancel.clone();
+    let (cancel, kill) = (host.cancel.clone(), host.cancel.clone());
+    // The budget is bounded by its file; the limits hold in one process.
+    let own = spec.shared_by(host.step.map_or(1, |ctx| ctx.at_once));
     let client = OpenAi::new(
-        spec,
+        &own,
         key(spec, host)?,
         Arc::new(move || cancel.is_cancelled()),
     )
     .map_err(|e| StepError::failed(e.to_string()))?;
-    let client = client.as_model(model).with_ledger(ledger);
+    let client = client
+        .killed_by(Arc::new(move || kill.is_killed()))
+        .as_model(model)
+        .with_ledger(ledger)
+        .warning(on_warning);
     Ok(Arc::new(client.heard_by(traced::on_call(host.step))))
+}
+
+/// Where a person reads what should be known of a server's answers.
+fn on_warning(host: &Host<'_>) -> Option<OnWarning> {
+    let reporter = Arc::clone(&host.step?.reporter);
+    Some(Arc::new(move |text: &str| reporter.warning(text)))
 }
 
 /// The ledger of the entry's budget in this run: steps with equal entries share it.
@@ -187,6 +207,7 @@ mod tests {
                 step: 8,
                 adapter: Some(adapter.clone()),
                 hosted: None,
+                chat_template_kwargs: None,
                 lineage: None,
             };
             assert_eq!(place(&spec, &checkpoint, &adapter).is_ok(), fits, "{base}");

@@ -84,6 +84,7 @@ fn span(
 fn error_type(error: &LmError) -> &'static str {
     match error {
         LmError::Unavailable(_) => "unavailable",
+        LmError::ServerError(_) => "server_error",
         LmError::Rejected(_) => "rejected",
         LmError::Barred(_) => "barred",
         LmError::NoModel(_) => "no_model",

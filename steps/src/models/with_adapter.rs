@@ -108,6 +108,10 @@ impl Lm for WithAdapter {
         self.client.id()
     }
 
+    fn bar(&self, why: &LmError) {
+        self.client.bar(why);
+    }
+
     fn complete(&self, requests: &[Request], on_answer: &OnAnswer<'_>) -> Vec<Answer> {
         let mut seen = match self.give(0) {
             Ok(given) => given,

@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use super::data::{DevScore, LossPoint, TestScore};
+use super::data::{LossPoint, Score};
 use super::svg::{clip, line, open, ratio, rect, share, text};
 use super::words::{percent, plural, short_name, thousands};
 use crate::scores::ProgramKind;
@@ -16,7 +16,7 @@ const WIDTH: f64 = 520.0;
 const MAX_LOSS_POINTS: usize = 400;
 
 /// Grouped bars, one group per model in the order given, plain beside optimised.
-pub(super) fn dev_bars(scores: &[DevScore], mark: &str) -> String {
+pub(super) fn dev_bars(scores: &[Score], mark: &str) -> String {
     let mut models: Vec<&str> = Vec::new();
     for score in scores {
         if !models.contains(&score.model.as_str()) {
@@ -103,7 +103,7 @@ pub(super) fn dev_bars(scores: &[DevScore], mark: &str) -> String {
 }
 
 /// One bar per tested model: right, wrong and unread answers, and the 95 % interval as a whisker.
-pub(super) fn test_bars(scores: &[TestScore], mark: &str) -> String {
+pub(super) fn test_bars(scores: &[Score], mark: &str) -> String {
     let models: Vec<&str> = scores.iter().map(|score| score.model.as_str()).collect();
     let (row, left, right) = (46.0, 4.0, 6.0);
     let span = WIDTH - left - right;
@@ -131,18 +131,14 @@ pub(super) fn test_bars(scores: &[TestScore], mark: &str) -> String {
     for (index, score) in scores.iter().enumerate() {
         let y = row * index as f64 + 18.0;
         let name = clip(&short_name(&score.model, &models), 34);
-        let name = format!(
-            "{}: {name}, {}",
-            score.role.as_str(),
-            score.program.as_str()
-        );
+        let name = format!("{}: {name}, {}", score.role_name(), score.program.as_str());
         text(&mut out, "name halo", (left, y), &name);
         let figure = format!("{}{mark}", percent(score.accuracy));
         text(&mut out, "name end halo", (WIDTH - right, y), &figure);
         let unread = ratio(score.parse_failures, score.n);
         let parts = [
             (
-                score.role.as_str(),
+                score.role_name(),
                 0.0,
                 score.accuracy,
                 score.correct,
@@ -330,16 +326,16 @@ mod tests {
 
     #[test]
     fn not_a_number_never_reaches_a_coordinate() {
-        let dev = DevScore {
+        let dev = Score {
             model: "m".into(),
             accuracy: f64::NAN,
             n: 0,
-            ..DevScore::default()
+            ..Score::default()
         };
-        let test = TestScore {
+        let test = Score {
             accuracy: f64::NAN,
             low: f64::INFINITY,
-            ..TestScore::default()
+            ..Score::default()
         };
         let loss = LossPoint {
             step: 1,

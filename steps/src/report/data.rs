@@ -37,9 +37,9 @@ pub struct Report {
     /// The loss curve of fine-tuning, in the order of training.
     pub training: Vec<LossPoint>,
     /// Scores on the synthetic devset: base and every checkpoint, plain and optimised.
-    pub dev: Vec<DevScore>,
+    pub dev: Vec<Score>,
     /// Scores on the true test set.
-    pub test: Vec<TestScore>,
+    pub test: Vec<Score>,
     /// McNemar's test between pairs of test-set entries.
     pub comparisons: Vec<Comparison>,
     /// Gold against predicted labels of the best model on the test set.
@@ -69,8 +69,10 @@ impl Report {
     }
 
     /// The model that was chosen on the devset and then tested.
-    pub fn best(&self) -> Option<&TestScore> {
-        self.test.iter().find(|score| score.role == Role::Best)
+    pub fn best(&self) -> Option<&Score> {
+        self.test
+            .iter()
+            .find(|score| score.role == Some(Role::Best))
     }
 }
 
@@ -129,17 +131,20 @@ pub struct LossPoint {
     pub validation: Option<f64>,
 }
 
-/// One score on the synthetic devset.
+/// One score, on the synthetic devset or on the test set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct DevScore {
+pub struct Score {
+    /// Why the model is in the table of the test set; `None` on the devset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<Role>,
     /// Model id, such as `base` or `base:epochs-4-total-trained-steps-160`.
     pub model: String,
     /// Which prompt it ran with.
     pub program: ProgramKind,
     /// Rows asked.
     pub n: u64,
-    /// Rows answered with the expected label.
+    /// Rows answered with the expected label; on the test set that is the gold label.
     pub correct: u64,
     /// `correct / n`.
     pub accuracy: f64,
@@ -154,31 +159,11 @@ pub struct DevScore {
     pub leakage: Option<Leakage>,
 }
 
-/// One score on the test set.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TestScore {
-    /// Why the model is here.
-    pub role: Role,
-    /// Model id.
-    pub model: String,
-    /// Which prompt it ran with.
-    pub program: ProgramKind,
-    /// Rows asked.
-    pub n: u64,
-    /// Rows answered with the gold label.
-    pub correct: u64,
-    /// `correct / n`.
-    pub accuracy: f64,
-    /// Answers in which no label was found; they count as not correct.
-    pub parse_failures: u64,
-    /// Lower end of the 95 % Wilson interval of `accuracy`.
-    pub low: f64,
-    /// Upper end of the 95 % Wilson interval of `accuracy`.
-    pub high: f64,
-    /// Whether its rows had a part in what they score; `None` when nobody looked.
-    #[serde(default)]
-    pub leakage: Option<Leakage>,
+impl Score {
+    /// Its role in a word; none on the devset.
+    pub(crate) fn role_name(&self) -> &'static str {
+        self.role.map_or("", Role::as_str)
+    }
 }
 
 /// McNemar's exact test of two models on the same test rows.

@@ -16,8 +16,8 @@ mod words;
 mod tests;
 
 pub use data::{
-    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, LossPoint, OracleAudit,
-    Report, StepCost, TestScore,
+    Comparison, Confusion, CostRow, DataSummary, ErrorRow, LossPoint, OracleAudit, Report, Score,
+    StepCost,
 };
 
 pub use step::ReportStep;

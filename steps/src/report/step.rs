@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    Comparison, Confusion, CostRow, DataSummary, DevScore, ErrorRow, OracleAudit, Report, StepCost,
-    TestScore, render_html,
+    Comparison, Confusion, CostRow, DataSummary, ErrorRow, OracleAudit, Report, Score, StepCost,
+    render_html,
 };
 use crate::load::DataSetInfo;
 use crate::rows::{Row, read_json, read_jsonl, read_rows, write_json};
@@ -112,7 +112,7 @@ impl Step for ReportStep {
             }),
             calibration: best.and_then(|(_, score)| score.calibration.clone()),
             errors: best.map_or_else(Vec::new, |(_, score)| wrong(score)),
-            steps: ctx.finished.iter().map(step_cost).collect(),
+            steps: ctx.finished.to_vec().iter().map(step_cost).collect(),
             cost: tested(&test).map(|(s, p)| cost(ctx, s, p)).collect(),
             notes: params.notes,
         };
@@ -142,9 +142,11 @@ fn tested(scores: &[Scores]) -> impl Iterator<Item = (&Scores, &ProgramScore)> {
         .flat_map(|scores| std::iter::repeat(scores).zip(&scores.programs))
 }
 
-fn dev_score(scores: &Scores, score: &ProgramScore) -> DevScore {
+/// On the devset, where a model has no role.
+fn dev_score(scores: &Scores, score: &ProgramScore) -> Score {
     let (low, high) = wilson95(score.correct, score.n);
-    DevScore {
+    Score {
+        role: None,
         model: scores.model.clone(),
         program: score.program,
         n: score.n as u64,
@@ -157,23 +159,14 @@ fn dev_score(scores: &Scores, score: &ProgramScore) -> DevScore {
     }
 }
 
-fn test_score(scores: &Scores, score: &ProgramScore) -> Result<TestScore, StepError> {
+fn test_score(scores: &Scores, score: &ProgramScore) -> Result<Score, StepError> {
     let role = score.role.ok_or_else(|| {
         StepError::invalid(format!("the test score of `{}` has no role", scores.model))
             .help("set `role` on the `evaluate` step that made it")
     })?;
-    let (low, high) = wilson95(score.correct, score.n);
-    Ok(TestScore {
-        role,
-        model: scores.model.clone(),
-        program: score.program,
-        n: score.n as u64,
-        correct: score.correct as u64,
-        accuracy: score.accuracy,
-        parse_failures: score.parse_failures as u64,
-        low,
-        high,
-        leakage: score.leakage.clone(),
+    Ok(Score {
+        role: Some(role),
+        ..dev_score(scores, score)
     })
 }
 
@@ -322,7 +315,8 @@ fn step_cost(step: &StepSummary) -> StepCost {
 fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
     let n = score.n.max(1) as f64;
     // The step that measured it says how long a row took.
-    let measured = ctx.finished.iter().rev().find(|step| {
+    let finished = ctx.finished.to_vec();
+    let measured = finished.iter().rev().find(|step| {
         let is = |name: &str, value: Value| step.metrics.get(name) == Some(&value);
         let role = score.role.map_or("", Role::as_str);
         is("model", scores.model.as_str().into())
@@ -334,7 +328,7 @@ fn cost(ctx: &StepContext, scores: &Scores, score: &ProgramScore) -> CostRow {
         model: scores.model.clone(),
         program: score.program,
         queries: score.n as u64,
-        tokens_per_query: (score.prompt_tokens + score.completion_tokens) as f64 / n,
+        tokens_per_query: score.prompt_tokens.saturating_add(score.completion_tokens) as f64 / n,
         ms_per_query: ms,
         usd_per_1000: score.cost_usd.map(|cost| cost / n * 1000.0),
     }

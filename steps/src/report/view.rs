@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use self::tables::{
     CalibrationView, ComparisonRow, Errors, LabelRow, ScoreRow, StepRow, calibration,
-    comparison_rows, cost_rows, dev_rows, label_rows, step_rows, test_rows, totals,
+    comparison_rows, cost_rows, label_rows, score_rows, step_rows, totals,
 };
-use super::data::{CostRow, ErrorRow, Report, TestScore};
+use super::data::{CostRow, ErrorRow, Report, Score};
 use super::words::{dollars, percent, points_from, short_name, thousands};
 use super::{chart, heat_map};
 use crate::scores::Role;
@@ -83,8 +83,8 @@ impl View {
                 .confusion
                 .as_ref()
                 .map_or(String::new(), |c| heat_map::heat_map(c, mark)),
-            dev: dev_rows(report),
-            test: test_rows(report),
+            dev: score_rows(&report.dev),
+            test: score_rows(&report.test),
             comparisons: comparison_rows(report, &names, mark),
             labels: label_rows(report),
             calibration: calibration(report, mark),
@@ -124,11 +124,11 @@ fn verdict(report: &Report, names: &[&str], mark: &str) -> Vec<String> {
     let others: Vec<String> = report
         .test
         .iter()
-        .filter(|score| score.role != Role::Best)
+        .filter(|score| score.role != Some(Role::Best))
         .map(|score| {
             let by = points_from(best.accuracy, score.accuracy);
             let name = short_name(&score.model, names);
-            let role = score.role.as_str();
+            let role = score.role_name();
             let name = if name == role {
                 String::new()
             } else {
@@ -144,7 +144,7 @@ fn verdict(report: &Report, names: &[&str], mark: &str) -> Vec<String> {
     lines
 }
 
-fn price(report: &Report, best: &TestScore) -> String {
+fn price(report: &Report, best: &Score) -> String {
     let Some(row) = cost_of(report, best) else {
         return "What a query costs was not measured.".to_owned();
     };
@@ -154,22 +154,28 @@ fn price(report: &Report, best: &TestScore) -> String {
     let Some(usd) = row.usd_per_1000 else {
         return format!("No price is known for this model; {effort}.");
     };
-    let oracle = report.test.iter().find(|score| score.role == Role::Oracle);
+    let oracle = report
+        .test
+        .iter()
+        .find(|score| score.role == Some(Role::Oracle));
     let oracle = oracle.and_then(|score| cost_of(report, score)?.usd_per_1000);
     let instead = oracle.map_or(String::new(), |o| format!(" instead of {}", dollars(o)));
     format!("1,000 queries cost {}{instead}; {effort}.", dollars(usd))
 }
 
 /// What a tested model costs, with the program that it was tested with.
-fn cost_of<'a>(report: &'a Report, score: &TestScore) -> Option<&'a CostRow> {
+fn cost_of<'a>(report: &'a Report, score: &Score) -> Option<&'a CostRow> {
     let is = |row: &&CostRow| row.model == score.model && row.program == score.program;
     report.cost.iter().find(is)
 }
 
-fn card(report: &Report, score: &TestScore, names: &[&str]) -> Card {
-    let base = report.test.iter().find(|other| other.role == Role::Base);
+fn card(report: &Report, score: &Score, names: &[&str]) -> Card {
+    let base = report
+        .test
+        .iter()
+        .find(|other| other.role == Some(Role::Base));
     let against = base
-        .filter(|_| score.role != Role::Base)
+        .filter(|_| score.role != Some(Role::Base))
         .map(|base| format!("{} the base", points_from(score.accuracy, base.accuracy)));
     let cost = cost_of(report, score);
     let cost = match cost.map(|row| (row.usd_per_1000, row.tokens_per_query)) {
@@ -178,7 +184,7 @@ fn card(report: &Report, score: &TestScore, names: &[&str]) -> Card {
         None => "cost not measured".to_owned(),
     };
     Card {
-        role: score.role.as_str(),
+        role: score.role_name(),
         name: short_name(&score.model, names),
         program: score.program.as_str(),
         accuracy: percent(score.accuracy),

@@ -12,19 +12,24 @@
 //!
 //! As of Ray 2.60.
 
+mod nodes;
+mod outcome;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use flowrun_engine::pipeline::Resources;
-use flowrun_engine::runner::{JobEnd, JobError, JobKind, JobOrder, JobState, JobSystem};
+use flowrun_engine::runner::{JobError, JobKind, JobOrder, JobState, JobSystem};
 use flowrun_engine::step::{StepError, World};
 use reqwest::{Method, StatusCode};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use self::nodes::lack;
+use self::outcome::state_of;
 use crate::dashboard::{Answer, Dashboard, PACKAGE};
 use crate::deploy::package::Package;
 use crate::schema_of;
@@ -33,14 +38,9 @@ use crate::schema_of;
 const CPUS: f64 = 1.0;
 /// What the program is called in the package that brings it to the workers.
 const PROGRAM: &str = "flowrun";
-/// Bytes of a message of Ray's that are told; it may hold 20,000 characters of logs, which the
-/// step's own log has too.
-const SAID: usize = 600;
 /// A job that is deleted sooner after its end is missed by Ray's own watch over it, and comes back
 /// as one that failed.
 const SETTLED: Duration = Duration::from_secs(2);
-/// Exit code of this program when it was told to stop.
-const INTERRUPTED: i64 = 130;
 const JOBS: &str = "/api/jobs/";
 
 /// The job system.
@@ -292,132 +292,10 @@ fn parse(answer: &Answer) -> Result<Value, JobError> {
     })
 }
 
-/// What Ray's description of a job means.
-fn state_of(job: &Value) -> JobState {
-    let text = |name: &str| job[name].as_str().unwrap_or_default();
-    let message = || {
-        let message = text("message").trim();
-        message.chars().take(SAID).collect::<String>()
-    };
-    match text("status") {
-        "RUNNING" => JobState::Running,
-        "SUCCEEDED" => JobState::Ended(JobEnd::Well),
-        "STOPPED" => JobState::Ended(JobEnd::Stopped),
-        "FAILED" => {
-            let exit = job["driver_exit_code"].as_i64();
-            JobState::Ended(match (text("error_type"), exit) {
-                (_, Some(-9 | 137)) => JobEnd::Killed(
-                    "its process was killed from outside (signal 9), as the system does where memory runs out".to_owned(),
-                ),
-                (_, Some(-15 | 143 | INTERRUPTED)) => JobEnd::Killed(
-                    "its process was told to stop from outside (signal 15)".to_owned(),
-                ),
-                (_, Some(code)) => {
-                    let last = text("message").lines().last().unwrap_or_default();
-                    let last: String = last.chars().take(SAID).collect();
-                    JobEnd::Failed(format!("its process ended with exit code {code}: {last}"))
-                }
-                ("JOB_SUPERVISOR_ACTOR_START_TIMEOUT", None) => JobEnd::NotStarted(message()),
-                ("JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE" | "RUNTIME_ENV_SETUP_FAILURE", None) => {
-                    JobEnd::Failed(message())
-                }
-                // The actor that watches it died, by whatever name: with its node, mostly.
-                (_, None) => JobEnd::Killed(message()),
-            })
-        }
-        _ => JobState::Waiting {
-            why: "Ray has no place for it yet".to_owned(),
-            hopeless: false,
-        },
-    }
-}
-
-/// What is asked for and no node has.
-fn lack(want: &Resources, nodes: &[&Value]) -> Option<String> {
-    let cpu = if want.cpu > 0.0 { want.cpu } else { CPUS };
-    let mut asked = vec![("CPU".to_owned(), cpu)];
-    asked.extend((want.gpu > 0.0).then(|| ("GPU".to_owned(), want.gpu)));
-    asked.extend((want.memory > 0).then(|| ("memory".to_owned(), want.memory as f64)));
-    asked.extend(want.custom.iter().map(|(name, n)| (name.clone(), *n)));
-    let has = |node: &Value, name: &str| node[name].as_f64().unwrap_or_default();
-    let fits = |node: &&&Value| asked.iter().all(|(name, n)| has(node, name) >= *n);
-    if nodes.is_empty() || nodes.iter().any(|node| fits(&node)) {
-        return None;
-    }
-    let most = |name: &str| nodes.iter().map(|node| has(node, name)).fold(0.0, f64::max);
-    let shown = |name: &str, n: f64| match name {
-        "memory" => format!("{:.1} GB of memory", n / 1e9),
-        _ => format!("{n} {name}"),
-    };
-    let lacking = asked.iter().filter(|(name, n)| most(name) < *n);
-    let lacking: Vec<String> = lacking
-        .map(|(name, n)| {
-            format!(
-                "{} (the most that one has is {})",
-                shown(name, *n),
-                most(name)
-            )
-        })
-        .collect();
-    Some(match lacking.is_empty() {
-        false => format!("no node has {}", lacking.join(" and ")),
-        true => {
-            let all: Vec<String> = asked.iter().map(|(name, n)| shown(name, *n)).collect();
-            format!("no node has {} together", all.join(" and "))
-        }
-    })
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    fn failed(error_type: Value, exit: Value) -> JobEnd {
-        let job = json!({"status": "FAILED", "message": "why", "error_type": error_type,
-            "driver_exit_code": exit});
-        match state_of(&job) {
-            JobState::Ended(end) => end,
-            other => JobEnd::Failed(format!("{other:?}")),
-        }
-    }
-
-    #[test]
-    fn what_died_is_told_from_what_failed() {
-        let killed = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(-9));
-        assert!(matches!(killed, JobEnd::Killed(_)), "{killed:?}");
-        for exit in [-15, 143, 130] {
-            let stopped = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(exit));
-            assert!(matches!(stopped, JobEnd::Killed(_)), "{stopped:?}");
-        }
-        let crashed = failed("JOB_ENTRYPOINT_COMMAND_ERROR".into(), json!(3));
-        assert!(
-            matches!(&crashed, JobEnd::Failed(why) if why.contains('3')),
-            "{crashed:?}"
-        );
-        let why = || "why".to_owned();
-        for (kind, end) in [
-            ("JOB_SUPERVISOR_ACTOR_DIED", JobEnd::Killed(why())),
-            (
-                "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
-                JobEnd::NotStarted(why()),
-            ),
-            ("RUNTIME_ENV_SETUP_FAILURE", JobEnd::Failed(why())),
-        ] {
-            assert_eq!(failed(kind.into(), Value::Null), end, "{kind}");
-        }
-        assert_eq!(failed(Value::Null, Value::Null), JobEnd::Killed(why()));
-        let state = |status: &str| state_of(&json!({ "status": status }));
-        assert_eq!(state("RUNNING"), JobState::Running);
-        assert_eq!(state("SUCCEEDED"), JobState::Ended(JobEnd::Well));
-        assert!(matches!(
-            state("PENDING"),
-            JobState::Waiting {
-                hopeless: false,
-                ..
-            }
-        ));
-    }
 
     /// What is made of an answer to the question for a job.
     fn asked(status: &'static str, body: &'static str) -> Result<JobState, JobError> {
@@ -476,28 +354,6 @@ mod tests {
         assert_eq!(asked("404 Not Found", ""), Ok(JobState::Unknown));
         let running = asked("200 OK", "{\"status\": \"RUNNING\"}");
         assert_eq!(running, Ok(JobState::Running));
-    }
-
-    #[test]
-    fn what_no_node_has_is_named() {
-        let (small, big) = (json!({"CPU": 4.0, "memory": 8e9}), json!({"CPU": 16.0}));
-        let nodes = [&small, &big];
-        let want = |cpu: f64, memory: u64, gpu: f64| Resources {
-            cpu,
-            memory,
-            gpu,
-            ..Resources::default()
-        };
-        assert_eq!(lack(&want(16.0, 0, 0.0), &nodes), None);
-        assert_eq!(lack(&want(0.0, 8_000_000_000, 0.0), &nodes), None);
-        assert_eq!(lack(&want(64.0, 0, 0.0), &[]), None, "nothing is known");
-        let text = lack(&want(64.0, 0, 2.0), &nodes).unwrap();
-        assert_eq!(
-            text,
-            "no node has 64 CPU (the most that one has is 16) and 2 GPU (the most that one has is 0)"
-        );
-        let text = lack(&want(16.0, 8_000_000_000, 0.0), &nodes).unwrap();
-        assert_eq!(text, "no node has 16 CPU and 8.0 GB of memory together");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use flowrun_engine::pipeline::StepNode;
 use flowrun_lm::client::{AdapterPlace, AdapterServer, Guided, OpenAiSpec};
 
 use super::{Training, of_asker, plain};
+use crate::checkpoint::{TOLD_OTHERWISE, trained_with};
 use crate::models::ModelSpec;
 
 /// The field of a step that names its model.
@@ -12,7 +13,7 @@ const MODEL: &str = "model";
 
 /// What keeps `model`, which `step` asks, from answering as the checkpoints of `training`.
 pub(super) fn check(step: &StepNode, model: &ModelSpec, training: &Training<'_>) -> Vec<Finding> {
-    match model {
+    let mut found = match model {
         ModelSpec::OpenAi(spec) if training.declared.is_hosted => {
             hosted(step, spec, training).into_iter().collect()
         }
@@ -20,7 +21,27 @@ pub(super) fn check(step: &StepNode, model: &ModelSpec, training: &Training<'_>)
         ModelSpec::Embedded(_) => embedded(step, model, training),
         // What it says of itself when it is opened is true of any checkpoint.
         ModelSpec::SentenceEncoder(_) => Vec::new(),
-    }
+    };
+    found.extend(told_otherwise(step, model, training));
+    found
+}
+
+/// A chat template that would be told something else than in training.
+fn told_otherwise(step: &StepNode, model: &ModelSpec, training: &Training<'_>) -> Option<Finding> {
+    let trained = training.declared.told.as_ref()?;
+    let entry = model.chat_template_kwargs()?;
+    (entry != trained).then(|| {
+        let message = format!(
+            "the checkpoints of `{}` are trained {}, and the entry of `{}`, which `{}` asks, says \
+             `chat_template_kwargs: {}`",
+            training.step,
+            trained_with(trained),
+            model.name(),
+            step.name,
+            serde_json::json!(entry)
+        );
+        of_asker(Severity::Error, step, MODEL, message, TOLD_OTHERWISE)
+    })
 }
 
 /// A server's model, and models that a server keeps.

@@ -102,6 +102,36 @@ fn plain_lora_on_vllm_is_nothing_to_speak_of() {
 }
 
 #[test]
+fn an_entry_that_tells_the_template_something_else_than_the_training_is_said() {
+    const QUICK: &str = "{ provider: embedded, weights: { file: w.gguf }, chat_template_kwargs: { enable_thinking: false } }";
+    const SLOW: &str = "{ provider: embedded, weights: { file: w.gguf }, chat_template_kwargs: { enable_thinking: true } }";
+    let found = |asked: &str, trained: &str, train: &str| {
+        let models = format!("{asked}\n  learner: {trained}");
+        found(&[
+            ("MODEL", models.as_str()),
+            ("LEARNER", "learner"),
+            ("TRAIN", train),
+        ])
+    };
+    let here = "epochs: 1";
+    for (asked, trained) in [(GGUF, QUICK), (QUICK, QUICK), (GGUF, GGUF)] {
+        assert_eq!(found(asked, trained, here), Vec::<String>::new());
+    }
+    for (trained, train, words) in [
+        (SLOW, here, "are trained with `chat_template_kwargs: "),
+        (GGUF, here, "are trained without `chat_template_kwargs`"),
+        (SLOW, TRL, "are trained with `chat_template_kwargs: "),
+    ] {
+        let all = found(QUICK, trained, train);
+        // What `score` asks, and what `ship` deploys.
+        assert_eq!(all.len(), 2, "{all:#?}");
+        for one in &all {
+            assert!(one.contains("error: ") && one.contains(words), "{one}");
+        }
+    }
+}
+
+#[test]
 fn what_vllm_does_not_load_is_said_where_it_is_trained() {
     let activated = "lora: { invocation: x }";
     let trained = [("MODEL", GGUF), ("TRAIN", activated)];

@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use flowrun_engine::step::StepError;
-use flowrun_model::{BaseModel, GenerateOptions, Generator, LoraAdapter, ModelError};
+use flowrun_model::{
+    BaseModel, GenerateOptions, Generator, LoraAdapter, ModelError, TemplateArguments,
+};
 
 use super::{ModelEntry, ModelsError};
 use crate::checkpoint::Checkpoint;
@@ -26,12 +28,17 @@ const NAMES: usize = 1000;
 
 /// A model in memory. It stays while someone holds it.
 #[derive(Clone)]
-pub struct Loaded(pub(super) Arc<Generator>);
+pub struct Loaded {
+    pub(super) generator: Arc<Generator>,
+    /// What its chat template is told where a request says nothing else.
+    pub(super) told: Arc<TemplateArguments>,
+}
 
 /// The models of one base.
 pub(super) struct Adapters {
     base: Arc<BaseModel>,
     base_id: String,
+    /// The base model alone, told what its entry says.
     alone: Loaded,
     pinned: Option<(String, Loaded)>,
     folders: Vec<PathBuf>,
@@ -83,16 +90,20 @@ struct Entry {
 type Stamp = [(u64, Option<SystemTime>); 2];
 
 impl Adapters {
+    /// The base model `base_id`, whose entry says `told`.
     pub(super) fn new(
         base: Arc<BaseModel>,
-        base_id: String,
+        (base_id, told): (String, TemplateArguments),
         pinned: Option<(String, PathBuf)>,
         folders: &[PathBuf],
         keep: usize,
         options: GenerateOptions,
     ) -> Result<Self, StepError> {
         let alone = Generator::new(Arc::clone(&base), None, options).map_err(failed)?;
-        let alone = Loaded(Arc::new(alone));
+        let alone = Loaded {
+            generator: Arc::new(alone),
+            told: Arc::new(told),
+        };
         let real =
             |folder: &PathBuf| std::fs::canonicalize(folder).map_err(|e| StepError::io(folder, &e));
         let mut adapters = Self {
@@ -106,6 +117,11 @@ impl Adapters {
             state: Mutex::default(),
         };
         if let Some((id, folder)) = pinned {
+            // The entry is this checkpoint's own.
+            if let Ok(checkpoint) = Checkpoint::load(&folder) {
+                let entry = (*adapters.alone.told).clone();
+                checkpoint.told(entry, &adapters.base_id)?;
+            }
             let model = adapters
                 .read(&folder)
                 .map_err(|e| StepError::invalid(e.to_string()))?;
@@ -290,10 +306,9 @@ impl Adapters {
                 "the adapter has {bytes} bytes, at most {LARGEST} are allowed"
             )));
         }
-        if let Ok(Checkpoint {
-            adapter: Some(adapter),
-            ..
-        }) = Checkpoint::load(folder)
+        let checkpoint = Checkpoint::load(folder).ok();
+        let of = checkpoint.as_ref().and_then(|c| c.adapter.as_ref());
+        if let Some(adapter) = of
             && ![&self.base.id, &self.base_id].contains(&&adapter.base)
         {
             return Err(unusable(format!(
@@ -303,13 +318,36 @@ impl Adapters {
         }
         let adapter = LoraAdapter::load(folder, &self.base.weights.config)
             .map_err(|e| unusable(without_folder(&e.to_string(), folder)))?;
-        Generator::new(Arc::clone(&self.base), Some(&adapter), self.options)
-            .map(|generator| Loaded(Arc::new(generator)))
+        let generator = Generator::new(Arc::clone(&self.base), Some(&adapter), self.options)
             .map_err(|e| match e {
                 ModelError::NoDevice(_) => ModelsError::NoRoom(e.to_string()),
                 ModelError::Device(_) => ModelsError::Down(e.to_string()),
                 e => unusable(e.to_string()),
-            })
+            })?;
+        Ok(Loaded {
+            generator: Arc::new(generator),
+            told: self.told(checkpoint.and_then(|c| c.chat_template_kwargs), folder),
+        })
+    }
+
+    /// What the chat template is told when the adapter in `folder` answers: what it was told when
+    /// that was trained, else what the base model's entry says. The base has one entry, and its
+    /// adapters may have been trained in several ways, so what one knows of itself wins.
+    fn told(&self, trained: Option<TemplateArguments>, folder: &Path) -> Arc<TemplateArguments> {
+        let entry = &self.alone.told;
+        let Some(trained) = trained.filter(|trained| *trained != **entry) else {
+            return Arc::clone(entry);
+        };
+        if !entry.is_empty() {
+            tracing::warn!(
+                "the adapter in {} was trained with `chat_template_kwargs: {}`: it is told that, and \
+                 not {}",
+                folder.display(),
+                serde_json::json!(trained),
+                serde_json::json!(**entry)
+            );
+        }
+        Arc::new(trained)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -13,10 +13,7 @@ use std::time::Instant;
 
 use flowrun_engine::step::StepError;
 use flowrun_lm::lm::{Completion, FinishReason, Lm, LmError, OnAnswer, Request};
-use flowrun_model::{
-    Batch, ChatMessage, ChoiceSet, Finish, GenerateOptions, GenerateRequest, ModelError, Said,
-    TemplateArguments,
-};
+use flowrun_model::{Batch, Finish, GenerateOptions, ModelError, Said, TemplateArguments};
 use tokio::sync::mpsc;
 
 use super::adapters::{Adapters, Loaded};
@@ -24,7 +21,7 @@ use super::{
     Ask, Ended, EngineSpec, Event, ModelEntry, ModelsError, Piece, Prompt, Step, TokenProb,
 };
 use crate::models::Host;
-use crate::models::embedded::{device, open_base};
+use crate::models::embedded::{device, generate_request, open_base};
 
 /// Bytes of keys and values of prompts' common starts that are kept.
 const PREFIX_BYTES: usize = 256 << 20;
@@ -72,14 +69,14 @@ impl Engine {
             ..GenerateOptions::default()
         };
         let (pinned, folders) = (spec.pinned, &spec.folders);
-        let adapters = Adapters::new(base, spec.base_id, pinned, folders, spec.keep, options)?;
+        let of = (spec.base_id, spec.model.chat_template_kwargs.clone());
+        let adapters = Adapters::new(base, of, pinned, folders, spec.keep, options)?;
         let (jobs, waiting) = mpsc::channel(spec.queue.max(1));
         let active = Arc::new(AtomicUsize::new(0));
         let worker = Worker {
             batch: Batch::new(spec.batch, PREFIX_BYTES),
             size: spec.batch.max(1),
             callers: BTreeMap::new(),
-            template_arguments: spec.model.chat_template_kwargs.clone(),
             active: Arc::clone(&active),
             on_step: spec.on_step,
             broken: false,
@@ -200,8 +197,6 @@ struct Worker {
     batch: Batch,
     size: usize,
     callers: BTreeMap<usize, Caller>,
-    /// Those of the model's entry.
-    template_arguments: TemplateArguments,
     active: Arc<AtomicUsize>,
     on_step: Box<dyn Fn(&Step) + Send>,
     /// Whether the device failed: all that would follow fails too.
@@ -241,8 +236,8 @@ impl Worker {
         if caller.is_gone() {
             return;
         }
-        let ask = in_model_terms(ask, &self.template_arguments);
-        match self.batch.add(&model.0, id, &ask) {
+        let ask = in_model_terms(ask, &model.told);
+        match self.batch.add(&model.generator, id, &ask) {
             Ok(()) => {
                 self.callers.insert(id, caller);
             }
@@ -322,35 +317,19 @@ fn refused(error: ModelError) -> LmError {
 }
 
 fn in_model_terms(ask: Ask, usual: &TemplateArguments) -> flowrun_model::Ask {
-    let sampling = ask.sampling;
     let mut template_arguments = usual.clone();
     template_arguments.extend(ask.chat_template_kwargs);
     let (messages, text) = match ask.prompt {
         Prompt::Chat(messages) => (messages, None),
         Prompt::Text(text) => (Vec::new(), Some(text)),
     };
+    let request = Request {
+        messages,
+        sampling: ask.sampling,
+        choices: ask.choices,
+    };
     flowrun_model::Ask {
-        request: GenerateRequest {
-            messages: messages
-                .into_iter()
-                .map(|m| ChatMessage::new(m.role.as_str(), m.content))
-                .collect(),
-            template_arguments,
-            max_tokens: sampling.max_tokens as usize,
-            temperature: sampling.temperature,
-            seed: Some(
-                sampling
-                    .seed
-                    .unwrap_or(0)
-                    .wrapping_add(sampling.rollout.unwrap_or(0)),
-            ),
-            stop: sampling.stop,
-            choices: ask.choices.map(|choices| ChoiceSet {
-                after: choices.after,
-                values: choices.values,
-                then: choices.then,
-            }),
-        },
+        request: generate_request(request, template_arguments),
         text,
         top_p: ask.top_p,
         logprobs: ask.logprobs,

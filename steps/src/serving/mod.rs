@@ -66,7 +66,8 @@ pub struct Step {
 pub struct Ask {
     /// What is said.
     pub prompt: Prompt,
-    /// What the chat template is told besides what the model's entry says; wins over that.
+    /// What the chat template is told besides what the model's checkpoint or entry says; wins over
+    /// that.
     pub chat_template_kwargs: BTreeMap<String, Value>,
     /// How to draw tokens.
     pub sampling: Sampling,

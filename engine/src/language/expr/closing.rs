@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use serde_json::Value;
 
+use super::budget::{Budget, spend};
 use super::evaluation::lookup;
 use super::{ExprError, Scope};
 use crate::language::token::{Reference, Segment, references, tokens};
@@ -41,7 +42,7 @@ fn second_segment_end(reference: &Reference<'_>) -> usize {
 }
 
 /// The expression with every known reference replaced by its value, so that only `item` is left.
-pub(super) fn fill(source: &str, context: &Value) -> Result<String, ExprError> {
+pub(super) fn fill(source: &str, context: &Value, budget: &Budget) -> Result<String, ExprError> {
     let tokens = tokens(source)?;
     let mut out = String::new();
     let mut from = 0;
@@ -57,6 +58,10 @@ pub(super) fn fill(source: &str, context: &Value) -> Result<String, ExprError> {
             .ok_or_else(|| mixed("its place depends on the item; use a fixed name"))?;
         let literal =
             literal(value).ok_or_else(|| mixed("use a number, text, or a list of them"))?;
+        budget.within(|| spend(literal.len())).map_err(|why| {
+            let message = format!("`{}` cannot be put here: {why}", reference.text);
+            ExprError::new(reference.text, "expression", message)
+        })?;
         out.push_str(&source[from..reference.start]);
         out.push_str(&literal);
         from = reference.start + reference.text.len();

@@ -2,19 +2,21 @@
 
 use std::cell::RefCell;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::ExprError;
+use super::budget::{Budget, VALUE, bound_filters, spend, weight};
 use crate::language::node::describe;
 use crate::language::token::{Kind, Reference, Segment, Token, references, tokens};
 
 /// Most numbers of a `range`.
 const MAX_RANGE: i64 = 100_000;
 
-/// tera with a `range` that ends.
+/// tera with a `range` that ends, and filters whose results are counted.
 fn own_words() -> tera::Tera {
     let mut tera = tera::Tera::default();
     tera.register_function("range", bounded_range);
+    bound_filters(&mut tera);
     tera
 }
 
@@ -30,11 +32,13 @@ fn bounded_range(args: &std::collections::HashMap<String, Value>) -> tera::Resul
     };
     let (start, end) = (number("start", Some(0))?, number("end", None)?);
     let step = number("step_by", Some(1))?;
-    if step < 1 || end.saturating_sub(start) / step.max(1) > MAX_RANGE {
+    let count = end.saturating_sub(start) / step.max(1);
+    if step < 1 || count > MAX_RANGE {
         let text =
             format!("`range` gives at most {MAX_RANGE} numbers, with a `step_by` of 1 or more");
         return Err(tera::Error::msg(text));
     }
+    spend(usize::try_from(count).unwrap_or_default() * VALUE).map_err(tera::Error::msg)?;
     let mut all = Vec::new();
     let mut at = start;
     while at < end {
@@ -79,19 +83,65 @@ fn template(source: &str) -> String {
 }
 
 /// The value of an expression.
-pub(super) fn evaluate(source: &str, context: &Value) -> Result<Value, ExprError> {
+pub(super) fn evaluate(source: &str, context: &Value, budget: &Budget) -> Result<Value, ExprError> {
+    budget.within(|| value_of(source, context))
+}
+
+fn value_of(source: &str, context: &Value) -> Result<Value, ExprError> {
     let wrong = |message: String| ExprError::new(source, "expression", message);
+    let fails = |why: String| wrong(format!("`{source}` fails: {why}"));
     let tokens = tokens(source)?;
-    if let [reference] = references(source, &tokens)?.as_slice()
+    let references = references(source, &tokens)?;
+    if let [reference] = references.as_slice()
         && reference.text == source
     {
-        let value = lookup(reference, context).cloned();
-        return value.ok_or_else(|| wrong(format!("`{source}` has no value")));
+        let value = lookup(reference, context);
+        let value = value.ok_or_else(|| wrong(format!("`{source}` has no value")))?;
+        spend(weight(value)).map_err(fails)?;
+        return Ok(value.clone());
     }
-    let context = tera::Context::from_value(context.clone()).map_err(|e| wrong(e.to_string()))?;
+    let named = named(&references, context).map_err(fails)?;
+    let context = tera::Context::from_value(named).map_err(|e| wrong(e.to_string()))?;
     let rendered = ENGINE.with_borrow_mut(|tera| tera.render_str(&template(source), &context));
-    let text = rendered.map_err(|e| wrong(format!("`{source}` fails: {}", root_cause(&e))))?;
+    let text = rendered.map_err(|e| fails(root_cause(&e)))?;
     serde_json::from_str(&text).map_err(|_| wrong(format!("`{source}` has no value")))
+}
+
+/// What the references name, and nothing else: what there is besides may be large.
+///
+/// # Errors
+/// What to say when it is too much.
+fn named(references: &[Reference<'_>], context: &Value) -> Result<Value, String> {
+    let mut all = Value::Object(Map::new());
+    for reference in references {
+        if let Some(part) = part(&reference.segments, context) {
+            spend(weight(part))?;
+        }
+        copy(&reference.segments, context, &mut all);
+    }
+    Ok(all)
+}
+
+/// What the path names, as far as it leads through maps.
+fn part<'a>(path: &[Segment], from: &'a Value) -> Option<&'a Value> {
+    match (path, from) {
+        ([Segment::Key(name), rest @ ..], Value::Object(map)) => part(rest, map.get(name)?),
+        _ => Some(from),
+    }
+}
+
+/// Puts it in the same place of `to`, which holds other parts of `from`.
+fn copy(path: &[Segment], from: &Value, to: &mut Value) {
+    let ([Segment::Key(name), rest @ ..], Value::Object(map)) = (path, from) else {
+        *to = from.clone();
+        return;
+    };
+    if !to.is_object() {
+        *to = Value::Object(Map::new());
+    }
+    if let (Some(from), Value::Object(made)) = (map.get(name), to) {
+        copy(rest, from, made.entry(name.as_str()).or_insert(Value::Null));
+    }
 }
 
 /// The innermost of a chain of errors: the outer ones speak of templates.

@@ -14,8 +14,10 @@
 //! | `names` | whether what an expression names is there |
 //! | `closing` | an expression of which only `item` is left |
 //! | `evaluation` | what an expression gives |
+//! | `budget` | how much expressions may hold |
 //! | `run_time` | what waited for an item, or for metrics |
 
+mod budget;
 mod closing;
 mod evaluation;
 mod names;
@@ -32,6 +34,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use budget::Budget;
 use closing::{fill, renamed};
 use evaluation::{as_text, evaluate};
 use names::{check, refers_to_item};
@@ -86,6 +89,8 @@ pub(crate) struct Scope {
     pub(crate) walked: bool,
     /// The text is read once more when the item is known, if it asks for it.
     pub(crate) may_wait: bool,
+    /// How much the expressions of the pipeline have taken.
+    pub(crate) budget: Budget,
 }
 
 impl Scope {
@@ -133,7 +138,7 @@ pub(crate) fn resolve(text: &str, scope: &Scope) -> Result<Resolved, ExprError> 
         }
     }
     if let ([Part::Expr(source)], false) = (parts.as_slice(), waits) {
-        return evaluate(source, &scope.context).map(Resolved::Done);
+        return evaluate(source, &scope.context, &scope.budget).map(Resolved::Done);
     }
     let mut out = String::new();
     let mut skip = 0;
@@ -145,10 +150,10 @@ pub(crate) fn resolve(text: &str, scope: &Scope) -> Result<Resolved, ExprError> 
                 let at = |e| ExprError { skip, ..e };
                 let renamed = renamed(source, scope).map_err(at)?;
                 if refers_to_item(&renamed) {
-                    let filled = fill(&renamed, &scope.context).map_err(at)?;
+                    let filled = fill(&renamed, &scope.context, &scope.budget).map_err(at)?;
                     out.push_str(&format!("${{{{ {filled} }}}}"));
                 } else {
-                    let value = evaluate(source, &scope.context).map_err(at)?;
+                    let value = evaluate(source, &scope.context, &scope.budget).map_err(at)?;
                     let text = as_text(&value, source).map_err(at)?;
                     out.push_str(&if waits { escape(&text) } else { text });
                 }
@@ -189,9 +194,9 @@ pub(crate) fn close_condition(text: &str, scope: &Scope) -> Result<String, ExprE
     let source = condition(text, scope)?;
     let renamed = renamed(source, scope)?;
     if refers_to_item(&renamed) {
-        return fill(&renamed, &scope.context);
+        return fill(&renamed, &scope.context, &scope.budget);
     }
-    match evaluate(source, &scope.context)? {
+    match evaluate(source, &scope.context, &scope.budget)? {
         Value::Bool(holds) => Ok(holds.to_string()),
         other => {
             let what = super::node::describe(&other);

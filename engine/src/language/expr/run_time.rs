@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use super::budget::Budget;
 use super::evaluation::{as_text, evaluate};
 use super::names::check_reference;
 use super::text::{OPEN, Part, split};
@@ -25,29 +26,30 @@ pub fn resolve_item(value: &Value, item: &BTreeMap<String, Value>) -> Result<Val
         context: json!({ "item": item }),
         ..Scope::default()
     };
-    fill_items(value, &scope.context)
+    fill_items(value, &scope)
 }
 
-fn fill_items(value: &Value, context: &Value) -> Result<Value, String> {
+fn fill_items(value: &Value, scope: &Scope) -> Result<Value, String> {
     match value {
-        Value::String(text) if text.contains(OPEN) => fill_text(text, context),
-        Value::Array(items) => items.iter().map(|v| fill_items(v, context)).collect(),
+        Value::String(text) if text.contains(OPEN) => fill_text(text, scope),
+        Value::Array(items) => items.iter().map(|v| fill_items(v, scope)).collect(),
         Value::Object(map) => map
             .iter()
-            .map(|(k, v)| Ok((k.clone(), fill_items(v, context)?)))
+            .map(|(k, v)| Ok((k.clone(), fill_items(v, scope)?)))
             .collect(),
         other => Ok(other.clone()),
     }
 }
 
-fn fill_text(text: &str, context: &Value) -> Result<Value, String> {
+fn fill_text(text: &str, scope: &Scope) -> Result<Value, String> {
+    let context = &scope.context;
     let parts = split(text).map_err(|e| e.message)?;
     let value_of = |source: &str| {
         let tokens = tokens(source)?;
         for reference in references(source, &tokens)? {
             check_reference(&reference, context)?;
         }
-        evaluate(source, context)
+        evaluate(source, context, &scope.budget)
     };
     if let [Part::Expr(source)] = parts.as_slice() {
         return value_of(source).map_err(|e| e.message);
@@ -81,7 +83,7 @@ pub fn eval_bool(expr: &str, context: &Value) -> Result<bool, String> {
     for reference in references(source, &tokens).map_err(told)? {
         check_reference(&reference, context).map_err(told)?;
     }
-    match evaluate(source, context).map_err(told)? {
+    match evaluate(source, context, &Budget::default()).map_err(told)? {
         Value::Bool(holds) => Ok(holds),
         other => Err(format!(
             "`{source}` is {}, not true or false",

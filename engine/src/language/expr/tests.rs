@@ -229,6 +229,88 @@ fn deep_or_long_expressions_end_soon() {
     assert!(resolve(&format!("${{{{ {}true }}}}", "not ".repeat(5000)), &scope()).is_err());
 }
 
+#[test]
+fn a_short_expression_gives_no_value_without_bounds() {
+    let many = |filter: &str, times: usize| format!("${{{{ \"a'\" {} }}}}", filter.repeat(times));
+    let wide = "a".repeat(32);
+    for text in [
+        many(&format!("| replace(from=\"a\", to=\"{wide}\")"), 16),
+        many("| addslashes", 70),
+        many("| json_encode", 60),
+        many("| split(pat=\"\") | join(sep=\"aaaaaaaa\")", 20),
+        many(
+            "| replace(from=\"\", to=\"\n\") | indent(prefix=\"      \", blank=true)",
+            13,
+        ),
+        format!("${{{{ [{}0] }}}}", "range(end=100000), ".repeat(50)),
+    ] {
+        let error = resolve(&text, &scope()).unwrap_err();
+        assert!(error.message.contains("too much"), "{}", error.message);
+    }
+    // As long as it stays small, a filter gives what it gives in tera.
+    assert_eq!(
+        done("${{ \"a-b\" | replace(from=\"-\", to=\"+\") | split(pat=\"+\") | join(sep=\"/\") }}"),
+        json!("a/b")
+    );
+    assert_eq!(
+        done("${{ \"a\nb\" | indent(prefix=\"> \", first=true) }}"),
+        json!("> a\n> b")
+    );
+}
+
+#[test]
+fn a_large_param_is_not_repeated_without_bounds() {
+    let scope = Scope {
+        context: json!({ "params": { "large": "x".repeat(5 << 20), "n": 1 } }),
+        items: Some(vec!["k".into()]),
+        ..Scope::default()
+    };
+    let taken = |text: &str| resolve(text, &scope).map(drop);
+    // What an expression does not name costs it nothing.
+    for _ in 0..1_000 {
+        assert_eq!(taken("${{ params.n + 1 }}"), Ok(()));
+    }
+    assert_eq!(taken("${{ params.large }} ${{ params.large }}"), Ok(()));
+    assert!(taken("${{ params.large ~ params.large ~ params.large ~ params.large }}").is_err());
+    for text in ["${{ params.large }} ", "${{ params.large ~ item.k }} "] {
+        let fresh = Scope {
+            budget: Budget::default(),
+            ..scope.clone()
+        };
+        let error = resolve(&text.repeat(1_000), &fresh).unwrap_err();
+        assert!(error.message.contains("too much"), "{}", error.message);
+        // All expressions of a pipeline share what there is.
+        assert!(resolve("${{ params.n }}", &fresh).is_err());
+    }
+    let item = BTreeMap::from([("k".to_owned(), json!("x".repeat(5 << 20)))]);
+    let error = resolve_item(&json!("${{ item.k }}".repeat(1_000)), &item).unwrap_err();
+    assert!(error.contains("too much"), "{error}");
+}
+
+#[test]
+fn an_expression_sees_all_that_it_names() {
+    let mut scope = scope();
+    scope.context["run"] = json!({ "key": "n" });
+    let nested = json!({ "deep": "x" });
+    for (text, expected) in [
+        (
+            "${{ [params.nested.deep, params.nested] }}",
+            json!(["x", nested]),
+        ),
+        (
+            "${{ [params.nested, params.nested.deep] }}",
+            json!([nested, "x"]),
+        ),
+        ("${{ params.list.1 + params.list.2 }}", json!(5)),
+        ("${{ params.nested.absent is defined }}", json!(false)),
+        ("${{ params[run.key] }}", json!(25)),
+        ("${{ 1 + params[\"n\"] }}", json!(26)),
+    ] {
+        let given = resolve(text, &scope);
+        assert_eq!(given, Ok(Resolved::Done(expected)), "{text}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_text_panics(text in "[ -~${}\"'a-z.|()é\\[\\]]{0,40}", inner in "[ -~]{0,30}") {

@@ -63,6 +63,23 @@ fn mistakes_in_included_files_have_their_own_places() {
 }
 
 #[test]
+fn a_pipe_that_a_file_names_is_not_waited_for() {
+    for main in [
+        "include: [pipe.yaml]\nsteps:\n  own: { run: ls }\n",
+        "steps:\n  own: { uses: ./pipe.yaml }\n",
+    ] {
+        let dir = project(&[("main.yaml", main)]);
+        let pipe = dir.path().join("pipe.yaml");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        let options = load_options(dir.path());
+        let loaded = load_pipeline(&dir.path().join("main.yaml"), &vocabulary(), &options);
+        let text = loaded.err().unwrap().to_string();
+        assert!(text.contains("neither a file nor a folder"), "{text}");
+    }
+}
+
+#[test]
 fn a_definition_in_an_included_file_is_relative_to_that_file() {
     let main = "include: [parts/a.yaml]\nsteps:\n  own: { run: ls }\n";
     let a = "steps:\n  a: { uses: ./d.yaml }\n";

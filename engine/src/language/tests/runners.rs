@@ -1,5 +1,6 @@
 //! `runners:` and a step's `runner`.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -31,6 +32,12 @@ impl JobKind for Farm {
     }
     fn open(&self, _: &Value, _: &World) -> Result<Box<dyn JobSystem>, StepError> {
         Err(StepError::failed("there is no farm"))
+    }
+    fn sees(&self, settings: &Value, remote: &Path) -> Result<(), StepError> {
+        match remote.starts_with("/barn") && settings["address"] == "http://farm" {
+            true => Ok(()),
+            false => Err(StepError::invalid("it is in no barn").help("carry it in")),
+        }
     }
 }
 
@@ -121,4 +128,29 @@ fn what_is_wrong_with_a_runner_is_told_where_it_stands() {
     let here = "steps:\n  a: { run: ls, resources: { custom: { plough: 1 } } }\n";
     let here = mistakes_in(&[("main.yaml", here)]);
     assert!(here[0].contains("`custom` resources"), "{here:#?}");
+}
+
+#[test]
+fn a_remote_folder_that_the_workers_do_not_see_is_told_where_they_are_to_use_it() {
+    let shipped = MAIN.replace("jobs: 5", "through: remote");
+    for (text, folder, told) in [
+        (shipped.as_str(), Some("/elsewhere"), true),
+        (shipped.as_str(), Some("/barn/store"), false),
+        (shipped.as_str(), None, false),
+        (MAIN, Some("/elsewhere"), false),
+    ] {
+        let dir = project(&[("main.yaml", text)]);
+        let mut options = load_options(dir.path());
+        options.remote_folder = folder.map(Into::into);
+        let file = dir.path().join("main.yaml");
+        let errors = load_pipeline(&file, &vocabulary(), &options).err();
+        let errors = errors.map(|found| found.errors).unwrap_or_default();
+        let shown: Vec<String> = errors.iter().map(|e| e.render_plain()).collect();
+        assert_eq!(shown.len(), usize::from(told), "{folder:?}: {shown:#?}");
+        let right = |text: &String| {
+            let place = "main.yaml:3:58: error: it is in no barn\n";
+            text.contains(place) && text.contains("help: carry it in")
+        };
+        assert!(shown.iter().all(right), "{shown:#?}");
+    }
 }

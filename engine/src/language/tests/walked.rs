@@ -87,6 +87,7 @@ pub(super) fn artifact(text: &str) -> Artifact {
         digest: Digest::of_bytes(text.as_bytes()),
         kind: ArtifactKind::File,
         size: 1,
+        executable: false,
     }
 }
 

@@ -37,13 +37,9 @@ impl Scheduler {
             metrics: result.metrics.clone(),
         };
         let again = self.item(place).counted.is_some() || self.recalled;
-        let finished = Arc::make_mut(&mut self.finished);
-        match finished
-            .iter_mut()
-            .find(|s| again && s.step == summary.step)
-        {
-            Some(earlier) => *earlier = summary,
-            None => finished.push(summary),
+        match again {
+            true => self.finished.put(summary),
+            false => self.finished.push(summary),
         }
         self.count(place, status);
         let event = |status, took_ms, why, metrics, from| RunEvent::StepFinished {
@@ -246,7 +242,7 @@ impl Scheduler {
             interrupted: !ok && self.worker.cancel.is_cancelled(),
             gate_failed: self.gate_failed,
             first_error: self.first_error.clone(),
-            steps: self.finished.as_ref().clone(),
+            steps: self.finished.to_vec(),
         }
     }
 }

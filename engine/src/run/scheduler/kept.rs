@@ -137,9 +137,10 @@ impl Scheduler {
             return;
         }
         self.recalled = true;
-        let finished = Arc::make_mut(&mut self.finished);
         for (i, _) in self.steps.iter().enumerate().filter(|(_, s)| s.kept) {
-            finished.extend(changed.summaries(i));
+            for summary in changed.summaries(i) {
+                self.finished.push(summary);
+            }
         }
     }
 }

@@ -28,17 +28,18 @@ use std::time::{Duration, Instant};
 use flowrun_cache::ActionKey;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use super::ready::Ready;
 use super::room::Room;
 use super::state::{ItemState, Phase, State, StepState};
-use super::together::Together;
+use super::together::{Together, most_together};
 use super::worker::{End, Looked, Trouble, Worker};
 use super::{Outputs, RunOptions, Selection};
 use crate::dag::{data_predecessors, predecessors, required_predecessors};
 use crate::event::RunEvent;
 use crate::expansion::{ActionRequest, expand, gather};
-use crate::pipeline::{Action, Pipeline, StepNode};
+use crate::pipeline::{Action, Pipeline, RunnerKind, StepNode};
 use crate::premises::Changed;
-use crate::step::{StepError, StepSummary};
+use crate::step::{Finished, StepError};
 
 /// How often one item may find its inputs damaged before it fails.
 const STALLS: u32 = 3;
@@ -72,7 +73,7 @@ pub(super) struct Scheduler {
     index: BTreeMap<String, usize>,
     /// Items to look up, and items to run. An entry counts only while the item's phase says so.
     looks: VecDeque<Place>,
-    ready: VecDeque<Place>,
+    ready: Ready,
     lookers: usize,
     room: Room,
     /// Steps of which it was said that they ask for more than there is.
@@ -82,7 +83,7 @@ pub(super) struct Scheduler {
     keys: BTreeMap<ActionKey, Vec<Place>>,
     /// Steps whose end the steps after them do not know yet.
     settled: VecDeque<usize>,
-    finished: Arc<Vec<StepSummary>>,
+    finished: Finished,
     /// The last run, when only what changed is looked at.
     changed: Option<Arc<Changed>>,
     /// What it finished is among `finished`.
@@ -169,13 +170,13 @@ impl Scheduler {
             changed: None,
             recalled: false,
             looks: VecDeque::new(),
-            ready: VecDeque::new(),
+            ready: Ready::default(),
             lookers: 0,
             beyond: BTreeSet::new(),
             running: 0,
             keys: BTreeMap::new(),
             settled: VecDeque::new(),
-            finished: Arc::default(),
+            finished: Finished::default(),
             stopping: None,
             counts: BTreeMap::new(),
             gate_failed: false,
@@ -229,24 +230,40 @@ impl Scheduler {
         while self.lookers < self.most_lookers() && !self.looks.is_empty() {
             self.start_looks();
         }
-        let mut no_room = VecDeque::new();
+        // Lines whose first item found no room are passed over.
+        let mut from = 0;
         while !self.room.is_full() {
-            let Some(place) = self.ready.pop_front() else {
+            let Some((head, place)) = self.ready.head(from) else {
                 break;
             };
-            let (step, item) = (&self.steps[place.0], self.item(place));
-            if !matches!(item.phase, Phase::Ready(..)) {
+            if !matches!(self.item(place).phase, Phase::Ready(..)) {
+                self.ready.pop(head);
                 continue;
             }
-            let label = item.request.label.as_deref();
-            if step.together.admits(&step.node, label) && self.room.fits(&step.node) {
-                self.start_attempt(place);
-            } else {
-                no_room.push_back(place);
+            match self.admitted(head, place) {
+                Some(place) => self.start_attempt(place),
+                None => from = head + 1,
             }
         }
-        no_room.append(&mut self.ready);
-        self.ready = no_room;
+    }
+
+    /// Takes the first item of a line that may run now; `first` is the line's first.
+    fn admitted(&mut self, head: u64, first: Place) -> Option<Place> {
+        if !self.room.fits(&self.steps[first.0].node) {
+            return None;
+        }
+        let (steps, one_step) = (&self.steps, levels(&self.steps[first.0].node) > 1);
+        let admits = |place: Place| {
+            let step = &steps[place.0];
+            let item = &step.items[place.1];
+            let label = item.request.label.as_deref();
+            matches!(item.phase, Phase::Ready(..)) && step.together.admits(&step.node, label)
+        };
+        // Where a step has several levels, one item may be held up by those around and the next not.
+        if admits(first) || one_step {
+            return self.ready.take(head, admits);
+        }
+        None
     }
 
     /// Lookers at once: those that ask a remote cache wait more than they work.
@@ -294,6 +311,17 @@ impl Scheduler {
         });
     }
 
+    /// How many processes may do the work of a step at the same time.
+    fn at_once(&self, at: usize) -> usize {
+        let step = &self.steps[at];
+        let node = &step.node;
+        if node.runner == RunnerKind::Inline {
+            return 1;
+        }
+        let items = step.items.len().min(most_together(node));
+        self.room.at_once(node).min(items).max(1)
+    }
+
     fn start_attempt(&mut self, place: Place) {
         let request = Arc::clone(&self.item(place).request);
         self.tell_beyond(place.0);
@@ -308,6 +336,7 @@ impl Scheduler {
         self.keys.insert(keyed.key, Vec::new());
         self.running += 1;
         self.room.take(&request.node);
+        let at_once = self.at_once(place.0);
         let step = &mut self.steps[place.0];
         step.busy += 1;
         step.together.add(&step.node, request.label.as_deref());
@@ -316,13 +345,12 @@ impl Scheduler {
             self.recall_finished();
         }
         let finished = match &request.node.action {
-            Action::Uses(_) => Arc::clone(&self.finished),
+            Action::Uses(_) => self.finished.clone(),
             // A command cannot see it.
-            Action::Run(_) => Arc::default(),
+            Action::Run(_) => Finished::default(),
         };
         tokio::task::spawn_blocking(move || {
-            let end = worker.attempt(&request, &keyed, why, &finished);
-            drop(finished);
+            let end = worker.attempt(&request, &keyed, why, &finished, at_once);
             // The scheduler listens while anything is under way.
             let _ = tell.send(Message::Ended(place, Box::new(end)));
         });
@@ -345,7 +373,7 @@ impl Scheduler {
             Looked::End(end) => self.ended(place, end),
             Looked::Miss { keyed, why } if !self.steps[place.0].stalled => {
                 self.set_phase(place, Phase::Ready(Arc::new(keyed), why));
-                self.ready.push_back(place);
+                self.ready.push(place, &self.steps[place.0].node);
             }
             Looked::Miss { .. } => {
                 self.set_phase(place, Phase::Stalled);
@@ -571,4 +599,11 @@ impl Scheduler {
     fn item_mut(&mut self, (step, item): Place) -> &mut ItemState {
         &mut self.steps[step].items[item]
     }
+}
+
+/// How many lists a step's items are of.
+fn levels(node: &StepNode) -> usize {
+    node.foreach
+        .as_ref()
+        .map_or(0, |foreach| foreach.levels.len())
 }

@@ -66,6 +66,7 @@ fn a_step_sees_what_finished_before_it() {
     let last = Toy::new("last", |ctx| {
         let seen: Vec<_> = ctx
             .finished
+            .to_vec()
             .iter()
             .map(|s| format!("{} {} {}", s.step, s.status, s.metrics["length"]))
             .collect();

@@ -66,6 +66,28 @@ fn an_output_that_cannot_be_published_has_the_others_taken_back() {
 }
 
 #[test]
+fn folders_that_were_made_for_what_is_not_published_do_not_stay() {
+    let bench = Bench::new().unwrap();
+    std::fs::write(bench.root().join("file"), "mine").unwrap();
+    std::fs::create_dir(bench.root().join("empty")).unwrap();
+    let long = format!("s/{}", "x".repeat(300));
+    // One cannot be put, the folder of one cannot be made.
+    for out in [long.as_str(), "file/out.txt"] {
+        let ran = bench.run(&[two("r/deep/a.txt", out)]);
+        assert!(!ran.summary.ok);
+        let ran = bench.run(&[two("empty/deep/a.txt", out)]);
+        assert!(!ran.summary.ok);
+        for folder in ["r", "s", "empty/deep"] {
+            assert!(!bench.root().join(folder).exists(), "{folder} for {out}");
+        }
+        assert!(bench.root().join("empty").is_dir(), "it is the user's");
+    }
+    let ran = bench.run(&[two("r/deep/a.txt", "s/b.txt")]);
+    assert!(ran.summary.ok);
+    assert_eq!(read(&bench.root().join("r/deep/a.txt")), "new");
+}
+
+#[test]
 fn a_file_in_the_way_of_a_folder_is_told_and_nothing_is_published() {
     let bench = Bench::new().unwrap();
     std::fs::write(bench.root().join("in"), "mine").unwrap();

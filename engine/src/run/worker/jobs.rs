@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use flowrun_cache::remote::folder_of;
 use flowrun_cache::{Cache, Depot, RemoteCache, RemoteOptions};
 
 use super::Worker;
@@ -68,7 +69,13 @@ impl Remotes {
         let opened = opened.get_or_init(|| {
             let way = match runner.settings.through {
                 Through::Folder => None,
-                Through::Remote => Some(self.way(name, world)?),
+                Through::Remote => {
+                    let way = self.way(name, world)?;
+                    if let Some(folder) = folder_of(way.depot.url()) {
+                        runner.kind.sees(&runner.own, &folder)?;
+                    }
+                    Some(way)
+                }
             };
             let system = runner.kind.open(&runner.own, world)?;
             let root = std::path::absolute(&world.root).unwrap_or_else(|_| world.root.clone());

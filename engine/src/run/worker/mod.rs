@@ -42,8 +42,7 @@ use crate::record::{log_path, timestamp};
 use crate::runner::{end_leftover, panicked, runner_of};
 use crate::sandbox::{Sandbox, inherited, timed_out};
 use crate::step::{
-    Cancel, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter, StepSummary,
-    World,
+    Cancel, Finished, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter, World,
 };
 use crate::warden::Warden;
 use crate::why::{Cause, why};
@@ -289,13 +288,15 @@ impl Worker {
         }
     }
 
-    /// Runs an action, with its retries. Never panics, whatever the step does.
+    /// Runs an action, with its retries; `at_once` says how many processes may do its step's work at
+    /// the same time. Never panics, whatever the step does.
     pub(super) fn attempt(
         &self,
         request: &ActionRequest,
         keyed: &Keyed,
         why: String,
-        finished: &Arc<Vec<StepSummary>>,
+        finished: &Finished,
+        at_once: usize,
     ) -> End {
         let started = Instant::now();
         self.send(RunEvent::StepStarted {
@@ -305,7 +306,7 @@ impl Worker {
             why: why.clone(),
         });
         let work = || {
-            let result = self.with_retries(request, keyed, finished)?;
+            let result = self.with_retries(request, keyed, finished, at_once)?;
             self.settle(request, result)
         };
         let result = catch_unwind(AssertUnwindSafe(work))
@@ -332,12 +333,13 @@ impl Worker {
         &self,
         request: &ActionRequest,
         keyed: &Keyed,
-        finished: &Arc<Vec<StepSummary>>,
+        finished: &Finished,
+        at_once: usize,
     ) -> Result<ActionResult, Trouble> {
         let retry = request.node.retry;
         let mut attempt = 1;
         loop {
-            let trouble = match self.once(request, keyed, finished) {
+            let trouble = match self.once(request, keyed, finished, at_once) {
                 Ok(result) => return Ok(result),
                 Err(trouble) => trouble,
             };
@@ -375,7 +377,8 @@ impl Worker {
         &self,
         request: &ActionRequest,
         keyed: &Keyed,
-        finished: &Arc<Vec<StepSummary>>,
+        finished: &Finished,
+        at_once: usize,
     ) -> Result<ActionResult, Trouble> {
         let started = Instant::now();
         let shape = Shape {
@@ -422,7 +425,8 @@ impl Worker {
                     started_at: SystemTime::now(),
                     completions: self.cache.completions(),
                     actions: self.step_actions(),
-                    finished: Arc::clone(finished),
+                    finished: finished.clone(),
+                    at_once,
                     reporter,
                     cancel,
                 };

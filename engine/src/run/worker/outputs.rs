@@ -30,12 +30,13 @@ impl Worker {
             let place = inside(out_dir, path)?;
             let value = if port.many {
                 self.store_list(&request.id, port, &place, outcome, shared)?
-            } else if place.exists() {
-                OutputValue::One(self.store(&place, shared)?)
-            } else if port.optional {
-                continue;
             } else {
-                return Err(missing(&request.id, &port.name, path));
+                match self.store(&place, shared) {
+                    Ok(artifact) => OutputValue::One(artifact),
+                    Err(error) if place.exists() => return Err(error),
+                    Err(_) if port.optional => continue,
+                    Err(_) => return Err(missing(&request.id, &port.name, path)),
+                }
             };
             let ty = port.ty.clone();
             outputs.insert(port.name.clone(), OutputRecord { ty, value });

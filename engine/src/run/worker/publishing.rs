@@ -172,7 +172,7 @@ impl Worker {
         let to = self.run_dir.join(REPLACED).join(inner);
         let folder = to.parent().unwrap_or(&self.run_dir);
         std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
-        // Links, modes and empty folders stay, unless the cache is on another file system.
+        // Links and all modes stay, unless the cache is on another file system.
         let moved = std::fs::rename(dest, &to).is_ok();
         if !moved && dest.is_symlink() && !dest.exists() {
             // Of a link that leads nowhere there is nothing else to keep.

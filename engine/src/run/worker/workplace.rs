@@ -92,12 +92,20 @@ impl Shelf {
             && self.used.len() >= AT_ONCE
             && let Some(folders) = working_folders()
         {
+            self.free = std::mem::take(&mut self.used);
+            let home = self
+                .free
+                .first()
+                .and_then(|scratch| scratch.path().parent());
+            // As the system names it, also behind a link.
+            let home = home.and_then(|home| home.canonicalize().ok());
             let in_use = |scratch: &Scratch| {
-                // As the system names it, also behind a link.
-                let path = scratch.path().canonicalize().unwrap_or_default();
+                let name = scratch.path().file_name();
+                let Some(path) = home.as_ref().zip(name).map(|(home, name)| home.join(name)) else {
+                    return true;
+                };
                 folders.iter().any(|folder| folder.starts_with(&path))
             };
-            self.free = std::mem::take(&mut self.used);
             // Those that are left out are removed.
             self.free.retain(|scratch| !in_use(scratch));
         }

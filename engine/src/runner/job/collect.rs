@@ -24,8 +24,33 @@ pub(super) struct Collector {
     looked: Option<Instant>,
     /// There may be more than was read.
     behind: bool,
-    /// Since when the store does not answer, and what was said of it last.
-    away: Option<(Instant, String)>,
+    /// Since when the store does not answer, and why the last time.
+    away: Option<(Instant, Trouble)>,
+}
+
+/// Why nothing was read.
+struct Trouble {
+    why: String,
+    /// It may be another time.
+    passes: bool,
+}
+
+impl From<DepotError> for Trouble {
+    fn from(error: DepotError) -> Self {
+        Self {
+            passes: error.passes(),
+            why: error.to_string(),
+        }
+    }
+}
+
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
+        Self {
+            passes: false,
+            why: error.to_string(),
+        }
+    }
 }
 
 impl Collector {
@@ -60,9 +85,9 @@ impl Collector {
         self.looked = Some(Instant::now());
         match self.collect() {
             Ok(()) => self.away = None,
-            Err(why) => {
+            Err(trouble) => {
                 let since = self.away.take().map(|(since, _)| since);
-                self.away = Some((since.unwrap_or_else(Instant::now), why));
+                self.away = Some((since.unwrap_or_else(Instant::now), trouble));
             }
         }
     }
@@ -82,28 +107,31 @@ impl Collector {
 
     /// For how long the store has not answered, and why.
     pub(super) fn away(&self) -> Option<(Duration, &str)> {
-        let (since, why) = self.away.as_ref()?;
-        Some((since.elapsed(), why))
+        let (since, trouble) = self.away.as_ref()?;
+        Some((since.elapsed(), &trouble.why))
     }
 
-    fn collect(&mut self) -> Result<(), String> {
+    /// A store that does not answer may do so later.
+    pub(super) fn may_come_back(&self) -> bool {
+        self.away.as_ref().is_none_or(|(_, trouble)| trouble.passes)
+    }
+
+    fn collect(&mut self) -> Result<(), Trouble> {
         self.behind = false;
-        let there = |e: DepotError| e.to_string();
-        let here = |e: io::Error| e.to_string();
         for _ in 0..AT_ONCE {
-            let Some(said) = self.shipment.said(self.next).map_err(there)? else {
-                if let Some(beat) = self.shipment.last_beat().map_err(there)? {
-                    self.lives(beat).map_err(here)?;
+            let Some(said) = self.shipment.said(self.next)? else {
+                if let Some(beat) = self.shipment.last_beat()? {
+                    self.lives(beat)?;
                 }
                 return Ok(());
             };
-            self.lives(said.beat).map_err(here)?;
+            self.lives(said.beat)?;
             // What it printed comes before its response.
-            let log = append(&self.attempt.log(), &said.log).map_err(here)?;
+            let log = append(&self.attempt.log(), &said.log)?;
             if let Err(error) = append(&self.attempt.messages(), &said.messages) {
                 // The note is read again.
                 log.take_back();
-                return Err(here(error));
+                return Err(error.into());
             }
             self.next += 1;
         }

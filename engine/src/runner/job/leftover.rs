@@ -13,6 +13,7 @@ use flowrun_cache::{Cache, Depot};
 use super::collect::Collector;
 use super::folder::{AttemptFolder, JobFolder, Ordered};
 use super::follow::{Answer, Follower};
+use super::patience::Patience;
 use super::shipment::Shipment;
 use super::watch::SILENCE;
 use crate::step::{Cancel, StepError, StepReporter};
@@ -53,8 +54,11 @@ pub(crate) fn end(
             depot.as_ref(),
             &|shipment| {
                 let (cache, folder) = keep;
-                let stop = || cancel.is_cancelled();
-                if let Err(error) = shipment.keep(cache, folder, LONGEST, &stop) {
+                let patience = Patience {
+                    longest: LONGEST,
+                    stop: &|| cancel.is_cancelled(),
+                };
+                if let Err(error) = shipment.keep(cache, folder, patience) {
                     reporter.warning(&format!("what the step saved cannot be kept: {error}"));
                 }
             },

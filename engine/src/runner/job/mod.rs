@@ -18,18 +18,22 @@
 //! | `post` | the other end |
 //! | `way` | how files reach the workers: in the folder, or through a remote store |
 //! | `shipment` | what lies in a remote store, where the workers do not see the folder |
+//! | `patience` | how a store that does not answer is asked again |
 //! | `collect` | makes the folder here say what the one there says |
+//! | `absence` | what becomes of a job while the remote store is away |
 //! | `outpost` | the other end, with a folder of its own |
 //! | `saving` | when what a step saved there is sent |
 //!
 //! Knows no job system. Invariant: at most one process works for one attempt, and an attempt
 //! that was ordered is followed by whoever runs the action next, not ordered again.
 
+mod absence;
 mod collect;
 mod folder;
 mod follow;
 mod leftover;
 mod outpost;
+mod patience;
 mod post;
 mod remote;
 mod saving;
@@ -74,6 +78,14 @@ pub trait JobKind: Send + Sync {
     /// # Errors
     /// When the settings cannot work here.
     fn open(&self, settings: &Value, world: &World) -> Result<Box<dyn JobSystem>, StepError>;
+    /// Whether the workers see the remote cache, which is this folder, as far as its own settings
+    /// tell. They know it by the same path.
+    ///
+    /// # Errors
+    /// When they do not.
+    fn sees(&self, _settings: &Value, _remote: &Path) -> Result<(), StepError> {
+        Ok(())
+    }
 }
 
 /// A job system that can be reached.

@@ -4,37 +4,32 @@
 //!
 //! Invariant: what the job made is in the store before its response is.
 
+mod courier;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use flowrun_cache::{
-    ArtifactStore, Cache, CompletionCache, Depot, DepotError, LockWait, OpenOptions, RemoteCache,
-    RemoteOptions,
-};
+use flowrun_cache::{ArtifactStore, Cache, Depot, OpenOptions, RemoteCache, RemoteOptions};
 
+use self::courier::{Begun, Courier, News, save};
 use super::folder::AttemptFolder;
-use super::follow::Growing;
+use super::patience::{A_DAY, Patience};
 use super::post::{Environment, Post, Request, exec_with};
 use super::saving::{Saving, Stored};
-use super::shipment::{CACHE, Order, PLACE, Said, Shipment, USER};
-use super::watch::BEAT;
+use super::shipment::{CACHE, Order, PLACE, Shipment, USER};
 use crate::runner::exec::{ExecError, Host};
 use crate::step::{Cancel, StepError};
 
-/// How long a store that does not answer is waited for at the beginning and the end of the work.
+/// How long a store that does not answer is waited for at the beginning of the work, and at the
+/// least at its end.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How long the last answers of language models may take.
 const LAST_ANSWERS: Duration = Duration::from_secs(60);
-/// How often answers of language models are sent: what is killed loses no more.
-const ANSWERS_EVERY: Duration = Duration::from_secs(30);
-/// Notes that are written at once at most: the job may not be wanted any more.
-const AT_ONCE: usize = 16;
 
 /// What an [`Outpost`] has of its own.
 pub struct Ground<'a> {
@@ -66,6 +61,7 @@ pub(super) struct Goods {
     /// Where the step saves what its next attempt can go on from.
     saved: Option<PathBuf>,
     cancel: Cancel,
+    offer: Offer,
     /// Held while something is sent of what the step saves; true once the work is over.
     over: Arc<Mutex<bool>>,
     /// Hears that the work begins.
@@ -101,12 +97,12 @@ impl Outpost {
         }
         let attempt = AttemptFolder::at(ground.scratch.join("job"));
         attempt.make().map_err(|e| no_job(&e))?;
-        let courier = Courier::start(&shipment, &attempt);
-        let cache = OpenOptions {
-            wait: LockWait::NoWait,
-            command: format!("job {id}"),
-            on_wait: None,
+        let offer = Offer {
+            taken: Instant::now(),
+            timeout: order.timeout,
         };
+        let courier = Courier::start(&shipment, &attempt, offer, cancel);
+        let cache = OpenOptions::no_wait(format!("job {id}"));
         let cache = Cache::open(&cache_dir, &cache).map_err(|e| no_job(&e))?;
         let remote = RemoteCache::open(&options, &cache_dir).map_err(|e| no_job(&e))?;
         let place = attempt.place();
@@ -148,6 +144,7 @@ impl Outpost {
                 lacks,
                 saved,
                 cancel: cancel.clone(),
+                offer,
                 over: Arc::default(),
                 begun: None,
             },
@@ -197,9 +194,11 @@ impl Goods {
         let place = self.attempt.place();
         let saved = self.saved.as_deref();
         let (cache, order) = (&self.cache, &self.order);
-        let stop = || self.is_unwanted();
-        self.shipment
-            .fetch(cache, order, &place, saved, PATIENCE, &stop)?;
+        let patience = Patience {
+            longest: PATIENCE,
+            stop: &|| self.is_unwanted(),
+        };
+        self.shipment.fetch(cache, order, &place, saved, patience)?;
         if let Some(begun) = &self.begun {
             // It listens until it is told of the end.
             let _ = begun.send(News::Begun(Begun {
@@ -221,9 +220,11 @@ impl Goods {
         self.remote.send_answers(&self.cache.completions());
         let delivered = match well {
             true => {
-                let stop = || self.is_unwanted();
-                self.shipment
-                    .deliver(&self.cache, &self.attempt, PATIENCE, &stop)
+                let patience = Patience {
+                    longest: self.offer.patience(),
+                    stop: &|| self.is_unwanted(),
+                };
+                self.shipment.deliver(&self.cache, &self.attempt, patience)
             }
             false => {
                 if let Some(saved) = self.saved.as_ref().filter(|saved| saved.exists()) {
@@ -258,6 +259,23 @@ impl Goods {
     }
 }
 
+/// How long what came of the work is offered to a store that does not answer: it lies here, and
+/// may have taken long.
+#[derive(Debug, Clone, Copy)]
+struct Offer {
+    /// When the job was taken.
+    taken: Instant,
+    /// The step's own.
+    timeout: Option<Duration>,
+}
+
+impl Offer {
+    fn patience(&self) -> Duration {
+        let left = |timeout: Duration| timeout.saturating_sub(self.taken.elapsed());
+        self.timeout.map_or(A_DAY, left).max(PATIENCE)
+    }
+}
+
 /// A path of an order as this machine has it.
 fn of_here(path: &Path, place: &Path, cache: &Path, user: &Path) -> PathBuf {
     for (sign, folder) in [(PLACE, place), (CACHE, cache), (USER, user)] {
@@ -271,234 +289,22 @@ fn of_here(path: &Path, place: &Path, cache: &Path, user: &Path) -> PathBuf {
     path.to_owned()
 }
 
-/// Passes on what the files of the attempt say, in a thread of its own, and stops the work once
-/// nobody wants it.
-struct Courier {
-    tell: Sender<News>,
-    thread: JoinHandle<()>,
-}
-
-/// What the thread is told.
-enum News {
-    /// The work begins.
-    Begun(Begun),
-    /// The work is over.
-    End,
-}
-
-/// What the work leaves on its way that is worth keeping.
-struct Begun {
-    remote: Arc<RemoteCache>,
-    /// Answers of language models come up here.
-    completions: Arc<CompletionCache>,
-    stored: Stored,
-    saving: Option<Saving>,
-    /// As that of [`Goods`].
-    over: Arc<Mutex<bool>>,
-    /// When answers were last sent.
-    sent: Instant,
-}
-
-/// Sends what the work leaves on its way, in a thread of its own: large files take long, and
-/// somebody has to show life meanwhile.
-struct Passing {
-    /// Nothing is ever told: it is over when this is gone.
-    over: Sender<()>,
-    thread: JoinHandle<()>,
-}
-
-impl Passing {
-    fn start(mut begun: Begun, shipment: Shipment) -> Self {
-        let (over, hears) = channel();
-        let thread = std::thread::spawn(move || {
-            while hears.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
-                begun.pass(&shipment);
-            }
-        });
-        Self { over, thread }
-    }
-
-    /// Returns when nothing more is sent.
-    fn end(self) {
-        drop(self.over);
-        let _ = self.thread.join();
-    }
-}
-
-impl Begun {
-    /// Sends what is due.
-    fn pass(&mut self, shipment: &Shipment) {
-        if self.sent.elapsed() >= ANSWERS_EVERY {
-            self.sent = Instant::now();
-            self.remote.send_answers(&self.completions);
-        }
-        let over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(saving) = self.saving.as_mut().filter(|_| !*over) {
-            saving.pass(|folder| match save(shipment, &mut self.stored, folder) {
-                Ok(sent) => sent,
-                Err(e) => {
-                    tracing::debug!("what the step saved was not sent: {e}");
-                    false
-                }
-            });
-        }
-    }
-}
-
-/// Sends what the step saved; false when it was written to meanwhile: what was sent before stands.
-fn save(shipment: &Shipment, stored: &mut Stored, folder: &Path) -> Result<bool, DepotError> {
-    let Some(artifact) = stored.put(folder)? else {
-        return Ok(false);
-    };
-    shipment.save(stored.store(), &artifact)?;
-    Ok(true)
-}
-
-impl Courier {
-    fn start(shipment: &Shipment, attempt: &AttemptFolder) -> Self {
-        let (tell, hears) = channel();
-        let mut telling = Telling {
-            shipment: shipment.clone(),
-            messages: Growing::new(attempt.messages()),
-            log: Growing::new(attempt.log()),
-            unsaid: None,
-            next: 1,
-            beat: 0,
-        };
-        let attempt = attempt.clone();
-        let thread = std::thread::spawn(move || telling.until_the_end(&attempt, &hears));
-        Self { tell, thread }
-    }
-
-    /// Returns when everything is said, or cannot be.
-    fn end(self) {
-        let _ = self.tell.send(News::End);
-        let _ = self.thread.join();
-    }
-}
-
-/// What was said so far.
-struct Telling {
-    shipment: Shipment,
-    messages: Growing,
-    log: Growing,
-    /// A note that is still to be written.
-    unsaid: Option<Vec<u8>>,
-    next: u64,
-    beat: u64,
-}
-
-impl Telling {
-    fn until_the_end(&mut self, attempt: &AttemptFolder, hears: &Receiver<News>) {
-        let mut passing = None;
-        loop {
-            let more = self.tell().unwrap_or_else(|e| {
-                tracing::debug!("nothing can be said: {e}");
-                false
-            });
-            if self.shipment.is_withdrawn().unwrap_or(false) {
-                attempt.cancel();
-            }
-            let pause = match more {
-                true => Duration::ZERO,
-                false => BEAT,
-            };
-            match hears.recv_timeout(pause) {
-                Ok(News::Begun(work)) => {
-                    passing = Some(Passing::start(work, self.shipment.clone()));
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Ok(News::End) | Err(RecvTimeoutError::Disconnected) => break,
-            }
-        }
-        let said = self.tell_all();
-        // It writes notes too.
-        if let Some(passing) = passing {
-            passing.end();
-        }
-        if let Err(e) = said {
-            tracing::warn!("the response cannot be given: {e}");
-            return;
-        }
-        // What was said after the runner had tidied up is heard by nobody.
-        if self.shipment.is_gone().unwrap_or(false) {
-            let _ = self.shipment.clear();
-        }
-    }
-
-    /// Says all that is left, with patience.
-    fn tell_all(&mut self) -> Result<(), DepotError> {
-        let started = Instant::now();
-        loop {
-            match self.tell() {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
-                Err(e) if !e.passes() || started.elapsed() > PATIENCE => return Err(e),
-                Err(_) => std::thread::sleep(BEAT),
-            }
-        }
-    }
-
-    /// Says what is new, or that somebody is here; true when there may be more to say.
-    fn tell(&mut self) -> Result<bool, DepotError> {
-        self.beat += 1;
-        let before = self.next;
-        for _ in 0..AT_ONCE {
-            if self.unsaid.is_none() {
-                let said = Said {
-                    beat: self.beat,
-                    messages: self.messages.more().unwrap_or_default(),
-                    log: self.log.more().unwrap_or_default(),
-                };
-                if said.messages.is_empty() && said.log.is_empty() {
-                    if self.next == before {
-                        self.shipment.show_life(self.beat)?;
-                    }
-                    return Ok(false);
-                }
-                self.unsaid = Some(said.to_bytes());
-            }
-            if let Some(bytes) = &self.unsaid {
-                self.shipment.say(self.next, bytes)?;
-                self.next += 1;
-                self.unsaid = None;
-            }
-        }
-        Ok(true)
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
-    fn much_is_said_in_rounds_and_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let options = RemoteOptions {
-            url: format!("file://{}", dir.path().join("store").display()),
-            read_only: false,
-            env: BTreeMap::new(),
+    fn what_was_made_is_offered_as_long_as_the_step_may_take() {
+        let patience = |timeout: Option<u64>| {
+            let timeout = timeout.map(Duration::from_secs);
+            let taken = Instant::now();
+            Offer { taken, timeout }.patience()
         };
-        let depot = Depot::open(&options, dir.path()).unwrap();
-        let shipment = Shipment::new(&Arc::new(depot), "id");
-        let attempt = AttemptFolder::at(dir.path().join("job"));
-        attempt.make().unwrap();
-        std::fs::write(attempt.log(), vec![b'x'; (AT_ONCE << 20) + 1]).unwrap();
-        let mut telling = Telling {
-            shipment: shipment.clone(),
-            messages: Growing::new(attempt.messages()),
-            log: Growing::new(attempt.log()),
-            unsaid: None,
-            next: 1,
-            beat: 0,
-        };
-        assert!(telling.tell().unwrap(), "there is more");
-        assert!(!telling.tell().unwrap());
-        let last = AT_ONCE as u64 + 1;
-        assert_eq!(shipment.said(last).unwrap().unwrap().log, b"x");
-        assert!(shipment.said(last + 1).unwrap().is_none());
+        assert_eq!(patience(None), A_DAY);
+        assert_eq!(patience(Some(1)), PATIENCE);
+        let hours = patience(Some(7200));
+        assert!(hours > PATIENCE && hours <= Duration::from_secs(7200));
     }
 
     #[test]

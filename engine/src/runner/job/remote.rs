@@ -5,42 +5,40 @@
 //! follows it. Invariant: when [`Remote::run`] returns with a result or an error of the step,
 //! nothing is left of the job.
 
+mod forgetting;
+mod supervision;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use flowrun_cache::{ActionKey, Digest};
 
 use super::collect::Collector;
 use super::folder::{AttemptFolder, JOB_VERSION, JobFolder, Ordered};
-use super::follow::{Answer, Follower};
+use super::follow::Answer;
 use super::leftover;
 use super::post::{Environment, Request};
 use super::shipment::{Input, Shipment};
-use super::watch::{BEAT, Verdict, Watch};
 use super::way::{Sight, Way, link_all};
 use super::{JobEnd, JobError, JobOrder, JobSettings, JobState, JobSystem};
 use crate::pipeline::Resources;
 use crate::step::{Cancel, StepError, StepErrorKind, StepOutcome, StepReporter};
 
-/// Wait between two looks into the folder; doubles up to the second one.
-const FIRST_LOOK: Duration = Duration::from_millis(50);
+/// Wait between two looks into the folder, in the end.
 const LOOK_EVERY: Duration = Duration::from_millis(400);
-/// Wait between two questions to the job system, before the work shows that it goes on and after.
-const ASK_EVERY: Duration = Duration::from_secs(1);
-const ASK_EVERY_ALIVE: Duration = Duration::from_secs(5);
 /// Wait between two attempts to order a job from a job system that does not answer.
 const ORDER_EVERY: Duration = Duration::from_secs(1);
-/// How long work that was asked to stop has to do so.
-const GRACE: Duration = Duration::from_secs(10);
+/// How long work that was asked to stop has to do so: the other end has a little less.
+const GRACE: Duration = Duration::from_secs(15);
 /// Hex digits of an id.
 const ID: usize = 20;
 
 /// A job system as the steps of a run use it.
 pub(crate) struct Remote {
-    system: Arc<dyn JobSystem>,
+    pub(super) system: Arc<dyn JobSystem>,
     pub(super) settings: JobSettings,
     /// This program as the workers find it.
     program: String,
@@ -291,9 +289,7 @@ impl Remote {
         if let (Some(way), Some(collector)) = (&self.way, collector) {
             let shipment = collector.shipment();
             if let Ended::Answered(Ok(_)) = &ended {
-                let patience = Duration::from_secs(self.settings.patience);
-                let stop = || errand.cancel.is_cancelled();
-                if let Err(error) = shipment.bring(&way.cache, attempt, patience, &stop) {
+                if let Err(error) = self.bring(errand, way, shipment, attempt) {
                     ended = Ended::Error(error);
                 }
             } else {
@@ -334,16 +330,6 @@ impl Remote {
         }
     }
 
-    /// Its process may not have ended yet, and nobody waits for that here. The job system is
-    /// asked without the lock: other steps do not wait for its answers.
-    fn forget_with_others(&self, id: &str) {
-        let over = || self.over.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut ids = std::mem::take(&mut *over());
-        ids.push(id.to_owned());
-        forget(self.system.as_ref(), &mut ids);
-        over().append(&mut ids);
-    }
-
     fn order(&self, errand: &Errand<'_>, order: &JobOrder<'_>) -> Result<(), Ended> {
         let started = Instant::now();
         let mut told = false;
@@ -375,179 +361,6 @@ impl Remote {
             std::thread::sleep(ORDER_EVERY);
         }
     }
-
-    fn follow(
-        &self,
-        errand: &Errand<'_>,
-        order: &JobOrder<'_>,
-        attempt: &AttemptFolder,
-        mut collector: Option<&mut Collector>,
-    ) -> Ended {
-        let started = Instant::now();
-        let patience = Duration::from_secs(self.settings.patience);
-        let mut follower = Follower::new(attempt, errand.reporter);
-        let mut watch = Watch::default();
-        let mut asked = None;
-        let mut looked = None;
-        let mut pause = FIRST_LOOK;
-        let mut told = false;
-        loop {
-            if let Some(collector) = collector.as_deref_mut() {
-                collector.look();
-            }
-            match follower.read() {
-                // Not this runner told it to stop: the job system knows who did.
-                Some(Err(error)) if is_foreign_stop(&error, errand) => {}
-                Some(answer) => return Ended::Answered(answer),
-                None => {}
-            }
-            if errand.cancel.is_cancelled() {
-                return self.stop(errand, order, attempt, &mut follower, collector);
-            }
-            if collector.as_deref().is_some_and(Collector::is_behind) {
-                continue;
-            }
-            // Nothing that the job system says can be judged by one who does not hear the job.
-            if let Some((since, why)) = collector.as_deref().and_then(Collector::away) {
-                if since > patience {
-                    return Ended::Lost(format!("{why}, for {} s", since.as_secs()));
-                }
-                if !told {
-                    told = true;
-                    errand.reporter.warning(&format!("{why}; waiting for it"));
-                }
-                std::thread::sleep(LOOK_EVERY);
-                continue;
-            }
-            let now = started.elapsed();
-            if looked.is_none_or(|at| now.saturating_sub(at) > BEAT / 2) {
-                looked = Some(now);
-                watch.beats(attempt.last_beat(), now);
-            }
-            let every = match watch.is_alive(now) {
-                true => ASK_EVERY_ALIVE,
-                false => ASK_EVERY,
-            };
-            let said = asked
-                .is_none_or(|at| now.saturating_sub(at) > every)
-                .then(|| self.system.state(order));
-            if let Some(said) = &said {
-                asked = Some(now);
-                self.hear(said, errand);
-            }
-            match watch.judge(said, now, patience) {
-                Verdict::Wait => {}
-                Verdict::Tell(text) => errand.reporter.warning(&text),
-                Verdict::Lost(why) => return Ended::Lost(why),
-                Verdict::Again => return Ended::Again,
-                Verdict::Failed(why) => {
-                    return Ended::Error(failed(order, &why, attempt, &mut follower));
-                }
-                Verdict::Hopeless(why) => {
-                    let _ = self.system.stop(order.id);
-                    let text = format!("{} cannot run the step: {why}", self.system.name());
-                    let help = "change what it asks for (`resources`, the runner's settings), or the cluster";
-                    return Ended::Error(StepError::failed(text).help(help));
-                }
-                Verdict::Stopped => {
-                    let text = format!("the job {} was stopped by somebody", order.id);
-                    return Ended::Error(StepError::failed(text));
-                }
-                Verdict::Refused(error) => return Ended::Error(step_error(error)),
-            }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(LOOK_EVERY);
-        }
-    }
-
-    fn hear(&self, said: &Result<JobState, JobError>, errand: &Errand<'_>) {
-        if said.is_ok() {
-            self.reached.store(true, Ordering::Relaxed);
-        }
-        if let Ok(JobState::Waiting { why, .. }) = said {
-            errand.reporter.progress(0, 0, "", &format!("waits: {why}"));
-        }
-    }
-
-    /// Stops a job and waits for its end, not for ever.
-    fn stop(
-        &self,
-        errand: &Errand<'_>,
-        order: &JobOrder<'_>,
-        attempt: &AttemptFolder,
-        follower: &mut Follower,
-        mut collector: Option<&mut Collector>,
-    ) -> Ended {
-        attempt.cancel();
-        if let Some(collector) = &collector
-            && let Err(error) = collector.shipment().withdraw()
-        {
-            let text = format!("the job {} could not be told to stop: {error}", order.id);
-            errand.reporter.warning(&text);
-        }
-        let stopped = self.system.stop(order.id);
-        if let Err(error) = &stopped {
-            let text = format!("the job {} could not be stopped: {error}", order.id);
-            errand.reporter.warning(&text);
-        }
-        let started = Instant::now();
-        while stopped.is_ok() && started.elapsed() < GRACE && !errand.cancel.is_killed() {
-            if let Some(collector) = collector.as_deref_mut() {
-                collector.look();
-            }
-            // What finished in the last moment is kept.
-            if let Some(answer @ Ok(_)) = follower.read() {
-                return Ended::Answered(answer);
-            }
-            let state = self.system.state(order);
-            if matches!(state, Ok(JobState::Ended(_) | JobState::Unknown)) {
-                break;
-            }
-            std::thread::sleep(LOOK_EVERY);
-        }
-        Ended::Cancelled
-    }
-}
-
-impl Drop for Remote {
-    /// Forgets the jobs that are over.
-    fn drop(&mut self) {
-        let over = self.over.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let mut over = std::mem::take(over);
-        let system = Arc::clone(&self.system);
-        // Clients that block may not be used on the run's own thread.
-        let thread = std::thread::spawn(move || {
-            let started = Instant::now();
-            while forget(system.as_ref(), &mut over)
-                && !over.is_empty()
-                && started.elapsed() < GRACE
-            {
-                std::thread::sleep(LOOK_EVERY);
-            }
-        });
-        // It has nothing to tell.
-        let _ = thread.join();
-    }
-}
-
-/// Removes those that are gone, or that the job system will not let go. False when it does not
-/// answer: the others are not tried then.
-pub(super) fn forget(system: &dyn JobSystem, over: &mut Vec<String>) -> bool {
-    let mut answers = true;
-    over.retain(|id| {
-        if !answers {
-            return true;
-        }
-        match system.forget(id) {
-            Ok(gone) => !gone,
-            Err(JobError::Unreachable(_)) => {
-                answers = false;
-                true
-            }
-            Err(JobError::Refused { .. }) => false,
-        }
-    });
-    answers
 }
 
 /// Removes the notes of a job from the remote store; false when they stay.
@@ -559,11 +372,6 @@ fn clear(errand: &Errand<'_>, shipment: &Shipment, id: &str) -> bool {
         errand.reporter.log(&text);
     }
     cleared.is_ok()
-}
-
-/// The other end was told to stop, and not by this runner: a preempted job, a drained node.
-fn is_foreign_stop(error: &StepError, errand: &Errand<'_>) -> bool {
-    error.kind == StepErrorKind::Cancelled && !errand.cancel.is_cancelled()
 }
 
 fn finished(
@@ -589,32 +397,6 @@ fn step_error(error: JobError) -> StepError {
             help,
             ..StepError::failed(text)
         },
-    }
-}
-
-/// The error of a job that ended without a response.
-fn failed(
-    order: &JobOrder<'_>,
-    why: &str,
-    attempt: &AttemptFolder,
-    follower: &mut Follower,
-) -> StepError {
-    let id = order.id;
-    let begun = attempt.is_claimed();
-    let last = match begun {
-        true => follower.last_words(),
-        false => attempt.console(),
-    };
-    let text = format!("the job {id} failed: {why}\n{last}");
-    let error = StepError::failed(text.trim_end());
-    match (begun, order.folder) {
-        (true, _) => error,
-        (false, Some(_)) => error.help(
-            "the workers must have this program and see the cache folder; where their paths differ, say so with `program` and `shared` of the runner; where they see no folder of this machine, with `through: remote`",
-        ),
-        (false, None) => error.help(
-            "the workers must have this program (`program` of the runner), reach the remote store, and have its credentials in their own environment",
-        ),
     }
 }
 

@@ -120,19 +120,14 @@ fn seen(folder: &Path) -> Vec<Seen> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use flowrun_cache::{Cache, LockWait, OpenOptions};
+    use flowrun_cache::{Cache, OpenOptions};
 
     use super::*;
 
     #[test]
     fn of_what_was_saved_only_the_last_is_stored_and_nothing_else_is_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".to_owned(),
-            on_wait: None,
-        };
-        let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), &OpenOptions::no_wait("test")).unwrap();
         let store = cache.store();
         let input = store.put_bytes(b"input").unwrap();
         let mut stored = Stored::new(store, [&input]);

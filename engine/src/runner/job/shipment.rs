@@ -17,13 +17,14 @@
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use flowrun_cache::{Artifact, ArtifactStore, Cache, Depot, DepotError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::folder::AttemptFolder;
+use super::patience::Patience;
 use super::post::Request;
 use crate::step::{StepError, StepErrorKind};
 
@@ -34,8 +35,6 @@ pub(super) const SHIPMENT_VERSION: u32 = 1;
 pub(super) const PLACE: &str = "@place";
 pub(super) const CACHE: &str = "@cache";
 pub(super) const USER: &str = "@user";
-/// Wait between two tries at a store that does not answer.
-const AGAIN: Duration = Duration::from_secs(1);
 /// A note that says all by being there: not every store keeps an empty one.
 const MARK: &[u8] = b"\n";
 /// Bytes of the first line of a note of what was said, at most.
@@ -63,6 +62,9 @@ pub(super) struct Order {
     pub(super) secrets: Vec<String>,
     /// Names of variables that the work gets where the worker has them.
     pub(super) handed: Vec<String>,
+    /// The step's own: nobody waits for the result longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) timeout: Option<Duration>,
 }
 
 /// An artifact that goes in.
@@ -224,20 +226,15 @@ impl Shipment {
     }
 
     /// Gets what the work reads, and places it; what an earlier attempt saved comes to `saved`.
-    /// `patience` for a store that does not answer.
     pub(super) fn fetch(
         &self,
         cache: &Cache,
         order: &Order,
         place: &Path,
         saved: Option<&Path>,
-        patience: Duration,
-        stop: &dyn Fn() -> bool,
+        patience: Patience<'_>,
     ) -> Result<(), StepError> {
-        let get = |artifact: &Artifact| {
-            let got = patiently(patience, stop, || self.depot.get(cache, artifact));
-            got.map_err(step_error)
-        };
+        let get = |artifact: &Artifact| patience.with(|| self.depot.get(cache, artifact));
         if let (Some(artifact), Some(path)) = (&order.saved, saved) {
             get(artifact)?;
             copy(cache, artifact, path)?;
@@ -264,33 +261,27 @@ impl Shipment {
         self.depot.write(&self.note("saved"), json(saved))
     }
 
-    /// Brings what the step saved into a folder here, if it saved anything. `patience` for a store
-    /// that does not answer.
+    /// Brings what the step saved into a folder here, if it saved anything.
     pub(super) fn keep(
         &self,
         cache: &Cache,
         folder: &Path,
-        patience: Duration,
-        stop: &dyn Fn() -> bool,
+        patience: Patience<'_>,
     ) -> Result<(), StepError> {
-        let saved = patiently(patience, stop, || self.depot.read(&self.note("saved")));
-        let Some(saved) = saved.map_err(step_error)? else {
+        let Some(saved) = patience.with(|| self.depot.read(&self.note("saved")))? else {
             return Ok(());
         };
         let artifact: Artifact = parse(&saved).map_err(StepError::failed)?;
-        let got = patiently(patience, stop, || self.depot.get(cache, &artifact));
-        got.map_err(step_error)?;
+        patience.with(|| self.depot.get(cache, &artifact))?;
         copy(cache, &artifact, folder)
     }
 
-    /// Sends what the work made, `out` of the attempt, and says so. `patience` for a store that
-    /// does not answer.
+    /// Sends what the work made, `out` of the attempt, and says so.
     pub(super) fn deliver(
         &self,
         cache: &Cache,
         attempt: &AttemptFolder,
-        patience: Duration,
-        stop: &dyn Fn() -> bool,
+        patience: Patience<'_>,
     ) -> Result<(), StepError> {
         let out = attempt.place().join("out");
         let folders = folders(&out).map_err(|e| StepError::io(&out, &e))?;
@@ -300,12 +291,11 @@ impl Shipment {
             artifact: artifact.map_err(|e| StepError::failed(e.to_string()))?,
             folders,
         };
-        let sent = patiently(patience, stop, || {
+        patience.with(|| {
             self.depot
                 .send(cache.store(), vec![made.artifact.clone()])?;
             self.depot.write(&self.note("made"), json(&made))
-        });
-        sent.map_err(step_error)
+        })
     }
 
     /// Gets what the work made into `out` of the attempt here.
@@ -313,20 +303,17 @@ impl Shipment {
         &self,
         cache: &Cache,
         attempt: &AttemptFolder,
-        patience: Duration,
-        stop: &dyn Fn() -> bool,
+        patience: Patience<'_>,
     ) -> Result<(), StepError> {
         let out = attempt.place().join("out");
         let lost = |what: &str| {
             let text = format!("the job {} ended well, but {what}", self.id);
             StepError::new(StepErrorKind::Transient, text)
         };
-        let made = patiently(patience, stop, || self.depot.read(&self.note("made")));
-        let made = made.map_err(step_error)?;
+        let made = patience.with(|| self.depot.read(&self.note("made")))?;
         let made = made.ok_or_else(|| lost("what it made is not in the remote store"))?;
         let made: Made = parse(&made).map_err(|e| lost(&e))?;
-        let got = patiently(patience, stop, || self.depot.get(cache, &made.artifact));
-        got.map_err(step_error)?;
+        patience.with(|| self.depot.get(cache, &made.artifact))?;
         copy(cache, &made.artifact, &out)?;
         for folder in &made.folders {
             let folder = inside(&out, folder)?;
@@ -340,23 +327,6 @@ impl Shipment {
         // First of all, so that a kill leaves nothing to begin with.
         self.depot.remove(&self.note("order"))?;
         self.depot.clear(&self.id)
-    }
-}
-
-/// Does it again while that may help and `stop` does not say otherwise.
-pub(super) fn patiently<T>(
-    patience: Duration,
-    stop: &dyn Fn() -> bool,
-    mut work: impl FnMut() -> Result<T, DepotError>,
-) -> Result<T, DepotError> {
-    let started = Instant::now();
-    loop {
-        match work() {
-            Err(error) if error.passes() && !stop() && started.elapsed() < patience => {
-                std::thread::sleep(AGAIN);
-            }
-            ended => return ended,
-        }
     }
 }
 
@@ -429,17 +399,12 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use flowrun_cache::{LockWait, OpenOptions, RemoteOptions};
+    use flowrun_cache::{OpenOptions, RemoteOptions};
 
     use super::*;
 
     fn cache(dir: &Path) -> Cache {
-        let options = OpenOptions {
-            wait: LockWait::NoWait,
-            command: "test".to_owned(),
-            on_wait: None,
-        };
-        Cache::open(dir, &options).unwrap()
+        Cache::open(dir, &OpenOptions::no_wait("test")).unwrap()
     }
 
     #[test]
@@ -454,7 +419,11 @@ mod tests {
         let depot = Arc::new(Depot::open(&options, here.dir()).unwrap());
         let shipment = Shipment::new(&depot, "id");
         let (saved, kept) = (dir.path().join("saved"), dir.path().join("deep/kept"));
-        let keep = || shipment.keep(&here, &kept, Duration::ZERO, &|| false);
+        let patience = Patience {
+            longest: Duration::ZERO,
+            stop: &|| false,
+        };
+        let keep = || shipment.keep(&here, &kept, patience);
         keep().unwrap();
         assert!(!kept.exists(), "nothing was saved");
         for text in ["first", "second"] {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use flowrun_cache::{Cache, Depot};
 
 use super::folder::AttemptFolder;
+use super::patience::Patience;
 use super::post::Request;
 use super::remote::{Errand, Remote};
 use super::shipment::{self, Order, SHIPMENT_VERSION, Shipment};
@@ -102,13 +103,21 @@ impl Remote {
             folders,
             secrets: names(&errand.environment.secrets),
             handed: names(&errand.environment.handed),
+            timeout: errand.timeout,
         };
         // What shows that there is a job, for whoever comes upon the folder.
         attempt.write_request(&order.request).map_err(io)?;
-        let patience = Duration::from_secs(self.settings.patience);
         let stop = || errand.cancel.is_cancelled();
-        let sent = shipment::patiently(patience, &stop, || shipment.order(&way.cache, &order));
-        sent.map_err(shipment::step_error)
+        let patience = self.patience(&stop);
+        patience.with(|| shipment.order(&way.cache, &order))
+    }
+
+    /// With a store that does not answer.
+    pub(super) fn patience<'a>(&self, stop: &'a dyn Fn() -> bool) -> Patience<'a> {
+        Patience {
+            longest: Duration::from_secs(self.settings.patience),
+            stop,
+        }
     }
 
     /// Keeps here what the step saved there: the next attempt goes on from it, wherever it runs.
@@ -116,9 +125,9 @@ impl Remote {
         let Some(way) = &self.way else {
             return;
         };
-        let patience = Duration::from_secs(self.settings.patience);
         let stop = || errand.cancel.is_cancelled();
-        if let Err(error) = shipment.keep(&way.cache, &errand.saved, patience, &stop) {
+        let patience = self.patience(&stop);
+        if let Err(error) = shipment.keep(&way.cache, &errand.saved, patience) {
             let text = format!("what the step saved cannot be kept: {error}");
             errand.reporter.warning(&text);
         }

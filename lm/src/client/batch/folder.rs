@@ -109,5 +109,5 @@ impl Folder {
 }
 
 fn broken(path: &Path, why: &dyn std::fmt::Display) -> LmError {
-    LmError::Rejected(format!("{}: {why}", path.display()))
+    LmError::Unavailable(format!("{}: {why}", path.display()))
 }

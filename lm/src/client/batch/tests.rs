@@ -1,15 +1,16 @@
 //! Batches against a server of files and batches on loopback.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use super::folder::{KEPT, ORDER};
+use super::folder::{KEPT, ORDER, Order};
 use super::*;
-use crate::lm::{Budget, Message, Role, Sampling};
+use crate::client::tests::read_message;
+use crate::lm::{Budget, Message, Role, Sampling, Spending};
 
 /// What stands in a line for a text: `response` and `error`.
 type Line = dyn Fn(usize, &str) -> Value + Send + Sync;
@@ -29,6 +30,8 @@ struct Inner {
     gone: AtomicBool,
     /// The lines of each file that came, which is the batch of the same number.
     files: Mutex<Vec<Vec<Value>>>,
+    /// Batches that were made.
+    made: AtomicUsize,
 }
 
 fn serve(line: impl Fn(usize, &str) -> Value + Send + Sync + 'static) -> Server {
@@ -40,6 +43,7 @@ fn serve(line: impl Fn(usize, &str) -> Value + Send + Sync + 'static) -> Server 
         failing: AtomicBool::new(false),
         gone: AtomicBool::new(false),
         files: Mutex::default(),
+        made: AtomicUsize::new(0),
     });
     let shared = Arc::clone(&inner);
     std::thread::spawn(move || {
@@ -53,19 +57,7 @@ fn serve(line: impl Fn(usize, &str) -> Value + Send + Sync + 'static) -> Server 
 
 impl Inner {
     fn serve(&self, mut stream: &TcpStream) -> Option<()> {
-        let mut reader = BufReader::new(stream);
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            if reader.read_line(&mut head).ok()? == 0 {
-                return None;
-            }
-        }
-        let lower = head.to_lowercase();
-        let length = lower
-            .lines()
-            .find_map(|line| line.strip_prefix("content-length: "));
-        let mut body = vec![0; length.map_or(0, |text| text.trim().parse().unwrap())];
-        reader.read_exact(&mut body).ok()?;
+        let (head, body) = read_message(stream)?;
         let body = String::from_utf8(body).unwrap();
         let mut words = head.split(' ');
         let (method, path) = (words.next()?, words.next()?);
@@ -83,6 +75,7 @@ impl Inner {
             }
             ("POST", ["batches"]) => {
                 let order: Value = serde_json::from_str(&body).unwrap();
+                self.made.fetch_add(1, Ordering::SeqCst);
                 self.state(order["input_file_id"].as_str()?).to_string()
             }
             ("GET", ["batches", id]) => self.state(id).to_string(),
@@ -133,11 +126,13 @@ impl Server {
         files.iter().map(Vec::len).collect()
     }
 
-    /// A client of a run in this folder.
+    /// A client of a run in this folder, which may be stopped once there is a batch.
     fn client(&self, folder: &Path, ledger: Option<Ledger>, told: Told, stopped: bool) -> Batched {
         let spec = json!({"base_url": self.url, "model": "m", "batch": true});
         let spec: OpenAiSpec = serde_json::from_value(spec).unwrap();
-        let api = Api::new(&spec, None, Arc::new(move || stopped)).unwrap();
+        let inner = Arc::clone(&self.inner);
+        let is_stopped = move || stopped && inner.made.load(Ordering::SeqCst) > 0;
+        let api = Api::new(&spec, None, Arc::new(is_stopped)).unwrap();
         Batched::new(&spec, api, folder.to_owned(), ledger, told)
     }
 
@@ -159,7 +154,7 @@ fn unheard() -> Told {
     Box::new(|_, _, _| {})
 }
 
-fn ask(client: &Batched, texts: &[&str]) -> Vec<Result<String, LmError>> {
+fn requests(texts: &[&str]) -> Vec<Request> {
     let request = |text: &&str| Request {
         messages: vec![Message {
             role: Role::User,
@@ -168,8 +163,11 @@ fn ask(client: &Batched, texts: &[&str]) -> Vec<Result<String, LmError>> {
         sampling: Sampling::default(),
         choices: None,
     };
-    let requests: Vec<Request> = texts.iter().map(request).collect();
-    let answers = client.complete(&requests, &|_, _| {});
+    texts.iter().map(request).collect()
+}
+
+fn ask(client: &Batched, texts: &[&str]) -> Vec<Result<String, LmError>> {
+    let answers = client.complete(&requests(texts), &|_, _| {});
     let text = |answer: Answer| answer.map(|answer| answer.text);
     answers.into_iter().map(text).collect()
 }
@@ -245,6 +243,22 @@ fn what_the_own_order_left_out_has_no_answer() {
 }
 
 #[test]
+fn answers_that_could_not_be_kept_are_still_at_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(|_, text| answered(text));
+    let client = server.client(folder.path(), None, unheard(), false);
+    let full = LmError::Barred("the disk is full".to_owned());
+    let answers = client.complete(&requests(&["a", "b"]), &|_, _| client.bar(&full));
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert!(folder.path().join(ORDER).exists());
+    assert_eq!(ask(&client, &["c"]), [Err(full.clone())]);
+    // The next run has them without another order.
+    assert_eq!(server.ask(folder.path(), &["a", "b"]), ok(&["a", "b"]));
+    assert_eq!(server.batches(), [2]);
+    assert!(!folder.path().join(ORDER).exists());
+}
+
+#[test]
 fn a_batch_whose_answers_are_gone_is_ordered_anew() {
     let folder = tempfile::tempdir().unwrap();
     let server = serve(|_, text| answered(text));
@@ -295,7 +309,7 @@ fn a_refused_batch_costs_nothing_and_blocks_nothing() {
     let room = || Some(ledger(folder.path(), 1100));
     let client = server.client(folder.path(), room(), unheard(), false);
     let answers = ask(&client, &["a"]);
-    let Err(LmError::Rejected(why)) = &answers[0] else {
+    let Err(LmError::Barred(why)) = &answers[0] else {
         unreachable!("{answers:?}");
     };
     assert!(
@@ -315,7 +329,7 @@ fn an_old_order_that_was_refused_is_placed_anew() {
     server.order(folder.path(), &["a"]);
     server.inner.failing.store(true, Ordering::SeqCst);
     let answers = server.ask(folder.path(), &["a"]);
-    assert!(matches!(&answers[0], Err(LmError::Rejected(_))));
+    assert!(matches!(&answers[0], Err(LmError::Barred(_))));
     assert_eq!(server.batches(), [1, 1]);
     server.inner.failing.store(false, Ordering::SeqCst);
     assert_eq!(server.ask(folder.path(), &["a"]), ok(&["a"]));

@@ -5,8 +5,7 @@ use flowrun_engine::step::{Cancel, StepError, World};
 use serde_json::{Value, json};
 
 use super::{Content, Facts, File, Target, text};
-use crate::bundle::{ADAPTER, Bundle};
-use crate::checkpoint::Checkpoint;
+use crate::bundle::Bundle;
 use crate::leakage::lineage_of;
 use crate::models::{ModelSpec, local};
 
@@ -26,12 +25,7 @@ const TOKENIZER: [&str; 4] = [
 
 /// Which rows it came from, as far as that is known; null where it is not.
 fn lineage(bundle: &Bundle) -> Result<Value, StepError> {
-    let folder = bundle.folder.join(ADAPTER);
-    let checkpoint = match folder.is_dir() {
-        true => Some(Checkpoint::load(&folder)?),
-        false => None,
-    };
-    let lineage = lineage_of(&bundle.program, checkpoint.as_ref());
+    let lineage = lineage_of(&bundle.program, bundle.checkpoint()?.as_ref());
     Ok(lineage.map_or(Value::Null, |lineage| {
         let sets = lineage.sets().into_iter();
         let sets: Vec<Value> = sets
@@ -51,7 +45,9 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     };
     let base = facts.settings.base_model.clone();
     let base = base.or_else(|| weights.and_then(|weights| weights.hf.clone()));
+    let told = Some(bundle.template_arguments()?).filter(|told| !told.is_empty());
     let more = [
+        ("told", json!(told)),
         ("base", json!(base)),
         ("weights", json!(weights)),
         ("adapter", json!(adapter.is_some())),

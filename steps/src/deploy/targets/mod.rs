@@ -336,8 +336,9 @@ impl Facts<'_> {
             entry["guided"] = serde_json::json!(spec.guided);
             entry["body"] = serde_json::json!(spec.body);
         }
-        let told = self.manifest().model.as_ref();
-        if let Some(told) = told.and_then(ModelSpec::chat_template_kwargs) {
+        // There is no checkpoint beside it that would say so.
+        let told = self.bundle.template_arguments()?;
+        if !told.is_empty() {
             entry["chat_template_kwargs"] = serde_json::json!(told);
         }
         let model: ModelSpec =

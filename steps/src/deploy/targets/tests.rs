@@ -32,6 +32,7 @@ fn bundle(dir: &Path) -> Bundle {
             base: "b".to_owned(),
         }),
         hosted: None,
+        chat_template_kwargs: None,
         lineage: None,
     };
     checkpoint.save(&adapter).unwrap();
@@ -310,6 +311,40 @@ fn a_card_says_which_rows_the_model_came_from() {
         "{known}"
     );
     assert!(!known.contains("not known"), "{known}");
+}
+
+#[test]
+fn what_a_checkpoint_was_told_in_training_reaches_the_model_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bundle = bundle(dir.path());
+    let folder = bundle.folder.join(ADAPTER);
+    let told = json!({"enable_thinking": false});
+    let mut checkpoint = Checkpoint::load(&folder).unwrap();
+    checkpoint.chat_template_kwargs = serde_json::from_value(told.clone()).unwrap();
+    checkpoint.save(&folder).unwrap();
+    let rendered =
+        |bundle: &Bundle, target: &str| render(target, bundle, &settings(), &World::default());
+    for target in ["vllm", "ray-serve"] {
+        let files = rendered(&bundle, target).unwrap();
+        let manifest: serde_json::Value =
+            serde_json::from_str(file(&files, "gateway/bundle.json")).unwrap();
+        assert_eq!(manifest["model"]["chat_template_kwargs"], told, "{target}");
+    }
+    let files = rendered(&bundle, "hugging-face").unwrap();
+    let card = file(&files, "README.md");
+    assert!(
+        card.contains("told `{\"enable_thinking\":false}`"),
+        "{card}"
+    );
+
+    // An entry that says something else is not deployed.
+    let Some(ModelSpec::Embedded(spec)) = &mut bundle.manifest.model else {
+        unreachable!("it was an embedded model");
+    };
+    spec.chat_template_kwargs = [("enable_thinking".to_owned(), json!(true))].into();
+    let error = rendered(&bundle, "vllm").unwrap_err();
+    let said = "was trained with `chat_template_kwargs: {\"enable_thinking\":false}`";
+    assert!(error.message.contains(said), "{}", error.message);
 }
 
 #[test]

@@ -3,12 +3,15 @@
 //!
 //! Field names as in `trainer`.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::trainer::Trainer;
 use super::{CommandSpec, base_name};
 use crate::finetune::Params;
 use crate::finetune::declared::{Beyond, Declared, Refusal, Said};
+use crate::models::ModelSpec;
 
 /// Fields that say what makes an adapter more than plain LoRA.
 const BEYOND: [(Trainer, &str, Beyond); 9] = [
@@ -45,6 +48,13 @@ impl CommandSpec {
     /// The program's name.
     pub(in crate::finetune) fn program(&self) -> &'static str {
         self.trainer.name()
+    }
+
+    /// What the program tells the chat template in training, where that is known: some are told
+    /// in their own words.
+    pub(in crate::finetune) fn told(&self, model: &ModelSpec) -> Option<BTreeMap<String, Value>> {
+        let told = || model.chat_template_kwargs().cloned().unwrap_or_default();
+        self.trainer.tells_the_template().then(told)
     }
 
     /// What the step would refuse of these settings.

@@ -113,7 +113,7 @@ pub(super) fn train(
     {
         ctx.reporter
             .log("an earlier attempt has trained to the end");
-        return take_over(ctx, params, &found);
+        return take_over(ctx, params, spec, &found);
     }
     let from = spec.trainer.goes_on_from(&out);
     match &from {
@@ -147,20 +147,26 @@ pub(super) fn train(
     let mut env = ctx.world.env.clone();
     env.extend(spec.env.clone());
     process::run(&argv, turn, folder, &env, &lines, &ctx.cancel)?;
-    take_over(ctx, params, &collect::collect(&out, spec.trainer.name())?)
+    let found = collect::collect(&out, spec.trainer.name())?;
+    take_over(ctx, params, spec, &found)
 }
 
 /// Makes the program's checkpoints the step's own.
 fn take_over(
     ctx: &StepContext,
     params: &Params,
+    spec: &CommandSpec,
     collected: &Collected,
 ) -> Result<StepOutcome, StepError> {
     let base = base_id(ctx, params)?;
+    let told = spec.told(&params.model);
     Checkpoint::base().save(&ctx.output("base"))?;
     let mut labels = Vec::new();
     for found in &collected.checkpoints {
-        let checkpoint = Checkpoint::of_adapter(&found.folder, found.epoch, found.step, &base)?;
+        let checkpoint = Checkpoint {
+            chat_template_kwargs: told.clone(),
+            ..Checkpoint::of_adapter(&found.folder, found.epoch, found.step, &base)?
+        };
         let to = ctx.output_item("checkpoints", &checkpoint.name)?;
         for file in collect::FILES {
             folder::copy(&found.folder.join(file), &to.join(file))?;

@@ -33,6 +33,8 @@ impl Training<'_> {
                 step: model.step,
                 adapter: None,
                 hosted: Some(model.id),
+                // Only the server knows what it tells its template.
+                chat_template_kwargs: None,
                 lineage: None,
             };
             let to = self.ctx.output_item("checkpoints", &checkpoint.name)?;

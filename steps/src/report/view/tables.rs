@@ -6,7 +6,7 @@ use flowrun_lm::calibration::ReliabilityBin;
 use flowrun_lm::stats::LabelScore;
 use serde::Serialize;
 
-use super::super::data::{Comparison, CostRow, DevScore, ErrorRow, Report, StepCost, TestScore};
+use super::super::data::{Comparison, CostRow, ErrorRow, Report, Score, StepCost};
 use super::super::words::{dollars, duration, p_value, percent, plural, short_name, thousands};
 use super::interval;
 use crate::scores::Leakage;
@@ -87,9 +87,9 @@ pub(super) struct StepRow {
     cost: String,
 }
 
-pub(super) fn dev_rows(report: &Report) -> Vec<ScoreRow> {
-    let row = |score: &DevScore| ScoreRow {
-        role: "",
+pub(super) fn score_rows(scores: &[Score]) -> Vec<ScoreRow> {
+    let row = |score: &Score| ScoreRow {
+        role: score.role_name(),
         model: score.model.clone(),
         program: score.program.as_str(),
         n: thousands(score.n),
@@ -101,24 +101,7 @@ pub(super) fn dev_rows(report: &Report) -> Vec<ScoreRow> {
         clean: clean(score.leakage.as_ref()),
         sort: score.accuracy,
     };
-    report.dev.iter().map(row).collect()
-}
-
-pub(super) fn test_rows(report: &Report) -> Vec<ScoreRow> {
-    let row = |score: &TestScore| ScoreRow {
-        role: score.role.as_str(),
-        model: score.model.clone(),
-        program: score.program.as_str(),
-        n: thousands(score.n),
-        right: thousands(score.correct),
-        wrong: thousands(score.n.saturating_sub(score.correct + score.parse_failures)),
-        unread: thousands(score.parse_failures),
-        accuracy: percent(score.accuracy),
-        interval: interval(score.low, score.high),
-        clean: clean(score.leakage.as_ref()),
-        sort: score.accuracy,
-    };
-    report.test.iter().map(row).collect()
+    scores.iter().map(row).collect()
 }
 
 pub(super) fn comparison_rows(report: &Report, names: &[&str], mark: &str) -> Vec<ComparisonRow> {

@@ -3,7 +3,10 @@
 //!
 //! | file | does |
 //! |---|---|
-//! | this one | settings; order, look, stop, forget |
+//! | this one | order, stop, forget |
+//! | `look` | the jobs of the project at one time |
+//! | `waiting` | why a job waits |
+//! | `settings` | what the pipeline says of the cluster |
 //! | `manifest` | the Job that is ordered |
 //! | `outcome` | what a Job and its pod say; pure |
 //! | `kubectl` | raw requests |
@@ -12,98 +15,34 @@
 //! Not run on a cluster: `docs/connected.md` says what was.
 
 mod kubectl;
+mod look;
 mod manifest;
 mod outcome;
+mod settings;
+mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use flowrun_cache::Digest;
 use flowrun_engine::runner::{JobEnd, JobError, JobKind, JobOrder, JobState, JobSystem};
 use flowrun_engine::step::{StepError, World};
-use nix::unistd::{getegid, geteuid};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use self::kubectl::{CallError, Kubectl};
+use self::look::{LOOK_EVERY, Looked};
 use self::manifest::Owner;
 use self::outcome::Told;
+use self::settings::Settings;
+use self::waiting::Wait;
 use crate::schema_of;
 
-/// Wait between two looks at the jobs; longer where a look takes long.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// At most one part in so many of the time is spent on looks.
-const SHARE: u32 = 5;
-/// Wait between two questions for the events of what waits without a reason.
-const EVENTS_EVERY: Duration = Duration::from_secs(5);
 /// Hex digits of the project's label.
 const PROJECT: usize = 16;
-/// Characters of an event that are told.
-const SAID: usize = 600;
-/// Parts of a pod and of its container that are this program's.
-const OURS_OF_POD: &[&str] = &["containers", "restartPolicy", "volumes"];
-const OURS_OF_CONTAINER: &[&str] = &["args", "command", "image", "name", "volumeMounts"];
 
 /// The job system.
 pub(super) struct Kubernetes;
-
-/// A Kubernetes cluster, as `kubectl` reaches it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct Settings {
-    /// Namespace of the jobs.
-    #[schemars(regex(pattern = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
-    namespace: String,
-    /// Image of the pods. It has this program, unless `program` lies on a volume.
-    image: String,
-    /// Path in the pods to a volume as Kubernetes words it:
-    /// `{ /mnt/flowrun: { persistentVolumeClaim: { claimName: flowrun } } }`. The cache folder
-    /// must lie on one that this machine has too, unless `through: remote`.
-    #[serde(default)]
-    volumes: BTreeMap<String, Map<String, Value>>,
-    /// Context of the kubeconfig; the current one when left out.
-    #[serde(default)]
-    context: Option<String>,
-    /// Path of `kubectl`, where it is not on the `PATH`.
-    #[serde(default)]
-    kubectl: Option<String>,
-    /// How long a pod may wait for its start, in seconds.
-    #[serde(default = "an_hour")]
-    #[schemars(range(min = 1))]
-    queue_timeout: u64,
-    /// User id of the pods, 0 for root; that of this process when left out.
-    #[serde(default)]
-    user: Option<u32>,
-    /// Group id of the pods; the same number as `user`, or that of this process.
-    #[serde(default)]
-    group: Option<u32>,
-    /// What the cluster calls a GPU.
-    #[serde(default = "nvidia")]
-    gpu: String,
-    /// Labels of jobs and pods.
-    #[serde(default)]
-    labels: BTreeMap<String, String>,
-    /// Annotations of jobs and pods.
-    #[serde(default)]
-    annotations: BTreeMap<String, String>,
-    /// More fields of the pods' `spec`, as Kubernetes takes them: `serviceAccountName`,
-    /// `nodeSelector`, `tolerations`, `imagePullSecrets`, ….
-    #[serde(default)]
-    pod: Map<String, Value>,
-    /// More fields of their container: `envFrom`, `resources`, ….
-    #[serde(default)]
-    container: Map<String, Value>,
-}
-
-fn an_hour() -> u64 {
-    3600
-}
-
-fn nvidia() -> String {
-    "nvidia.com/gpu".to_owned()
-}
 
 struct Cluster {
     kubectl: Kubectl,
@@ -116,31 +55,6 @@ struct Cluster {
     /// Ids of jobs that were there.
     known: Mutex<BTreeSet<String>>,
     waits: Mutex<BTreeMap<String, Wait>>,
-}
-
-/// A look, which is the answer to all who ask as long as it is new. So is a failure: a server
-/// that hangs would else be waited for by each of them in turn.
-struct Looked {
-    /// When it began.
-    at: Instant,
-    took: Duration,
-    seen: Result<Look, CallError>,
-}
-
-/// The jobs of the project at one time.
-struct Look {
-    jobs: BTreeMap<String, Value>,
-    /// The newest pod of each.
-    pods: BTreeMap<String, Value>,
-}
-
-/// A job that waits.
-#[derive(Debug, Clone)]
-struct Wait {
-    since: Instant,
-    /// When events were asked for, and what the last one said.
-    asked: Option<Instant>,
-    said: Option<String>,
 }
 
 impl JobKind for Kubernetes {
@@ -157,25 +71,26 @@ impl JobKind for Kubernetes {
         "{ namespace: ml, image: 'registry/flowrun:1', volumes: { /mnt/flowrun: { persistentVolumeClaim: { claimName: flowrun } } } }"
     }
     fn open(&self, settings: &Value, world: &World) -> Result<Box<dyn JobSystem>, StepError> {
-        let settings: Settings = serde_json::from_value(settings.clone())
-            .map_err(|e| StepError::invalid(format!("`runners.kubernetes`: {e}")))?;
-        Ok(Box::new(Cluster::new(settings, world)?))
+        Ok(Box::new(Cluster::new(Settings::read(settings)?, world)?))
+    }
+    fn sees(&self, settings: &Value, remote: &Path) -> Result<(), StepError> {
+        if Settings::read(settings)?.mounts(remote) {
+            return Ok(());
+        }
+        let text = format!(
+            "the pods do not see the remote cache: {} lies on none of `volumes`",
+            remote.display()
+        );
+        Err(StepError::invalid(text).help(
+            "a folder must lie on a volume that this machine has at the same path as the pods; a bucket needs none",
+        ))
     }
 }
 
 impl Cluster {
     fn new(settings: Settings, world: &World) -> Result<Self, StepError> {
-        for (part, fields, ours) in [
-            ("pod", &settings.pod, OURS_OF_POD),
-            ("container", &settings.container, OURS_OF_CONTAINER),
-        ] {
-            if let Some(field) = ours.iter().find(|field| fields.contains_key(**field)) {
-                let text = format!("`runners.kubernetes.{part}` may not hold `{field}`");
-                let help = format!("flowrun writes {} itself", ours.join(", "));
-                return Err(StepError::invalid(text).help(help));
-            }
-        }
-        let owner = owner(&settings)?;
+        settings.check()?;
+        let owner = settings.owner()?;
         let project = Digest::of_bytes(world.root.display().to_string().as_bytes()).to_hex();
         let kubectl = settings.kubectl.clone();
         Ok(Self {
@@ -205,56 +120,6 @@ impl Cluster {
         format!("/api/v1/namespaces/{namespace}/{kind}")
     }
 
-    /// A job and its pod, if there is such a job.
-    fn find(&self, id: &str) -> Result<Option<(Value, Option<Value>)>, CallError> {
-        // Others wait meanwhile, for the same answer.
-        let mut slot = lock(&self.look);
-        let looked = match slot.take().filter(Looked::is_new) {
-            Some(looked) => looked,
-            None => self.look(),
-        };
-        let looked = slot.insert(looked);
-        let look = looked.seen.as_ref().map_err(CallError::clone)?;
-        let job = look.jobs.get(id).cloned();
-        Ok(job.map(|job| (job, look.pods.get(id).cloned())))
-    }
-
-    fn look(&self) -> Looked {
-        let at = Instant::now();
-        let seen = self.see();
-        Looked {
-            at,
-            took: at.elapsed(),
-            seen,
-        }
-    }
-
-    fn see(&self) -> Result<Look, CallError> {
-        let label = manifest::PROJECT.replace('/', "%2F");
-        let ours = format!("labelSelector={label}%3D{}", self.project);
-        // Pods first: one that ended because its job was deleted is then not taken for lost.
-        let mut pods = self.list("PodList", &format!("{}?{ours}", self.path("pods")))?;
-        let jobs = self.list("JobList", &format!("{}?{ours}", self.jobs()))?;
-        pods.sort_by(|a, b| made_at(a).cmp(made_at(b)));
-        let named = jobs.into_iter().filter_map(|job| {
-            let name = job["metadata"]["name"].as_str()?.to_owned();
-            Some((name, job))
-        });
-        let of_jobs = pods.into_iter().filter_map(|pod| {
-            let job = pod["metadata"]["labels"][manifest::JOB]
-                .as_str()?
-                .to_owned();
-            Some((job, pod))
-        });
-        let look = Look {
-            jobs: named.collect(),
-            // The last of a job stays.
-            pods: of_jobs.collect(),
-        };
-        lock(&self.known).extend(look.jobs.keys().cloned());
-        Ok(look)
-    }
-
     fn list(&self, kind: &str, path: &str) -> Result<Vec<Value>, CallError> {
         let answer = self.kubectl.get(path)?;
         match serde_json::from_str(&answer) {
@@ -278,48 +143,6 @@ impl Cluster {
             Err(error) => Err(error.into()),
         }
     }
-
-    /// What is to be said of a job that waits: why, and whether it has waited for too long.
-    fn waiting(&self, id: &str, why: String, object: Option<&str>) -> JobState {
-        let wait = lock(&self.waits).get(id).cloned();
-        let mut wait = wait.unwrap_or_else(|| Wait {
-            since: Instant::now(),
-            asked: None,
-            said: None,
-        });
-        if let Some(object) = object
-            && wait.asked.unwrap_or(wait.since).elapsed() >= EVENTS_EVERY
-        {
-            wait.asked = Some(Instant::now());
-            wait.said = self.last_warning(object);
-        }
-        let mut why = match (object, &wait.said) {
-            (Some(_), Some(said)) => format!("{why}: {said}"),
-            _ => why,
-        };
-        let limit = self.settings.queue_timeout;
-        let hopeless = wait.since.elapsed() >= Duration::from_secs(limit);
-        if hopeless {
-            why = format!("it waited for {limit} s (`queue_timeout`): {why}");
-        }
-        lock(&self.waits).insert(id.to_owned(), wait);
-        JobState::Waiting { why, hopeless }
-    }
-
-    /// What the cluster warned of last about an object; nothing where it may not be asked.
-    fn last_warning(&self, object: &str) -> Option<String> {
-        let fields = format!("involvedObject.name%3D{object}%2Ctype%3DWarning");
-        let path = format!("{}?fieldSelector={fields}", self.path("events"));
-        let events = self.list("EventList", &path).ok()?;
-        let last = events.iter().max_by_key(|event| {
-            let times = [&event["lastTimestamp"], &event["eventTime"]];
-            let time = times.into_iter().find_map(Value::as_str);
-            time.unwrap_or_else(|| made_at(event)).to_owned()
-        })?;
-        let part = |name: &str| last[name].as_str().unwrap_or_default().trim();
-        let said = format!("{}: {}", part("reason"), part("message"));
-        Some(said.chars().take(SAID).collect())
-    }
 }
 
 impl JobSystem for Cluster {
@@ -336,9 +159,8 @@ impl JobSystem for Cluster {
     }
 
     fn submit(&self, order: &JobOrder<'_>) -> Result<(), JobError> {
-        let mut mounts = self.settings.volumes.keys();
         if let Some(folder) = order.folder
-            && !mounts.any(|path| folder.starts_with(path))
+            && !self.settings.mounts(folder)
         {
             let folder = folder.display();
             return Err(JobError::Refused {
@@ -435,43 +257,9 @@ impl JobSystem for Cluster {
     }
 }
 
-impl Looked {
-    fn is_new(&self) -> bool {
-        let long = match self.seen {
-            Ok(_) => self.took * SHARE,
-            // As long again as it took: the server may be back soon.
-            Err(_) => self.took * 2,
-        };
-        self.at.elapsed() < LOOK_EVERY.max(long)
-    }
-}
-
-/// Whose files the pods are to have.
-fn owner(settings: &Settings) -> Result<Owner, StepError> {
-    let here = geteuid();
-    if settings.user.is_none() && here.is_root() {
-        let text = "`runners.kubernetes`: flowrun runs as root here, and its pods would too";
-        let help = "run flowrun as the user whom the files on the volume belong to, or name one with `user`; `user: 0` is root";
-        return Err(StepError::invalid(text).help(help));
-    }
-    Ok(Owner {
-        user: settings.user.unwrap_or_else(|| here.as_raw()),
-        group: settings
-            .group
-            .or(settings.user)
-            .unwrap_or_else(|| getegid().as_raw()),
-    })
-}
-
 /// Somebody deletes it, and it waits for its pod's end.
 fn is_going(job: &Value) -> bool {
     job["metadata"]["deletionTimestamp"].is_string()
-}
-
-/// When an object was made, in the one form in which times sort as text.
-fn made_at(object: &Value) -> &str {
-    let time = object["metadata"]["creationTimestamp"].as_str();
-    time.unwrap_or_default()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -481,8 +269,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::path::Path;
-
     use flowrun_engine::pipeline::Resources;
     use serde_json::json;
 
@@ -537,7 +323,23 @@ mod tests {
     }
 
     #[test]
+    fn a_remote_cache_that_is_a_folder_lies_on_a_volume() {
+        let settings = json!({
+            "namespace": "ml", "image": "registry.example/flowrun:1",
+            "volumes": {"/mnt/flowrun/": {"persistentVolumeClaim": {"claimName": "flowrun"}}},
+        });
+        let sees = |folder: &str| Kubernetes.sees(&settings, Path::new(folder));
+        assert!(sees("/mnt/flowrun/store").is_ok());
+        for folder in ["/mnt/flowrunner", "/srv/store", "/mnt"] {
+            let unseen = sees(folder).unwrap_err();
+            assert!(unseen.message.contains(folder), "{}", unseen.message);
+            assert!(unseen.message.contains("none of `volumes`"));
+        }
+    }
+
+    #[test]
     fn a_look_that_failed_is_the_answer_to_all_who_ask() {
+        use std::time::Duration;
         let mut cluster = cluster(&[]).unwrap();
         let failed = cluster.find("a").unwrap_err();
         lock(&cluster.look).as_mut().unwrap().took = Duration::from_secs(3600);

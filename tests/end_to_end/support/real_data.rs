@@ -1,0 +1,14 @@
+//! Banking77 itself, which a machine may lack.
+
+use std::path::{Path, PathBuf};
+
+/// The folder with the real files, where there is one; `FLOWRUN_E2E=full` demands it.
+pub(crate) fn distdir() -> Option<PathBuf> {
+    let named = std::env::var_os("FLOWRUN_DISTDIR").map(PathBuf::from);
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/dist");
+    let mut folders = named.into_iter().chain([beside]);
+    let found = folders.find(|d| d.join("banking77/train.csv").is_file());
+    let demanded = std::env::var("FLOWRUN_E2E").is_ok_and(|value| value == "full");
+    assert!(found.is_some() || !demanded, "banking77 is not at hand");
+    found
+}
