@@ -8,12 +8,21 @@ use crate::program::{Predictor, Program, TraceStep};
 use crate::value::Fields;
 use serde::{Deserialize, Serialize};
 
-/// One training conversation in OpenAI's chat format; the last message is the target.
+/// One training conversation in OpenAI's chat format; the assistant's messages are the targets, one
+/// of which is the last.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChatRow {
     /// The conversation.
     pub messages: Vec<Message>,
+}
+
+impl ChatRow {
+    /// Where the assistant's messages are.
+    pub fn answers(&self) -> impl Iterator<Item = usize> {
+        let messages = self.messages.iter().enumerate();
+        messages.filter_map(|(at, message)| (message.role == Role::Assistant).then_some(at))
+    }
 }
 
 /// How to convert.

@@ -38,8 +38,13 @@ pub struct BaseModel {
 }
 
 impl BaseModel {
-    /// Puts the parts together.
+    /// Puts the parts together. A turn ends with the special token that the chat template writes
+    /// after an answer, where it writes one.
     pub fn new(weights: LlamaWeights, tokenizer: Tokenizer, chat: ChatTemplate, id: &str) -> Self {
+        let tokenizer = match tokenizer.leading_special(&chat.after_answer()) {
+            Some(end) => tokenizer.with_turn_end(end),
+            None => tokenizer,
+        };
         Self {
             weights,
             tokenizer,

@@ -315,6 +315,7 @@ impl Kind {
         let rows = (0..count).map(|row| TrainRow {
             prompt: [shared.clone(), draw((own + row % 9).saturating_sub(4))].concat(),
             target: draw(target),
+            earlier: Vec::new(),
         });
         rows.collect()
     }

@@ -146,6 +146,20 @@ impl ChatTemplate {
         let template = template.and_then(|template| template.render(told));
         template.map_err(|e| failed(&e))
     }
+
+    /// What is written after an assistant's message; empty where the template refuses a question
+    /// with its answer.
+    pub(crate) fn after_answer(&self) -> String {
+        // Nothing that a template looks for.
+        const SAID: &str = "\u{E000}said\u{E001}";
+        let chat = [
+            ChatMessage::new("user", "a"),
+            ChatMessage::new("assistant", SAID),
+        ];
+        let rendered = self.render(&chat, false).unwrap_or_default();
+        let after = rendered.rsplit_once(SAID);
+        after.map_or(String::new(), |(_, after)| after.to_owned())
+    }
 }
 
 /// Whether a rendering did more than it may; what it was about then wraps that.

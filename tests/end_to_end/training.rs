@@ -255,6 +255,16 @@ fn a_training_that_gets_no_better_on_other_chats_ends_early() {
     let last = format!("epochs-{epochs}-total-trained-steps-{}", 2 * epochs);
     assert_eq!(names.last(), Some(&last));
     assert!(metrics["validation_loss"].as_f64().unwrap() > 0.0);
+    // The curve has both losses, this one at the end of each epoch.
+    let curve = ended["outputs"]["loss"]["path"].as_str().unwrap();
+    let curve: Vec<Value> = serde_json::from_str(&project.read(curve)).unwrap();
+    let told = curve.iter().filter(|point| point["validation"].is_number());
+    let told: Vec<&Value> = told.collect();
+    let steps: Vec<u64> = told.iter().filter_map(|p| p["step"].as_u64()).collect();
+    let ends: Vec<u64> = (1..=epochs as u64).map(|epoch| 2 * epoch).collect();
+    assert_eq!(steps, ends);
+    assert_eq!(told[epochs - 2]["validation"], metrics["validation_loss"]);
+    assert_eq!(curve.len(), 2 * epochs);
 
     // Without patience it goes on, and still tells the loss.
     project.edit("pipeline.yaml", "      patience: 1\n", "");
@@ -279,19 +289,52 @@ fn settings_that_cannot_be_met_are_refused_with_their_reason() {
     assert_eq!(refused.code, Some(4), "{}", refused.stdout);
     let said = "`save_steps`: only training in this process knows it";
     assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
+    project.edit("pipeline.yaml", "save_steps: 3", "max_tokens: 512");
+    let refused = project.run(&RUN);
+    let said = "`max_tokens`: only training in this process knows it";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
     project.edit("pipeline.yaml", "rank: 2 }", "rank: 2, layer_names: text }");
     let refused = project.run(&RUN);
     let said = "`lora.layer_names`: TRL names the layers as it loads the model";
     assert!(refused.stdout.contains(said), "{}", refused.stdout);
 
     for (from, to) in [
-        ("save_steps: 3", "save_steps: 0"),
+        ("max_tokens: 512", "max_tokens: 0"),
+        ("max_tokens: 0", "max_grad_norm: -1"),
+        ("max_grad_norm: -1", "save_steps: 0"),
         ("save_steps: 0", "patience: 0"),
     ] {
         project.edit("pipeline.yaml", from, to);
         let refused = project.run(&["check", "pipeline.yaml"]);
         assert_eq!(refused.code, Some(3), "{to}: {}", refused.stderr);
     }
+}
+
+#[test]
+fn a_chat_of_several_turns_is_trained_whole_and_ends_with_an_answer() {
+    let project = patient();
+    let said = |role: &str, text: &str| json!({"role": role, "content": text});
+    let turns = [
+        said("user", "query 1"),
+        said("assistant", "aa"),
+        said("user", "query 2"),
+        said("assistant", "bb"),
+    ];
+    let line = |turns: &[Value]| format!("{}\n", json!({ "messages": turns }));
+    project.write("train.jsonl", &(line(&turns) + &line(&turns[..3])));
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let reason = "line 2: a chat to train on ends with a message of the assistant";
+    assert!(refused.stdout.contains(reason), "{}", refused.stdout);
+
+    project.edit("pipeline.yaml", "epochs: 40", "epochs: 1");
+    project.write("train.jsonl", &line(&turns).repeat(4));
+    let trained = finished(&project.run(&RUN).ok(), "finetune");
+    // Both answers of a chat in one row.
+    assert_eq!(trained["metrics"]["rows"], 4, "{trained}");
+    assert_eq!(trained["metrics"]["steps"], 1);
 }
 
 /// The test rows say when the training ends.

@@ -6,12 +6,13 @@
 //! row that was added ends with one [`Said::End`], unless it is removed.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::choices::{self, Trie};
 use super::prefixes::Prefixes;
 use super::row::Row;
 use super::{Answer, ChoiceSet, GenerateRequest, Generator};
+use crate::base_model::BaseModel;
 use crate::error::ModelError;
 use crate::llama::{Llama, Run};
 
@@ -26,12 +27,14 @@ pub struct Ask {
     /// The request.
     pub request: GenerateRequest,
     /// A text to go on with instead of the request's messages; special tokens that it spells are
-    /// those tokens.
+    /// those tokens, and it begins as [`Tokenizer::text_tokens`](crate::Tokenizer::text_tokens)
+    /// says.
     pub text: Option<String>,
     /// Draws come from the likeliest tokens that have this share of the probability together
     /// (nucleus sampling, Holtzman et al. 2020); 1 for all.
     pub top_p: f64,
-    /// Log-probabilities of each token and of this many alternatives.
+    /// Log-probabilities of each token and of this many alternatives; of all values of a choice,
+    /// each by itself, which is slower.
     pub logprobs: Option<usize>,
 }
 
@@ -64,6 +67,13 @@ pub struct TokenProb {
     pub top: Vec<(String, f32)>,
 }
 
+/// A list of choices in the tokens of a base model.
+struct KeptTrie {
+    base: Weak<BaseModel>,
+    set: ChoiceSet,
+    trie: Trie,
+}
+
 /// Rows on their way.
 #[derive(Default)]
 pub struct Batch {
@@ -73,7 +83,7 @@ pub struct Batch {
     room: usize,
     waiting: VecDeque<Row>,
     active: Vec<Row>,
-    tries: Vec<(ChoiceSet, Trie)>,
+    tries: Vec<KeptTrie>,
     /// Starts of prompts that were computed before; a closed call shares its own.
     prefixes: Option<Prefixes>,
 }
@@ -110,7 +120,7 @@ impl Batch {
     pub fn add(&mut self, on: &Generator, id: usize, ask: &Ask) -> Result<(), ModelError> {
         let base = on.base();
         let tokens = match &ask.text {
-            Some(text) => base.tokenizer.encode(text, true)?,
+            Some(text) => base.tokenizer.text_tokens(text)?,
             None => {
                 let request = &ask.request;
                 base.prompt_tokens_with(&request.messages, &request.template_arguments)?
@@ -188,7 +198,7 @@ impl Batch {
             return Ok(());
         };
         let at = self.trie(set, &row.llama)?;
-        let trie = &self.tries[at].1;
+        let trie = &self.tries[at].trie;
         row.check_choices(trie.longest())?;
         row.choice_tokens = trie.fed();
         Ok(())
@@ -201,11 +211,14 @@ impl Batch {
 
     /// Where the trie of a list is among those that are kept.
     fn trie(&mut self, set: &ChoiceSet, llama: &Llama) -> Result<usize, ModelError> {
-        if let Some(at) = self.tries.iter().position(|(known, _)| known == set) {
+        let base = llama.weak_base();
+        let is_it = |kept: &KeptTrie| kept.base.ptr_eq(&base) && kept.set == *set;
+        if let Some(at) = self.tries.iter().position(is_it) {
             return Ok(at);
         }
         let trie = Trie::new(set, &llama.base().tokenizer)?;
-        self.tries.push((set.clone(), trie));
+        let set = set.clone();
+        self.tries.push(KeptTrie { base, set, trie });
         Ok(self.tries.len() - 1)
     }
 
@@ -262,12 +275,13 @@ impl Batch {
             groups.resize_with(self.tries.len().max(groups.len()), Vec::new);
             groups[at].push((row, hidden));
         }
-        for (group, (_, trie)) in groups.into_iter().zip(&self.tries) {
+        for (group, KeptTrie { trie, .. }) in groups.into_iter().zip(&self.tries) {
             let starts: Vec<choices::Start<'_>> = group
                 .iter()
                 .map(|(row, hidden)| choices::Start {
                     hidden,
                     adapter: row.llama.adapter().filter(|_| row.adapted),
+                    exact: row.tells_choices(),
                     past: row
                         .past
                         .iter()

@@ -4,8 +4,8 @@
 //! probability of its next token among the tokens that some value has there: what constrained
 //! decoding would draw. They sum to 1, no other token is looked at, and where only one value is
 //! left nothing needs computing. A fork that is reached with a probability below [`UNLIKELY`] is
-//! not followed: its values share that evenly. Invariant: no value's tokens begin with another's, as every
-//! value carries its end.
+//! not followed, unless all probabilities are asked for: its values share that evenly. Invariant: no
+//! value's tokens begin with another's, as every value carries its end.
 
 use super::ChoiceSet;
 use crate::error::ModelError;
@@ -62,6 +62,8 @@ pub(super) struct Start<'a> {
     pub(super) hidden: &'a [f32],
     /// The adapter of what comes next.
     pub(super) adapter: Option<&'a Adapter>,
+    /// Whether unlikely forks are followed too.
+    pub(super) exact: bool,
     /// What was fed.
     pub(super) past: Vec<&'a KvCache>,
 }
@@ -152,6 +154,7 @@ impl Trie {
                 row,
                 above: &[],
                 probability: 1.0,
+                exact: start.exact,
             };
             part(llama, root, start.hidden, &at, &mut probs[row], &mut open)?;
         }
@@ -179,6 +182,7 @@ impl Trie {
                     row: fork.row,
                     above: &above,
                     probability: fork.probability,
+                    exact: rows[fork.row].exact,
                 };
                 let probs = &mut probs[fork.row];
                 part(llama, fork.fork, hidden, &at, probs, &mut open)?;
@@ -193,6 +197,7 @@ struct Place<'a> {
     row: usize,
     above: &'a [usize],
     probability: f32,
+    exact: bool,
 }
 
 /// Shares the probability of a fork out to its branches.
@@ -206,11 +211,15 @@ fn part<'t>(
 ) -> Result<(), ModelError> {
     let tokens: Vec<u32> = fork.next.iter().map(|(token, _)| *token).collect();
     let shares = softmax(&llama.logits_of(hidden, &tokens)?);
+    let unlikely = match at.exact {
+        true => 0.0,
+        false => UNLIKELY.min(0.5 / probs.len() as f32),
+    };
     for ((_, branch), share) in fork.next.iter().zip(shares) {
         let probability = at.probability * share;
         match branch {
             Branch::Value(value) => probs[*value] = probability,
-            Branch::Fork(_, fork) if probability < UNLIKELY.min(0.5 / probs.len() as f32) => {
+            Branch::Fork(_, fork) if probability < unlikely => {
                 let values = fork.values();
                 let share = probability / values.len() as f32;
                 values.into_iter().for_each(|value| probs[value] = share);

@@ -97,7 +97,9 @@ pub struct Generated {
     pub cached_tokens: usize,
     /// Tokens of the answer, the one that ended the turn included.
     pub completion_tokens: usize,
-    /// Probability of each value of the [`ChoiceSet`]; they sum to 1.
+    /// Probability of each value of the [`ChoiceSet`]; they sum to 1. Values that part only after
+    /// a start with a probability below 1/1000 (half of 1/n for n > 500 values) share that evenly,
+    /// unless [`Ask::logprobs`] asked for them.
     pub choice_probs: Option<Vec<f32>>,
 }
 

@@ -170,20 +170,31 @@ impl Row {
             let text = self.said.finish(&base.tokenizer)?;
             return Ok(Some(self.answer(text, Finish::Stop)));
         }
-        let before = self.said.text().len();
+        let (before, is_whole) = (self.said.text().len(), self.said.is_whole());
         self.said.push(token, &base.tokenizer)?;
         let text = self.said.text();
-        if let Some(start) = stopped(text, before, &self.stop) {
-            return Ok(Some(self.answer(text[..start].to_owned(), Finish::Stop)));
-        }
         let after = self.choices.as_ref().and_then(|set| set.after.as_deref());
         // A space there comes with the value's first token in most vocabularies.
-        self.choosing = after.is_some_and(|after| text.ends_with(after.trim_end_matches(' ')));
+        let after = after.map(|after| after.trim_end_matches(' '));
+        let reached = after.and_then(|after| reached(text, before, after));
+        let stop = stopped(text, before, &self.stop);
+        if let Some(start) = stop.filter(|start| reached.is_none_or(|end| *start < end)) {
+            return Ok(Some(self.answer(text[..start].to_owned(), Finish::Stop)));
+        }
+        self.choosing = reached.is_some();
         if self.spent >= self.most && !self.choosing {
             let text = self.said.finish(&base.tokenizer)?;
             return Ok(Some(self.answer(text, Finish::Length)));
         }
         self.pending = vec![token];
+        if let Some(end) = reached.filter(|end| *end < text.len()) {
+            // The token goes on past the place: what it says up to there is fed instead, unless it
+            // began within a character.
+            if is_whole {
+                self.pending = base.tokenizer.encode(&text[before..end], false)?;
+            }
+            self.said.cut(end);
+        }
         Ok(None)
     }
 
@@ -259,12 +270,18 @@ impl Row {
         order.truncate(count);
         Some(TokenProb {
             text: values[value].clone(),
-            logprob: probs[value].ln(),
+            logprob: logprob(probs[value]),
             top: order
                 .into_iter()
-                .map(|at| (values[at].clone(), probs[at].ln()))
+                .map(|at| (values[at].clone(), logprob(probs[at])))
                 .collect(),
         })
+    }
+
+    /// Whether the probabilities of its choices are told, the unlikely ones too.
+    pub(super) fn tells_choices(&self) -> bool {
+        let logprobs = self.watched.as_ref().map(|watched| watched.logprobs);
+        logprobs.flatten().is_some()
     }
 
     /// What the last token adds for certain: nothing that a later one may complete or cut off.
@@ -286,6 +303,24 @@ impl Row {
         let text = text.get(watched.told..).unwrap_or_default().to_owned();
         Some(Piece { text, token })
     }
+}
+
+/// The logarithm of a probability; a finite number for one that is too small for f32.
+fn logprob(probability: f32) -> f32 {
+    probability.max(f32::MIN_POSITIVE).ln()
+}
+
+/// Where `part` ends in `text` for the first time, given that it does not in the first `before`
+/// bytes.
+fn reached(text: &str, before: usize, part: &str) -> Option<usize> {
+    if part.is_empty() {
+        return Some(text.len());
+    }
+    let mut from = (before + 1).saturating_sub(part.len());
+    while !text.is_char_boundary(from) {
+        from -= 1;
+    }
+    text[from..].find(part).map(|at| from + at + part.len())
 }
 
 /// Where the first stop text starts, given that none is in the first `before` bytes of `text`.
@@ -313,7 +348,17 @@ fn certain(text: &str, stops: &[String]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{certain, stopped};
+    use super::{certain, reached, stopped};
+
+    #[test]
+    fn the_place_of_a_choice_is_found_within_a_token() {
+        assert_eq!(reached("a ]]", 2, "]]"), Some(4));
+        assert_eq!(reached("a ]]\n\n", 2, "]]"), Some(4));
+        assert_eq!(reached("a ]]\n", 3, "]]"), Some(4));
+        assert_eq!(reached("a ]", 2, "]]"), None);
+        assert_eq!(reached("é:x", 2, "é:"), Some(3));
+        assert_eq!(reached("ab", 1, ""), Some(2));
+    }
 
     #[test]
     fn what_may_be_cut_off_is_held_back() {

@@ -194,6 +194,7 @@ fn run(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -220,6 +221,38 @@ mod tests {
                 assert_eq!(target[i * 6 + j], 1.0 + 0.5 * sum);
             }
             assert_eq!(target[i * 6 + 4], 1.0);
+        }
+    }
+
+    /// Sizes that the `gemm` crate and this module split over threads, and that are no multiples of
+    /// a block.
+    #[test]
+    fn any_number_of_threads_gives_the_same_bits() {
+        let (m, k, n) = (301, 203, 157);
+        let value = |i: usize| ((i * 7919) % 1009) as f32 * 1e-3 - 0.5;
+        let a: Vec<f32> = (0..m * k).map(value).collect();
+        let b: Vec<f32> = (0..k * n).map(|i| value(i + 3)).collect();
+        let products = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            pool.install(|| {
+                let plain = (Mat::new(&a, m, k), Mat::new(&b, k, n));
+                let turned = (Mat::new(&a, k, m).t(), Mat::new(&b, n, k).t());
+                [plain, turned].map(|(a, b)| {
+                    let mut target = vec![0.25; m * n];
+                    for into in [Into::Add, Into::Add] {
+                        let target = MatMut::new(&mut target, m, n);
+                        matmul(target, into, 0.5, a, b, Threads::All);
+                    }
+                    target
+                })
+            })
+        };
+        let wanted = products(1);
+        for threads in [2, 3, 4, 7] {
+            assert!(products(threads) == wanted, "{threads} threads");
         }
     }
 

@@ -104,6 +104,7 @@ fn a_model_loaded_to_answer_gives_the_same_bits_and_is_not_taken_for_a_whole_one
             let row = TrainRow {
                 prompt: vec![1, 2],
                 target: vec![3],
+                earlier: Vec::new(),
             };
             let (lora, config) = (LoraConfig::default(), TrainConfig::default());
             let rows = [row];

@@ -30,10 +30,12 @@ pub(crate) fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Tokenizer, 
         }
     };
     add_special(&mut inner, metadata, &tokens)?;
-    Ok(Tokenizer::new(
-        inner,
-        eos(metadata, tokens.len())?.as_slice(),
-    ))
+    let ids = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eos_token_id"];
+    let ids = ids.map(|key| id(metadata, key, tokens.len()));
+    let [turn_end, text_end] = ids;
+    let ends: Vec<u32> = turn_end?.into_iter().chain(text_end?).collect();
+    let begin = begin(metadata, tokens.len())?;
+    Ok(Tokenizer::new(inner, &ends).with_begin(begin))
 }
 
 fn byte_level(
@@ -49,7 +51,7 @@ fn byte_level(
     let bpe = BPE::builder()
         .vocab_and_merges(ids.collect::<Vocab>(), merges)
         // Llama 3 takes a whole word that is in the vocabulary without merging up to it.
-        .ignore_merges(pre.starts_with("llama"))
+        .ignore_merges(is_llama3(pre))
         .build()
         .map_err(|e| format!("the merges do not fit the vocabulary: {e}"))?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
@@ -61,18 +63,38 @@ fn byte_level(
     Ok(inner)
 }
 
-/// The token that ends a turn, where one is named.
-fn eos(metadata: &HashMap<String, Value>, tokens: usize) -> Result<Option<u32>, String> {
-    const KEY: &str = "tokenizer.ggml.eos_token_id";
-    let Some(value) = metadata.get(KEY) else {
+fn is_llama3(pre: &str) -> bool {
+    pre.starts_with("llama")
+}
+
+/// The token that an entry names, where there is one.
+fn id(metadata: &HashMap<String, Value>, key: &str, tokens: usize) -> Result<Option<u32>, String> {
+    let Some(value) = metadata.get(key) else {
         return Ok(None);
     };
     let id = integer(value).and_then(|id| u32::try_from(id).ok());
     match id.filter(|id| (*id as usize) < tokens) {
         Some(id) => Ok(Some(id)),
         None => Err(format!(
-            "the entry `{KEY}` names none of the {tokens} tokens"
+            "the entry `{key}` names none of the {tokens} tokens"
         )),
+    }
+}
+
+/// What a text that is no chat begins with, by default as in llama.cpp.
+fn begin(metadata: &HashMap<String, Value>, tokens: usize) -> Result<Option<u32>, String> {
+    const KEY: &str = "tokenizer.ggml.add_bos_token";
+    let asked = match metadata.get(KEY) {
+        Some(Value::Bool(asked)) => *asked,
+        Some(_) => return Err(format!("the entry `{KEY}` is neither true nor false")),
+        None => {
+            let pre = string(metadata, "tokenizer.ggml.pre").unwrap_or("default");
+            string(metadata, "tokenizer.ggml.model")? == "llama" || is_llama3(pre)
+        }
+    };
+    match asked {
+        true => id(metadata, "tokenizer.ggml.bos_token_id", tokens),
+        false => Ok(None),
     }
 }
 
@@ -156,6 +178,8 @@ pub(crate) fn integer(value: &Value) -> Option<i64> {
 #[allow(clippy::unwrap_used)]
 pub(crate) mod tests {
     use super::*;
+    use crate::base_model::BaseModel;
+    use crate::chat_template::{CHATML, ChatTemplate};
 
     fn texts(list: &[&str]) -> Value {
         Value::Array(
@@ -222,6 +246,79 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_text_begins_as_llama_cpp_begins_it() {
+        let begins = |entries: &[(&str, Value)]| {
+            let mut metadata = tiny_metadata();
+            for (key, value) in entries {
+                metadata.insert(format!("tokenizer.ggml.{key}"), value.clone());
+            }
+            let tokenizer = from_gguf(&metadata).unwrap();
+            tokenizer.text_tokens("card").unwrap().first() == Some(&1)
+        };
+        let bos = || ("bos_token_id", Value::U32(1));
+        let asks = |asks| ("add_bos_token", Value::Bool(asks));
+        let llama3 = || ("pre", Value::String("llama-bpe".to_owned()));
+        assert!(!begins(&[bos()]));
+        assert!(begins(&[bos(), asks(true)]));
+        assert!(begins(&[bos(), llama3()]));
+        assert!(!begins(&[bos(), llama3(), asks(false)]));
+        assert!(!begins(&[llama3()]));
+    }
+
+    #[test]
+    fn a_turn_ends_as_the_chat_template_ends_it() {
+        // As in Gemma's files: what ends a text is not what ends a turn.
+        let mut metadata = tiny_metadata();
+        let mut set = |name: &str, id| {
+            metadata.insert(format!("tokenizer.ggml.{name}"), Value::U32(id));
+            from_gguf(&metadata).unwrap()
+        };
+        let base = |tokenizer: &Tokenizer, template: &str| {
+            let weights = crate::tiny::base(1).weights.clone();
+            let chat = ChatTemplate::new(template, "", "<|endoftext|>").unwrap();
+            BaseModel::new(weights, tokenizer.clone(), chat, "ends")
+        };
+        let last = |base: &BaseModel| base.answer_tokens("my card").unwrap().pop();
+        let told = |after: &str| {
+            format!("{{% for m in messages %}}{{{{ m.content }}}}{after}{{% endfor %}}")
+        };
+        let tokenizer = set("eos_token_id", 0);
+        let chatml = base(&tokenizer, CHATML);
+        assert_eq!(chatml.tokenizer.eos(), [2, 0]);
+        assert_eq!(last(&chatml), Some(2));
+        assert_eq!(last(&base(&tokenizer, &told(" {{ eos_token }}"))), Some(0));
+        assert_eq!(last(&base(&tokenizer, &told("<|im_end|>"))), Some(2));
+        // A template that writes nothing there leaves the file's word.
+        assert_eq!(last(&base(&tokenizer, &told(""))), Some(0));
+        assert_eq!(last(&base(&set("eot_token_id", 2), &told(""))), Some(2));
+    }
+
+    #[test]
+    fn llama_3_takes_a_whole_word_without_merging_up_to_it() {
+        let mut metadata = tiny_metadata();
+        let pre = Value::String("llama-bpe".to_owned());
+        metadata.insert("tokenizer.ggml.pre".to_owned(), pre);
+        let llama = from_gguf(&metadata).unwrap();
+        let id = |token: &&str| llama.token_id(token).unwrap();
+        for (text, wanted) in [
+            ("card", &["card"][..]),
+            ("card card", &["card", "Ġcard"]),
+            // A word that is none of the vocabulary is merged.
+            ("car cards", &["c", "ar", "Ġc", "ar", "d", "s"]),
+            ("1212", &["1", "2", "1", "2"]),
+            ("12", &["12"]),
+        ] {
+            let tokens = llama.encode(text, true).unwrap();
+            let wanted: Vec<u32> = wanted.iter().map(id).collect();
+            assert_eq!(tokens, wanted, "{text}");
+            assert_eq!(llama.decode(&tokens).unwrap(), text);
+        }
+        // No merge makes `card`.
+        let other = tiny_tokenizer().encode("card", true).unwrap();
+        assert_eq!(other.len(), 3);
+    }
+
+    #[test]
     fn qwen_reads_composed_characters() {
         let mut metadata = tiny_metadata();
         let pre = Value::String("qwen2".to_owned());
@@ -245,6 +342,8 @@ pub(crate) mod tests {
             ("tokenizer.ggml.merges", texts(&["nospace"])),
             ("tokenizer.ggml.eos_token_id", Value::U32(100_000)),
             ("tokenizer.ggml.eos_token_id", Value::I32(-1)),
+            ("tokenizer.ggml.eot_token_id", Value::U32(100_000)),
+            ("tokenizer.ggml.add_bos_token", Value::U32(1)),
         ] {
             let mut metadata = tiny_metadata();
             metadata.insert(key.to_owned(), value);

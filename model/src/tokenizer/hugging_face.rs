@@ -11,7 +11,7 @@ use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
 
 use super::gguf::{from_gguf, integer, string};
-use crate::chat_template::CHATML;
+use crate::chat_template::{CHATML, ChatTemplate};
 use crate::error::ModelError;
 use crate::gguf_header;
 
@@ -36,9 +36,16 @@ fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2
         "add_bos_token": false,
         "chat_template": template,
     });
+    let bos = named(metadata, "tokenizer.ggml.bos_token_id");
+    let eos = named(metadata, "tokenizer.ggml.eos_token_id");
+    let chat = ChatTemplate::new(template, bos.unwrap_or_default(), eos.unwrap_or_default());
+    let after = chat.map_err(|e| e.to_string())?.after_answer();
+    // What servers stop at is what adapters learn to end their answers with.
+    let turn_end = tokenizer.leading_special(&after);
+    let turn_end = turn_end.and_then(|id| tokenizer.spelling(id));
     let mut tokens = vec![
-        ("bos_token", named(metadata, "tokenizer.ggml.bos_token_id")),
-        ("eos_token", named(metadata, "tokenizer.ggml.eos_token_id")),
+        ("bos_token", bos),
+        ("eos_token", turn_end.as_deref().or(eos)),
         (
             "unk_token",
             named(metadata, "tokenizer.ggml.unknown_token_id"),
@@ -109,6 +116,22 @@ mod tests {
         assert_eq!(config["chat_template"], template);
         assert_eq!(config["model_max_length"], 2048);
         assert!(config.get("pad_token").is_none());
+    }
+
+    #[test]
+    fn servers_are_told_what_ends_a_turn() {
+        let mut metadata = tiny_metadata();
+        metadata.insert("tokenizer.ggml.eos_token_id".to_owned(), Value::U32(0));
+        let eos = |metadata: &HashMap<String, Value>| {
+            let [_, (_, config)] = files(metadata).unwrap();
+            let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+            config["eos_token"].clone()
+        };
+        assert_eq!(eos(&metadata), "<|im_end|>");
+        let silent = "{% for m in messages %}{{ m.content }}{% endfor %}";
+        let silent = Value::String(silent.to_owned());
+        metadata.insert("tokenizer.chat_template".to_owned(), silent);
+        assert_eq!(eos(&metadata), "<|endoftext|>");
     }
 
     #[test]

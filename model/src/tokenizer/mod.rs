@@ -1,7 +1,8 @@
 //! Text to tokens and back: a thin layer over the `tokenizers` crate.
 //!
-//! Knows no weights. Invariant: encoding never adds a begin token by itself; a rendered chat
-//! carries its own.
+//! Knows no weights. Invariant: encoding never adds a begin token by itself, since a rendered chat
+//! carries its own; and a text has all of its tokens and no others, whatever length its file cuts
+//! or fills texts to.
 
 mod gguf;
 mod hugging_face;
@@ -40,17 +41,25 @@ pub struct Tokenizer {
     /// Takes every text as plain data.
     plain: tokenizers::Tokenizer,
     eos: Vec<u32>,
+    /// What a text begins with that is no chat.
+    begin: Vec<u32>,
 }
 
 impl Tokenizer {
     /// Wraps a built tokenizer. `eos` are the tokens that end a turn, the model's own first;
-    /// the usual ones are added where the vocabulary has them as special tokens.
+    /// the usual ones are added where the vocabulary has them as special tokens. Texts that are no
+    /// chats begin as its post-processor says.
     pub fn new(inner: tokenizers::Tokenizer, eos: &[u32]) -> Self {
         let mut special = inner;
+        special.with_padding(None);
+        special
+            .with_truncation(None)
+            .expect("only a length can be out of range");
         special.set_encode_special_tokens(false);
         let mut plain = special.clone();
         plain.set_encode_special_tokens(true);
         let mut ends = eos.to_vec();
+        ends.dedup();
         let added = special.get_added_tokens_decoder();
         for text in TURN_ENDS {
             let id = special
@@ -59,10 +68,26 @@ impl Tokenizer {
             ends.extend(id.filter(|id| !ends.contains(id)));
         }
         Self {
+            begin: begin(&special),
             special,
             plain,
             eos: ends,
         }
+    }
+
+    /// The same, with texts that are no chats beginning with `token`, or with none.
+    #[must_use]
+    pub(crate) fn with_begin(self, token: Option<u32>) -> Self {
+        let begin = token.into_iter().collect();
+        Self { begin, ..self }
+    }
+
+    /// The same, with `token` before all others that end a turn.
+    #[must_use]
+    pub(crate) fn with_turn_end(mut self, token: u32) -> Self {
+        self.eos.retain(|end| *end != token);
+        self.eos.insert(0, token);
+        self
     }
 
     /// Reads a `tokenizer.json`. `eos` as in [`Tokenizer::new`].
@@ -91,6 +116,33 @@ impl Tokenizer {
             .encode_fast(text, false)
             .map_err(|e| ModelError::Tokenizer(format!("cannot encode: {e}")))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The tokens of a text to go on with that is no chat: as [`Tokenizer::encode`] reads special
+    /// tokens, after the begin token that the model's files ask for (`add_bos_token`, or the
+    /// post-processor), unless the text spells it.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] when the vocabulary cannot express the text.
+    pub fn text_tokens(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        let tokens = self.encode(text, true)?;
+        match tokens.starts_with(&self.begin) {
+            true => Ok(tokens),
+            false => Ok([self.begin.as_slice(), tokens.as_slice()].concat()),
+        }
+    }
+
+    /// The special token that `text` begins with, spaces aside.
+    pub(crate) fn leading_special(&self, text: &str) -> Option<u32> {
+        let tokens = self.encode(text.trim_start(), true).ok()?;
+        let added = self.special.get_added_tokens_decoder();
+        let first = tokens.first().copied();
+        first.filter(|id| added.contains_key(id))
+    }
+
+    /// How a token is spelled in the vocabulary.
+    pub(crate) fn spelling(&self, token: u32) -> Option<String> {
+        self.special.id_to_token(token)
     }
 
     /// The text of `tokens`, special tokens left out. A character that is cut in the middle
@@ -134,5 +186,72 @@ impl Tokenizer {
                  {rows} rows (counted from 0); resize the model or take its own tokenizer"
             )),
         }
+    }
+}
+
+/// What the post-processor puts before every text.
+fn begin(tokenizer: &tokenizers::Tokenizer) -> Vec<u32> {
+    let encode = |whole| {
+        let encoding = tokenizer.encode_fast("a", whole);
+        encoding.map_or(Vec::new(), |encoding| encoding.get_ids().to_vec())
+    };
+    let (mut whole, text) = (encode(true), encode(false));
+    let start = whole
+        .windows(text.len().max(1))
+        .position(|ids| ids == text.as_slice());
+    whole.truncate(start.unwrap_or(0));
+    whole
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokenizers::processors::template::TemplateProcessing;
+    use tokenizers::{PaddingParams, PaddingStrategy, TruncationParams};
+
+    use super::*;
+
+    #[test]
+    fn a_text_is_neither_cut_nor_filled_whatever_its_file_says() {
+        let mut inner = tiny_tokenizer().special;
+        let cut = TruncationParams {
+            max_length: 4,
+            ..TruncationParams::default()
+        };
+        inner.with_truncation(Some(cut)).unwrap();
+        inner.with_padding(Some(PaddingParams {
+            strategy: PaddingStrategy::Fixed(64),
+            ..PaddingParams::default()
+        }));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, inner.to_string(true).unwrap()).unwrap();
+        let read = Tokenizer::from_file(&path, &[]).unwrap();
+        for special in [true, false] {
+            for text in ["a card", "where is my card?<|im_end|>"] {
+                let wanted = tiny_tokenizer().encode(text, special).unwrap();
+                assert_eq!(read.encode(text, special).unwrap(), wanted, "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_begins_as_the_post_processor_says_unless_it_spells_that() {
+        let mut inner = tiny_tokenizer().special;
+        let template = TemplateProcessing::builder()
+            .try_single("<|im_start|> $A <|im_end|>")
+            .unwrap()
+            .special_tokens(vec![("<|im_start|>", 1), ("<|im_end|>", 2)])
+            .build()
+            .unwrap();
+        inner.with_post_processor(Some(template));
+        let tokenizer = Tokenizer::new(inner, &[]);
+        let card = tiny_tokenizer().encode("my card", true).unwrap();
+        let begun = [&[1][..], &card].concat();
+        assert_eq!(tokenizer.text_tokens("my card").unwrap(), begun);
+        assert_eq!(tokenizer.text_tokens("<|im_start|>my card").unwrap(), begun);
+        // A rendered chat has its own.
+        assert_eq!(tokenizer.encode("my card", true).unwrap(), card);
+        assert_eq!(tiny_tokenizer().text_tokens("my card").unwrap(), card);
     }
 }

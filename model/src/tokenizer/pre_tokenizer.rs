@@ -56,3 +56,39 @@ pub(super) fn normalizer(name: &str) -> Option<NFC> {
 fn byte_level(use_regex: bool) -> ByteLevel {
     ByteLevel::new(false, true, use_regex)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+    use super::*;
+
+    fn pieces(name: &str, text: &str) -> Vec<String> {
+        let mut cut = PreTokenizedString::from(text);
+        by_name(name).unwrap().pre_tokenize(&mut cut).unwrap();
+        let splits = cut.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        let pieces = splits.into_iter().map(|(piece, _, _)| piece.to_owned());
+        pieces.collect()
+    }
+
+    /// As the regular expressions of the models' own `tokenizer.json` cut, spaces as `Ġ` and line
+    /// ends as `Ċ`.
+    #[test]
+    fn texts_are_cut_as_the_models_cut_them() {
+        let text = "I'll pay 12345 now!!\n\n  next WORD'S";
+        let cut = |digits: &[&str]| {
+            let before = ["I", "'ll", "Ġpay", "Ġ"];
+            let after = ["Ġnow", "!!ĊĊ", "Ġ", "Ġnext", "ĠWORD", "'S"];
+            [&before[..], digits, &after[..]].concat()
+        };
+        for name in ["llama-bpe", "llama3", "llama-v3"] {
+            assert_eq!(pieces(name, text), cut(&["123", "45"]), "{name}");
+        }
+        assert_eq!(pieces("qwen2", text), cut(&["1", "2", "3", "4", "5"]));
+        let gpt2 = [
+            "I", "'ll", "Ġpay", "Ġ12345", "Ġnow", "!!", "ĊĊĠ", "Ġnext", "ĠWORD", "'", "S",
+        ];
+        assert_eq!(pieces("gpt-2", text), gpt2);
+    }
+}

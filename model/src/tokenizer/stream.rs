@@ -30,6 +30,20 @@ impl TextStream {
         &self.text
     }
 
+    /// Whether every token so far is in the text.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.window.len() == self.read
+    }
+
+    /// Takes back what is after the first `len` bytes. Nothing may be added then.
+    pub(crate) fn cut(&mut self, len: usize) {
+        let text = self.text.get(..len).unwrap_or_default().to_owned();
+        *self = Self {
+            text,
+            ..Self::default()
+        };
+    }
+
     /// Adds a token.
     ///
     /// # Errors

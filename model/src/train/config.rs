@@ -32,9 +32,10 @@ pub struct TrainConfig {
     /// Seed of the first adapter, the order of the rows, and dropout.
     pub seed: u64,
     /// Tokens computed at once; larger batches are split and their gradients added up, with the
-    /// same result up to rounding. A token needs about 0.7 MB in a model of 135 M parameters. Of
-    /// a row that alone is longer, only the layers' inputs are kept (0.07 MB a token) and the
-    /// rest is computed twice, so this bounds the memory.
+    /// same result up to rounding. A token needs about 0.7 MB in a model of 135 M parameters.
+    /// Where that computes less (a long start that all rows share, a single long row), only the
+    /// layers' inputs are kept of as many tokens as the same memory holds (0.07 MB a token), and
+    /// the rest is computed twice. Of a row that is longer than that, its length bounds the memory.
     pub max_tokens: usize,
     /// Whether the common start of a batch's rows is computed once. Exact either way.
     pub share_prefix: bool,

@@ -6,6 +6,7 @@
 //! | `trainer`, `hooks`, `state` | the loop, what it reports, what it resumes from |
 //! | `order`, `schedule`, `adamw` | which rows when, the learning rate, the update |
 //! | `pack` | rows as one matrix without padding, common prefixes once |
+//! | `budget` | how much is computed at once |
 //! | `activated`, `past` | what comes before an activated adapter's invocation |
 //! | `network`, `tape` | forward and backward of the model, and what lies between them |
 //! | `linear`, `attention`, `head`, `norm`, `residual`, `rope` | its parts |
@@ -20,6 +21,7 @@
 mod activated;
 mod adamw;
 mod attention;
+mod budget;
 mod config;
 mod frozen;
 mod head;

@@ -104,6 +104,32 @@ pub(super) struct Tape {
 }
 
 impl Tape {
+    /// Values that [`Tape::fit`] makes room for, per token.
+    pub(super) fn token_floats(model: &LlamaConfig, layout: &Layout, keep: Keep) -> usize {
+        let (q, kv) = (
+            model.heads * model.head_dim,
+            model.kv_heads * model.head_dim,
+        );
+        let mut layer = 2 * (model.hidden + 1) + 2 * q + 2 * kv + model.heads + 2 * model.ffn;
+        let groups = layout.layers.first();
+        layer += groups.map_or(0, |groups| {
+            groups.iter().map(|group| group.inner).sum::<usize>()
+        });
+        if model.parts.head_norms {
+            layer += q + model.heads + kv + model.kv_heads;
+        }
+        if model.parts.post_norms {
+            layer += 2 * (model.hidden + 1);
+        }
+        let kept = match keep {
+            Keep::Everything => model.layers * layer,
+            Keep::Inputs => model.layers * model.hidden + layer,
+            Keep::Nothing => layer,
+        };
+        let room = 2 * model.hidden + 2 * q + model.ffn + 4 * kv;
+        kept + room + 2 * model.hidden
+    }
+
     /// Makes every buffer fit `tokens` rows.
     pub(super) fn fit(&mut self, model: &LlamaConfig, layout: &Layout, tokens: usize, keep: Keep) {
         let (q, kv) = (
@@ -168,5 +194,72 @@ impl Tape {
         ] {
             size(buffer, kv);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tiny;
+    use super::*;
+    use crate::architecture;
+    use crate::error::ModelError;
+    use crate::lora::LoraConfig;
+
+    fn values(tape: &Tape) -> usize {
+        let norm = |norm: &NormTape| norm.x.len() + norm.inverse.len();
+        let layer = |layer: &LayerTape| {
+            let rows = [
+                &layer.x,
+                &layer.x_inverse,
+                &layer.q,
+                &layer.k,
+                &layer.v,
+                &layer.log_sums,
+                &layer.attended,
+                &layer.middle,
+                &layer.middle_inverse,
+                &layer.gate,
+                &layer.up,
+            ];
+            let rows = rows.into_iter().chain(&layer.inner).map(Vec::len);
+            let norms = [
+                &layer.q_norm,
+                &layer.k_norm,
+                &layer.attn_post,
+                &layer.ffn_post,
+            ];
+            rows.sum::<usize>() + norms.into_iter().map(norm).sum::<usize>()
+        };
+        let room = &tape.room;
+        let rest = [
+            &tape.out,
+            &tape.dx,
+            &room.hidden,
+            &room.hidden2,
+            &room.q,
+            &room.q_heads,
+            &room.k,
+            &room.k_heads,
+            &room.v,
+            &room.v_heads,
+            &room.ffn,
+        ];
+        let rest = rest.into_iter().chain(&tape.inputs).map(Vec::len);
+        tape.layers.iter().map(layer).sum::<usize>() + rest.sum::<usize>()
+    }
+
+    #[test]
+    fn the_room_of_a_token_is_what_is_made() -> Result<(), ModelError> {
+        for architecture in architecture::ALL {
+            let model = tiny::weights_of(architecture, 1).config;
+            let layout = Layout::new(&LoraConfig::default(), &model)?;
+            for keep in [Keep::Everything, Keep::Inputs, Keep::Nothing] {
+                let mut tape = Tape::default();
+                tape.fit(&model, &layout, 5, keep);
+                let wanted = 5 * Tape::token_floats(&model, &layout, keep);
+                assert_eq!(values(&tape), wanted, "{} {keep:?}", architecture.gguf);
+            }
+        }
+        Ok(())
     }
 }

@@ -5,12 +5,13 @@ mod activated;
 mod gradients;
 mod resumed;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use super::tiny::{self, lora};
 use super::{Hooks, TrainConfig, TrainRow, Trainer, TrainerState};
+use crate::config::LlamaConfig;
 use crate::error::ModelError;
-use crate::lora::{LoraAdapter, Module};
+use crate::lora::{LoraAdapter, LoraConfig, Module};
 use crate::weights::LlamaWeights;
 
 fn config() -> TrainConfig {
@@ -99,6 +100,60 @@ fn equal_seeds_give_equal_bytes_with_any_number_of_threads() {
     assert_ne!(first, bytes(2, 2));
 }
 
+/// Sizes at which products and loops are split over threads; those of the other tests are not.
+#[test]
+fn equal_seeds_give_equal_bytes_where_the_work_is_split() {
+    let model = LlamaConfig {
+        hidden: 96,
+        head_dim: 24,
+        ffn: 256,
+        ..tiny::config()
+    };
+    let weights = tiny::weights_with(model, 1);
+    let lora = LoraConfig {
+        rank: 16,
+        dropout: 0.1,
+        ..lora()
+    };
+    let row = |row: u32| TrainRow {
+        prompt: (0..31).map(|at| (row * 7 + at * at + 5) % 31).collect(),
+        target: vec![row % 31, 0],
+        earlier: Vec::new(),
+    };
+    let rows: Vec<TrainRow> = (0..16).map(row).collect();
+    let config = TrainConfig {
+        epochs: 2,
+        share_prefix: false,
+        ..config()
+    };
+    let trained = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let trainer = Trainer::new(&weights, lora.clone(), config.clone(), &rows);
+            let tokens = Cell::new(0);
+            let hooks = Hooks::default().on_step(|stats| tokens.set(stats.tokens));
+            let outcome = trainer.unwrap().run(hooks).unwrap();
+            // The keys' product is the smallest with a frozen weight.
+            assert!(tokens.get() * 96 * 48 > 1 << 20);
+            let values = outcome
+                .adapter
+                .layers
+                .iter()
+                .flat_map(|pairs| pairs.values());
+            let values = values.map(|pair| pair.a.elem_count() + pair.b.elem_count());
+            assert!(values.sum::<usize>() > 2 * (16 << 10));
+            outcome.adapter.to_safetensors().unwrap()
+        })
+    };
+    let first = trained(1);
+    for threads in [2, 3, 4] {
+        assert!(trained(threads) == first, "{threads} threads");
+    }
+}
+
 #[test]
 fn a_row_longer_than_a_pass_may_be_is_trained_all_the_same() {
     let (weights, rows) = (tiny::weights(1), tiny::rows(12, 2));
@@ -114,6 +169,31 @@ fn a_row_longer_than_a_pass_may_be_is_trained_all_the_same() {
     close(&train(1000, 1), &train(1, 1));
 }
 
+/// A start that leaves no room beside it is computed once for a batch, not once for each row.
+#[test]
+fn a_long_common_start_is_computed_once_for_a_batch() {
+    let weights = tiny::weights(1);
+    let start: Vec<u32> = (0..50).map(|at| at % 8).collect();
+    let mut rows = tiny::rows(8, 2);
+    for row in &mut rows {
+        row.prompt = [start.as_slice(), row.prompt.as_slice()].concat();
+        row.prompt.truncate(58);
+        row.target.truncate(2);
+    }
+    let own: usize = rows.iter().map(|row| row.len() - 56).sum();
+    let config = TrainConfig {
+        epochs: 1,
+        // The start and a row or two, if everything is kept.
+        max_tokens: 62,
+        ..config()
+    };
+    let tokens = Cell::new(0);
+    let hooks = Hooks::default().on_step(|stats| tokens.set(stats.tokens));
+    let mut trainer = Trainer::new(&weights, lora(), config, &rows).unwrap();
+    trainer.run(hooks).unwrap();
+    assert_eq!(tokens.get(), 56 + own);
+}
+
 #[test]
 fn what_cannot_be_trained_is_an_error() {
     let (weights, rows) = (tiny::weights(1), tiny::rows(8, 2));
@@ -121,7 +201,11 @@ fn what_cannot_be_trained_is_an_error() {
     assert!(new(&[]).is_some());
     let bad = |prompt: Vec<u32>, target: Vec<u32>| {
         let mut rows = rows.clone();
-        rows[3] = TrainRow { prompt, target };
+        rows[3] = TrainRow {
+            prompt,
+            target,
+            earlier: Vec::new(),
+        };
         new(&rows).unwrap().to_string()
     };
     assert!(bad(vec![], vec![1]).starts_with("training row 4: a training row needs"));
@@ -180,4 +264,32 @@ fn a_training_that_gets_no_better_stops_and_says_so() {
             .is_err()
     );
     assert!(new().validate_on(&unseen).unwrap().resume(state()).is_ok());
+}
+
+#[test]
+fn a_validation_loss_that_is_no_number_ends_the_training() {
+    let (mut weights, rows) = (tiny::weights(1), tiny::rows(8, 2));
+    // A token that no row to train on has.
+    let mut embed: Vec<Vec<f32>> = weights.embed.to_vec2().unwrap();
+    embed[30].fill(f32::NAN);
+    let shape = (embed.len(), weights.config.hidden);
+    let embed = candle_core::Tensor::from_vec(embed.concat(), shape, &candle_core::Device::Cpu);
+    weights.embed = embed.unwrap();
+    let unseen = [TrainRow {
+        prompt: vec![1, 2, 3, 30],
+        target: vec![8, 0],
+        earlier: Vec::new(),
+    }];
+    let told = Cell::new(false);
+    let hooks = Hooks::default().on_epoch(|_, _| {
+        told.set(true);
+        Ok(())
+    });
+    let mut trainer = Trainer::new(&weights, lora(), config(), &rows)
+        .unwrap()
+        .validate_on(&unseen)
+        .unwrap();
+    let error = trainer.run(hooks).unwrap_err().to_string();
+    assert!(error.contains("validation loss is NaN"), "{error}");
+    assert!(!told.get());
 }

@@ -44,12 +44,17 @@ pub(crate) fn weights(seed: u64) -> LlamaWeights {
 
 /// A model of another architecture than Llama.
 pub(crate) fn weights_of(architecture: &Architecture, seed: u64) -> LlamaWeights {
-    let parts = architecture.parts;
     let c = LlamaConfig {
-        parts,
+        parts: architecture.parts,
         local: tiny_local(architecture, config().layers),
         ..config()
     };
+    weights_with(c, seed)
+}
+
+/// A model of these sizes.
+pub(crate) fn weights_with(c: LlamaConfig, seed: u64) -> LlamaWeights {
+    let parts = c.parts;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut linear =
         |out: usize, input: usize| tensor(&mut rng, out, input, 1.5 / (input as f32).sqrt());
@@ -131,6 +136,7 @@ pub(crate) fn rows(count: usize, seed: u64) -> Vec<TrainRow> {
                 &[0],
             ]
             .concat(),
+            earlier: Vec::new(),
         }
     };
     (0..count).map(row).collect()

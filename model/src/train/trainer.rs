@@ -14,6 +14,7 @@ mod passes;
 
 use super::activated;
 use super::adamw::AdamW;
+use super::budget::Budget;
 use super::config::TrainConfig;
 use super::frozen::Frozen;
 use super::hooks::{EpochStats, EvalStats, Hooks, StepStats};
@@ -41,6 +42,7 @@ pub struct Trainer<'a> {
     rows: &'a [TrainRow],
     validation: &'a [TrainRow],
     layout: Layout,
+    budget: Budget,
     state: TrainerState,
     /// The base model on the GPU that computes, where one does.
     #[cfg(feature = "cuda")]
@@ -97,6 +99,7 @@ impl<'a> Trainer<'a> {
             validations: Vec::new(),
         };
         Ok(Self {
+            budget: Budget::new(&weights.config, &layout, config.max_tokens),
             weights,
             lora,
             config,
@@ -295,6 +298,14 @@ impl<'a> Trainer<'a> {
         let validate = !self.validation.is_empty();
         let validation = validate.then(|| in_pool(|| self.measure(work, self.validation)));
         let validation = validation.transpose()?;
+        if let Some(stats) = validation.filter(|stats| !stats.loss.is_finite()) {
+            let reason = format!(
+                "the validation loss is {}; lower the learning rate",
+                stats.loss
+            );
+            let step = self.state.step;
+            return Err(ModelError::Training { step, reason });
+        }
         // A state saved right after this epoch's last step meets its end twice.
         if let Some(stats) = validation.filter(|_| self.state.validations.len() <= epoch) {
             self.state.validations.push(stats.loss as f32);

@@ -48,6 +48,10 @@ pub(super) struct HubConfig {
     attn_logit_softcapping: Option<f64>,
     final_logit_softcapping: Option<f64>,
     use_bidirectional_attention: Option<bool>,
+    /// How the weights are stored, where that is not as plain numbers.
+    quantization_config: Option<serde_json::Value>,
+    /// The older name of it.
+    compression_config: Option<serde_json::Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -121,6 +125,14 @@ impl HubConfig {
 
     /// Refuses what would make every result another.
     fn check(&self, architecture: &Architecture) -> Result<(), String> {
+        let quantised = self.quantization_config.as_ref();
+        if let Some(how) = quantised.or(self.compression_config.as_ref()) {
+            let method = how["quant_method"].as_str().unwrap_or("unnamed");
+            return Err(format!(
+                "its weights are quantised (`quantization_config`, method `{method}`), which is not \
+                 supported in a folder; {UNQUANTISED}"
+            ));
+        }
         let wanted = match architecture.parts.activation {
             Activation::Silu => "silu",
             Activation::GeluTanh => "gelu_pytorch_tanh",
@@ -176,6 +188,10 @@ impl HubConfig {
         })
     }
 }
+
+/// What to do about weights that are quantised.
+pub(super) const UNQUANTISED: &str =
+    "take the model's folder in F32, F16 or BF16, or a GGUF file of it";
 
 /// A layer that sees all tokens.
 const FULL: &str = "full_attention";
@@ -302,11 +318,18 @@ mod tests {
             (r#"{"attention_bias": true}"#, "attention_bias"),
             (r#"{"final_logit_softcapping": 30.0}"#, "soft-capped"),
             (r#"{"query_pre_attn_scalar": 0}"#, "not a positive number"),
+            (
+                r#"{"quantization_config": {"quant_method": "fp8"}}"#,
+                "method `fp8`",
+            ),
+            (r#"{"compression_config": {}}"#, "are quantised"),
         ] {
             let qwen = r#"{"model_type": "qwen2", "#;
             let error = shape(&text.replacen('{', qwen, 1)).err().unwrap();
             assert!(error.contains(why), "{error}");
         }
+        let unquantised = shape(r#"{"quantization_config": null}"#);
+        assert!(unquantised.is_ok());
         let lacking = shape(r#"{"model_type": "gemma3_text"}"#).err().unwrap();
         assert_eq!(lacking, "`sliding_window` is missing");
         let qwen = shape(r#"{"model_type": "qwen3", "hidden_act": "silu"}"#).unwrap();

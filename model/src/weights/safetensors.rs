@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::hub_config::HubConfig;
+use super::hub_config::{HubConfig, UNQUANTISED};
 use super::{Keep, LlamaWeights, Slot, TensorSource, assemble};
 use crate::architecture::Architecture;
 use crate::chat_template::ChatTemplate;
@@ -28,6 +28,7 @@ impl SafetensorsModel {
         let file = path.join("config.json");
         let config: HubConfig = json(&file)?;
         let tensors = tensors(path)?;
+        check_scales(tensors.keys()).map_err(|reason| ModelError::format(path, reason))?;
         let shape = config
             .shape(tensors.contains_key("lm_head.weight"))
             .map_err(|reason| ModelError::format(&file, reason))?;
@@ -42,7 +43,7 @@ impl SafetensorsModel {
         let eos = settings.eos_token.as_ref().map_or("", SpecialToken::text);
         let bos = settings.bos_token.as_ref().map_or("", SpecialToken::text);
         let words = path.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&words, &[eos])?;
+        let tokenizer = settings.begin(Tokenizer::from_file(&words, &[eos])?);
         let fits = tokenizer.check_fits(weights.config.vocab);
         fits.map_err(|reason| ModelError::format(&words, reason))?;
         let template = match chat_template(&path.join("chat_template.jinja"))? {
@@ -61,11 +62,40 @@ impl SafetensorsModel {
     }
 }
 
+/// Refuses scales beside the weights, without which these would be other numbers.
+fn check_scales<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), String> {
+    let is_scale = |name: &&String| {
+        let last = name.rsplit('.').next();
+        last.is_some_and(|last| last.contains("_scale"))
+    };
+    match names.filter(is_scale).min() {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "the tensor `{name}` says that the weights are quantised, which is not supported in a \
+             folder; {UNQUANTISED}"
+        )),
+    }
+}
+
 #[derive(Debug, Default, Deserialize)]
 struct TokenizerConfig {
     bos_token: Option<SpecialToken>,
     eos_token: Option<SpecialToken>,
+    add_bos_token: Option<bool>,
     chat_template: Option<Templates>,
+}
+
+impl TokenizerConfig {
+    /// Has texts begin as the config says; where it says nothing, `tokenizer.json` does.
+    fn begin(&self, tokenizer: Tokenizer) -> Tokenizer {
+        let bos = self.bos_token.as_ref().map(SpecialToken::text);
+        let bos = bos.and_then(|bos| tokenizer.token_id(bos));
+        match (self.add_bos_token, bos) {
+            (Some(true), Some(bos)) => tokenizer.with_begin(Some(bos)),
+            (Some(false), _) => tokenizer.with_begin(None),
+            _ => tokenizer,
+        }
+    }
 }
 
 /// Hugging Face writes a special token as its text or as an object.
@@ -161,9 +191,15 @@ struct Source {
 impl Source {
     /// Takes the tensor out, so that its original bytes are freed once it is converted.
     fn take(&mut self, name: &str) -> Result<Tensor, String> {
-        self.tensors
-            .remove(name)
-            .ok_or_else(|| format!("the tensor `{name}` is missing"))
+        let tensor = self.tensors.remove(name);
+        let tensor = tensor.ok_or_else(|| format!("the tensor `{name}` is missing"))?;
+        match tensor.dtype() {
+            DType::F32 | DType::F16 | DType::BF16 => Ok(tensor),
+            other => Err(format!(
+                "the tensor `{name}` holds values of the type {}; {UNQUANTISED}",
+                other.as_str()
+            )),
+        }
     }
 
     fn take_norm(&mut self, name: &str) -> Result<Tensor, String> {
@@ -236,6 +272,55 @@ mod tests {
         let of = |name| Architecture::of_model_type(name).unwrap();
         assert_eq!(norm(of("gemma3_text")), [1.5, 0.75]);
         assert_eq!(norm(of("qwen3")), [0.5, -0.25]);
+    }
+
+    #[test]
+    fn a_text_begins_as_the_tokenizers_config_says() {
+        let words = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity/tiny/rope/tokenizer.json");
+        let tokenizer = Tokenizer::from_file(&words, &[]).unwrap();
+        let bos = tokenizer.token_id("<|im_start|>").unwrap();
+        let begins = |config: &str| {
+            let config: TokenizerConfig = serde_json::from_str(config).unwrap();
+            let tokenizer = config.begin(tokenizer.clone());
+            tokenizer.text_tokens("card").unwrap().first() == Some(&bos)
+        };
+        assert!(begins(
+            r#"{"bos_token": "<|im_start|>", "add_bos_token": true}"#
+        ));
+        for config in [
+            r#"{"bos_token": "<|im_start|>"}"#,
+            r#"{"bos_token": "<|im_start|>", "add_bos_token": false}"#,
+            r#"{"add_bos_token": true}"#,
+        ] {
+            assert!(!begins(config), "{config}");
+        }
+    }
+
+    #[test]
+    fn weights_that_need_scales_are_refused() {
+        let values = Tensor::new(&[0.5f32, -0.25], &Device::Cpu).unwrap();
+        let take = |dtype| {
+            let tensor = values.to_dtype(dtype).unwrap();
+            let mut source = Source {
+                tensors: HashMap::from([("lm_head.weight".to_owned(), tensor)]),
+                architecture: Architecture::of_model_type("llama").unwrap(),
+            };
+            source.head()
+        };
+        for plain in [DType::F32, DType::F16, DType::BF16] {
+            assert!(take(plain).is_ok(), "{plain:?}");
+        }
+        for stored in [DType::F8E4M3, DType::U8] {
+            let error = take(stored).err().unwrap();
+            assert!(error.contains("`lm_head.weight`"), "{error}");
+        }
+        let check = |name: &str| check_scales([name.to_owned()].iter());
+        for name in ["weight_scale_inv", "weight_scale", "k_scale"] {
+            let name = format!("model.layers.0.self_attn.k_proj.{name}");
+            let error = check(&name).unwrap_err();
+            assert!(error.contains(&name), "{error}");
+        }
+        check("model.layers.0.self_attn.k_proj.weight").unwrap();
     }
 
     #[test]

@@ -29,7 +29,8 @@ const PROMPTS: usize = 64;
 pub(in crate::serve) struct Text {
     /// The model's id, one of `GET /v1/models`.
     model: String,
-    /// The text, or several; not tokens.
+    /// The text, or several; not tokens. Each begins with the model's begin token where the
+    /// model's files ask for one, unless it spells that.
     prompt: OneOrMany,
     temperature: Option<f64>,
     top_p: Option<f64>,

@@ -29,10 +29,12 @@ pub(super) fn train(
     params: &Params,
     spec: &EmbeddedSpec,
 ) -> Result<StepOutcome, StepError> {
+    let chats: Vec<ChatRow> = read_jsonl(&ctx.input("messages")?.path)?;
+    super::check(&chats)?;
     let training = Training {
         params,
         spec,
-        chats: read_jsonl(&ctx.input("messages")?.path)?,
+        chats,
         validation: validation(ctx, params)?,
         resume: ctx.resume_dir()?,
         on_step: &|stats| {
@@ -83,7 +85,7 @@ fn validation(ctx: &StepContext, params: &Params) -> Result<Vec<ChatRow>, StepEr
     let chats: Vec<ChatRow> = read_jsonl(&input.path)?;
     match chats.is_empty() {
         true => Err(StepError::invalid("`validation` has no chats")),
-        false => Ok(chats),
+        false => super::check(&chats).map(|()| chats),
     }
 }
 
@@ -165,8 +167,7 @@ impl Training<'_> {
         let base = open_whole_base(self.spec, host)?;
         let all_tokens = |chats: &[ChatRow]| -> Result<Vec<TrainRow>, StepError> {
             let told = &self.spec.chat_template_kwargs;
-            let rows = chats.iter().map(|chat| tokens(&base, chat, told));
-            rows.collect()
+            tokens(&base, chats, told, self.params.lora.invocation.is_some())
         };
         let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
         let settings = settings(self.params, &base)?;
@@ -229,10 +230,15 @@ impl Training<'_> {
             checkpoints.push(last);
         }
         let checkpoints = checkpoints.into_iter();
+        let validations = &outcome.validations;
         let point = |(at, loss): (usize, &f32)| LossPoint {
             step: at as u64 + 1,
             epoch: u32::try_from(at / per_epoch).unwrap_or(u32::MAX),
             loss: f64::from(*loss),
+            validation: match (at + 1) % per_epoch {
+                0 => validations.get(at / per_epoch).copied().map(f64::from),
+                _ => None,
+            },
         };
         let tokens: usize = rows.iter().map(|r| r.prompt.len() + r.target.len()).sum();
         Ok(Trained {
@@ -240,7 +246,7 @@ impl Training<'_> {
                 .map(|step| saving.reached(self.resume, step))
                 .collect(),
             losses: outcome.losses.iter().enumerate().map(point).collect(),
-            validations: outcome.validations,
+            validations: validations.clone(),
             stopped_early: outcome.stopped_early,
             rows: rows.len(),
             tokens: tokens * saving.epoch(last),
@@ -294,22 +300,69 @@ fn has_checkpoints(folder: &Path, saving: Saving, trainer: &Trainer<'_>) -> bool
     due.all(|step| Checkpoint::load(&saving.reached(folder, step).folder).is_ok())
 }
 
+/// The rows to train on: one for each chat, in their order, then what these leave to rows of their
+/// own.
 fn tokens(
+    base: &BaseModel,
+    chats: &[ChatRow],
+    told: &TemplateArguments,
+    is_activated: bool,
+) -> Result<Vec<TrainRow>, StepError> {
+    let (mut rows, mut apart) = (Vec::with_capacity(chats.len()), Vec::new());
+    for (at, chat) in chats.iter().enumerate() {
+        let mut all = chat_tokens(base, chat, told, is_activated).map_err(|error| {
+            let line = format!("line {}: {}", at + 1, error.message);
+            StepError {
+                message: line,
+                ..error
+            }
+        })?;
+        rows.extend(all.pop());
+        apart.append(&mut all);
+    }
+    rows.append(&mut apart);
+    Ok(rows)
+}
+
+/// A chat as rows; the last is that of its last answer.
+///
+/// Every answer is learnt once, after the prompt that it is asked for with. An earlier one is part
+/// of the last one's row where the chat template writes it there in the same way. It is a row by
+/// itself where the template does not (it leaves out earlier thoughts), and with an activated adapter,
+/// which takes effect with the last answer.
+fn chat_tokens(
     base: &BaseModel,
     chat: &ChatRow,
     told: &TemplateArguments,
-) -> Result<TrainRow, StepError> {
-    let Some((answer, prompt)) = chat.messages.split_last() else {
-        return Err(StepError::invalid("a chat has no messages"));
-    };
-    let prompt: Vec<ChatMessage> = prompt
+    is_activated: bool,
+) -> Result<Vec<TrainRow>, StepError> {
+    let messages: Vec<ChatMessage> = chat
+        .messages
         .iter()
         .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
         .collect();
-    Ok(TrainRow {
-        prompt: base.prompt_tokens_with(&prompt, told).map_err(failed)?,
-        target: base.answer_tokens(&answer.content).map_err(failed)?,
-    })
+    let row = |at: usize| -> Result<TrainRow, StepError> {
+        let prompt = base.prompt_tokens_with(&messages[..at], told);
+        Ok(TrainRow {
+            prompt: prompt.map_err(failed)?,
+            target: base.answer_tokens(&messages[at].content).map_err(failed)?,
+            earlier: Vec::new(),
+        })
+    };
+    let mut rows = chat.answers().map(row).collect::<Result<Vec<_>, _>>()?;
+    let Some(mut last) = rows.pop() else {
+        return Err(StepError::invalid("a chat has no message of the assistant"));
+    };
+    let mut apart = Vec::new();
+    for row in rows {
+        let whole = [row.prompt.as_slice(), row.target.as_slice()].concat();
+        match last.prompt.starts_with(&whole) && !is_activated {
+            true => last.earlier.push(row.prompt.len()..whole.len()),
+            false => apart.push(row),
+        }
+    }
+    apart.push(last);
+    Ok(apart)
 }
 
 fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfig), StepError> {
@@ -326,7 +379,12 @@ fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfi
         let tokens = base.tokenizer.encode(text, true).map_err(failed)?;
         lora.invocation_tokens = Some(tokens);
     }
-    let config = TrainConfig {
+    Ok((lora, config(params)))
+}
+
+fn config(params: &Params) -> TrainConfig {
+    let usual = TrainConfig::default();
+    TrainConfig {
         epochs: params.epochs,
         batch_size: params.batch_size,
         learning_rate: params.learning_rate,
@@ -337,11 +395,12 @@ fn settings(params: &Params, base: &BaseModel) -> Result<(LoraConfig, TrainConfi
             ScheduleSpec::Constant => Schedule::Constant,
         },
         weight_decay: params.weight_decay,
+        clip: params.max_grad_norm,
+        max_tokens: params.max_tokens.unwrap_or(usual.max_tokens),
         seed: params.seed,
         patience: params.patience,
-        ..TrainConfig::default()
-    };
-    Ok((lora, config))
+        ..usual
+    }
 }
 
 /// What all checkpoints of a training have in common.
@@ -375,4 +434,96 @@ fn save(
         .save(&part)
         .map_err(|e| ModelError::format(&part, e.message))?;
     std::fs::rename(&part, folder).map_err(ModelError::io(folder))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use flowrun_lm::lm::{Message, Role};
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_params_reach_the_training() {
+        let model = json!({"provider": "embedded", "weights": {"file": "tiny"}});
+        let read = |more: serde_json::Value| {
+            let mut params = json!({ "model": model });
+            let more = more.as_object().unwrap().clone();
+            params.as_object_mut().unwrap().extend(more);
+            let params: Params = serde_json::from_value(params).unwrap();
+            config(&params)
+        };
+        let usual = read(json!({}));
+        assert_eq!((usual.clip, usual.max_tokens), (1.0, 2048));
+        let told = read(json!({"max_grad_norm": 0.25, "max_tokens": 300, "weight_decay": 0.01}));
+        assert_eq!((told.clip, told.max_tokens), (0.25, 300));
+        assert_eq!(told.weight_decay, 0.01);
+    }
+
+    /// One of the tiny models that other tests compare with `transformers`.
+    fn base(name: &str) -> BaseModel {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/parity");
+        BaseModel::load(&folder.join(name), name).unwrap()
+    }
+
+    fn chat(messages: &[&str]) -> ChatRow {
+        let roles = [Role::User, Role::Assistant].into_iter().cycle();
+        let messages = messages.iter().zip(roles).map(|(text, role)| Message {
+            role,
+            content: (*text).to_owned(),
+        });
+        ChatRow {
+            messages: messages.collect(),
+        }
+    }
+
+    /// The rows with the tokens that each learns.
+    fn learnt(base: &BaseModel, messages: &[&str], is_activated: bool) -> Vec<Vec<Vec<u32>>> {
+        let told = TemplateArguments::new();
+        let rows = chat_tokens(base, &chat(messages), &told, is_activated).unwrap();
+        let learnt = rows.iter().map(|row| {
+            let earlier = row.earlier.iter();
+            let earlier = earlier.map(|answer| row.prompt[answer.clone()].to_vec());
+            earlier.chain([row.target.clone()]).collect()
+        });
+        learnt.collect()
+    }
+
+    #[test]
+    fn every_answer_of_a_chat_is_learnt_once() {
+        let base = base("tiny/rope");
+        let answer = |text: &str| base.answer_tokens(text).unwrap();
+        let (yes, no) = (answer("yes"), answer("no"));
+        let single = learnt(&base, &["a", "yes"], false);
+        assert_eq!(single, [vec![yes.clone()]]);
+        let chat = ["a", "yes", "my card", "no"];
+        let one = learnt(&base, &chat, false);
+        assert_eq!(one, [vec![yes.clone(), no.clone()]]);
+        // An activated adapter takes effect with the last answer of a row.
+        let apart = learnt(&base, &chat, true);
+        assert_eq!(apart, [vec![yes.clone()], vec![no.clone()]]);
+        // This template leaves out what an earlier answer thought.
+        let qwen = self::base("families/qwen3");
+        let thought = "<think>\nhm\n</think>\n\nyes";
+        let apart = learnt(&qwen, &["a", thought, "my card", "no"], false);
+        let answer = |text: &str| qwen.answer_tokens(text).unwrap();
+        assert_eq!(apart, [vec![answer(thought)], vec![answer("no")]]);
+        assert_eq!(learnt(&qwen, &chat, false)[0].len(), 2);
+    }
+
+    #[test]
+    fn rows_of_their_own_come_after_those_of_the_chats() {
+        let base = base("tiny/rope");
+        let chats = [chat(&["a", "yes", "b", "no"]), chat(&["c", "yes"])];
+        let told = TemplateArguments::new();
+        let rows = tokens(&base, &chats, &told, true).unwrap();
+        let targets: Vec<&[u32]> = rows.iter().map(|row| row.target.as_slice()).collect();
+        let (yes, no) = (base.answer_tokens("yes"), base.answer_tokens("no"));
+        let (yes, no) = (yes.unwrap(), no.unwrap());
+        assert_eq!(targets, [no.as_slice(), &yes, &yes]);
+        let none = chat(&["a"]);
+        let error = tokens(&base, &[none], &told, false).unwrap_err();
+        assert!(error.message.starts_with("line 1: "), "{}", error.message);
+    }
 }

@@ -19,6 +19,8 @@ pub mod tuning;
 use std::collections::BTreeMap;
 
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
+use flowrun_lm::lm::Role;
+use flowrun_lm::messages::ChatRow;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -69,6 +71,17 @@ struct Params {
     /// AdamW's decoupled weight decay.
     #[serde(default)]
     weight_decay: f64,
+    /// Gradients are scaled down to this global norm before each optimizer step; 0 leaves them. No
+    /// matter to OpenAI's fine-tuning API.
+    #[serde(default = "max_grad_norm", skip_serializing_if = "is_usual_norm")]
+    #[schemars(range(min = 0.0))]
+    max_grad_norm: f64,
+    /// Tokens that are computed at once, 2048 when left out: it bounds the memory (0.7 MB a token
+    /// for a model of 135 M parameters). A batch of more is computed in parts, with the same result
+    /// up to rounding. In this process only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    max_tokens: Option<usize>,
     /// Seed of the first adapter, the order of the rows, and dropout.
     #[serde(default)]
     seed: u64,
@@ -99,18 +112,34 @@ impl Params {
             ))
             .help("leave it out"));
         }
+        let all = "leave it out: a checkpoint after every epoch, and all epochs";
+        let room = "leave it out: `micro_batch` of a command, or the server, bounds the memory";
         let given = [
-            ("save_steps", self.save_steps.is_some()),
-            ("patience", self.patience.is_some()),
-            (VALIDATION, ctx.input_opt(VALIDATION).is_some()),
+            ("save_steps", self.save_steps.is_some(), all),
+            ("patience", self.patience.is_some(), all),
+            (VALIDATION, ctx.input_opt(VALIDATION).is_some(), all),
+            ("max_tokens", self.max_tokens.is_some(), room),
         ];
-        match given.into_iter().find(|(_, is_given)| *is_given) {
+        match given.into_iter().find(|(_, is_given, _)| *is_given) {
             None => Ok(()),
-            Some((name, _)) => Err(StepError::invalid(format!(
+            Some((name, _, help)) => Err(StepError::invalid(format!(
                 "`{name}`: only training in this process knows it, and {who} trains"
             ))
-            .help("leave it out: a checkpoint after every epoch, and all epochs")),
+            .help(help)),
         }
+    }
+}
+
+/// Refuses chats that end with a message which no model is to write.
+fn check(chats: &[ChatRow]) -> Result<(), StepError> {
+    let ends = |chat: &ChatRow| chat.messages.last().map(|last| last.role);
+    let other = |chat: &ChatRow| ends(chat) != Some(Role::Assistant);
+    match chats.iter().position(other) {
+        None => Ok(()),
+        Some(at) => Err(StepError::invalid(format!(
+            "line {}: a chat to train on ends with a message of the assistant",
+            at + 1
+        ))),
     }
 }
 
@@ -206,6 +235,16 @@ fn warmup() -> f64 {
     0.1
 }
 
+/// That of Hugging Face's Trainer.
+fn max_grad_norm() -> f64 {
+    1.0
+}
+
+/// Params that say nothing of it are as they were before there was such a setting.
+fn is_usual_norm(norm: &f64) -> bool {
+    *norm == max_grad_norm()
+}
+
 impl Step for Finetune {
     fn kind(&self) -> &'static str {
         "finetune"
@@ -224,7 +263,7 @@ impl Step for Finetune {
             Port::new(
                 "messages",
                 "messages",
-                "Chats; the loss is on the last message of each.",
+                "Chats; the loss is on the assistant's messages, one of which is the last.",
             ),
             Port::new(
                 "lineage",
@@ -255,7 +294,11 @@ impl Step for Finetune {
                 "The student after each epoch, or every `save_steps`.",
             )
             .many(),
-            Port::new("loss", "loss", "Training loss, step by step."),
+            Port::new(
+                "loss",
+                "loss",
+                "Training loss, step by step, and that on `validation` at the end of each epoch.",
+            ),
         ]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {

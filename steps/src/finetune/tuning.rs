@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::StepError;
-use flowrun_lm::lm::Role;
 use flowrun_lm::messages::ChatRow;
 use serde::{Deserialize, Serialize};
 
@@ -91,14 +90,7 @@ pub fn read_chats(path: &Path) -> Result<Vec<ChatRow>, StepError> {
     if chats.is_empty() {
         return Err(StepError::invalid("the file has no chats"));
     }
-    for (at, chat) in chats.iter().enumerate() {
-        if chat.messages.last().map(|last| last.role) != Some(Role::Assistant) {
-            return Err(StepError::invalid(format!(
-                "line {}: a chat to train on ends with a message of the assistant",
-                at + 1
-            )));
-        }
-    }
+    super::check(&chats)?;
     Ok(chats)
 }
 
@@ -139,6 +131,8 @@ pub fn tune(
         warmup: super::warmup(),
         schedule: super::ScheduleSpec::default(),
         weight_decay: 0.0,
+        max_grad_norm: super::max_grad_norm(),
+        max_tokens: None,
         seed,
         save_steps: None,
         patience: None,

@@ -201,7 +201,8 @@ pub(super) fn test_bars(scores: &[Score], mark: &str) -> String {
     out
 }
 
-/// The training loss over optimizer steps, with a dotted line where an epoch begins.
+/// The training loss over optimizer steps, with a dotted line where an epoch begins, and the loss on
+/// the chats to validate on as squares.
 pub(super) fn loss_curve(points: &[LossPoint]) -> String {
     let points: Vec<LossPoint> = points
         .iter()
@@ -214,7 +215,10 @@ pub(super) fn loss_curve(points: &[LossPoint]) -> String {
     let (left, top, height) = (38.0, 22.0, 200.0);
     let span = WIDTH - left - 8.0;
     let steps = last.step.saturating_sub(first.step).max(1) as f64;
-    let highest = points.iter().map(|p| p.loss).fold(0.0, f64::max);
+    let validation = |point: &LossPoint| point.validation.filter(|loss| loss.is_finite());
+    let validations = points.iter().filter_map(validation);
+    let losses = points.iter().map(|point| point.loss);
+    let highest = losses.chain(validations.clone()).fold(0.0, f64::max);
     let tick = nice_tick(highest / 4.0);
     let ceiling = (highest / tick).ceil().max(1.0) * tick;
     let x_of = |step: u64| left + span * step.saturating_sub(first.step) as f64 / steps;
@@ -267,6 +271,18 @@ pub(super) fn loss_curve(points: &[LossPoint]) -> String {
         let _ = write!(out, "{:.1},{:.1} ", x_of(step), y_of(loss));
     }
     out.push_str("\"/>");
+    for point in &points {
+        if let Some(loss) = validation(point) {
+            let at = (x_of(point.step) - 3.0, y_of(loss) - 3.0);
+            let epoch = point.epoch + 1;
+            let tip = format!("{loss:.3} on the chats to validate on, after epoch {epoch}");
+            rect(&mut out, "best", at, (6.0, 6.0), &tip);
+        }
+    }
+    let unit = match validations.clone().next() {
+        None => "nats per token",
+        Some(_) => "nats per token; squares: chats to validate on",
+    };
     let y = top + height + 17.0;
     text(
         &mut out,
@@ -280,12 +296,7 @@ pub(super) fn loss_curve(points: &[LossPoint]) -> String {
         (WIDTH - 8.0, y),
         &format!("step {}", thousands(last.step)),
     );
-    text(
-        &mut out,
-        "tick mid",
-        (left + span / 2.0, y),
-        "nats per token",
-    );
+    text(&mut out, "tick mid", (left + span / 2.0, y), unit);
     out.push_str("</svg>");
     out
 }
@@ -330,6 +341,7 @@ mod tests {
             step: 1,
             epoch: 0,
             loss: f64::NAN,
+            validation: None,
         };
         let drawn = dev_bars(&[dev], "") + &test_bars(&[test], "") + &loss_curve(&[loss]);
         assert!(!drawn.contains("NaN") && !drawn.contains("inf"), "{drawn}");
@@ -341,10 +353,36 @@ mod tests {
             step: u64::from(epoch) + 1,
             epoch,
             loss: 1.0,
+            validation: None,
         });
         let drawn = loss_curve(&points);
         let named = |epoch: u32| drawn.contains(&format!(">epoch {epoch}<"));
         assert!(named(1) && !named(0), "{drawn}");
+    }
+
+    #[test]
+    fn the_loss_on_other_chats_is_a_square_for_each_epoch() {
+        let point = |step: u64, validation| LossPoint {
+            step,
+            epoch: (step as u32 - 1) / 2,
+            loss: 1.0,
+            validation,
+        };
+        let points = [
+            point(1, None),
+            point(2, Some(3.0)),
+            point(3, None),
+            point(4, Some(f64::NAN)),
+        ];
+        let drawn = loss_curve(&points);
+        assert_eq!(drawn.matches("<rect class=\"best\"").count(), 1);
+        assert!(drawn.contains("3.000 on the chats to validate on, after epoch 1"));
+        // The axis reaches up to it.
+        assert!(
+            drawn.contains(">3<") && drawn.contains("; squares"),
+            "{drawn}"
+        );
+        assert!(!loss_curve(&points[..1]).contains("squares"));
     }
 
     #[test]
@@ -354,6 +392,7 @@ mod tests {
                 step,
                 epoch: 0,
                 loss: 1.0,
+                validation: None,
             })
             .collect();
         let drawn = loss_curve(&points);

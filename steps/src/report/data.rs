@@ -126,6 +126,9 @@ pub struct LossPoint {
     pub epoch: u32,
     /// Mean loss in nats per token of the assistant's text.
     pub loss: f64,
+    /// The same on the chats to validate on, where there are any: at the last step of an epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<f64>,
 }
 
 /// One score, on the synthetic devset or on the test set.

@@ -129,6 +129,7 @@ fn sample(stand_in: bool) -> Report {
         step: step.into(),
         epoch: (step - 1) / 32,
         loss: 0.12 + 2.1 / f64::from(step).sqrt() + 0.05 * f64::from(step * 37 % 10) / 10.0,
+        validation: None,
     });
     Report {
         version: Report::VERSION,

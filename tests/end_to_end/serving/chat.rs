@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use super::{ids, serve, with_adapters};
+use crate::project::Project;
 use crate::server::{Server, chat, chunks, content};
-use crate::tiny::{self, write_adapter};
+use crate::tiny::{self, write_adapter, write_model};
 
 /// A chat template that adds five characters, which are tokens, where it is told not to think.
 const TEMPLATE: &str = "{% for m in messages %}{{ m.content }}{% endfor %}\
@@ -86,6 +87,28 @@ fn a_chat_template_is_told_what_the_models_entry_and_the_request_say() {
     let server = serve(&project, &["bundle"]);
     assert_eq!(tokens(&server, Value::Null), 10);
     assert_eq!(tokens(&server, slow), 5);
+}
+
+#[test]
+fn a_raw_text_begins_with_the_begin_token_where_the_model_asks_for_it() {
+    let project = Project::new();
+    write_model(&project.path("tiny"), 1);
+    let tokens = |server: &Server, prompt: &str| {
+        let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 1});
+        let answer = server.json("/v1/completions", &body);
+        answer["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let server = serve(&project, &["tiny"]);
+    assert_eq!(tokens(&server, "once"), 4);
+    project.edit(
+        "tiny/tokenizer_config.json",
+        "{",
+        r#"{"add_bos_token": true, "#,
+    );
+    let server = serve(&project, &["tiny"]);
+    assert_eq!(tokens(&server, "once"), 5);
+    // Not twice.
+    assert_eq!(tokens(&server, "<|im_start|>once"), 5);
 }
 
 #[test]

@@ -1,8 +1,13 @@
 //! Rows that come and go while others are answered.
 
+use std::sync::Arc;
+
 use super::{all, ask, generator, request, watched};
+use crate::base_model::BaseModel;
+use crate::chat_template::ChatTemplate;
 use crate::error::ModelError;
-use crate::generate::{Ask, Batch, ChoiceSet, GenerateRequest, Said};
+use crate::generate::{Ask, Batch, ChoiceSet, GenerateOptions, GenerateRequest, Generator, Said};
+use crate::tiny;
 
 #[test]
 fn rows_join_while_others_run_and_the_pieces_make_the_answer() {
@@ -138,4 +143,28 @@ fn a_text_is_gone_on_with_as_it_is_and_a_choice_has_its_probabilities() {
     assert!(["yes", "no"].contains(&text.as_str()));
     let sum: f32 = probs[0].top.iter().map(|(_, logprob)| logprob.exp()).sum();
     assert!((sum - 1.0).abs() < 1e-5 && probs[0].text == *text);
+}
+
+#[test]
+fn a_text_begins_with_the_begin_token_where_the_model_asks_for_one() {
+    let tiny = tiny::base(4);
+    let answered = |begin: Option<u32>, text: &str| {
+        let tokenizer = tiny.tokenizer.clone().with_begin(begin);
+        let chat = ChatTemplate::chatml().unwrap();
+        let base = BaseModel::new(tiny.weights.clone(), tokenizer, chat, "begins");
+        let generator = Generator::new(Arc::new(base), None, GenerateOptions::default()).unwrap();
+        let mut batch = Batch::new(4, 0);
+        let text = Ask {
+            text: Some(text.to_owned()),
+            ..ask(request("", 6))
+        };
+        batch.add(&generator, 0, &text).unwrap();
+        let (_, _, answer) = watched(&mut batch, 1).remove(0);
+        answer.unwrap().unwrap()
+    };
+    let plain = answered(None, "once upon");
+    let begun = answered(Some(1), "once upon");
+    assert_eq!(begun.prompt_tokens, plain.prompt_tokens + 1);
+    assert_eq!(begun, answered(None, "<|im_start|>once upon"));
+    assert_eq!(begun, answered(Some(1), "<|im_start|>once upon"));
 }

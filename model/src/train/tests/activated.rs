@@ -9,7 +9,7 @@ use crate::train::{Hooks, TrainConfig, Trainer, TrainerState, tiny};
 
 /// The invocation of an activated adapter: the last token of every prompt of [`tiny::rows`] but
 /// one, and the first of the common start once more in some questions.
-fn activated() -> LoraConfig {
+pub(super) fn activated() -> LoraConfig {
     LoraConfig {
         invocation_tokens: Some(vec![7]),
         ..lora()
@@ -93,4 +93,5 @@ fn small_passes_of_an_activated_training_change_nothing() {
         trainer.run(Hooks::default()).unwrap().losses
     };
     close(&losses(1000), &losses(9));
+    close(&losses(1000), &losses(1));
 }

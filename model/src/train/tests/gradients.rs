@@ -1,17 +1,19 @@
 //! Losses and gradients against plain implementations.
 
-use super::{close, lora};
+use super::activated::activated;
+use super::{close, config, lora};
 use crate::architecture;
 use crate::lora::LoraConfig;
+use crate::train::budget::Budget;
 use crate::train::frozen::Frozen;
 use crate::train::head::{self, HeadRoom};
 use crate::train::linear::Dropout;
 use crate::train::network::Network;
-use crate::train::pack::Pack;
+use crate::train::pack::{self, Pack};
 use crate::train::params::Layout;
 use crate::train::rope::Rope;
 use crate::train::tape::{Keep, Tape};
-use crate::train::{TrainRow, reference, tiny};
+use crate::train::{TrainConfig, TrainRow, Trainer, reference, tiny};
 use crate::weights::LlamaWeights;
 
 /// Mean loss and, where wanted, gradients of `params` over `packs`.
@@ -148,6 +150,49 @@ fn every_subset_of_modules_gets_its_gradient() {
     }
 }
 
+/// A conversation with two answers is its two rows with one answer each.
+#[test]
+#[allow(clippy::single_range_in_vec_init)]
+fn earlier_answers_have_the_gradients_of_rows_of_their_own() {
+    let weights = tiny::weights(8);
+    let row = |prompt: &[u32], target: &[u32], earlier| TrainRow {
+        prompt: prompt.to_vec(),
+        target: target.to_vec(),
+        earlier,
+    };
+    let start = [1, 2, 3, 4, 5];
+    let chats: Vec<[TrainRow; 3]> = [[9, 10, 11], [12, 13, 14]]
+        .map(|[question, answer, more]| {
+            let first = [&start[..], &[question, 7]].concat();
+            let said = [&first[..], &[answer, 0, more, 7]].concat();
+            let answers = vec![first.len()..first.len() + 2];
+            [
+                row(&said, &[more, 8, 0], answers),
+                row(&first, &[answer, 0], Vec::new()),
+                row(&said, &[more, 8, 0], Vec::new()),
+            ]
+        })
+        .into();
+    let gradient = |rows: Vec<&TrainRow>, share_prefix| {
+        let pack = Pack::new(&rows, share_prefix);
+        let probe = Probe::new(&weights, &lora(), vec![pack]);
+        let start = tiny::adapter(&lora(), &weights.config, 3);
+        probe.gradient(&probe.layout.flatten(&start).unwrap())
+    };
+    let apart = chats.iter().flat_map(|rows| &rows[1..]).collect();
+    let (loss, grads) = gradient(apart, false);
+    for share_prefix in [false, true] {
+        let whole = chats.iter().map(|rows| &rows[0]).collect();
+        let (other, others) = gradient(whole, share_prefix);
+        assert!((loss - other).abs() < 1e-5, "{loss} is not {other}");
+        close(&grads, &others);
+    }
+    let rows: Vec<TrainRow> = chats.iter().map(|rows| rows[0].clone()).collect();
+    let error = Trainer::new(&weights, activated(), config(), &rows).err();
+    let error = error.unwrap().to_string();
+    assert!(error.contains("the last answer of a row alone"), "{error}");
+}
+
 #[test]
 fn a_shared_prefix_and_split_passes_change_nothing() {
     let (weights, rows) = (tiny::weights(8), tiny::rows(6, 9));
@@ -158,9 +203,22 @@ fn a_shared_prefix_and_split_passes_change_nothing() {
         probe.gradient(&probe.layout.flatten(&start).unwrap())
     };
     let (loss, grads) = gradient(vec![Pack::new(&refs, false)]);
-    for (share_prefix, max_tokens) in [(true, 1000), (false, 20), (true, 20)] {
-        let packs = Pack::split(&refs, share_prefix, max_tokens);
-        assert_eq!(packs.len() > 1, max_tokens == 20);
+    for (share_prefix, whole, inputs) in [
+        (true, 1000, 1000),
+        (false, 20, 20),
+        (true, 20, 20),
+        (true, 1, 1000),
+    ] {
+        let past = inputs;
+        let budget = Budget {
+            whole,
+            inputs,
+            past,
+        };
+        let groups = pack::groups(&refs, share_prefix, &budget);
+        let packs = groups.iter().map(|rows| Pack::new(rows, share_prefix));
+        let packs: Vec<Pack> = packs.collect();
+        assert_eq!(packs.len() > 1, inputs == 20);
         let (other, others) = gradient(packs);
         assert!((loss - other).abs() < 1e-5, "{loss} is not {other}");
         close(&grads, &others);
@@ -179,6 +237,45 @@ fn computing_activations_again_changes_no_bit() {
         let whole = probe.gradient(&params);
         probe.keep = Keep::Inputs;
         assert_eq!(probe.gradient(&params), whole);
+    }
+}
+
+/// However a batch is cut, what is kept of it, and in which pieces what comes before an invocation
+/// is computed: the gradients are those of one pass.
+#[test]
+fn gradients_hang_neither_on_the_room_nor_on_the_pieces() {
+    let rows = tiny::rows(12, 2);
+    for architecture in architecture::ALL {
+        let weights = tiny::weights_of(architecture, 1);
+        for lora in [lora(), activated()] {
+            let adapter = tiny::adapter(&lora, &weights.config, 3);
+            let gradients = |max_tokens, share_prefix| {
+                let config = TrainConfig {
+                    max_tokens,
+                    share_prefix,
+                    ..config()
+                };
+                let trainer = Trainer::new(&weights, lora.clone(), config, &rows).unwrap();
+                trainer.gradients_of(&adapter, &rows)
+            };
+            let (loss, wanted) = gradients(1000, false);
+            for max_tokens in [1, 7, 12, 20, 40, 1000] {
+                let (other, got) = gradients(max_tokens, true);
+                let name = architecture.gguf;
+                assert!((loss - other).abs() < 1e-5, "{name} {max_tokens}: {other}");
+                for (layer, pairs) in wanted.layers.iter().enumerate() {
+                    for (module, pair) in pairs {
+                        let other = &got.layers[layer][module];
+                        for (a, b) in [(&pair.a, &other.a), (&pair.b, &other.b)] {
+                            let values = |factor: &candle_core::Tensor| {
+                                factor.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+                            };
+                            close(&values(a), &values(b));
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 

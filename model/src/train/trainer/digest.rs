@@ -15,7 +15,7 @@ pub(super) fn digest(
     rows: &[TrainRow],
 ) -> Result<String, ModelError> {
     let mut hasher = blake3::Hasher::new();
-    let settings = format!("train-state-2 {:?} {lora:?} {config:?}", weights.config);
+    let settings = format!("train-state-3 {:?} {lora:?} {config:?}", weights.config);
     hasher.update(settings.as_bytes());
     let norms = weights.layers.iter().map(|layer| &layer.attn_norm);
     for tensor in norms.chain([&weights.norm]) {
@@ -29,6 +29,14 @@ pub(super) fn digest(
 
 pub(super) fn hash_rows(hasher: &mut blake3::Hasher, rows: &[TrainRow]) {
     for row in rows {
+        hasher.update(&(row.earlier.len() as u64).to_le_bytes());
+        for place in row
+            .earlier
+            .iter()
+            .flat_map(|answer| [answer.start, answer.end])
+        {
+            hasher.update(&(place as u64).to_le_bytes());
+        }
         for part in [&row.prompt, &row.target] {
             hasher.update(&(part.len() as u64).to_le_bytes());
             for token in part {

@@ -17,12 +17,12 @@ use crate::train::network::Network;
 #[cfg(feature = "cuda")]
 use crate::train::on_gpu::OnGpu;
 use crate::train::order::mix;
-use crate::train::pack::Pack;
+use crate::train::pack::{self, Pack};
 use crate::train::params::Layout;
 use crate::train::past::Stretch;
 use crate::train::rope::Rope;
 use crate::train::row::TrainRow;
-use crate::train::tape::{Keep, Tape};
+use crate::train::tape::Tape;
 #[cfg(test)]
 use crate::weights::LlamaWeights;
 
@@ -65,9 +65,9 @@ impl Trainer<'_> {
         }
         if let (Some(mut activated), Some(row)) = (work.activated.take(), rows.clone().next()) {
             let layout = activated.layout.clone();
-            let plain = &mut work;
+            let (plain, most) = (&mut work, self.config.max_tokens);
             in_pool(|| {
-                activated.compute_shared(&mut |pack| self.plain(plain, &layout, pack), row)
+                activated.compute_shared(&mut |pack| self.plain(plain, &layout, pack), row, most)
             })?;
             work.activated = Some(activated);
         }
@@ -96,26 +96,36 @@ impl Trainer<'_> {
         Ok(stretch)
     }
 
-    /// The rows of a batch as passes; also the number of tokens that they compute.
-    fn packs(
+    /// The rows of each pass of a batch.
+    fn groups<'r, 't>(
+        &self,
+        work: &Workspace<'_>,
+        rows: &'r [&'t TrainRow],
+    ) -> Vec<&'r [&'t TrainRow]> {
+        match &work.activated {
+            None => pack::groups(rows, self.config.share_prefix, &self.budget),
+            Some(activated) => activated.groups(rows, &self.budget),
+        }
+    }
+
+    /// Rows as a pass; also the number of tokens that are computed for it.
+    fn pack(
         &self,
         work: &mut Workspace<'_>,
         rows: &[&TrainRow],
-    ) -> Result<(Vec<Pack>, usize), ModelError> {
-        let most = self.config.max_tokens;
-        let count = |packs: &[Pack]| packs.iter().map(|pack| pack.tokens.len()).sum::<usize>();
+    ) -> Result<(Pack, usize), ModelError> {
         // Taken out of the workspace, which computes for it.
-        let (packs, plain) = match work.activated.take() {
-            None => (Pack::split(rows, self.config.share_prefix, most), 0),
-            Some(activated) => {
-                let layout = &activated.layout;
-                let packs = activated.packs(&mut |pack| self.plain(work, layout, pack), rows, most);
-                work.activated = Some(activated);
-                packs?
-            }
+        let Some(activated) = work.activated.take() else {
+            let pack = Pack::new(rows, self.config.share_prefix);
+            let tokens = pack.tokens.len();
+            return Ok((pack, tokens));
         };
-        let tokens = count(&packs) + plain;
-        Ok((packs, tokens))
+        let (layout, most) = (&activated.layout, self.config.max_tokens);
+        let packed = activated.pack(&mut |pack| self.plain(work, layout, pack), rows, most);
+        work.activated = Some(activated);
+        let (pack, before) = packed?;
+        let tokens = pack.tokens.len() + before;
+        Ok((pack, tokens))
     }
 
     fn network<'b>(&'b self, work: &'b Workspace<'_>, dropout: Option<Dropout>) -> Network<'b> {
@@ -136,29 +146,26 @@ impl Trainer<'_> {
         rows: &[&TrainRow],
     ) -> Result<(LossSum, usize), ModelError> {
         work.grads.fill(0.0);
-        let targets: usize = rows.iter().map(|row| row.target.len()).sum();
+        let targets: usize = rows.iter().map(|row| row.targets()).sum();
         let weight = 1.0 / targets as f32;
-        let (packs, tokens) = self.packs(work, rows)?;
-        let mut sum = LossSum::default();
+        let (mut sum, mut tokens) = (LossSum::default(), 0);
         #[cfg(feature = "cuda")]
         if let Some(on_gpu) = &mut work.on_gpu {
             on_gpu.begin(&self.state.params)?;
         }
-        for (index, pack) in packs.iter().enumerate() {
+        for (index, rows) in self.groups(work, rows).into_iter().enumerate() {
+            let (pack, computed) = self.pack(work, rows)?;
+            tokens += computed;
             let place = mix(self.state.step as u64) ^ mix(index as u64 + 1);
             let dropout = (self.lora.dropout > 0.0).then_some(Dropout {
                 share: self.lora.dropout,
                 key: mix(self.config.seed ^ place),
             });
-            // Only a row that alone is longer than it may be makes such a pass.
-            let keep = match pack.tokens.len() > self.config.max_tokens {
-                true => Keep::Inputs,
-                false => Keep::Everything,
-            };
+            let keep = self.budget.keep(pack.tokens.len());
             #[cfg(feature = "cuda")]
             if let Some(on_gpu) = &mut work.on_gpu {
                 let scale = self.lora.scale() as f32;
-                sum.add(on_gpu.gradients(&self.layout, scale, dropout, keep, pack, weight)?);
+                sum.add(on_gpu.gradients(&self.layout, scale, dropout, keep, &pack, weight)?);
                 continue;
             }
             // Taken out of the workspace, so that the network may borrow the rest of it.
@@ -168,7 +175,7 @@ impl Trainer<'_> {
             );
             let mut grads = std::mem::take(&mut work.grads);
             let network = self.network(work, dropout);
-            network.forward(&self.state.params, pack, &mut tape, keep);
+            network.forward(&self.state.params, &pack, &mut tape, keep);
             let (out, dx) = (&tape.out, &mut tape.dx);
             let frozen = work.frozen;
             sum.add(head::loss(
@@ -179,7 +186,7 @@ impl Trainer<'_> {
                 weight,
                 Some(dx),
             ));
-            network.backward(&self.state.params, &mut grads, pack, &mut tape);
+            network.backward(&self.state.params, &mut grads, &pack, &mut tape);
             (work.tape, work.head, work.grads) = (tape, room, grads);
         }
         #[cfg(feature = "cuda")]
@@ -201,7 +208,8 @@ impl Trainer<'_> {
         }
         for batch in rows.chunks(self.config.batch_size) {
             let batch: Vec<&TrainRow> = batch.iter().collect();
-            for pack in self.packs(work, &batch)?.0 {
+            for rows in self.groups(work, &batch) {
+                let (pack, _) = self.pack(work, rows)?;
                 #[cfg(feature = "cuda")]
                 if let Some(on_gpu) = &mut work.on_gpu {
                     let scale = self.lora.scale() as f32;

@@ -112,6 +112,7 @@ fn point(report: &Report) -> Option<LossPoint> {
         // The last report of an epoch has its whole number.
         epoch: (report.epoch.ceil() as u32).saturating_sub(1),
         loss: report.loss?,
+        validation: None,
     })
 }
 

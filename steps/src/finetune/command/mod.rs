@@ -101,7 +101,8 @@ pub(super) fn train(
     let folder = &std::path::absolute(folder).map_err(|e| StepError::io(folder, &e))?;
     let base = base_name(params, spec)?;
     let revision = revision(ctx, params, spec)?;
-    let job = Job::new(params, spec, (base, revision), chats.len())?;
+    super::check(&chats)?;
+    let job = Job::new(params, spec, (base, revision), spec.trainer.rows(&chats))?;
     let out = folder.join(OUT);
     let turn = process::Turn::take(folder, &ctx.cancel, &|| {
         let text = "the program of an attempt that was killed is still at work: waiting for it";

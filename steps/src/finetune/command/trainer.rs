@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::StepError;
-use flowrun_lm::lm::Message;
+use flowrun_lm::lm::{Message, Role};
 use flowrun_lm::messages::ChatRow;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -157,11 +157,14 @@ impl Trainer {
     ) -> Result<(), StepError> {
         let path = folder.join(DATA);
         match self {
-            // Only with prompt and completion apart is the loss on the completion alone.
+            // Only with prompt and completion apart is the loss on the completion alone, whatever
+            // the model's template: a row for each answer.
             Self::Trl => {
-                let rows = chats.iter().map(|chat| parted(chat, told));
-                let rows: Result<Vec<Value>, StepError> = rows.collect();
-                write_jsonl(&path, &rows?)
+                let rows = chats.iter().flat_map(|chat| {
+                    let answers = chat.answers();
+                    answers.map(move |at| parted(chat, at, told))
+                });
+                write_jsonl(&path, rows)
             }
             Self::Axolotl => {
                 let rows: Vec<Value> = chats.iter().map(marked).collect();
@@ -180,6 +183,14 @@ impl Trainer {
                 }});
                 write_json(&folder.join(DATASETS), &about)
             }
+        }
+    }
+
+    /// Rows that it trains on.
+    pub(super) fn rows(self, chats: &[ChatRow]) -> usize {
+        match self {
+            Self::Trl => chats.iter().map(|chat| chat.answers().count()).sum(),
+            Self::LlamaFactory | Self::Axolotl => chats.len(),
         }
     }
 
@@ -210,24 +221,23 @@ impl Trainer {
     }
 }
 
-/// A conversation with the message to learn apart from what comes before it.
-fn parted(chat: &ChatRow, told: Option<&BTreeMap<String, Value>>) -> Result<Value, StepError> {
-    let (answer, prompt) = chat
-        .messages
-        .split_last()
-        .ok_or_else(|| StepError::invalid("a chat has no messages"))?;
+/// A conversation up to a message to learn, apart from what comes before that.
+fn parted(chat: &ChatRow, at: usize, told: Option<&BTreeMap<String, Value>>) -> Value {
+    let (prompt, answer) = (&chat.messages[..at], &chat.messages[at]);
     let mut row = json!({ "prompt": prompt, "completion": [answer] });
     if let Some(told) = told {
         row["chat_template_kwargs"] = json!(told);
     }
-    Ok(row)
+    row
 }
 
 /// A conversation in which each message says whether it is to be learned.
 fn marked(chat: &ChatRow) -> Value {
-    let last = chat.messages.len().saturating_sub(1);
-    let message = |(at, message): (usize, &Message)| json!({ "role": message.role, "content": message.content, TRAINING: at == last });
-    let messages: Vec<Value> = chat.messages.iter().enumerate().map(message).collect();
+    let message = |message: &Message| {
+        let is_learnt = message.role == Role::Assistant;
+        json!({ "role": message.role, "content": message.content, TRAINING: is_learnt })
+    };
+    let messages: Vec<Value> = chat.messages.iter().map(message).collect();
     json!({ "messages": messages })
 }
 
@@ -242,6 +252,7 @@ fn with_arguments(mut config: Value, job: &Job<'_>, folder: &Path) -> Value {
         "lr_scheduler_type": job.schedule(),
         "warmup_steps": job.warmup_steps(),
         "weight_decay": params.weight_decay,
+        "max_grad_norm": params.max_grad_norm,
         "seed": params.seed,
         "bf16": job.is_bf16(),
         "save_strategy": "epoch",
@@ -298,7 +309,7 @@ fn llama_factory(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Result<Va
         "template": template,
         "cutoff_len": job.spec.max_length,
         "train_on_prompt": false,
-        "mask_history": true,
+        "mask_history": false,
         "resume_from_checkpoint": from,
     });
     Ok(with_arguments(config, job, folder))
@@ -338,6 +349,7 @@ fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
         "lr_scheduler": job.schedule(),
         "warmup_steps": job.warmup_steps(),
         "weight_decay": params.weight_decay,
+        "max_grad_norm": params.max_grad_norm,
         "seed": params.seed,
         "bf16": job.is_bf16(),
         "saves_per_epoch": 1,
@@ -345,4 +357,74 @@ fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
         "output_dir": folder.join(OUT),
         "resume_from_checkpoint": from,
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn spec(trainer: &str) -> CommandSpec {
+        let spec = json!({ "trainer": trainer, "base": "m", "template": "qwen" });
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn message(role: Role, content: &str) -> Message {
+        let content = content.to_owned();
+        Message { role, content }
+    }
+
+    #[test]
+    fn every_program_is_told_the_norm_of_the_gradients() {
+        let model = json!({ "provider": "openai", "base_url": "http://h/v1", "model": "m" });
+        let params = json!({ "model": model, "max_grad_norm": 0.25 });
+        let params: Params = serde_json::from_value(params).unwrap();
+        for trainer in ["trl", "llama-factory", "axolotl"] {
+            let spec = spec(trainer);
+            let job = Job::new(&params, &spec, ("m".to_owned(), None), 8).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let path = spec
+                .trainer
+                .write_config(folder.path(), &job, None)
+                .unwrap();
+            let text = std::fs::read_to_string(path).unwrap();
+            let config: Value = serde_yaml::from_str(&text).unwrap();
+            assert_eq!(config["max_grad_norm"], 0.25, "{trainer}");
+        }
+    }
+
+    #[test]
+    fn every_message_of_the_assistant_is_to_be_learnt() {
+        let chat = ChatRow {
+            messages: vec![
+                message(Role::System, "s"),
+                message(Role::User, "a"),
+                message(Role::Assistant, "b"),
+                message(Role::User, "c"),
+                message(Role::Assistant, "d"),
+            ],
+        };
+        let written = |trainer: &str| -> Vec<Value> {
+            let folder = tempfile::tempdir().unwrap();
+            let trainer = spec(trainer).trainer;
+            let chats = std::slice::from_ref(&chat);
+            trainer.write_data(folder.path(), chats, None).unwrap();
+            let text = std::fs::read_to_string(folder.path().join(DATA)).unwrap();
+            let rows = text.lines().map(|line| serde_json::from_str(line).unwrap());
+            rows.collect()
+        };
+        let rows = written("trl");
+        assert_eq!(rows.len(), 2);
+        assert_eq!(spec("trl").trainer.rows(std::slice::from_ref(&chat)), 2);
+        for (row, (asked, said)) in rows.iter().zip([(2, "b"), (4, "d")]) {
+            assert_eq!(row["prompt"].as_array().unwrap().len(), asked);
+            let answer = json!([{ "role": "assistant", "content": said }]);
+            assert_eq!(row["completion"], answer);
+        }
+        let rows = written("axolotl");
+        let messages = rows[0]["messages"].as_array().unwrap().iter();
+        let learnt: Vec<&Value> = messages.map(|message| &message[TRAINING]).collect();
+        assert_eq!(learnt, [false, false, true, false, true]);
+        assert_eq!(written("llama-factory").len(), 1);
+    }
 }

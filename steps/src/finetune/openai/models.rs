@@ -55,6 +55,7 @@ impl Training<'_> {
                 epoch: u32::try_from((step.saturating_sub(1)) * params.epochs as u64 / all)
                     .unwrap_or(u32::MAX),
                 loss: *loss,
+                validation: None,
             })
             .collect();
         write_json(&self.ctx.output("loss"), &losses)?;
