@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::fault_proxy::{Asked, Fault, Proxy};
-use crate::mount::Mount;
 use crate::label_job::{all_there, project, rows, run, upstream};
+use crate::mount::Mount;
 use crate::processes::{signal, until};
 use crate::project::{Project, Run};
 

@@ -264,6 +264,9 @@ impl Api {
 
     fn send(&self, call: RequestBuilder, url: &str, kind: Kind) -> Result<Vec<u8>, Failed> {
         let stopped = || Err(Failed::Seen(ApiError::Cancelled));
+        if kind.is_transfer() && (self.cancelled)() {
+            return stopped();
+        }
         let sent = self.runtime.block_on(async {
             let work = self.exchange(call, url, kind);
             if !kind.is_transfer() {

@@ -77,7 +77,7 @@ mod tests {
     #[test]
     fn texts_are_cut_as_the_models_cut_them() {
         let text = "I'll pay 12345 now!!\n\n  next WORD'S";
-        let cut = |digits: &[&str]| {
+        let cut = |digits: &[&'static str]| {
             let before = ["I", "'ll", "Ġpay", "Ġ"];
             let after = ["Ġnow", "!!ĊĊ", "Ġ", "Ġnext", "ĠWORD", "'S"];
             [&before[..], digits, &after[..]].concat()
