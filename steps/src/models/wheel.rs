@@ -93,6 +93,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_package_client_that_hangs_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        // `python3 -m pip …` is a shell that reads the script `pip` of its folder.
+        std::os::unix::fs::symlink("/bin/sh", dir.path().join("python3")).unwrap();
+        std::fs::write(dir.path().join("pip"), "exec sleep 1000\n").unwrap();
+        let path = std::env::var("PATH").unwrap_or_default();
+        let path = format!("{}:{path}", dir.path().display());
+        let world = World {
+            env: [("PATH".to_owned(), path)].into(),
+            ..World::default()
+        };
+        let cancel = Cancel::default();
+        let flag = cancel.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            flag.cancel();
+        });
+        let error = pip_download("a==1", dir.path(), &world, &cancel).unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Cancelled, "{}", error.message);
+    }
+
+    #[test]
     fn one_file_is_taken_out_of_a_wheel() {
         use std::io::Write as _;
         let dir = tempfile::tempdir().unwrap();
