@@ -42,6 +42,7 @@ pub mod shard;
 mod split;
 pub mod stand_in;
 pub mod table;
+mod waiting;
 
 use std::sync::Arc;
 
