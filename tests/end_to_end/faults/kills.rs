@@ -110,7 +110,8 @@ impl Suite {
 
     /// One victim: killed once or more, then left to come to its end.
     fn round(&mut self, victim: Victim, most: usize) {
-        if !self.lengths.contains_key(&victim) {
+        let length = self.lengths.get(&victim).copied();
+        if length.is_none() {
             let project = self.set_up(victim);
             let started = Instant::now();
             project.run(&self.args(victim)).ok();
