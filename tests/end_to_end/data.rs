@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use crate::project::Project;
 use crate::real_data::distdir;
+use crate::skip::skip;
 
 const PIPELINE: &str = "\
 name: data
@@ -86,9 +87,21 @@ fn a_plan_downloads_nothing() {
 }
 
 #[test]
+fn offline_nobody_is_asked() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    let project = Project::new();
+    let at = PIPELINE.replace("127.0.0.1:9", &address.to_string());
+    project.write("pipeline.yaml", &at);
+    project.run(&["pipeline.yaml", "--offline"]).ok();
+    assert!(listener.accept().is_err(), "the server was asked");
+}
+
+#[test]
 fn the_real_data_gives_the_notebooks_sets_and_is_not_taken_for_the_stand_in() {
     let Some(dist) = distdir() else {
-        println!("skipped: banking77 is not at hand (set FLOWRUN_DISTDIR)");
+        skip("banking77 is not at hand (set FLOWRUN_DISTDIR)");
         return;
     };
     let project = Project::new();

@@ -6,6 +6,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::server::Server;
+use crate::skip::skip;
 use crate::tiny;
 
 /// Prints how many tokens each chat has.
@@ -64,9 +65,7 @@ fn a_gguf_models_tokenizer_is_exported_for_transformers() {
         Ok(counted) if counted.status.success() => counted,
         Ok(failed) if named.is_some() => panic!("{}", String::from_utf8_lossy(&failed.stderr)),
         _ => {
-            println!(
-                "skipped: no Python with `transformers`; name one in FLOWRUN_TRANSFORMERS_PYTHON"
-            );
+            skip("no Python with `transformers`; name one in FLOWRUN_TRANSFORMERS_PYTHON");
             return;
         }
     };

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::project::{Project, Run};
+use crate::skip::skip;
 use crate::terminal::on_a_terminal;
 
 const FAN: &str = "\
@@ -160,10 +161,9 @@ fn the_shell_completes_steps_runs_and_kinds() {
 }
 
 #[test]
-#[allow(clippy::print_stderr)]
 fn a_full_output_is_an_error_with_a_message() {
     let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
-        eprintln!("skipped: there is no /dev/full");
+        skip("there is no /dev/full");
         return;
     };
     let project = Project::shell();
@@ -270,7 +270,6 @@ steps:
     );
     let run = || on_a_terminal(&project, "pipeline.yaml", "", &[]);
     let Some(first) = run() else {
-        println!("skipped: there is no `script` to make a terminal with");
         return;
     };
     assert!(!first.contains("ETA"), "nothing is known yet: {first:?}");
@@ -285,7 +284,6 @@ fn a_terminal_gets_bars_and_colour_unless_it_says_no() {
     project.write("pipeline.yaml", FAN);
     let run = "pipeline.yaml --force --keep-going";
     let Some(drawn) = on_a_terminal(&project, run, "", &[]) else {
-        println!("skipped: there is no `script` to make a terminal with");
         return;
     };
     let colour = "\u{1b}[31m";

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use crate::project::Project;
 use crate::server::Server;
+use crate::skip::skip;
 use crate::tiny::{write_adapter, write_model};
 
 const PACKAGE: &str = "openai==3.54.0";
@@ -26,7 +27,7 @@ fn python() -> Option<PathBuf> {
 #[test]
 fn the_official_client_works_unmodified() {
     let Some(python) = python() else {
-        println!("skipped: the package client cannot install {PACKAGE}");
+        skip(&format!("the package client cannot install {PACKAGE}"));
         return;
     };
     let project = Project::new();

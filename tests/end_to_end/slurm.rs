@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::processes::{signal, until};
 use crate::project::{Project, Run};
 use crate::server::free_port;
+use crate::skip::skip;
 use crate::slow_job::Slow;
 use crate::weed::Weed;
 
@@ -56,7 +57,7 @@ fn ok(program: &str, args: &[&str]) {
 impl Slurm {
     fn start() -> Option<Self> {
         if std::env::var_os("FLOWRUN_SLURM").is_none_or(|v| v.is_empty()) {
-            println!("skipped: set FLOWRUN_SLURM=1 where `slurm-wlm` and `munge` are installed");
+            skip("set FLOWRUN_SLURM=1 where `slurm-wlm` and `munge` are installed");
             return None;
         }
         let scratch = tempfile::Builder::new()

@@ -23,6 +23,7 @@ pub(crate) mod receiver;
 pub(crate) mod remote_cache;
 pub(crate) mod s3_proxy;
 pub(crate) mod server;
+pub(crate) mod skip;
 pub(crate) mod slow_job;
 pub(crate) mod terminal;
 pub(crate) mod tiny;

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::server::{client, free_port};
+use crate::skip::skip;
 
 /// A Python that has Ray; says on stderr that the test is skipped when there is none.
-#[allow(clippy::print_stderr)]
 pub(crate) fn python() -> Option<PathBuf> {
     let named = std::env::var_os("FLOWRUN_RAY_PYTHON").map(PathBuf::from);
     let python = named.clone().unwrap_or_else(|| "python3".into());
@@ -25,7 +25,7 @@ pub(crate) fn python() -> Option<PathBuf> {
         "FLOWRUN_RAY_PYTHON has no `ray[default,serve]`"
     );
     if !found {
-        eprintln!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
+        skip("no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
     }
     found.then_some(python)
 }

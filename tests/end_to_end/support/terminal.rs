@@ -4,9 +4,10 @@ use std::fs::File;
 use std::process::Command;
 
 use crate::project::Project;
+use crate::skip::skip;
 
 /// Runs the binary on a terminal of 80 columns that answers so; gives what was written to it,
-/// or nothing where there is no `script` to make a terminal with.
+/// or nothing where there is no `script` to make a terminal with, which is said.
 pub(crate) fn on_a_terminal(
     project: &Project,
     args: &str,
@@ -25,6 +26,9 @@ pub(crate) fn on_a_terminal(
         .env_remove("NO_COLOR")
         .env("TERM", "xterm-256color")
         .envs(env.iter().copied());
-    let output = command.output().ok()?;
+    let Ok(output) = command.output() else {
+        skip("there is no `script` to make a terminal with");
+        return None;
+    };
     Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }
