@@ -154,6 +154,11 @@ impl Generator {
         self.llama.base()
     }
 
+    /// Bytes of the matrices that a generated token goes through.
+    pub(crate) fn matrix_bytes(&self) -> Result<usize, ModelError> {
+        self.llama.matrix_bytes()
+    }
+
     /// Answers all requests, in their order. `on_answer` hears of each once, as it is done.
     /// `cancelled` is asked between steps; what is not done by then is [`ModelError::Cancelled`].
     pub fn generate(
