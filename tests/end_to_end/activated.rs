@@ -108,11 +108,13 @@ fn an_activated_adapter_is_trained_scored_and_served() {
     for question in questions(&project).iter().take(6) {
         let (base, adapted) = (ask("tiny", question), ask("tiny:one", question));
         moved += usize::from(content(&base) != content(&adapted));
-        let usage = &adapted["usage"]["prompt_tokens_details"];
+        let again = ask("tiny:one", question);
+        assert_eq!(content(&again), content(&adapted));
+        let usage = &again["usage"]["prompt_tokens_details"];
         cached += usage["cached_tokens"].as_u64().unwrap();
     }
     assert!(moved > 0, "the adapter says what the base model says");
-    // What comes before the invocation was computed for the base model's answer.
+    // What comes before the invocation was computed before.
     assert!(cached > 0);
 
     // Without the invocation it is the base model that answers.
