@@ -158,7 +158,8 @@ mod tests {
     use super::*;
     use crate::lora::LoraConfig;
     use crate::tiny;
-    use crate::train::{Hooks, TrainConfig, TrainRow, Trainer};
+    use crate::train::tiny::rows;
+    use crate::train::{Hooks, TrainConfig, Trainer};
 
     const BRIEF: Duration = Duration::from_millis(2);
 
@@ -206,10 +207,7 @@ mod tests {
     #[test]
     fn a_training_is_told_apart_and_its_result_stays() {
         let base = tiny::base(1);
-        let rows = [TrainRow {
-            prompt: vec![5, 6, 7],
-            target: vec![8, 9],
-        }];
+        let rows = rows(4, 1);
         let losses = || {
             let (lora, config) = (LoraConfig::default(), TrainConfig::default());
             let trainer = Trainer::new(&base.weights, lora, config, &rows);
