@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::project::Project;
+use crate::project::{Project, Run};
 use crate::server::{Server, content};
 use crate::tiny;
 
@@ -37,7 +37,7 @@ const STEPS: &str = r#"  finetune:
 "#;
 
 /// The tiny model, trained, scored and deployed.
-fn trained() -> Project {
+fn trained() -> (Project, Run) {
     let project = tiny::project();
     let text = project.read("pipeline.yaml");
     let (head, _) = text.split_once("  score:").unwrap();
@@ -45,8 +45,8 @@ fn trained() -> Project {
     let chats = "    with: { program: classify }\n";
     let published = format!("{chats}    publish: {{ messages: messages.jsonl }}\n");
     project.edit("pipeline.yaml", chats, &published);
-    project.run(&["pipeline.yaml"]).ok();
-    project
+    let run = project.run(&["--json", "pipeline.yaml"]).ok();
+    (project, run)
 }
 
 fn serve(project: &Project, args: &[&str]) -> Server {
@@ -70,7 +70,7 @@ fn questions(project: &Project) -> Vec<Value> {
 
 #[test]
 fn an_activated_adapter_is_trained_scored_and_served() {
-    let project = trained();
+    let (project, run) = trained();
     let config: Value =
         serde_json::from_str(&project.read("bundle/adapter/adapter_config.json")).unwrap();
     // `<|im_start|>` and the nine bytes of the word.
@@ -83,6 +83,12 @@ fn an_activated_adapter_is_trained_scored_and_served() {
     let scores: Value = serde_json::from_str(&project.read("scores.json")).unwrap();
     let rows = scores["programs"][0]["rows"].as_array().unwrap();
     assert!(!rows.is_empty());
+    // How far its confidences are from what is right is a metric of the step.
+    let again = |event: &Value| event["event"] == "step_finished" && event["step"] == "again";
+    let ended = run.events().into_iter().find(again).unwrap();
+    let calibration = &scores["programs"][0]["calibration"];
+    assert!(calibration["ece"].is_f64(), "{calibration}");
+    assert_eq!(ended["metrics"]["ece"], calibration["ece"]);
     for row in rows {
         let answer = server.json("/predict", &json!({"text": row["text"]}));
         assert_eq!(answer["label"], row["predicted"]);
