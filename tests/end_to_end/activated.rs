@@ -16,6 +16,15 @@ const STEPS: &str = r#"  finetune:
       batch_size: 2
       learning_rate: 0.02
       lora: { rank: 4, invocation: "<|im_start|>assistant" }
+  optimize:
+    uses: optimize
+    foreach: { adapter: finetune.checkpoints }
+    in:
+      program: chats.program
+      adapter: "${{ item.adapter }}"
+      trainset: labels.train
+      valset: labels.train
+    with: { model: student, search: { restrict: [-2], max_labeled_demos: 1 } }
   score:
     uses: evaluate
     foreach: { adapter: finetune.checkpoints }
@@ -23,7 +32,11 @@ const STEPS: &str = r#"  finetune:
     with: { model: student }
   select:
     uses: select
-    in: { scores: score.scores, adapters: finetune.checkpoints, program: chats.program }
+    in:
+      scores: score.scores
+      adapters: finetune.checkpoints
+      optimised: optimize.program
+      program: chats.program
   again:
     uses: evaluate
     in: { rows: labels.test, program: select.program, adapter: select.adapter }
