@@ -458,8 +458,11 @@ fn generate(
     let matrices = linear_values(base) as f64;
     let rate = rates.products(precision);
     let prompts = 2.0 * matrices * read as f64 / rate;
-    let computing = 2.0 * (matrices + (c.vocab * c.hidden) as f64) * tokens as f64 / rate;
-    let reading = steps as f64 * generator.matrix_bytes()? as f64 / rates.memory;
+    // The first token of each comes from its prompt and takes the head alone, the last is not fed.
+    let (fed, passes) = (tokens.saturating_sub(REQUESTS), steps.saturating_sub(1));
+    let head = (c.vocab * c.hidden) as f64;
+    let computing = 2.0 * (matrices * fed as f64 + head * tokens as f64) / rate;
+    let reading = passes as f64 * generator.matrix_bytes()? as f64 / rates.memory;
     let least = prompts + computing.max(reading);
     Ok(RateBench {
         precision: name(precision, device),
