@@ -4,7 +4,7 @@
     venv/bin/python record.py tiny                  # models, adapters and gradients of `tiny/`
     venv/bin/python record.py families              # the same of `families/`: architectures beside Llama
     venv/bin/python record.py smollm2 MODEL.gguf    # `smollm2.json`
-    venv/bin/python record.py minilm FOLDER         # `minilm.json`; needs sentence-transformers too
+    venv/bin/python record.py minilm model.safetensors tokenizer.json   # `minilm.json`; needs sentence-transformers too
     venv/bin/python record.py logits MODEL.gguf ADAPTER TOKENS...   # to stdout, for a live check
 
 Everything is computed on the CPU in f32 by `transformers` and PEFT; GGUF files are written and
@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -26,6 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -828,12 +830,27 @@ def sentences():
     ]
 
 
-def record_minilm(folder):
-    """`folder` has `config.json`, `model.safetensors` and `tokenizer.json`."""
+def minilm_folder(folder, weights, tokenizer):
+    """The two files with what all-MiniLM-L6-v2's repository says of them."""
+    sizes = dict(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    BertConfig(**sizes, architectures=["BertModel"]).save_pretrained(folder)
+    shutil.copyfile(weights, folder / "model.safetensors")
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    # Read as the file says, without a class that would put parts of its own in their place.
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def record_minilm(weights, tokenizer):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    folder = Path(folder)
+    home = tempfile.TemporaryDirectory()
+    folder = Path(home.name)
+    minilm_folder(folder, weights, tokenizer)
     # The crate cuts at 128 tokens, with which the model was trained; its own settings say 256.
     words = Transformer(str(folder), max_seq_length=128)
     pooling = Pooling(words.get_word_embedding_dimension(), pooling_mode="mean")
@@ -873,8 +890,8 @@ if __name__ == "__main__":
             record_families()
         case ["smollm2", path]:
             record_smollm2(path)
-        case ["minilm", folder]:
-            record_minilm(folder)
+        case ["minilm", weights, tokenizer]:
+            record_minilm(weights, tokenizer)
         case ["logits", path, adapter, *tokens]:
             print_logits(path, adapter, [int(token) for token in tokens])
         case _:
