@@ -30,7 +30,8 @@ struct Text {
 #[test]
 fn vectors_equal_those_of_sentence_transformers() {
     let path = folder().join("minilm.json");
-    let record = std::fs::read(&path).expect("`record.py minilm model.safetensors tokenizer.json` writes it");
+    let record = std::fs::read(&path)
+        .expect("`record.py minilm model.safetensors tokenizer.json` writes it");
     let recorded: Recorded = serde_json::from_slice(&record).unwrap();
     assert_eq!(recorded.texts.len(), 20);
     let weights = file("MiniLM", "FLOWRUN_MINILM_WEIGHTS", &recorded.weights);
