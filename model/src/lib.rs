@@ -22,6 +22,7 @@ mod llama;
 pub mod lora;
 #[cfg(test)]
 mod parity;
+mod profile;
 #[cfg(test)]
 mod tiny;
 mod tokenizer;
