@@ -3,12 +3,12 @@
 //!
 //! Invariant: of the bytes before [`Log::read`] each line is in the index, or was counted as damaged.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{File, Metadata};
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::checked;
 use super::places::{Place, Places};
@@ -19,14 +19,22 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// A look is followed by a wait of this many times what it took, so that looks cost little even where there are
 /// thousands of segments.
 const REST: u32 = 20;
+/// Segments that are held open to be read. There may be thousands, one for each job, and a process
+/// may have about a thousand files open.
+const OPEN: usize = 128;
+
+/// What tells a file from another one of the same name: device, inode, and when it was made, where the file system
+/// knows that, because an inode may be used again.
+type Id = (u64, u64, Option<SystemTime>);
 
 /// The segments, by their number in this process.
 #[derive(Debug, Default)]
 pub(super) struct Logs {
     all: Vec<Log>,
-    /// Numbers by device and inode, because a name may come to mean another file. Where one file was added twice, the
-    /// later number.
-    numbers: HashMap<(u64, u64), usize>,
+    /// Numbers by file, because a name may come to mean another one. Where one was added twice, the later number.
+    numbers: HashMap<Id, usize>,
+    /// Those that were opened to be read, the oldest first.
+    open: VecDeque<usize>,
     /// Those in which damaged lines were met.
     damaged: HashSet<PathBuf>,
     /// Damaged lines that nobody was told of yet.
@@ -40,7 +48,9 @@ pub(super) struct Logs {
 #[derive(Debug)]
 struct Log {
     path: PathBuf,
-    file: File,
+    id: Id,
+    /// While it is open; always, where it was handed over.
+    file: Option<File>,
     /// Bytes whose lines were read; the end of a line.
     read: u64,
     /// Its length when it was looked at last.
@@ -64,31 +74,53 @@ impl Logs {
         let mut logs = Self::default();
         for path in segments_in(folder) {
             let failed = |e| CacheError::io(&path, e);
-            let file = File::open(&path).map_err(failed)?;
-            logs.add(path.clone(), file).map_err(failed)?;
+            let found = File::open(&path).and_then(|file| file.metadata());
+            let id = id_of(&found.map_err(failed)?);
+            logs.push(path.clone(), id, None);
         }
         Ok(logs)
     }
 
-    /// Takes up a segment; its number. What was read of the same file before counts as read.
+    /// Takes up a segment with a file that stays open; its number.
     pub(super) fn add(&mut self, path: PathBuf, file: File) -> std::io::Result<usize> {
         let id = id_of(&file.metadata()?);
+        Ok(self.push(path, id, Some(file)))
+    }
+
+    /// What was read of the same file before counts as read.
+    fn push(&mut self, path: PathBuf, id: Id, file: Option<File>) -> usize {
         let before = self.numbers.get(&id).and_then(|at| self.all.get(*at));
         let (read, seen) = before.map_or((0, 0), |log| (log.read, log.seen));
         let number = self.all.len();
         self.all.push(Log {
             path,
+            id,
             file,
             read,
             seen,
         });
         self.numbers.insert(id, number);
-        Ok(number)
+        number
     }
 
-    /// The file of a segment.
+    /// The file of a segment; none when it is gone, or its name means another one.
     pub(super) fn file(&mut self, number: usize) -> Option<&mut File> {
-        self.all.get_mut(number).map(|log| &mut log.file)
+        let log = self.all.get_mut(number)?;
+        if log.file.is_none() {
+            log.file = Some(log.opened()?);
+            self.open.push_back(number);
+            self.close_oldest();
+        }
+        self.all.get_mut(number)?.file.as_mut()
+    }
+
+    fn close_oldest(&mut self) {
+        if self.open.len() > OPEN
+            && let Some(oldest) = self.open.pop_front()
+            && let Some(log) = self.all.get_mut(oldest)
+        {
+            log.file = None;
+        }
     }
 
     /// This process appended so many bytes to a segment that was `length` long, and they are in the index.
@@ -108,9 +140,13 @@ impl Logs {
         }
         for number in 0..self.all.len() {
             let log = &mut self.all[number];
+            // The next look finds what has its name now.
+            let Some(file) = log.opened() else {
+                continue;
+            };
             // First: what is written meanwhile is new to the next look.
-            log.seen = log.file.metadata().map_or(0, |found| found.len());
-            let scanned = scan(&log.file, number, log.read, index);
+            log.seen = file.metadata().map_or(0, |found| found.len());
+            let scanned = scan(&file, number, log.read, index);
             self.take(number, scanned);
         }
     }
@@ -145,16 +181,11 @@ impl Logs {
         let Ok(found) = file.metadata() else {
             return false;
         };
-        let number = match self.numbers.get(&id_of(&found)) {
-            Some(number) if own == Some(*number) => return false,
-            Some(number) => *number,
-            None => {
-                let added = file.try_clone().and_then(|file| self.add(path, file));
-                let Ok(number) = added else {
-                    return false;
-                };
-                number
-            }
+        let id = id_of(&found);
+        let number = match self.numbers.get(&id).copied() {
+            Some(number) if own == Some(number) => return false,
+            Some(number) => number,
+            None => self.push(path, id, None),
         };
         let log = &mut self.all[number];
         if std::mem::replace(&mut log.seen, found.len()) == found.len() {
@@ -196,6 +227,15 @@ impl Logs {
     }
 }
 
+impl Log {
+    /// The file, opened anew, if its name still means it.
+    fn opened(&self) -> Option<File> {
+        let file = File::open(&self.path).ok()?;
+        let found = file.metadata().ok()?;
+        (id_of(&found) == self.id).then_some(file)
+    }
+}
+
 /// The segments of a folder, in order.
 fn segments_in(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
@@ -207,8 +247,8 @@ fn segments_in(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
-fn id_of(found: &Metadata) -> (u64, u64) {
-    (found.dev(), found.ino())
+fn id_of(found: &Metadata) -> Id {
+    (found.dev(), found.ino(), found.created().ok())
 }
 
 /// Puts the answers of a segment into the index, from a line's beginning to the last whole line.
@@ -304,10 +344,34 @@ mod tests {
         std::fs::write(&path, line(0)).unwrap();
         let mut logs = Logs::open(folder).unwrap();
         logs.read(&mut index);
-        std::fs::remove_file(&path).unwrap();
-        std::fs::write(&path, line(1)).unwrap();
+        std::fs::write(folder.join("new"), line(1)).unwrap();
+        std::fs::rename(folder.join("new"), &path).unwrap();
         assert!(logs.look(folder, None, &mut index));
         assert!(knows(&index, 0) && knows(&index, 1));
+        assert!(logs.file(0).is_none() && logs.file(1).is_some());
+    }
+
+    #[test]
+    fn few_of_many_segments_are_open_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, mut index) = (dir.path(), Places::new(dir.path().to_owned()));
+        let many = OPEN + 20;
+        for i in 0..many {
+            std::fs::write(folder.join(format!("{i:06}.log")), line(0)).unwrap();
+        }
+        let mut logs = Logs::open(folder).unwrap();
+        logs.read(&mut index);
+        let own = std::fs::File::create(folder.join("own.log")).unwrap();
+        let own = logs.add(folder.join("own.log"), own).unwrap();
+        assert!((0..many).all(|number| logs.file(number).is_some()));
+        let is_open = |log: &&Log| log.file.is_some();
+        assert_eq!(logs.all.iter().filter(is_open).count(), OPEN + 1);
+        assert!(
+            logs.all[own].file.is_some(),
+            "what is written to stays open"
+        );
+        // Those that were closed are opened again.
+        assert!(logs.file(0).is_some());
     }
 
     #[test]
