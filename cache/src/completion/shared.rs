@@ -1,5 +1,5 @@
-//! Answers of other machines, by way of a remote cache: asked for once, when one is missing here,
-//! and appended to a segment of their own, so that they are not sent back.
+//! Answers of other machines, by way of a remote cache: asked for once, when one is missing here, and
+//! again after somebody may have sent more; and appended to a segment of their own, so that they are not sent back.
 //!
 //! | file beside the segments | holds |
 //! |---|---|
@@ -127,7 +127,7 @@ impl CompletionCache {
         }
     }
 
-    /// Looks for answers elsewhere, the first time; false when there is nowhere to look, or `stop`
+    /// Looks for answers elsewhere, unless that was done; false when there is nowhere to look, or `stop`
     /// came first. Other threads wait meanwhile.
     pub(super) fn ask_others(&self, stop: &dyn Fn() -> bool) -> bool {
         let Some(Source { remote, stop: all }) = self.others.source.get() else {
