@@ -23,8 +23,10 @@ use crate::ray_cluster::Ray;
 const SHARDS: usize = 20;
 /// The one whose worker is killed.
 const STRUCK: usize = 1;
-/// Requests that a worker has under way.
-const CONCURRENCY: usize = 8;
+/// Jobs at once.
+const JOBS: usize = 4;
+/// Requests that the entry allows; the jobs may have to share them.
+const CONCURRENCY: usize = 32;
 /// As the example has them.
 const LABELS: [&str; 3] = ["card_arrival", "change_pin", "exchange_rate"];
 
@@ -141,7 +143,7 @@ fn many_shards_lose_no_row_and_pay_for_none_twice() {
     };
     let project = Project::new();
     project.copy_example("shards", "");
-    project.edit("pipeline.yaml", "jobs: 64", "jobs: 4");
+    project.edit("pipeline.yaml", "jobs: 64", &format!("jobs: {JOBS}"));
     let concurrency = format!("guided: vllm\n    concurrency: {CONCURRENCY}\n");
     project.edit("pipeline.yaml", "guided: vllm\n", &concurrency);
     let queries = (0..rows).map(|i| (format!("query {i}"), LABELS[i % LABELS.len()]));
@@ -162,7 +164,7 @@ fn many_shards_lose_no_row_and_pay_for_none_twice() {
     until("the struck shard is not labelled", || {
         let ended = child.try_wait().unwrap();
         assert!(ended.is_none(), "{}", project.read("said"));
-        gate.waiting.load(Ordering::SeqCst) == CONCURRENCY
+        gate.waiting.load(Ordering::SeqCst) >= CONCURRENCY / JOBS
     });
     signal("-KILL", worker_of(&project, &format!("label[{STRUCK:06}]")));
     gate.is_open.store(true, Ordering::SeqCst);
