@@ -45,6 +45,7 @@ mod publish;
 mod rate_limits;
 mod ray;
 mod ray_jobs;
+mod ray_labelling;
 mod remote;
 mod remote_azure;
 mod remote_gcs;
