@@ -23,6 +23,9 @@ pub mod lora;
 #[cfg(test)]
 mod parity;
 #[cfg(test)]
+#[path = "../../tests/end_to_end/support/required.rs"]
+mod required;
+#[cfg(test)]
 mod tiny;
 mod tokenizer;
 pub mod train;

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use crate::project::Project;
 use crate::real_data::distdir;
+use crate::required::skip;
 
 const PIPELINE: &str = "\
 name: data
@@ -88,7 +89,10 @@ fn a_plan_downloads_nothing() {
 #[test]
 fn the_real_data_gives_the_notebooks_sets_and_is_not_taken_for_the_stand_in() {
     let Some(dist) = distdir() else {
-        println!("skipped: banking77 is not at hand (set FLOWRUN_DISTDIR)");
+        skip(
+            "banking77",
+            "banking77 is not at hand (set FLOWRUN_DISTDIR)",
+        );
         return;
     };
     let project = Project::new();

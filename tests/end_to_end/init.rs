@@ -66,7 +66,6 @@ fn a_first_pipeline_is_asked_for_on_a_terminal() {
     project.write("part.csv", &rows(80, 60));
     let answers = "part.csv\n\nintent\nmine\n";
     let Some(asked) = on_a_terminal(&project, "init", answers, &[]) else {
-        println!("skipped: there is no `script` to make a terminal with");
         return;
     };
     for part in [

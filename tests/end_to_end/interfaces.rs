@@ -270,7 +270,6 @@ steps:
     );
     let run = || on_a_terminal(&project, "pipeline.yaml", "", &[]);
     let Some(first) = run() else {
-        println!("skipped: there is no `script` to make a terminal with");
         return;
     };
     assert!(!first.contains("ETA"), "nothing is known yet: {first:?}");
@@ -285,7 +284,6 @@ fn a_terminal_gets_bars_and_colour_unless_it_says_no() {
     project.write("pipeline.yaml", FAN);
     let run = "pipeline.yaml --force --keep-going";
     let Some(drawn) = on_a_terminal(&project, run, "", &[]) else {
-        println!("skipped: there is no `script` to make a terminal with");
         return;
     };
     let colour = "\u{1b}[31m";

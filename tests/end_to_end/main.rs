@@ -45,6 +45,7 @@ mod remote;
 mod remote_azure;
 mod remote_gcs;
 mod remote_s3;
+mod requirements;
 mod sandbox;
 mod schema;
 mod search;

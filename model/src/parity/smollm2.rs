@@ -17,6 +17,7 @@ use super::{folder, logits, read, worst};
 use crate::base_model::BaseModel;
 use crate::chat_template::ChatMessage;
 use crate::llama::{Llama, Precision, Run};
+use crate::required::skip;
 
 fn full() -> bool {
     std::env::var("FLOWRUN_E2E").is_ok_and(|value| value == "full")
@@ -70,7 +71,8 @@ fn weights() -> Option<PathBuf> {
     let found = named.into_iter().chain(kept).find(|path| path.is_file());
     if found.is_none() {
         assert!(!full(), "the weights of SmolLM2 are not at hand");
-        println!("skipped: the weights of SmolLM2 are not at hand (set FLOWRUN_SMOLLM2_GGUF)");
+        let why = "the weights of SmolLM2 are not at hand (set FLOWRUN_SMOLLM2_GGUF)";
+        skip("smollm2", why);
     }
     found
 }
@@ -185,7 +187,8 @@ fn with_our_adapter_equals_peft_itself() {
     let (Some((recorded, base)), Some(python), true) =
         (smollm2(), std::env::var_os("FLOWRUN_PYTHON"), full())
     else {
-        println!("skipped: needs FLOWRUN_E2E=full and FLOWRUN_PYTHON, with torch and peft");
+        let why = "FLOWRUN_E2E=full and FLOWRUN_PYTHON, with torch and PEFT, are not both set";
+        skip("peft", why);
         return;
     };
     let path = &WEIGHTS.as_ref().unwrap().0;

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::external::set;
+use crate::required::skip;
 use crate::server::{client, free_port};
 
 /// A Python that has Ray; says on stderr that the test is skipped when there is none.
-#[allow(clippy::print_stderr)]
 pub(crate) fn python() -> Option<PathBuf> {
-    let named = std::env::var_os("FLOWRUN_RAY_PYTHON").map(PathBuf::from);
+    let named = set("FLOWRUN_RAY_PYTHON");
     let python = named.clone().unwrap_or_else(|| "python3".into());
     let find = "import importlib.util as u, sys; sys.exit(u.find_spec('ray') is None or u.find_spec('ray.serve') is None)";
     let found = Command::new(&python)
@@ -25,7 +26,8 @@ pub(crate) fn python() -> Option<PathBuf> {
         "FLOWRUN_RAY_PYTHON has no `ray[default,serve]`"
     );
     if !found {
-        eprintln!("skipped: no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
+        let why = "no Python has `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON";
+        skip("ray", why);
     }
     found.then_some(python)
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::process::Command;
 
 use crate::project::Project;
+use crate::required::skip;
 
 /// Runs the binary on a terminal of 80 columns that answers so; gives what was written to it,
 /// or nothing where there is no `script` to make a terminal with.
@@ -25,6 +26,9 @@ pub(crate) fn on_a_terminal(
         .env_remove("NO_COLOR")
         .env("TERM", "xterm-256color")
         .envs(env.iter().copied());
-    let output = command.output().ok()?;
+    let Ok(output) = command.output() else {
+        skip("terminal", "there is no `script` to make a terminal with");
+        return None;
+    };
     Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -1,0 +1,57 @@
+//! Components: what tests may need and a machine may lack. A test without its component says so and
+//! is skipped; where `FLOWRUN_REQUIRE` names the component (`ray,s3`), it fails instead. The tests
+//! of several crates share this file.
+#![allow(clippy::panic, clippy::print_stderr)]
+
+const VARIABLE: &str = "FLOWRUN_REQUIRE";
+
+/// The names that it may hold. CONTRIBUTING.md says what each is.
+const COMPONENTS: [&str; 21] = [
+    "azure",
+    "banking77",
+    "curl",
+    "dspy",
+    "kubectl",
+    "kubernetes-validate",
+    "llama",
+    "mlflow",
+    "mount",
+    "peft",
+    "ray",
+    "s3",
+    "sdk",
+    "serve-llm",
+    "slurm",
+    "smollm2",
+    "tensorboard",
+    "terminal",
+    "transformers",
+    "trl",
+    "vllm",
+];
+
+/// Says why a test is skipped that needs the component; fails where that is required.
+pub(crate) fn skip(component: &str, why: &str) {
+    assert!(
+        !is_required(component),
+        "{VARIABLE} requires `{component}`, but {why}"
+    );
+    eprintln!("skipped: {why}");
+}
+
+/// Whether the component must be there. Fails when the variable names what is no component.
+pub(crate) fn is_required(component: &str) -> bool {
+    let is_one = |name: &str| COMPONENTS.contains(&name);
+    assert!(is_one(component), "`{component}` is no component");
+    let Some(names) = std::env::var_os(VARIABLE) else {
+        return false;
+    };
+    let names = names.to_string_lossy();
+    let names = names.split(',').map(str::trim);
+    let names: Vec<&str> = names.filter(|name| !name.is_empty()).collect();
+    if let Some(unknown) = names.iter().find(|name| !is_one(name)) {
+        let known = COMPONENTS.join(", ");
+        panic!("{VARIABLE} names `{unknown}`, which is no component; there are {known}");
+    }
+    names.contains(&component)
+}
