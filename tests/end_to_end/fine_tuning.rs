@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -402,7 +401,8 @@ fn trl_trains_and_its_checkpoints_answer() {
     };
     assert!(trl.is_file(), "{} is no file", trl.display());
     let home = home();
-    with_chat_template(&home.path("tiny"));
+    // TRL writes conversations with the model's own template.
+    tiny::describe(&home.path("tiny"));
     std::fs::create_dir_all(home.path("adapters")).unwrap();
     let mut command = home.command(&["serve", "tiny", "--adapters", "adapters"]);
     command.env_remove("FLOWRUN_API_KEY");
@@ -421,15 +421,4 @@ fn trl_trains_and_its_checkpoints_answer() {
     let run = project.run(&["--json", "pipeline.yaml"]).ok();
     assert_eq!(answers(&project, &run).len(), 3);
     assert_eq!(adapters(&server).len(), 2);
-}
-
-/// TRL writes conversations with the model's own template, which the tiny model has not.
-fn with_chat_template(model: &Path) {
-    let path = model.join("tokenizer_config.json");
-    let mut settings: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    settings["tokenizer_class"] = json!("PreTrainedTokenizerFast");
-    settings["chat_template"] = json!(
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    );
-    std::fs::write(path, settings.to_string()).unwrap();
 }

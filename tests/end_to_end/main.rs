@@ -63,6 +63,7 @@ mod through_remote;
 mod traces;
 mod training;
 mod unchanged;
+mod vllm;
 
 // So that a test says `crate::project`, wherever that lies.
 use support::*;

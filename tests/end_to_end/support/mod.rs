@@ -7,6 +7,7 @@ pub(crate) mod deployed;
 pub(crate) mod external;
 pub(crate) mod fault_proxy;
 pub(crate) mod files;
+pub(crate) mod forgetful;
 pub(crate) mod gcs_server;
 pub(crate) mod heavy_steps;
 pub(crate) mod http;

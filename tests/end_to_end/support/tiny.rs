@@ -10,19 +10,32 @@ use serde_json::{Value, json};
 
 use crate::project::Project;
 
-const HIDDEN: usize = 16;
 const LAYERS: usize = 2;
-const FFN: usize = 16;
-const KV: usize = 8;
+/// Two of queries, one of keys and values.
+const HEADS: usize = 2;
 /// One token a byte, and the two of ChatML.
 const VOCAB: usize = 258;
 
+/// How wide a model is: its hidden state, and the MLP's.
+#[derive(Clone, Copy)]
+pub(crate) struct Width(usize);
+
+/// What most tests have.
+pub(crate) const NARROW: Width = Width(16);
+/// Heads of 32 values: vLLM computes no smaller ones on a CPU.
+pub(crate) const WIDE: Width = Width(32 * HEADS);
+
 /// Writes a model into a folder. Other seeds are other models.
 pub(crate) fn write_model(folder: &Path, seed: u64) {
+    write_model_of(NARROW, folder, seed);
+}
+
+/// The same, as wide as it is told.
+pub(crate) fn write_model_of(width: Width, folder: &Path, seed: u64) {
     fs::create_dir_all(folder).unwrap();
     let config = json!({
-        "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": FFN,
+        "model_type": "llama", "hidden_size": width.0, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "num_key_value_heads": 1, "intermediate_size": width.0,
         "vocab_size": VOCAB, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
@@ -31,13 +44,43 @@ pub(crate) fn write_model(folder: &Path, seed: u64) {
     fs::write(folder.join("tokenizer_config.json"), settings.to_string()).unwrap();
     fs::write(
         folder.join("model.safetensors"),
-        safetensors(&weights(seed)),
+        safetensors(&weights(width, seed)),
     )
     .unwrap();
 }
 
+/// Adds what other programs want to know of such a model: its class, the tokenizer's, the ends of
+/// answers, and a chat template.
+pub(crate) fn describe(model: &Path) {
+    let edit = |name: &str, more: Value| {
+        let path = model.join(name);
+        let mut all: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let more = more.as_object().unwrap().clone();
+        all.as_object_mut().unwrap().extend(more);
+        fs::write(path, all.to_string()).unwrap();
+    };
+    edit(
+        "config.json",
+        json!({
+            "architectures": ["LlamaForCausalLM"], "bos_token_id": VOCAB - 2, "eos_token_id": VOCAB - 1,
+        }),
+    );
+    edit(
+        "tokenizer_config.json",
+        json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        }),
+    );
+}
+
 /// Writes an adapter for such a model, as PEFT does.
 pub(crate) fn write_adapter(folder: &Path, seed: u64) {
+    write_adapter_of(NARROW, folder, seed);
+}
+
+/// The same for a model that is so wide.
+pub(crate) fn write_adapter_of(width: Width, folder: &Path, seed: u64) {
     fs::create_dir_all(folder).unwrap();
     let config = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny",
@@ -50,8 +93,8 @@ pub(crate) fn write_adapter(folder: &Path, seed: u64) {
     let mut tensors = BTreeMap::new();
     for layer in 0..LAYERS {
         for (module, output, input) in [
-            ("self_attn.q_proj", HIDDEN, HIDDEN),
-            ("mlp.down_proj", HIDDEN, FFN),
+            ("self_attn.q_proj", width.0, width.0),
+            ("mlp.down_proj", width.0, width.0),
         ] {
             let name = format!("base_model.model.model.layers.{layer}.{module}");
             tensors.insert(format!("{name}.lora_A.weight"), draw.matrix(2, input, 1.0));
@@ -154,37 +197,38 @@ steps:
     publish: { bundle: bundle }
 ";
 
-fn weights(seed: u64) -> BTreeMap<String, Matrix> {
+fn weights(Width(wide): Width, seed: u64) -> BTreeMap<String, Matrix> {
     let mut draw = Draw(seed);
     let mut all = BTreeMap::new();
     all.insert(
         "model.embed_tokens.weight".to_owned(),
-        draw.matrix(VOCAB, HIDDEN, 1.0),
+        draw.matrix(VOCAB, wide, 1.0),
     );
+    let ones = || ones(wide);
     for layer in 0..LAYERS {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         all.insert(name("input_layernorm"), ones());
         all.insert(name("post_attention_layernorm"), ones());
         for (part, output, input) in [
-            ("self_attn.q_proj", HIDDEN, HIDDEN),
-            ("self_attn.k_proj", KV, HIDDEN),
-            ("self_attn.v_proj", KV, HIDDEN),
-            ("self_attn.o_proj", HIDDEN, HIDDEN),
-            ("mlp.gate_proj", FFN, HIDDEN),
-            ("mlp.up_proj", FFN, HIDDEN),
-            ("mlp.down_proj", HIDDEN, FFN),
+            ("self_attn.q_proj", wide, wide),
+            ("self_attn.k_proj", wide / HEADS, wide),
+            ("self_attn.v_proj", wide / HEADS, wide),
+            ("self_attn.o_proj", wide, wide),
+            ("mlp.gate_proj", wide, wide),
+            ("mlp.up_proj", wide, wide),
+            ("mlp.down_proj", wide, wide),
         ] {
             all.insert(name(part), draw.matrix(output, input, 0.8));
         }
     }
     all.insert("model.norm.weight".to_owned(), ones());
     // It says letters and spaces alone, and never ends by itself.
-    let mut head = draw.matrix(VOCAB, HIDDEN, 2.0);
+    let mut head = draw.matrix(VOCAB, wide, 2.0);
     for token in 0..VOCAB {
         let letter =
             token == usize::from(b' ') || (token < 256 && (token as u8).is_ascii_lowercase());
         if !letter {
-            head.values[token * HIDDEN..][..HIDDEN].fill(0.0);
+            head.values[token * wide..][..wide].fill(0.0);
         }
     }
     all.insert("lm_head.weight".to_owned(), head);
@@ -196,10 +240,10 @@ struct Matrix {
     values: Vec<f32>,
 }
 
-fn ones() -> Matrix {
+fn ones(length: usize) -> Matrix {
     Matrix {
-        shape: vec![HIDDEN],
-        values: vec![1.0; HIDDEN],
+        shape: vec![length],
+        values: vec![1.0; length],
     }
 }
 
