@@ -62,5 +62,16 @@ fn an_unknown_component_is_an_error() {
     let said = said(&output);
     assert!(!output.status.success(), "{said}");
     let why = "FLOWRUN_REQUIRE names `lama`, which is no component";
-    assert!(said.contains(why) && said.contains("llama"), "{said}");
+    assert!(said.contains(why), "{said}");
+    // It lists them; CONTRIBUTING.md says what each is.
+    let (_, known) = said.split_once("there are ").unwrap();
+    let known: Vec<&str> = known.lines().next().unwrap().split(", ").collect();
+    assert!(known.contains(&"llama"), "{said}");
+    let explained = include_str!("../../CONTRIBUTING.md");
+    let rows = explained.lines().filter(|line| line.starts_with("| `"));
+    let names: Vec<&str> = rows.filter_map(|row| row.split('|').nth(1)).collect();
+    for component in known {
+        let name = format!("`{component}`");
+        assert!(names.iter().any(|n| n.contains(&name)), "{component}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::required::skip;
+use crate::required::{is_required, skip};
 
 /// The component that a variable says the place of.
 fn component(variable: &str) -> &'static str {
@@ -29,6 +29,8 @@ fn component(variable: &str) -> &'static str {
 /// is said on stderr; where it is required, the test fails.
 pub(crate) fn named(variable: &str, what: &str) -> Option<PathBuf> {
     let component = component(variable);
+    // Skipped or not, a name that is none is an error.
+    is_required(component);
     let path = set(variable);
     if path.is_none() {
         skip(component, &format!("{variable} names no {what}"));
