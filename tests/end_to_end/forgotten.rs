@@ -4,7 +4,7 @@
 use crate::forgetful;
 use crate::project::Project;
 use crate::server::Server;
-use crate::tiny::{NARROW, write_model};
+use crate::tiny::{self, write_model};
 
 #[test]
 fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
@@ -16,5 +16,5 @@ fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
     let mut command = home.command(&["serve", "tiny", "--adapters", "adapters"]);
     command.env_remove("FLOWRUN_API_KEY");
     let server = Server::start(command);
-    forgetful::scored(&server.url, "flowrun", &given, NARROW);
+    forgetful::scored(&server.url, "flowrun", &given, tiny::stand_in_trainer);
 }

@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use crate::external::named;
 use crate::forgetful;
 use crate::label_job::{all_there, project, run};
-use crate::project::{Project, Run};
+use crate::project::Project;
 use crate::server::{Server, chat, client, free_port, patient_client};
-use crate::tiny::{WIDE, describe, write_adapter_of, write_model_of};
+use crate::tiny::{self, FOR_VLLM, answers, write_model_for_vllm};
 
 /// How long it may take to come up: torch and its own modules are large.
 const UP_WITHIN: Duration = Duration::from_secs(300);
@@ -43,7 +43,7 @@ impl Vllm {
             .arg(model)
             .args(["--served-model-name", "tiny", "--host", "127.0.0.1"])
             .args(["--port", &port.to_string(), "--dtype", "float32"])
-            .args(["--max-model-len", "4096", "--max-num-seqs", "8"])
+            .args(["--max-model-len", "2048", "--max-num-seqs", "8"])
             .args(["--enforce-eager", "--enable-lora", "--max-loras", "2"])
             .args(["--max-cpu-loras", "4", "--max-lora-rank", "16"])
             .current_dir(folder.path())
@@ -140,13 +140,13 @@ fn apart(a: &[(String, f64)], b: &[(String, f64)]) -> f64 {
 /// Base and adapters are as likely to begin so as at this program's own server, whose weights are
 /// rounded to 8 bits.
 fn answers_as_ours(vllm: &Vllm, home: &Project) {
-    let mut command = home.command(&["serve", "tiny", "--adapters", "ours"]);
+    tiny::stand_in_trainer_of(home, &FOR_VLLM);
+    let mut command = home.command(&["serve", "tiny", "--adapters", "made"]);
     command.env_remove("FLOWRUN_API_KEY");
-    for (name, seed) in [("one", 31), ("two", 32)] {
-        let folder = home.path("ours").join(name);
-        write_adapter_of(WIDE, &folder, seed);
+    for name in ["3", "6"] {
+        let folder = home.path("made").join(name);
         // Weak enough that rounding does not turn what the model attends to.
-        let config = format!("ours/{name}/adapter_config.json");
+        let config = format!("made/{name}/adapter_config.json");
         home.edit(&config, "\"lora_alpha\":32", "\"lora_alpha\":2");
         let adapter = json!({"lora_name": format!("tiny:{name}"), "lora_path": folder});
         vllm.ask("/v1/load_lora_adapter", &adapter);
@@ -156,7 +156,7 @@ fn answers_as_ours(vllm: &Vllm, home: &Project) {
     let mut moved = 0.0f64;
     for text in texts {
         let mut base = Vec::new();
-        for id in ["tiny", "tiny:one", "tiny:two"] {
+        for id in ["tiny", "tiny:3", "tiny:6"] {
             let mut body = chat(id, text, 1);
             body["logprobs"] = true.into();
             body["top_logprobs"] = 5.into();
@@ -177,24 +177,10 @@ fn answers_as_ours(vllm: &Vllm, home: &Project) {
         }
     }
     assert!(moved > 0.6, "the adapters move nothing: {moved}");
-    for name in ["one", "two"] {
+    for name in ["3", "6"] {
         let name = json!({"lora_name": format!("tiny:{name}")});
         vllm.ask("/v1/unload_lora_adapter", &name);
     }
-}
-
-/// What the rows of all evaluations were taken for.
-fn predicted(project: &Project, run: &Run) -> Vec<Value> {
-    let mut all = Vec::new();
-    for event in run.events() {
-        if event["event"] == "step_finished" && event["kind"] == "evaluate" {
-            let path = event["outputs"]["scores"]["path"].as_str().unwrap();
-            let scores: Value = serde_json::from_str(&project.read(path)).unwrap();
-            let rows = scores["programs"][0]["rows"].as_array().unwrap();
-            all.extend(rows.iter().map(|row| row["predicted"].clone()));
-        }
-    }
-    all
 }
 
 #[test]
@@ -203,8 +189,7 @@ fn vllm_labels_takes_adapters_and_may_forget_them() {
         return;
     };
     let home = Project::new();
-    write_model_of(WIDE, &home.path("tiny"), 1);
-    describe(&home.path("tiny"));
+    write_model_for_vllm(&home.path("tiny"), 1);
     let vllm = Vllm::start(&python, &home.path("tiny"));
 
     // Labels and nothing else; a model that knows nothing would not write one by itself.
@@ -217,10 +202,16 @@ fn vllm_labels_takes_adapters_and_may_forget_them() {
 
     let given = home.path("given");
     std::fs::create_dir_all(&given).unwrap();
-    let (scored, run) = forgetful::scored(&vllm.url, "vllm", &given, WIDE);
+    let backend = |project: &Project| tiny::stand_in_trainer_of(project, &FOR_VLLM);
+    let (scored, run) = forgetful::scored(&vllm.url, "vllm", &given, backend);
     let labels = ["card_arrival", "change_pin", "exchange_rate"];
-    let predicted = predicted(&scored, &run);
-    assert!(predicted.len() >= 3, "{predicted:?}");
-    let is_label = |label: &Value| label.as_str().is_some_and(|l| labels.contains(&l));
-    assert!(predicted.iter().all(is_label), "{predicted:?}");
+    let answers = answers(&scored, &run);
+    assert_eq!(answers.len(), 3);
+    for (model, rows) in answers {
+        let is_label = |row: &Value| row[0].as_str().is_some_and(|l| labels.contains(&l));
+        assert!(
+            rows.len() > 2 && rows.iter().all(is_label),
+            "{model}: {rows:?}"
+        );
+    }
 }

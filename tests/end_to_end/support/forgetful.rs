@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::project::{Project, Run};
 use crate::receiver::Receiver;
 use crate::server::patient_client;
-use crate::tiny::{self, Width, write_adapter_of};
+use crate::tiny;
 
 /// What was asked of the server behind it.
 #[derive(Default)]
@@ -73,33 +73,21 @@ impl Forgetful {
     }
 }
 
-const TRAINER: &str = r#"
-out=$(sed -n 's/^output_dir: //p' "$3")
-for step in 3 6; do
-  mkdir -p "$out/checkpoint-$step"
-  cp "$ADAPTERS/$step"/* "$out/checkpoint-$step"
-  echo "{\"epoch\": $((step / 3)).0, \"log_history\": [{\"step\": $step, \"epoch\": $((step / 3)).0, \"loss\": 0.5}]}" > "$out/checkpoint-$step/trainer_state.json"
-done
-"#;
-
-/// Has the server at `upstream` (`flowrun` or `vllm`) forget adapters, while the base and two
-/// checkpoints are scored there. Those are put into the folder `given`, for a model so wide.
-pub(crate) fn scored(upstream: &str, kind: &str, given: &Path, width: Width) -> (Project, Run) {
+/// Has the server at `upstream` (`flowrun` or `vllm`) forget adapters, while the base and the two
+/// checkpoints that a back end makes are scored there. Those are put into the folder `given`.
+pub(crate) fn scored(
+    upstream: &str,
+    kind: &str,
+    given: &Path,
+    backend: impl Fn(&Project) -> String,
+) -> (Project, Run) {
     let (forgetful, url) = Forgetful::start(upstream);
     let project = tiny::project();
     let student = format!(
         "  student:\n    provider: openai\n    base_url: {url}\n    model: tiny\n    guided: vllm\n    adapters: {{ folder: {}, load: true, server: {kind} }}\n",
         given.display()
     );
-    write_adapter_of(width, &project.path("made/3"), 21);
-    write_adapter_of(width, &project.path("made/6"), 22);
-    let script = format!("ADAPTERS={}\n{TRAINER}", project.path("made").display());
-    project.write("trainer.sh", &script);
-    let trainer = project.path("trainer.sh").display().to_string();
-    let backend = format!(
-        "backend: {{ command: {{ trainer: trl, program: [sh, {trainer}], base: some/base }} }}"
-    );
-    tiny::train(&project, Some(&student), &backend);
+    tiny::train(&project, Some(&student), &backend(&project));
     // Room for a whole label, of which each byte is a token.
     project.edit("pipeline.yaml", "max_tokens: 8", "max_tokens: 64");
 

@@ -1,7 +1,9 @@
 //! Components: what tests may need and a machine may lack. A test without its component says so and
 //! is skipped; where `FLOWRUN_REQUIRE` names the component (`ray,s3`), it fails instead. The tests
 //! of several crates share this file.
-#![allow(clippy::panic, clippy::print_stderr)]
+#![allow(clippy::panic)]
+
+use std::io::Write;
 
 const VARIABLE: &str = "FLOWRUN_REQUIRE";
 
@@ -30,13 +32,18 @@ const COMPONENTS: [&str; 21] = [
     "vllm",
 ];
 
-/// Says why a test is skipped that needs the component; fails where that is required.
+/// Says on stderr why a test, or a part of it, is skipped that needs the component; fails where that
+/// is required. Past the test harness, which keeps to itself what a test that passes prints.
 pub(crate) fn skip(component: &str, why: &str) {
     assert!(
         !is_required(component),
         "{VARIABLE} requires `{component}`, but {why}"
     );
-    eprintln!("skipped: {why}");
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    // As one write, so that lines of several tests do not mix.
+    let line = format!("skipped: {test}: {why}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 /// Whether the component must be there. Fails when the variable names what is no component.
