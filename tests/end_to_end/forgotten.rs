@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::project::Project;
 use crate::receiver::Receiver;
 use crate::server::{Server, client};
-use crate::tiny::{self, write_adapter, write_model};
+use crate::tiny::{self, write_model};
 
 /// What was asked of the server behind it.
 #[derive(Default)]
@@ -71,15 +71,6 @@ impl Forgetful {
     }
 }
 
-const TRAINER: &str = r#"
-out=$(sed -n 's/^output_dir: //p' "$3")
-for step in 3 6; do
-  mkdir -p "$out/checkpoint-$step"
-  cp "$ADAPTERS/$step"/* "$out/checkpoint-$step"
-  echo "{\"epoch\": $((step / 3)).0, \"log_history\": [{\"step\": $step, \"epoch\": $((step / 3)).0, \"loss\": 0.5}]}" > "$out/checkpoint-$step/trainer_state.json"
-done
-"#;
-
 #[test]
 fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
     let home = Project::new();
@@ -96,14 +87,7 @@ fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
         "  student:\n    provider: openai\n    base_url: {url}\n    model: tiny\n    guided: vllm\n    adapters: {{ folder: {}, load: true, server: flowrun }}\n",
         home.path("adapters/given").display()
     );
-    write_adapter(&project.path("made/3"), 21);
-    write_adapter(&project.path("made/6"), 22);
-    let script = format!("ADAPTERS={}\n{TRAINER}", project.path("made").display());
-    project.write("trainer.sh", &script);
-    let trainer = project.path("trainer.sh").display().to_string();
-    let backend = format!(
-        "backend: {{ command: {{ trainer: trl, program: [sh, {trainer}], base: some/base }} }}"
-    );
+    let backend = tiny::stand_in_trainer(&project);
     tiny::train(&project, Some(&student), &backend);
 
     let run = project.run(&["--json", "pipeline.yaml"]).ok();

@@ -56,6 +56,7 @@ mod shell;
 mod signals;
 mod slurm;
 mod stale;
+mod stored_adapters;
 mod support;
 mod tensorboard;
 mod through_remote;
