@@ -41,6 +41,7 @@ mod programs;
 mod publish;
 mod ray;
 mod ray_jobs;
+mod ray_serve_llm;
 mod remote;
 mod remote_azure;
 mod remote_gcs;
