@@ -50,6 +50,11 @@ impl Ray {
     }
 
     fn start(python: &Path) -> Self {
+        Self::start_with(python, &[])
+    }
+
+    /// One of that Python, whose processes have these variables more.
+    pub(crate) fn start_with(python: &Path, env: &[(&str, String)]) -> Self {
         // Its sockets' paths must be short.
         let scratch = tempfile::Builder::new()
             .prefix("fr")
@@ -69,6 +74,7 @@ impl Ray {
             .args(["--num-cpus=4", "--object-store-memory=100000000"])
             .arg("--disable-usage-stats")
             .arg(format!("--temp-dir={}", scratch.path().display()))
+            .envs(env.iter().map(|(name, value)| (name, value)))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -112,6 +118,26 @@ impl Ray {
     /// Where its processes' files are.
     pub(crate) fn folder(&self) -> &Path {
         self.scratch.path()
+    }
+
+    /// Has it serve these applications and no others, and waits until they run.
+    pub(crate) fn serve(&self, config: &Value, within: Duration) {
+        let url = format!("{}/api/serve/applications/", self.dashboard);
+        let taken = client().put(&url).json(config).send().unwrap();
+        assert!(taken.status().is_success(), "{}", taken.text().unwrap());
+        let deadline = Instant::now() + within;
+        loop {
+            let served: Value = client().get(&url).send().unwrap().json().unwrap();
+            let all = served["applications"].as_object().unwrap();
+            let mut states = all.values().map(|app| app["status"].as_str().unwrap());
+            if !all.is_empty() && states.all(|state| state == "RUNNING") {
+                return;
+            }
+            let failed = all.values().find(|app| app["status"] == "DEPLOY_FAILED");
+            assert!(failed.is_none(), "{failed:?}");
+            assert!(Instant::now() < deadline, "{served}");
+            std::thread::sleep(Duration::from_millis(500));
+        }
     }
 
     /// Names, states and routes of its applications.
