@@ -360,4 +360,43 @@ mod tests {
         Cache::open(dir.path(), &options()).unwrap();
         assert!(!dir.path().join("tmp").exists());
     }
+
+    #[test]
+    fn what_was_written_before_the_machine_stopped_is_verified_when_it_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let note = dir.path().join("unsynced");
+        let stopped = |cache: &Cache| -> Vec<String> {
+            let warnings = cache.warnings().into_iter();
+            warnings.filter(|w| w.contains("machine")).collect()
+        };
+        let cache = Cache::open(dir.path(), &options()).unwrap();
+        let [whole, torn] = ["whole", "torn"].map(|text| {
+            let stored = cache.store().put_bytes(text.as_bytes());
+            stored.unwrap()
+        });
+        assert!(note.exists(), "nothing was synced yet");
+        drop(cache);
+        // The length got to the disk, the bytes did not.
+        let object = CacheReader::open(dir.path())
+            .store()
+            .object_path(&torn.digest);
+        std::fs::remove_file(&object).unwrap();
+        std::fs::write(&object, [0; 4]).unwrap();
+        let cache = Cache::open(dir.path(), &options()).unwrap();
+        assert!(stopped(&cache).is_empty(), "the machine is still up");
+        assert!(cache.store().contains(&torn), "nobody has read it");
+        drop(cache);
+        std::fs::write(&note, "another start").unwrap();
+        let cache = Cache::open(dir.path(), &options()).unwrap();
+        let told = stopped(&cache);
+        assert!(
+            told.len() == 1 && told[0].contains("; 1 damaged objects were set aside"),
+            "{told:?}"
+        );
+        assert!(!cache.store().contains(&torn) && cache.store().contains(&whole));
+        assert!(!note.exists(), "it is looked at once");
+        drop(cache);
+        let cache = Cache::open(dir.path(), &options()).unwrap();
+        assert!(stopped(&cache).is_empty());
+    }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use crate::files;
-use crate::project::Project;
+use crate::project::{Project, Run};
 
 const JSON: &[&str] = &["pipeline.yaml", "--json"];
 
@@ -176,6 +176,66 @@ fn a_run_that_ends_keeps_the_cache_within_its_bounds() {
     );
 }
 
+#[test]
+fn what_nobody_bounds_is_bounded_by_ten_runs_ninety_days_and_ten_gigabytes() {
+    let project = Project::shell();
+    let note = project.path(".flowrun/gc.json");
+    let run = |letter: &str| {
+        let set = format!("letter={letter}");
+        let mut command = project.command(&["pipeline.yaml", "--set", &set]);
+        for bound in ["KEEP_RUNS", "MAX_AGE", "MAX_SIZE"] {
+            command.env_remove(format!("FLOWRUN_CACHE_{bound}"));
+        }
+        Run::of(command.output().unwrap()).ok().stderr
+    };
+    let day_due = || {
+        let text = std::fs::read_to_string(&note).unwrap();
+        let mut last: Value = serde_json::from_str(&text).unwrap();
+        last["swept"]["secs_since_epoch"] = 0.into();
+        std::fs::write(&note, last.to_string()).unwrap();
+    };
+    // As if what ran until now had run so many days ago.
+    let age = |days: u64| {
+        let now = SystemTime::now();
+        let then = now - Duration::from_secs(days * 86_400);
+        for file in files(&project, "runs") {
+            let text = std::fs::read_to_string(&file).unwrap();
+            let aged = text.replace(&humantime_day(now), &humantime_day(then));
+            std::fs::write(&file, aged).unwrap();
+        }
+    };
+    run("a");
+    age(91);
+    run("l");
+    age(89);
+    for _ in 0..7 {
+        run("p");
+    }
+    day_due();
+    let told = run("p");
+    assert!(!told.contains("1 result"), "one of the last ten: {told}");
+    day_due();
+    let told = run("p");
+    assert!(told.contains("cache: removed 1 result"), "older: {told}");
+    day_due();
+    let told = run("p");
+    assert!(!told.contains("1 result"), "only 89 days: {told}");
+    // A file that takes no room but has a length.
+    let large = std::fs::File::create(project.path(".flowrun/large")).unwrap();
+    large.set_len(9_900_000_000).unwrap();
+    std::fs::remove_file(&note).unwrap();
+    let told = run("u");
+    assert!(!told.contains("1 result"), "less than 10 GB: {told}");
+    large.set_len(10_000_000_000).unwrap();
+    std::fs::remove_file(&note).unwrap();
+    let told = run("b");
+    assert!(told.contains("cache: removed 1 result"), "more: {told}");
+    for (letter, again) in [("p", 0), ("l", 1), ("a", 1)] {
+        let ran = run_with(&project, letter);
+        assert_eq!(ran, vec!["count"; again], "{letter}");
+    }
+}
+
 /// `2026-11-24`.
 fn humantime_day(at: SystemTime) -> String {
     let output = std::process::Command::new("date")
@@ -236,7 +296,7 @@ fn collecting_waits_for_the_run_that_holds_the_cache() {
     project.write("go", "");
     let mut child = child;
     assert!(child.wait().unwrap().success(), "the run was not disturbed");
-    let gc = crate::project::Run::of(gc.wait_with_output().unwrap()).ok();
+    let gc = Run::of(gc.wait_with_output().unwrap()).ok();
     assert!(gc.stderr.contains("waiting for process"), "{}", gc.stderr);
     assert!(gc.stdout.contains("removed 1 result"), "{}", gc.stdout);
 }

@@ -87,6 +87,18 @@ fn a_plan_downloads_nothing() {
 }
 
 #[test]
+fn offline_nobody_is_asked() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    let project = Project::new();
+    let at = PIPELINE.replace("127.0.0.1:9", &address.to_string());
+    project.write("pipeline.yaml", &at);
+    project.run(&["pipeline.yaml", "--offline"]).ok();
+    assert!(listener.accept().is_err(), "the server was asked");
+}
+
+#[test]
 fn the_real_data_gives_the_notebooks_sets_and_is_not_taken_for_the_stand_in() {
     let Some(dist) = distdir() else {
         skip(

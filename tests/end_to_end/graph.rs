@@ -71,6 +71,91 @@ fn the_last_run_colours_it() {
     assert!(status("g.dot").contains("#b3261e"));
     assert!(status("g.json").contains("\"status\": \"failed\""));
     assert!(status("g.html").contains("<td class=\"failed\">failed</td>"));
+    let picture = |args: &[&str]| {
+        let args = [&["graph", "pipeline.yaml", "-o", "g.png"], args].concat();
+        project.run(&args).ok();
+        std::fs::read(project.path("g.png")).unwrap()
+    };
+    let (plain, failed) = (picture(&[]), picture(&["--status"]));
+    assert_eq!(
+        picture(&["--status"]),
+        failed,
+        "it is drawn alike each time"
+    );
+    let ((_, without), (width, height)) = (size(&plain), size(&failed));
+    assert!(height > without, "there is room for what the colours mean");
+    project.edit("pipeline.yaml", "run: exit 3; grep -c", "run: grep -c");
+    project.run(&["pipeline.yaml"]).ok();
+    let whole = picture(&["--status"]);
+    assert_eq!(size(&whole), (width, height));
+    assert_ne!(whole, failed, "other colours");
+}
+
+/// Width and height of a PNG picture, by its header.
+fn size(png: &[u8]) -> (u32, u32) {
+    assert!(png.starts_with(b"\x89PNG\r\n\x1a\n"));
+    let number = |at: usize| u32::from_be_bytes(png[at..at + 4].try_into().unwrap());
+    (number(16), number(20))
+}
+
+/// A number that an element of an SVG has.
+fn number(element: &str, name: &str) -> f64 {
+    let (_, rest) = element.split_once(&format!(" {name}=\"")).unwrap();
+    rest.split('"').next().unwrap().parse().unwrap()
+}
+
+/// The picture shows all of the drawing, twice as large.
+fn assert_is_picture_of(png: &[u8], svg: &str) {
+    let twice = |name: &str| 2 * number(svg, name) as u32;
+    assert_eq!(size(png), (twice("width"), twice("height")));
+    assert!(png.len() > 5_000, "something is drawn: {}", png.len());
+}
+
+#[test]
+fn twelve_steps_can_be_read() {
+    let steps = [
+        ("load", ""),
+        ("filter-top-25", "load"),
+        ("split", "filter-top-25"),
+        ("bootstrap", "split, filter-top-25"),
+        ("split-synthetic", "bootstrap"),
+        ("convert-to-messages", "split-synthetic"),
+        ("finetune", "convert-to-messages, split-synthetic"),
+        ("optimize", "split-synthetic, finetune"),
+        ("evaluate", "optimize, finetune, split-synthetic"),
+        ("select", "evaluate"),
+        ("test", "select, filter-top-25, optimize"),
+        ("report", "test, evaluate, bootstrap, finetune"),
+    ];
+    let project = Project::new();
+    let mut text = String::from("steps:\n");
+    for (name, needs) in steps {
+        writeln!(text, "  {name}: {{ run: ls, needs: [{needs}] }}").unwrap();
+    }
+    project.write("p.yaml", &text);
+    let shown = project.run(&["graph", "p.yaml"]).ok().stdout;
+    assert_eq!(shown.lines().count(), 13, "a line a step: {shown}");
+    for name in ["g.svg", "g.png"] {
+        project.run(&["graph", "p.yaml", "-o", name]).ok();
+    }
+    let svg = project.read("g.svg");
+    for (name, _) in steps {
+        assert!(svg.contains(&format!(">{name}</text>")), "{name}");
+    }
+    let boxes: Vec<[f64; 4]> = svg
+        .split("<rect class=\"node \"")
+        .skip(1)
+        .map(|element| ["x", "y", "width", "height"].map(|name| number(element, name)))
+        .collect();
+    assert_eq!(boxes.len(), 12);
+    for (i, [x, y, width, height]) in boxes.iter().enumerate() {
+        for [left, top, wide, high] in &boxes[..i] {
+            let beside = x + width <= *left || left + wide <= *x;
+            let apart = y + height <= *top || top + high <= *y;
+            assert!(beside || apart, "two boxes overlap: {boxes:?}");
+        }
+    }
+    assert_is_picture_of(&std::fs::read(project.path("g.png")).unwrap(), &svg);
 }
 
 #[test]
@@ -92,7 +177,10 @@ fn ten_thousand_steps_can_be_read() {
         "{shown}"
     );
     project.run(&["graph", "p.yaml", "-o", "g.svg"]).ok();
-    assert!(project.read("g.svg").len() < 20_000);
+    let svg = project.read("g.svg");
+    assert!(svg.len() < 20_000);
+    project.run(&["graph", "p.yaml", "-o", "g.png"]).ok();
+    assert_is_picture_of(&std::fs::read(project.path("g.png")).unwrap(), &svg);
     let all = project
         .run(&["graph", "p.yaml", "--format", "json"])
         .ok()

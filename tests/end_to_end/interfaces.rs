@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::project::{Project, Run};
+use crate::required::skip;
 use crate::terminal::on_a_terminal;
 
 const FAN: &str = "\
@@ -160,10 +161,9 @@ fn the_shell_completes_steps_runs_and_kinds() {
 }
 
 #[test]
-#[allow(clippy::print_stderr)]
 fn a_full_output_is_an_error_with_a_message() {
     let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
-        eprintln!("skipped: there is no /dev/full");
+        skip("dev-full", "there is no /dev/full");
         return;
     };
     let project = Project::shell();

@@ -15,6 +15,7 @@ use crate::external::named;
 use crate::http::Request;
 use crate::project::{Project, Run};
 use crate::receiver::Receiver;
+use crate::required::skip;
 use crate::server::{client, free_port};
 use crate::tiny;
 
@@ -185,11 +186,10 @@ fn a_failed_run_is_told_as_one_and_registers_nothing() {
     );
 }
 
-#[allow(clippy::print_stderr)]
 #[test]
 fn a_run_whose_events_cannot_be_written_is_told_to_its_end() {
     let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
-        eprintln!("skipped: there is no /dev/full");
+        skip("dev-full", "there is no /dev/full");
         return;
     };
     let server = Receiver::start(|_, sent| answer(sent));

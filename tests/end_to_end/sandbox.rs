@@ -58,6 +58,20 @@ fn a_command_sees_its_ports_and_nothing_else() {
     }
 }
 
+/// The limit that `docs/pipeline-language.md` states.
+#[test]
+fn what_an_absolute_path_reaches_is_in_no_key() {
+    let project = project("cat OTHER > $out", "");
+    let other = project.path("other.txt").display().to_string();
+    project.edit("pipeline.yaml", "OTHER", &other);
+    let ran = || project.run(&["pipeline.yaml", "--json"]).ok().steps("ran");
+    assert_eq!(ran(), ["s"]);
+    assert_eq!(project.read("result.txt"), "pear\n");
+    project.write("other.txt", "quince\n");
+    assert_eq!(ran(), Vec::<String>::new());
+    assert_eq!(project.read("result.txt"), "pear\n");
+}
+
 #[test]
 fn another_locale_is_another_key() {
     let project = project("cat $words > $out", "");

@@ -44,6 +44,52 @@ fn a_param_reruns_what_depends_on_it_and_equal_bytes_stop_the_wave() {
 }
 
 #[test]
+fn a_dry_run_is_the_plan_and_makes_nothing() {
+    let project = Project::shell();
+    let dry = |project: &Project| {
+        let dry = project.run(&["pipeline.yaml", "--dry-run"]).ok().stdout;
+        assert_eq!(dry, project.run(&["plan", "pipeline.yaml"]).ok().stdout);
+        dry
+    };
+    let all = dry(&project);
+    for step in ["strip", "count", "note"] {
+        assert!(all.contains(step), "{all}");
+    }
+    for made in ["results", ".flowrun/runs", ".flowrun/actions"] {
+        assert!(!project.path(made).exists(), "{made}");
+    }
+    project.run(JSON).ok();
+    assert!(dry(&project).contains("nothing to do"));
+    assert_eq!(project.run(&["runs"]).ok().stdout.lines().count(), 1);
+}
+
+#[test]
+fn each_value_of_a_list_is_a_step_of_its_own_and_is_cached_by_itself() {
+    let project = Project::new();
+    project.write(
+        "pipeline.yaml",
+        "name: each\nsteps:\n  each:\n    foreach: { n: [3, 1, 2] }\n    run: echo \"$N\" > \"$out\"\n    \
+         env: { N: \"${{ item.n }}\" }\n    out: { out: out.txt }\n  all:\n    run: cat \"$parts\"/* > \"$out\"\n    \
+         in: { parts: each.out }\n    out: { out: out.txt }\n    publish: { out: all.txt }\n",
+    );
+    let ran = || {
+        let mut ran = project.run(JSON).ok().steps("ran");
+        ran.sort();
+        ran
+    };
+    let words = || {
+        let mut words = project.words("all.txt");
+        words.sort();
+        words
+    };
+    assert_eq!(ran(), ["all", "each[1]", "each[2]", "each[3]"]);
+    assert_eq!(words(), ["1", "2", "3"]);
+    project.edit("pipeline.yaml", "[3, 1, 2]", "[3, 4, 2]");
+    assert_eq!(ran(), ["all", "each[4]"]);
+    assert_eq!(words(), ["2", "3", "4"]);
+}
+
+#[test]
 fn from_reruns_a_step_and_what_follows() {
     let project = Project::shell();
     project.run(JSON).ok();

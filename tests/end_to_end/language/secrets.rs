@@ -1,7 +1,9 @@
 //! The values of secrets.
 
 use crate::files;
+use crate::oracle::Oracle;
 use crate::project::{Project, Run};
+use crate::tiny;
 
 #[test]
 fn the_value_of_a_secret_is_written_nowhere() {
@@ -56,5 +58,60 @@ fn the_value_of_a_secret_is_written_nowhere() {
     let here = project.path(".");
     assert!(files::below(&here).len() > 10);
     let holding = files::holding(&here, "swordfish");
+    assert!(holding.is_empty(), "{holding:?}");
+}
+
+const REPORTED: &str = "
+  says:
+    run: echo \"the token is $TOKEN\" >&2; echo ok > \"$n\"
+    secrets: [TOKEN]
+    out: { n: n }
+  ask:
+    uses: evaluate
+    in: { rows: labels.test, program: chats.program }
+    with: { model: oracle, role: oracle }
+    secrets: [TOKEN]
+  report:
+    uses: report
+    needs: [says]
+    secrets: [TOKEN]
+    in:
+      about: load.about
+      labels: labels.labels
+      train: labels.train
+      labelled: labels.train
+      dev: [score.scores]
+      test: [score.scores, ask.scores]
+    with: { title: secrets, about: secrets, pipeline: secrets }
+    publish: { json: report.json, report: report.html }
+";
+
+#[test]
+fn no_report_holds_the_value_of_a_secret_of_the_steps_that_it_tells_of() {
+    const SECRET: &str = "hunter2-swordfish";
+    let oracle = Oracle::start(|_| Some("card_arrival".to_owned()));
+    let project = tiny::project();
+    let model = format!(
+        "  oracle: {{ provider: openai, base_url: '{}', model: big, api_key_env: TOKEN, max_retries: 0 }}\n",
+        oracle.url
+    );
+    let student = "    weights: { file: tiny }\n";
+    project.edit("pipeline.yaml", student, &format!("{student}{model}"));
+    // A server that cannot be held to the labels.
+    project.edit("pipeline.yaml", "      constrain: true\n", "");
+    let text = project.read("pipeline.yaml") + REPORTED;
+    project.write("pipeline.yaml", &text);
+    let mut command = project.command(&["pipeline.yaml", "--json", "-v"]);
+    let run = Run::of(command.env("TOKEN", SECRET).output().unwrap()).ok();
+    assert!(oracle.calls() > 0, "the secret was the oracle's key");
+    let page = project.read("report.html");
+    assert!(page.contains("says") && page.contains("ask"), "the steps");
+    let folder = run.events().last().unwrap()["run_dir"].clone();
+    let kept = format!("{}/report.html", folder.as_str().unwrap());
+    assert_eq!(project.read(&kept), page, "the run has it too");
+    assert!(project.read("report.json").contains("\"says\""));
+    let said = run.stdout + &run.stderr;
+    assert!(!said.contains("swordfish"), "{said}");
+    let holding = files::holding(&project.path("."), "swordfish");
     assert!(holding.is_empty(), "{holding:?}");
 }

@@ -8,10 +8,11 @@ use std::io::Write;
 const VARIABLE: &str = "FLOWRUN_REQUIRE";
 
 /// The names that it may hold. CONTRIBUTING.md says what each is.
-const COMPONENTS: [&str; 21] = [
+const COMPONENTS: [&str; 22] = [
     "azure",
     "banking77",
     "curl",
+    "dev-full",
     "dspy",
     "kubectl",
     "kubernetes-validate",

@@ -7,7 +7,7 @@ use crate::project::Project;
 use crate::required::skip;
 
 /// Runs the binary on a terminal of 80 columns that answers so; gives what was written to it,
-/// or nothing where there is no `script` to make a terminal with.
+/// or nothing where there is no `script` to make a terminal with, which is said.
 pub(crate) fn on_a_terminal(
     project: &Project,
     args: &str,

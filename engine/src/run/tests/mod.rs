@@ -5,6 +5,7 @@ mod cached;
 mod damage;
 mod failure;
 mod fan_out;
+mod order;
 mod publishing;
 mod random;
 mod shell;
