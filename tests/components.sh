@@ -13,7 +13,10 @@ required=${FLOWRUN_REQUIRE:-}
 require() { required=${required:+$required,}$1; }
 
 # Whether the caller requires a component himself.
-asked_for() { [[ ",${FLOWRUN_REQUIRE:-}," == *",$1,"* ]]; }
+asked_for() { # COMPONENT
+    local names=",${FLOWRUN_REQUIRE:-},"
+    [[ ${names// /} == *",$1,"* ]]
+}
 
 fail() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2

@@ -134,7 +134,8 @@ check_peft() {
     FLOWRUN_PYTHON=$(torch_python)
     FLOWRUN_SMOLLM2_GGUF=$(weights)
     export FLOWRUN_PYTHON FLOWRUN_SMOLLM2_GGUF
-    check peft "$(versions "$FLOWRUN_PYTHON" peft transformers torch)" peft,smollm2 -p flowrun-model --lib parity::
+    check peft "$(versions "$FLOWRUN_PYTHON" peft transformers torch)" peft,smollm2 \
+        -p flowrun-model --lib parity::smollm2::
 }
 
 # What the target hugging-face writes, read by transformers.
