@@ -4,6 +4,7 @@
     venv/bin/python record.py tiny                  # models, adapters and gradients of `tiny/`
     venv/bin/python record.py families              # the same of `families/`: architectures beside Llama
     venv/bin/python record.py smollm2 MODEL.gguf    # `smollm2.json`
+    venv/bin/python record.py minilm model.safetensors tokenizer.json   # `minilm.json`; needs sentence-transformers too
     venv/bin/python record.py logits MODEL.gguf ADAPTER TOKENS...   # to stdout, for a live check
 
 Everything is computed on the CPU in f32 by `transformers` and PEFT; GGUF files are written and
@@ -15,6 +16,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -25,6 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -806,6 +809,71 @@ def record_smollm2(path):
     (HERE / "smollm2.json").write_text(text + "\n")
 
 
+# ---------------------------------------------------------------- MiniLM
+
+
+def sentences():
+    """20 texts that mean different things: WordPiece's odd cases, and one that is cut."""
+    some = corpus()
+    return [
+        "My card has not arrived yet",
+        "Where is the card that I ordered two weeks ago?",
+        "Which exchange rate applies when I pay in pounds?",
+        "I FORGOT MY PIN!!!",
+        "hello",
+        "photosynthesis",
+        "The quick brown fox jumps over the lazy dog.",
+        "a lost bank card, a top up that failed; a cash withdrawal: why?",
+        *(some[at] for at in (12, 14, 15, 16, 17, 20, 21, 25, 26, 28)),
+        "pneumonoultramicroscopicsilicovolcanoconiosis " + "x" * 120,
+        "card payments that were charged twice " * 40,
+    ]
+
+
+def minilm_folder(folder, weights, tokenizer):
+    """The two files with what all-MiniLM-L6-v2's repository says of them."""
+    sizes = dict(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    BertConfig(**sizes, architectures=["BertModel"]).save_pretrained(folder)
+    shutil.copyfile(weights, folder / "model.safetensors")
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    # Read as the file says, without a class that would put parts of its own in their place.
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def record_minilm(weights, tokenizer):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    home = tempfile.TemporaryDirectory()
+    folder = Path(home.name)
+    minilm_folder(folder, weights, tokenizer)
+    # The crate cuts at 128 tokens, with which the model was trained; its own settings say 256.
+    words = Transformer(str(folder), max_seq_length=128)
+    pooling = Pooling(words.get_word_embedding_dimension(), pooling_mode="mean")
+    model = SentenceTransformer(modules=[words, pooling], device="cpu").eval()
+    texts = sentences()
+    assert len(texts) == len(set(texts)) == 20, len(set(texts))
+    # One by one: padding would round differently.
+    vectors = model.encode(texts, batch_size=1, normalize_embeddings=True)
+    tokens = [model.tokenizer(t, truncation=True, max_length=128).input_ids for t in texts]
+    digest = lambda name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    rows = [
+        {"text": text, "tokens": ids, "vector": digits(vector.tolist())}
+        for text, ids, vector in zip(texts, tokens, vectors)
+    ]
+    result = {
+        "weights": digest("model.safetensors"),
+        "tokenizer": digest("tokenizer.json"),
+        "texts": rows,
+    }
+    text = json.dumps(result, ensure_ascii=True).replace('{"text"', '\n{"text"')
+    (HERE / "minilm.json").write_text(text + "\n")
+
+
 def print_logits(path, adapter, tokens):
     """One line of JSON: the logits after `tokens`, with the adapter in the folder `adapter`."""
     model, _ = load(path)
@@ -822,6 +890,8 @@ if __name__ == "__main__":
             record_families()
         case ["smollm2", path]:
             record_smollm2(path)
+        case ["minilm", weights, tokenizer]:
+            record_minilm(weights, tokenizer)
         case ["logits", path, adapter, *tokens]:
             print_logits(path, adapter, [int(token) for token in tokens])
         case _:

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::chat_template::ChatTemplate;
 use crate::error::ModelError;
+use crate::generate::Starts;
 use crate::kernels::int8;
 use crate::llama::Int8Weights;
 use crate::lora::{LayerNames, Module};
@@ -32,6 +33,8 @@ pub struct BaseModel {
     int8: OnceLock<Option<Int8Weights>>,
     /// Some matrices are rounded only.
     answers_only: bool,
+    /// What prompts began with.
+    pub(crate) starts: Starts,
     /// The weights on a GPU, once something was asked for there.
     #[cfg(feature = "cuda")]
     on_gpu: std::sync::Mutex<Option<std::sync::Arc<crate::gpu::GpuModel>>>,
@@ -48,6 +51,7 @@ impl BaseModel {
             layer_names: LayerNames::Text,
             int8: OnceLock::new(),
             answers_only: false,
+            starts: Starts::default(),
             #[cfg(feature = "cuda")]
             on_gpu: std::sync::Mutex::default(),
         }

@@ -5,6 +5,10 @@
 //! prompt with its label, and a full prompt of 500 tokens with a rationale. Knows no printing.
 //! Invariant: every figure is measured in this call; nothing is remembered or assumed.
 
+mod breakdown;
+mod process;
+mod rates;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -17,10 +21,14 @@ use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::device::Device;
 use crate::error::ModelError;
 use crate::generate::{GenerateOptions, GenerateRequest, Generator};
-use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::llama::{Llama, Precision, Run};
 use crate::lora::LoraConfig;
+use crate::profile;
+pub use crate::profile::Operation;
 use crate::train::{Hooks, TrainConfig, TrainRow, Trainer};
+pub use breakdown::{Breakdown, Part};
+use process::{cpu_seconds, forget_peak, peak_bytes};
+use rates::Rates;
 
 /// Requests that generate together.
 const REQUESTS: usize = 16;
@@ -37,6 +45,10 @@ pub struct ModelBench {
     /// Rate of matrix products in the model's own shapes, in 10⁹ operations a second: f32, on a GPU
     /// TF32 where that was asked for.
     pub gemm_gflops: f64,
+    /// The same on weights of 8 bits, where the processor does that.
+    pub int8_gops: Option<f64>,
+    /// Bytes that the processor's threads read together, in 10⁹ a second.
+    pub read_gb_per_second: Option<f64>,
     /// Bytes that a GPU copies in its memory, read and written, in 10⁹ a second.
     pub copy_gb_per_second: Option<f64>,
     /// Training, by kind of row.
@@ -45,6 +57,8 @@ pub struct ModelBench {
     pub prompt: Vec<RateBench>,
     /// Generating for 16 requests with a common start, by precision; their prompts included.
     pub generation: Vec<RateBench>,
+    /// Where the time of a pass goes; on the processor alone.
+    pub profile: Vec<Breakdown>,
     /// The most memory that the process held, in bytes, where the system tells.
     pub peak_bytes: Option<u64>,
     /// Bytes of a GPU's memory that were taken in the end, by all that uses it.
@@ -64,6 +78,10 @@ pub struct TrainingBench {
     pub cpu_seconds: Option<f64>,
     /// Least seconds an example: its operations at the measured rate.
     pub floor_seconds: f64,
+    /// The most memory that the process held meanwhile, in bytes, the base model and what the
+    /// allocator kept of what came before included. None where the system does not tell it of a
+    /// part of a process's life.
+    pub peak_bytes: Option<u64>,
 }
 
 /// A rate.
@@ -75,24 +93,16 @@ pub struct RateBench {
     pub tokens: usize,
     /// Tokens a second.
     pub tokens_per_second: f64,
-    /// Most tokens a second on a GPU: prompts at the measured rate of products, and the weights
-    /// read once for each generated token of all requests together at that of copies.
-    pub floor_tokens_per_second: Option<f64>,
+    /// Most tokens a second: prompts at the measured rate of products of this precision; of
+    /// generated tokens, what takes longer: their products at that rate, or the weights, read once
+    /// for a token of all requests together, at the measured rate of memory.
+    pub floor_tokens_per_second: f64,
     /// Processor seconds in all, where the system tells.
     pub cpu_seconds: Option<f64>,
 }
 
-/// What floors are computed from.
-#[derive(Debug, Clone, Copy)]
-struct Rates {
-    /// Operations of matrix products a second.
-    gemm: f64,
-    /// Bytes a second, read or written; of a GPU alone.
-    copy: Option<f64>,
-}
-
-/// Measures `base` on `device`. `progress` hears what is measured next. Takes about a minute for a model of
-/// 135 M parameters.
+/// Measures `base` on `device`. `progress` hears what is measured next. Takes some minutes for a
+/// model of 135 M parameters.
 ///
 /// # Errors
 /// When a prompt does not fit the model's context of at least 1,024 tokens, when the device
@@ -112,11 +122,16 @@ pub fn bench(
         });
     }
     progress("matrix products");
-    let rates = rates(base, device)?;
-    let mut training = Vec::new();
+    let rates = Rates::of(base, device)?;
+    let (mut training, mut peak) = (Vec::new(), peak_bytes());
     for kind in KINDS {
         progress(kind.name);
-        training.push(kind.run(base, device, rates.gemm)?);
+        let alone = forget_peak();
+        let mut found = kind.run(base, device, rates.gemm)?;
+        let meanwhile = peak_bytes();
+        peak = peak.max(meanwhile);
+        found.peak_bytes = meanwhile.filter(|_| alone);
+        training.push(found);
     }
     let (mut prompt, mut generation) = (Vec::new(), Vec::new());
     let precisions = match gpu {
@@ -130,32 +145,35 @@ pub fn bench(
         progress("generation");
         generation.push(generate(base, device, *precision, rates)?);
     }
+    let mut profile = Vec::new();
+    if gpu.is_none() {
+        progress("profile");
+        // Those that share what rows begin with, as `finetune` does, or need not.
+        for kind in KINDS
+            .iter()
+            .filter(|kind| kind.share_prefix || kind.activated)
+        {
+            profile.push(kind.breakdown(base)?);
+        }
+        for precision in precisions {
+            profile.extend(breakdown::answering(base, *precision)?);
+        }
+    }
+    let (on_cpu, memory) = (gpu.is_none(), rates.memory / 1e9);
     Ok(ModelBench {
         device: gpu.unwrap_or_else(|| Device::Cpu.to_string()),
         parameters: parameters(base),
         threads: rayon::current_num_threads(),
         gemm_gflops: rates.gemm / 1e9,
-        copy_gb_per_second: rates.copy.map(|rate| rate / 1e9),
+        int8_gops: rates.int8.map(|rate| rate / 1e9),
+        read_gb_per_second: on_cpu.then_some(memory),
+        copy_gb_per_second: (!on_cpu).then_some(memory),
         training,
         prompt,
         generation,
-        peak_bytes: peak_bytes(),
+        profile,
+        peak_bytes: peak.max(peak_bytes()),
         gpu_bytes: gpu_bytes(device)?,
-    })
-}
-
-fn rates(base: &BaseModel, device: Device) -> Result<Rates, ModelError> {
-    #[cfg(feature = "cuda")]
-    if let Some(gpu) = device.open()? {
-        let c = &base.weights.config;
-        let (gemm, copy) = crate::gpu::rates(&gpu, [512, c.hidden, c.ffn])?;
-        let copy = Some(copy);
-        return Ok(Rates { gemm, copy });
-    }
-    device.gpu_name()?;
-    Ok(Rates {
-        gemm: gemm_rate(base),
-        copy: None,
     })
 }
 
@@ -183,24 +201,6 @@ fn parameters(base: &BaseModel) -> usize {
         + usize::from(c.parts.head_norms) * 2 * c.head_dim
         + usize::from(c.parts.post_norms) * 2 * c.hidden;
     linear_values(base) + heads * c.vocab * c.hidden + c.layers * vectors + c.hidden
-}
-
-/// Operations a second of the largest layer's product with 512 tokens: the best of a second.
-fn gemm_rate(base: &BaseModel) -> f64 {
-    let c = &base.weights.config;
-    let (rows, inputs, outputs) = (512, c.hidden, c.ffn);
-    let values = |n: usize| (0..n).map(|i| (i % 13) as f32 * 0.1).collect::<Vec<_>>();
-    let (x, w) = (values(rows * inputs), values(outputs * inputs));
-    let mut out = vec![0.0; rows * outputs];
-    let (start, mut best) = (Instant::now(), f64::INFINITY);
-    while start.elapsed().as_secs_f64() < 1.0 {
-        let once = Instant::now();
-        let (x, w) = (Mat::new(&x, rows, inputs), Mat::new(&w, outputs, inputs));
-        let target = MatMut::new(&mut out, rows, outputs);
-        rayon::scope(|_| matmul(target, Into::Replace, 1.0, x, w.t(), Threads::All));
-        best = best.min(once.elapsed().as_secs_f64());
-    }
-    (2 * rows * inputs * outputs) as f64 / best
 }
 
 /// A kind of training row.
@@ -259,16 +259,7 @@ impl Kind {
         rate: f64,
     ) -> Result<TrainingBench, ModelError> {
         let rows = self.rows(base);
-        let lora = LoraConfig {
-            // The mark that ends the common start: the row's own part is adapted.
-            invocation_tokens: self.activated.then(|| vec![MARK]),
-            ..LoraConfig::default()
-        };
-        let config = TrainConfig {
-            share_prefix: self.share_prefix,
-            batch_size: self.batch,
-            ..TrainConfig::default()
-        };
+        let (lora, config) = self.settings();
         let adapted = linear_values(base) as f64;
         let trained = lora_values(base, &lora) as f64;
         let head = (base.weights.config.vocab * base.weights.config.hidden) as f64;
@@ -297,7 +288,46 @@ impl Kind {
             seconds: step / self.batch as f64,
             cpu_seconds: used.map(|used| used / (self.batch * self.steps) as f64),
             floor_seconds: operations / rate / self.batch as f64,
+            peak_bytes: None,
         })
+    }
+
+    /// Where the time of a second step goes.
+    fn breakdown(&self, base: &BaseModel) -> Result<Breakdown, ModelError> {
+        let mut rows = self.rows(base);
+        rows.truncate(2 * self.batch);
+        let (lora, config) = self.settings();
+        let mut spent = profile::Spent::default();
+        let hooks = Hooks::default().on_step(|step| {
+            if step.step + 1 == step.steps {
+                profile::start();
+            } else if step.step == step.steps {
+                spent = profile::stop();
+            }
+        });
+        let ran = Trainer::new(&base.weights, lora, config, &rows)?.run(hooks);
+        // Where it ended early its clock still runs.
+        profile::stop();
+        ran?;
+        Ok(Breakdown::of(
+            format!("training step of {} rows: {}", self.batch, self.name),
+            &spent,
+            1,
+        ))
+    }
+
+    fn settings(&self) -> (LoraConfig, TrainConfig) {
+        let lora = LoraConfig {
+            // The mark that ends the common start: the row's own part is adapted.
+            invocation_tokens: self.activated.then(|| vec![MARK]),
+            ..LoraConfig::default()
+        };
+        let config = TrainConfig {
+            share_prefix: self.share_prefix,
+            batch_size: self.batch,
+            ..TrainConfig::default()
+        };
+        (lora, config)
     }
 
     fn rows(&self, base: &BaseModel) -> Vec<TrainRow> {
@@ -367,12 +397,12 @@ fn read_prompts(
     read(prompts())?;
     let seconds = start.elapsed().as_secs_f64();
     let tokens = 4 * 512;
-    let floor = rates.gemm / (2.0 * linear_values(base) as f64);
+    let floor = rates.products(precision) / (2.0 * linear_values(base) as f64);
     Ok(RateBench {
         precision: name(precision, device),
         tokens,
         tokens_per_second: tokens as f64 / seconds,
-        floor_tokens_per_second: rates.copy.map(|_| floor),
+        floor_tokens_per_second: floor,
         cpu_seconds: cpu.zip(cpu_seconds()).map(|(from, to)| to - from),
     })
 }
@@ -426,34 +456,21 @@ fn generate(
     let read = read - (REQUESTS - 1) * shortest.min(read / REQUESTS);
     let c = &base.weights.config;
     let matrices = linear_values(base) as f64;
-    let weights = (matrices + (c.vocab * c.hidden) as f64) * size_of::<f32>() as f64;
-    let least =
-        |copy: f64| 2.0 * matrices * read as f64 / rates.gemm + steps as f64 * weights / copy;
+    let rate = rates.products(precision);
+    let prompts = 2.0 * matrices * read as f64 / rate;
+    // The first token of each comes from its prompt and takes the head alone, the last is not fed.
+    let (fed, passes) = (tokens.saturating_sub(REQUESTS), steps.saturating_sub(1));
+    let head = (c.vocab * c.hidden) as f64;
+    let computing = 2.0 * (matrices * fed as f64 + head * tokens as f64) / rate;
+    let reading = passes as f64 * generator.matrix_bytes()? as f64 / rates.memory;
+    let least = prompts + computing.max(reading);
     Ok(RateBench {
         precision: name(precision, device),
         tokens,
         tokens_per_second: tokens as f64 / seconds,
-        floor_tokens_per_second: rates.copy.map(|copy| tokens as f64 / least(copy)),
+        floor_tokens_per_second: tokens as f64 / least,
         cpu_seconds: used,
     })
-}
-
-/// Processor seconds of this process so far, of all threads.
-fn cpu_seconds() -> Option<f64> {
-    // Ticks are a hundredth of a second on every Linux that this runs on.
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_whitespace().skip(11);
-    let user: f64 = fields.next()?.parse().ok()?;
-    let system: f64 = fields.next()?.parse().ok()?;
-    Some((user + system) / 100.0)
-}
-
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
 }
 
 #[cfg(test)]
@@ -468,13 +485,5 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("too small to measure"), "{error}");
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn the_system_tells_time_and_memory() {
-        let before = cpu_seconds().unwrap();
-        assert!(cpu_seconds().unwrap() >= before);
-        assert!(peak_bytes().unwrap() > 1 << 20);
     }
 }

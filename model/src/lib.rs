@@ -22,6 +22,7 @@ mod llama;
 pub mod lora;
 #[cfg(test)]
 mod parity;
+mod profile;
 #[cfg(test)]
 #[path = "../../tests/end_to_end/support/required.rs"]
 mod required;

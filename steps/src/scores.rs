@@ -36,11 +36,14 @@ impl Scores {
             .metric("model", self.model.as_str())
             .metric("dataset", self.dataset.as_str());
         for program in &self.programs {
-            let name = match (program.program, self.programs.len()) {
-                (ProgramKind::Optimised, 2..) => "accuracy_optimised",
-                _ => "accuracy",
+            let [accuracy, ece] = match (program.program, self.programs.len()) {
+                (ProgramKind::Optimised, 2..) => ["accuracy_optimised", "ece_optimised"],
+                _ => ["accuracy", "ece"],
             };
-            outcome = outcome.metric(name, program.accuracy);
+            outcome = outcome.metric(accuracy, program.accuracy);
+            if let Some(found) = &program.calibration {
+                outcome = outcome.metric(ece, found.ece);
+            }
         }
         if let Some(first) = self.programs.first() {
             outcome = outcome

@@ -1,6 +1,7 @@
 //! End to end, through the real binary on real files.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::panic, missing_docs)]
 
+mod activated;
 mod batches;
 mod budget;
 mod cache;

@@ -146,7 +146,8 @@ impl SentenceEncoder {
         Ok(chunks.flat_map_iter(|chunk| self.forward(chunk)).collect())
     }
 
-    fn tokens(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+    /// The tokens of a text with those beside it, cut to 128.
+    pub(crate) fn tokens(&self, text: &str) -> Result<Vec<u32>, ModelError> {
         let encoding = self.tokenizer.encode_fast(text, true);
         let encoding =
             encoding.map_err(|e| ModelError::Tokenizer(format!("cannot encode: {e}")))?;

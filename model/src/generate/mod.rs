@@ -6,6 +6,7 @@
 //! | `row` | one request on its way to its answer |
 //! | `batch` | rows that are decoded together |
 //! | `prefixes` | what prompts begin with, kept from one request to the next |
+//! | `starts` | what all prompts of a call begin with, kept by the base model |
 //! | `choices` | probabilities of a closed list of answers |
 //! | `sampler` | the next token |
 //!
@@ -19,6 +20,7 @@ mod prefixes;
 mod prompt;
 mod row;
 mod sampler;
+mod starts;
 #[cfg(test)]
 mod tests;
 
@@ -29,10 +31,11 @@ use crate::base_model::BaseModel;
 use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::device::Device;
 use crate::error::ModelError;
-use crate::llama::{Adapter, Llama, Precision, Run};
+use crate::llama::{Adapter, KvCache, Llama, Precision, Run};
 use crate::lora::LoraAdapter;
 pub use batch::{Ask, Batch, Piece, Said, TokenProb};
 use row::Row;
+pub(crate) use starts::Starts;
 
 /// Shorter common starts are not worth a cache of their own.
 const SHORTEST_PREFIX: usize = 16;
@@ -154,6 +157,11 @@ impl Generator {
         self.llama.base()
     }
 
+    /// Bytes of the matrices that a generated token goes through.
+    pub(crate) fn matrix_bytes(&self) -> Result<usize, ModelError> {
+        self.llama.matrix_bytes()
+    }
+
     /// Answers all requests, in their order. `on_answer` hears of each once, as it is done.
     /// `cancelled` is asked between steps; what is not done by then is [`ModelError::Cancelled`].
     pub fn generate(
@@ -214,18 +222,34 @@ impl Generator {
         if rows.len() < 2 || common < SHORTEST_PREFIX {
             return Ok(());
         }
-        let mut cache = self.llama.cache(common);
-        let tokens = rows[0].pending[..common].to_vec();
-        self.llama.forward(vec![Run {
-            tokens: &tokens,
-            past: vec![],
-            own: &mut cache,
-            adapter: self.llama.adapter().filter(|_| !activated),
-        }])?;
-        let caches = [Arc::new(cache)];
+        let caches = [self.start(&rows[0].pending[..common])?];
         for row in rows {
             row.reuse(common, 0, &caches);
         }
         Ok(())
+    }
+
+    /// Keys and values of what prompts begin with, before an activated adapter takes effect.
+    fn start(&self, tokens: &[u32]) -> Result<Arc<KvCache>, ModelError> {
+        let llama = &self.llama;
+        let adapter = llama.adapter().filter(|adapter| !adapter.is_activated());
+        // On a GPU they would take its memory for good.
+        let of_base = adapter.is_none() && !llama.is_on_gpu();
+        let starts = of_base.then(|| &llama.base().starts);
+        if let Some(cache) = starts.and_then(|starts| starts.get(tokens, llama.precision())) {
+            return Ok(cache);
+        }
+        let mut own = llama.cache(tokens.len());
+        llama.forward(vec![Run {
+            tokens,
+            past: vec![],
+            own: &mut own,
+            adapter,
+        }])?;
+        let cache = Arc::new(own);
+        if let Some(starts) = starts {
+            starts.keep(tokens, llama.precision(), &cache);
+        }
+        Ok(cache)
     }
 }

@@ -12,6 +12,7 @@ use crate::kernels::View;
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::kernels::rows::linear;
 use crate::lora::{LoraAdapter, LoraPair, Module, activation};
+use crate::profile::{self, Operation};
 
 /// The adapters of the linear layers that read one input.
 #[derive(Debug, Default)]
@@ -160,6 +161,7 @@ impl Group {
         if self.width == 0 {
             return;
         }
+        let _counted = profile::scope(Operation::Lora);
         let rows = x.len() / self.inputs;
         inner.resize(rows * self.width, 0.0);
         linear(x, &self.a, self.inputs, inner, Into::Replace, threads);

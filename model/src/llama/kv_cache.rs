@@ -33,6 +33,12 @@ impl KvCache {
         }
     }
 
+    /// Bytes of what it holds in main memory.
+    pub(crate) fn bytes(&self) -> usize {
+        let values = |layer: &LayerCache| layer.keys.len() + layer.values.len();
+        self.layers.iter().map(values).sum::<usize>() * size_of::<f32>()
+    }
+
     /// Tokens held.
     pub(crate) fn len(&self) -> usize {
         self.len

@@ -126,6 +126,14 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Bytes of its weights.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(w, _) => w.len() * size_of::<f32>(),
+            Self::Int8(matrix) => matrix.bytes(),
+        }
+    }
+
     /// `out = x · wᵀ` or `out += x · wᵀ`.
     pub(super) fn times(&self, x: &[f32], out: &mut [f32], into: Into, threads: Threads) {
         match self {

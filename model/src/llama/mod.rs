@@ -29,7 +29,8 @@ use crate::kernels::View;
 use crate::kernels::matmul::{Into, Threads};
 use crate::kernels::vector::dot;
 use crate::kernels::window::WHOLE;
-use crate::lora::LoraAdapter;
+use crate::lora::{LoraAdapter, Module};
+use crate::profile::{self, Operation};
 use matrices::Matrix;
 
 /// Most tokens that one thread takes through the layers together: more would fall out of the
@@ -151,6 +152,18 @@ impl Llama {
         self.precision
     }
 
+    /// Bytes of the matrices that a token goes through, the head among them.
+    pub(crate) fn matrix_bytes(&self) -> Result<usize, ModelError> {
+        let (weights, int8) = (&self.base.weights, self.int8()?);
+        let mut bytes = Matrix::head(weights, int8)?.bytes();
+        for layer in 0..weights.config.layers {
+            for module in Module::ALL {
+                bytes += Matrix::of_layer(weights, int8, layer, module)?.bytes();
+            }
+        }
+        Ok(bytes)
+    }
+
     /// Whether it computes, and keeps keys and values, on a GPU.
     pub(crate) fn is_on_gpu(&self) -> bool {
         #[cfg(feature = "cuda")]
@@ -226,6 +239,7 @@ impl Llama {
         if let Some(on_gpu) = &self.on_gpu {
             return on_gpu.logits(hidden);
         }
+        let _counted = profile::scope(Operation::Head);
         let weights = &self.base.weights;
         let (width, vocab) = (weights.config.hidden, weights.config.vocab);
         let mut logits = vec![0.0; hidden.len() / width * vocab];

@@ -16,6 +16,7 @@ use crate::kernels::matmul::{Into, Threads};
 use crate::kernels::rows::{add_bias, gate_mul, rms_norm, rotate};
 use crate::kernels::vector::rms_norm_row;
 use crate::lora::Module;
+use crate::profile::{self, Operation};
 use crate::weights::{LayerWeights, PostNorms};
 
 /// Activations of a chunk, reused by every layer. `m` is the number of tokens.
@@ -142,6 +143,7 @@ impl Llama {
             adapter.layer(layer).qkv.add(h, [q, k, v], inner, threads);
         }
         complete(&weights.layers[layer], c.norm_eps, [q, k, v])?;
+        let _counted = profile::scope(Operation::Attention);
         let scale = 1.0 / (c.head_dim as f32).sqrt();
         let half = c.head_dim / 2;
         let [cos, sin] = &state.turns[c.frequency_table(layer)];
@@ -197,7 +199,9 @@ impl Llama {
             let outs = [&mut gate[scaled(rows, c.ffn)], &mut up[scaled(rows, c.ffn)]];
             adapter.layer(layer).gate_up.add(h, outs, inner, threads);
         }
+        let counted = profile::scope(Operation::Elementwise);
         gate_mul(c.parts.activation, gate, up);
+        drop(counted);
         let (out, into) = way_back(post, x, h);
         self.linear(layer, Module::Down, gate, out, into, threads)?;
         for (rows, adapter) in adapted {
@@ -217,6 +221,7 @@ impl Llama {
         into: Into,
         threads: Threads,
     ) -> Result<(), ModelError> {
+        let _counted = profile::scope(Operation::Products);
         let matrix = Matrix::of_layer(&self.base.weights, self.int8()?, layer, module)?;
         matrix.times(x, out, into, threads);
         Ok(())
@@ -225,6 +230,7 @@ impl Llama {
 
 /// Adds the biases to queries, keys and values, and norms the heads, where the layer does so.
 fn complete(layer: &LayerWeights, eps: f64, [q, k, v]: [&mut [f32]; 3]) -> Result<(), ModelError> {
+    let _counted = profile::scope(Operation::Elementwise);
     if let Some(bias) = &layer.bias {
         add_bias(q, &View::new(&bias.q)?);
         add_bias(k, &View::new(&bias.k)?);
@@ -257,6 +263,7 @@ fn come_back(
     x: &mut [f32],
 ) -> Result<(), ModelError> {
     if let Some(weight) = post {
+        let _counted = profile::scope(Operation::Elementwise);
         rms_norm(h, &View::new(weight)?, eps as f32);
         for (x, h) in x.iter_mut().zip(h) {
             *x += *h;
@@ -289,6 +296,7 @@ fn scaled(rows: &Range<usize>, width: usize) -> Range<usize> {
 }
 
 fn norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
+    let _counted = profile::scope(Operation::Elementwise);
     let width = weight.len();
     for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
         rms_norm_row(out, x, weight, eps as f32);
@@ -303,6 +311,7 @@ fn mix(
     state: &mut Activations,
     threads: Threads,
 ) {
+    let _counted = profile::scope(Operation::Attention);
     let mut start = 0;
     for run in runs.iter_mut() {
         let rows = start..start + run.tokens.len();

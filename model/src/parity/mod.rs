@@ -2,10 +2,12 @@
 //! `parity/record.py`.
 //!
 //! Here the tiny models in `parity/tiny/`, which are checked everywhere; in `families` those of
-//! other architectures than Llama; in `smollm2` the real one.
+//! other architectures than Llama; in `smollm2` and `minilm` the real ones.
 #![allow(clippy::unwrap_used)]
 
+mod at_hand;
 mod families;
+mod minilm;
 mod smollm2;
 
 use std::collections::BTreeMap;

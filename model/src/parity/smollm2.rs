@@ -6,22 +6,23 @@
 //! an interpreter that has them.
 #![allow(clippy::print_stdout)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, LazyLock};
 
 use serde::Deserialize;
 
+use super::at_hand::{file, full};
 use super::{Chat, Encoded, adapter_of_ours, check_chats, check_tokens};
 use super::{folder, logits, read, worst};
 use crate::base_model::BaseModel;
-use crate::chat_template::ChatMessage;
+use crate::chat_template::{ChatMessage, TemplateArguments};
+use crate::generate::{Answer, Finish, GenerateOptions, GenerateRequest, Generator};
 use crate::llama::{Llama, Precision, Run};
 use crate::required::skip;
 
-fn full() -> bool {
-    std::env::var("FLOWRUN_E2E").is_ok_and(|value| value == "full")
-}
+/// Tokens of a recorded answer at most.
+const ANSWER: usize = 16;
 
 #[derive(Deserialize)]
 struct Top {
@@ -49,33 +50,11 @@ struct SmolLm2 {
 }
 
 static WEIGHTS: LazyLock<Option<(PathBuf, Arc<BaseModel>)>> = LazyLock::new(|| {
-    let path = weights()?;
+    let sha256 = recorded().sha256;
+    let path = file("smollm2", "FLOWRUN_SMOLLM2_GGUF", &sha256)?;
     let base = BaseModel::load(&path, "smollm2").unwrap();
     Some((path, Arc::new(base)))
 });
-
-/// Where the weights are, if they are at hand.
-fn weights() -> Option<PathBuf> {
-    let sha256 = recorded().sha256;
-    let named = std::env::var_os("FLOWRUN_SMOLLM2_GGUF").map(PathBuf::from);
-    let caches = ["XDG_CACHE_HOME", "FLOWRUN_DISTDIR"];
-    let caches = caches.iter().filter_map(std::env::var_os);
-    let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-    // The end-to-end tests have flowrun keep its downloads here.
-    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tmp");
-    let folders = caches.map(PathBuf::from).chain(home).chain([target]);
-    let kept = folders.flat_map(|folder| {
-        let kept = folder.join("flowrun").join("downloads").join(&sha256);
-        [kept, folder.join(&sha256)]
-    });
-    let found = named.into_iter().chain(kept).find(|path| path.is_file());
-    if found.is_none() {
-        assert!(!full(), "the weights of SmolLM2 are not at hand");
-        let why = "the weights of SmolLM2 are not at hand (set FLOWRUN_SMOLLM2_GGUF)";
-        skip("smollm2", why);
-    }
-    found
-}
 
 fn recorded() -> SmolLm2 {
     read(&folder().join("smollm2.json"))
@@ -159,6 +138,42 @@ fn equal_answers(recorded: &[Greedy], base: &Arc<BaseModel>, precision: Precisio
         .collect()
 }
 
+/// The recorded answers that do not come out through the generator: all prompts in one call, what
+/// they begin with computed once, 32 of them decoded together.
+fn different_texts(recorded: &[Greedy], base: &Arc<BaseModel>, precision: Precision) -> Vec<usize> {
+    let options = GenerateOptions {
+        precision,
+        ..GenerateOptions::default()
+    };
+    let generator = Generator::new(Arc::clone(base), None, options).unwrap();
+    let request = |greedy: &Greedy| GenerateRequest {
+        messages: vec![ChatMessage::new("user", greedy.question.clone())],
+        template_arguments: TemplateArguments::new(),
+        max_tokens: ANSWER,
+        temperature: 0.0,
+        seed: None,
+        stop: Vec::new(),
+        choices: None,
+    };
+    let requests: Vec<_> = recorded.iter().map(request).collect();
+    let answers = generator.generate(&requests, &|_, _| {}, &|| false);
+    let differs = |greedy: &Greedy, answer: Answer| {
+        let answer = answer.unwrap();
+        let text = base.tokenizer.decode(&greedy.tokens).unwrap();
+        let ended = greedy
+            .tokens
+            .last()
+            .is_some_and(|last| base.tokenizer.eos().contains(last));
+        let finish = if ended { Finish::Stop } else { Finish::Length };
+        (answer.text, answer.completion_tokens, answer.finish)
+            != (text, greedy.tokens.len(), finish)
+    };
+    let pairs = recorded.iter().zip(answers).enumerate();
+    pairs
+        .filter_map(|(at, (greedy, answer))| differs(greedy, answer).then_some(at))
+        .collect()
+}
+
 #[test]
 fn greedy_answers_equal_the_reference() {
     let Some((recorded, base)) = smollm2() else {
@@ -173,11 +188,22 @@ fn greedy_answers_equal_the_reference() {
         println!("{}: a lead of {} turned", greedy.question, greedy.lead);
     }
     // A lead smaller than rounding may turn; none else may.
-    let turned = different.iter().all(|at| some[*at].lead < 2e-3);
-    assert!(turned, "{different:?}");
+    let turned = |different: &[usize]| different.iter().all(|at| some[*at].lead < 2e-3);
+    assert!(turned(&different), "{different:?}");
+    let different = different_texts(some, base, Precision::F32);
+    println!(
+        "f32, generated together: {} of {count} equal",
+        count - different.len()
+    );
+    assert!(turned(&different), "generated together: {different:?}");
     if full() {
         let different = equal_answers(some, base, Precision::Int8);
         println!("8 bits: {} of {count} equal", count - different.len());
+        let different = different_texts(some, base, Precision::Int8);
+        println!(
+            "8 bits, generated together: {} of {count} equal",
+            count - different.len()
+        );
     }
 }
 

@@ -9,6 +9,7 @@ use super::frozen::Frozen;
 use super::norm;
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::kernels::vector;
+use crate::profile::{self, Operation};
 
 /// Rows of logits at a time.
 const BLOCK: usize = 128;
@@ -52,6 +53,7 @@ pub(super) fn loss(
     weight: f32,
     mut dx: Option<&mut [f32]>,
 ) -> LossSum {
+    let _counted = profile::scope(Operation::Head);
     if let Some(dx) = dx.as_deref_mut() {
         dx.fill(0.0);
     }

@@ -10,6 +10,7 @@ use super::params::Group;
 use crate::kernels::View;
 use crate::kernels::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::kernels::vector;
+use crate::profile::{self, Operation};
 
 /// One group of modules, ready to compute on `tokens` rows.
 pub(super) struct Linear<'a> {
@@ -65,10 +66,11 @@ impl<'a> Linear<'a> {
     /// the backward pass. With [`Into::Add`] the outputs are added to `ys`.
     pub(super) fn forward(&self, x: &[f32], inner: &mut [f32], into: Into, ys: &mut [&mut [f32]]) {
         // Independent products side by side, so that no thread waits for the small ones.
-        rayon::join(
+        profile::join(
             || self.frozen(x, into, ys),
             || {
                 if self.group.inner > 0 {
+                    let _counted = profile::scope(Operation::Lora);
                     let dropped = self.dropped(x);
                     let x = self.rows(dropped.as_deref().unwrap_or(x), self.group.input);
                     let target = MatMut::new(inner, self.tokens, self.group.inner);
@@ -76,6 +78,7 @@ impl<'a> Linear<'a> {
                 }
             },
         );
+        let _counted = profile::scope(Operation::Lora);
         let members = self.group.members.par_iter().zip(ys);
         members.for_each(|(member, y)| {
             if let Some((b, column)) = &member.factors {
@@ -89,6 +92,7 @@ impl<'a> Linear<'a> {
 
     /// The products with the frozen weights.
     fn frozen(&self, x: &[f32], into: Into, ys: &mut [&mut [f32]]) {
+        let _counted = profile::scope(Operation::Products);
         let input = self.group.input;
         let members = self.group.members.par_iter().zip(self.weights).zip(ys);
         members.for_each(|((member, weight), y)| {
@@ -109,7 +113,7 @@ impl<'a> Linear<'a> {
         mut dx: Option<&mut [f32]>,
     ) {
         d_inner.resize(self.tokens * self.group.inner, 0.0);
-        rayon::join(
+        profile::join(
             || {
                 if let Some(dx) = dx.as_deref_mut() {
                     self.backward_frozen(dys, dx);
@@ -124,6 +128,7 @@ impl<'a> Linear<'a> {
 
     /// `dx = Σ dy · W`.
     fn backward_frozen(&self, dys: &[&[f32]], dx: &mut [f32]) {
+        let _counted = profile::scope(Operation::Products);
         let input = self.group.input;
         let members = self.group.members.iter().zip(self.weights).zip(dys);
         for (index, ((member, weight), dy)) in members.enumerate() {
@@ -143,6 +148,7 @@ impl<'a> Linear<'a> {
 
     /// `d_inner = s · dy · B` and `dB += s · dyᵀ · inner`.
     fn backward_b(&self, dys: &[&[f32]], inner: &[f32], d_inner: &mut [f32], grads: &mut [f32]) {
+        let _counted = profile::scope(Operation::Lora);
         let width = self.group.inner;
         for (member, dy) in self.group.members.iter().zip(dys) {
             let Some((range, column)) = &member.factors else {
@@ -165,6 +171,7 @@ impl<'a> Linear<'a> {
         if width == 0 {
             return;
         }
+        let _counted = profile::scope(Operation::Lora);
         let dropped = self.dropped(x);
         let x = Mat::new(dropped.as_deref().unwrap_or(x), n, input);
         let target = MatMut::new(&mut grads[self.group.a.clone()], width, input);
@@ -174,6 +181,7 @@ impl<'a> Linear<'a> {
 
     /// `dx += d_inner · A`, through the dropout where there is one.
     fn backward_delta(&self, d_inner: &[f32], dx: &mut [f32]) {
+        let _counted = profile::scope(Operation::Lora);
         let (n, input) = (self.tokens, self.group.input);
         let inner = Mat::new(d_inner, n, self.group.inner);
         let Some(dropout) = self.dropout else {

@@ -20,6 +20,7 @@ use super::tape::{Keep, LayerTape, Room, Tape};
 use crate::kernels::matmul::Into;
 use crate::kernels::rows::add_bias;
 use crate::kernels::vector;
+use crate::profile::{self, Operation};
 
 /// First module and number of modules of each group, in the order of `Module::ALL`.
 pub(super) const MODULES: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
@@ -175,6 +176,7 @@ impl Network<'_> {
 
     /// Biases on queries, keys and values, and norms of their heads, where the layer has them.
     fn complete(&self, layer: usize, tape: &mut LayerTape, room: &mut Room) {
+        let _counted = profile::scope(Operation::Elementwise);
         let frozen = &self.frozen.layers[layer];
         if let Some(biases) = &frozen.bias {
             let rows = [&mut room.q, &mut room.k, &mut room.v];
@@ -214,6 +216,7 @@ impl Network<'_> {
         let linear = self.linear(layer, QKV, params, pack);
         linear.forward(&room.hidden, &mut tape.inner[QKV], Into::Replace, rows);
         self.complete(layer, tape, room);
+        let counted = profile::scope(Operation::Attention);
         let (rope, at) = (self.rope(layer), &pack.positions);
         rope.split(&mut tape.q, &room.q, at, Turn::Forward);
         rope.split(&mut tape.k, &room.k, at, Turn::Forward);
@@ -223,6 +226,7 @@ impl Network<'_> {
             .forward(&mut room.q_heads, &mut log_sums);
         tape.log_sums = log_sums;
         rope.merge(&mut tape.attended, &room.q_heads, at, Turn::None);
+        drop(counted);
         tape.middle.copy_from_slice(&tape.x);
         let linear = self.linear(layer, OUT, params, pack);
         self.residual(layer, 0).forward(
@@ -258,9 +262,11 @@ impl Network<'_> {
         let linear = self.linear(layer, GATE_UP, params, pack);
         let rows = &mut [&mut tape.gate[..], &mut tape.up[..]];
         linear.forward(&room.hidden, &mut tape.inner[GATE_UP], Into::Replace, rows);
+        let counted = profile::scope(Operation::Elementwise);
         let activation = self.frozen.config.parts.activation;
         vector::glu(activation, &mut room.ffn, &tape.gate, &tape.up);
         next.copy_from_slice(&tape.middle);
+        drop(counted);
         let linear = self.linear(layer, DOWN, params, pack);
         self.residual(layer, 1).forward(
             &linear,
@@ -293,8 +299,10 @@ impl Network<'_> {
             grads,
             Some(&mut room.ffn),
         );
+        let counted = profile::scope(Operation::Elementwise);
         let activation = self.frozen.config.parts.activation;
         vector::glu_backward(activation, &mut room.ffn, &mut tape.gate, &mut tape.up);
+        drop(counted);
         down.backward_a(&room.ffn, &room.inner, grads);
 
         let gate_up = self.linear(layer, GATE_UP, params, pack);
@@ -335,6 +343,7 @@ impl Network<'_> {
         );
         out.backward_a(&tape.attended, &room.inner, grads);
 
+        let counted = profile::scope(Operation::Attention);
         let given = OutGradient {
             out: &tape.attended,
             d_out: &room.q,
@@ -347,6 +356,7 @@ impl Network<'_> {
         rope.merge(&mut room.q, dq, at, Turn::Backward);
         rope.merge(&mut room.k, dk, at, Turn::Backward);
         rope.merge(&mut room.v, dv, at, Turn::None);
+        drop(counted);
         self.complete_backward(layer, tape, room);
 
         // Below the first layer there is nothing left to train.

@@ -4,12 +4,14 @@ use rayon::prelude::*;
 
 use super::tape::NormTape;
 use crate::kernels::vector;
+use crate::profile::{self, Operation};
 
 /// Rows per parallel task.
 const ROWS: usize = 16;
 
 /// Normalises each row of `x` into `out`; `inverse` gets `1 / rms` of each row.
 pub(super) fn forward(out: &mut [f32], inverse: &mut [f32], x: &[f32], weight: &[f32], eps: f64) {
+    let _counted = profile::scope(Operation::Elementwise);
     let width = weight.len();
     let rows = out.par_chunks_mut(width).zip(x.par_chunks(width));
     rows.zip(inverse)
@@ -21,6 +23,7 @@ pub(super) fn forward(out: &mut [f32], inverse: &mut [f32], x: &[f32], weight: &
 
 /// The same result again, from `inverse`.
 pub(super) fn again(out: &mut [f32], inverse: &[f32], x: &[f32], weight: &[f32]) {
+    let _counted = profile::scope(Operation::Elementwise);
     let width = weight.len();
     let rows = out.par_chunks_mut(width).zip(x.par_chunks(width));
     rows.zip(inverse)
@@ -30,6 +33,7 @@ pub(super) fn again(out: &mut [f32], inverse: &[f32], x: &[f32], weight: &[f32])
 
 /// Adds the gradient of `x` to `dx`.
 pub(super) fn backward(dx: &mut [f32], dy: &[f32], inverse: &[f32], x: &[f32], weight: &[f32]) {
+    let _counted = profile::scope(Operation::Elementwise);
     let width = weight.len();
     let rows = dx.par_chunks_mut(width).zip(dy.par_chunks(width));
     rows.zip(x.par_chunks(width))

@@ -7,6 +7,7 @@ use super::norm;
 use super::tape::NormTape;
 use crate::kernels::matmul::Into;
 use crate::kernels::vector;
+use crate::profile::{self, Operation};
 
 /// The way of one block.
 pub(super) struct Residual<'a> {
@@ -33,6 +34,7 @@ impl Residual<'_> {
         };
         linear.forward(x, inner, Into::Replace, &mut [&mut tape.x]);
         norm::forward(room, &mut tape.inverse, &tape.x, weight, self.eps);
+        let _counted = profile::scope(Operation::Elementwise);
         vector::add(stream, room);
     }
 

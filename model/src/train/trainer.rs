@@ -27,11 +27,12 @@ use crate::device::Device;
 use crate::error::ModelError;
 use crate::kernels::vector;
 use crate::lora::{LoraAdapter, LoraConfig};
+use crate::profile::{self, Operation, in_pool};
 use crate::weights::LlamaWeights;
 use digest::{digest, hash_rows};
+use passes::Workspace;
 #[cfg(test)]
 pub(crate) use passes::gradients;
-use passes::{Workspace, in_pool};
 
 /// A training of one adapter: rows, settings, and how far it is.
 pub struct Trainer<'a> {
@@ -328,6 +329,7 @@ impl<'a> Trainer<'a> {
         let step = self.state.step + 1;
         let (sum, tokens) = in_pool(|| self.gradients(work, rows))?;
         let loss = sum.loss / sum.tokens as f64;
+        let _counted = profile::scope(Operation::Optimizer);
         let norm = vector::sum_of_squares(&work.grads).sqrt();
         if !loss.is_finite() || !norm.is_finite() {
             let reason =

@@ -260,16 +260,26 @@ fn table(name: &str, found: &ModelBench) -> String {
     if let Some(rate) = found.copy_gb_per_second {
         out.push_str(&format!(", copies at {rate:.0} GB/s"));
     }
+    if let Some(rate) = found.int8_gops {
+        out.push_str(&format!(", on 8-bit weights at {rate:.0} G/s"));
+    }
+    if let Some(rate) = found.read_gb_per_second {
+        out.push_str(&format!(", memory read at {rate:.1} GB/s"));
+    }
     out.push_str("\n\n");
-    out.push_str("training                          tokens  s/example  cpu s/example  floor s\n");
+    out.push_str(
+        "training                          tokens  s/example  cpu s/example  floor s  memory GB\n",
+    );
     for row in &found.training {
         out.push_str(&format!(
-            "{:33} {:6}  {:9.3}  {:>13}  {:7.3}\n",
+            "{:33} {:6}  {:9.3}  {:>13}  {:7.3}  {:>9}\n",
             row.name,
             row.tokens,
             row.seconds,
             cpu(row.cpu_seconds),
-            row.floor_seconds
+            row.floor_seconds,
+            row.peak_bytes
+                .map_or("-".to_owned(), |bytes| format!("{:.2}", bytes as f64 / 1e9))
         ));
     }
     for (title, rates) in [
@@ -281,13 +291,27 @@ fn table(name: &str, found: &ModelBench) -> String {
         ));
         for rate in rates {
             out.push_str(&format!(
-                "{:33} {:6}  {:9.1}  {:>13}  {:>14}\n",
+                "{:33} {:6}  {:9.1}  {:>13}  {:14.1}\n",
                 rate.precision,
                 rate.tokens,
                 rate.tokens_per_second,
                 cpu(rate.cpu_seconds),
                 rate.floor_tokens_per_second
-                    .map_or("-".to_owned(), |floor| format!("{floor:.1}"))
+            ));
+        }
+    }
+    for breakdown in &found.profile {
+        let title = format!("{}:", breakdown.name);
+        out.push_str(&format!(
+            "\n{title:50} {:9.2} ms\n",
+            1e3 * breakdown.seconds
+        ));
+        for part in breakdown.parts.iter().filter(|part| part.seconds > 0.0) {
+            out.push_str(&format!(
+                "  {:48} {:9.2} ms  {:5.1} %\n",
+                part.operation.name(),
+                1e3 * part.seconds,
+                100.0 * part.seconds / breakdown.seconds
             ));
         }
     }

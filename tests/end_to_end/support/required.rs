@@ -8,7 +8,7 @@ use std::io::Write;
 const VARIABLE: &str = "FLOWRUN_REQUIRE";
 
 /// The names that it may hold. CONTRIBUTING.md says what each is.
-const COMPONENTS: [&str; 22] = [
+const COMPONENTS: [&str; 23] = [
     "azure",
     "banking77",
     "curl",
@@ -17,6 +17,7 @@ const COMPONENTS: [&str; 22] = [
     "kubectl",
     "kubernetes-validate",
     "llama",
+    "minilm",
     "mlflow",
     "mount",
     "peft",

@@ -49,6 +49,12 @@ impl Int8Matrix {
         Some(matrix)
     }
 
+    /// Bytes of the weights with their factors.
+    pub(crate) fn bytes(&self) -> usize {
+        let factors = self.scales.len() + self.lows.len();
+        self.weights.len() + factors * size_of::<f32>()
+    }
+
     /// The weights of an output, as they were rounded.
     pub(crate) fn row(&self, output: usize) -> Vec<f32> {
         let (panel, lane) = (output / PANEL, output % PANEL);

@@ -6,6 +6,7 @@ use super::Trainer;
 use crate::error::ModelError;
 #[cfg(test)]
 use crate::lora::LoraAdapter;
+use crate::profile::in_pool;
 use crate::train::activated::Activated;
 #[cfg(test)]
 use crate::train::config::TrainConfig;
@@ -266,10 +267,4 @@ impl Trainer<'_> {
             .expect("it fits");
         (sum.loss / sum.tokens as f64, grads)
     }
-}
-
-/// Runs `compute` on a thread of the current pool. From outside, each of the thousands of small
-/// parallel loops of a step would put the caller to sleep and wake it.
-pub(super) fn in_pool<R: Send>(compute: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| compute())
 }
