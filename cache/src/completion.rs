@@ -2,8 +2,10 @@
 //!
 //! Append-only segments `completions/<n>.log`: a line per answer, with its own
 //! blake3. Each process appends to a segment of its own; a line that is torn or
-//! damaged is skipped, the rest stays.
+//! damaged is skipped, the rest stays. What other processes append meanwhile is
+//! looked for when an answer is missing.
 
+mod logs;
 mod places;
 mod shared;
 mod table;
@@ -17,6 +19,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use self::logs::Logs;
 use self::places::{Place, Places};
 use self::shared::Others;
 use self::shared::forget_packs;
@@ -30,56 +33,42 @@ pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 struct State {
     index: Places,
-    segments: Vec<File>,
-    /// Where the segments lie, until they are read.
-    paths: Vec<PathBuf>,
-    /// Segments in which damaged lines were met.
-    damaged: HashSet<PathBuf>,
-    /// The segment this process appends to, made at the first `put`.
+    /// Where the answers lie. They are read when the first one is wanted, which most commands
+    /// never come to.
+    logs: Logs,
+    /// The segment this process appends to, made at the first `put`, and its end.
     writer: Option<(usize, u64)>,
     /// Without a folder: the answers themselves.
     memory: HashMap<Digest, Value>,
-    /// Whether the index knows what the segments hold: they are read when the first answer is
-    /// wanted, which most commands never come to.
-    is_read: bool,
-    skipped: usize,
 }
 
 impl State {
     /// No answers yet; the index is made in `folder` where it is large.
-    fn new(folder: PathBuf, segments: Vec<File>) -> Self {
+    fn new(folder: PathBuf, logs: Logs) -> Self {
         Self {
             index: Places::new(folder),
-            segments,
-            paths: Vec::new(),
-            damaged: HashSet::new(),
+            logs,
             writer: None,
             memory: HashMap::new(),
-            is_read: false,
-            skipped: 0,
         }
     }
 
-    /// Reads the segments, once.
-    fn read(&mut self) {
-        if std::mem::replace(&mut self.is_read, true) {
-            return;
-        }
-        let segments = std::mem::take(&mut self.segments);
-        let paths = std::mem::take(&mut self.paths);
-        for (number, (file, path)) in segments.iter().zip(paths).enumerate() {
-            let skipped = self.skipped;
-            match scan(file, number, self) {
-                Ok(()) if self.skipped == skipped => {}
-                Ok(()) => drop(self.damaged.insert(path)),
-                Err(why) => {
-                    // What is behind it is lost as well, so it will be asked for again.
-                    tracing::warn!("{} cannot be read to its end: {why}", path.display());
-                    self.skipped += 1;
-                }
-            }
-        }
-        self.segments = segments;
+    /// Reads what others wrote since the last look, unless that was just now; whether there was
+    /// anything.
+    fn look(&mut self, folder: &Path) -> bool {
+        let own = self.writer.map(|(segment, _)| segment);
+        self.logs.look(folder, own, &mut self.index)
+    }
+
+    /// The answer of a key, if the index knows its place and it is there still.
+    fn answer(&mut self, key: &Digest) -> Option<Value> {
+        let place = self.index.get(key)?;
+        let file = self.logs.file(place.segment)?;
+        let mut line = vec![0u8; place.len];
+        file.seek(SeekFrom::Start(place.offset)).ok()?;
+        file.read_exact(&mut line).ok()?;
+        let (found, value) = parse_line(&line)?;
+        (found == *key).then_some(value)
     }
 }
 
@@ -114,7 +103,7 @@ impl CompletionCache {
     pub fn in_memory() -> Self {
         Self {
             folder: None,
-            state: Mutex::new(State::new(PathBuf::new(), Vec::new())),
+            state: Mutex::new(State::new(PathBuf::new(), Logs::default())),
             asked: Mutex::default(),
             settled: Condvar::new(),
             others: Others::default(),
@@ -127,20 +116,9 @@ impl CompletionCache {
     /// # Errors
     /// When a segment cannot be opened.
     pub fn open(folder: PathBuf) -> Result<Self, CacheError> {
-        let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.extension().is_some_and(|e| e == "log"))
-            .collect();
-        paths.sort();
-        let open = |path: &PathBuf| File::open(path).map_err(|e| CacheError::io(path, e));
-        let segments: Vec<File> = paths.iter().map(open).collect::<Result<_, _>>()?;
+        let logs = Logs::open(&folder)?;
         Ok(Self {
-            state: Mutex::new(State {
-                paths,
-                ..State::new(folder.clone(), segments)
-            }),
+            state: Mutex::new(State::new(folder.clone(), logs)),
             folder: Some(folder),
             asked: Mutex::default(),
             settled: Condvar::new(),
@@ -155,7 +133,8 @@ impl CompletionCache {
     }
 
     /// The answer stored under `key`, here or by a machine that shares its answers
-    /// ([`CompletionCache::share`]). A line that was damaged since it was indexed is a miss.
+    /// ([`CompletionCache::share`]). A line that was damaged since it was indexed is a miss. What
+    /// other processes store meanwhile is seen, at the latest a moment after they did.
     #[must_use]
     pub fn get(&self, key: &Digest) -> Option<Value> {
         self.get_until(key, &|| false)
@@ -170,16 +149,21 @@ impl CompletionCache {
 
     fn stored(&self, key: &Digest) -> Option<Value> {
         let mut state = self.lock();
-        if self.folder.is_none() {
+        let Some(folder) = &self.folder else {
             return state.memory.get(key).cloned();
+        };
+        let found = state.answer(key);
+        // Under one lock: else another thread's look would make this one's look seem needless.
+        if found.is_some() || !state.look(folder) {
+            return found;
         }
-        let place = state.index.get(key)?;
-        let file = state.segments.get_mut(place.segment)?;
-        let mut line = vec![0u8; place.len];
-        file.seek(SeekFrom::Start(place.offset)).ok()?;
-        file.read_exact(&mut line).ok()?;
-        let (found, value) = parse_line(&line)?;
-        (found == *key).then_some(value)
+        state.answer(key)
+    }
+
+    /// Another process that stores its answers in the folder has ended: the next answer that is
+    /// missing is looked for there at once, however recent the last look was.
+    pub fn expect_others(&self) {
+        self.lock_unread().logs.expect();
     }
 
     /// Stores an answer. It is in the system's hands when this returns: a killed
@@ -196,15 +180,18 @@ impl CompletionCache {
         let (segment, offset) = match state.writer {
             Some(writer) => writer,
             None => {
-                state.segments.push(new_segment(folder)?);
-                (state.segments.len() - 1, 0)
+                let (path, file) = new_segment(folder)?;
+                let added = state.logs.add(path, file);
+                (added.map_err(|e| CacheError::io(folder, e))?, 0)
             }
         };
         let line = format_line(key, value);
-        let file = &mut state.segments[segment];
-        let written = file
-            .seek(SeekFrom::Start(offset))
-            .and_then(|_| file.write_all(line.as_bytes()));
+        let written = match state.logs.file(segment) {
+            Some(file) => file
+                .seek(SeekFrom::Start(offset))
+                .and_then(|_| file.write_all(line.as_bytes())),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        };
         if let Err(error) = written {
             // The next put overwrites the torn line.
             state.writer = Some((segment, offset));
@@ -264,7 +251,7 @@ impl CompletionCache {
     /// Damaged lines that were skipped since the last call.
     #[must_use]
     pub fn take_skipped(&self) -> usize {
-        std::mem::take(&mut self.lock_unread().skipped)
+        self.lock_unread().logs.take_skipped()
     }
 
     /// Waits until this process's answers are on the disk.
@@ -272,19 +259,20 @@ impl CompletionCache {
     /// # Errors
     /// When the disk refuses.
     pub fn sync(&self) -> Result<(), CacheError> {
-        let state = self.lock_unread();
-        if let (Some(folder), Some((segment, _))) = (&self.folder, state.writer) {
-            state.segments[segment]
-                .sync_data()
-                .map_err(|e| CacheError::io(folder, e))?;
+        let mut state = self.lock_unread();
+        if let (Some(folder), Some((segment, _))) = (&self.folder, state.writer)
+            && let Some(file) = state.logs.file(segment)
+        {
+            file.sync_data().map_err(|e| CacheError::io(folder, e))?;
         }
         Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        let mut state = self.lock_unread();
-        state.read();
-        state
+        let mut guard = self.lock_unread();
+        let state = &mut *guard;
+        state.logs.read(&mut state.index);
+        guard
     }
 
     fn lock_unread(&self) -> MutexGuard<'_, State> {
@@ -293,7 +281,7 @@ impl CompletionCache {
 }
 
 /// Creates the first segment whose number is free.
-fn new_segment(folder: &Path) -> Result<File, CacheError> {
+fn new_segment(folder: &Path) -> Result<(PathBuf, File), CacheError> {
     std::fs::create_dir_all(folder).map_err(|e| CacheError::io(folder, e))?;
     let mut number = 0u64;
     loop {
@@ -304,36 +292,10 @@ fn new_segment(folder: &Path) -> Result<File, CacheError> {
             .create_new(true)
             .open(&path)
         {
-            Ok(file) => return Ok(file),
+            Ok(file) => return Ok((path, file)),
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => number += 1,
             Err(e) => return Err(CacheError::io(&path, e)),
         }
-    }
-}
-
-fn scan(file: &File, segment: usize, state: &mut State) -> std::io::Result<()> {
-    let mut reader = BufReader::new(file);
-    let mut offset = 0u64;
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        let len = reader.read_until(b'\n', &mut line)?;
-        if len == 0 {
-            return Ok(());
-        }
-        match checked(&line) {
-            Some((key, _)) => {
-                let place = Place {
-                    segment,
-                    offset,
-                    len,
-                };
-                state.index.insert(&key, place);
-            }
-            // The last line of a process that was killed is unfinished, not damaged.
-            None => state.skipped += usize::from(line.ends_with(b"\n")),
-        }
-        offset += len as u64;
     }
 }
 
@@ -468,8 +430,42 @@ mod tests {
             assert_eq!(cache.len(), len);
             assert_eq!(cache.get(&key(3)), Some(json!("again")));
             assert_eq!(cache.get(&key(99)), Some(json!(99)));
-            assert_eq!(cache.get(&key(100)).is_some(), len > 100);
+            // The first finds it when it is missing.
+            assert_eq!(cache.get(&key(100)), Some(json!(100)));
+            assert_eq!((cache.get(&key(101)), cache.len()), (None, 101));
         }
+    }
+
+    #[test]
+    fn what_another_process_writes_meanwhile_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("completions");
+        let one = CompletionCache::open(folder.clone()).unwrap();
+        assert_eq!(one.get(&key(0)), None, "there is no folder yet");
+        one.put(&key(0), &json!(0)).unwrap();
+        let two = CompletionCache::open(folder.clone()).unwrap();
+        for i in 1..4 {
+            // A segment that was not there before; then it grows.
+            two.put(&key(i), &json!(i)).unwrap();
+            one.expect_others();
+            assert_eq!(one.get(&key(i)), Some(json!(i)));
+        }
+        // A line that is not whole yet is no damage, and read once it is.
+        let line = format_line(&key(4), &json!(4));
+        let path = folder.join("000001.log");
+        let (first, rest) = line.split_at(30);
+        for (part, answer) in [(first, None), (rest, Some(json!(4)))] {
+            let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+            file.write_all(part.as_bytes()).unwrap();
+            one.expect_others();
+            assert_eq!(one.get(&key(4)), answer);
+        }
+        assert_eq!((one.len(), one.take_skipped()), (5, 0));
+        // What it writes itself goes behind its own lines.
+        one.put(&key(5), &json!(5)).unwrap();
+        let three = CompletionCache::open(folder).unwrap();
+        assert!((0..6).all(|i| three.get(&key(i)) == Some(json!(i))));
+        assert_eq!(three.take_skipped(), 0);
     }
 
     #[test]

@@ -13,6 +13,9 @@ const LABEL: &str = "  label:
     publish: { rows: rows.jsonl, dropped: dropped.jsonl }
 ";
 
+/// The last line of [`LABEL`].
+const PUBLISHED: &str = "    publish: { rows: rows.jsonl, dropped: dropped.jsonl }\n";
+
 fn project(queries: usize) -> Project {
     let project = classify::project(&[LABEL]);
     let known = [("a known one", "card_arrival"), ("another", "pin")];
@@ -49,6 +52,33 @@ fn a_hundred_new_rows_cost_a_hundred_calls() {
         .collect();
     let expected: Vec<Value> = (0..250).map(|i| format!("d:test:{i}").into()).collect();
     assert_eq!(ids, expected, "in the order of the input");
+}
+
+#[test]
+fn what_a_step_in_another_process_paid_for_is_not_paid_for_again() {
+    let oracle = Oracle::start(|_| Some("pin".to_owned()));
+    let project = project(30);
+    project.edit(
+        "p.yaml",
+        "uses: bootstrap\n",
+        "uses: bootstrap\n    runner: process\n",
+    );
+    // Other settings, the same prompts; in this process, which looked for answers before.
+    let first = LABEL
+        .replace("  label:\n", "  first:\n")
+        .replace("load.test", "load.train");
+    let again = LABEL
+        .replace("  label:\n", "  again:\n    needs: [label]\n")
+        .replace("model: m }", "model: m, normalise_labels: true }");
+    let more = (first + &again).replace(PUBLISHED, "");
+    project.edit(
+        "p.yaml",
+        "runner: process\n",
+        "runner: process\n    needs: [first]\n",
+    );
+    project.write("p.yaml", &(project.read("p.yaml") + &more));
+    run(&project, &oracle).ok();
+    assert_eq!(oracle.calls(), 30 + 2);
 }
 
 #[test]

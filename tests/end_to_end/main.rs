@@ -42,6 +42,7 @@ mod programs;
 mod publish;
 mod ray;
 mod ray_jobs;
+mod ray_labelling;
 mod ray_serve_llm;
 mod remote;
 mod remote_azure;

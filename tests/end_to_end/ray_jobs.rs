@@ -5,29 +5,14 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::processes::{lives, signal, until};
+use crate::fault_proxy::Proxy;
+use crate::label_job::upstream;
+use crate::processes::{lives, running, signal, until};
 use crate::project::{Project, Run};
 use crate::ray_cluster::Ray;
 use crate::server::{client, free_port};
 use crate::slow_job::Slow;
 use crate::{files, heavy_steps, tiny};
-
-fn runners(ray: &Ray) -> String {
-    format!(
-        "runners:\n  ray: {{ address: '{}', jobs: 4 }}\n",
-        ray.dashboard
-    )
-}
-
-/// Ids and states of the jobs that Ray knows.
-fn jobs(ray: &Ray) -> Vec<(String, String)> {
-    let url = format!("{}/api/jobs/", ray.dashboard);
-    let jobs: Vec<Value> = client().get(url).send().unwrap().json().unwrap();
-    let text = |job: &Value, name: &str| job[name].as_str().unwrap_or_default().to_owned();
-    jobs.iter()
-        .map(|job| (text(job, "submission_id"), text(job, "status")))
-        .collect()
-}
 
 /// The tiny main job with its heavy steps as jobs: the same results as in this process, and the
 /// same keys. Nothing is left of the jobs.
@@ -36,9 +21,63 @@ fn the_heavy_steps_of_the_tiny_job_run_on_ray_with_the_same_results() {
     let Some(ray) = Ray::at_hand() else { return };
     let project = tiny::project();
     let here = project.run(&["pipeline.yaml", "--json"]).ok();
-    heavy_steps::move_to(&project, &runners(&ray), "    runner: ray\n");
+    heavy_steps::move_to(&project, &ray.runners(), "    runner: ray\n");
     heavy_steps::are_the_same_elsewhere(&here, |args| project.run(args));
-    until("jobs are left", || jobs(&ray).is_empty());
+    labelling_and_training_are_the_same(&ray);
+    until("jobs are left", || ray.jobs().is_empty());
+}
+
+const LABEL: &str = "  label:
+    uses: bootstrap
+    in: { unlabelled: labels.test, labels: labels.labels }
+    with: { program: classify, model: oracle }
+";
+
+/// Labelling by a server and the training of the student, here and as jobs: the same results, and
+/// each answer is asked for once in either way.
+fn labelling_and_training_are_the_same(ray: &Ray) {
+    let (_folder, server) = upstream();
+    let proxy = Proxy::start(&server.url, |_| None);
+    let project = tiny::project();
+    tiny::train(&project, None, "lora: { rank: 2 }");
+    let entry = format!(
+        "models:\n  oracle: {{ provider: openai, base_url: '{}', model: tiny, guided: vllm }}\n",
+        proxy.url
+    );
+    project.edit("pipeline.yaml", "models:\n", &entry);
+    project.write("pipeline.yaml", &(project.read("pipeline.yaml") + LABEL));
+    let here = project.run(&["pipeline.yaml", "--json"]).ok();
+    let answers = || {
+        let counts = proxy.counts();
+        counts.values().map(|c| c.answers).collect::<Vec<usize>>()
+    };
+    let asked = answers().len();
+    assert!(asked > 1 && answers() == vec![1; asked], "{:?}", answers());
+
+    // Nothing that was answered is kept.
+    std::fs::remove_dir_all(project.path(".flowrun/completions")).unwrap();
+    let kinds = ["bootstrap", "finetune"];
+    heavy_steps::move_kinds(&project, &ray.runners(), "    runner: ray\n", &kinds);
+    let there = project.run(&["pipeline.yaml", "--json", "--force"]).ok();
+    assert_eq!(answers(), vec![2; asked]);
+    for step in ["label", "finetune"] {
+        let of = |run: &Run| made(run, step);
+        assert_eq!(of(&there), of(&here), "{step}");
+        let log = there.events().last().unwrap()["run_dir"].clone();
+        let log = format!("{}/logs/{step}.log", log.as_str().unwrap());
+        let said = project.read(&log);
+        assert!(said.contains("at Ray at"), "{step} was no job: {said}");
+    }
+}
+
+/// The key of a step and the digests of its outputs.
+fn made(run: &Run, step: &str) -> (Value, Vec<(String, Value)>) {
+    let events = run.events();
+    let is_it = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;
+    let ended = events.iter().find(is_it).unwrap();
+    let outputs = ended["outputs"].as_object().unwrap().iter();
+    let digests = outputs.map(|(name, output)| (name.clone(), output["digest"].clone()));
+    (ended["key"].clone(), digests.collect())
 }
 
 #[test]
@@ -46,7 +85,7 @@ fn a_command_is_a_job_too_and_its_secret_is_shown_nowhere() {
     let Some(ray) = Ray::at_hand() else { return };
     let project = Project::new();
     let step = "steps:\n  s:\n    run: 'echo \"it is $TOKEN\"; printf %s \"$TOKEN\" | wc -c > \"$out\"; [ -z \"${OTHER-}\" ]'\n    runner: ray\n    secrets: [TOKEN]\n    out: { out: deep/n }\n    publish: { out: n }\n";
-    project.write("p.yaml", &format!("{}{step}", runners(&ray)));
+    project.write("p.yaml", &format!("{}{step}", ray.runners()));
     let run = |args: &[&str]| {
         let mut command = project.command(args);
         let command = command.env("TOKEN", "very-secret-value").env("OTHER", "x");
@@ -94,7 +133,7 @@ fn a_command_is_a_job_too_and_its_secret_is_shown_nowhere() {
         assert!(refused.stderr.contains(words), "{}", refused.stderr);
     }
     until("jobs are left", || {
-        let jobs = jobs(&ray);
+        let jobs = ray.jobs();
         jobs.iter()
             .all(|(_, status)| status == "PENDING" || status == "STOPPED")
     });
@@ -107,7 +146,7 @@ fn the_program_may_be_brought_to_the_workers() {
     let Some(ray) = Ray::at_hand() else { return };
     let project = Project::new();
     let step = "steps:\n  s:\n    run: readlink /proc/$PPID/exe > \"$out\"\n    runner: ray\n    out: { out: exe }\n    publish: { out: exe }\n";
-    project.write("p.yaml", &format!("{}{step}", runners(&ray)));
+    project.write("p.yaml", &format!("{}{step}", ray.runners()));
     project.edit("p.yaml", "jobs: 4", "upload: true");
     project.run(&["p.yaml"]).ok();
     let exe = project.read("exe");
@@ -117,26 +156,26 @@ fn the_program_may_be_brought_to_the_workers() {
 #[test]
 fn a_worker_that_is_killed_is_followed_by_another() {
     let Some(ray) = Ray::at_hand() else { return };
-    let slow = Slow::new("ray", &runners(&ray));
+    let slow = Slow::new("ray", &ray.runners());
     slow.outlives_its_worker(slow.start());
-    until("jobs are left", || jobs(&ray).is_empty());
+    until("jobs are left", || ray.jobs().is_empty());
 }
 
 #[test]
 fn the_job_of_a_killed_run_is_taken_up_by_the_next() {
     let Some(ray) = Ray::at_hand() else { return };
-    let slow = Slow::new("ray", &runners(&ray));
+    let slow = Slow::new("ray", &ray.runners());
     slow.outlives_its_run(|| slow.start(), || {});
-    until("jobs are left", || jobs(&ray).is_empty());
+    until("jobs are left", || ray.jobs().is_empty());
 }
 
 #[test]
 fn an_interrupted_run_stops_its_job() {
     let Some(ray) = Ray::at_hand() else { return };
-    let slow = Slow::new("ray", &runners(&ray));
+    let slow = Slow::new("ray", &ray.runners());
     slow.is_stopped_with_its_run(slow.start());
     assert!(slow.left().is_empty(), "{:?}", slow.left());
-    until("jobs are left", || jobs(&ray).is_empty());
+    until("jobs are left", || ray.jobs().is_empty());
 }
 
 /// The node that works is lost as a whole; another one comes.
@@ -146,7 +185,7 @@ fn a_node_that_dies_is_replaced_by_another() {
         return;
     };
     ray.add_node("first");
-    let slow = on_a_node(&ray);
+    let slow = on_a_node(&ray, "plough");
     let child = slow.start();
     let first = slow.worker();
     signal("-KILL", raylet(ray.folder(), "first"));
@@ -160,12 +199,13 @@ fn a_node_that_dies_is_replaced_by_another() {
     until("the lost work goes on", || !lives(first));
 }
 
-/// A step that only an added node can do.
-fn on_a_node(ray: &Ray) -> Slow {
-    let settings = runners(ray).replace("jobs: 4", "jobs: 4, autoscales: true");
+/// A step that only an added node can do, one that has this resource.
+fn on_a_node(ray: &Ray, resource: &str) -> Slow {
+    let patient = "jobs: 4, autoscales: true, patience: 240";
+    let settings = ray.runners().replace("jobs: 4", patient);
     let slow = Slow::new("ray", &settings);
     let runner = "    runner: ray\n";
-    let needs = format!("{runner}    resources: {{ cpu: 0.1, custom: {{ plough: 1 }} }}\n");
+    let needs = format!("{runner}    resources: {{ cpu: 0.1, custom: {{ {resource}: 1 }} }}\n");
     slow.project.edit("p.yaml", runner, &needs);
     slow
 }
@@ -179,10 +219,10 @@ fn a_head_that_dies_does_not_take_the_work_along() {
         return;
     };
     ray.add_node("other");
-    let slow = on_a_node(&ray);
+    let slow = on_a_node(&ray, "plough");
     let child = slow.start();
     slow.worker();
-    signal("-KILL", head(ray.folder()));
+    ray.lose_head();
     let version = format!("{}/api/version", ray.dashboard);
     until("the head lives on", || {
         client().get(&version).send().is_err()
@@ -196,27 +236,39 @@ fn a_head_that_dies_does_not_take_the_work_along() {
     assert!(away.stderr.contains(&ray.dashboard), "{}", away.stderr);
 }
 
-/// The process of the cluster's own state.
-fn head(folder: &Path) -> u32 {
-    process(folder, &["gcs_server"])
+/// The head dies before one job is begun, and the node of another job meanwhile. The next head at
+/// the address knows neither: both are begun again, once it takes jobs and has a node for them.
+#[test]
+fn a_head_that_comes_back_is_given_the_lost_jobs_again() {
+    let Some(mut ray) = Ray::at_hand() else {
+        return;
+    };
+    ray.add_node("first");
+    let begun = on_a_node(&ray, "plough");
+    let waiting = on_a_node(&ray, "second");
+    let runs = (begun.start(), waiting.start());
+    let worker = begun.worker();
+    until("it was not ordered", || waiting.has_said("at Ray at"));
+    ray.lose_head();
+    signal("-KILL", worker);
+    signal("-KILL", raylet(ray.folder(), "first"));
+    ray.start_head_again();
+    ray.add_node("second");
+    assert_ne!(begun.worker(), worker);
+    waiting.worker();
+    for (slow, run, times) in [(&begun, runs.0, 2), (&waiting, runs.1, 1)] {
+        slow.go();
+        let run = slow.ended_well(run);
+        assert_eq!(slow.begun(), times);
+        assert!(run.stdout.contains("it is begun again"), "{}", run.stdout);
+    }
+    until("jobs are left", || ray.jobs().is_empty());
 }
 
 /// The process of a node that was added.
 fn raylet(folder: &Path, label: &str) -> u32 {
-    process(folder, &["raylet/raylet", label])
-}
-
-/// A process of this Ray whose command line has these words.
-fn process(folder: &Path, words: &[&str]) -> u32 {
     let folder = folder.display().to_string();
-    let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    let mut pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
-    let is_meant = |pid: &u32| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        line.contains(&folder) && words.iter().all(|word| line.contains(word))
-    };
-    pids.find(is_meant).unwrap()
+    running(&[&folder, "raylet/raylet", label]).unwrap()
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Answers of other machines, by way of a remote cache: asked for once, when one is missing here,
-//! and appended to a segment of their own, so that they are not sent back.
+//! Answers of other machines, by way of a remote cache: asked for once, when one is missing here, and
+//! again after somebody may have sent more; and appended to a segment of their own, so that they are not sent back.
 //!
 //! | file beside the segments | holds |
 //! |---|---|
@@ -118,7 +118,16 @@ impl CompletionCache {
         }
     }
 
-    /// Looks for answers elsewhere, the first time; false when there is nowhere to look, or `stop`
+    /// Somebody may have sent answers to the remote since it was asked: it is asked again when the
+    /// next answer is missing.
+    pub fn expect_from_remote(&self) {
+        let mut asking = self.others.asking();
+        if *asking == Asking::Done {
+            *asking = Asking::NotYet;
+        }
+    }
+
+    /// Looks for answers elsewhere, unless that was done; false when there is nowhere to look, or `stop`
     /// came first. Other threads wait meanwhile.
     pub(super) fn ask_others(&self, stop: &dyn Fn() -> bool) -> bool {
         let Some(Source { remote, stop: all }) = self.others.source.get() else {
@@ -175,7 +184,8 @@ impl CompletionCache {
     fn append(&self, segment: usize, log: &Path, bytes: &[u8]) -> Result<usize, CacheError> {
         let mut state = self.lock();
         let state = &mut *state;
-        let file = &mut state.segments[segment];
+        let file = state.logs.file(segment);
+        let file = file.ok_or_else(|| CacheError::io(log, std::io::ErrorKind::NotFound.into()))?;
         let length = file.metadata().map_err(|e| CacheError::io(log, e))?.len();
         let (mut lines, mut places) = (Vec::new(), Vec::new());
         for line in bytes.split_inclusive(|b| *b == b'\n') {
@@ -194,6 +204,7 @@ impl CompletionCache {
             lines.extend_from_slice(line);
         }
         file.write_all(&lines).map_err(|e| CacheError::io(log, e))?;
+        state.logs.appended(segment, length, lines.len() as u64);
         let taken = places.len();
         for (key, place) in places {
             state.index.insert(&key, place);
@@ -221,8 +232,10 @@ struct Taking<'a> {
 impl Taking<'_> {
     /// Writes the segment anew when it is damaged: the packs are fetched again.
     fn mend(&self) -> Result<(), CacheError> {
-        if self.cache.lock().damaged.remove(&self.log) {
+        if self.cache.lock().logs.take_damaged(&self.log) {
             drop_damaged(&self.log)?;
+            // The answers lie elsewhere in the new file.
+            self.cache.expect_others();
         }
         Ok(())
     }
@@ -257,8 +270,7 @@ impl Taking<'_> {
         let _ = File::open(folder).and_then(|folder| folder.sync_all());
         let again = file.try_clone().map_err(failed)?;
         let mut state = self.cache.lock();
-        state.segments.push(file);
-        let number = state.segments.len() - 1;
+        let number = state.logs.add(log.clone(), file).map_err(failed)?;
         drop(state);
         self.segment = Some((number, again));
         Ok(number)

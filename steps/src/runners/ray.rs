@@ -3,6 +3,7 @@
 //! | Ray says | it means |
 //! |---|---|
 //! | 500 with "already exists" to an order | the job was ordered before; nothing is ordered twice |
+//! | any other 5xx, 408, 429 to an order | it cannot now, as a head that comes up (`No available agent to submit job, please try again later`): it is ordered again under the same id |
 //! | 404 | the head was started anew and knows no job from before; or nobody ordered it |
 //! | `FAILED` with exit code -9 | its process was killed from outside, by the system if memory ran out |
 //! | `FAILED` with exit code -15, 143 or 130 | its process was told to stop from outside, and nobody stopped the job |
@@ -115,10 +116,14 @@ impl JobSystem for Cluster {
             // What takes every order is no dashboard.
             return parse(&answer).map(|_| ());
         }
-        match answer.status == StatusCode::INTERNAL_SERVER_ERROR && known() {
-            true => Ok(()),
-            false => Err(refused("the job", &answer)),
+        if answer.status == StatusCode::INTERNAL_SERVER_ERROR && known() {
+            return Ok(());
         }
+        // Ids are never used again: an order that was taken nevertheless is known the next time.
+        Err(match passes(answer.status) {
+            true => JobError::Busy(format!("{}: {answer}", self.name())),
+            false => refused("the job", &answer),
+        })
     }
 
     fn state(&self, order: &JobOrder<'_>) -> Result<JobState, JobError> {
@@ -297,8 +302,12 @@ fn parse(answer: &Answer) -> Result<Value, JobError> {
 mod tests {
     use super::*;
 
-    /// What is made of an answer to the question for a job.
-    fn asked(status: &'static str, body: &'static str) -> Result<JobState, JobError> {
+    /// What a cluster makes of an answer to what `does` asks of it.
+    fn asked<T>(
+        status: &'static str,
+        body: &'static str,
+        does: impl Fn(&Cluster, &JobOrder<'_>) -> Result<T, JobError>,
+    ) -> Result<T, JobError> {
         use std::io::{Read, Write};
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -310,6 +319,12 @@ mod tests {
                 peer.read_exact(&mut byte).unwrap();
                 asked.extend(byte);
             }
+            // An answer beside what was not read yet would cut the connection off.
+            let head = String::from_utf8(asked).unwrap().to_lowercase();
+            let mut lines = head.lines();
+            let sent = lines.find_map(|line| line.strip_prefix("content-length: "));
+            let sent = sent.map_or(0, |sent| sent.parse::<usize>().unwrap());
+            peer.read_exact(&mut vec![0; sent]).unwrap();
             let length = body.len();
             let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n");
             write!(peer, "{head}Connection: close\r\n\r\n{body}").unwrap();
@@ -321,19 +336,51 @@ mod tests {
             package: Mutex::default(),
             over: Mutex::default(),
         };
-        let state = cluster.state(&JobOrder {
-            id: "flowrun-1",
-            step: "a",
-            run: "r",
-            timeout: None,
-            program: "flowrun",
-            args: Vec::new(),
-            folder: Some(Path::new("/f")),
-            variables: &[],
-            resources: &Resources::default(),
-        });
+        let result = does(
+            &cluster,
+            &JobOrder {
+                id: "flowrun-1",
+                step: "a",
+                run: "r",
+                timeout: None,
+                program: "flowrun",
+                args: Vec::new(),
+                folder: Some(Path::new("/f")),
+                variables: &[],
+                resources: &Resources::default(),
+            },
+        );
         server.join().unwrap();
-        state
+        result
+    }
+
+    fn state(status: &'static str, body: &'static str) -> Result<JobState, JobError> {
+        asked(status, body, |cluster, order| cluster.state(order))
+    }
+
+    #[test]
+    fn an_order_that_it_cannot_take_now_is_not_refused() {
+        let submit = |status, body| asked(status, body, |cluster, order| cluster.submit(order));
+        for (status, body) in [
+            (
+                "500 Internal Server Error",
+                "No available agent to submit job, please try again later.",
+            ),
+            ("500 Internal Server Error", "Traceback"),
+            ("429 Too Many Requests", ""),
+            ("408 Request Timeout", ""),
+        ] {
+            let busy = submit(status, body);
+            assert!(matches!(busy, Err(JobError::Busy(_))), "{status}: {busy:?}");
+        }
+        let away = submit("503 Service Unavailable", "");
+        assert!(matches!(away, Err(JobError::Unreachable(_))), "{away:?}");
+        let refused = submit("400 Bad Request", "no such field");
+        assert!(matches!(refused, Err(JobError::Refused { .. })));
+        let known = "Job with submission_id flowrun-1 already exists";
+        assert_eq!(submit("500 Internal Server Error", known), Ok(()));
+        let taken = "{\"submission_id\": \"flowrun-1\"}";
+        assert_eq!(submit("200 OK", taken), Ok(()));
     }
 
     #[test]
@@ -345,14 +392,14 @@ mod tests {
             ("429 Too Many Requests", ""),
             ("200 OK", "<html>sign in</html>"),
         ] {
-            let state = asked(status, body);
-            let away = matches!(state, Err(JobError::Unreachable(_)));
-            assert!(away, "{status}: {state:?}");
+            let found = state(status, body);
+            let away = matches!(found, Err(JobError::Unreachable(_)));
+            assert!(away, "{status}: {found:?}");
         }
-        let refused = asked("403 Forbidden", "");
+        let refused = state("403 Forbidden", "");
         assert!(matches!(refused, Err(JobError::Refused { .. })));
-        assert_eq!(asked("404 Not Found", ""), Ok(JobState::Unknown));
-        let running = asked("200 OK", "{\"status\": \"RUNNING\"}");
+        assert_eq!(state("404 Not Found", ""), Ok(JobState::Unknown));
+        let running = state("200 OK", "{\"status\": \"RUNNING\"}");
         assert_eq!(running, Ok(JobState::Running));
     }
 

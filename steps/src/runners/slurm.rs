@@ -105,7 +105,7 @@ impl JobSystem for Cluster {
         // It worked when the job was ordered: what is wrong now may pass.
         let found = self.found(order.id).map_err(|error| match error {
             JobError::Refused { text, .. } => JobError::Unreachable(text),
-            away @ JobError::Unreachable(_) => away,
+            away => away,
         })?;
         let Some(found) = found else {
             return Ok(JobState::Unknown);

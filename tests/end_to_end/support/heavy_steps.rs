@@ -6,8 +6,18 @@ use crate::project::{Project, Run};
 
 /// Says that the heavy steps have these `settings`, of a runner that the section `runners` names.
 pub(crate) fn move_to(project: &Project, runners: &str, settings: &str) {
-    for step in ["convert-to-messages", "evaluate"] {
-        let uses = format!("uses: {step}\n");
+    move_kinds(
+        project,
+        runners,
+        settings,
+        &["convert-to-messages", "evaluate"],
+    );
+}
+
+/// The same of the steps of these kinds.
+pub(crate) fn move_kinds(project: &Project, runners: &str, settings: &str, kinds: &[&str]) {
+    for kind in kinds {
+        let uses = format!("uses: {kind}\n");
         project.edit("pipeline.yaml", &uses, &format!("{uses}{settings}"));
     }
     let text = format!("{runners}{}", project.read("pipeline.yaml"));

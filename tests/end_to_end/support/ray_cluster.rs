@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::external::set;
+use crate::processes::{running, signal, until};
 use crate::required::skip;
 use crate::server::{client, free_port};
 
@@ -36,9 +37,13 @@ pub(crate) fn python() -> Option<PathBuf> {
 pub(crate) struct Ray {
     child: Child,
     python: PathBuf,
+    /// Variables of its processes beside this process's own.
+    env: Vec<(String, String)>,
     /// Address of the cluster, for other nodes.
     address: String,
     nodes: Vec<Child>,
+    /// The dashboard's.
+    port: u16,
     pub(crate) dashboard: String,
     scratch: tempfile::TempDir,
 }
@@ -61,41 +66,71 @@ impl Ray {
             .tempdir_in("/tmp")
             .unwrap();
         let (port, gcs) = (free_port(), free_port());
-        let flag = |name: &str| format!("--{name}={}", free_port());
-        let child = Command::new(python)
-            .args(["-m", "ray.scripts.scripts", "start", "--head", "--block"])
-            .args(["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"])
-            .arg(format!("--dashboard-port={port}"))
-            .arg(format!("--port={gcs}"))
-            .args([
-                flag("ray-client-server-port"),
-                flag("dashboard-agent-listen-port"),
-            ])
-            .args(["--num-cpus=4", "--object-store-memory=100000000"])
-            .arg("--disable-usage-stats")
-            .arg(format!("--temp-dir={}", scratch.path().display()))
-            .envs(env.iter().map(|(name, value)| (name, value)))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let own = |(name, value): &(&str, String)| ((*name).to_owned(), value.clone());
+        let env: Vec<(String, String)> = env.iter().map(own).collect();
         let mut ray = Self {
-            child,
+            child: start_head(python, scratch.path(), [port, gcs], &env),
             python: python.to_owned(),
+            env,
             address: format!("127.0.0.1:{gcs}"),
             nodes: Vec::new(),
+            port,
             dashboard: format!("http://127.0.0.1:{port}"),
             scratch,
         };
-        let version = format!("{}/api/version", ray.dashboard);
+        ray.comes_up();
+        ray
+    }
+
+    /// Waits until its dashboard answers.
+    fn comes_up(&mut self) {
+        let version = format!("{}/api/version", self.dashboard);
         let deadline = Instant::now() + Duration::from_secs(180);
         while client().get(&version).send().is_err() {
-            let ended = ray.child.try_wait().unwrap();
+            let ended = self.child.try_wait().unwrap();
             assert!(ended.is_none(), "ray ended: {ended:?}");
             assert!(Instant::now() < deadline, "ray did not come up");
             std::thread::sleep(Duration::from_millis(200));
         }
-        ray
+    }
+
+    /// Kills the process of the cluster's own state; `ray start --block` ends all others of its
+    /// node then.
+    pub(crate) fn lose_head(&mut self) {
+        let folder = self.scratch.path().display().to_string();
+        signal("-KILL", running(&[&folder, "gcs_server"]).unwrap());
+        until("the head lives on", || {
+            self.child.try_wait().unwrap().is_some()
+        });
+    }
+
+    /// Starts another head with a dashboard at the same address. It knows nothing of the lost one.
+    pub(crate) fn start_head_again(&mut self) {
+        let port = self.port;
+        until("the dashboard's port is taken", || {
+            std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
+        });
+        let gcs = free_port();
+        let ports = [port, gcs];
+        self.child = start_head(&self.python, self.scratch.path(), ports, &self.env);
+        self.address = format!("127.0.0.1:{gcs}");
+        self.comes_up();
+    }
+
+    /// The section of a pipeline that names it.
+    pub(crate) fn runners(&self) -> String {
+        let address = &self.dashboard;
+        format!("runners:\n  ray: {{ address: '{address}', jobs: 4 }}\n")
+    }
+
+    /// Ids and states of the jobs that it knows.
+    pub(crate) fn jobs(&self) -> Vec<(String, String)> {
+        let url = format!("{}/api/jobs/", self.dashboard);
+        let jobs: Vec<Value> = client().get(url).send().unwrap().json().unwrap();
+        let text = |job: &Value, name: &str| job[name].as_str().unwrap_or_default().to_owned();
+        jobs.iter()
+            .map(|job| (text(job, "submission_id"), text(job, "status")))
+            .collect()
     }
 
     /// Adds a node that has a plough; its processes' command lines hold `label`.
@@ -165,6 +200,33 @@ impl Ray {
             std::thread::sleep(Duration::from_millis(200));
         }
     }
+}
+
+/// `ports` are the dashboard's and the cluster's.
+fn start_head(
+    python: &Path,
+    scratch: &Path,
+    [port, gcs]: [u16; 2],
+    env: &[(String, String)],
+) -> Child {
+    let flag = |name: &str| format!("--{name}={}", free_port());
+    Command::new(python)
+        .args(["-m", "ray.scripts.scripts", "start", "--head", "--block"])
+        .args(["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"])
+        .arg(format!("--dashboard-port={port}"))
+        .arg(format!("--port={gcs}"))
+        .args([
+            flag("ray-client-server-port"),
+            flag("dashboard-agent-listen-port"),
+        ])
+        .args(["--num-cpus=4", "--object-store-memory=100000000"])
+        .arg("--disable-usage-stats")
+        .arg(format!("--temp-dir={}", scratch.display()))
+        .envs(env.iter().map(|(name, value)| (name, value)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 impl Drop for Ray {

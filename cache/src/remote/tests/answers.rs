@@ -116,6 +116,21 @@ fn who_stops_waits_for_no_answers_and_leaves_the_asking_to_the_next() {
 }
 
 #[test]
+fn what_is_sent_meanwhile_is_fetched_once_it_is_expected() {
+    let shared = tempfile::tempdir().unwrap();
+    let a = Machine::new(folder(&shared), false);
+    let b = Machine::new(folder(&shared), false);
+    let completions = b.cache.completions();
+    completions.share(&b.remote, || false);
+    assert!(!answered(&b, "a"));
+    answer(&a, "a");
+    assert_eq!(send_answers(&a), 1);
+    assert!(!answered(&b, "a"), "the remote was asked before");
+    completions.expect_from_remote();
+    assert!(answered(&b, "a"));
+}
+
+#[test]
 fn answers_of_others_that_were_damaged_here_are_fetched_again() {
     let shared = tempfile::tempdir().unwrap();
     let a = Machine::new(folder(&shared), false);

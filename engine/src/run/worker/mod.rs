@@ -36,10 +36,10 @@ use crate::event::RunEvent;
 use crate::expansion::{ActionRequest, Expressions, kind_of};
 use crate::history::History;
 use crate::lookup::{Found, Keyed, Lookup};
-use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
+use crate::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, StepNode};
 use crate::premises::Memory;
 use crate::record::{log_path, timestamp};
-use crate::runner::{end_leftover, panicked, runner_of};
+use crate::runner::{Remote, end_leftover, panicked, runner_of};
 use crate::sandbox::{Sandbox, inherited, timed_out};
 use crate::step::{
     Cancel, Finished, Step, StepContext, StepError, StepErrorKind, StepOutcome, StepReporter, World,
@@ -464,7 +464,7 @@ impl Worker {
         place: &Path,
     ) -> Result<StepOutcome, StepError> {
         let node = &request.node;
-        self.in_time(node, &ctx.cancel, || match node.runner.job() {
+        let outcome = self.in_time(node, &ctx.cancel, || match node.runner.job() {
             None => runner_of(node, &ctx.world, &self.warden).run(step, ctx),
             Some(name) => Trip {
                 remote: self.remotes.get(name, &ctx.world)?,
@@ -475,7 +475,22 @@ impl Worker {
                 reporter: &ctx.reporter,
             }
             .step(self, step, ctx),
-        })
+        });
+        self.expect_answers(node, ctx);
+        outcome
+    }
+
+    /// What a step asked of models in another process is known to the steps of this one.
+    fn expect_answers(&self, node: &StepNode, ctx: &StepContext) {
+        if node.runner == RunnerKind::Inline {
+            return;
+        }
+        ctx.completions.expect_others();
+        let job = node.runner.job();
+        let remote = job.and_then(|name| self.remotes.get(name, &ctx.world).ok());
+        if remote.is_some_and(Remote::is_far) {
+            ctx.completions.expect_from_remote();
+        }
     }
 
     /// Stops the work when its `timeout` is over.

@@ -183,6 +183,9 @@ pub enum JobError {
     /// It does not answer: it may later.
     #[error("{0}")]
     Unreachable(String),
+    /// It answers that it cannot now: it may later.
+    #[error("{0}")]
+    Busy(String),
     /// It answers that it will not.
     #[error("{text}")]
     Refused {

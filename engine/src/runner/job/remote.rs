@@ -122,6 +122,11 @@ impl Remote {
         &self.settings.env
     }
 
+    /// Whether its workers see no folder of this machine.
+    pub(crate) fn is_far(&self) -> bool {
+        self.way.is_some()
+    }
+
     /// Has the work done.
     ///
     /// # Errors
@@ -343,9 +348,12 @@ impl Remote {
                 }
                 Err(error) => error,
             };
-            let JobError::Unreachable(why) = &error else {
+            let (JobError::Unreachable(why) | JobError::Busy(why)) = &error else {
                 return Err(Ended::Error(step_error(error)));
             };
+            if matches!(error, JobError::Busy(_)) {
+                self.reached.store(true, Ordering::Relaxed);
+            }
             // One that never answered is not there; one that did may come back.
             let patience = Duration::from_secs(self.settings.patience);
             if !self.reached.load(Ordering::Relaxed) || started.elapsed() > patience {
@@ -392,7 +400,9 @@ fn finished(
 
 fn step_error(error: JobError) -> StepError {
     match error {
-        JobError::Unreachable(why) => StepError::new(StepErrorKind::Transient, why),
+        JobError::Unreachable(why) | JobError::Busy(why) => {
+            StepError::new(StepErrorKind::Transient, why)
+        }
         JobError::Refused { text, help } => StepError {
             help,
             ..StepError::failed(text)

@@ -34,6 +34,8 @@ enum Fate {
     Waits,
     /// Nobody answers.
     Away,
+    /// Not now.
+    Busy,
     /// No.
     No,
 }
@@ -53,6 +55,7 @@ impl JobSystem for Scripted {
         let fate = self.fates.lock().unwrap().pop_front().unwrap_or(Fate::Work);
         let state = match fate {
             Fate::Away => return Err(JobError::Unreachable("nobody at home".to_owned())),
+            Fate::Busy => return Err(JobError::Busy("not yet".to_owned())),
             Fate::No => return Err(JobError::refused("no")),
             Fate::Dies => JobState::Ended(JobEnd::Killed("its node died".to_owned())),
             Fate::Fails => JobState::Ended(JobEnd::Failed("not found".to_owned())),

@@ -85,7 +85,7 @@ impl Watch {
                 hopeless: true,
             })) => return Verdict::Hopeless(why),
             Some(Ok(JobState::Waiting { .. } | JobState::Running)) => self.heard(),
-            Some(Err(JobError::Unreachable(why))) => {
+            Some(Err(JobError::Unreachable(why) | JobError::Busy(why))) => {
                 self.unreached.get_or_insert(now);
                 if !self.told {
                     self.told = true;

@@ -50,7 +50,7 @@ fn forget(system: &dyn JobSystem, over: &mut Vec<String>) -> bool {
         }
         match system.forget(id) {
             Ok(gone) => !gone,
-            Err(JobError::Unreachable(_)) => {
+            Err(JobError::Unreachable(_) | JobError::Busy(_)) => {
                 answers = false;
                 true
             }

@@ -122,6 +122,14 @@ fn one_that_cannot_be_ordered_or_placed_says_so_at_once() {
 }
 
 #[test]
+fn one_that_is_busy_is_asked_again() {
+    let desk = Desk::new();
+    desk.run(WORK, &[Fate::Busy, Fate::Away]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 1));
+    assert!(desk.heard("not yet; waiting for it"));
+}
+
+#[test]
 fn a_run_that_is_stopped_stops_the_job() {
     let desk = Desk::new();
     let cancel = desk.cancel.clone();
