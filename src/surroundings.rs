@@ -12,7 +12,7 @@ use flowrun_engine::language::project_root;
 use flowrun_engine::pipeline::Pipeline;
 use flowrun_engine::premises::RunName;
 use flowrun_engine::run::{Capacity, Expressions, RunOptions};
-use flowrun_engine::step::World;
+use flowrun_engine::step::{Cancel, World};
 use flowrun_engine::vocabulary::Vocabulary;
 use flowrun_engine::{
     Diagnostic, Diagnostics, InProfile, LoadOptions, check_profiles, eval_bool, load_pipeline,
@@ -121,6 +121,7 @@ pub(crate) fn world(root: &Path, global: &GlobalArgs) -> Result<World, Failure> 
         root: absolute(root)?,
         exe: std::env::current_exe()?,
         env,
+        cancel: Cancel::default(),
     })
 }
 

@@ -108,11 +108,23 @@ impl Lookup {
     /// # Errors
     /// When an input file cannot be read, or the world makes the step impossible.
     pub(crate) fn key(&self, request: &ActionRequest) -> Result<Keyed, StepError> {
+        self.key_in(&self.world_of(request), request)
+    }
+
+    /// The key of an action whose step kind sees this world.
+    ///
+    /// # Errors
+    /// As [`Lookup::key`].
+    pub(crate) fn key_in(
+        &self,
+        world: &World,
+        request: &ActionRequest,
+    ) -> Result<Keyed, StepError> {
         let node = &request.node;
         let inputs = self.inputs(request)?;
         let (kind_version, observed, sees_labels) = match &node.action {
             Action::Uses(step) => {
-                let facts = step.observe(&request.params, &self.world_of(request))?;
+                let facts = step.observe(&request.params, world)?;
                 if let Some(memory) = &self.memory {
                     // The next run would look without the step's variables.
                     if !request.env.is_empty() {

@@ -131,6 +131,19 @@ pub struct World {
     pub exe: PathBuf,
     /// The environment variables that were set when the program started.
     pub env: BTreeMap<String, String>,
+    /// Ends what is fetched for the work that sees this world.
+    pub cancel: Cancel,
+}
+
+impl World {
+    /// The same machine, for work that `cancel` ends.
+    #[must_use]
+    pub fn until(&self, cancel: &Cancel) -> Self {
+        Self {
+            cancel: cancel.clone(),
+            ..self.clone()
+        }
+    }
 }
 
 /// What a step gives back besides the files it wrote.

@@ -1,19 +1,22 @@
 //! Downloads by content: a file that is known by its sha256 is looked for in
 //! the distribution folder, then in the user's cache, and only then fetched. What an interrupted
-//! download left there is gone on from.
+//! download left there is gone on from. Everything that waits here ends with the world's cancel
+//! flag.
 //!
 //! Knows nothing of data sets or models.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use flowrun_engine::step::{StepError, StepErrorKind, World};
+use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
 use reqwest::StatusCode;
 use reqwest::blocking::Response;
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use sha2::{Digest as _, Sha256};
+
+use crate::waiting::{self, Pieces, unless_stopped};
 
 /// How long a server may take to accept a connection.
 const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
@@ -25,10 +28,27 @@ const TOTAL_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(1800);
 /// # Errors
 /// When the file cannot be read.
 pub fn sha256_of(path: &Path) -> std::io::Result<String> {
+    hashed(path, &Cancel::default())
+}
+
+/// As [`sha256_of`], unless the work is to stop.
+///
+/// # Errors
+/// Cancelled; failed when the file cannot be read.
+pub(crate) fn sha256_unless_stopped(path: &Path, cancel: &Cancel) -> Result<String, StepError> {
+    let hashed = hashed(path, cancel);
+    waiting::check(cancel)?;
+    hashed.map_err(|e| StepError::io(path, &e))
+}
+
+fn hashed(path: &Path, cancel: &Cancel) -> std::io::Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0u8; 1 << 16];
     loop {
+        if cancel.is_cancelled() {
+            return Err(std::io::ErrorKind::Interrupted.into());
+        }
         let n = file.read(&mut buffer)?;
         if n == 0 {
             return Ok(hex(&hasher.finalize()));
@@ -42,7 +62,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Where a file with this sha256 lies already, if anywhere: in the user's
-/// cache, or in the distribution folder under any name.
+/// cache, or in the distribution folder under any name. Nowhere, once the work is to stop.
 #[must_use]
 pub fn find_local(sha256: &str, world: &World) -> Option<PathBuf> {
     let cached = cache_path(sha256, world);
@@ -50,7 +70,7 @@ pub fn find_local(sha256: &str, world: &World) -> Option<PathBuf> {
         return Some(cached);
     }
     let dist = world.distdir.as_deref()?;
-    find_in_folder(dist, sha256, 3)
+    find_in_folder(dist, sha256, 3, &world.cancel)
 }
 
 /// The user's cache holds downloads under their sha256. A file gets there only
@@ -60,7 +80,7 @@ pub(crate) fn cache_path(sha256: &str, world: &World) -> PathBuf {
     world.user_cache.join("downloads").join(sha256)
 }
 
-fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> {
+fn find_in_folder(folder: &Path, sha256: &str, depth: usize, cancel: &Cancel) -> Option<PathBuf> {
     let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
         .ok()?
         .filter_map(|e| Some(e.ok()?.path()))
@@ -69,11 +89,11 @@ fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> 
     for path in entries {
         if path.is_dir() {
             if depth > 0
-                && let Some(found) = find_in_folder(&path, sha256, depth - 1)
+                && let Some(found) = find_in_folder(&path, sha256, depth - 1, cancel)
             {
                 return Some(found);
             }
-        } else if sha256_of(&path).is_ok_and(|digest| digest == sha256) {
+        } else if hashed(&path, cancel).is_ok_and(|digest| digest == sha256) {
             return Some(path);
         }
     }
@@ -84,11 +104,13 @@ fn find_in_folder(folder: &Path, sha256: &str, depth: usize) -> Option<PathBuf> 
 ///
 /// # Errors
 /// Transient when the network fails; invalid when what arrived has another digest; unseen when it
-/// would have to be fetched and the world is only looked at.
+/// would have to be fetched and the world is only looked at; cancelled.
 pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepError> {
     if let Some(path) = find_local(sha256, world) {
         return Ok(path);
     }
+    // Not all of the folder may have been looked at.
+    waiting::check(&world.cancel)?;
     if world.offline {
         return Err(StepError::new(
             StepErrorKind::Transient,
@@ -99,36 +121,55 @@ pub fn fetch(url: &str, sha256: &str, world: &World) -> Result<PathBuf, StepErro
     if world.look_only {
         return Err(StepError::unseen(url));
     }
-    let _one = one_at_a_time();
+    let cancel = &world.cancel;
+    let _one = one_at_a_time(cancel)?;
     let dest = cache_path(sha256, world);
     let folder = dest.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(|e| StepError::io(folder, &e))?;
     // Two processes must not write to one file.
     let lock = dest.with_extension("lock");
-    let held = File::create(&lock).map_err(|e| StepError::io(&lock, &e))?;
-    held.lock().map_err(|e| StepError::io(&lock, &e))?;
+    let held = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&lock);
+    let mut held = held.map_err(|e| StepError::io(&lock, &e))?;
+    waiting::lock(&mut held, &lock, &format!("`{url}`"), cancel)?;
     if let Some(path) = find_local(sha256, world) {
         return Ok(path);
     }
     let temp = dest.with_extension("part");
-    fetch_to_temp(url, sha256, &temp)?;
-    adopt(&temp, &dest, sha256, url)?;
+    fetch_to_temp(url, sha256, &temp, cancel)?;
+    adopt(&temp, &dest, sha256, url, cancel)?;
     Ok(dest)
 }
 
 /// Held while something is fetched: steps that want the same file fetch it once, and their
 /// temporary files do not meet.
-pub(crate) fn one_at_a_time() -> MutexGuard<'static, ()> {
+///
+/// # Errors
+/// Cancelled.
+pub(crate) fn one_at_a_time(cancel: &Cancel) -> Result<MutexGuard<'static, ()>, StepError> {
     static FETCHING: Mutex<()> = Mutex::new(());
-    FETCHING.lock().unwrap_or_else(PoisonError::into_inner)
+    waiting::until(cancel, || match FETCHING.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    })
 }
 
 /// Checks a file against its declared sha256.
 ///
 /// # Errors
-/// Invalid on another digest.
-pub(crate) fn check_content(path: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
-    let actual = sha256_of(path).map_err(|e| StepError::io(path, &e))?;
+/// Invalid on another digest; cancelled.
+pub(crate) fn check_content(
+    path: &Path,
+    sha256: &str,
+    origin: &str,
+    cancel: &Cancel,
+) -> Result<(), StepError> {
+    let actual = sha256_unless_stopped(path, cancel)?;
     if actual == sha256 {
         return Ok(());
     }
@@ -141,18 +182,26 @@ pub(crate) fn check_content(path: &Path, sha256: &str, origin: &str) -> Result<(
 /// Moves a finished temporary file to `dest` if its digest is the declared one.
 ///
 /// # Errors
-/// Invalid on another digest; the file is removed.
-pub(crate) fn adopt(temp: &Path, dest: &Path, sha256: &str, origin: &str) -> Result<(), StepError> {
-    if let Err(error) = check_content(temp, sha256, origin) {
-        // Best effort: a leftover is harmless, its name is not a digest.
-        let _ = std::fs::remove_file(temp);
+/// Invalid on another digest; the file is removed. Cancelled; it stays.
+pub(crate) fn adopt(
+    temp: &Path,
+    dest: &Path,
+    sha256: &str,
+    origin: &str,
+    cancel: &Cancel,
+) -> Result<(), StepError> {
+    if let Err(error) = check_content(temp, sha256, origin, cancel) {
+        if error.kind != StepErrorKind::Cancelled {
+            // Best effort: a leftover is harmless, its name is not a digest.
+            let _ = std::fs::remove_file(temp);
+        }
         return Err(error);
     }
     std::fs::rename(temp, dest).map_err(|e| StepError::io(dest, &e))
 }
 
 /// Makes `temp` whole, from what is there of it.
-fn fetch_to_temp(url: &str, sha256: &str, temp: &Path) -> Result<(), StepError> {
+fn fetch_to_temp(url: &str, sha256: &str, temp: &Path, cancel: &Cancel) -> Result<(), StepError> {
     let io = |e: std::io::Error| StepError::io(temp, &e);
     let mut file = OpenOptions::new()
         .append(true)
@@ -160,7 +209,7 @@ fn fetch_to_temp(url: &str, sha256: &str, temp: &Path) -> Result<(), StepError> 
         .open(temp)
         .map_err(io)?;
     let have = file.metadata().map_err(io)?.len();
-    if have > 0 && sha256_of(temp).map_err(io)? == sha256 {
+    if have > 0 && sha256_unless_stopped(temp, cancel)? == sha256 {
         return Ok(());
     }
     let client = reqwest::blocking::Client::builder()
@@ -174,7 +223,8 @@ fn fetch_to_temp(url: &str, sha256: &str, temp: &Path) -> Result<(), StepError> 
             0 => request,
             from => request.header(RANGE, format!("bytes={from}-")),
         };
-        request.send().map_err(|e| transient(url, &root_cause(&e)))
+        let answer = unless_stopped(cancel, move || request.send())?;
+        answer.map_err(|e| transient(url, &root_cause(&e)))
     };
     let mut response = ask(have)?;
     if have > 0 && !begins_at(&response, have) {
@@ -197,15 +247,16 @@ fn fetch_to_temp(url: &str, sha256: &str, temp: &Path) -> Result<(), StepError> 
     if !status.is_success() {
         return Err(transient(url, &format!("the server says {status}")));
     }
-    let mut buffer = vec![0u8; 1 << 16];
+    let pieces = Pieces::of(move || response, cancel)?;
     loop {
         // Reading may pass, a full disk will not.
-        let n = response.read(&mut buffer);
-        let n = n.map_err(|e| transient(url, &e).help("the next run goes on from what came"))?;
-        if n == 0 {
+        let piece = pieces.take()?;
+        let piece =
+            piece.map_err(|e| transient(url, &e).help("the next run goes on from what came"))?;
+        if piece.is_empty() {
             break;
         }
-        file.write_all(&buffer[..n]).map_err(io)?;
+        file.write_all(&piece).map_err(io)?;
     }
     file.sync_all().map_err(io)
 }
@@ -334,6 +385,38 @@ mod tests {
     }
 
     #[test]
+    fn a_download_that_is_stopped_keeps_what_came() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = b"0123456789";
+        let whole = dir.path().join("whole");
+        std::fs::write(&whole, content).unwrap();
+        let sha = sha256_of(&whole).unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/file", listener.local_addr().unwrap());
+        let cancel = Cancel::default();
+        let world = World {
+            offline: false,
+            cancel: cancel.clone(),
+            ..world(dir.path())
+        };
+        let part = cache_path(&sha, &world).with_extension("part");
+        let fetching = std::thread::spawn(move || fetch(&url, &sha, &world));
+        // It says the first four bytes, and then nothing more.
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = stream.read(&mut [0; 4096]);
+        let head = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123";
+        stream.write_all(head.as_bytes()).unwrap();
+        while !std::fs::read(&part).is_ok_and(|came| came.len() == 4) {
+            assert!(!fetching.is_finished());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        cancel.cancel();
+        let error = fetching.join().unwrap().unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Cancelled, "{}", error.message);
+        assert_eq!(std::fs::read(&part).unwrap(), content[..4]);
+    }
+
+    #[test]
     fn who_only_looks_fetches_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let world = World {
@@ -351,8 +434,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let temp = dir.path().join("temp");
         std::fs::write(&temp, "hello").unwrap();
-        let error =
-            adopt(&temp, &dir.path().join("dest"), &"0".repeat(64), "http://x").unwrap_err();
+        let error = adopt(
+            &temp,
+            &dir.path().join("dest"),
+            &"0".repeat(64),
+            "http://x",
+            &Cancel::default(),
+        )
+        .unwrap_err();
         assert!(error.message.contains("declared"));
         assert!(!temp.exists() && !dir.path().join("dest").exists());
     }

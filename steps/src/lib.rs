@@ -45,6 +45,7 @@ pub mod shard;
 mod split;
 pub mod stand_in;
 pub mod table;
+mod waiting;
 
 use std::sync::Arc;
 

@@ -1,12 +1,14 @@
 //! Data sets and models of the Hugging Face hub: branches and commits, gates and tokens, what is
 //! interrupted, and what works without a network.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use crate::hub_server::{Hub, MEMBER, STRANGER, Seen};
+use crate::processes::{signal, until};
 use crate::project::{Project, Run};
 use crate::tiny;
 
@@ -261,6 +263,45 @@ fn an_interrupted_download_goes_on_where_it_was() {
     run(&project, &hub, &["--force"]).ok();
     assert_eq!(std::fs::read(&blob).unwrap(), bytes);
     assert!(!part.exists());
+}
+
+#[test]
+fn a_download_ends_with_the_first_signal_and_the_next_run_goes_on_with_it() {
+    let (hub, project) = start();
+    let bytes = test();
+    let blob = cached(&project).join("blobs").join(hub.sha256(&bytes));
+    let part = blob.with_extension("part");
+    let came = || std::fs::metadata(&part).map_or(0, |part| part.len());
+    hub.stall_at(700);
+    let mut command = command(&project, &hub, &[]);
+    command
+        .process_group(0)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    until("the download did not begin", || came() == 700);
+    signal("-INT", child.id());
+    let ended = Run::of(child.wait_with_output().unwrap());
+    assert_eq!(ended.code, Some(130), "{}\n{}", ended.stdout, ended.stderr);
+    assert_eq!(came(), 700, "{}", ended.stderr);
+
+    hub.seen();
+    run(&project, &hub, &[]).ok();
+    let seen = hub.seen();
+    let contents = seen.iter().filter(|seen| seen.path.starts_with("/content"));
+    let ranges: Vec<_> = contents.map(|seen| seen.range.as_deref()).collect();
+    assert_eq!(ranges, [Some("bytes=700-")]);
+    assert_eq!(std::fs::read(&blob).unwrap(), bytes);
+}
+
+#[test]
+fn a_download_ends_with_the_timeout_of_its_step() {
+    let (hub, project) = start();
+    let uses = "    uses: load\n";
+    project.edit("pipeline.yaml", uses, &format!("{uses}    timeout: 2s\n"));
+    hub.stall_at(700);
+    let late = run(&project, &hub, &[]);
+    refused(&late, &["took longer than its `timeout` of 2s"]);
 }
 
 /// The files of a model, as the hub has them.

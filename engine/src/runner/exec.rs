@@ -154,6 +154,7 @@ pub(super) fn work(
             root: request.root,
             exe: host.exe,
             env: host.env,
+            cancel: cancel.clone(),
         },
         inputs: inputs
             .map(|(port, list)| (port, list.into_iter().map(Into::into).collect()))

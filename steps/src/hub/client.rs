@@ -1,12 +1,15 @@
 //! [`Client`]: requests to the hub. Invariant: the user's token goes to the endpoint alone, never
-//! to where the hub sends a request on to.
+//! to where the hub sends a request on to. Whoever waits for an answer hears the cancel flag.
 
 use std::time::Duration;
 
+use flowrun_engine::step::StepError;
 use ureq::http::{Response, StatusCode};
-use ureq::{Agent, Body, Error};
+use ureq::typestate::WithoutBody;
+use ureq::{Agent, Body, Error, RequestBuilder};
 
 use super::settings::Settings;
+use crate::waiting::unless_stopped;
 
 /// How long a server may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
@@ -16,6 +19,20 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 const SILENCE: Duration = Duration::from_secs(60);
 /// Redirections of one request.
 const REDIRECTIONS: usize = 5;
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum NoAnswer {
+    /// The work was told to stop, or cannot wait.
+    Stopped(StepError),
+    Failed(Box<Error>),
+}
+
+impl From<Box<Error>> for NoAnswer {
+    fn from(error: Box<Error>) -> Self {
+        Self::Failed(error)
+    }
+}
 
 /// Asks the hub.
 pub(super) struct Client<'a> {
@@ -42,7 +59,7 @@ impl<'a> Client<'a> {
     }
 
     /// What is at `url`, from this byte on, wherever it lies.
-    pub(super) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, Box<Error>> {
+    pub(super) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, NoAnswer> {
         let mut url = url.to_owned();
         for _ in 0..=REDIRECTIONS {
             let mut request = self.agent.get(url.as_str());
@@ -52,31 +69,47 @@ impl<'a> Client<'a> {
             if from > 0 {
                 request = request.header("Range", format!("bytes={from}-"));
             }
-            let answer = request.call().map_err(Box::new)?;
+            let answer = self.answer(request)?;
             match redirected(&answer, &url) {
                 Some(next) => url = next,
                 None => return Ok(answer),
             }
         }
-        Err(Box::new(Error::TooManyRedirects))
+        Err(Box::new(Error::TooManyRedirects).into())
     }
 
     /// What the hub itself says of `url`: it describes files that lie elsewhere in the very
     /// answer that sends there.
-    pub(super) fn head(&self, url: &str) -> Result<Response<Body>, Box<Error>> {
+    pub(super) fn head(&self, url: &str) -> Result<Response<Body>, NoAnswer> {
         let mut url = url.to_owned();
         for _ in 0..=REDIRECTIONS {
             let mut request = self.agent.head(url.as_str());
             if let Some(bearer) = self.bearer(&url) {
                 request = request.header("Authorization", bearer);
             }
-            let answer = request.call().map_err(Box::new)?;
+            let answer = self.answer(request)?;
             match redirected(&answer, &url) {
                 Some(next) if self.is_ours(&next) => url = next,
                 _ => return Ok(answer),
             }
         }
-        Err(Box::new(Error::TooManyRedirects))
+        Err(Box::new(Error::TooManyRedirects).into())
+    }
+
+    /// The text of an answer's body.
+    pub(super) fn text(&self, mut answer: Response<Body>) -> Result<String, NoAnswer> {
+        let cancel = &self.settings.cancel;
+        let read = unless_stopped(cancel, move || {
+            answer.body_mut().read_to_string().map_err(Box::new)
+        });
+        Ok(read.map_err(NoAnswer::Stopped)??)
+    }
+
+    fn answer(&self, request: RequestBuilder<WithoutBody>) -> Result<Response<Body>, NoAnswer> {
+        let answer = unless_stopped(&self.settings.cancel, move || {
+            request.call().map_err(Box::new)
+        });
+        Ok(answer.map_err(NoAnswer::Stopped)??)
     }
 
     fn bearer(&self, url: &str) -> Option<String> {

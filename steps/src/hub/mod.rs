@@ -7,6 +7,8 @@
 //! | `refusal` | what the hub's refusals mean, and what to do |
 //! | `transfer` | how a file gets into the cache |
 //!
+//! Everything that waits here ends with the world's cancel flag; what came by then stays.
+//!
 //! The names of places are those of the crate `hf-hub`, so that Python's client finds what lies
 //! there, and the other way round. The requests are our own: the crate's (0.5) hide why the hub
 //! refuses, have no time limits, and a download that was killed at its last byte stays stuck.
@@ -187,7 +189,7 @@ impl Snapshot {
         if self.of.settings.look_only {
             return Err(StepError::unseen(&self.of.name));
         }
-        let _one = one_at_a_time();
+        let _one = one_at_a_time(&self.of.settings.cancel)?;
         if place.is_file() {
             return Ok(place);
         }
@@ -220,7 +222,7 @@ impl Snapshot {
         if !at_hand && settings.offline.is_none() && !settings.look_only {
             let asked = self.of.asked(Some(file));
             let answer = Client::new(settings).head(&self.url(file));
-            let answer = answer.map_err(|e| refusal::no_answer(&asked, &e))?;
+            let answer = answer.map_err(|e| refusal::no_answer(&asked, e))?;
             if refusal::is_of_absent_file(&answer) {
                 // Without the note it is asked again.
                 let folder = note.parent().unwrap_or(Path::new("."));
@@ -399,13 +401,14 @@ impl Repository {
             encoded(&self.revision, 0)
         );
         let asked = self.asked(None);
-        let answer = Client::new(&self.settings).get(&url, 0);
-        let mut answer = answer.map_err(|e| refusal::no_answer(&asked, &e))?;
+        let client = Client::new(&self.settings);
+        let answer = client.get(&url, 0);
+        let answer = answer.map_err(|e| refusal::no_answer(&asked, e))?;
         if !answer.status().is_success() {
             return Err(refusal::explained(&asked, &answer));
         }
-        let text = answer.body_mut().read_to_string();
-        let text = text.map_err(|e| refusal::no_answer(&asked, &e))?;
+        let text = client.text(answer);
+        let text = text.map_err(|e| refusal::no_answer(&asked, e))?;
         let info: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         match info["sha"].as_str() {
             Some(commit) if is_commit(commit) => Ok(commit.to_owned()),

@@ -6,6 +6,7 @@ use std::fmt;
 use flowrun_engine::step::{StepError, StepErrorKind};
 use ureq::http::Response;
 
+use super::client::NoAnswer;
 use super::settings::Settings;
 
 /// Characters of the hub's own words that are passed on.
@@ -37,7 +38,11 @@ impl fmt::Display for Asked<'_> {
 }
 
 /// The hub could not be asked.
-pub(super) fn no_answer(asked: &Asked<'_>, error: &ureq::Error) -> StepError {
+pub(super) fn no_answer(asked: &Asked<'_>, error: NoAnswer) -> StepError {
+    let error = match error {
+        NoAnswer::Stopped(error) => return error,
+        NoAnswer::Failed(error) => *error,
+    };
     let endpoint = &asked.settings.endpoint;
     let text = format!("{asked} cannot be had: `{endpoint}`: {error}");
     let kind = match error {

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use flowrun_engine::step::{StepError, World};
+use flowrun_engine::step::{Cancel, StepError, World};
 
 /// Where the hub is unless `HF_ENDPOINT` says otherwise.
 const ENDPOINT: &str = "https://huggingface.co";
@@ -28,6 +28,8 @@ pub(super) struct Settings {
     pub(super) offline: Option<&'static str>,
     /// Only what is on this machine counts: nothing is asked for.
     pub(super) look_only: bool,
+    /// Ends what is under way.
+    pub(super) cancel: Cancel,
 }
 
 /// A token and where it is from.
@@ -73,6 +75,7 @@ impl Settings {
             token,
             offline: offline(world),
             look_only: world.look_only,
+            cancel: world.cancel.clone(),
         })
     }
 }

@@ -1,7 +1,13 @@
 #![allow(clippy::unwrap_used)]
 
+use std::fs::File;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use flowrun_engine::step::Cancel;
 
 use super::*;
 
@@ -242,4 +248,128 @@ fn a_branch_stands_for_one_commit_as_long_as_the_process_lives() {
     assert_eq!(commit(&first), COMMIT);
     // A commit stands for itself.
     settle(COMMIT, &other, &first).unwrap();
+}
+
+/// A hub whose files hold `content`: it gives the first half of what it is asked for, and the rest
+/// from `go` on. Gives its URL, and the places from which it was asked.
+fn slow_hub(content: &'static [u8], go: &Arc<AtomicBool>) -> (String, Arc<Mutex<Vec<usize>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let asked: Arc<Mutex<Vec<usize>>> = Arc::default();
+    let (go, seen) = (Arc::clone(go), Arc::clone(&asked));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (go, seen) = (Arc::clone(&go), Arc::clone(&seen));
+            std::thread::spawn(move || answer_slowly(stream, content, &go, &seen));
+        }
+    });
+    (url, asked)
+}
+
+fn answer_slowly(mut stream: TcpStream, content: &[u8], go: &AtomicBool, seen: &Mutex<Vec<usize>>) {
+    let mut buffer = [0; 4096];
+    let count = stream.read(&mut buffer).unwrap_or(0);
+    let head = String::from_utf8_lossy(&buffer[..count]).to_lowercase();
+    let range = head
+        .lines()
+        .find_map(|line| line.strip_prefix("range: bytes="));
+    let from: usize = range.map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
+    let total = content.len();
+    let status = match from {
+        0 => "200 OK".to_owned(),
+        _ => {
+            let last = total - 1;
+            format!("206 Partial Content\r\nContent-Range: bytes {from}-{last}/{total}")
+        }
+    };
+    let more = format!("Content-Length: {}\r\nConnection: close", total - from);
+    let _ = write!(
+        stream,
+        "HTTP/1.1 {status}\r\nETag: \"abc\"\r\n{more}\r\n\r\n"
+    );
+    if head.starts_with("head") {
+        return;
+    }
+    seen.lock().unwrap().push(from);
+    let (first, second) = content[from..].split_at((total - from) / 2);
+    let _ = stream.write_all(first);
+    while !go.load(Ordering::SeqCst) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _ = stream.write_all(second);
+}
+
+/// Sets the flag once `ready`.
+fn stop_when(cancel: &Cancel, ready: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !ready() {
+        assert!(Instant::now() < deadline, "it never came so far");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    cancel.cancel();
+}
+
+#[test]
+fn a_download_that_is_stopped_leaves_what_came_and_the_next_one_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let go = Arc::new(AtomicBool::new(false));
+    let (endpoint, asked) = slow_hub(b"0123456789", &go);
+    let world = world(dir.path(), &[("HF_ENDPOINT", endpoint.as_str())]);
+    let snapshot = |world: &World| {
+        let snapshot = Snapshot::newest(RepoType::Model, "owner/slow", COMMIT, world);
+        snapshot.unwrap()
+    };
+    let cancel = Cancel::default();
+    let stopped = snapshot(&world.until(&cancel));
+    let part = stopped.of.folder().join("blobs/abc.part");
+    let fetching = std::thread::spawn(move || stopped.file("a.txt"));
+    stop_when(&cancel, || {
+        std::fs::read(&part).is_ok_and(|came| came.len() == 5)
+    });
+    let error = fetching.join().unwrap().unwrap_err();
+    assert_eq!(error.kind, StepErrorKind::Cancelled, "{}", error.message);
+    assert_eq!(std::fs::read(&part).unwrap(), b"01234");
+
+    go.store(true, Ordering::SeqCst);
+    let path = snapshot(&world).file("a.txt").unwrap();
+    assert_eq!(std::fs::read(path).unwrap(), b"0123456789");
+    assert_eq!(*asked.lock().unwrap(), [0, 5]);
+}
+
+#[test]
+fn who_waits_for_another_process_or_for_a_silent_hub_hears_the_stop() {
+    let dir = tempfile::tempdir().unwrap();
+    let go = Arc::new(AtomicBool::new(true));
+    let (endpoint, asked) = slow_hub(b"0123456789", &go);
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = (format!("http://{}", silent.local_addr().unwrap()), silent);
+    let wait_at = |endpoint: &str| {
+        let cancel = Cancel::default();
+        let world = world(dir.path(), &[("HF_ENDPOINT", endpoint)]).until(&cancel);
+        let snapshot = Snapshot::newest(RepoType::Model, "owner/held", COMMIT, &world).unwrap();
+        let blobs = snapshot.of.folder().join("blobs");
+        let waiting = std::thread::spawn(move || snapshot.file("a.txt"));
+        (cancel, blobs, waiting)
+    };
+    let (cancel, blobs, waiting) = wait_at(&silent.0);
+    // It is asked.
+    let (stream, _) = silent.1.accept().unwrap();
+    cancel.cancel();
+    let error = waiting.join().unwrap().unwrap_err();
+    assert_eq!(error.kind, StepErrorKind::Cancelled, "{}", error.message);
+    drop(stream);
+
+    std::fs::create_dir_all(&blobs).unwrap();
+    let held = File::create(blobs.join("abc.lock")).unwrap();
+    held.lock().unwrap();
+    let (cancel, _, waiting) = wait_at(&endpoint);
+    std::thread::sleep(Duration::from_millis(100));
+    cancel.cancel();
+    let error = waiting.join().unwrap().unwrap_err();
+    assert_eq!(error.kind, StepErrorKind::Cancelled, "{}", error.message);
+    assert!(asked.lock().unwrap().is_empty());
+    // Nobody is left in line.
+    held.unlock().unwrap();
+    let (_, _, fetching) = wait_at(&endpoint);
+    fetching.join().unwrap().unwrap();
 }

@@ -5,8 +5,8 @@
 //! where it is. What an interrupted download brought stays beside it, and the next one goes on
 //! from there. One process fetches a blob at a time.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,9 +14,10 @@ use flowrun_engine::step::{StepError, StepErrorKind};
 use ureq::Body;
 use ureq::http::{Response, StatusCode};
 
-use super::client::Client;
+use super::client::{Client, NoAnswer};
 use super::refusal::{Asked, explained, no_answer};
-use crate::download::sha256_of;
+use crate::download::sha256_unless_stopped;
+use crate::waiting::{self, Pieces};
 
 /// Requests for the content of one file.
 const TRIES: u32 = 5;
@@ -37,6 +38,22 @@ enum Broken {
     Final(StepError),
 }
 
+impl Broken {
+    fn of(error: StepError) -> Self {
+        match error.kind {
+            StepErrorKind::Transient => Self::Passing(error),
+            _ => Self::Final(error),
+        }
+    }
+
+    fn unanswered(asked: &Asked<'_>, error: NoAnswer) -> Self {
+        match error {
+            NoAnswer::Stopped(error) => Self::Final(error),
+            error => Self::Passing(no_answer(asked, error)),
+        }
+    }
+}
+
 /// Fetches `url` to `place`, a path in the snapshot of a commit in the cache's folder
 /// `repository`.
 pub(super) fn fetch(
@@ -46,7 +63,7 @@ pub(super) fn fetch(
     repository: &Path,
     place: &Path,
 ) -> Result<(), StepError> {
-    let answer = client.head(url).map_err(|e| no_answer(asked, &e))?;
+    let answer = client.head(url).map_err(|e| no_answer(asked, e))?;
     if !answer.status().is_success() && !answer.status().is_redirection() {
         return Err(explained(asked, &answer));
     }
@@ -61,8 +78,15 @@ pub(super) fn fetch(
     std::fs::create_dir_all(&blobs).map_err(|e| unwritable(&blobs, &e))?;
     let blob = blobs.join(&meta.etag);
     let lock = blobs.join(format!("{}.lock", meta.etag));
-    let held = File::create(&lock).map_err(|e| unwritable(&lock, &e))?;
-    held.lock().map_err(|e| StepError::io(&lock, &e))?;
+    let held = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&lock);
+    let mut held = held.map_err(|e| unwritable(&lock, &e))?;
+    let cancel = &asked.settings.cancel;
+    waiting::lock(&mut held, &lock, &asked.to_string(), cancel)?;
     if !blob.is_file() {
         let part = blobs.join(format!("{}.part", meta.etag));
         content(client, url, asked, &meta, &part)?;
@@ -111,7 +135,7 @@ fn content(
             Err(Broken::Passing(error)) if number == TRIES => return Err(error),
             Err(Broken::Passing(error)) => tracing::info!("{}", error.message),
         }
-        std::thread::sleep(wait);
+        waiting::pause(&asked.settings.cancel, wait)?;
         wait *= 2;
     }
     Ok(())
@@ -145,7 +169,7 @@ fn more(
         return Ok(());
     }
     let answer = client.get(url, have);
-    let answer = answer.map_err(|e| Broken::Passing(no_answer(asked, &e)))?;
+    let answer = answer.map_err(|e| Broken::unanswered(asked, e))?;
     match answer.status() {
         StatusCode::PARTIAL_CONTENT if begins_at(&answer, have) => {}
         StatusCode::OK => file.set_len(0).map_err(io)?,
@@ -154,22 +178,19 @@ fn more(
             return Err(passing("the server gave another part of it".to_owned()));
         }
         _ => {
-            let error = explained(asked, &answer);
-            return Err(match error.kind {
-                StepErrorKind::Transient => Broken::Passing(error),
-                _ => Broken::Final(error),
-            });
+            return Err(Broken::of(explained(asked, &answer)));
         }
     }
-    let mut reader = answer.into_body().into_reader();
-    let mut buffer = vec![0; 1 << 16];
+    let body = answer.into_body();
+    let pieces = Pieces::of(move || body.into_reader(), &asked.settings.cancel);
+    let pieces = pieces.map_err(Broken::Final)?;
     loop {
-        let count = reader.read(&mut buffer);
-        let count = count.map_err(|e| passing(e.to_string()))?;
-        if count == 0 {
+        let piece = pieces.take().map_err(Broken::Final)?;
+        let piece = piece.map_err(|e| passing(e.to_string()))?;
+        if piece.is_empty() {
             break;
         }
-        file.write_all(&buffer[..count]).map_err(io)?;
+        file.write_all(&piece).map_err(io)?;
     }
     file.sync_all().map_err(io)?;
     let have = file.metadata().map_err(io)?.len();
@@ -194,7 +215,7 @@ fn check(asked: &Asked<'_>, meta: &Meta, part: &Path) -> Result<(), StepError> {
     if meta.etag.len() != 64 || !meta.etag.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Ok(());
     }
-    let sha256 = sha256_of(part).map_err(|e| StepError::io(part, &e))?;
+    let sha256 = sha256_unless_stopped(part, &asked.settings.cancel)?;
     if sha256 == meta.etag.to_ascii_lowercase() {
         return Ok(());
     }

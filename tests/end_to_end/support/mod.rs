@@ -23,6 +23,7 @@ pub(crate) mod real_data;
 pub(crate) mod receiver;
 pub(crate) mod remote_cache;
 pub(crate) mod required;
+pub(crate) mod s3_proxy;
 pub(crate) mod server;
 pub(crate) mod slow_job;
 pub(crate) mod terminal;

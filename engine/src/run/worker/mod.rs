@@ -159,7 +159,13 @@ impl Worker {
             pipeline: pipeline.name.clone(),
             cache: Arc::clone(cache),
             inherited: inherited(&world.env),
-            lookup: Lookup::holding(&pipeline.root, world, cache, memory, remote.clone()),
+            lookup: Lookup::holding(
+                &pipeline.root,
+                world.until(&cancel),
+                cache,
+                memory,
+                remote.clone(),
+            ),
             remote_cache: remote.clone(),
             history: History::new(&pipeline.name, cache.dir(), Some(run_dir.clone())),
             run_dir,
@@ -213,7 +219,7 @@ impl Worker {
     }
 
     fn look_up(&self, request: &ActionRequest, forced: bool) -> Result<Looked, StepError> {
-        let mut keyed = self.lookup.key(request)?;
+        let mut keyed = self.key(request)?;
         keyed.replaces = forced;
         let cause = if forced {
             Cause::Forced
@@ -234,6 +240,17 @@ impl Worker {
         }
         let why = why(&self.history, request, &keyed, cause).text();
         Ok(Looked::Miss { keyed, why })
+    }
+
+    /// The key of an action. To find it may take downloads: they have the time of an attempt.
+    fn key(&self, request: &ActionRequest) -> Result<Keyed, StepError> {
+        let node = &request.node;
+        if node.timeout.is_none() || matches!(node.action, Action::Run(_)) {
+            return self.lookup.key(request);
+        }
+        let cancel = self.cancel.child();
+        let world = self.lookup.world_of(request).until(&cancel);
+        self.in_time(node, &cancel, || self.lookup.key_in(&world, request))
     }
 
     /// The end of an action that need not run; else why it must.
@@ -412,7 +429,7 @@ impl Worker {
                     step: request.id.clone(),
                     params: request.params.clone(),
                     observed: keyed.manifest.observed.clone(),
-                    world: self.lookup.world_of(request).into_owned(),
+                    world: self.lookup.world_of(request).until(&cancel),
                     inputs,
                     out_dir: out_dir.clone(),
                     work_dir: place.path().join("work"),
@@ -494,12 +511,12 @@ impl Worker {
     }
 
     /// Stops the work when its `timeout` is over.
-    fn in_time(
+    fn in_time<T>(
         &self,
         node: &StepNode,
         cancel: &Cancel,
-        work: impl FnOnce() -> Result<StepOutcome, StepError>,
-    ) -> Result<StepOutcome, StepError> {
+        work: impl FnOnce() -> Result<T, StepError>,
+    ) -> Result<T, StepError> {
         let watch = node
             .timeout
             .map(|limit| Watchdog::start(limit, cancel.clone()));

@@ -1,7 +1,7 @@
 //! The layout of a model on the Hugging Face hub: adapter, tokenizer (made from the weights where
 //! they are a GGUF file), program, and a card with the scores and where they come from.
 
-use flowrun_engine::step::{Cancel, StepError, World};
+use flowrun_engine::step::{StepError, World};
 use serde_json::{Value, json};
 
 use super::{Content, Facts, File, Target, text};
@@ -77,7 +77,7 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
             root: bundle.folder.clone(),
             ..facts.world.clone()
         };
-        let found = weights.locate(&world, &Cancel::default())?.path;
+        let found = weights.locate(&world, &world.cancel)?.path;
         if found.is_dir() {
             let there = TOKENIZER.iter().filter(|name| found.join(name).is_file());
             files.extend(there.map(|name| copy(name, found.join(name))));

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use flowrun_engine::step::{Cancel, StepError, World};
+use flowrun_engine::step::{StepError, World};
 
 use super::{Content, Facts, File};
 use crate::bundle::Bundle;
@@ -43,7 +43,7 @@ impl Facts<'_> {
         };
         let mut files: Vec<File> = Vec::new();
         for weights in named(self.bundle)? {
-            let found = weights.locate(&world, &Cancel::default());
+            let found = weights.locate(&world, &world.cancel);
             let found = found.map_err(|error| StepError {
                 message: format!(
                     "the image must hold the weights `{}`: {}",
