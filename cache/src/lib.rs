@@ -35,7 +35,7 @@ pub use filesystem::{FileSystem, Reach};
 pub use gc::{Bounds, Garbage, Uses};
 pub use index::Index;
 pub use lock::LockWait;
-pub use remote::{Depot, DepotError, RemoteCache, RemoteError, RemoteOptions};
+pub use remote::{Depot, DepotError, Prefix, RemoteCache, RemoteError, RemoteOptions};
 pub use removal::{Removal, Remover};
 pub use stamp::FileStamp;
 pub use store::{ArtifactStore, Lent, Placed, Staged, Staging};

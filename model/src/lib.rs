@@ -24,6 +24,9 @@ pub mod lora;
 mod parity;
 mod profile;
 #[cfg(test)]
+#[path = "../../tests/end_to_end/support/required.rs"]
+mod required;
+#[cfg(test)]
 mod tiny;
 mod tokenizer;
 pub mod train;

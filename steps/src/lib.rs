@@ -31,6 +31,9 @@ pub mod models;
 mod optimize;
 pub mod program_file;
 pub mod report;
+#[cfg(test)]
+#[path = "../../tests/end_to_end/support/required.rs"]
+mod required;
 pub mod rows;
 pub mod runners;
 mod save_dspy;

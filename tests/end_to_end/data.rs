@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::project::Project;
 use crate::real_data::distdir;
-use crate::skip::skip;
+use crate::required::skip;
 
 const PIPELINE: &str = "\
 name: data
@@ -101,7 +101,10 @@ fn offline_nobody_is_asked() {
 #[test]
 fn the_real_data_gives_the_notebooks_sets_and_is_not_taken_for_the_stand_in() {
     let Some(dist) = distdir() else {
-        skip("banking77 is not at hand (set FLOWRUN_DISTDIR)");
+        skip(
+            "banking77",
+            "banking77 is not at hand (set FLOWRUN_DISTDIR)",
+        );
         return;
     };
     let project = Project::new();

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use crate::external::named;
 use crate::processes::signal;
 use crate::project::Project;
 use crate::server::Server;
-use crate::tiny::{self, write_adapter, write_model};
+use crate::tiny::{self, answers, answers_here, write_adapter, write_model};
 
 /// The student at a server, trained as `backend` says, every checkpoint scored.
 fn project(server: &Server, backend: &str, adapters: &str) -> Project {
@@ -362,36 +361,8 @@ fn another_programs_adapters_are_scored_at_a_server_as_in_this_process() {
         assert_eq!(elsewhere.len(), 3);
         assert_eq!(adapters(&server).len(), 2);
         // The same adapters over the same base in this process.
-        let old = project.read("pipeline.yaml");
-        let (start, end) = (
-            old.find("  student:").unwrap(),
-            old.find("programs:").unwrap(),
-        );
-        let local = format!(
-            "{}  student: {{ provider: embedded, weights: {{ file: tiny }} }}\n{}",
-            &old[..start],
-            &old[end..]
-        );
-        project.write("local.yaml", &local);
-        let run = project.run(&["--json", "local.yaml"]).ok();
-        assert_eq!(answers(&project, &run), elsewhere);
+        assert_eq!(answers_here(&project), elsewhere);
     }
-}
-
-/// What each checkpoint answered, row by row.
-fn answers(project: &Project, run: &crate::project::Run) -> Vec<(String, Vec<Value>)> {
-    let mut all = Vec::new();
-    for event in run.events() {
-        if event["event"] == "step_finished" && event["kind"] == "evaluate" {
-            let path = event["outputs"]["scores"]["path"].as_str().unwrap();
-            let scores: Value = serde_json::from_str(&project.read(path)).unwrap();
-            let rows = scores["programs"][0]["rows"].as_array().unwrap();
-            let said = rows.iter().map(|row| json!([row["predicted"], row["raw"]]));
-            all.push((scores["model"].as_str().unwrap().to_owned(), said.collect()));
-        }
-    }
-    all.sort_by(|a, b| a.0.cmp(&b.0));
-    all
 }
 
 /// The real thing, where `FLOWRUN_TRL` names TRL's command.
@@ -402,7 +373,8 @@ fn trl_trains_and_its_checkpoints_answer() {
     };
     assert!(trl.is_file(), "{} is no file", trl.display());
     let home = home();
-    with_chat_template(&home.path("tiny"));
+    // TRL writes conversations with the model's own template.
+    tiny::with_chat_template(&home.path("tiny"));
     std::fs::create_dir_all(home.path("adapters")).unwrap();
     let mut command = home.command(&["serve", "tiny", "--adapters", "adapters"]);
     command.env_remove("FLOWRUN_API_KEY");
@@ -421,15 +393,4 @@ fn trl_trains_and_its_checkpoints_answer() {
     let run = project.run(&["--json", "pipeline.yaml"]).ok();
     assert_eq!(answers(&project, &run).len(), 3);
     assert_eq!(adapters(&server).len(), 2);
-}
-
-/// TRL writes conversations with the model's own template, which the tiny model has not.
-fn with_chat_template(model: &Path) {
-    let path = model.join("tokenizer_config.json");
-    let mut settings: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    settings["tokenizer_class"] = json!("PreTrainedTokenizerFast");
-    settings["chat_template"] = json!(
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    );
-    std::fs::write(path, settings.to_string()).unwrap();
 }

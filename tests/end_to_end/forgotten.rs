@@ -1,126 +1,20 @@
 //! A server that forgets an adapter while a step asks it: the adapter is loaded again, and the
 //! step goes on. The server is this program's; what stands before it unloads the adapter there.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
-
-use serde_json::{Value, json};
-
+use crate::forgetful;
 use crate::project::Project;
-use crate::receiver::Receiver;
-use crate::server::{Server, client};
-use crate::tiny::{self, write_adapter, write_model};
-
-/// What was asked of the server behind it.
-#[derive(Default)]
-struct Counts {
-    /// Whole answers, by model and prompt.
-    answers: BTreeMap<String, usize>,
-    loads: usize,
-    unloads: usize,
-}
-
-/// Stands before a server, and unloads an adapter after each second answer that it gave, twice.
-struct Forgetful {
-    upstream: String,
-    counts: Mutex<Counts>,
-}
-
-impl Forgetful {
-    fn start(upstream: &str) -> (Arc<Self>, String) {
-        let own = Arc::new(Self {
-            upstream: upstream.to_owned(),
-            counts: Mutex::default(),
-        });
-        let forgetful = Arc::clone(&own);
-        let server = Receiver::start(move |_, sent| {
-            let body = serde_json::from_slice::<Value>(&sent.body);
-            // Status 0 hangs up.
-            body.map_or((0, String::new()), |body| own.answer(&sent.path, &body))
-        });
-        (forgetful, format!("{}/v1", server.url))
-    }
-
-    fn answer(&self, path: &str, body: &Value) -> (u16, String) {
-        // One at a time, so that what is unloaded is so before the next request.
-        let mut counts = self.counts.lock().unwrap();
-        let (status, text) = self.post(path, body);
-        if path.ends_with("load_lora_adapter") && status == 200 {
-            counts.loads += 1;
-        }
-        if path.ends_with("chat/completions") && status == 200 {
-            let asked = format!("{} {}", body["model"], body["messages"]);
-            *counts.answers.entry(asked).or_default() += 1;
-            let model = body["model"].as_str().unwrap_or_default();
-            let of_model = format!("\"{model}\" ");
-            let all = counts.answers.keys();
-            let answered = all.filter(|asked| asked.starts_with(&of_model)).count();
-            if model != "tiny" && answered.is_multiple_of(2) && answered <= 4 {
-                let name = json!({"lora_name": model});
-                assert_eq!(self.post("/v1/unload_lora_adapter", &name).0, 200);
-                counts.unloads += 1;
-            }
-        }
-        (status, text)
-    }
-
-    fn post(&self, path: &str, body: &Value) -> (u16, String) {
-        let url = format!("{}{path}", self.upstream);
-        let answer = client().post(url).json(body).send().unwrap();
-        (answer.status().as_u16(), answer.text().unwrap())
-    }
-}
-
-const TRAINER: &str = r#"
-out=$(sed -n 's/^output_dir: //p' "$3")
-for step in 3 6; do
-  mkdir -p "$out/checkpoint-$step"
-  cp "$ADAPTERS/$step"/* "$out/checkpoint-$step"
-  echo "{\"epoch\": $((step / 3)).0, \"log_history\": [{\"step\": $step, \"epoch\": $((step / 3)).0, \"loss\": 0.5}]}" > "$out/checkpoint-$step/trainer_state.json"
-done
-"#;
+use crate::server::Server;
+use crate::tiny::{self, write_model};
 
 #[test]
 fn an_adapter_that_the_server_forgets_is_loaded_again_in_mid_step() {
     let home = Project::new();
     write_model(&home.path("tiny"), 1);
     // The server looks for adapters by their ids in this folder alone, not in those within.
-    std::fs::create_dir_all(home.path("adapters/given")).unwrap();
+    let given = home.path("adapters/given");
+    std::fs::create_dir_all(&given).unwrap();
     let mut command = home.command(&["serve", "tiny", "--adapters", "adapters"]);
     command.env_remove("FLOWRUN_API_KEY");
     let server = Server::start(command);
-    let (forgetful, url) = Forgetful::start(&server.url);
-
-    let project = tiny::project();
-    let student = format!(
-        "  student:\n    provider: openai\n    base_url: {url}\n    model: tiny\n    guided: vllm\n    adapters: {{ folder: {}, load: true, server: flowrun }}\n",
-        home.path("adapters/given").display()
-    );
-    write_adapter(&project.path("made/3"), 21);
-    write_adapter(&project.path("made/6"), 22);
-    let script = format!("ADAPTERS={}\n{TRAINER}", project.path("made").display());
-    project.write("trainer.sh", &script);
-    let trainer = project.path("trainer.sh").display().to_string();
-    let backend = format!(
-        "backend: {{ command: {{ trainer: trl, program: [sh, {trainer}], base: some/base }} }}"
-    );
-    tiny::train(&project, Some(&student), &backend);
-
-    let run = project.run(&["--json", "pipeline.yaml"]).ok();
-    let scored = run.steps("ran");
-    let scored = scored.iter().filter(|step| step.starts_with("score["));
-    assert_eq!(scored.count(), 3);
-    let events = run.events();
-    let warned = events.iter().filter_map(|event| event["text"].as_str());
-    let warned = warned.filter(|text| text.contains("the server had forgotten `tiny:"));
-    assert_eq!(warned.count(), 2, "once for each checkpoint");
-    let counts = forgetful.counts.lock().unwrap();
-    assert!(counts.unloads >= 2, "{}", counts.unloads);
-    // The first time, and once for each time that it was asked for after it was unloaded.
-    assert!(counts.loads > 2, "{}", counts.loads);
-    assert!(
-        counts.answers.values().all(|times| *times == 1),
-        "{:?}",
-        counts.answers
-    );
+    forgetful::scored(&server.url, "flowrun", &given, tiny::stand_in_trainer);
 }

@@ -5,8 +5,9 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::external::set;
+use crate::required::skip;
 use crate::server::Server;
-use crate::skip::skip;
 use crate::tiny;
 
 /// Prints how many tokens each chat has.
@@ -53,7 +54,7 @@ fn a_gguf_models_tokenizer_is_exported_for_transformers() {
         "a  b\n\nc 😀",
         "I'll say: it's",
     ];
-    let named = std::env::var_os("FLOWRUN_TRANSFORMERS_PYTHON");
+    let named = set("FLOWRUN_TRANSFORMERS_PYTHON");
     let python = named.clone().unwrap_or_else(|| "python3".into());
     let counted = Command::new(python)
         .args(["-c", COUNT])
@@ -65,7 +66,8 @@ fn a_gguf_models_tokenizer_is_exported_for_transformers() {
         Ok(counted) if counted.status.success() => counted,
         Ok(failed) if named.is_some() => panic!("{}", String::from_utf8_lossy(&failed.stderr)),
         _ => {
-            skip("no Python with `transformers`; name one in FLOWRUN_TRANSFORMERS_PYTHON");
+            let why = "no Python has `transformers`; name one in FLOWRUN_TRANSFORMERS_PYTHON";
+            skip("transformers", why);
             return;
         }
     };

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::project::{Project, Run};
-use crate::skip::skip;
+use crate::required::skip;
 use crate::terminal::on_a_terminal;
 
 const FAN: &str = "\
@@ -163,7 +163,7 @@ fn the_shell_completes_steps_runs_and_kinds() {
 #[test]
 fn a_full_output_is_an_error_with_a_message() {
     let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
-        skip("there is no /dev/full");
+        skip("dev-full", "there is no /dev/full");
         return;
     };
     let project = Project::shell();

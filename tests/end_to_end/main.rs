@@ -46,10 +46,12 @@ mod rate_limits;
 mod ray;
 mod ray_jobs;
 mod ray_labelling;
+mod ray_serve_llm;
 mod remote;
 mod remote_azure;
 mod remote_gcs;
 mod remote_s3;
+mod requirements;
 mod s3_faults;
 mod sandbox;
 mod schema;
@@ -62,12 +64,14 @@ mod shell;
 mod signals;
 mod slurm;
 mod stale;
+mod stored_adapters;
 mod support;
 mod tensorboard;
 mod through_remote;
 mod traces;
 mod training;
 mod unchanged;
+mod vllm;
 
 // So that a test says `crate::project`, wherever that lies.
 use support::*;

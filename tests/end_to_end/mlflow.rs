@@ -15,8 +15,8 @@ use crate::external::named;
 use crate::http::Request;
 use crate::project::{Project, Run};
 use crate::receiver::Receiver;
+use crate::required::skip;
 use crate::server::{client, free_port};
-use crate::skip::skip;
 use crate::tiny;
 
 const TOKEN: &str = "t0ken-of-the-tracking-server";
@@ -189,7 +189,7 @@ fn a_failed_run_is_told_as_one_and_registers_nothing() {
 #[test]
 fn a_run_whose_events_cannot_be_written_is_told_to_its_end() {
     let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
-        skip("there is no /dev/full");
+        skip("dev-full", "there is no /dev/full");
         return;
     };
     let server = Receiver::start(|_, sent| answer(sent));

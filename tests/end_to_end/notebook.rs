@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::oracle::Oracle;
 use crate::project::Project;
 use crate::real_data::distdir;
-use crate::skip::skip;
+use crate::required::skip;
 
 const PRINTED: &str = include_str!("notebook_messages.json");
 const PIPELINE: &str = include_str!("../../pipelines/banking77.yaml");
@@ -61,7 +61,7 @@ fn the_notebooks_program_writes_the_notebooks_messages() {
 #[test]
 fn the_first_chat_of_the_notebook_profile_is_the_printed_one() {
     let Some(dist) = distdir() else {
-        skip("no banking77 in FLOWRUN_DISTDIR");
+        skip("banking77", "there is no banking77 in FLOWRUN_DISTDIR");
         return;
     };
     let answer = printed()[2].content.clone();

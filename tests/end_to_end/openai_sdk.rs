@@ -3,16 +3,26 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::external::set;
 use crate::project::Project;
+use crate::required::skip;
 use crate::server::Server;
-use crate::skip::skip;
 use crate::tiny::{write_adapter, write_model};
 
-const PACKAGE: &str = "openai==3.54.0";
+/// The version that continuous integration has too.
+fn package() -> String {
+    let versions = include_str!("../versions.env");
+    let version = versions.lines().find_map(|l| l.strip_prefix("OPENAI="));
+    format!("openai=={}", version.unwrap())
+}
 
-/// The interpreter of an environment that has the package; none where the package client cannot
-/// get it.
+/// The interpreter of an environment that has the package: `FLOWRUN_OPENAI_PYTHON` names one; else
+/// one is made here. None where the package client cannot get the package.
 fn python() -> Option<PathBuf> {
+    if let Some(named) = set("FLOWRUN_OPENAI_PYTHON") {
+        return Some(named);
+    }
+    let package = package();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("openai-sdk");
     let python = folder.join("bin/python");
     let works = |command: &mut Command| command.output().is_ok_and(|done| done.status.success());
@@ -20,16 +30,19 @@ fn python() -> Option<PathBuf> {
         return Some(python);
     }
     let made = works(Command::new("python3").args(["-m", "venv"]).arg(&folder))
-        && works(Command::new(&python).args(["-m", "pip", "install", "-q", PACKAGE]));
+        && works(Command::new(&python).args(["-m", "pip", "install", "-q", &package]));
+    if !made {
+        skip(
+            "sdk",
+            &format!("the package client cannot install {package}"),
+        );
+    }
     made.then_some(python)
 }
 
 #[test]
 fn the_official_client_works_unmodified() {
-    let Some(python) = python() else {
-        skip(&format!("the package client cannot install {PACKAGE}"));
-        return;
-    };
+    let Some(python) = python() else { return };
     let project = Project::new();
     write_model(&project.path("tiny"), 1);
     write_adapter(&project.path("adapters/one"), 11);

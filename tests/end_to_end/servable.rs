@@ -77,6 +77,41 @@ fn what_a_server_may_not_load_is_a_warning_and_what_it_cannot_an_error() {
     assert!(refused.stderr.contains("2 errors; nothing was run"));
 }
 
+#[test]
+fn an_entry_whose_adapters_lie_in_two_places_is_refused_where_it_says_so() {
+    let project = Project::new();
+    project.write("rows", "");
+    project.write("p.yaml", PIPELINE);
+    let said = |adapters: &str| {
+        let text = PIPELINE.replace("{ folder: adapters, load: true }", adapters);
+        project.write("p.yaml", &text);
+        let refused = project.run(&["check", "p.yaml"]);
+        assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+        refused.stderr
+    };
+    for (adapters, place) in [
+        (
+            "{ folder: adapters, url: 's3://bucket/adapters' }",
+            "p.yaml:6:5: error: `folder`, `url` exclude each other: exactly one of",
+        ),
+        (
+            "{ server: vllm }",
+            "p.yaml:6:5: error: one of the fields `folder`, `url` is missing",
+        ),
+        (
+            "{ url: bucket/adapters }",
+            "p.yaml:6:22: error: the text `bucket/adapters` does not match",
+        ),
+        (
+            "{ url: 's3://bucket/adapters', load: true }",
+            "p.yaml:24:20: error: the entry of `org/base`: `adapters.load` goes with `folder`",
+        ),
+    ] {
+        let said = said(adapters);
+        assert!(said.contains(place), "{place}: {said}");
+    }
+}
+
 /// The pipeline that we ship, under each of its profiles.
 #[test]
 fn the_shipped_pipelines_train_what_their_servers_load() {

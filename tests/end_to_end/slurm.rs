@@ -5,10 +5,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::external::set;
 use crate::processes::{signal, until};
 use crate::project::{Project, Run};
+use crate::required::skip;
 use crate::server::free_port;
-use crate::skip::skip;
 use crate::slow_job::Slow;
 use crate::weed::Weed;
 
@@ -56,8 +57,9 @@ fn ok(program: &str, args: &[&str]) {
 
 impl Slurm {
     fn start() -> Option<Self> {
-        if std::env::var_os("FLOWRUN_SLURM").is_none_or(|v| v.is_empty()) {
-            skip("set FLOWRUN_SLURM=1 where `slurm-wlm` and `munge` are installed");
+        if set("FLOWRUN_SLURM").is_none() {
+            let why = "FLOWRUN_SLURM=1 does not say that `slurm-wlm` and `munge` are installed";
+            skip("slurm", why);
             return None;
         }
         let scratch = tempfile::Builder::new()

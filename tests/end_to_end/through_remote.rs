@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use crate::processes::until;
 use crate::project::{Project, Run};
 use crate::ray_cluster::Ray;
-use crate::skip::skip;
+use crate::required::skip;
 use crate::slow_job::{Slow, notes};
 use crate::{files, heavy_steps, tiny};
 
@@ -70,7 +70,8 @@ fn hidden(command: &Command, project: &Project) -> Option<Command> {
         .stderr(Stdio::null())
         .status();
     if !may.is_ok_and(|status| status.success()) {
-        skip("no right to mount a file system that others do not see");
+        let why = "there is no right to mount a file system that others do not see";
+        skip("mount", why);
         return None;
     }
     std::fs::create_dir_all(project.path(".flowrun")).unwrap();

@@ -207,6 +207,11 @@ impl Bucket {
         self.at(&format!("jobs/{name}"))
     }
 
+    /// Where a file lies that others look for by its name: `<folder>/<file>`.
+    pub(super) fn file(&self, name: &str) -> Path {
+        self.at(name)
+    }
+
     /// The path on this machine of what lies there, if the store is a folder of it.
     pub(super) fn local(&self, path: &Path) -> Option<PathBuf> {
         Some(folder_of(&self.url)?.join(path.as_ref()))
@@ -280,7 +285,8 @@ pub fn folder_of(url: &str) -> Option<PathBuf> {
     url.to_file_path().ok()
 }
 
-fn parse(text: &str) -> Result<Url, RemoteError> {
+/// The URL, if it names a place of a kind that is known, and no more than that.
+pub(super) fn parse(text: &str) -> Result<Url, RemoteError> {
     let wrong = |reason: &str| RemoteError::Url {
         url: hidden(text),
         reason: reason.to_owned(),

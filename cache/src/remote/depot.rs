@@ -274,18 +274,7 @@ impl Depot {
     }
 
     fn refused(&self, refusal: Refusal) -> DepotError {
-        let (reason, passes) = match refusal {
-            Refusal::Unreachable(why) => (why, true),
-            Refusal::Left => ("it refused before".to_owned(), true),
-            Refusal::Denied(why) => (why, false),
-            Refusal::Missing => ("there is no such place".to_owned(), false),
-            Refusal::Exists | Refusal::Unable => ("it does not take files".to_owned(), false),
-        };
-        DepotError::There {
-            url: self.url().to_owned(),
-            reason,
-            passes,
-        }
+        refused(self.url(), refusal)
     }
 
     fn wait<T>(&self, work: impl Future<Output = T>) -> T {
@@ -294,6 +283,22 @@ impl Depot {
             // Only while it is dropped.
             None => futures::executor::block_on(work),
         }
+    }
+}
+
+/// What a refusal of the store at `url` means for who cannot do without it.
+pub(super) fn refused(url: &str, refusal: Refusal) -> DepotError {
+    let (reason, passes) = match refusal {
+        Refusal::Unreachable(why) => (why, true),
+        Refusal::Left => ("it refused before".to_owned(), true),
+        Refusal::Denied(why) => (why, false),
+        Refusal::Missing => ("there is no such place".to_owned(), false),
+        Refusal::Exists | Refusal::Unable => ("it does not take files".to_owned(), false),
+    };
+    DepotError::There {
+        url: url.to_owned(),
+        reason,
+        passes,
     }
 }
 

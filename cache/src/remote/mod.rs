@@ -5,6 +5,7 @@
 //! | `answers` | sends and gets kept answers of language models, in packs |
 //! | `bucket` | what a URL names, and the names of things there |
 //! | `depot` | the same place as one where two processes hand things to each other |
+//! | `prefix` | the same place as one where other programs find files by their names |
 //! | `policy` | what is done about a remote that refuses |
 //! | `shared` | what calls and background work share |
 //! | `tally` | how much is sent |
@@ -26,6 +27,7 @@ mod download;
 mod multipart;
 mod outbox;
 mod policy;
+mod prefix;
 mod shared;
 mod tally;
 #[cfg(test)]
@@ -46,6 +48,7 @@ use tokio::sync::Semaphore;
 use self::bucket::Bucket;
 pub use self::bucket::{folder_of, folder_url, is_folder};
 pub use self::depot::{Depot, DepotError};
+pub use self::prefix::Prefix;
 use self::shared::Shared;
 pub use self::tally::{Sending, Sent};
 use crate::action::{ActionKey, ActionResult};

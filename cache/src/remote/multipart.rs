@@ -199,7 +199,8 @@ async fn copy(shared: &Shared, path: &Path, file: &FilePath, size: u64) -> Resul
     Ok(())
 }
 
-async fn piece(file: Arc<File>, at: u64, length: u64) -> std::io::Result<Vec<u8>> {
+/// A stretch of a file.
+pub(super) async fn piece(file: Arc<File>, at: u64, length: u64) -> std::io::Result<Vec<u8>> {
     blocking(move || {
         let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
         file.read_exact_at(&mut bytes, at).map(|()| bytes)

@@ -33,6 +33,12 @@ impl From<CacheError> for Unsent {
     }
 }
 
+impl From<Refusal> for Unsent {
+    fn from(refusal: Refusal) -> Self {
+        Self::There(refusal)
+    }
+}
+
 impl From<object_store::Error> for Unsent {
     fn from(error: object_store::Error) -> Self {
         Self::There(error.into())

@@ -9,7 +9,9 @@ use jsonschema::error::ValidationErrorKind as Kind;
 use jsonschema::{ValidationError, Validator};
 use serde_json::Value;
 
-use self::wording::{first_sentence, form, mismatch, not_one_of, simple, unknown_field, wrong_tag};
+use self::wording::{
+    first_sentence, form, mismatch, not_one_field, not_one_of, simple, unknown_field, wrong_tag,
+};
 use super::expr::{has_expression, holds_expression};
 use super::node::describe;
 use super::suggest;
@@ -79,6 +81,13 @@ impl Shape {
             return;
         }
         let schema = self.around(error);
+        if let (Kind::OneOfNotValid { .. } | Kind::OneOfMultipleValid { .. }, Some(fields)) =
+            (error.kind(), schema.and_then(variant::exclusive))
+        {
+            // What is no map is told of by its type.
+            out.extend(at.as_object().map(|map| not_one_field(path, map, &fields)));
+            return;
+        }
         match error.kind() {
             Kind::AdditionalProperties { unexpected }
             | Kind::UnevaluatedProperties { unexpected } => {
@@ -341,6 +350,45 @@ mod tests {
         assert_eq!(
             found(schema, json!({"provider": "openai"})),
             [": the field `model` is missing"]
+        );
+    }
+
+    #[test]
+    fn of_fields_that_exclude_each_other_one_is_needed() {
+        let schema = json!({
+            "properties": {"place": {"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}]}},
+            "$defs": {"Place": {
+                "type": "object", "additionalProperties": false,
+                "properties": {
+                    "folder": {"type": ["string", "null"]}, "url": {"type": ["string", "null"]},
+                    "load": {"type": "boolean"},
+                },
+                "oneOf": [{"required": ["folder"]}, {"required": ["url"]}],
+            }},
+        });
+        let of = |place: Value| found(schema.clone(), json!({ "place": place }));
+        assert_eq!(
+            of(json!({"folder": "a", "load": true})),
+            Vec::<String>::new()
+        );
+        assert_eq!(
+            of(json!({"url": "${{ params.url }}"})),
+            Vec::<String>::new()
+        );
+        assert_eq!(
+            of(json!({"folder": "a", "url": "b"})),
+            [
+                "place: `folder`, `url` exclude each other: exactly one of `folder`, `url` is \
+                 needed here (take out all but one; a profile takes one out with `folder: null`)"
+            ]
+        );
+        assert_eq!(
+            of(json!({"load": true})),
+            ["place: one of the fields `folder`, `url` is missing"]
+        );
+        assert_eq!(
+            of(json!("a")),
+            ["place: expected a map, found the text `a`"]
         );
     }
 

@@ -32,6 +32,22 @@ pub(crate) fn branches<'a>(root: &'a Value, schema: &'a Value) -> Vec<&'a Value>
         .collect()
 }
 
+/// The fields of which a map has exactly one: where each branch of `oneOf` does no more than require
+/// a field.
+pub(crate) fn exclusive(schema: &Value) -> Option<Vec<&str>> {
+    let branches = schema.get("oneOf")?.as_array()?;
+    branches.iter().map(only_required).collect()
+}
+
+/// The field that a branch requires, if it says nothing else.
+fn only_required(branch: &Value) -> Option<&str> {
+    let branch = branch.as_object().filter(|branch| branch.len() == 1)?;
+    match branch.get("required")?.as_array()?.as_slice() {
+        [field] => field.as_str(),
+        _ => None,
+    }
+}
+
 /// How a branch is named.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Tag {

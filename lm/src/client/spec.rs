@@ -75,19 +75,29 @@ pub struct OpenAiSpec {
     pub tokens_per_minute: Option<u64>,
 }
 
-/// Where a server reads adapters from. A checkpoint is copied there under a name of its own, and
-/// its model id is `<model>:<that name>`, as vLLM, Ray Serve LLM and `flowrun serve` have it.
+/// Where a server reads adapters from: `folder` or `url`. A checkpoint is put there under a name of
+/// its own, and its model id is `<model>:<that name>`, as vLLM, Ray Serve LLM and `flowrun serve`
+/// have it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{ "required": ["folder"] }, { "required": ["url"] }]))]
 pub struct AdapterPlace {
     /// The folder, as this machine sees it; relative to the project.
-    pub folder: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folder: Option<PathBuf>,
+    /// A folder of an object store (`s3://bucket/path`, `gs://bucket/path`, `az://container/path`,
+    /// `file:///folder`) that the server looks into itself: Ray Serve LLM's
+    /// `dynamic_lora_loading_path`. Credentials and endpoints come from the same environment
+    /// variables as those of the remote cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^(s3|s3a|gs|az|azure|abfs|abfss|file)://."))]
+    pub url: Option<String>,
     /// The same folder as the server sees it, where that is another path (a container's mount).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seen_as: Option<PathBuf>,
     /// Whether to tell the server of each one (`/load_lora_adapter`: vLLM with
     /// `VLLM_ALLOW_RUNTIME_LORA_UPDATING`, `flowrun serve`). Not for servers that look into the
-    /// folder themselves.
+    /// folder themselves, and not with `url`.
     #[serde(default)]
     pub load: bool,
     /// What the server is, so that what it cannot load is found before a run.

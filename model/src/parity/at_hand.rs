@@ -1,16 +1,17 @@
 //! Weights that tests take where they are at hand, and do not fetch.
-#![allow(clippy::print_stdout)]
-
 use std::path::{Path, PathBuf};
+
+use crate::required::skip;
 
 /// Whether nothing may be skipped.
 pub(super) fn full() -> bool {
     std::env::var("FLOWRUN_E2E").is_ok_and(|value| value == "full")
 }
 
-/// The file of `what` with a digest, at the path in the variable `named` or where flowrun keeps
-/// downloads. Without it a test says that it skips, or fails where nothing may be skipped.
-pub(super) fn file(what: &str, named: &str, sha256: &str) -> Option<PathBuf> {
+/// The file of a component with a digest, at the path in the variable `named` or where flowrun keeps
+/// downloads. Without it a test says that it skips, or fails where nothing, or not that, may be
+/// skipped.
+pub(super) fn file(component: &str, named: &str, sha256: &str) -> Option<PathBuf> {
     let given = std::env::var_os(named).map(PathBuf::from);
     let caches = ["XDG_CACHE_HOME", "FLOWRUN_DISTDIR"];
     let caches = caches.iter().filter_map(std::env::var_os);
@@ -24,8 +25,9 @@ pub(super) fn file(what: &str, named: &str, sha256: &str) -> Option<PathBuf> {
     });
     let found = given.into_iter().chain(kept).find(|path| path.is_file());
     if found.is_none() {
-        assert!(!full(), "{what} is not at hand");
-        println!("skipped: {what} is not at hand (set {named})");
+        let why = format!("a file of {component} is not at hand (set {named})");
+        assert!(!full(), "{why}");
+        skip(component, &why);
     }
     found
 }

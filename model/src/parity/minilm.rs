@@ -34,9 +34,9 @@ fn vectors_equal_those_of_sentence_transformers() {
         .expect("`record.py minilm model.safetensors tokenizer.json` writes it");
     let recorded: Recorded = serde_json::from_slice(&record).unwrap();
     assert_eq!(recorded.texts.len(), 20);
-    let weights = file("MiniLM", "FLOWRUN_MINILM_WEIGHTS", &recorded.weights);
+    let weights = file("minilm", "FLOWRUN_MINILM_WEIGHTS", &recorded.weights);
     let named = "FLOWRUN_MINILM_TOKENIZER";
-    let tokenizer = file("MiniLM's tokenizer", named, &recorded.tokenizer);
+    let tokenizer = file("minilm", named, &recorded.tokenizer);
     let (Some(weights), Some(tokenizer)) = (weights, tokenizer) else {
         return;
     };

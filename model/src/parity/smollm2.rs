@@ -19,6 +19,7 @@ use crate::base_model::BaseModel;
 use crate::chat_template::{ChatMessage, TemplateArguments};
 use crate::generate::{Answer, Finish, GenerateOptions, GenerateRequest, Generator};
 use crate::llama::{Llama, Precision, Run};
+use crate::required::skip;
 
 /// Tokens of a recorded answer at most.
 const ANSWER: usize = 16;
@@ -50,7 +51,7 @@ struct SmolLm2 {
 
 static WEIGHTS: LazyLock<Option<(PathBuf, Arc<BaseModel>)>> = LazyLock::new(|| {
     let sha256 = recorded().sha256;
-    let path = file("SmolLM2", "FLOWRUN_SMOLLM2_GGUF", &sha256)?;
+    let path = file("smollm2", "FLOWRUN_SMOLLM2_GGUF", &sha256)?;
     let base = BaseModel::load(&path, "smollm2").unwrap();
     Some((path, Arc::new(base)))
 });
@@ -212,7 +213,8 @@ fn with_our_adapter_equals_peft_itself() {
     let (Some((recorded, base)), Some(python), true) =
         (smollm2(), std::env::var_os("FLOWRUN_PYTHON"), full())
     else {
-        println!("skipped: needs FLOWRUN_E2E=full and FLOWRUN_PYTHON, with torch and peft");
+        let why = "FLOWRUN_E2E=full and FLOWRUN_PYTHON, with torch and PEFT, are not both set";
+        skip("peft", why);
         return;
     };
     let path = &WEIGHTS.as_ref().unwrap().0;

@@ -350,10 +350,10 @@ impl Vendor<'_> {
             ModelSpec::Embedded(spec) => spec.weights = self.weights(&spec.weights)?,
             // Its server reads them there, wherever the bundle lies.
             ModelSpec::OpenAi(spec) => {
-                if let Some(place) = &mut spec.adapters {
-                    let folder = self.world.root.join(&place.folder);
-                    place.folder =
-                        std::path::absolute(&folder).map_err(|e| StepError::io(&folder, &e))?;
+                let place = spec.adapters.as_mut();
+                if let Some(folder) = place.and_then(|place| place.folder.as_mut()) {
+                    let here = self.world.root.join(folder.as_path());
+                    *folder = std::path::absolute(&here).map_err(|e| StepError::io(&here, &e))?;
                 }
             }
             ModelSpec::SentenceEncoder(_) => {}

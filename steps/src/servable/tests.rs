@@ -219,6 +219,69 @@ fn what_another_asks_than_was_trained_is_an_error() {
 }
 
 #[test]
+fn adapters_in_an_object_store_are_where_their_server_looks() {
+    let of = |adapters: &str, model: &str| {
+        let entry = VLLM.replace("{ folder: a, load: true, server: vllm }", adapters);
+        found(&[("MODEL", &entry.replace("org/base", model))])
+    };
+    for good in [
+        "{ url: 's3://b/a', server: vllm, max_rank: 64 }",
+        "{ url: 'az://b/a' }",
+    ] {
+        assert_eq!(of(good, "org/base"), Vec::<String>::new(), "{good}");
+    }
+    // Of each of the two steps that ask.
+    for (bad, model, words) in [
+        (
+            "{ url: 's3://b/a', load: true }",
+            "m",
+            "error: the entry of `m`: `adapters.load`",
+        ),
+        (
+            "{ url: 's3://k:s@b/a' }",
+            "m",
+            "error: the entry of `m`: `adapters.url`",
+        ),
+        (
+            "{ url: 'az://b/a', server: vllm }",
+            "m",
+            "error: the server of `m` is vLLM",
+        ),
+        (
+            "{ url: 's3://b/a', server: vllm }",
+            "'m:1'",
+            "error: the adapters of `m:1`",
+        ),
+        (
+            "{ url: 's3://b/a' }",
+            "'m:1'",
+            "warning: the adapters of `m:1`",
+        ),
+    ] {
+        let all = of(bad, model);
+        assert_eq!(all.len(), 2, "{bad}: {all:#?}");
+        assert!(all.iter().all(|one| one.contains(words)), "{bad}: {all:#?}");
+    }
+    // Of the entry itself.
+    for (bad, words) in [
+        ("{ folder: a, url: 's3://b/a' }", "exclude each other"),
+        (
+            "{ load: true }",
+            "one of the fields `folder`, `url` is missing",
+        ),
+        ("{ url: 'https://h/a' }", "does not match"),
+        ("{ url: a }", "does not match"),
+    ] {
+        let all = of(bad, "org/base");
+        assert_eq!(all.len(), 1, "{bad}: {all:#?}");
+        assert!(
+            all[0].starts_with("main.yaml:3:") && all[0].contains(words),
+            "{bad}: {all:#?}"
+        );
+    }
+}
+
+#[test]
 fn a_server_that_keeps_what_it_trains_is_asked_itself() {
     let openai = "backend: { openai: {} }";
     let plain = VLLM.replace(", adapters: { folder: a, load: true, server: vllm }", "");

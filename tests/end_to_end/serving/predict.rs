@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{DEPLOYED, serve};
 use crate::processes::signal;
-use crate::skip::skip;
+use crate::required::skip;
 use crate::tiny;
 
 #[test]
@@ -149,7 +149,7 @@ fn the_command_that_a_server_tells_of_works_with_curl() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     // The shell's word for a command that is not there.
     if asked.status.code() == Some(127) {
-        skip("there is no curl");
+        skip("curl", "there is no curl");
         return;
     }
     let said = String::from_utf8_lossy(&asked.stdout);

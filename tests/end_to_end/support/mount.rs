@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::skip::skip;
+use crate::required::skip;
 
 /// A small file system of its own; none without the right to mount.
 pub(crate) struct Mount(PathBuf);
@@ -18,7 +18,7 @@ impl Mount {
             .status();
         let mounted = status.is_ok_and(|s| s.success());
         if !mounted {
-            skip("no right to mount a file system here");
+            skip("mount", "there is no right to mount a file system here");
         }
         mounted.then(|| Self(at.to_owned()))
     }

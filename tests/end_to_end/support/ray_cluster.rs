@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::external::set;
 use crate::processes::{running, signal, until};
+use crate::required::skip;
 use crate::server::{client, free_port};
-use crate::skip::skip;
 
 /// A Python that has Ray; says on stderr that the test is skipped when there is none.
 pub(crate) fn python() -> Option<PathBuf> {
-    let named = std::env::var_os("FLOWRUN_RAY_PYTHON").map(PathBuf::from);
+    let named = set("FLOWRUN_RAY_PYTHON");
     let python = named.clone().unwrap_or_else(|| "python3".into());
     let find = "import importlib.util as u, sys; sys.exit(u.find_spec('ray') is None or u.find_spec('ray.serve') is None)";
     let found = Command::new(&python)
@@ -26,7 +27,8 @@ pub(crate) fn python() -> Option<PathBuf> {
         "FLOWRUN_RAY_PYTHON has no `ray[default,serve]`"
     );
     if !found {
-        skip("no Python with `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON");
+        let why = "no Python has `ray[default,serve]`; name one in FLOWRUN_RAY_PYTHON";
+        skip("ray", why);
     }
     found.then_some(python)
 }
@@ -35,6 +37,8 @@ pub(crate) fn python() -> Option<PathBuf> {
 pub(crate) struct Ray {
     child: Child,
     python: PathBuf,
+    /// Variables of its processes beside this process's own.
+    env: Vec<(String, String)>,
     /// Address of the cluster, for other nodes.
     address: String,
     nodes: Vec<Child>,
@@ -51,15 +55,23 @@ impl Ray {
     }
 
     fn start(python: &Path) -> Self {
+        Self::start_with(python, &[])
+    }
+
+    /// One of that Python, whose processes have these variables more.
+    pub(crate) fn start_with(python: &Path, env: &[(&str, String)]) -> Self {
         // Its sockets' paths must be short.
         let scratch = tempfile::Builder::new()
             .prefix("fr")
             .tempdir_in("/tmp")
             .unwrap();
         let (port, gcs) = (free_port(), free_port());
+        let own = |(name, value): &(&str, String)| ((*name).to_owned(), value.clone());
+        let env: Vec<(String, String)> = env.iter().map(own).collect();
         let mut ray = Self {
-            child: start_head(python, scratch.path(), port, gcs),
+            child: start_head(python, scratch.path(), [port, gcs], &env),
             python: python.to_owned(),
+            env,
             address: format!("127.0.0.1:{gcs}"),
             nodes: Vec::new(),
             port,
@@ -99,7 +111,8 @@ impl Ray {
             std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
         });
         let gcs = free_port();
-        self.child = start_head(&self.python, self.scratch.path(), port, gcs);
+        let ports = [port, gcs];
+        self.child = start_head(&self.python, self.scratch.path(), ports, &self.env);
         self.address = format!("127.0.0.1:{gcs}");
         self.comes_up();
     }
@@ -142,6 +155,26 @@ impl Ray {
         self.scratch.path()
     }
 
+    /// Has it serve these applications and no others, and waits until they run.
+    pub(crate) fn serve(&self, config: &Value, within: Duration) {
+        let url = format!("{}/api/serve/applications/", self.dashboard);
+        let taken = client().put(&url).json(config).send().unwrap();
+        assert!(taken.status().is_success(), "{}", taken.text().unwrap());
+        let deadline = Instant::now() + within;
+        loop {
+            let served: Value = client().get(&url).send().unwrap().json().unwrap();
+            let all = served["applications"].as_object().unwrap();
+            let mut states = all.values().map(|app| app["status"].as_str().unwrap());
+            if !all.is_empty() && states.all(|state| state == "RUNNING") {
+                return;
+            }
+            let failed = all.values().find(|app| app["status"] == "DEPLOY_FAILED");
+            assert!(failed.is_none(), "{failed:?}");
+            assert!(Instant::now() < deadline, "{served}");
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+
     /// Names, states and routes of its applications.
     fn applications(&self) -> Vec<(String, Value, Value)> {
         let url = format!("{}/api/serve/applications/", self.dashboard);
@@ -169,7 +202,13 @@ impl Ray {
     }
 }
 
-fn start_head(python: &Path, scratch: &Path, port: u16, gcs: u16) -> Child {
+/// `ports` are the dashboard's and the cluster's.
+fn start_head(
+    python: &Path,
+    scratch: &Path,
+    [port, gcs]: [u16; 2],
+    env: &[(String, String)],
+) -> Child {
     let flag = |name: &str| format!("--{name}={}", free_port());
     Command::new(python)
         .args(["-m", "ray.scripts.scripts", "start", "--head", "--block"])
@@ -183,6 +222,7 @@ fn start_head(python: &Path, scratch: &Path, port: u16, gcs: u16) -> Child {
         .args(["--num-cpus=4", "--object-store-memory=100000000"])
         .arg("--disable-usage-stats")
         .arg(format!("--temp-dir={}", scratch.display()))
+        .envs(env.iter().map(|(name, value)| (name, value)))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

@@ -154,6 +154,12 @@ pub(crate) fn client() -> Client {
     Client::builder().no_proxy().build().unwrap()
 }
 
+/// For a server whose first answers take their time.
+pub(crate) fn patient_client() -> Client {
+    let client = Client::builder().no_proxy();
+    client.timeout(Duration::from_secs(120)).build().unwrap()
+}
+
 /// A chat of one message, greedy.
 pub(crate) fn chat(model: &str, text: &str, max_tokens: u32) -> Value {
     json!({

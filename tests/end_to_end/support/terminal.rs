@@ -4,7 +4,7 @@ use std::fs::File;
 use std::process::Command;
 
 use crate::project::Project;
-use crate::skip::skip;
+use crate::required::skip;
 
 /// Runs the binary on a terminal of 80 columns that answers so; gives what was written to it,
 /// or nothing where there is no `script` to make a terminal with, which is said.
@@ -27,7 +27,7 @@ pub(crate) fn on_a_terminal(
         .env("TERM", "xterm-256color")
         .envs(env.iter().copied());
     let Ok(output) = command.output() else {
-        skip("there is no `script` to make a terminal with");
+        skip("terminal", "there is no `script` to make a terminal with");
         return None;
     };
     Some(String::from_utf8_lossy(&output.stdout).into_owned())

@@ -8,21 +8,68 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::project::Project;
+use crate::project::{Project, Run};
 
-const HIDDEN: usize = 16;
+/// Widths of its parts.
+pub(crate) struct Shape {
+    hidden: usize,
+    ffn: usize,
+    kv: usize,
+}
+
+/// The quickest.
+const SMALLEST: Shape = Shape {
+    hidden: 16,
+    ffn: 16,
+    kv: 8,
+};
+/// vLLM computes no heads narrower than 32.
+pub(crate) const FOR_VLLM: Shape = Shape {
+    hidden: 64,
+    ffn: 64,
+    kv: 32,
+};
 const LAYERS: usize = 2;
-const FFN: usize = 16;
-const KV: usize = 8;
+const HEADS: usize = 2;
 /// One token a byte, and the two of ChatML.
 const VOCAB: usize = 258;
 
 /// Writes a model into a folder. Other seeds are other models.
 pub(crate) fn write_model(folder: &Path, seed: u64) {
+    write_shaped(folder, seed, &SMALLEST);
+}
+
+/// Writes one that vLLM loads.
+pub(crate) fn write_model_for_vllm(folder: &Path, seed: u64) {
+    write_shaped(folder, seed, &FOR_VLLM);
+    let path = folder.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["architectures"] = json!(["LlamaForCausalLM"]);
+    config["torch_dtype"] = json!("float32");
+    config["tie_word_embeddings"] = json!(false);
+    config["max_position_embeddings"] = json!(2048);
+    config["bos_token_id"] = json!(256);
+    config["eos_token_id"] = json!(257);
+    fs::write(path, config.to_string()).unwrap();
+    with_chat_template(folder);
+}
+
+/// Gives it a chat template of its own: ChatML, which it is spoken to in anyhow.
+pub(crate) fn with_chat_template(model: &Path) {
+    let path = model.join("tokenizer_config.json");
+    let mut settings: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    settings["tokenizer_class"] = json!("PreTrainedTokenizerFast");
+    settings["chat_template"] = json!(
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    );
+    fs::write(path, settings.to_string()).unwrap();
+}
+
+fn write_shaped(folder: &Path, seed: u64, shape: &Shape) {
     fs::create_dir_all(folder).unwrap();
     let config = json!({
-        "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": FFN,
+        "model_type": "llama", "hidden_size": shape.hidden, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "num_key_value_heads": 1, "intermediate_size": shape.ffn,
         "vocab_size": VOCAB, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
@@ -31,13 +78,17 @@ pub(crate) fn write_model(folder: &Path, seed: u64) {
     fs::write(folder.join("tokenizer_config.json"), settings.to_string()).unwrap();
     fs::write(
         folder.join("model.safetensors"),
-        safetensors(&weights(seed)),
+        safetensors(&weights(seed, shape)),
     )
     .unwrap();
 }
 
 /// Writes an adapter for such a model, as PEFT does.
 pub(crate) fn write_adapter(folder: &Path, seed: u64) {
+    write_shaped_adapter(folder, seed, &SMALLEST);
+}
+
+fn write_shaped_adapter(folder: &Path, seed: u64, shape: &Shape) {
     fs::create_dir_all(folder).unwrap();
     let config = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny",
@@ -50,8 +101,8 @@ pub(crate) fn write_adapter(folder: &Path, seed: u64) {
     let mut tensors = BTreeMap::new();
     for layer in 0..LAYERS {
         for (module, output, input) in [
-            ("self_attn.q_proj", HIDDEN, HIDDEN),
-            ("mlp.down_proj", HIDDEN, FFN),
+            ("self_attn.q_proj", shape.hidden, shape.hidden),
+            ("mlp.down_proj", shape.hidden, shape.ffn),
         ] {
             let name = format!("base_model.model.model.layers.{layer}.{module}");
             tensors.insert(format!("{name}.lora_A.weight"), draw.matrix(2, input, 1.0));
@@ -88,6 +139,63 @@ pub(crate) fn train(project: &Project, student: Option<&str>, settings: &str) {
         TRAINED.replace("SETTINGS", settings)
     );
     project.write("pipeline.yaml", &text);
+}
+
+/// A back end that "trains" by handing over two adapters of other seeds, with plain LoRA, as TRL
+/// leaves its checkpoints.
+pub(crate) fn stand_in_trainer(project: &Project) -> String {
+    stand_in_trainer_of(project, &SMALLEST)
+}
+
+/// The same for a model of another shape.
+pub(crate) fn stand_in_trainer_of(project: &Project, shape: &Shape) -> String {
+    write_shaped_adapter(&project.path("made/3"), 21, shape);
+    write_shaped_adapter(&project.path("made/6"), 22, shape);
+    let script = format!("ADAPTERS={}\n{TRAINER}", project.path("made").display());
+    project.write("trainer.sh", &script);
+    format!(
+        "backend: {{ command: {{ trainer: trl, program: [sh, {}], base: some/base }} }}",
+        project.path("trainer.sh").display()
+    )
+}
+
+const TRAINER: &str = r#"
+out=$(sed -n 's/^output_dir: //p' "$3")
+for step in 3 6; do
+  mkdir -p "$out/checkpoint-$step"
+  cp "$ADAPTERS/$step"/* "$out/checkpoint-$step"
+  echo "{\"epoch\": $((step / 3)).0, \"log_history\": [{\"step\": $step, \"epoch\": $((step / 3)).0, \"loss\": 0.5}]}" > "$out/checkpoint-$step/trainer_state.json"
+done
+"#;
+
+/// What each checkpoint answered, row by row.
+pub(crate) fn answers(project: &Project, run: &Run) -> Vec<(String, Vec<Value>)> {
+    let mut all = Vec::new();
+    for event in run.events() {
+        if event["event"] == "step_finished" && event["kind"] == "evaluate" {
+            let path = event["outputs"]["scores"]["path"].as_str().unwrap();
+            let scores: Value = serde_json::from_str(&project.read(path)).unwrap();
+            let rows = scores["programs"][0]["rows"].as_array().unwrap();
+            let said = rows.iter().map(|row| json!([row["predicted"], row["raw"]]));
+            all.push((scores["model"].as_str().unwrap().to_owned(), said.collect()));
+        }
+    }
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
+/// What they answer in this process.
+pub(crate) fn answers_here(project: &Project) -> Vec<(String, Vec<Value>)> {
+    let old = project.read("pipeline.yaml");
+    let place = |text: &str| old.find(text).unwrap();
+    let local = format!(
+        "{}  student: {{ provider: embedded, weights: {{ file: tiny }} }}\n{}",
+        &old[..place("  student:")],
+        &old[place("programs:")..]
+    );
+    project.write("local.yaml", &local);
+    let run = project.run(&["--json", "local.yaml"]).ok();
+    answers(project, &run)
 }
 
 const TRAINED: &str = r#"
@@ -154,37 +262,38 @@ steps:
     publish: { bundle: bundle }
 ";
 
-fn weights(seed: u64) -> BTreeMap<String, Matrix> {
+fn weights(seed: u64, shape: &Shape) -> BTreeMap<String, Matrix> {
     let mut draw = Draw(seed);
+    let Shape { hidden, ffn, kv } = *shape;
     let mut all = BTreeMap::new();
     all.insert(
         "model.embed_tokens.weight".to_owned(),
-        draw.matrix(VOCAB, HIDDEN, 1.0),
+        draw.matrix(VOCAB, hidden, 1.0),
     );
     for layer in 0..LAYERS {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        all.insert(name("input_layernorm"), ones());
-        all.insert(name("post_attention_layernorm"), ones());
+        all.insert(name("input_layernorm"), ones(hidden));
+        all.insert(name("post_attention_layernorm"), ones(hidden));
         for (part, output, input) in [
-            ("self_attn.q_proj", HIDDEN, HIDDEN),
-            ("self_attn.k_proj", KV, HIDDEN),
-            ("self_attn.v_proj", KV, HIDDEN),
-            ("self_attn.o_proj", HIDDEN, HIDDEN),
-            ("mlp.gate_proj", FFN, HIDDEN),
-            ("mlp.up_proj", FFN, HIDDEN),
-            ("mlp.down_proj", HIDDEN, FFN),
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", kv, hidden),
+            ("self_attn.v_proj", kv, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", ffn, hidden),
+            ("mlp.up_proj", ffn, hidden),
+            ("mlp.down_proj", hidden, ffn),
         ] {
             all.insert(name(part), draw.matrix(output, input, 0.8));
         }
     }
-    all.insert("model.norm.weight".to_owned(), ones());
+    all.insert("model.norm.weight".to_owned(), ones(hidden));
     // It says letters and spaces alone, and never ends by itself.
-    let mut head = draw.matrix(VOCAB, HIDDEN, 2.0);
+    let mut head = draw.matrix(VOCAB, hidden, 2.0);
     for token in 0..VOCAB {
         let letter =
             token == usize::from(b' ') || (token < 256 && (token as u8).is_ascii_lowercase());
         if !letter {
-            head.values[token * HIDDEN..][..HIDDEN].fill(0.0);
+            head.values[token * hidden..][..hidden].fill(0.0);
         }
     }
     all.insert("lm_head.weight".to_owned(), head);
@@ -196,10 +305,10 @@ struct Matrix {
     values: Vec<f32>,
 }
 
-fn ones() -> Matrix {
+fn ones(width: usize) -> Matrix {
     Matrix {
-        shape: vec![HIDDEN],
-        values: vec![1.0; HIDDEN],
+        shape: vec![width],
+        values: vec![1.0; width],
     }
 }
 

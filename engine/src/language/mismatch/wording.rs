@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use jsonschema::JsonType;
 use jsonschema::error::{TypeKind, ValidationErrorKind as Kind};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::Mismatch;
 use crate::language::node::describe;
@@ -40,6 +40,30 @@ pub(super) fn not_one_of(
     let message = format!("`{text}` is not one of {}", suggest::list(&all));
     let help = suggest::nearest(text, all).map(|best| format!("did you mean `{best}`?"));
     mismatch(path, "not-allowed", message, "", help)
+}
+
+/// None, or several, of the fields of which a map needs exactly one.
+pub(super) fn not_one_field(
+    path: Vec<String>,
+    map: &Map<String, Value>,
+    fields: &[&str],
+) -> Mismatch {
+    let all = suggest::list(fields);
+    let given = fields
+        .iter()
+        .copied()
+        .filter(|name| map.contains_key(*name));
+    let given: Vec<&str> = given.collect();
+    let Some(first) = given.first() else {
+        let message = format!("one of the fields {all} is missing");
+        return mismatch(path, "missing-field", message, "", None);
+    };
+    let message = format!(
+        "{} exclude each other: exactly one of {all} is needed here",
+        suggest::list(&given)
+    );
+    let help = format!("take out all but one; a profile takes one out with `{first}: null`");
+    mismatch(path, "exclusive-fields", message, "", Some(help))
 }
 
 /// The field that names the variant is missing, or names none.

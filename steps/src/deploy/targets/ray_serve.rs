@@ -5,6 +5,7 @@ use flowrun_engine::step::StepError;
 use serde_json::json;
 
 use super::{Content, Facts, File, Target, text};
+use crate::models::adapter_place::RAY_STORES;
 
 pub(super) const TARGET: Target = Target {
     name: "ray-serve",
@@ -43,11 +44,10 @@ fn render(facts: &Facts<'_>) -> Result<Vec<File>, StepError> {
     let Some(url) = &facts.settings.adapters_url else {
         return Ok(files);
     };
-    let stores = ["s3://", "gs://", "abfss://", "azure://"];
-    if !stores.iter().any(|store| url.starts_with(store)) || url.contains('"') {
+    if !RAY_STORES.iter().any(|store| url.starts_with(store)) || url.contains('"') {
         return Err(StepError::invalid(format!(
             "`adapters_url`: Ray loads adapters from {}, not from `{url}`",
-            stores.join(", ")
+            RAY_STORES.join(", ")
         )));
     }
     let (base, id) = facts.base_model("ray-serve")?;

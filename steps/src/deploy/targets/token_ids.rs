@@ -1,7 +1,7 @@
 //! What the target `hugging-face` writes, read by `transformers` and `tokenizers` themselves: every
 //! text has the ids that it has here. `FLOWRUN_PYTHON` (or `FLOWRUN_TRANSFORMERS_PYTHON`) names a
 //! Python that has both; `FLOWRUN_SMOLLM2_GGUF` adds a real model's tokenizer.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use serde_json::json;
 use super::{File, World, render, text, write};
 use crate::bundle::test_bundle;
 use crate::models::local;
+use crate::required::skip;
 
 /// Reads texts; prints the ids that each of the two packages gives them.
 const ENCODE: &str = "
@@ -56,7 +57,10 @@ fn corpus() -> Vec<String> {
 fn theirs(folder: &Path, texts: &[String]) -> Option<Vec<[Vec<u32>; 2]>> {
     let names = ["FLOWRUN_PYTHON", "FLOWRUN_TRANSFORMERS_PYTHON"];
     let Some(python) = names.iter().find_map(std::env::var_os) else {
-        eprintln!("skipped: FLOWRUN_PYTHON names no Python with `transformers`");
+        skip(
+            "transformers",
+            "FLOWRUN_PYTHON names no Python with `transformers`",
+        );
         return None;
     };
     let mut child = Command::new(python)
@@ -115,7 +119,10 @@ fn the_exported_tokenizer_gives_our_ids_in_python() {
 #[test]
 fn so_does_that_of_a_real_model() {
     let Some(weights) = std::env::var_os("FLOWRUN_SMOLLM2_GGUF").map(PathBuf::from) else {
-        eprintln!("skipped: FLOWRUN_SMOLLM2_GGUF names no weights of SmolLM2");
+        skip(
+            "smollm2",
+            "FLOWRUN_SMOLLM2_GGUF names no weights of SmolLM2",
+        );
         return;
     };
     let dir = tempfile::tempdir().unwrap();

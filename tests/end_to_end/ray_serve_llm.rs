@@ -1,0 +1,162 @@
+//! Ray Serve LLM on this machine's CPU, which loads adapters from S3 by the names in requests: what
+//! the pipeline trains is put there, and answers as it does in this process. `FLOWRUN_RAY_LLM_PYTHON`
+//! names a Python with `ray[serve,llm]` and vLLM, `FLOWRUN_WEED` a SeaweedFS.
+
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::external::named;
+use crate::project::Project;
+use crate::ray_cluster::Ray;
+use crate::server::{client, free_port};
+use crate::tiny::{self, answers, answers_here, write_model_for_vllm};
+use crate::weed::Weed;
+
+const PACKAGES: &str = "Python with `ray[serve,llm]` and vLLM";
+
+/// Reads a file as Ray Serve LLM does before it deploys it.
+const VALIDATE: &str = "
+import sys, yaml
+from ray.serve.llm import LLMConfig
+from ray.serve.schema import ServeDeploySchema
+applications = ServeDeploySchema(**yaml.safe_load(open(sys.argv[1]))).applications
+models = [model for application in applications for model in application.args['llm_configs']]
+assert models
+for model in models:
+    LLMConfig(**model)
+";
+
+#[test]
+fn the_file_for_ray_serve_llm_is_what_it_takes() {
+    let Some(python) = named("FLOWRUN_RAY_LLM_PYTHON", PACKAGES) else {
+        return;
+    };
+    let project = tiny::project();
+    project.run(&["pipeline.yaml"]).ok();
+    let render = ["deploy", "render", "bundle", "--target", "ray-serve"];
+    let set = ["--set", "base_model=org/base"];
+    let more = ["--set", "adapters_url=s3://bucket/adapters", "-o", "files"];
+    project.run(&[&render[..], &set, &more].concat()).ok();
+    let taken = |file: &str| {
+        let checked = Command::new(&python)
+            .args(["-c", VALIDATE])
+            .arg(project.path(file))
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&checked.stderr).into_owned();
+        (checked.status.success(), said)
+    };
+    let (good, said) = taken("files/serve_llm.yaml");
+    assert!(good, "{said}");
+    let llm = project.read("files/serve_llm.yaml");
+    for (right, wrong) in [
+        ("\"s3://bucket/adapters\"", "\"/local/adapters\""),
+        ("          engine_kwargs:", "          engine_arguments:"),
+    ] {
+        let text = llm.replace(right, wrong);
+        assert_ne!(text, llm);
+        project.write("files/wrong.yaml", &text);
+        assert!(!taken("files/wrong.yaml").0, "{wrong} is refused");
+    }
+}
+
+/// How long the model may take to come up on a busy machine.
+const UP_WITHIN: Duration = Duration::from_secs(900);
+
+/// An application that serves a model's folder on the CPU, with adapters from the bucket.
+fn application(model: &str, port: u16) -> Value {
+    json!({
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [{
+            "name": "tiny",
+            "route_prefix": "/",
+            "import_path": "ray.serve.llm:build_openai_app",
+            "args": {"llm_configs": [{
+                "model_loading_config": {"model_id": "tiny", "model_source": model},
+                "accelerator_config": {"kind": "cpu"},
+                "placement_group_config": {"bundles": [{"CPU": 1}]},
+                "engine_kwargs": {
+                    "enable_lora": true, "max_loras": 2, "max_lora_rank": 16,
+                    "max_model_len": 1024, "max_num_seqs": 4, "dtype": "float32",
+                    "enforce_eager": true,
+                },
+                "lora_config": {
+                    "dynamic_lora_loading_path": "s3://flow/adapters",
+                    "max_num_adapters_per_replica": 4,
+                },
+                "deployment_config": {
+                    "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1},
+                },
+                "log_engine_metrics": false,
+            }]},
+        }],
+    })
+}
+
+#[test]
+fn ray_serve_llm_answers_with_adapters_that_were_put_into_s3() {
+    let Some(python) = named("FLOWRUN_RAY_LLM_PYTHON", PACKAGES) else {
+        return;
+    };
+    let Some(weed) = Weed::start() else { return };
+    let text = |value: &str| value.to_owned();
+    let env = [
+        ("AWS_ACCESS_KEY_ID", text("RK")),
+        ("AWS_SECRET_ACCESS_KEY", text("RS")),
+        ("AWS_REGION", text("us-east-1")),
+        ("AWS_ENDPOINT_URL", weed.endpoint()),
+        ("HF_HUB_OFFLINE", text("1")),
+        ("VLLM_CPU_KVCACHE_SPACE", text("1")),
+        ("VLLM_CPU_OMP_THREADS_BIND", text("nobind")),
+        ("VLLM_NO_USAGE_STATS", text("1")),
+    ];
+    let ray = Ray::start_with(&python, &env);
+    let project: Project = tiny::project();
+    write_model_for_vllm(&project.path("tiny"), 1);
+    let port = free_port();
+    let model = project.path("tiny").display().to_string();
+    ray.serve(&application(&model, port), UP_WITHIN);
+
+    let url = format!("http://127.0.0.1:{port}/v1");
+    let student = format!(
+        "  student:\n    provider: openai\n    base_url: {url}\n    model: tiny\n    guided: vllm\n    concurrency: 4\n    timeout_s: 300\n    adapters: {{ url: 's3://flow/adapters', server: vllm }}\n"
+    );
+    let backend = tiny::stand_in_trainer_of(&project, &tiny::FOR_VLLM);
+    tiny::train(&project, Some(&student), &backend);
+    // A token is a byte, and a label may be long.
+    project.edit("pipeline.yaml", "max_tokens: 8", "max_tokens: 64");
+    let run = weed.run(&project, &["--json", "pipeline.yaml"]).ok();
+    let there = answers(&project, &run);
+    assert_eq!(there.len(), 3);
+
+    // It lists what was put there, by the names by which it was asked.
+    let listed = client().get(format!("{url}/models")).send().unwrap();
+    let listed: Value = listed.json().unwrap();
+    let ids = listed["data"].as_array().unwrap().iter();
+    let mut ids: Vec<&str> = ids.map(|model| model["id"].as_str().unwrap()).collect();
+    ids.sort_unstable();
+    assert_eq!((ids.len(), ids[0]), (3, "tiny"), "{ids:?}");
+    assert!(ids[1].starts_with("tiny:epochs-1-total-trained-steps-3-"));
+    assert!(ids[2].starts_with("tiny:epochs-2-total-trained-steps-6-"));
+    assert_eq!(weed.files("adapters").len(), 4);
+
+    // The same labels as in this process, but where two are nearly as likely: matrices are
+    // rounded here, and vLLM chooses token by token.
+    let here = answers_here(&project);
+    for ((name, there), (same, here)) in there.iter().zip(&here) {
+        assert_eq!((name, there.len()), (same, here.len()));
+        let agree = there.iter().zip(here).filter(|(a, b)| a[0] == b[0]).count();
+        assert!(
+            10 * agree >= 8 * there.len(),
+            "{name}: {agree}\n{there:?}\n{here:?}"
+        );
+    }
+    let labels = |at: usize| -> Vec<&Value> { there[at].1.iter().map(|row| &row[0]).collect() };
+    assert!(
+        labels(0) != labels(1) && labels(1) != labels(2),
+        "adapters answer otherwise than the base model and than each other"
+    );
+}
