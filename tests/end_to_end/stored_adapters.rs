@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use serde_json::{Value, json};
 
@@ -93,7 +93,8 @@ struct Loader<S> {
     upstream: String,
     /// Where the server looks.
     folder: PathBuf,
-    store: Arc<S>,
+    /// Gone with the test, which this outlives.
+    store: Weak<S>,
     loaded: Mutex<BTreeSet<String>>,
 }
 
@@ -118,7 +119,10 @@ impl<S: Store> Loader<S> {
         if loaded.contains(adapter) {
             return true;
         }
-        let there = self.store.files();
+        let Some(store) = self.store.upgrade() else {
+            return false;
+        };
+        let there = store.files();
         let found = FILES.map(|file| there.get(&format!("{adapter}/{file}")));
         if found.iter().any(Option::is_none) {
             return false;
@@ -142,7 +146,7 @@ fn adapters_are_found_in(store: Arc<impl Store>) {
     let loader = Arc::new(Loader {
         upstream: server.url.clone(),
         folder: home.path("adapters"),
-        store: Arc::clone(&store),
+        store: Arc::downgrade(&store),
         loaded: Mutex::default(),
     });
     let own = Arc::clone(&loader);

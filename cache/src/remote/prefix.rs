@@ -151,11 +151,11 @@ async fn put_all(bucket: &Bucket, folder: &str, files: &[PathBuf]) -> Result<(),
 
 async fn put(bucket: &Bucket, path: &Path, file: &FilePath) -> Result<(), Unsent> {
     let unread = |error| CacheError::io(file, error);
-    let opened = file.to_owned();
+    let here = file.to_owned();
     let read = move || {
-        let opened_file = File::open(&opened)?;
-        let size = opened_file.metadata()?.len();
-        Ok::<_, std::io::Error>((opened_file, size, Digest::of_file(&opened)?))
+        let open = File::open(&here)?;
+        let size = open.metadata()?.len();
+        Ok::<_, std::io::Error>((open, size, Digest::of_file(&here)?))
     };
     let (open, size, digest) = blocking(read).await.map_err(unread)?;
     if is_there(bucket, path, size, digest).await? {
@@ -215,11 +215,12 @@ async fn is_there(
     while at < size {
         let range = at..size.min(at + PART);
         at = range.end;
-        match bucket.store.get_range(path, range).await {
-            Ok(bytes) => hasher.update(&bytes),
-            // It was replaced or removed meanwhile.
+        let bytes = match bucket.store.get_range(path, range).await {
+            Ok(bytes) => bytes,
+            // It may have been removed meanwhile.
             Err(error) => return missing(Refusal::from(error)),
         };
+        hasher.update(&bytes);
     }
     Ok(hasher.finalize().as_bytes() == digest.as_bytes())
 }
@@ -273,7 +274,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         // As large as goes in parts, and as small as does not.
         for size in [9 << 20, 3, 0] {
-            let weights = vec![1; size];
+            let weights = vec![1_u8; size];
             let name = format!("of-{size}");
             let files = write(dir.path(), &weights);
             assert!(prefix.put(&name, &files, &going_on).unwrap());
@@ -285,7 +286,7 @@ mod tests {
             assert_eq!(before, FILES.map(|file| mark(prefix, &of(file))));
             // Others of that name and length are no reason to leave it.
             let path = prefix.bucket.file(&of("weights"));
-            let damaged = PutPayload::from(vec![0; size]);
+            let damaged = PutPayload::from(vec![0_u8; size]);
             wait(prefix, prefix.bucket.store.put(&path, damaged)).unwrap();
             assert!(prefix.put(&name, &files, &going_on).unwrap());
             assert_eq!(content(prefix, &of("weights")), weights);

@@ -158,11 +158,15 @@ impl Ray {
     /// Has it serve these applications and no others, and waits until they run.
     pub(crate) fn serve(&self, config: &Value, within: Duration) {
         let url = format!("{}/api/serve/applications/", self.dashboard);
-        let taken = client().put(&url).json(config).send().unwrap();
+        // It starts Serve itself first.
+        let patience = Duration::from_secs(180);
+        let taken = client().put(&url).timeout(patience).json(config).send();
+        let taken = taken.unwrap();
         assert!(taken.status().is_success(), "{}", taken.text().unwrap());
         let deadline = Instant::now() + within;
         loop {
-            let served: Value = client().get(&url).send().unwrap().json().unwrap();
+            let served = client().get(&url).timeout(patience).send().unwrap();
+            let served: Value = served.json().unwrap();
             let all = served["applications"].as_object().unwrap();
             let mut states = all.values().map(|app| app["status"].as_str().unwrap());
             if !all.is_empty() && states.all(|state| state == "RUNNING") {
