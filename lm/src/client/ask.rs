@@ -69,7 +69,7 @@ impl OpenAi {
             let sent = self.awaited(self.within(left, self.send(&body))).await?;
             spent += started.elapsed();
             attempts += 1;
-            settle(taken, &sent);
+            settle(taken, &sent, wire::credible(&self.spec, request));
             let failure = match sent
                 .and_then(|answer| fitting(&self.spec, &self.endpoint.shown, request, answer))
             {
@@ -89,6 +89,9 @@ impl OpenAi {
             all_erred &= failure.is_server_error();
             let nobody = matches!(failure, Failure::Unreachable { .. });
             let no_answer = failure.is_no_answer();
+            if !no_answer && !nobody {
+                self.outage.answered();
+            }
             // What was waited for in vain before is not waited for again.
             let known = (nobody && self.unreachable.load(Ordering::Relaxed))
                 || (no_answer && self.outage.is_on());
@@ -276,7 +279,9 @@ impl OpenAi {
         let completion = wire::completion(&bytes).map_err(|why| Failure::Unreadable {
             why: self.without_key(&why),
         })?;
-        self.identity.check(wire::model(&bytes).as_deref());
+        let told = wire::model(&bytes);
+        let told = told.map(|told| self.without_key(&wire::shown(told.as_bytes())));
+        self.identity.check(told.as_deref());
         Ok(completion)
     }
 
@@ -302,13 +307,13 @@ impl OpenAi {
     }
 }
 
-/// Gives back what a request did not use.
-fn settle(taken: Option<Taken<'_>>, sent: &Result<Completion, Failure>) {
+/// Gives back what a request did not use. A count of more than `most` tokens is no count.
+fn settle(taken: Option<Taken<'_>>, sent: &Result<Completion, Failure>, most: Option<u64>) {
     let Some(taken) = taken else {
         return;
     };
     match sent {
-        Ok(answer) => taken.answered(Spending::of(answer)),
+        Ok(answer) => taken.answered(wire::believed(Spending::of(answer), most)),
         Err(failure) if failure.may_cost() => taken.answered(None),
         Err(_) => taken.refused(),
     }

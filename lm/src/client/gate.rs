@@ -39,7 +39,12 @@ impl Gate {
         key: Option<&str>,
         loopback: bool,
     ) -> Result<Arc<Self>, LmError> {
-        let name = Digest::of_record("gate", &json!([spec, key]));
+        // What a checkpoint's chat template is told is no other account.
+        let entry = OpenAiSpec {
+            chat_template_kwargs: Default::default(),
+            ..spec.clone()
+        };
+        let name = Digest::of_record("gate", &json!([entry, key]));
         let mut all = GATES.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(gate) = all.get(&name).and_then(Weak::upgrade) {
             return Ok(gate);

@@ -87,6 +87,10 @@ pub(super) fn worst_case(spec: &OpenAiSpec, request: &Request) -> Spending {
         .chain(spec.body.values().filter(texts))
         .map(|value| value.to_string().len() as u64);
     need.prompt += more.sum::<u64>();
+    // A template may write it into the prompt.
+    if !spec.chat_template_kwargs.is_empty() {
+        need.prompt += json!(spec.chat_template_kwargs).to_string().len() as u64;
+    }
     need.completion = bound(spec).unwrap_or(need.completion);
     need
 }
@@ -105,6 +109,12 @@ pub(super) fn credible(spec: &OpenAiSpec, request: &Request) -> Option<u64> {
     let unbounded = spec.body.get(BOUNDS[0]).is_some_and(Value::is_null) && bound(spec).is_none();
     let most = worst_case(spec, request).tokens().saturating_mul(2);
     (!unbounded).then_some(most)
+}
+
+/// What a server says that a request has used, unless it is more than `most` tokens: then nobody
+/// knows.
+pub(super) fn believed(used: Option<Spending>, most: Option<u64>) -> Option<Spending> {
+    used.filter(|used| most.is_none_or(|most| used.tokens() <= most))
 }
 
 /// Fields of the body that belong to the client.

@@ -169,6 +169,9 @@ impl JobSystem for Cluster {
         let since = over().get(id).copied();
         if since.is_none() {
             let answer = self.call(Method::GET, &path, None)?;
+            if passes(answer.status) {
+                return Err(JobError::Unreachable(format!("{}: {answer}", self.name())));
+            }
             if answer.is_ok() && !matches!(state_of(&parse(&answer)?), JobState::Ended(_)) {
                 return Ok(false);
             }
@@ -177,7 +180,9 @@ impl JobSystem for Cluster {
         if since.elapsed() < SETTLED {
             return Ok(false);
         }
-        self.call(Method::DELETE, &path, None)?;
+        if passes(self.call(Method::DELETE, &path, None)?.status) {
+            return Ok(false);
+        }
         over().remove(id);
         Ok(true)
     }

@@ -28,11 +28,14 @@ impl Batched {
         let text = body.to_string();
         let status = status_of(line);
         let (read, charge) = if status.is_success() {
-            self.identity.check(body["model"].as_str());
+            let told = body["model"].as_str();
+            let told = told.map(|told| wire::shown(told.as_bytes()));
+            self.identity.check(told.as_deref());
             let read = wire::completion(text.as_bytes())
                 .map_err(|why| Failure::Unreadable { why })
                 .and_then(|answer| fitting(&self.spec, shown, request, answer));
-            (read, Charge::Used(wire::used(body)))
+            let most = wire::credible(&self.spec, request);
+            (read, Charge::Used(wire::believed(wire::used(body), most)))
         } else {
             let why = wire::error_text(text.as_bytes());
             let code = wire::error_code(text.as_bytes());
