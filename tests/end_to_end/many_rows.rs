@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use crate::project::Project;
+use crate::project::{Project, Run};
 
 const STEPS: [&str; 5] = [
     "bootstrap",
@@ -46,13 +46,13 @@ fn every_step_is_measured_and_nothing_is_left_behind() {
         let args = [&["bench", "rows"], more].concat();
         let mut command = project.command(&args);
         command.env("TMPDIR", project.path(""));
-        crate::project::Run::of(command.output().unwrap()).ok()
+        Run::of(command.output().unwrap()).ok()
     };
     let run = bench(&["--rows", "20,30", "--label-rows", "20", "--json"]);
     let said: Value = serde_json::from_str(&run.stdout).unwrap();
     let measured = said["measured"].as_array().unwrap();
     assert_eq!(measured.len(), 2, "{said}");
-    for (one, (rows, labelled)) in measured.iter().zip([(20, true), (30, false)]) {
+    for (one, (rows, labelled)) in measured.iter().zip([(20_u64, true), (30, false)]) {
         assert_eq!(one["rows"], json!(rows), "{said}");
         assert_eq!(one["labelled"], json!(labelled), "{said}");
         let bytes = one["csv_bytes"].as_u64().unwrap();
@@ -102,8 +102,8 @@ fn peak_mib(rows: usize) -> f64 {
     cost["rss_mib"].as_f64().unwrap()
 }
 
-/// A row in memory takes more than 300 bytes with its texts: 200,000 held by any of the steps are
-/// some 70 MiB. What is allowed to grow, part of the lineage and buffers, is a few.
+/// A row in memory takes more than 300 bytes with its texts, so that a step that held 200,000 would
+/// take 57 MiB more. What may grow are buffers and the part of the lineage that memory holds.
 #[test]
 fn memory_does_not_grow_with_the_rows() {
     let (few, many) = (peak_mib(2_000), peak_mib(200_000));
