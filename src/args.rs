@@ -16,7 +16,7 @@ use clap::parser::ValueSource;
 use clap::{Args as ClapArgs, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 
-pub(crate) use bench::{BenchCommand, EngineBench, ServeBench};
+pub(crate) use bench::{BenchCommand, EngineBench, RowsBench, ServeBench};
 pub(crate) use cache::{CacheCommand, RetentionArgs};
 pub(crate) use deploy::{DeployCommand, DeployPlace, DeployedOn};
 pub(crate) use select::{PlanArgs, RunArgs, Scope, Select};

@@ -16,6 +16,10 @@ pub(crate) enum BenchCommand {
     },
     /// The engine: 10,000 steps with nothing to do, 1,000 steps to run, one source changed.
     Engine(EngineBench),
+    /// Many rows: peak memory and time of `load`, `filter-top-n`, `split`, `convert-to-messages` and
+    /// `bootstrap`, each in a process of its own, and of all of them in one run. Needs room in the
+    /// temporary folder (`TMPDIR`), several times that of the rows.
+    Rows(RowsBench),
     /// A server that is up, at several numbers of clients: queries a second, how long they take,
     /// how many are refused, the server's memory and processor time.
     Serve(ServeBench),
@@ -35,6 +39,18 @@ pub(crate) struct ServeBench {
     /// A file of texts to ask, one a line.
     #[arg(long, value_name = "FILE")]
     pub(crate) texts: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct RowsBench {
+    /// Rows, of about 70 bytes in CSV; one measurement for each number.
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',', default_value = "1000,100000",
+        value_parser = clap::value_parser!(u64).range(10..))]
+    pub(crate) rows: Vec<u64>,
+    /// Leave out `bootstrap`, which takes longest, where there are more rows than this. It asks a
+    /// server on loopback that answers at once, in the measuring process.
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    pub(crate) label_rows: u64,
 }
 
 #[derive(Debug, ClapArgs)]

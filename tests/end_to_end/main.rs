@@ -31,6 +31,7 @@ mod language;
 mod leakage;
 mod llama_server;
 mod malformed;
+mod many_rows;
 mod mlflow;
 mod notebook;
 mod openai_sdk;

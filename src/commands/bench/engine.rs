@@ -1,15 +1,12 @@
 //! `flowrun bench engine`: what the engine costs on this machine.
 //!
-//! Every figure is of a process of its own: seconds of CPU (user and system) of it and
-//! all it started, and its peak memory. Where `ninja` is installed, it does the same
-//! work beside it.
+//! Where `ninja` is installed, it does the same work beside it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
 
 use flowrun_cache::{Cache, OpenOptions};
 use flowrun_engine::Diagnostics;
@@ -17,10 +14,10 @@ use flowrun_engine::pipeline::{Action, Pipeline, StepNode};
 use flowrun_engine::run::run as run_pipeline;
 use flowrun_engine::step::{Cancel, Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_engine::tracking::Tracking;
-use nix::sys::resource::{Usage, UsageWho, getrusage};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::cost::{Cost, measure, measured_here};
 use crate::args::{EngineBench, Scope};
 use crate::exit::{Exit, Failure};
 use crate::surroundings::run_options;
@@ -29,14 +26,6 @@ use crate::surroundings::run_options;
 const NEIGHBOURS: [usize; 3] = [0, 1, 7];
 /// Each figure is the median of so many runs.
 const RUNS: usize = 3;
-
-/// One run of a process.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct Cost {
-    cpu_s: f64,
-    wall_s: f64,
-    rss_mib: f64,
-}
 
 /// A line of the table.
 #[derive(Debug, Serialize)]
@@ -156,45 +145,6 @@ fn median(mut once: impl FnMut(usize) -> Result<Cost, Failure>) -> Result<Cost, 
     let mut costs = (0..RUNS).map(&mut once).collect::<Result<Vec<_>, _>>()?;
     costs.sort_by(|a, b| a.cpu_s.total_cmp(&b.cpu_s));
     Ok(costs[RUNS / 2])
-}
-
-/// Runs a command in a process whose only child it is, so that the system's sums are its own.
-fn measure(folder: &Path, command: &[String]) -> Result<Cost, Failure> {
-    let output = Command::new(std::env::current_exe()?)
-        .args(["bench", "engine", "--measure"])
-        .args(command)
-        .current_dir(folder)
-        .env_remove("FLOWRUN_CACHE_DIR")
-        .stdin(Stdio::null())
-        .output()?;
-    serde_json::from_slice(&output.stdout).map_err(|_| {
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        Failure::new(Exit::Internal, format!("{}: {text}", command.join(" ")))
-    })
-}
-
-fn measured_here(command: &mut Command) -> Result<Cost, Failure> {
-    let started = Instant::now();
-    let output = command
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .output()?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(Failure::new(Exit::Internal, text));
-    }
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).map_err(std::io::Error::from)?;
-    Ok(Cost {
-        cpu_s: cpu_seconds(&usage),
-        wall_s: started.elapsed().as_secs_f64(),
-        // The system counts in KiB.
-        rss_mib: usage.max_rss() as f64 / 1024.0,
-    })
-}
-
-fn cpu_seconds(usage: &Usage) -> f64 {
-    let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
-    seconds(usage.user_time()) + seconds(usage.system_time())
 }
 
 /// The same graph as `pipeline.yaml` and `build.ninja`: the first layer strips comments, so
