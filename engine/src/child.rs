@@ -6,9 +6,9 @@
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::process::Child;
+use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -29,6 +29,26 @@ const LINE: usize = 8 << 10;
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// First wait for a process that closed its output and did not end yet.
 const FIRST_LOOK: Duration = Duration::from_micros(50);
+
+/// Held while a process is started, until it runs its own program.
+static STARTING: RwLock<()> = RwLock::new(());
+
+/// Starts a process. Between the fork and its own program it holds what this process has open for
+/// writing; a program that was just copied cannot be run then ("text file busy").
+///
+/// # Errors
+/// As [`Command::spawn`].
+pub fn start(command: &mut Command) -> io::Result<Child> {
+    let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
+    // It returns when the new process runs its program.
+    command.spawn()
+}
+
+/// Waits for processes that are being started: what this process has written and closed is then
+/// held open by none of them.
+pub(crate) fn let_starts_end() {
+    drop(STARTING.write().unwrap_or_else(PoisonError::into_inner));
+}
 
 /// The last lines of a process's output.
 #[derive(Debug, Default)]

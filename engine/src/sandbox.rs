@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::child::{Streams, Tail, ended_within, signal};
+use crate::child::{Streams, Tail, ended_within, signal, start};
 use crate::step::{Cancel, StepError, StepReporter};
 use crate::warden::Warden;
 
@@ -75,17 +75,18 @@ impl Sandbox<'_> {
         reporter: &Arc<dyn StepReporter>,
     ) -> Result<(), StepError> {
         self.warden.wake();
-        let mut child = Command::new("/bin/sh")
-            .args(["-eu", "-c", self.command])
-            .current_dir(self.folder)
-            .env_clear()
-            .envs(&self.env)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()
-            .map_err(|e| StepError::failed(format!("`sh` cannot be started: {e}")))?;
+        let mut child = start(
+            Command::new("/bin/sh")
+                .args(["-eu", "-c", self.command])
+                .current_dir(self.folder)
+                .env_clear()
+                .envs(&self.env)
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .process_group(0),
+        )
+        .map_err(|e| StepError::failed(format!("`sh` cannot be started: {e}")))?;
         let tail = Arc::new(Tail::default());
         let mut streams = Streams::of(&mut child, reporter, &tail);
         let status = self.wait(&mut child, &mut streams, cancel);

@@ -20,6 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::{Cache, Scratch};
 
+use crate::child::start;
+
 /// What the shell does: `$1` is the table, `$2` the folder in which commands work. It looks
 /// several times: a command may be between its start and its folder.
 const SCRIPT: &str = r#"
@@ -156,19 +158,20 @@ impl Watch {
         let place = place.canonicalize()?;
         let path = place.join("groups");
         let table = File::create(&path)?;
-        let shell = Command::new("/bin/sh")
-            .args(["-c", SCRIPT, "flowrun-warden"])
-            .arg(&path)
-            .arg(place.parent().unwrap_or(&place))
-            .env_clear()
-            .env("PATH", "/usr/bin:/bin")
-            .current_dir("/")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            // What a terminal sends to this process's group is not for it.
-            .process_group(0)
-            .spawn()?;
+        let shell = start(
+            Command::new("/bin/sh")
+                .args(["-c", SCRIPT, "flowrun-warden"])
+                .arg(&path)
+                .arg(place.parent().unwrap_or(&place))
+                .env_clear()
+                .env("PATH", "/usr/bin:/bin")
+                .current_dir("/")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                // What a terminal sends to this process's group is not for it.
+                .process_group(0),
+        )?;
         Ok(Self {
             table,
             free: Vec::new(),

@@ -40,17 +40,18 @@ pub(super) fn run(call: &Call<'_>, command: &[String]) -> Result<(), String> {
     let theirs = ours
         .try_clone()
         .map_err(|e| format!("no pipe can be made: {e}"))?;
-    let mut child = Command::new(placed(program, &call.world.root))
-        .args(arguments)
-        .current_dir(&call.world.root)
-        .env_clear()
-        .envs(environment(call))
-        .stdin(Stdio::piped())
-        .stdout(ours)
-        .stderr(theirs)
-        .process_group(0)
-        .spawn()
-        .map_err(|e| format!("`{program}` cannot be started: {e}"))?;
+    let mut child = flowrun_engine::runner::start(
+        Command::new(placed(program, &call.world.root))
+            .args(arguments)
+            .current_dir(&call.world.root)
+            .env_clear()
+            .envs(environment(call))
+            .stdin(Stdio::piped())
+            .stdout(ours)
+            .stderr(theirs)
+            .process_group(0),
+    )
+    .map_err(|e| format!("`{program}` cannot be started: {e}"))?;
     feed(&mut child, body);
     let output = Output::listen(output);
     let status = wait(&mut child, call.hook.timeout, call.cancel);

@@ -100,7 +100,7 @@ steps:
     out: { tree: tree }
     publish: { tree: results }
   look:
-    run: cd "$tree" && find . -type d | LC_ALL=C sort > "$found"
+    run: (cd "$tree" && find . -type d | LC_ALL=C sort) > "$found"
     in: { tree: make.tree }
     out: { found: found.txt }
     publish: { found: found.txt }

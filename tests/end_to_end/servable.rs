@@ -31,16 +31,19 @@ steps:
     with: { model: student }
 ";
 
+/// An evaluation of one checkpoint each.
+fn each() -> String {
+    PIPELINE.replace(
+        "    in: { rows: { file: rows }, program: { file: rows }, adapter: train.checkpoints }",
+        "    foreach: { one: train.checkpoints }\n    in: { rows: { file: rows }, program: { file: rows }, adapter: \"${{ item.one }}\" }",
+    )
+}
+
 #[test]
 fn what_a_server_may_not_load_is_a_warning_and_what_it_cannot_an_error() {
     let project = Project::new();
     project.write("rows", "");
-    // An evaluation of one checkpoint each.
-    let each = PIPELINE.replace(
-        "    in: { rows: { file: rows }, program: { file: rows }, adapter: train.checkpoints }",
-        "    foreach: { one: train.checkpoints }\n    in: { rows: { file: rows }, program: { file: rows }, adapter: \"${{ item.one }}\" }",
-    );
-    project.write("p.yaml", &each);
+    project.write("p.yaml", &each());
     let said = project.run(&["check", "p.yaml"]).ok();
     // Two are of the profile.
     assert!(
@@ -81,9 +84,8 @@ fn what_a_server_may_not_load_is_a_warning_and_what_it_cannot_an_error() {
 fn an_entry_whose_adapters_lie_in_two_places_is_refused_where_it_says_so() {
     let project = Project::new();
     project.write("rows", "");
-    project.write("p.yaml", PIPELINE);
     let said = |adapters: &str| {
-        let text = PIPELINE.replace("{ folder: adapters, load: true }", adapters);
+        let text = each().replace("{ folder: adapters, load: true }", adapters);
         project.write("p.yaml", &text);
         let refused = project.run(&["check", "p.yaml"]);
         assert_eq!(refused.code, Some(3), "{}", refused.stderr);
@@ -104,7 +106,7 @@ fn an_entry_whose_adapters_lie_in_two_places_is_refused_where_it_says_so() {
         ),
         (
             "{ url: 's3://bucket/adapters', load: true }",
-            "p.yaml:24:20: error: the entry of `org/base`: `adapters.load` goes with `folder`",
+            "p.yaml:25:20: error: the entry of `org/base`: `adapters.load` goes with `folder`",
         ),
     ] {
         let said = said(adapters);

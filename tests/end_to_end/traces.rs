@@ -85,7 +85,7 @@ fn values(list: &[KeyValue]) -> BTreeMap<String, String> {
             any_value::Value::IntValue(number) => number.to_string(),
             any_value::Value::BoolValue(flag) => flag.to_string(),
             any_value::Value::DoubleValue(number) => number.to_string(),
-            other => unreachable!("{other:?}"),
+            other => format!("{other:?}"),
         }
     };
     let entries = list.iter();

@@ -19,6 +19,7 @@ mod tests;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub use crate::child::start;
 pub use exec::{ExecError, Host, exec};
 pub use job::{
     CONSOLE, Ground, JobEnd, JobError, JobKind, JobOrder, JobRunner, JobSettings, JobState,

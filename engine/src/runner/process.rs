@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 
 use super::Runner;
 use super::protocol::{StepMessage, StepRequest};
-use crate::child::{LAST_WORDS, Tail, ended_within, follow, signal};
+use crate::child::{LAST_WORDS, Tail, ended_within, follow, signal, start};
 use crate::step::{Step, StepContext, StepError, StepOutcome, StepReporter};
 use crate::warden::Warden;
 
@@ -59,18 +59,19 @@ impl<'a> Process<'a> {
     }
 
     fn spawn(&self, ctx: &StepContext) -> Result<Child, StepError> {
-        Command::new(&self.program)
-            .args(&self.args)
-            .env_clear()
-            .envs(&ctx.world.env)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()
-            .map_err(|e| {
-                StepError::failed(format!("{} cannot be started: {e}", self.program.display()))
-            })
+        start(
+            Command::new(&self.program)
+                .args(&self.args)
+                .env_clear()
+                .envs(&ctx.world.env)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .process_group(0),
+        )
+        .map_err(|e| {
+            StepError::failed(format!("{} cannot be started: {e}", self.program.display()))
+        })
     }
 
     /// The error of a process that gave no response.

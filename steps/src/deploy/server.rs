@@ -142,7 +142,7 @@ impl Server {
             Life::OnItsOwn => command.process_group(0).stdin(Stdio::null()),
         };
         let endpoint = Endpoint::new("", world)?;
-        let child = command.spawn().map_err(|e| {
+        let child = flowrun_engine::runner::start(&mut command).map_err(|e| {
             StepError::failed(format!("`{}` cannot be started: {e}", world.exe.display()))
         })?;
         let mut server = Self {

@@ -28,24 +28,25 @@ pub(super) fn pip_download(
         )
         .help("`python3 -m pip` must be there; or put the file into the folder named by --distdir")
     };
-    let mut child = Command::new("python3")
-        .args([
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--disable-pip-version-check",
-        ])
-        .args(["--only-binary", ":all:", "--dest", "."])
-        .arg(package)
-        .current_dir(folder)
-        .env_clear()
-        .envs(&world.env)
-        .stdin(Stdio::null())
-        .stdout(output)
-        .stderr(errors)
-        .spawn()
-        .map_err(|e| unavailable(format!("`python3` cannot be started ({e})")))?;
+    let mut child = flowrun_engine::runner::start(
+        Command::new("python3")
+            .args([
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--disable-pip-version-check",
+            ])
+            .args(["--only-binary", ":all:", "--dest", "."])
+            .arg(package)
+            .current_dir(folder)
+            .env_clear()
+            .envs(&world.env)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors),
+    )
+    .map_err(|e| unavailable(format!("`python3` cannot be started ({e})")))?;
     loop {
         if let Some(status) = child.try_wait().map_err(|e| unavailable(e.to_string()))? {
             let text = std::fs::read_to_string(&log).unwrap_or_default();

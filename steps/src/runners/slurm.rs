@@ -202,15 +202,16 @@ impl Cluster {
                     .to_owned(),
             ),
         };
-        let mut child = Command::new(&path)
-            .args(words)
-            .env_clear()
-            .envs(&self.env)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(missing)?;
+        let mut child = flowrun_engine::runner::start(
+            Command::new(&path)
+                .args(words)
+                .env_clear()
+                .envs(&self.env)
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped()),
+        )
+        .map_err(missing)?;
         let started = Instant::now();
         // What they print is short: it fits into the pipes.
         while child.try_wait().is_ok_and(|status| status.is_none()) {

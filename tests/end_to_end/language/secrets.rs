@@ -81,7 +81,7 @@ const REPORTED: &str = "
       train: labels.train
       labelled: labels.train
       dev: [score.scores]
-      test: [score.scores, ask.scores]
+      test: [ask.scores]
     with: { title: secrets, about: secrets, pipeline: secrets }
     publish: { json: report.json, report: report.html }
 ";

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use flowrun_cache::{Artifact, Lent};
+use flowrun_cache::{Artifact, ArtifactKind, Lent};
 
 use super::{Trouble, Worker, broken_or_failed};
+use crate::child::let_starts_end;
 use crate::lookup::{Inputs, Keyed};
 use crate::record::file_name;
 use crate::step::{InputArtifact, StepError};
@@ -48,6 +49,7 @@ impl Worker {
         in_dir: &Path,
     ) -> Result<(Placed, Vec<Loan>), Trouble> {
         let mut all = BTreeMap::new();
+        let mut may_run = false;
         let mut loans = Vec::new();
         for (port, inputs) in &keyed.inputs {
             if inputs.list {
@@ -61,6 +63,7 @@ impl Worker {
                 let lent = store
                     .link_read_only(artifact, &path)
                     .map_err(|e| broken_or_failed(e, artifact))?;
+                may_run |= artifact.executable || artifact.kind == ArtifactKind::Tree;
                 loans.push(Loan {
                     port: port.clone(),
                     artifact: artifact.clone(),
@@ -73,6 +76,9 @@ impl Worker {
                 });
             }
             all.insert(port.clone(), linked);
+        }
+        if may_run {
+            let_starts_end();
         }
         Ok((all, loans))
     }

@@ -80,21 +80,22 @@ pub(super) fn run(
     let Some((program, args)) = argv.split_first() else {
         return Err(StepError::invalid("`backend.command.program` is empty"));
     };
-    let mut child = Command::new(program)
-        .args(args)
-        .current_dir(folder)
-        .env_clear()
-        .envs(env)
-        // An empty file, and the lock goes with it to every process that it starts.
-        .stdin(lock)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()
-        .map_err(|e| {
-            StepError::failed(format!("`{program}` cannot be started: {e}"))
-                .help("install it, or say with `backend.command.program` how it is started")
-        })?;
+    let mut child = flowrun_engine::runner::start(
+        Command::new(program)
+            .args(args)
+            .current_dir(folder)
+            .env_clear()
+            .envs(env)
+            // An empty file, and the lock goes with it to every process that it starts.
+            .stdin(lock)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0),
+    )
+    .map_err(|e| {
+        StepError::failed(format!("`{program}` cannot be started: {e}"))
+            .help("install it, or say with `backend.command.program` how it is started")
+    })?;
     let (tell, lines) = channel();
     if let Some(out) = child.stdout.take() {
         follow(out, tell.clone());

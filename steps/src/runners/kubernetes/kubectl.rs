@@ -79,15 +79,15 @@ impl Kubectl {
         if let Some(context) = &self.context {
             command.arg(format!("--context={context}"));
         }
-        let child = command
+        command
             .env_clear()
             .envs(&self.env)
             .stdin(Stdio::from(stdin))
             .stdout(stdout.try_clone().map_err(local)?)
             .stderr(stderr.try_clone().map_err(local)?)
             // Ctrl-C is for this program, which then has a job to delete.
-            .process_group(0)
-            .spawn();
+            .process_group(0);
+        let child = flowrun_engine::runner::start(&mut command);
         let mut child = child.map_err(|e| {
             let help = "install `kubectl`, or name it in the `kubectl` of `runners.kubernetes`";
             let text = format!("`{}` cannot be started: {e}", self.program);
