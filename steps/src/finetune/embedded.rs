@@ -329,7 +329,8 @@ fn tokens(
 /// Every answer is learnt once, after the prompt that it is asked for with. An earlier one is part
 /// of the last one's row where the chat template writes it there in the same way. It is a row by
 /// itself where the template does not (it leaves out earlier thoughts), and with an activated adapter,
-/// which takes effect with the last answer.
+/// which takes effect with the last answer. One whose prompt the template refuses, or whose row is
+/// longer than the model's context, is left out: it may not stand in the way of the last one.
 fn chat_tokens(
     base: &BaseModel,
     chat: &ChatRow,
@@ -341,21 +342,31 @@ fn chat_tokens(
         .iter()
         .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
         .collect();
-    let row = |at: usize| -> Result<TrainRow, StepError> {
-        let prompt = base.prompt_tokens_with(&messages[..at], told);
+    let row_of = |at: usize| -> Result<TrainRow, ModelError> {
         Ok(TrainRow {
-            prompt: prompt.map_err(failed)?,
-            target: base.answer_tokens(&messages[at].content).map_err(failed)?,
+            prompt: base.prompt_tokens_with(&messages[..at], told)?,
+            target: base.answer_tokens(&messages[at].content)?,
             earlier: Vec::new(),
         })
     };
-    let mut rows = chat.answers().map(row).collect::<Result<Vec<_>, _>>()?;
-    let Some(mut last) = rows.pop() else {
+    let mut answers: Vec<usize> = chat.answers().collect();
+    let Some(last) = answers.pop() else {
         return Err(StepError::invalid("a chat has no message of the assistant"));
     };
+    let mut last = row_of(last).map_err(failed)?;
+    // What goes through the model is all but the last token.
+    let longest = base.weights.config.context.saturating_add(1);
     let mut apart = Vec::new();
-    for row in rows {
+    for at in answers {
+        let row = match row_of(at) {
+            Ok(row) => row,
+            Err(ModelError::Template(_)) => continue,
+            Err(error) => return Err(failed(error)),
+        };
         let whole = [row.prompt.as_slice(), row.target.as_slice()].concat();
+        if row.prompt.is_empty() || whole.len() > longest {
+            continue;
+        }
         match last.prompt.starts_with(&whole) && !is_activated {
             true => last.earlier.push(row.prompt.len()..whole.len()),
             false => apart.push(row),
@@ -510,6 +521,26 @@ mod tests {
         let answer = |text: &str| qwen.answer_tokens(text).unwrap();
         assert_eq!(apart, [vec![answer(thought)], vec![answer("no")]]);
         assert_eq!(learnt(&qwen, &chat, false)[0].len(), 2);
+    }
+
+    #[test]
+    fn an_earlier_answer_that_cannot_be_learnt_is_left_out() {
+        let base = base("tiny/rope");
+        let mut greeted = chat(&["a", "yes"]);
+        let greeting = Message {
+            role: Role::Assistant,
+            content: "Hi".to_owned(),
+        };
+        greeted.messages.insert(0, greeting);
+        let rows = chat_tokens(&base, &greeted, &TemplateArguments::new(), false).unwrap();
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0].target, base.answer_tokens("yes").unwrap());
+        assert!(rows[0].earlier.is_empty());
+        let qwen = self::base("families/qwen3");
+        let thoughts = "hm ".repeat(qwen.weights.config.context);
+        let thought = format!("<think>\n{thoughts}\n</think>\n\nyes");
+        let left = learnt(&qwen, &["a", thought.as_str(), "my card", "no"], false);
+        assert_eq!(left, [vec![qwen.answer_tokens("no").unwrap()]]);
     }
 
     #[test]
