@@ -107,7 +107,15 @@ impl Row {
             _ => self.most,
         };
         let left = answer.saturating_sub(self.spent);
-        let tokens = self.own.len() + self.pending.len() + left + self.choice_tokens;
+        self.bytes_of(self.own.len() + self.pending.len() + left + self.choice_tokens)
+    }
+
+    /// Bytes of keys and values of all its choices.
+    pub(super) fn choice_bytes(&self) -> usize {
+        self.bytes_of(self.choice_tokens)
+    }
+
+    fn bytes_of(&self, tokens: usize) -> usize {
         let config = &self.llama.base().weights.config;
         tokens * config.layers * config.kv_width() * 2 * size_of::<f32>()
     }
