@@ -165,7 +165,7 @@ impl Saving {
 impl Training<'_> {
     pub(super) fn run(&self, host: &Host<'_>) -> Result<Trained, StepError> {
         let base = open_whole_base(self.spec, host)?;
-        let all_tokens = |chats: &[ChatRow]| -> Result<Vec<TrainRow>, StepError> {
+        let all_tokens = |chats: &[ChatRow]| -> Result<Rows, StepError> {
             let told = &self.spec.chat_template_kwargs;
             tokens(&base, chats, told, self.params.lora.invocation.is_some())
         };
@@ -178,13 +178,7 @@ impl Training<'_> {
             (None, _) => {}
         }
         let state = self.resume.join("state.safetensors");
-        let mut trainer = self.trainer(
-            &base,
-            (rows.as_slice(), unseen.as_slice()),
-            &settings,
-            device,
-            &state,
-        )?;
+        let mut trainer = self.trainer(&base, (&rows, &unseen), &settings, device, &state)?;
         let saving = self.saving(&trainer);
         let per_epoch = saving.per_epoch;
         let of = Of {
@@ -240,7 +234,8 @@ impl Training<'_> {
                 _ => None,
             },
         };
-        let tokens: usize = rows.iter().map(|r| r.prompt.len() + r.target.len()).sum();
+        let tokens = rows.all.iter().map(|r| r.prompt.len() + r.target.len());
+        let tokens: usize = tokens.sum();
         Ok(Trained {
             checkpoints: checkpoints
                 .map(|step| saving.reached(self.resume, step))
@@ -248,7 +243,7 @@ impl Training<'_> {
             losses: outcome.losses.iter().enumerate().map(point).collect(),
             validations: validations.clone(),
             stopped_early: outcome.stopped_early,
-            rows: rows.len(),
+            rows: rows.all.len(),
             tokens: tokens * saving.epoch(last),
         })
     }
@@ -264,17 +259,21 @@ impl Training<'_> {
     fn trainer<'b>(
         &self,
         base: &'b BaseModel,
-        (rows, unseen): (&'b [TrainRow], &'b [TrainRow]),
+        (rows, unseen): (&'b Rows, &'b Rows),
         (lora, config): &(LoraConfig, TrainConfig),
         device: Device,
         state: &Path,
     ) -> Result<Trainer<'b>, StepError> {
         let fresh = || -> Result<Trainer<'b>, ModelError> {
-            let trainer = Trainer::new(&base.weights, lora.clone(), config.clone(), rows)?;
+            let (lora, config) = (lora.clone(), config.clone());
+            let trainer = Trainer::new(&base.weights, lora, config, &rows.all);
+            let trainer = trainer.map_err(|error| rows.at_line(error))?;
             let trainer = trainer.compute_on(base, device)?;
-            match unseen {
+            match unseen.all.as_slice() {
                 [] => Ok(trainer),
-                unseen => trainer.validate_on(unseen),
+                all => trainer
+                    .validate_on(all)
+                    .map_err(|error| unseen.at_line(error)),
             }
         };
         if !state.exists() {
@@ -300,15 +299,38 @@ fn has_checkpoints(folder: &Path, saving: Saving, trainer: &Trainer<'_>) -> bool
     due.all(|step| Checkpoint::load(&saving.reached(folder, step).folder).is_ok())
 }
 
-/// The rows to train on: one for each chat, in their order, then what these leave to rows of their
-/// own.
+/// Chats as rows: one for each, in their order, then what these leave to rows of their own.
+struct Rows {
+    all: Vec<TrainRow>,
+    /// The chat that each is of, counted from 0.
+    chats: Vec<usize>,
+}
+
+impl Rows {
+    /// An error that names the line of the chat, where it names a row.
+    fn at_line(&self, error: ModelError) -> ModelError {
+        match error {
+            ModelError::Row { index, reason } => ModelError::Row {
+                index: self.chats.get(index).copied().unwrap_or(index),
+                reason,
+            },
+            other => other,
+        }
+    }
+}
+
+/// The rows of chats; an error names the line of the chat.
 fn tokens(
     base: &BaseModel,
     chats: &[ChatRow],
     told: &TemplateArguments,
     is_activated: bool,
-) -> Result<Vec<TrainRow>, StepError> {
-    let (mut rows, mut apart) = (Vec::with_capacity(chats.len()), Vec::new());
+) -> Result<Rows, StepError> {
+    let mut rows = Rows {
+        all: Vec::with_capacity(chats.len()),
+        chats: (0..chats.len()).collect(),
+    };
+    let mut apart = Vec::new();
     for (at, chat) in chats.iter().enumerate() {
         let mut all = chat_tokens(base, chat, told, is_activated).map_err(|error| {
             let line = format!("line {}: {}", at + 1, error.message);
@@ -317,10 +339,11 @@ fn tokens(
                 ..error
             }
         })?;
-        rows.extend(all.pop());
+        rows.all.extend(all.pop());
+        rows.chats.extend(all.iter().map(|_| at));
         apart.append(&mut all);
     }
-    rows.append(&mut apart);
+    rows.all.append(&mut apart);
     Ok(rows)
 }
 
@@ -549,12 +572,16 @@ mod tests {
         let chats = [chat(&["a", "yes", "b", "no"]), chat(&["c", "yes"])];
         let told = TemplateArguments::new();
         let rows = tokens(&base, &chats, &told, true).unwrap();
-        let targets: Vec<&[u32]> = rows.iter().map(|row| row.target.as_slice()).collect();
+        let targets = rows.all.iter().map(|row| row.target.as_slice());
+        let targets: Vec<&[u32]> = targets.collect();
         let (yes, no) = (base.answer_tokens("yes"), base.answer_tokens("no"));
         let (yes, no) = (yes.unwrap(), no.unwrap());
         assert_eq!(targets, [no.as_slice(), &yes, &yes]);
+        let reason = "too long".to_owned();
+        let error = rows.at_line(ModelError::Row { index: 2, reason });
+        assert_eq!(error.to_string(), "training row 1: too long");
         let none = chat(&["a"]);
-        let error = tokens(&base, &[none], &told, false).unwrap_err();
+        let error = tokens(&base, &[none], &told, false).err().unwrap();
         assert!(error.message.starts_with("line 1: "), "{}", error.message);
     }
 }
