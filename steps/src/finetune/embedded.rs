@@ -170,6 +170,15 @@ impl Training<'_> {
             tokens(&base, chats, told, self.params.lora.invocation.is_some())
         };
         let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
+        let learnt: usize = rows.all.iter().map(|row| 1 + row.earlier.len()).sum();
+        let answers: usize = self.chats.iter().map(|chat| chat.answers().count()).sum();
+        if learnt < answers {
+            (self.warn)(&format!(
+                "{} of {answers} answers are not learnt: earlier ones of their chats, with a prompt \
+                 that the chat template refuses or a row that is longer than the model's context",
+                answers - learnt
+            ));
+        }
         let settings = settings(self.params, &base)?;
         let device = device(host.world)?;
         match (device.gpu_name().map_err(failed)?, device) {
