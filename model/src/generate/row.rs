@@ -179,6 +179,7 @@ impl Row {
             return Ok(Some(self.answer(text, Finish::Stop)));
         }
         let (before, is_whole) = (self.said.text().len(), self.said.is_whole());
+        let last = self.said.window().to_vec();
         self.said.push(token, &base.tokenizer)?;
         let text = self.said.text();
         let after = self.choices.as_ref().and_then(|set| set.after.as_deref());
@@ -197,9 +198,11 @@ impl Row {
         self.pending = vec![token];
         if let Some(end) = reached.filter(|end| *end < text.len()) {
             // The token goes on past the place: what it says up to there is fed instead, unless it
-            // began within a character.
-            if is_whole {
-                self.pending = base.tokenizer.encode(&text[before..end], false)?;
+            // began within a character or no tokens say that alone.
+            if is_whole
+                && let Some(tokens) = base.tokenizer.encode_after(&last, &text[before..end])?
+            {
+                self.pending = tokens;
             }
             self.said.cut(end);
         }
