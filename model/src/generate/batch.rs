@@ -53,7 +53,8 @@ pub enum Said {
 pub struct Piece {
     /// Text that no later token changes; may be empty.
     pub text: String,
-    /// How likely the token was, where that was asked for.
+    /// How likely the token was, where that was asked for; none for one of which the answer takes a
+    /// part only, up to a choice.
     pub token: Option<TokenProb>,
 }
 

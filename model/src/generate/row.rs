@@ -27,6 +27,8 @@ pub(super) struct Row {
     pub(super) own: KvCache,
     /// The restriction starts once `pending` is fed.
     pub(super) choosing: bool,
+    /// The last token says more than the answer took of it.
+    is_cut: bool,
     pub(super) choices: Option<ChoiceSet>,
     pub(super) sampler: Sampler,
     prompt_tokens: usize,
@@ -84,6 +86,7 @@ impl Row {
             past: Vec::new(),
             own: KvCache::default(),
             choosing: matches!(&request.choices, Some(set) if set.after.is_none()),
+            is_cut: false,
             choices: request.choices.clone(),
             sampler: Sampler::new(request.temperature, request.seed, &pending),
             prompt_tokens: pending.len(),
@@ -205,6 +208,7 @@ impl Row {
                 self.pending = tokens;
             }
             self.said.cut(end);
+            self.is_cut = true;
         }
         Ok(None)
     }
@@ -295,7 +299,8 @@ impl Row {
         logprobs.flatten().is_some()
     }
 
-    /// What the last token adds for certain: nothing that a later one may complete or cut off.
+    /// What the last token adds for certain: nothing that a later one may complete or cut off. One
+    /// that says more than the answer took of it is not told.
     pub(super) fn fresh_piece(&mut self, token: Option<TokenProb>) -> Option<Piece> {
         let watched = self.watched.as_mut()?;
         let text = self.said.text();
@@ -304,7 +309,7 @@ impl Row {
         watched.told += fresh.len();
         Some(Piece {
             text: fresh.to_owned(),
-            token,
+            token: token.filter(|_| !self.is_cut),
         })
     }
 
