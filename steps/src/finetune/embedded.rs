@@ -165,9 +165,11 @@ impl Saving {
 impl Training<'_> {
     pub(super) fn run(&self, host: &Host<'_>) -> Result<Trained, StepError> {
         let base = open_whole_base(self.spec, host)?;
+        let settings = settings(self.params, &base)?;
+        let invocation = settings.0.invocation_tokens.as_deref();
         let all_tokens = |chats: &[ChatRow]| -> Result<Rows, StepError> {
             let told = &self.spec.chat_template_kwargs;
-            tokens(&base, chats, told, self.params.lora.invocation.is_some())
+            tokens(&base, chats, told, invocation)
         };
         let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
         let learnt: usize = rows.all.iter().map(|row| 1 + row.earlier.len()).sum();
@@ -175,11 +177,11 @@ impl Training<'_> {
         if learnt < answers {
             (self.warn)(&format!(
                 "{} of {answers} answers are not learnt: earlier ones of their chats, with a prompt \
-                 that the chat template refuses or a row that is longer than the model's context",
+                 that the chat template refuses or that lacks the invocation, or a row that is \
+                 longer than the model's context",
                 answers - learnt
             ));
         }
-        let settings = settings(self.params, &base)?;
         let device = device(host.world)?;
         match (device.gpu_name().map_err(failed)?, device) {
             (Some(gpu), _) => (self.log)(&format!("training on {gpu}")),
@@ -333,7 +335,7 @@ fn tokens(
     base: &BaseModel,
     chats: &[ChatRow],
     told: &TemplateArguments,
-    is_activated: bool,
+    invocation: Option<&[u32]>,
 ) -> Result<Rows, StepError> {
     let mut rows = Rows {
         all: Vec::with_capacity(chats.len()),
@@ -341,7 +343,7 @@ fn tokens(
     };
     let mut apart = Vec::new();
     for (at, chat) in chats.iter().enumerate() {
-        let mut all = chat_tokens(base, chat, told, is_activated).map_err(|error| {
+        let mut all = chat_tokens(base, chat, told, invocation).map_err(|error| {
             let line = format!("line {}: {}", at + 1, error.message);
             StepError {
                 message: line,
@@ -361,13 +363,14 @@ fn tokens(
 /// Every answer is learnt once, after the prompt that it is asked for with. An earlier one is part
 /// of the last one's row where the chat template writes it there in the same way. It is a row by
 /// itself where the template does not (it leaves out earlier thoughts), and with an activated adapter,
-/// which takes effect with the last answer. One whose prompt the template refuses, or whose row is
-/// longer than the model's context, is left out: it may not stand in the way of the last one.
+/// which takes effect with the last answer (`invocation`). One whose prompt the template refuses or
+/// lacks the invocation, or whose row is longer than the model's context, is left out: it may not
+/// stand in the way of the last one.
 fn chat_tokens(
     base: &BaseModel,
     chat: &ChatRow,
     told: &TemplateArguments,
-    is_activated: bool,
+    invocation: Option<&[u32]>,
 ) -> Result<Vec<TrainRow>, StepError> {
     let messages: Vec<ChatMessage> = chat
         .messages
@@ -388,6 +391,10 @@ fn chat_tokens(
     let mut last = row_of(last).map_err(failed)?;
     // What goes through the model is all but the last token.
     let longest = base.weights.config.context.saturating_add(1);
+    let lacks = |prompt: &[u32], invocation: &[u32]| {
+        let mut places = prompt.windows(invocation.len().max(1));
+        !places.any(|part| part == invocation)
+    };
     let mut apart = Vec::new();
     for at in answers {
         let row = match row_of(at) {
@@ -396,10 +403,11 @@ fn chat_tokens(
             Err(error) => return Err(failed(error)),
         };
         let whole = [row.prompt.as_slice(), row.target.as_slice()].concat();
-        if row.prompt.is_empty() || whole.len() > longest {
+        let is_lacking = invocation.is_some_and(|tokens| lacks(&row.prompt, tokens));
+        if row.prompt.is_empty() || is_lacking || whole.len() > longest {
             continue;
         }
-        match last.prompt.starts_with(&whole) && !is_activated {
+        match last.prompt.starts_with(&whole) && invocation.is_none() {
             true => last.earlier.push(row.prompt.len()..whole.len()),
             false => apart.push(row),
         }
@@ -521,10 +529,14 @@ mod tests {
         }
     }
 
-    /// The rows with the tokens that each learns.
-    fn learnt(base: &BaseModel, messages: &[&str], is_activated: bool) -> Vec<Vec<Vec<u32>>> {
+    /// The rows with the tokens that each learns; an activated adapter is invoked by `invocation`.
+    fn learnt(
+        base: &BaseModel,
+        messages: &[&str],
+        invocation: Option<&[u32]>,
+    ) -> Vec<Vec<Vec<u32>>> {
         let told = TemplateArguments::new();
-        let rows = chat_tokens(base, &chat(messages), &told, is_activated).unwrap();
+        let rows = chat_tokens(base, &chat(messages), &told, invocation).unwrap();
         let learnt = rows.iter().map(|row| {
             let earlier = row.earlier.iter();
             let earlier = earlier.map(|answer| row.prompt[answer.clone()].to_vec());
@@ -538,21 +550,29 @@ mod tests {
         let base = base("tiny/rope");
         let answer = |text: &str| base.answer_tokens(text).unwrap();
         let (yes, no) = (answer("yes"), answer("no"));
-        let single = learnt(&base, &["a", "yes"], false);
+        let single = learnt(&base, &["a", "yes"], None);
         assert_eq!(single, [vec![yes.clone()]]);
         let chat = ["a", "yes", "my card", "no"];
-        let one = learnt(&base, &chat, false);
+        let one = learnt(&base, &chat, None);
         assert_eq!(one, [vec![yes.clone(), no.clone()]]);
         // An activated adapter takes effect with the last answer of a row.
-        let apart = learnt(&base, &chat, true);
+        let invocation = |text: &str| base.tokenizer.encode(text, true).unwrap();
+        let apart = learnt(&base, &chat, Some(invocation("a").as_slice()));
         assert_eq!(apart, [vec![yes.clone()], vec![no.clone()]]);
+        // Only the last one's prompt invokes it.
+        let invoked = learnt(
+            &base,
+            &["a", "yes", "1", "no"],
+            Some(invocation("1").as_slice()),
+        );
+        assert_eq!(invoked, [vec![no.clone()]]);
         // This template leaves out what an earlier answer thought.
         let qwen = self::base("families/qwen3");
         let thought = "<think>\nhm\n</think>\n\nyes";
-        let apart = learnt(&qwen, &["a", thought, "my card", "no"], false);
+        let apart = learnt(&qwen, &["a", thought, "my card", "no"], None);
         let answer = |text: &str| qwen.answer_tokens(text).unwrap();
         assert_eq!(apart, [vec![answer(thought)], vec![answer("no")]]);
-        assert_eq!(learnt(&qwen, &chat, false)[0].len(), 2);
+        assert_eq!(learnt(&qwen, &chat, None)[0].len(), 2);
     }
 
     #[test]
@@ -564,14 +584,14 @@ mod tests {
             content: "Hi".to_owned(),
         };
         greeted.messages.insert(0, greeting);
-        let rows = chat_tokens(&base, &greeted, &TemplateArguments::new(), false).unwrap();
+        let rows = chat_tokens(&base, &greeted, &TemplateArguments::new(), None).unwrap();
         assert_eq!(rows.len(), 1);
         assert_eq!(rows[0].target, base.answer_tokens("yes").unwrap());
         assert!(rows[0].earlier.is_empty());
         let qwen = self::base("families/qwen3");
         let thoughts = "hm ".repeat(qwen.weights.config.context);
         let thought = format!("<think>\n{thoughts}\n</think>\n\nyes");
-        let left = learnt(&qwen, &["a", thought.as_str(), "my card", "no"], false);
+        let left = learnt(&qwen, &["a", thought.as_str(), "my card", "no"], None);
         assert_eq!(left, [vec![qwen.answer_tokens("no").unwrap()]]);
     }
 
@@ -580,7 +600,8 @@ mod tests {
         let base = base("tiny/rope");
         let chats = [chat(&["a", "yes", "b", "no"]), chat(&["c", "yes"])];
         let told = TemplateArguments::new();
-        let rows = tokens(&base, &chats, &told, true).unwrap();
+        let a = base.tokenizer.encode("a", true).unwrap();
+        let rows = tokens(&base, &chats, &told, Some(a.as_slice())).unwrap();
         let targets = rows.all.iter().map(|row| row.target.as_slice());
         let targets: Vec<&[u32]> = targets.collect();
         let (yes, no) = (base.answer_tokens("yes"), base.answer_tokens("no"));
@@ -590,7 +611,7 @@ mod tests {
         let error = rows.at_line(ModelError::Row { index: 2, reason });
         assert_eq!(error.to_string(), "training row 1: too long");
         let none = chat(&["a"]);
-        let error = tokens(&base, &[none], &told, false).err().unwrap();
+        let error = tokens(&base, &[none], &told, None).err().unwrap();
         assert!(error.message.starts_with("line 1: "), "{}", error.message);
     }
 }
