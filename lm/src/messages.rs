@@ -9,7 +9,7 @@ use crate::value::Fields;
 use serde::{Deserialize, Serialize};
 
 /// One training conversation in OpenAI's chat format; the assistant's messages are the targets, one
-/// of which is the last.
+/// of which is the last. [`ChatRow::answers`] says which.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChatRow {
@@ -18,10 +18,17 @@ pub struct ChatRow {
 }
 
 impl ChatRow {
-    /// Where the assistant's messages are.
+    /// Where the assistant's messages to learn are: those that come after a message of the user,
+    /// and the last one. A greeting that begins a chat answers nothing.
     pub fn answers(&self) -> impl Iterator<Item = usize> {
+        let is = |role: Role| move |message: &Message| message.role == role;
+        let asked = self.messages.iter().position(is(Role::User));
+        let last = self.messages.iter().rposition(is(Role::Assistant));
         let messages = self.messages.iter().enumerate();
-        messages.filter_map(|(at, message)| (message.role == Role::Assistant).then_some(at))
+        messages.filter_map(move |(at, message)| {
+            let is_answer = asked.is_some_and(|asked| asked < at) || last == Some(at);
+            (message.role == Role::Assistant && is_answer).then_some(at)
+        })
     }
 }
 
@@ -156,6 +163,25 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::program::ProgramSpec;
+
+    #[test]
+    fn a_message_that_nobody_asked_for_is_learnt_where_it_is_the_last() {
+        let (user, assistant) = (Role::User, Role::Assistant);
+        let answers = |roles: &[Role]| -> Vec<usize> {
+            let messages = roles.iter().map(|role| Message {
+                role: *role,
+                content: "a".to_owned(),
+            });
+            let messages = messages.collect();
+            ChatRow { messages }.answers().collect()
+        };
+        assert_eq!(answers(&[user, assistant, user, assistant]), [1, 3]);
+        assert_eq!(answers(&[assistant, user, assistant]), [2]);
+        let system = Role::System;
+        assert_eq!(answers(&[system, assistant, user, assistant]), [3]);
+        assert_eq!(answers(&[system, assistant, assistant]), [2]);
+        assert!(answers(&[user]).is_empty());
+    }
 
     #[test]
     fn rows_become_conversations() {

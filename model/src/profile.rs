@@ -143,13 +143,26 @@ pub(crate) fn join<A: Send, B: Send>(
 /// and wake it.
 pub(crate) fn in_pool<R: Send>(compute: impl FnOnce() -> R + Send) -> R {
     let clock = CLOCK.take();
-    let (result, clock) = rayon::scope(|_| {
-        CLOCK.set(clock);
-        let result = compute();
-        (result, CLOCK.take())
-    });
+    let (result, clock) = rayon::scope(|_| with_clock(clock, compute));
     CLOCK.set(clock);
     result
+}
+
+/// Runs `compute` with `clock` on this thread, and gives it back. The thread keeps its own: it may
+/// be one that waits within another call of [`in_pool`] and does this meanwhile.
+fn with_clock<R>(clock: Option<Clock>, compute: impl FnOnce() -> R) -> (R, Option<Clock>) {
+    let _own = Kept(CLOCK.replace(clock));
+    let result = compute();
+    (result, CLOCK.take())
+}
+
+/// A thread's clock, which it has again when this is dropped, after a panic too.
+struct Kept(Option<Clock>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        CLOCK.set(self.0.take());
+    }
 }
 
 #[cfg(test)]
@@ -188,6 +201,18 @@ mod tests {
         assert!(both <= all);
         assert_eq!(of(&spent, Operation::Products), Duration::ZERO);
         assert_eq!(stop(), Spent::default());
+    }
+
+    #[test]
+    fn a_thread_has_its_clock_again_after_it_computed_for_another() {
+        start();
+        let (turned, clock) = with_clock(None, || turn(Operation::Head));
+        assert!(turned.is_none() && clock.is_none());
+        assert_eq!(turn(Operation::Lora), Some(Operation::Else));
+        let compute = || with_clock(None, || assert!(turn(Operation::Head).is_some()));
+        assert!(std::panic::catch_unwind(compute).is_err());
+        assert_eq!(turn(Operation::Head), Some(Operation::Lora));
+        stop();
     }
 
     #[test]

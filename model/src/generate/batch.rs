@@ -34,7 +34,8 @@ pub struct Ask {
     /// (nucleus sampling, Holtzman et al. 2020); 1 for all.
     pub top_p: f64,
     /// Log-probabilities of each token and of this many alternatives; of all values of a choice,
-    /// each by itself, which is slower.
+    /// each by itself, which is slower, and refused where these are too many and too long for the
+    /// batch's room.
     pub logprobs: Option<usize>,
 }
 
@@ -52,7 +53,8 @@ pub enum Said {
 pub struct Piece {
     /// Text that no later token changes; may be empty.
     pub text: String,
-    /// How likely the token was, where that was asked for.
+    /// How likely the token was, where that was asked for; none for one of which the answer takes a
+    /// part only, up to a choice.
     pub token: Option<TokenProb>,
 }
 
@@ -201,6 +203,16 @@ impl Batch {
         let trie = &self.tries[at].trie;
         row.check_choices(trie.longest())?;
         row.choice_tokens = trie.fed();
+        // All are computed then, however unlikely, and they are held until the last one is.
+        if row.tells_choices() && row.choice_bytes() > self.room {
+            return Err(ModelError::Request(format!(
+                "the log-probabilities of all choices take {} MiB of keys and values, more than the \
+                 {} MiB that there are; ask without log-probabilities, or for fewer or shorter \
+                 choices",
+                row.choice_bytes() >> 20,
+                self.room >> 20
+            )));
+        }
         Ok(())
     }
 

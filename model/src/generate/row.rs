@@ -27,6 +27,8 @@ pub(super) struct Row {
     pub(super) own: KvCache,
     /// The restriction starts once `pending` is fed.
     pub(super) choosing: bool,
+    /// The last token says more than the answer took of it.
+    is_cut: bool,
     pub(super) choices: Option<ChoiceSet>,
     pub(super) sampler: Sampler,
     prompt_tokens: usize,
@@ -84,6 +86,7 @@ impl Row {
             past: Vec::new(),
             own: KvCache::default(),
             choosing: matches!(&request.choices, Some(set) if set.after.is_none()),
+            is_cut: false,
             choices: request.choices.clone(),
             sampler: Sampler::new(request.temperature, request.seed, &pending),
             prompt_tokens: pending.len(),
@@ -107,7 +110,15 @@ impl Row {
             _ => self.most,
         };
         let left = answer.saturating_sub(self.spent);
-        let tokens = self.own.len() + self.pending.len() + left + self.choice_tokens;
+        self.bytes_of(self.own.len() + self.pending.len() + left + self.choice_tokens)
+    }
+
+    /// Bytes of keys and values of all its choices.
+    pub(super) fn choice_bytes(&self) -> usize {
+        self.bytes_of(self.choice_tokens)
+    }
+
+    fn bytes_of(&self, tokens: usize) -> usize {
         let config = &self.llama.base().weights.config;
         tokens * config.layers * config.kv_width() * 2 * size_of::<f32>()
     }
@@ -171,6 +182,7 @@ impl Row {
             return Ok(Some(self.answer(text, Finish::Stop)));
         }
         let (before, is_whole) = (self.said.text().len(), self.said.is_whole());
+        let last = self.said.window().to_vec();
         self.said.push(token, &base.tokenizer)?;
         let text = self.said.text();
         let after = self.choices.as_ref().and_then(|set| set.after.as_deref());
@@ -189,11 +201,14 @@ impl Row {
         self.pending = vec![token];
         if let Some(end) = reached.filter(|end| *end < text.len()) {
             // The token goes on past the place: what it says up to there is fed instead, unless it
-            // began within a character.
-            if is_whole {
-                self.pending = base.tokenizer.encode(&text[before..end], false)?;
+            // began within a character or no tokens say that alone.
+            if is_whole
+                && let Some(tokens) = base.tokenizer.encode_after(&last, &text[before..end])?
+            {
+                self.pending = tokens;
             }
             self.said.cut(end);
+            self.is_cut = true;
         }
         Ok(None)
     }
@@ -284,7 +299,8 @@ impl Row {
         logprobs.flatten().is_some()
     }
 
-    /// What the last token adds for certain: nothing that a later one may complete or cut off.
+    /// What the last token adds for certain: nothing that a later one may complete or cut off. One
+    /// that says more than the answer took of it is not told.
     pub(super) fn fresh_piece(&mut self, token: Option<TokenProb>) -> Option<Piece> {
         let watched = self.watched.as_mut()?;
         let text = self.said.text();
@@ -293,7 +309,7 @@ impl Row {
         watched.told += fresh.len();
         Some(Piece {
             text: fresh.to_owned(),
-            token,
+            token: token.filter(|_| !self.is_cut),
         })
     }
 

@@ -30,10 +30,9 @@ pub(crate) fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Tokenizer, 
         }
     };
     add_special(&mut inner, metadata, &tokens)?;
-    let ids = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eos_token_id"];
-    let ids = ids.map(|key| id(metadata, key, tokens.len()));
-    let [turn_end, text_end] = ids;
-    let ends: Vec<u32> = turn_end?.into_iter().chain(text_end?).collect();
+    let turn_end = id_or_none(metadata, "tokenizer.ggml.eot_token_id", tokens.len());
+    let text_end = id(metadata, "tokenizer.ggml.eos_token_id", tokens.len())?;
+    let ends: Vec<u32> = turn_end.into_iter().chain(text_end).collect();
     let begin = begin(metadata, tokens.len())?;
     Ok(Tokenizer::new(inner, &ends).with_begin(begin))
 }
@@ -81,6 +80,12 @@ fn id(metadata: &HashMap<String, Value>, key: &str, tokens: usize) -> Result<Opt
     }
 }
 
+/// The same where a model can do without: files say with a number that is no token's, such as -1,
+/// that there is none.
+fn id_or_none(metadata: &HashMap<String, Value>, key: &str, tokens: usize) -> Option<u32> {
+    id(metadata, key, tokens).ok().flatten()
+}
+
 /// What a text that is no chat begins with, by default as in llama.cpp.
 fn begin(metadata: &HashMap<String, Value>, tokens: usize) -> Result<Option<u32>, String> {
     const KEY: &str = "tokenizer.ggml.add_bos_token";
@@ -92,10 +97,8 @@ fn begin(metadata: &HashMap<String, Value>, tokens: usize) -> Result<Option<u32>
             string(metadata, "tokenizer.ggml.model")? == "llama" || is_llama3(pre)
         }
     };
-    match asked {
-        true => id(metadata, "tokenizer.ggml.bos_token_id", tokens),
-        false => Ok(None),
-    }
+    let begin = id_or_none(metadata, "tokenizer.ggml.bos_token_id", tokens);
+    Ok(begin.filter(|_| asked))
 }
 
 fn add_special(
@@ -333,6 +336,24 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_turn_end_or_begin_that_is_no_token_is_none() {
+        for none in [Value::U32(100_000), Value::U32(u32::MAX), Value::I32(-1)] {
+            let mut metadata = tiny_metadata();
+            for (key, value) in [
+                ("eot_token_id", none.clone()),
+                ("bos_token_id", none.clone()),
+                ("add_bos_token", Value::Bool(true)),
+            ] {
+                metadata.insert(format!("tokenizer.ggml.{key}"), value);
+            }
+            let tokenizer = from_gguf(&metadata).unwrap();
+            assert_eq!(tokenizer.eos(), [2, 0], "{none:?}");
+            let card = tokenizer.encode("card", true).unwrap();
+            assert_eq!(tokenizer.text_tokens("card").unwrap(), card);
+        }
+    }
+
+    #[test]
     fn metadata_that_does_not_fit_is_an_error_not_a_panic() {
         for (key, value) in [
             ("tokenizer.ggml.model", Value::String("llama".into())),
@@ -342,7 +363,6 @@ pub(crate) mod tests {
             ("tokenizer.ggml.merges", texts(&["nospace"])),
             ("tokenizer.ggml.eos_token_id", Value::U32(100_000)),
             ("tokenizer.ggml.eos_token_id", Value::I32(-1)),
-            ("tokenizer.ggml.eot_token_id", Value::U32(100_000)),
             ("tokenizer.ggml.add_bos_token", Value::U32(1)),
         ] {
             let mut metadata = tiny_metadata();

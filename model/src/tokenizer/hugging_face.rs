@@ -42,6 +42,7 @@ fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2
     let after = chat.map_err(|e| e.to_string())?.after_answer();
     // What servers stop at is what adapters learn to end their answers with.
     let turn_end = tokenizer.leading_special(&after);
+    let turn_end = turn_end.or_else(|| tokenizer.eos().first().copied());
     let turn_end = turn_end.and_then(|id| tokenizer.spelling(id));
     let mut tokens = vec![
         ("bos_token", bos),
@@ -132,6 +133,9 @@ mod tests {
         let silent = Value::String(silent.to_owned());
         metadata.insert("tokenizer.chat_template".to_owned(), silent);
         assert_eq!(eos(&metadata), "<|endoftext|>");
+        // As in training, where the template writes nothing there.
+        metadata.insert("tokenizer.ggml.eot_token_id".to_owned(), Value::U32(2));
+        assert_eq!(eos(&metadata), "<|im_end|>");
     }
 
     #[test]

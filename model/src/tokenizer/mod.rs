@@ -156,6 +156,23 @@ impl Tokenizer {
             .map_err(|e| ModelError::Tokenizer(format!("cannot decode: {e}")))
     }
 
+    /// The tokens that go on with `text` after `before`, which ends a whole character. None where
+    /// the vocabulary has no such tokens for it, or says something else there: one that puts a space
+    /// before every text does after other tokens.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] when the vocabulary cannot express the text, or the decoder fails.
+    pub(crate) fn encode_after(
+        &self,
+        before: &[u32],
+        text: &str,
+    ) -> Result<Option<Vec<u32>>, ModelError> {
+        let tokens = self.encode(text, false)?;
+        let whole = self.decode(&[before, tokens.as_slice()].concat())?;
+        let said = whole.strip_prefix(self.decode(before)?.as_str());
+        Ok((!tokens.is_empty() && said == Some(text)).then_some(tokens))
+    }
+
     /// The tokens that end a turn, the model's own first; may be empty.
     pub fn eos(&self) -> &[u32] {
         &self.eos
@@ -206,6 +223,7 @@ fn begin(tokenizer: &tokenizers::Tokenizer) -> Vec<u32> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use tokenizers::normalizers::Prepend;
     use tokenizers::processors::template::TemplateProcessing;
     use tokenizers::{PaddingParams, PaddingStrategy, TruncationParams};
 
@@ -233,6 +251,22 @@ mod tests {
                 assert_eq!(read.encode(text, special).unwrap(), wanted, "{text}");
             }
         }
+    }
+
+    #[test]
+    fn a_text_goes_on_with_tokens_that_say_nothing_else() {
+        let plain = tiny_tokenizer();
+        let encode = |text: &str| plain.encode(text, false).unwrap();
+        let my = encode("my");
+        assert_eq!(plain.encode_after(&my, "c").unwrap(), Some(encode("c")));
+        assert_eq!(plain.encode_after(&[], "c").unwrap(), Some(encode("c")));
+        assert_eq!(plain.encode_after(&my, "").unwrap(), None);
+        let mut inner = tiny_tokenizer().special;
+        let space = Prepend::new(" ".to_owned());
+        inner.with_normalizer(Some(space)).unwrap();
+        let prepends = Tokenizer::new(inner, &[]);
+        assert_eq!(prepends.decode(&my).unwrap(), "my");
+        assert_eq!(prepends.encode_after(&my, "c").unwrap(), None);
     }
 
     #[test]

@@ -35,6 +35,11 @@ impl TextStream {
         self.window.len() == self.read
     }
 
+    /// The last tokens, after which the next one is read.
+    pub(crate) fn window(&self) -> &[u32] {
+        &self.window
+    }
+
     /// Takes back what is after the first `len` bytes. Nothing may be added then.
     pub(crate) fn cut(&mut self, len: usize) {
         let text = self.text.get(..len).unwrap_or_default().to_owned();

@@ -165,12 +165,23 @@ impl Saving {
 impl Training<'_> {
     pub(super) fn run(&self, host: &Host<'_>) -> Result<Trained, StepError> {
         let base = open_whole_base(self.spec, host)?;
-        let all_tokens = |chats: &[ChatRow]| -> Result<Vec<TrainRow>, StepError> {
+        let settings = settings(self.params, &base)?;
+        let invocation = settings.0.invocation_tokens.as_deref();
+        let all_tokens = |chats: &[ChatRow]| -> Result<Rows, StepError> {
             let told = &self.spec.chat_template_kwargs;
-            tokens(&base, chats, told, self.params.lora.invocation.is_some())
+            tokens(&base, chats, told, invocation)
         };
         let (rows, unseen) = (all_tokens(&self.chats)?, all_tokens(&self.validation)?);
-        let settings = settings(self.params, &base)?;
+        let learnt: usize = rows.all.iter().map(|row| 1 + row.earlier.len()).sum();
+        let answers: usize = self.chats.iter().map(|chat| chat.answers().count()).sum();
+        if learnt < answers {
+            (self.warn)(&format!(
+                "{} of {answers} answers are not learnt: earlier ones of their chats, with a prompt \
+                 that the chat template refuses or that lacks the invocation, or a row that is \
+                 longer than the model's context",
+                answers - learnt
+            ));
+        }
         let device = device(host.world)?;
         match (device.gpu_name().map_err(failed)?, device) {
             (Some(gpu), _) => (self.log)(&format!("training on {gpu}")),
@@ -178,13 +189,7 @@ impl Training<'_> {
             (None, _) => {}
         }
         let state = self.resume.join("state.safetensors");
-        let mut trainer = self.trainer(
-            &base,
-            (rows.as_slice(), unseen.as_slice()),
-            &settings,
-            device,
-            &state,
-        )?;
+        let mut trainer = self.trainer(&base, (&rows, &unseen), &settings, device, &state)?;
         let saving = self.saving(&trainer);
         let per_epoch = saving.per_epoch;
         let of = Of {
@@ -240,7 +245,8 @@ impl Training<'_> {
                 _ => None,
             },
         };
-        let tokens: usize = rows.iter().map(|r| r.prompt.len() + r.target.len()).sum();
+        let tokens = rows.all.iter().map(|r| r.prompt.len() + r.target.len());
+        let tokens: usize = tokens.sum();
         Ok(Trained {
             checkpoints: checkpoints
                 .map(|step| saving.reached(self.resume, step))
@@ -248,7 +254,7 @@ impl Training<'_> {
             losses: outcome.losses.iter().enumerate().map(point).collect(),
             validations: validations.clone(),
             stopped_early: outcome.stopped_early,
-            rows: rows.len(),
+            rows: rows.all.len(),
             tokens: tokens * saving.epoch(last),
         })
     }
@@ -264,17 +270,21 @@ impl Training<'_> {
     fn trainer<'b>(
         &self,
         base: &'b BaseModel,
-        (rows, unseen): (&'b [TrainRow], &'b [TrainRow]),
+        (rows, unseen): (&'b Rows, &'b Rows),
         (lora, config): &(LoraConfig, TrainConfig),
         device: Device,
         state: &Path,
     ) -> Result<Trainer<'b>, StepError> {
         let fresh = || -> Result<Trainer<'b>, ModelError> {
-            let trainer = Trainer::new(&base.weights, lora.clone(), config.clone(), rows)?;
+            let (lora, config) = (lora.clone(), config.clone());
+            let trainer = Trainer::new(&base.weights, lora, config, &rows.all);
+            let trainer = trainer.map_err(|error| rows.at_line(error))?;
             let trainer = trainer.compute_on(base, device)?;
-            match unseen {
+            match unseen.all.as_slice() {
                 [] => Ok(trainer),
-                unseen => trainer.validate_on(unseen),
+                all => trainer
+                    .validate_on(all)
+                    .map_err(|error| unseen.at_line(error)),
             }
         };
         if !state.exists() {
@@ -300,27 +310,51 @@ fn has_checkpoints(folder: &Path, saving: Saving, trainer: &Trainer<'_>) -> bool
     due.all(|step| Checkpoint::load(&saving.reached(folder, step).folder).is_ok())
 }
 
-/// The rows to train on: one for each chat, in their order, then what these leave to rows of their
-/// own.
+/// Chats as rows: one for each, in their order, then what these leave to rows of their own.
+struct Rows {
+    all: Vec<TrainRow>,
+    /// The chat that each is of, counted from 0.
+    chats: Vec<usize>,
+}
+
+impl Rows {
+    /// An error that names the line of the chat, where it names a row.
+    fn at_line(&self, error: ModelError) -> ModelError {
+        match error {
+            ModelError::Row { index, reason } => ModelError::Row {
+                index: self.chats.get(index).copied().unwrap_or(index),
+                reason,
+            },
+            other => other,
+        }
+    }
+}
+
+/// The rows of chats; an error names the line of the chat.
 fn tokens(
     base: &BaseModel,
     chats: &[ChatRow],
     told: &TemplateArguments,
-    is_activated: bool,
-) -> Result<Vec<TrainRow>, StepError> {
-    let (mut rows, mut apart) = (Vec::with_capacity(chats.len()), Vec::new());
+    invocation: Option<&[u32]>,
+) -> Result<Rows, StepError> {
+    let mut rows = Rows {
+        all: Vec::with_capacity(chats.len()),
+        chats: (0..chats.len()).collect(),
+    };
+    let mut apart = Vec::new();
     for (at, chat) in chats.iter().enumerate() {
-        let mut all = chat_tokens(base, chat, told, is_activated).map_err(|error| {
+        let mut all = chat_tokens(base, chat, told, invocation).map_err(|error| {
             let line = format!("line {}: {}", at + 1, error.message);
             StepError {
                 message: line,
                 ..error
             }
         })?;
-        rows.extend(all.pop());
+        rows.all.extend(all.pop());
+        rows.chats.extend(all.iter().map(|_| at));
         apart.append(&mut all);
     }
-    rows.append(&mut apart);
+    rows.all.append(&mut apart);
     Ok(rows)
 }
 
@@ -329,34 +363,51 @@ fn tokens(
 /// Every answer is learnt once, after the prompt that it is asked for with. An earlier one is part
 /// of the last one's row where the chat template writes it there in the same way. It is a row by
 /// itself where the template does not (it leaves out earlier thoughts), and with an activated adapter,
-/// which takes effect with the last answer.
+/// which takes effect with the last answer (`invocation`). One whose prompt the template refuses or
+/// lacks the invocation, or whose row is longer than the model's context, is left out: it may not
+/// stand in the way of the last one.
 fn chat_tokens(
     base: &BaseModel,
     chat: &ChatRow,
     told: &TemplateArguments,
-    is_activated: bool,
+    invocation: Option<&[u32]>,
 ) -> Result<Vec<TrainRow>, StepError> {
     let messages: Vec<ChatMessage> = chat
         .messages
         .iter()
         .map(|m| ChatMessage::new(m.role.as_str(), m.content.clone()))
         .collect();
-    let row = |at: usize| -> Result<TrainRow, StepError> {
-        let prompt = base.prompt_tokens_with(&messages[..at], told);
+    let row_of = |at: usize| -> Result<TrainRow, ModelError> {
         Ok(TrainRow {
-            prompt: prompt.map_err(failed)?,
-            target: base.answer_tokens(&messages[at].content).map_err(failed)?,
+            prompt: base.prompt_tokens_with(&messages[..at], told)?,
+            target: base.answer_tokens(&messages[at].content)?,
             earlier: Vec::new(),
         })
     };
-    let mut rows = chat.answers().map(row).collect::<Result<Vec<_>, _>>()?;
-    let Some(mut last) = rows.pop() else {
+    let mut answers: Vec<usize> = chat.answers().collect();
+    let Some(last) = answers.pop() else {
         return Err(StepError::invalid("a chat has no message of the assistant"));
     };
+    let mut last = row_of(last).map_err(failed)?;
+    // What goes through the model is all but the last token.
+    let longest = base.weights.config.context.saturating_add(1);
+    let lacks = |prompt: &[u32], invocation: &[u32]| {
+        let mut places = prompt.windows(invocation.len().max(1));
+        !places.any(|part| part == invocation)
+    };
     let mut apart = Vec::new();
-    for row in rows {
+    for at in answers {
+        let row = match row_of(at) {
+            Ok(row) => row,
+            Err(ModelError::Template(_)) => continue,
+            Err(error) => return Err(failed(error)),
+        };
         let whole = [row.prompt.as_slice(), row.target.as_slice()].concat();
-        match last.prompt.starts_with(&whole) && !is_activated {
+        let is_lacking = invocation.is_some_and(|tokens| lacks(&row.prompt, tokens));
+        if row.prompt.is_empty() || is_lacking || whole.len() > longest {
+            continue;
+        }
+        match last.prompt.starts_with(&whole) && invocation.is_none() {
             true => last.earlier.push(row.prompt.len()..whole.len()),
             false => apart.push(row),
         }
@@ -478,10 +529,14 @@ mod tests {
         }
     }
 
-    /// The rows with the tokens that each learns.
-    fn learnt(base: &BaseModel, messages: &[&str], is_activated: bool) -> Vec<Vec<Vec<u32>>> {
+    /// The rows with the tokens that each learns; an activated adapter is invoked by `invocation`.
+    fn learnt(
+        base: &BaseModel,
+        messages: &[&str],
+        invocation: Option<&[u32]>,
+    ) -> Vec<Vec<Vec<u32>>> {
         let told = TemplateArguments::new();
-        let rows = chat_tokens(base, &chat(messages), &told, is_activated).unwrap();
+        let rows = chat_tokens(base, &chat(messages), &told, invocation).unwrap();
         let learnt = rows.iter().map(|row| {
             let earlier = row.earlier.iter();
             let earlier = earlier.map(|answer| row.prompt[answer.clone()].to_vec());
@@ -495,21 +550,49 @@ mod tests {
         let base = base("tiny/rope");
         let answer = |text: &str| base.answer_tokens(text).unwrap();
         let (yes, no) = (answer("yes"), answer("no"));
-        let single = learnt(&base, &["a", "yes"], false);
+        let single = learnt(&base, &["a", "yes"], None);
         assert_eq!(single, [vec![yes.clone()]]);
         let chat = ["a", "yes", "my card", "no"];
-        let one = learnt(&base, &chat, false);
+        let one = learnt(&base, &chat, None);
         assert_eq!(one, [vec![yes.clone(), no.clone()]]);
         // An activated adapter takes effect with the last answer of a row.
-        let apart = learnt(&base, &chat, true);
+        let invocation = |text: &str| base.tokenizer.encode(text, true).unwrap();
+        let apart = learnt(&base, &chat, Some(invocation("a").as_slice()));
         assert_eq!(apart, [vec![yes.clone()], vec![no.clone()]]);
+        // Only the last one's prompt invokes it.
+        let invoked = learnt(
+            &base,
+            &["a", "yes", "1", "no"],
+            Some(invocation("1").as_slice()),
+        );
+        assert_eq!(invoked, [vec![no.clone()]]);
         // This template leaves out what an earlier answer thought.
         let qwen = self::base("families/qwen3");
         let thought = "<think>\nhm\n</think>\n\nyes";
-        let apart = learnt(&qwen, &["a", thought, "my card", "no"], false);
+        let apart = learnt(&qwen, &["a", thought, "my card", "no"], None);
         let answer = |text: &str| qwen.answer_tokens(text).unwrap();
         assert_eq!(apart, [vec![answer(thought)], vec![answer("no")]]);
-        assert_eq!(learnt(&qwen, &chat, false)[0].len(), 2);
+        assert_eq!(learnt(&qwen, &chat, None)[0].len(), 2);
+    }
+
+    #[test]
+    fn an_earlier_answer_that_cannot_be_learnt_is_left_out() {
+        let base = base("tiny/rope");
+        let mut greeted = chat(&["a", "yes"]);
+        let greeting = Message {
+            role: Role::Assistant,
+            content: "Hi".to_owned(),
+        };
+        greeted.messages.insert(0, greeting);
+        let rows = chat_tokens(&base, &greeted, &TemplateArguments::new(), None).unwrap();
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0].target, base.answer_tokens("yes").unwrap());
+        assert!(rows[0].earlier.is_empty());
+        let qwen = self::base("families/qwen3");
+        let thoughts = "hm ".repeat(qwen.weights.config.context);
+        let thought = format!("<think>\n{thoughts}\n</think>\n\nyes");
+        let left = learnt(&qwen, &["a", thought.as_str(), "my card", "no"], None);
+        assert_eq!(left, [vec![qwen.answer_tokens("no").unwrap()]]);
     }
 
     #[test]
@@ -517,13 +600,18 @@ mod tests {
         let base = base("tiny/rope");
         let chats = [chat(&["a", "yes", "b", "no"]), chat(&["c", "yes"])];
         let told = TemplateArguments::new();
-        let rows = tokens(&base, &chats, &told, true).unwrap();
-        let targets: Vec<&[u32]> = rows.iter().map(|row| row.target.as_slice()).collect();
+        let a = base.tokenizer.encode("a", true).unwrap();
+        let rows = tokens(&base, &chats, &told, Some(a.as_slice())).unwrap();
+        let targets = rows.all.iter().map(|row| row.target.as_slice());
+        let targets: Vec<&[u32]> = targets.collect();
         let (yes, no) = (base.answer_tokens("yes"), base.answer_tokens("no"));
         let (yes, no) = (yes.unwrap(), no.unwrap());
         assert_eq!(targets, [no.as_slice(), &yes, &yes]);
+        let reason = "too long".to_owned();
+        let error = rows.at_line(ModelError::Row { index: 2, reason });
+        assert_eq!(error.to_string(), "training row 1: too long");
         let none = chat(&["a"]);
-        let error = tokens(&base, &[none], &told, false).unwrap_err();
+        let error = tokens(&base, &[none], &told, None).err().unwrap();
         assert!(error.message.starts_with("line 1: "), "{}", error.message);
     }
 }

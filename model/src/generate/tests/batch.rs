@@ -96,6 +96,38 @@ fn a_choice_that_is_longer_than_the_context_is_refused() {
 }
 
 #[test]
+fn choices_that_have_no_room_are_refused_where_each_ones_probability_is_told() {
+    let generator = generator(6, 4);
+    // Pairs that part at their first and at their last token.
+    let pairs = ["a", "b"].map(|start| format!("{start}{}", " card".repeat(20)));
+    let values = pairs
+        .iter()
+        .flat_map(|pair| [format!("{pair}x"), format!("{pair}y")]);
+    let told = ask(GenerateRequest {
+        choices: Some(ChoiceSet {
+            after: None,
+            values: values.collect(),
+            then: String::new(),
+        }),
+        ..request("hello", 5)
+    });
+    let untold = Ask {
+        logprobs: None,
+        ..told.clone()
+    };
+    let answer = |ask: &Ask, room: usize| {
+        let mut batch = Batch::new(4, 0).with_room(room);
+        batch.add(&generator, 0, ask).unwrap();
+        watched(&mut batch, 1).remove(0).2.unwrap()
+    };
+    let error = answer(&told, 1).unwrap_err();
+    assert!(matches!(error, ModelError::Request(_)), "{error}");
+    assert!(error.to_string().contains("log-probabilities"), "{error}");
+    assert!(answer(&untold, 1).is_ok());
+    assert!(answer(&told, 1 << 30).is_ok());
+}
+
+#[test]
 fn a_removed_row_is_silent_and_the_others_go_on() {
     let generator = generator(3, 4);
     let mut batch = Batch::new(4, 0);

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use super::{all, ask, generator, request, watched};
 use crate::base_model::BaseModel;
 use crate::chat_template::{ChatMessage, ChatTemplate};
-use crate::generate::{Ask, Batch, ChoiceSet, GenerateOptions, GenerateRequest, Generator, Row};
+use crate::generate::{
+    Ask, Batch, ChoiceSet, GenerateOptions, GenerateRequest, Generator, Row, TokenProb,
+};
 use crate::tiny;
 
 #[test]
@@ -147,9 +149,20 @@ fn a_token_that_goes_on_past_the_place_of_a_choice_is_cut_there() {
             then: ".".into(),
         });
         let mut row = Row::new(0, &asked, vec![1, 2], &generator.llama).unwrap();
+        row.watch(1.0, Some(0));
+        let prob = |text: &str| TokenProb {
+            text: text.to_owned(),
+            logprob: -1.0,
+            top: Vec::new(),
+        };
         assert!(row.take(token("x"), base).unwrap().is_none() && !row.choosing);
+        let told = row.fresh_piece(Some(prob("x"))).unwrap();
+        assert_eq!((told.text.as_str(), told.token), ("x", Some(prob("x"))));
         assert!(row.take(token("card"), base).unwrap().is_none());
         assert!(row.choosing, "{after}");
+        // It is not one of the answer's tokens: a part of it is.
+        let told = row.fresh_piece(Some(prob("card"))).unwrap();
+        assert_eq!((told.text.as_str(), told.token), (&after.trim()[1..], None));
         let answer = row.chosen(&[3, 4], 1, vec![0.4, 0.6], base).unwrap();
         (row.pending, answer.text)
     };

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use flowrun_engine::step::StepError;
-use flowrun_lm::lm::{Message, Role};
+use flowrun_lm::lm::Message;
 use flowrun_lm::messages::ChatRow;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -233,11 +233,12 @@ fn parted(chat: &ChatRow, at: usize, told: Option<&BTreeMap<String, Value>>) -> 
 
 /// A conversation in which each message says whether it is to be learned.
 fn marked(chat: &ChatRow) -> Value {
-    let message = |message: &Message| {
-        let is_learnt = message.role == Role::Assistant;
+    let answers: Vec<usize> = chat.answers().collect();
+    let message = |(at, message): (usize, &Message)| {
+        let is_learnt = answers.contains(&at);
         json!({ "role": message.role, "content": message.content, TRAINING: is_learnt })
     };
-    let messages: Vec<Value> = chat.messages.iter().map(message).collect();
+    let messages: Vec<Value> = chat.messages.iter().enumerate().map(message).collect();
     json!({ "messages": messages })
 }
 
@@ -362,6 +363,8 @@ fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use flowrun_lm::lm::Role;
+
     use super::*;
 
     fn spec(trainer: &str) -> CommandSpec {
@@ -394,10 +397,11 @@ mod tests {
     }
 
     #[test]
-    fn every_message_of_the_assistant_is_to_be_learnt() {
+    fn every_answer_of_the_assistant_is_to_be_learnt() {
         let chat = ChatRow {
             messages: vec![
                 message(Role::System, "s"),
+                message(Role::Assistant, "hi"),
                 message(Role::User, "a"),
                 message(Role::Assistant, "b"),
                 message(Role::User, "c"),
@@ -416,7 +420,7 @@ mod tests {
         let rows = written("trl");
         assert_eq!(rows.len(), 2);
         assert_eq!(spec("trl").trainer.rows(std::slice::from_ref(&chat)), 2);
-        for (row, (asked, said)) in rows.iter().zip([(2, "b"), (4, "d")]) {
+        for (row, (asked, said)) in rows.iter().zip([(3, "b"), (5, "d")]) {
             assert_eq!(row["prompt"].as_array().unwrap().len(), asked);
             let answer = json!([{ "role": "assistant", "content": said }]);
             assert_eq!(row["completion"], answer);
@@ -424,7 +428,7 @@ mod tests {
         let rows = written("axolotl");
         let messages = rows[0]["messages"].as_array().unwrap().iter();
         let learnt: Vec<&Value> = messages.map(|message| &message[TRAINING]).collect();
-        assert_eq!(learnt, [false, false, true, false, true]);
+        assert_eq!(learnt, [false, false, false, true, false, true]);
         assert_eq!(written("llama-factory").len(), 1);
     }
 }
