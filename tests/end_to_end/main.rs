@@ -33,6 +33,7 @@ mod interfaces;
 mod killed;
 mod kubernetes;
 mod kubernetes_api;
+mod kubernetes_cluster;
 mod labelling;
 mod language;
 mod leakage;
