@@ -7,7 +7,7 @@
 //! was killed.
 
 use std::collections::BTreeMap;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -99,7 +99,15 @@ impl Sandbox<'_> {
             return Ok(());
         }
         let text = format!("the command failed ({status})\n{}", tail.text());
-        Err(StepError::failed(text.trim_end()))
+        let error = StepError::failed(text.trim_end());
+        // In a container the process that takes most goes first, and this one lives.
+        let killed = Signal::SIGKILL as i32;
+        Err(match status.signal() == Some(killed) || status.code() == Some(128 + killed) {
+            true => error.help(
+                "it was killed from outside (signal 9), as what uses up its memory is: give more in `resources.memory`, or ask for less",
+            ),
+            false => error,
+        })
     }
 
     /// Waits for the command, stops it when asked or when time is up, and ends
@@ -223,6 +231,24 @@ mod tests {
         assert_eq!(lines.len(), 50);
         let (result, _, _) = run("echo $nothing", None, &Cancel::default());
         assert!(result.unwrap_err().message.contains("nothing"));
+    }
+
+    #[test]
+    fn one_that_is_killed_says_what_kills() {
+        for (script, killed) in [
+            ("kill -KILL $$", true),
+            ("sh -c 'kill -KILL $$'", true),
+            ("exit 3", false),
+            ("kill -TERM $$", false),
+        ] {
+            let (result, _, _) = run(script, None, &Cancel::default());
+            let help = result.unwrap_err().help.unwrap_or_default();
+            assert_eq!(
+                help.contains("`resources.memory`"),
+                killed,
+                "{script}: {help}"
+            );
+        }
     }
 
     #[test]

@@ -233,6 +233,25 @@ fn an_interrupted_run_deletes_its_job() {
     assert_eq!(kubernetes.api.deleted().len(), 1);
 }
 
+/// The pod that comes in its place finds the work taken, and ends well.
+#[test]
+fn a_pod_that_somebody_deletes_is_followed_by_another_job() {
+    let Some(kubernetes) = Kubernetes::start() else {
+        return;
+    };
+    let slow = kubernetes.slow();
+    let child = kubernetes.start_run(&slow);
+    let first = slow.worker();
+    kubernetes.api.replace_pods();
+    assert_ne!(slow.worker(), first);
+    slow.go();
+    let run = slow.ended_well(child);
+    assert_eq!(slow.begun(), 2);
+    assert!(run.stdout.contains("without a result"), "{}", run.stdout);
+    assert_eq!(kubernetes.api.orders().len(), 2);
+    until("jobs are left", || kubernetes.api.jobs().is_empty());
+}
+
 /// Not begun again: whoever deleted it meant it.
 #[test]
 fn a_job_that_somebody_deletes_failed() {

@@ -26,6 +26,7 @@ mod init;
 mod interfaces;
 mod killed;
 mod kubernetes;
+mod kubernetes_cluster;
 mod labelling;
 mod language;
 mod leakage;

@@ -119,6 +119,21 @@ impl Api {
         self.cluster.lock().unwrap().deleted.clone()
     }
 
+    /// Deletes the pods, in whose places others begin the same, as Kubernetes 1.20 does.
+    pub(crate) fn replace_pods(&self) {
+        let mut cluster = self.cluster.lock().unwrap();
+        let Cluster { jobs, orphans, .. } = &mut *cluster;
+        for job in jobs.values_mut() {
+            let spec = &job.manifest["spec"]["template"]["spec"];
+            let next = Pod::Process(started(&spec["containers"][0]));
+            let process = std::mem::replace(&mut job.pod, next).process();
+            if let Some(process) = &process {
+                signal("-TERM", process.id());
+            }
+            orphans.extend(process);
+        }
+    }
+
     /// Deletes all Jobs, as somebody else would.
     pub(crate) fn delete_all(&self) {
         let mut cluster = self.cluster.lock().unwrap();

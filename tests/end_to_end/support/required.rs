@@ -8,13 +8,14 @@ use std::io::Write;
 const VARIABLE: &str = "FLOWRUN_REQUIRE";
 
 /// The names that it may hold. CONTRIBUTING.md says what each is.
-const COMPONENTS: [&str; 23] = [
+const COMPONENTS: [&str; 24] = [
     "azure",
     "banking77",
     "curl",
     "dev-full",
     "dspy",
     "kubectl",
+    "kubernetes",
     "kubernetes-validate",
     "llama",
     "minilm",

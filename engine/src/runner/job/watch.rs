@@ -22,6 +22,8 @@ pub(super) struct Watch {
     unknown: Option<Duration>,
     /// How it ended, and when that was told.
     ended: Option<(JobEnd, Duration)>,
+    /// The other end said that it stopped.
+    stopped: bool,
     /// It was said that the job system is away.
     told: bool,
 }
@@ -57,10 +59,17 @@ impl Watch {
         }
     }
 
+    /// The other end said that it stopped, because somebody else told it to.
+    pub(super) fn stops(&mut self) {
+        self.stopped = true;
+    }
+
     /// The other end shows that it is at work.
     pub(super) fn is_alive(&self, now: Duration) -> bool {
-        self.beat
-            .is_some_and(|(_, at)| now.saturating_sub(at) < SILENCE)
+        !self.stopped
+            && self
+                .beat
+                .is_some_and(|(_, at)| now.saturating_sub(at) < SILENCE)
     }
 
     /// What the job system said; `None` when it was not asked this time.
@@ -114,7 +123,10 @@ impl Watch {
                 _ if since(*at) < SETTLE => Verdict::Wait,
                 JobEnd::Killed(why) => Verdict::Lost(why.clone()),
                 JobEnd::Failed(why) => Verdict::Failed(why.clone()),
-                JobEnd::Well => Verdict::Failed("it ended without a result".to_owned()),
+                // A job system that began the job twice: the second process found the work
+                // taken, and ended well.
+                JobEnd::Well if self.is_alive(now) => Verdict::Wait,
+                JobEnd::Well => Verdict::Lost("it ended without a result".to_owned()),
                 JobEnd::Stopped => Verdict::Stopped,
             };
         }
@@ -211,11 +223,26 @@ mod tests {
         let text = || "why".to_owned();
         assert_eq!(after(JobEnd::Killed(text())), Some(Verdict::Lost(text())));
         assert_eq!(after(JobEnd::Failed(text())), Some(Verdict::Failed(text())));
-        assert!(matches!(after(JobEnd::Well), Some(Verdict::Failed(_))));
         assert_eq!(after(JobEnd::Stopped), Some(Verdict::Stopped));
         assert_eq!(after(JobEnd::NotStarted(text())), Some(Verdict::Again));
         let early = hear(&[Ok(JobState::Ended(JobEnd::Killed(text())))], false);
         assert_eq!(early, [Verdict::Wait], "the response may still come");
+    }
+
+    #[test]
+    fn one_that_was_begun_twice_is_lost_with_the_process_that_had_the_work() {
+        let well = vec![Ok(JobState::Ended(JobEnd::Well)); 40];
+        assert!(hear(&well, true).iter().all(|v| *v == Verdict::Wait));
+        let silent = hear(&well, false);
+        assert_eq!(silent[4], Verdict::Wait, "the response may still come");
+        assert!(matches!(silent[5], Verdict::Lost(_)), "{silent:?}");
+        // What it counted before it said that it stops is no sign of life.
+        let mut watch = Watch::default();
+        watch.beats(Some(1), Duration::ZERO);
+        watch.stops();
+        let mut judge = |second, said| watch.judge(said, Duration::from_secs(second), PATIENCE);
+        assert_eq!(judge(1, well.first().cloned()), Verdict::Wait);
+        assert!(matches!(judge(6, None), Verdict::Lost(_)));
     }
 
     #[test]

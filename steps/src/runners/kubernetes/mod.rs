@@ -12,7 +12,7 @@
 //! | `kubectl` | raw requests |
 //!
 //! All jobs of a project are looked at together, so that many cost no more calls than one.
-//! Not run on a cluster: `docs/connected.md` says what was.
+//! What was run on a cluster: `docs/connected.md`.
 
 mod kubectl;
 mod look;

@@ -42,7 +42,7 @@ impl Remote {
             }
             match follower.read() {
                 // Not this runner told it to stop: the job system knows who did.
-                Some(Err(error)) if is_foreign_stop(&error, errand) => {}
+                Some(Err(error)) if is_foreign_stop(&error, errand) => watch.stops(),
                 Some(answer) => return Ended::Answered(answer),
                 None => {}
             }
@@ -97,7 +97,11 @@ impl Remote {
                     let text = format!("the job {} was stopped by somebody", order.id);
                     return Ended::Error(StepError::failed(text));
                 }
-                Verdict::Refused(error) => return Ended::Error(step_error(error)),
+                Verdict::Refused(error) => {
+                    // It may be stopped by one who may not look at it.
+                    let _ = self.system.stop(order.id);
+                    return Ended::Error(step_error(error));
+                }
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(LOOK_EVERY);
@@ -143,9 +147,12 @@ impl Remote {
             if let Some(collector) = collector.as_deref_mut() {
                 collector.look();
             }
-            // What finished in the last moment is kept.
-            if let Some(answer @ Ok(_)) = follower.read() {
-                return Ended::Answered(answer);
+            match follower.read() {
+                // What finished in the last moment is kept.
+                Some(answer @ Ok(_)) => return Ended::Answered(answer),
+                // It stopped, though the job system may see that much later.
+                Some(Err(_)) => break,
+                None => {}
             }
             let state = self.system.state(order);
             if matches!(state, Ok(JobState::Ended(_) | JobState::Unknown)) {

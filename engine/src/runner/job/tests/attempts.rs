@@ -96,6 +96,11 @@ fn a_job_that_the_system_tells_to_stop_gives_no_answer() {
     desk.run(&command, &[Fate::Told(preempted)]).unwrap();
     assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 2));
     assert!(desk.heard("preempted; it is begun again"));
+    // One that the system began once more, while it stopped.
+    let desk = Desk::new();
+    desk.run(&command, &[Fate::Told(|| JobEnd::Well)]).unwrap();
+    assert_eq!((desk.made().as_str(), desk.orders()), ("input hush", 2));
+    assert!(desk.heard("without a result; it is begun again"));
     let desk = Desk::new();
     let stopped = Fate::Told(|| JobEnd::Stopped);
     let error = desk.run(&command, &[stopped]).unwrap_err();
