@@ -97,6 +97,32 @@ fn what_is_taken_is_moved_and_what_has_another_name_is_copied() {
 }
 
 #[test]
+fn what_others_do_with_the_same_object_is_no_change_of_what_is_taken() {
+    let (dir, store) = store();
+    let own = dir.path().join("own");
+    std::fs::write(&own, "x").unwrap();
+    let own_meta = own.metadata().unwrap();
+    let artifact = store.put_bytes(b"x").unwrap();
+    let (digest, object) = (artifact.digest, store.object_path(&artifact.digest));
+    // Another thread's file lies there.
+    store.check_taken(&digest, &own, &own_meta).unwrap();
+    // Its own, which a step has by now.
+    let meta = object.metadata().unwrap();
+    std::fs::hard_link(&object, dir.path().join("link")).unwrap();
+    store.check_taken(&digest, &own, &meta).unwrap();
+    assert!(store.contains(&artifact));
+    // Its own, which was written to; and another thread's, which is damaged.
+    damage(&object, b"xy");
+    let error = store.check_taken(&digest, &own, &meta).unwrap_err();
+    assert!(matches!(error, CacheError::Unstorable { .. }), "{error}");
+    assert!(!object.exists(), "it is set aside");
+    store.put_bytes(b"x").unwrap();
+    damage(&object, b"y");
+    assert!(store.check_taken(&digest, &own, &own_meta).is_err());
+    assert!(!object.exists(), "it is set aside");
+}
+
+#[test]
 fn what_a_power_cut_spoilt_is_found() {
     let (_dir, store) = store();
     let (old, new) = (
