@@ -87,8 +87,8 @@ impl Prefix {
     }
 
     /// Has `files` lie in its folder `name`, under the names that they have here and in this order.
-    /// One that is there with the same digest stays as it is, any other is replaced. False when
-    /// `stop` came first. May be called wherever work waits for it.
+    /// One that is there with the same digest stays as it is, any other is replaced. How many were
+    /// written; `None` when `stop` came first. May be called wherever work waits for it.
     ///
     /// # Errors
     /// [`DepotError::Here`] when a file cannot be read, [`DepotError::There`] when the store refuses.
@@ -97,10 +97,10 @@ impl Prefix {
         name: &str,
         files: &[PathBuf],
         stop: &dyn Fn() -> bool,
-    ) -> Result<bool, DepotError> {
+    ) -> Result<Option<usize>, DepotError> {
         let Some(runtime) = &self.runtime else {
             // Only while it is dropped.
-            return Ok(false);
+            return Ok(None);
         };
         // Steps ask from threads that serve runtimes of their own, which must not wait for another.
         let (tell, hear) = channel();
@@ -113,11 +113,11 @@ impl Prefix {
         });
         loop {
             match hear.recv_timeout(LOOK_EVERY) {
-                Ok(put) => return put.map(|()| true).map_err(|unsent| self.failed(unsent)),
+                Ok(put) => return put.map(Some).map_err(|unsent| self.failed(unsent)),
                 Err(RecvTimeoutError::Timeout) if stop() => {
                     task.abort();
                     forget(runtime, under_way);
-                    return Ok(false);
+                    return Ok(None);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
@@ -165,26 +165,29 @@ fn forget(runtime: &Runtime, under_way: UnderWay) {
     let _ = hear.recv_timeout(FORGETTING);
 }
 
+/// How many were written.
 async fn put_all(
     bucket: &Bucket,
     folder: &str,
     files: &[PathBuf],
     under_way: &UnderWay,
-) -> Result<(), Unsent> {
+) -> Result<usize, Unsent> {
+    let mut written = 0;
     for file in files {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         let path = bucket.file(&format!("{folder}/{name}"));
-        put(bucket, &path, file, under_way).await?;
+        written += usize::from(put(bucket, &path, file, under_way).await?);
     }
-    Ok(())
+    Ok(written)
 }
 
+/// Whether it was written: else it is there.
 async fn put(
     bucket: &Bucket,
     path: &Path,
     file: &FilePath,
     under_way: &UnderWay,
-) -> Result<(), Unsent> {
+) -> Result<bool, Unsent> {
     let unread = |error| CacheError::io(file, error);
     let here = file.to_owned();
     let read = move || {
@@ -194,13 +197,13 @@ async fn put(
     };
     let (open, size, digest) = blocking(read).await.map_err(unread)?;
     if is_there(bucket, path, size, digest).await? {
-        return Ok(());
+        return Ok(false);
     }
     let open = Arc::new(open);
     if size <= PART {
         let bytes = piece(open, 0, size).await.map_err(unread)?;
         bucket.store.put(path, PutPayload::from(bytes)).await?;
-        return Ok(());
+        return Ok(true);
     }
     let mut under_way = under_way.lock().await;
     let begun = bucket.store.put_multipart(path).await?;
@@ -211,7 +214,7 @@ async fn put(
         let _ = upload.abort().await;
     }
     *under_way = None;
-    sent
+    sent.map(|()| true)
 }
 
 async fn send_parts(
@@ -319,18 +322,20 @@ mod tests {
             let weights = vec![1_u8; size];
             let name = format!("of-{size}");
             let files = write(dir.path(), &weights);
-            assert!(prefix.put(&name, &files, &going_on).unwrap());
+            assert_eq!(prefix.put(&name, &files, &going_on).unwrap(), Some(2));
             let of = |file: &str| format!("{name}/{file}");
             assert_eq!(content(prefix, &of("weights")), weights);
             assert_eq!(content(prefix, &of("config")), b"{}");
             let before = FILES.map(|file| mark(prefix, &of(file)));
-            assert!(prefix.put(&name, &files, &going_on).unwrap());
+            assert_eq!(prefix.put(&name, &files, &going_on).unwrap(), Some(0));
             assert_eq!(before, FILES.map(|file| mark(prefix, &of(file))));
             // Others of that name and length are no reason to leave it.
             let path = prefix.bucket.file(&of("weights"));
             let damaged = PutPayload::from(vec![0_u8; size]);
             wait(prefix, prefix.bucket.store.put(&path, damaged)).unwrap();
-            assert!(prefix.put(&name, &files, &going_on).unwrap());
+            let differs = usize::from(size > 0);
+            let put = prefix.put(&name, &files, &going_on).unwrap();
+            assert_eq!(put, Some(differs));
             assert_eq!(content(prefix, &of("weights")), weights);
         }
     }
@@ -369,7 +374,8 @@ mod tests {
         ];
         let env = env.map(|(name, value)| (name.to_owned(), value)).into();
         let remote = Prefix::open("s3://bucket/adapters", &env).unwrap();
-        assert!(!remote.put("name", &files[1..], &|| true).unwrap());
+        let put = remote.put("name", &files[1..], &|| true).unwrap();
+        assert_eq!(put, None);
     }
 
     /// A store that takes the first part of a file and never says so; whether it was asked for that
@@ -435,7 +441,7 @@ mod tests {
         let env = env.map(|(name, value)| (name.to_owned(), value)).into();
         let remote = Prefix::open("s3://bucket/adapters", &env).unwrap();
         let is_sending = || seen[0].load(Ordering::SeqCst);
-        assert!(!remote.put("name", &files, &is_sending).unwrap());
+        assert_eq!(remote.put("name", &files, &is_sending).unwrap(), None);
         assert!(seen[1].load(Ordering::SeqCst));
     }
 
