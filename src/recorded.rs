@@ -1,5 +1,6 @@
 //! Runs in the cache, by what a user calls them.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use flowrun_cache::CacheReader;
@@ -20,8 +21,8 @@ pub(crate) fn find_dir(name: Option<&str>, global: &GlobalArgs) -> Result<PathBu
     let name = name.unwrap_or(LAST);
     let found: Vec<&PathBuf> = match back(name) {
         Some(back) => {
-            let begun = |dir: &&PathBuf| RunRecord::load(dir).is_ok_and(|run| run.has_begun());
-            runs.iter().filter(begun).skip(back).take(1).collect()
+            let told = runs.iter().filter(|dir| tells_of_a_run(dir));
+            told.skip(back).take(1).collect()
         }
         None => matching(&runs, name),
     };
@@ -58,6 +59,14 @@ fn back(name: &str) -> Option<usize> {
     match name.strip_prefix(LAST)? {
         "" => Some(0),
         more => more.strip_prefix('~')?.parse().ok(),
+    }
+}
+
+/// A record that is there and cannot be read may tell of one: another run is not named in its place.
+fn tells_of_a_run(dir: &Path) -> bool {
+    match RunRecord::load(dir) {
+        Ok(run) => run.has_begun(),
+        Err(e) => !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
     }
 }
 
@@ -107,8 +116,26 @@ fn listed(runs: &[&PathBuf]) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_read_is_not_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |name: &str| dir.path().join(name);
+        for name in ["none", "empty", "unreadable"] {
+            std::fs::create_dir(run(name)).unwrap();
+        }
+        std::fs::write(run("file"), "").unwrap();
+        std::fs::write(run("empty").join("events.jsonl"), "").unwrap();
+        // Whoever runs the tests may read every file.
+        std::fs::create_dir(run("unreadable").join("events.jsonl")).unwrap();
+        for name in ["absent", "none", "file", "empty"] {
+            assert!(!tells_of_a_run(&run(name)), "{name}");
+        }
+        assert!(tells_of_a_run(&run("unreadable")));
+    }
 
     #[test]
     fn a_run_is_found_by_either_end_of_its_id() {

@@ -4,6 +4,7 @@
 //! the body, then the body. A result is put only after its objects are in the
 //! store, so a result that can be read is whole.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +27,9 @@ pub type ActionKey = Digest;
 const LISTED: usize = 4;
 /// Version of [`ActionResult`]. Another one on disk is a miss.
 pub const ACTION_VERSION: u32 = 1;
+/// What is stored in place of [`ACTION_VERSION`] where an output is a program: programs of before do
+/// not know that field, and take such a result for one of another version, not for a damaged one.
+const PROGRAMS_VERSION: u32 = 2;
 
 /// What an action made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -325,13 +329,26 @@ pub(crate) enum Parsed {
 
 /// A result as it is stored.
 pub(crate) fn to_text(result: &ActionResult) -> String {
-    let body = crate::canonical_json(result);
+    let body = crate::canonical_json(&*stored(result));
     let mut text = Digest::of_bytes(body.as_bytes()).to_hex();
     text.reserve_exact(body.len() + 2);
     text.push('\n');
     text.push_str(&body);
     text.push('\n');
     text
+}
+
+/// The result with the version that it is stored with.
+fn stored(result: &ActionResult) -> Cow<'_, ActionResult> {
+    let outputs = result.outputs.values();
+    let mut artifacts = outputs.flat_map(|output| output.value.artifacts());
+    if result.version != ACTION_VERSION || !artifacts.any(|artifact| artifact.executable) {
+        return Cow::Borrowed(result);
+    }
+    Cow::Owned(ActionResult {
+        version: PROGRAMS_VERSION,
+        ..result.clone()
+    })
 }
 
 /// A stored result, if it is whole and of this version.
@@ -351,10 +368,19 @@ pub(crate) fn parse(text: &[u8]) -> Parsed {
         return Parsed::Damaged;
     };
     let version = value.get("version").and_then(Value::as_u64);
-    if version != Some(u64::from(ACTION_VERSION)) {
+    if ![ACTION_VERSION, PROGRAMS_VERSION]
+        .map(|known| Some(u64::from(known)))
+        .contains(&version)
+    {
         return Parsed::OtherVersion(version.unwrap_or_default());
     }
-    serde_json::from_value(value).map_or(Parsed::Damaged, |r| Parsed::Good(Box::new(r)))
+    let Ok(result) = serde_json::from_value::<ActionResult>(value) else {
+        return Parsed::Damaged;
+    };
+    Parsed::Good(Box::new(ActionResult {
+        version: ACTION_VERSION,
+        ..result
+    }))
 }
 
 #[cfg(test)]
@@ -478,9 +504,39 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = cache(dir.path());
         let mut newer = result("l", "2026");
-        newer.version = ACTION_VERSION + 1;
+        newer.version = PROGRAMS_VERSION + 1;
         cache.put(&newer).unwrap();
         assert_eq!(cache.get(&newer.key), None);
         assert!(cache.path(&newer.key).exists());
+    }
+
+    #[test]
+    fn a_result_with_a_program_is_of_another_version_to_those_that_know_none() {
+        let with = |executable: bool| {
+            let mut result = result("l", "2026");
+            let artifact = Artifact {
+                digest: Digest::of_bytes(b"x"),
+                kind: crate::ArtifactKind::File,
+                size: 1,
+                executable,
+            };
+            let output = OutputRecord {
+                ty: "file".into(),
+                value: OutputValue::One(artifact),
+            };
+            result.outputs.insert("out".into(), output);
+            result
+        };
+        for (executable, version) in [(false, ACTION_VERSION), (true, PROGRAMS_VERSION)] {
+            let result = with(executable);
+            let text = to_text(&result);
+            let named = format!(r#""version":{version}}}"#);
+            assert!(text.trim_end().ends_with(&named), "{text}");
+            assert_eq!(from_text(text.as_bytes()), Some(result));
+        }
+        // As they were stored for a while.
+        let body = crate::canonical_json(&with(true));
+        let text = format!("{}\n{body}\n", Digest::of_bytes(body.as_bytes()));
+        assert_eq!(from_text(text.as_bytes()), Some(with(true)));
     }
 }

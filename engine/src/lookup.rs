@@ -295,11 +295,16 @@ impl Lookup {
         for word in file_words(command.unwrap_or_default()) {
             let path = self.root.join(word);
             let meta = std::fs::metadata(&path).ok().filter(Metadata::is_file);
-            if let Some(meta) = &meta {
+            if let Some(meta) = meta {
                 let digest = self.digest(&path).map_err(|e| StepError::io(&path, &e))?;
                 files.insert(word.to_owned(), digest);
                 if let Some(memory) = &self.memory {
-                    memory.file(step, Path::new(word), &Artifact::of_file(digest, meta));
+                    // The key does not tell whether it is a program.
+                    let artifact = Artifact {
+                        executable: false,
+                        ..Artifact::of_file(digest, &meta)
+                    };
+                    memory.bytes(step, Path::new(word), &artifact);
                 }
             } else if let Some(memory) = &self.memory {
                 memory.absent(word);

@@ -306,6 +306,26 @@ fn a_stamp_counts_only_once_the_file_has_settled() {
     assert!(project.read("results/all.txt").contains("apple"));
 }
 
+#[test]
+fn a_published_file_may_be_made_a_program() {
+    use std::os::unix::fs::PermissionsExt;
+    let project = project();
+    let make_program = |name: &str| {
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(project.path(name), mode).unwrap();
+    };
+    settle(&project);
+    assert!(run(&project).1);
+    make_program("results/all.txt");
+    let (after, skipped) = run(&project);
+    assert!(skipped, "{}", after.stderr);
+    // A step that takes a file may see its mode.
+    make_program("tool.sh");
+    let (after, skipped) = run(&project);
+    assert!(!skipped, "{}", after.stderr);
+    assert_eq!(after.steps("ran"), ["strip"]);
+}
+
 /// As an ordinary run goes, which knows nothing of the last one.
 fn ordinary(project: &Project) -> Run {
     let _ = std::fs::remove_dir_all(project.path(".flowrun/premises"));

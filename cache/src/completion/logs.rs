@@ -6,12 +6,13 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{File, Metadata};
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::checked;
 use super::places::{Place, Places};
+use crate::digest::Digest;
 use crate::error::CacheError;
 
 /// Shortest wait between two looks that nobody asked for.
@@ -146,7 +147,7 @@ impl Logs {
             };
             // First: what is written meanwhile is new to the next look.
             log.seen = file.metadata().map_or(0, |found| found.len());
-            let scanned = scan(&file, number, log.read, index);
+            let scanned = scan(&file, number, log.read, index, &mut |_, _| false);
             self.take(number, scanned);
         }
     }
@@ -191,7 +192,17 @@ impl Logs {
         if std::mem::replace(&mut log.seen, found.len()) == found.len() {
             return false;
         }
-        let scanned = scan(&file, number, log.read, index);
+        let start = log.read;
+        let mut earlier = Earlier {
+            all: &self.all,
+            last: None,
+        };
+        // An answer that this process may have told stays what it is.
+        let stays = &mut |key: &Digest, index: &Places| {
+            let there = index.get(key);
+            there.is_some_and(|place| earlier.holds(key, place))
+        };
+        let scanned = scan(&file, number, start, index, stays);
         self.take(number, scanned)
     }
 
@@ -236,6 +247,29 @@ impl Log {
     }
 }
 
+/// Segments that were read before, opened anew one at a time.
+struct Earlier<'a> {
+    all: &'a [Log],
+    /// The number of the last one, and its file, if it is there still.
+    last: Option<(usize, Option<File>)>,
+}
+
+impl Earlier<'_> {
+    /// The answer of `key` is still in its place.
+    fn holds(&mut self, key: &Digest, place: Place) -> bool {
+        if self.last.as_ref().map(|(number, _)| *number) != Some(place.segment) {
+            let file = self.all.get(place.segment).and_then(Log::opened);
+            self.last = Some((place.segment, file));
+        }
+        let Some((_, Some(file))) = &self.last else {
+            return false;
+        };
+        let mut line = vec![0; place.len];
+        file.read_exact_at(&mut line, place.offset).is_ok()
+            && checked(&line).is_some_and(|(found, _)| found == *key)
+    }
+}
+
 /// The segments of a folder, in order.
 fn segments_in(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
@@ -251,12 +285,14 @@ fn id_of(found: &Metadata) -> Id {
     (found.dev(), found.ino(), found.created().ok())
 }
 
-/// Puts the answers of a segment into the index, from a line's beginning to the last whole line.
+/// Puts the answers of a segment into the index, from a line's beginning to the last whole line; but those
+/// whose places there are to stay.
 fn scan(
     mut file: &File,
     number: usize,
     start: u64,
     index: &mut Places,
+    stays: &mut dyn FnMut(&Digest, &Places) -> bool,
 ) -> std::io::Result<Scanned> {
     file.seek(SeekFrom::Start(start))?;
     let mut reader = BufReader::new(file);
@@ -280,7 +316,9 @@ fn scan(
                     offset: scanned.end,
                     len,
                 };
-                index.insert(&key, place);
+                if !stays(&key, index) {
+                    index.insert(&key, place);
+                }
                 scanned.good += 1;
             }
             None => scanned.damaged += 1,
@@ -296,7 +334,6 @@ mod tests {
 
     use super::super::format_line;
     use super::*;
-    use crate::digest::Digest;
 
     fn line(i: u8) -> String {
         format_line(&Digest::of_bytes(&[i]), &json!(i))
@@ -349,6 +386,27 @@ mod tests {
         assert!(logs.look(folder, None, &mut index));
         assert!(knows(&index, 0) && knows(&index, 1));
         assert!(logs.file(0).is_none() && logs.file(1).is_some());
+    }
+
+    #[test]
+    fn an_answer_stays_what_it_is_while_it_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, mut index) = (dir.path(), Places::new(dir.path().to_owned()));
+        let key = Digest::of_bytes(&[0]);
+        let write = |name: &str, lines: String| std::fs::write(folder.join(name), lines).unwrap();
+        write("000000.log", line(0));
+        let mut logs = Logs::open(folder).unwrap();
+        logs.read(&mut index);
+        // Another process was asked the same at the same time.
+        write("000001.log", format_line(&key, &json!("other")) + &line(1));
+        assert!(logs.look(folder, None, &mut index));
+        assert_eq!(index.get(&key).unwrap().segment, 0);
+        assert!(knows(&index, 1));
+        write("000000.log", "damaged\n".to_owned());
+        write("000002.log", format_line(&key, &json!("new")));
+        logs.expect();
+        assert!(logs.look(folder, None, &mut index));
+        assert_eq!(index.get(&key).unwrap().segment, 2);
     }
 
     #[test]

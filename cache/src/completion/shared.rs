@@ -43,7 +43,10 @@ struct Source {
 enum Asking {
     #[default]
     NotYet,
-    UnderWay,
+    UnderWay {
+        /// Somebody may have sent more since it began.
+        more: bool,
+    },
     Done,
 }
 
@@ -66,7 +69,7 @@ impl Others {
                 return Err(Stopped);
             }
             if *asking == Asking::NotYet {
-                *asking = Asking::UnderWay;
+                *asking = Asking::UnderWay { more: false };
                 return Ok(Some(Turn {
                     others: self,
                     ends: Asking::NotYet,
@@ -75,6 +78,15 @@ impl Others {
             let woken = self.settled.wait_timeout(asking, LOOK_EVERY);
             asking = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// They may have more than they had.
+    fn expect(&self) {
+        let mut asking = self.asking();
+        *asking = match *asking {
+            Asking::UnderWay { .. } => Asking::UnderWay { more: true },
+            Asking::NotYet | Asking::Done => Asking::NotYet,
+        };
     }
 
     fn asking(&self) -> MutexGuard<'_, Asking> {
@@ -92,7 +104,12 @@ struct Turn<'a> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        *self.others.asking() = self.ends;
+        let mut asking = self.others.asking();
+        *asking = match *asking {
+            Asking::UnderWay { more: true } => Asking::NotYet,
+            _ => self.ends,
+        };
+        drop(asking);
         self.others.settled.notify_all();
     }
 }
@@ -121,10 +138,7 @@ impl CompletionCache {
     /// Somebody may have sent answers to the remote since it was asked: it is asked again when the
     /// next answer is missing.
     pub fn expect_from_remote(&self) {
-        let mut asking = self.others.asking();
-        if *asking == Asking::Done {
-            *asking = Asking::NotYet;
-        }
+        self.others.expect();
     }
 
     /// Looks for answers elsewhere, unless that was done; false when there is nowhere to look, or `stop`
@@ -354,4 +368,30 @@ pub(crate) fn of_remotes(folder: &Path) -> impl Iterator<Item = PathBuf> + use<>
         let name = path.file_name().and_then(|name| name.to_str());
         name.is_some_and(|name| name.starts_with("remote-") && name.ends_with(".log"))
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_who_have_more_are_asked_again() {
+        let others = Others::default();
+        let turn = || others.turn(&|| false).ok().flatten();
+        let mut first = turn().unwrap();
+        first.ends = Asking::Done;
+        drop(first);
+        assert!(turn().is_none(), "they were asked");
+        others.expect();
+        let mut second = turn().unwrap();
+        second.ends = Asking::Done;
+        // What comes while they are asked may be missed.
+        others.expect();
+        drop(second);
+        let mut third = turn().unwrap();
+        third.ends = Asking::Done;
+        drop(third);
+        assert!(turn().is_none());
+    }
 }

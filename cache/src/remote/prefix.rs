@@ -8,10 +8,12 @@ use std::fs::File;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use object_store::path::Path;
 use object_store::{MultipartUpload, ObjectStoreExt, PutPayload};
 use tokio::runtime::Runtime;
+use tokio::sync::Mutex;
 
 use super::bucket::{self, Bucket};
 use super::depot;
@@ -23,6 +25,12 @@ use super::{DepotError, PART, RemoteError};
 use crate::completion::LOOK_EVERY;
 use crate::digest::Digest;
 use crate::error::CacheError;
+
+/// How long a store may take to forget the parts of a file that is not wanted any more.
+const FORGETTING: Duration = Duration::from_secs(2);
+
+/// The file that is on its way in parts; locked while parts are sent.
+type UnderWay = Arc<Mutex<Option<Box<dyn MultipartUpload>>>>;
 
 /// A folder of a store that others read.
 pub struct Prefix {
@@ -79,8 +87,8 @@ impl Prefix {
     }
 
     /// Has `files` lie in its folder `name`, under the names that they have here and in this order.
-    /// One that is there with the same digest stays as it is, any other is replaced. False when
-    /// `stop` came first. May be called wherever work waits for it.
+    /// One that is there with the same digest stays as it is, any other is replaced. How many were
+    /// written; `None` when `stop` came first. May be called wherever work waits for it.
     ///
     /// # Errors
     /// [`DepotError::Here`] when a file cannot be read, [`DepotError::There`] when the store refuses.
@@ -89,24 +97,27 @@ impl Prefix {
         name: &str,
         files: &[PathBuf],
         stop: &dyn Fn() -> bool,
-    ) -> Result<bool, DepotError> {
+    ) -> Result<Option<usize>, DepotError> {
         let Some(runtime) = &self.runtime else {
             // Only while it is dropped.
-            return Ok(false);
+            return Ok(None);
         };
         // Steps ask from threads that serve runtimes of their own, which must not wait for another.
         let (tell, hear) = channel();
         let (bucket, name, files) = (self.bucket.clone(), name.to_owned(), files.to_vec());
+        let under_way = UnderWay::default();
+        let theirs = Arc::clone(&under_way);
         let task = runtime.spawn(async move {
             // Who asked may have stopped waiting.
-            let _ = tell.send(put_all(&bucket, &name, &files).await);
+            let _ = tell.send(put_all(&bucket, &name, &files, &theirs).await);
         });
         loop {
             match hear.recv_timeout(LOOK_EVERY) {
-                Ok(put) => return put.map(|()| true).map_err(|unsent| self.failed(unsent)),
+                Ok(put) => return put.map(Some).map_err(|unsent| self.failed(unsent)),
                 Err(RecvTimeoutError::Timeout) if stop() => {
                     task.abort();
-                    return Ok(false);
+                    forget(runtime, under_way);
+                    return Ok(None);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
@@ -140,16 +151,43 @@ fn unusable(url: &str, error: RemoteError) -> DepotError {
     }
 }
 
-async fn put_all(bucket: &Bucket, folder: &str, files: &[PathBuf]) -> Result<(), Unsent> {
+/// Has the parts removed of the file that was on its way when its transfer was ended: nobody puts
+/// them together, and they cost their room.
+fn forget(runtime: &Runtime, under_way: UnderWay) {
+    let (tell, hear) = channel();
+    runtime.spawn(async move {
+        // It is free once the transfer is gone.
+        if let Some(upload) = &mut *under_way.lock().await {
+            let _ = upload.abort().await;
+        }
+        let _ = tell.send(());
+    });
+    let _ = hear.recv_timeout(FORGETTING);
+}
+
+/// How many were written.
+async fn put_all(
+    bucket: &Bucket,
+    folder: &str,
+    files: &[PathBuf],
+    under_way: &UnderWay,
+) -> Result<usize, Unsent> {
+    let mut written = 0;
     for file in files {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         let path = bucket.file(&format!("{folder}/{name}"));
-        put(bucket, &path, file).await?;
+        written += usize::from(put(bucket, &path, file, under_way).await?);
     }
-    Ok(())
+    Ok(written)
 }
 
-async fn put(bucket: &Bucket, path: &Path, file: &FilePath) -> Result<(), Unsent> {
+/// Whether it was written: else it is there.
+async fn put(
+    bucket: &Bucket,
+    path: &Path,
+    file: &FilePath,
+    under_way: &UnderWay,
+) -> Result<bool, Unsent> {
     let unread = |error| CacheError::io(file, error);
     let here = file.to_owned();
     let read = move || {
@@ -159,21 +197,24 @@ async fn put(bucket: &Bucket, path: &Path, file: &FilePath) -> Result<(), Unsent
     };
     let (open, size, digest) = blocking(read).await.map_err(unread)?;
     if is_there(bucket, path, size, digest).await? {
-        return Ok(());
+        return Ok(false);
     }
     let open = Arc::new(open);
     if size <= PART {
         let bytes = piece(open, 0, size).await.map_err(unread)?;
         bucket.store.put(path, PutPayload::from(bytes)).await?;
-        return Ok(());
+        return Ok(true);
     }
-    let mut upload = bucket.store.put_multipart(path).await?;
-    let sent = send_parts(&mut *upload, file, &open, size).await;
+    let mut under_way = under_way.lock().await;
+    let begun = bucket.store.put_multipart(path).await?;
+    let upload = under_way.insert(begun);
+    let sent = send_parts(&mut **upload, file, &open, size).await;
     if sent.is_err() {
         // Parts that nobody puts together cost their room.
         let _ = upload.abort().await;
     }
-    sent
+    *under_way = None;
+    sent.map(|()| true)
 }
 
 async fn send_parts(
@@ -228,6 +269,10 @@ async fn is_there(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     const FILES: [&str; 2] = ["weights", "config"];
@@ -277,18 +322,20 @@ mod tests {
             let weights = vec![1_u8; size];
             let name = format!("of-{size}");
             let files = write(dir.path(), &weights);
-            assert!(prefix.put(&name, &files, &going_on).unwrap());
+            assert_eq!(prefix.put(&name, &files, &going_on).unwrap(), Some(2));
             let of = |file: &str| format!("{name}/{file}");
             assert_eq!(content(prefix, &of("weights")), weights);
             assert_eq!(content(prefix, &of("config")), b"{}");
             let before = FILES.map(|file| mark(prefix, &of(file)));
-            assert!(prefix.put(&name, &files, &going_on).unwrap());
+            assert_eq!(prefix.put(&name, &files, &going_on).unwrap(), Some(0));
             assert_eq!(before, FILES.map(|file| mark(prefix, &of(file))));
             // Others of that name and length are no reason to leave it.
             let path = prefix.bucket.file(&of("weights"));
             let damaged = PutPayload::from(vec![0_u8; size]);
             wait(prefix, prefix.bucket.store.put(&path, damaged)).unwrap();
-            assert!(prefix.put(&name, &files, &going_on).unwrap());
+            let differs = usize::from(size > 0);
+            let put = prefix.put(&name, &files, &going_on).unwrap();
+            assert_eq!(put, Some(differs));
             assert_eq!(content(prefix, &of("weights")), weights);
         }
     }
@@ -316,7 +363,7 @@ mod tests {
         assert!(wait(&prefix, prefix.bucket.store.head(&path)).is_err());
 
         // A server that takes connections and says nothing.
-        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
         let env = [
             ("AWS_ACCESS_KEY_ID", "AK".to_owned()),
             ("AWS_SECRET_ACCESS_KEY", "SK".to_owned()),
@@ -327,7 +374,75 @@ mod tests {
         ];
         let env = env.map(|(name, value)| (name.to_owned(), value)).into();
         let remote = Prefix::open("s3://bucket/adapters", &env).unwrap();
-        assert!(!remote.put("name", &files[1..], &|| true).unwrap());
+        let put = remote.put("name", &files[1..], &|| true).unwrap();
+        assert_eq!(put, None);
+    }
+
+    /// A store that takes the first part of a file and never says so; whether it was asked for that
+    /// part, and whether it was told to forget it.
+    fn stuck() -> (String, Arc<[AtomicBool; 2]>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let seen = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
+        let own = Arc::clone(&seen);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let seen = Arc::clone(&own);
+                std::thread::spawn(move || while answer(&stream, &seen).is_some() {});
+            }
+        });
+        (url, seen)
+    }
+
+    /// One request; `None` at the end.
+    fn answer(mut stream: &TcpStream, seen: &[AtomicBool; 2]) -> Option<()> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).ok()?;
+            head.extend(byte);
+        }
+        let head = String::from_utf8(head).ok()?;
+        let begun = "<InitiateMultipartUploadResult><Bucket>b</Bucket><Key>k</Key>\
+            <UploadId>id</UploadId></InitiateMultipartUploadResult>";
+        let (status, body) = match head.split(' ').next()? {
+            "HEAD" => ("404 Not Found", ""),
+            "POST" => ("200 OK", begun),
+            "PUT" => {
+                seen[0].store(true, Ordering::SeqCst);
+                // Until the client goes.
+                let _ = std::io::copy(&mut stream, &mut std::io::sink());
+                return None;
+            }
+            "DELETE" => {
+                seen[1].store(true, Ordering::SeqCst);
+                ("204 No Content", "")
+            }
+            _ => return None,
+        };
+        let length = match status.starts_with("204") {
+            true => String::new(),
+            false => format!("content-length: {}\r\n", body.len()),
+        };
+        let text = format!("HTTP/1.1 {status}\r\n{length}\r\n{body}");
+        stream.write_all(text.as_bytes()).ok()
+    }
+
+    #[test]
+    fn parts_of_what_is_not_wanted_any_more_are_forgotten() {
+        let (url, seen) = stuck();
+        let dir = tempfile::tempdir().unwrap();
+        let files = write(dir.path(), &vec![1; 9 << 20]);
+        let env = [
+            ("AWS_ACCESS_KEY_ID", "AK".to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", "SK".to_owned()),
+            ("AWS_ENDPOINT_URL", url),
+        ];
+        let env = env.map(|(name, value)| (name.to_owned(), value)).into();
+        let remote = Prefix::open("s3://bucket/adapters", &env).unwrap();
+        let is_sending = || seen[0].load(Ordering::SeqCst);
+        assert_eq!(remote.put("name", &files, &is_sending).unwrap(), None);
+        assert!(seen[1].load(Ordering::SeqCst));
     }
 
     #[test]

@@ -213,14 +213,27 @@ impl ArtifactStore {
             self.write_object(&digest, &mut file)?;
             return Ok(digest);
         }
-        let now = std::fs::metadata(&object).map_err(|e| CacheError::io(&object, e))?;
-        if Stamp::of(&now) != Stamp::of(meta) || now.nlink() > 1 {
-            // Set aside: what it holds is not what was hashed.
-            let _ = self.quarantine(&digest);
-            return Err(changed(path));
-        }
+        self.check_taken(&digest, path, meta)?;
         self.written(&object, meta.len());
         Ok(digest)
+    }
+
+    /// An object is there that was a file at `path` with this metadata when it was hashed; or one of
+    /// the same bytes that another thread put there.
+    fn check_taken(&self, digest: &Digest, path: &Path, meta: &Metadata) -> Result<(), CacheError> {
+        let object = self.object_path(digest);
+        let now = std::fs::metadata(&object).map_err(|e| CacheError::io(&object, e))?;
+        let (stamp, hashed) = (Stamp::of(&now), Stamp::of(meta));
+        if stamp == hashed && now.nlink() == 1 {
+            return Ok(());
+        }
+        if now.ino() == meta.ino() && stamp != hashed {
+            // Set aside: what it holds is not what was hashed.
+            let _ = self.quarantine(digest);
+            return Err(changed(path));
+        }
+        // Another thread took the same bytes, or who needs them has linked them by now.
+        self.verify_object(digest).map_err(|_| changed(path))
     }
 
     fn written(&self, path: &Path, bytes: u64) {

@@ -21,8 +21,15 @@ use crate::filesystem::{FileSystem, Reach};
 
 /// What the name of a folder begins with in which something is staged.
 const PREFIX: &str = ".flowrun-";
+/// Letters and digits that follow.
+const RANDOM: usize = 6;
 /// A file in it, locked as long as somebody stages there.
 const HELD: &str = "held";
+/// Its name before it is locked.
+const YOUNG: &str = "young";
+/// How the names of what is staged begin, and of what was in its place; a number follows.
+const NEW: &str = "new-";
+const OLD: &str = "old-";
 
 /// Where artifacts lie until they are put.
 #[derive(Debug)]
@@ -78,8 +85,8 @@ impl<'a> Staging<'a> {
         }
         let staging = self.folders[folder].dir.path();
         let staged = Staged {
-            new: staging.join(format!("new-{}", self.count)),
-            old: staging.join(format!("old-{}", self.count)),
+            new: staging.join(format!("{NEW}{}", self.count)),
+            old: staging.join(format!("{OLD}{}", self.count)),
             dest: dest.to_owned(),
             kind: artifact.kind,
         };
@@ -183,7 +190,8 @@ impl Folder {
         let dir = {
             let _changing = changing();
             made.make(folder)?;
-            tempfile::Builder::new().prefix(PREFIX).tempdir_in(folder)?
+            let mut name = tempfile::Builder::new();
+            name.prefix(PREFIX).rand_bytes(RANDOM).tempdir_in(folder)?
         };
         let held = hold(dir.path()).ok();
         Ok(Self { dir, _held: held })
@@ -231,16 +239,37 @@ fn changing() -> MutexGuard<'static, ()> {
     CHANGING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Something is staged there.
+/// Something is staged there. A user's folder may have such a name, and then holds other things.
 pub(super) fn is_staging(entry: &DirEntry) -> bool {
     let name = entry.file_name();
-    let is_named = name.as_encoded_bytes().starts_with(PREFIX.as_bytes());
-    is_named && entry.file_type().is_ok_and(|kind| kind.is_dir())
+    let random = name.as_encoded_bytes().strip_prefix(PREFIX.as_bytes());
+    let is_named = random.is_some_and(|random| {
+        random.len() == RANDOM && random.iter().all(u8::is_ascii_alphanumeric)
+    });
+    if !is_named || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+        return false;
+    }
+    match std::fs::read_dir(entry.path()) {
+        // One whose content goes at this moment holds a part of it, or nothing.
+        Ok(entries) => entries.flatten().all(|entry| is_staged(&entry)),
+        Err(error) => error.kind() == ErrorKind::NotFound,
+    }
+}
+
+/// Its name is one of those in a folder in which something is staged.
+fn is_staged(entry: &DirEntry) -> bool {
+    let name = entry.file_name();
+    let Some(name) = name.to_str() else {
+        return false;
+    };
+    let number = name.strip_prefix(NEW).or_else(|| name.strip_prefix(OLD));
+    let is_number = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    [HELD, YOUNG].contains(&name) || number.is_some_and(is_number)
 }
 
 /// Marks a folder as in use, as long as the file is open.
 fn hold(staging: &Path) -> io::Result<File> {
-    let young = staging.join("young");
+    let young = staging.join(YOUNG);
     let file = File::create(&young)?;
     file.lock()?;
     // It is found only when it is locked.

@@ -97,6 +97,32 @@ fn what_is_taken_is_moved_and_what_has_another_name_is_copied() {
 }
 
 #[test]
+fn what_others_do_with_the_same_object_is_no_change_of_what_is_taken() {
+    let (dir, store) = store();
+    let own = dir.path().join("own");
+    std::fs::write(&own, "x").unwrap();
+    let own_meta = own.metadata().unwrap();
+    let artifact = store.put_bytes(b"x").unwrap();
+    let (digest, object) = (artifact.digest, store.object_path(&artifact.digest));
+    // Another thread's file lies there.
+    store.check_taken(&digest, &own, &own_meta).unwrap();
+    // Its own, which a step has by now.
+    let meta = object.metadata().unwrap();
+    std::fs::hard_link(&object, dir.path().join("link")).unwrap();
+    store.check_taken(&digest, &own, &meta).unwrap();
+    assert!(store.contains(&artifact));
+    // Its own, which was written to; and another thread's, which is damaged.
+    damage(&object, b"xy");
+    let error = store.check_taken(&digest, &own, &meta).unwrap_err();
+    assert!(matches!(error, CacheError::Unstorable { .. }), "{error}");
+    assert!(!object.exists(), "it is set aside");
+    store.put_bytes(b"x").unwrap();
+    damage(&object, b"y");
+    assert!(store.check_taken(&digest, &own, &own_meta).is_err());
+    assert!(!object.exists(), "it is set aside");
+}
+
+#[test]
 fn what_a_power_cut_spoilt_is_found() {
     let (_dir, store) = store();
     let (old, new) = (
@@ -366,17 +392,17 @@ fn what_was_staged_by_a_program_that_was_killed_is_removed() {
     let artifact = store.put_path(&file).unwrap();
     let project = dir.path().join("project");
     let staging = |name: &str| project.join(format!(".flowrun-{name}"));
-    for name in ["dead", "alive", "unknown"] {
+    for name in ["dead00", "alive0", "unsure"] {
         std::fs::create_dir_all(staging(name)).unwrap();
         std::fs::write(staging(name).join("new-0"), "half").unwrap();
     }
-    File::create(staging("dead").join("held")).unwrap();
-    let held = File::create(staging("alive").join("held")).unwrap();
+    File::create(staging("dead00").join("held")).unwrap();
+    let held = File::create(staging("alive0").join("held")).unwrap();
     held.lock().unwrap();
     store.materialize(&artifact, &project.join("dest")).unwrap();
-    assert!(!staging("dead").exists());
-    assert!(staging("alive").join("new-0").exists());
-    assert!(staging("unknown").join("new-0").exists());
+    assert!(!staging("dead00").exists());
+    assert!(staging("alive0").join("new-0").exists());
+    assert!(staging("unsure").join("new-0").exists());
     let names = std::fs::read_dir(&project).unwrap().count();
     assert_eq!(names, 3, "nothing else is left");
 }
@@ -490,13 +516,24 @@ fn the_cache_and_what_is_staged_are_no_part_of_a_project() {
     let before = store.put_project_path(project.path()).unwrap();
     // The cache may be met by another name.
     std::os::unix::fs::symlink(dir.path(), inner("data/cache")).unwrap();
-    std::fs::create_dir_all(inner("data/.flowrun-abc")).unwrap();
-    std::fs::write(inner("data/.flowrun-abc/new-0"), "half").unwrap();
+    std::fs::create_dir_all(inner("data/.flowrun-abc123")).unwrap();
+    std::fs::write(inner("data/.flowrun-abc123/new-0"), "half").unwrap();
     assert_eq!(store.put_project_path(project.path()).unwrap(), before);
     assert_eq!(store.address_in_project(project.path()).unwrap(), before);
     let all = ArtifactStore::address_of(project.path()).unwrap();
     assert_ne!(all, before);
-    // A file of such a name is the user's.
-    std::fs::write(inner("data/.flowrun-notes"), "x").unwrap();
-    assert_ne!(store.put_project_path(project.path()).unwrap(), before);
+    // A file of such a name is the user's, and so is a folder that holds something else.
+    let mut last = before;
+    for name in [
+        ".flowrun-notes0",
+        ".flowrun-notes/held",
+        ".flowrun-notes1/text",
+    ] {
+        let path = inner("data").join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, "x").unwrap();
+        let with = store.put_project_path(project.path()).unwrap();
+        assert_ne!(with, last, "{name}");
+        last = with;
+    }
 }

@@ -134,9 +134,9 @@ impl Checker<'_> {
     /// The file with its stamp as it is now; `None` when it is gone.
     fn file(&mut self, root: &Path, file: &FilePremise) -> Option<FilePremise> {
         let path = root.join(&file.path);
-        if file.artifact.kind == ArtifactKind::Tree {
+        if file.held.kind() == ArtifactKind::Tree {
             let now = self.cache.store().address_in_project(&path).ok()?;
-            self.compare(file, now == file.artifact);
+            self.compare(file, file.held.is(&now));
             return Some(file.clone());
         }
         let meta = std::fs::metadata(&path).ok()?;
@@ -147,7 +147,8 @@ impl Checker<'_> {
         if !meta.is_file() {
             return None;
         }
-        let same = Artifact::of_file(Digest::of_file(&path).ok()?, &meta) == file.artifact;
+        let now = Artifact::of_file(Digest::of_file(&path).ok()?, &meta);
+        let same = file.held.is(&now);
         self.compare(file, same);
         let settled = stamp.is_settled(self.now)
             && std::fs::metadata(&path).is_ok_and(|m| FileStamp::of(&m) == stamp);

@@ -11,7 +11,9 @@ use flowrun_cache::{Artifact, Cache, Digest, FileStamp};
 use super::changed::Changed;
 use super::check::PLACEHOLDER;
 use super::known::{self, Ended};
-use super::{FilePremise, ObjectPremise, Observed, Premises, RunName, VERSION, environment, write};
+use super::{
+    FilePremise, Held, ObjectPremise, Observed, Premises, RunName, VERSION, environment, write,
+};
 use crate::event::RunEvent;
 use crate::pipeline::{CachePolicy, Pipeline};
 use crate::record::RunPlan;
@@ -45,26 +47,40 @@ struct OfStep {
 
 /// What a file held, and which steps saw it.
 struct OfFile {
-    artifact: Artifact,
+    held: Held,
     steps: BTreeSet<String>,
 }
 
 impl Memory {
-    /// A step took a file of the project, or put it there.
+    /// A step took a file or folder of the project.
     pub(crate) fn file(&self, step: &str, path: &Path, artifact: &Artifact) {
+        let artifact = artifact.clone();
+        self.held(step, path, Held::exactly(artifact));
+    }
+
+    /// A step put a file or folder there, or names a file whose bytes alone it sees: then the
+    /// artifact is no program.
+    pub(crate) fn bytes(&self, step: &str, path: &Path, artifact: &Artifact) {
+        let artifact = artifact.clone();
+        self.held(step, path, Held::at_least(artifact));
+    }
+
+    fn held(&self, step: &str, path: &Path, held: Held) {
         let mut state = self.lock();
-        let known = state
-            .files
-            .entry(path.to_owned())
-            .or_insert_with(|| OfFile {
-                artifact: artifact.clone(),
-                steps: BTreeSet::new(),
-            });
-        if !known.steps.contains(step) {
-            known.steps.insert(step.to_owned());
-        }
-        // It changed while the run went on.
-        let changed = known.artifact != *artifact;
+        let changed = match state.files.get_mut(path) {
+            Some(known) => {
+                if !known.steps.contains(step) {
+                    known.steps.insert(step.to_owned());
+                }
+                // Else it changed while the run went on.
+                !known.held.takes(&held)
+            }
+            None => {
+                let steps = BTreeSet::from([step.to_owned()]);
+                state.files.insert(path.to_owned(), OfFile { held, steps });
+                false
+            }
+        };
         state.spoilt |= changed;
     }
 
@@ -195,7 +211,7 @@ impl Memory {
                 let steps = file.steps.iter();
                 FilePremise {
                     path: path.clone(),
-                    artifact: file.artifact.clone(),
+                    held: file.held.clone(),
                     stamp: None,
                     steps: steps
                         .filter_map(|s| numbers.get(s.as_str()).copied())
@@ -294,12 +310,13 @@ impl State {
             let mut file = file.clone();
             file.steps.retain(|step| !again.contains(step));
             if let Some(new) = self.files.remove(&file.path) {
-                if new.artifact != file.artifact {
-                    // A step that was not reached saw something else.
-                    if !file.steps.is_empty() {
+                if new.held != file.held {
+                    // Only if a step that was not reached saw the same.
+                    if file.steps.is_empty() {
+                        file.held = new.held;
+                    } else if !file.held.takes(&new.held) {
                         return None;
                     }
-                    file.artifact = new.artifact;
                     file.stamp = None;
                 }
                 file.steps
@@ -312,7 +329,7 @@ impl State {
         for (path, new) in std::mem::take(&mut self.files) {
             files.push(FilePremise {
                 path,
-                artifact: new.artifact,
+                held: new.held,
                 stamp: None,
                 steps: new
                     .steps

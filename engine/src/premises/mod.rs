@@ -19,6 +19,7 @@
 
 mod changed;
 mod check;
+mod held;
 mod known;
 mod memory;
 
@@ -32,6 +33,7 @@ use serde_json::Value;
 
 pub use self::changed::Changed;
 pub use self::check::{Recalled, Unchanged, recall};
+use self::held::Held;
 pub(crate) use self::memory::Memory;
 use crate::hook::Hook;
 use crate::language::LoadOptions;
@@ -39,7 +41,7 @@ use crate::step::World;
 use crate::tracking::Tracking;
 
 /// Version of the file. Another one on disk is as good as none.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 /// Folder in the cache.
 const FOLDER: &str = "premises";
 /// Bytes of an object's entry: digest, size, two times, inode, whether the stamp counts.
@@ -130,7 +132,7 @@ struct Premises {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct FilePremise {
     path: PathBuf,
-    artifact: Artifact,
+    held: Held,
     stamp: Option<FileStamp>,
     /// The steps that saw it, or put it there.
     steps: Vec<usize>,

@@ -83,11 +83,13 @@ impl Place {
         }
     }
 
-    /// Has the adapter of the checkpoint in `from` lie there, whole.
-    pub(super) fn put(&self, from: &Path) -> Result<(), LmError> {
+    /// Has the adapter of the checkpoint in `from` lie there, whole. False when a store had it.
+    pub(super) fn put(&self, from: &Path) -> Result<bool, LmError> {
         match self {
             Self::Folder { to, .. } => {
-                folder::copy_whole(from, to).map_err(|e| LmError::Barred(e.message))
+                let copied = folder::copy_whole(from, to);
+                copied.map_err(|e| LmError::Barred(e.message))?;
+                Ok(true)
             }
             Self::Store(stored) => stored.put(from),
         }
@@ -95,7 +97,7 @@ impl Place {
 }
 
 impl Stored {
-    fn put(&self, from: &Path) -> Result<(), LmError> {
+    fn put(&self, from: &Path) -> Result<bool, LmError> {
         let failed = |error: DepotError| {
             let text = format!("the adapter `{}` is not at its server: {error}", self.name);
             match error.passes() {
@@ -108,8 +110,8 @@ impl Stored {
         let files = [ADAPTER_VALUES, ADAPTER_CONFIG].map(|file| from.join(file));
         let stop = || self.cancel.is_cancelled();
         match store.put(&self.name, &files, &stop).map_err(failed)? {
-            true => Ok(()),
-            false => Err(LmError::Cancelled),
+            Some(written) => Ok(written > 0),
+            None => Err(LmError::Cancelled),
         }
     }
 }
@@ -201,7 +203,8 @@ mod tests {
         let entry = json!({ "url": format!("file://{}", to.display()) });
         let there = Place::of(&place(&entry), "m", "one", &host).unwrap();
         assert!(!to.exists(), "it is not put before it is wanted");
-        there.put(&from).unwrap();
+        assert!(there.put(&from).unwrap());
+        assert!(!there.put(&from).unwrap(), "it is there");
         let inside = |folder: &Path| {
             let names = std::fs::read_dir(folder).unwrap();
             let mut names: Vec<_> = names.map(|e| e.unwrap().file_name()).collect();

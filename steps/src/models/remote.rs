@@ -51,7 +51,7 @@ pub(super) fn open_lm(
         unseen_for: place.unseen_for(),
         place,
         cancel: host.cancel.clone(),
-        given: Mutex::new(0),
+        given: Mutex::default(),
         // It may come again and again.
         on_forgotten: Box::new(move |text, is_first| match &reporter {
             Some(reporter) if is_first => reporter.warning(text),

@@ -45,19 +45,32 @@ pub(super) struct WithAdapter {
     pub(super) unseen_for: Duration,
     /// Whether to stop.
     pub(super) cancel: Cancel,
-    /// How often the server was given it; held while it is.
-    pub(super) given: Mutex<u64>,
-    /// Hears when that is more than once.
+    /// Held while the server is given it.
+    pub(super) given: Mutex<Given>,
+    /// Hears when it is given it again.
     pub(super) on_forgotten: OnForgotten,
 }
 
+/// How the server was given an adapter so far.
+#[derive(Debug, Default)]
+pub(super) struct Given {
+    /// How often; also where the adapter was found in its place.
+    times: u64,
+    last: Option<Instant>,
+    /// It was told that the server had forgotten it.
+    is_told: bool,
+}
+
 impl WithAdapter {
-    /// Gives the server the adapter, unless somebody has since it was given for the `seen`th time.
-    /// How often it was given.
+    /// Gives the server the adapter, unless somebody has since it was given for the `seen`th time, or
+    /// it may not have seen the last one yet. How often it was given.
     fn give(&self, seen: u64) -> Result<u64, LmError> {
         let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
-        if *given == seen {
-            self.place.put(&self.from)?;
+        let is_unseen = given
+            .last
+            .is_some_and(|last| last.elapsed() < self.unseen_for);
+        if given.times == seen && !is_unseen {
+            let is_new = self.place.put(&self.from)?;
             if let Place::Folder {
                 to,
                 seen_as,
@@ -66,16 +79,18 @@ impl WithAdapter {
             {
                 self.tell(to, seen_as.as_deref())?;
             }
-            *given += 1;
-            if *given > 1 {
+            given.times += 1;
+            given.last = Some(Instant::now());
+            if given.times > 1 && is_new {
                 let text = format!(
                     "the server had forgotten `{}`: it was given the adapter again",
                     self.id
                 );
-                (self.on_forgotten)(&text, *given == 2);
+                let is_told = std::mem::replace(&mut given.is_told, true);
+                (self.on_forgotten)(&text, !is_told);
             }
         }
-        Ok(*given)
+        Ok(given.times)
     }
 
     /// Tells the server of the adapter in `to`, which it sees as `seen_as`.
@@ -195,12 +210,16 @@ mod tests {
     use std::collections::BTreeMap;
     use std::io::{BufRead, BufReader, Read, Write};
     use std::net::{TcpListener, TcpStream};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use flowrun_engine::step::World;
     use flowrun_lm::client::{OpenAi, OpenAiSpec};
     use flowrun_lm::lm::{Message, Role, Sampling};
     use serde_json::Value;
 
+    use super::super::Host;
     use super::*;
+    use crate::checkpoint::{ADAPTER_CONFIG, ADAPTER_VALUES};
 
     /// A server that forgets its adapter after so many answers.
     #[derive(Default)]
@@ -318,7 +337,7 @@ mod tests {
             },
             unseen_for: Duration::ZERO,
             cancel: Cancel::default(),
-            given: Mutex::new(0),
+            given: Mutex::default(),
             on_forgotten: Box::new(|_, _| {}),
         }
     }
@@ -410,6 +429,47 @@ mod tests {
         assert!(answers.iter().all(is_lacking), "{answers:?}");
         assert_eq!(told, vec![1; TEXTS.len()]);
         assert!(loses.state.lock().unwrap().answered.is_empty());
+    }
+
+    #[test]
+    fn a_store_is_given_it_again_only_when_it_lost_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut lm = adapted("http://127.0.0.1:1/v1", folder.path());
+        for file in [ADAPTER_VALUES, ADAPTER_CONFIG] {
+            std::fs::write(lm.from.join(file), file).unwrap();
+        }
+        let (world, cancel) = (World::default(), Cancel::default());
+        let host = Host {
+            world: &world,
+            cancel: &cancel,
+            completions: None,
+            step: None,
+        };
+        let bucket = folder.path().join("bucket");
+        let entry = json!({ "url": format!("file://{}", bucket.display()) });
+        let entry = serde_json::from_value(entry).unwrap();
+        lm.place = Place::of(&entry, "m", "one", &host).unwrap();
+        let warnings = Arc::new(AtomicUsize::new(0));
+        let own = Arc::clone(&warnings);
+        lm.on_forgotten = Box::new(move |_, is_first| {
+            assert_eq!(own.fetch_add(1, Ordering::SeqCst) == 0, is_first);
+        });
+        let values = bucket.join("one").join(ADAPTER_VALUES);
+        lm.unseen_for = Duration::from_secs(3600);
+        assert_eq!(lm.give(0).unwrap(), 1);
+        std::fs::remove_file(&values).unwrap();
+        // The server may say for a while that there is none: no reason to look into the store.
+        assert_eq!(lm.give(1).unwrap(), 1);
+        assert!(!values.exists());
+        lm.unseen_for = Duration::ZERO;
+        for (seen, told) in [(1, 1), (2, 1)] {
+            assert_eq!(lm.give(seen).unwrap(), seen + 1);
+            assert!(values.exists());
+            assert_eq!(warnings.load(Ordering::SeqCst), told);
+        }
+        std::fs::remove_file(&values).unwrap();
+        assert_eq!(lm.give(3).unwrap(), 4);
+        assert_eq!(warnings.load(Ordering::SeqCst), 2);
     }
 
     #[test]

@@ -116,6 +116,10 @@ impl Suite {
             let started = Instant::now();
             project.run(&self.args(victim)).ok();
             self.lengths.insert(victim, started.elapsed());
+            if victim == Victim::Import {
+                let run = project.run(RUN).ok();
+                assert_eq!(run.steps("ran"), Vec::<String>::new(), "all was taken over");
+            }
             self.finish(victim, &project);
         }
         let project = self.set_up(victim);

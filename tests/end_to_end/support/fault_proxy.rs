@@ -12,7 +12,10 @@ use serde_json::{Value, json};
 
 use crate::http::listen;
 use crate::oracle::query;
-use crate::server::client;
+use crate::server::patient_client;
+
+/// Longest silence of a client in the middle of a request.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// What becomes of a request.
 pub(crate) enum Fault {
@@ -101,6 +104,23 @@ struct Seen {
 struct UnderWay {
     now: AtomicUsize,
     most: AtomicUsize,
+}
+
+/// A request under way; it ends when this is dropped.
+struct Passing<'a>(&'a UnderWay);
+
+impl UnderWay {
+    fn begin(&self) -> Passing<'_> {
+        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
+        Passing(self)
+    }
+}
+
+impl Drop for Passing<'_> {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Proxy {
@@ -206,12 +226,12 @@ impl Connection<'_> {
             Some(Fault::Late(wait)) => std::thread::sleep(wait),
             _ => {}
         }
-        let now = self.seen.under_way.now.fetch_add(1, Ordering::SeqCst) + 1;
-        self.seen.under_way.most.fetch_max(now, Ordering::SeqCst);
-        let answer = client().post(self.upstream).json(&body).send().unwrap();
+        let passing = self.seen.under_way.begin();
+        let request = patient_client().post(self.upstream).json(&body);
+        let answer = request.send().unwrap();
         let status = answer.status().as_u16();
         let mut text = answer.text().unwrap();
-        self.seen.under_way.now.fetch_sub(1, Ordering::SeqCst);
+        drop(passing);
         match fault {
             Some(Fault::Truncated) => {
                 self.write(status, "", &text[..text.len() / 2], text.len())?;
@@ -240,9 +260,11 @@ impl Connection<'_> {
     }
 }
 
-/// The next request, left unread: its length with its head, and its body.
+/// The next request, left unread: its length with its head, and its body. `None` when it does not come
+/// to its end, or is too long to be left unread.
 fn peek_request(stream: &TcpStream) -> Option<(usize, Value)> {
     let mut buffer = vec![0; 1 << 18];
+    let (mut came, mut since) = (0, Instant::now());
     loop {
         let there = stream.peek(&mut buffer).ok()?;
         if there == 0 {
@@ -258,6 +280,13 @@ fn peek_request(stream: &TcpStream) -> Option<(usize, Value)> {
                 let value = serde_json::from_str(&body[..length]).ok()?;
                 return Some((head.len() + 4 + length, value));
             }
+        }
+        if there > came {
+            (came, since) = (there, Instant::now());
+        }
+        // A client that went away leaves what it sent.
+        if there == buffer.len() || since.elapsed() > SILENCE {
+            return None;
         }
         std::thread::sleep(Duration::from_millis(1));
     }

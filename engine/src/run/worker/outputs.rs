@@ -3,9 +3,10 @@
 //! Invariant: no path that a step or a pipeline names leaves the folder it is relative to.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
-use flowrun_cache::{Artifact, ArtifactStore, ListItem, OutputRecord, OutputValue};
+use flowrun_cache::{Artifact, ArtifactStore, CacheError, ListItem, OutputRecord, OutputValue};
 use serde_json::Value;
 
 use super::{Worker, cache_error};
@@ -33,7 +34,7 @@ impl Worker {
             } else {
                 match self.store(&place, shared) {
                     Ok(artifact) => OutputValue::One(artifact),
-                    Err(error) if place.exists() => return Err(error),
+                    Err(error) if !is_absent(&error, &place) => return Err(cache_error(error)),
                     Err(_) if port.optional => continue,
                     Err(_) => return Err(missing(&request.id, &port.name, path)),
                 }
@@ -65,7 +66,7 @@ impl Worker {
             if !path.exists() {
                 return Err(missing(id, &port.name, &format!("{}/{label}", port.name)));
             }
-            let artifact = self.store(&path, shared)?;
+            let artifact = self.store(&path, shared).map_err(cache_error)?;
             let label = label.clone();
             items.push(ListItem { label, artifact });
         }
@@ -73,14 +74,13 @@ impl Worker {
     }
 
     /// `shared`: another output lies in this one, or a link may lead there, so its files stay.
-    fn store(&self, path: &Path, shared: bool) -> Result<Artifact, StepError> {
+    fn store(&self, path: &Path, shared: bool) -> Result<Artifact, CacheError> {
         let store = self.cache.store();
-        let stored = if shared {
+        if shared {
             store.put_path(path)
         } else {
             store.take_path(path)
-        };
-        stored.map_err(cache_error)
+        }
     }
 
     /// Outputs as events show them.
@@ -144,13 +144,53 @@ pub(super) fn inside(folder: &Path, path: &str) -> Result<PathBuf, StepError> {
     Err(StepError::invalid(text))
 }
 
+/// Nothing lies at `place`, or a link that leads nowhere. It is not looked at again: what changed
+/// while it was stored is gone from there as well.
+fn is_absent(error: &CacheError, place: &Path) -> bool {
+    let CacheError::Io { path, source } = error else {
+        return false;
+    };
+    let kind = source.kind();
+    path == place && matches!(kind, ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
 fn missing(id: &str, port: &str, path: &str) -> StepError {
     StepError::failed(format!("`{id}` did not write its output `{port}` ({path})"))
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use flowrun_cache::{Cache, OpenOptions};
+
     use super::*;
+
+    #[test]
+    fn only_what_is_not_there_counts_as_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = OpenOptions::no_wait("test");
+        let cache = Cache::open(&dir.path().join("cache"), &options).unwrap();
+        let place = |name: &str| dir.path().join(name);
+        std::fs::write(place("file"), "x").unwrap();
+        std::fs::create_dir(place("folder")).unwrap();
+        std::os::unix::fs::symlink(place("nothing"), place("link")).unwrap();
+        std::os::unix::fs::symlink(place("nothing"), place("folder/link")).unwrap();
+        let take = |path: &Path| cache.store().take_path(path).unwrap_err();
+        let put = |path: &Path| cache.store().put_path(path).unwrap_err();
+        for name in ["nothing", "link", "file/in"] {
+            let place = place(name);
+            assert!(is_absent(&take(&place), &place), "{name}");
+            assert!(is_absent(&put(&place), &place), "{name}");
+        }
+        // Something was written, and cannot be stored.
+        let folder = place("folder");
+        assert!(!is_absent(&take(&folder), &folder));
+        let changed = CacheError::Unstorable {
+            path: place("gone"),
+            reason: "the file changed while it was stored",
+        };
+        assert!(!is_absent(&changed, &place("gone")));
+    }
 
     #[test]
     fn outputs_within_outputs_are_told() {

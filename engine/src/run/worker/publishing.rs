@@ -73,7 +73,7 @@ impl Worker {
         self.claim(request, dest)?;
         if let Some(memory) = self.memory() {
             let inner = dest.strip_prefix(&self.lookup.root).unwrap_or(dest);
-            memory.file(&request.node.name, inner, artifact);
+            memory.bytes(&request.node.name, inner, artifact);
         }
         // What is there is looked at each time: no record of an earlier run is trusted.
         if self.lookup.is_at(artifact, dest) {

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use flowrun_cache::{ArtifactStore, Cache, Depot, OpenOptions, RemoteCache, RemoteOptions};
@@ -61,7 +61,7 @@ pub(super) struct Goods {
     /// Where the step saves what its next attempt can go on from.
     saved: Option<PathBuf>,
     cancel: Cancel,
-    offer: Offer,
+    offer: Arc<Offer>,
     /// Held while something is sent of what the step saves; true once the work is over.
     over: Arc<Mutex<bool>>,
     /// Hears that the work begins.
@@ -97,11 +97,8 @@ impl Outpost {
         }
         let attempt = AttemptFolder::at(ground.scratch.join("job"));
         attempt.make().map_err(|e| no_job(&e))?;
-        let offer = Offer {
-            taken: Instant::now(),
-            timeout: order.timeout,
-        };
-        let courier = Courier::start(&shipment, &attempt, offer, cancel);
+        let offer = Arc::new(Offer::new(order.timeout));
+        let courier = Courier::start(&shipment, &attempt, Arc::clone(&offer), cancel);
         let cache = OpenOptions::no_wait(format!("job {id}"));
         let cache = Cache::open(&cache_dir, &cache).map_err(|e| no_job(&e))?;
         let remote = RemoteCache::open(&options, &cache_dir).map_err(|e| no_job(&e))?;
@@ -261,18 +258,33 @@ impl Goods {
 
 /// How long what came of the work is offered to a store that does not answer: it lies here, and
 /// may have taken long.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Offer {
     /// When the job was taken.
     taken: Instant,
     /// The step's own.
     timeout: Option<Duration>,
+    /// When it began, and for how long: once for all that is offered.
+    begun: OnceLock<(Instant, Duration)>,
 }
 
 impl Offer {
+    fn new(timeout: Option<Duration>) -> Self {
+        Self {
+            taken: Instant::now(),
+            timeout,
+            begun: OnceLock::new(),
+        }
+    }
+
+    /// What is left; the first call begins it.
     fn patience(&self) -> Duration {
-        let left = |timeout: Duration| timeout.saturating_sub(self.taken.elapsed());
-        self.timeout.map_or(A_DAY, left).max(PATIENCE)
+        let (begun, longest) = self.begun.get_or_init(|| {
+            let left = |timeout: Duration| timeout.saturating_sub(self.taken.elapsed());
+            let longest = self.timeout.map_or(A_DAY, left).max(PATIENCE);
+            (Instant::now(), longest)
+        });
+        longest.saturating_sub(begun.elapsed())
     }
 }
 
@@ -296,15 +308,18 @@ mod tests {
 
     #[test]
     fn what_was_made_is_offered_as_long_as_the_step_may_take() {
-        let patience = |timeout: Option<u64>| {
-            let timeout = timeout.map(Duration::from_secs);
-            let taken = Instant::now();
-            Offer { taken, timeout }.patience()
-        };
-        assert_eq!(patience(None), A_DAY);
-        assert_eq!(patience(Some(1)), PATIENCE);
-        let hours = patience(Some(7200));
-        assert!(hours > PATIENCE && hours <= Duration::from_secs(7200));
+        for (timeout, longest) in [
+            (None, A_DAY),
+            (Some(1), PATIENCE),
+            (Some(7200), Duration::from_secs(7200)),
+        ] {
+            let offer = Offer::new(timeout.map(Duration::from_secs));
+            let first = offer.patience();
+            assert!(first > longest / 2 && first <= longest, "{timeout:?}");
+            // What is offered next has what the first one left.
+            std::thread::sleep(Duration::from_millis(2));
+            assert!(offer.patience() < first, "{timeout:?}");
+        }
     }
 
     #[test]

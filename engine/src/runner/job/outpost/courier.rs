@@ -115,7 +115,7 @@ impl Courier {
     pub(super) fn start(
         shipment: &Shipment,
         attempt: &AttemptFolder,
-        offer: Offer,
+        offer: Arc<Offer>,
         cancel: &Cancel,
     ) -> Self {
         let (tell, hears) = channel();
@@ -135,7 +135,7 @@ impl Courier {
 /// What was said so far.
 struct Telling {
     shipment: Shipment,
-    offer: Offer,
+    offer: Arc<Offer>,
     cancel: Cancel,
     messages: Growing,
     log: Growing,
@@ -146,7 +146,12 @@ struct Telling {
 }
 
 impl Telling {
-    fn new(shipment: &Shipment, attempt: &AttemptFolder, offer: Offer, cancel: &Cancel) -> Self {
+    fn new(
+        shipment: &Shipment,
+        attempt: &AttemptFolder,
+        offer: Arc<Offer>,
+        cancel: &Cancel,
+    ) -> Self {
         Self {
             shipment: shipment.clone(),
             offer,
@@ -261,10 +266,7 @@ mod tests {
         let attempt = AttemptFolder::at(dir.path().join("job"));
         attempt.make().unwrap();
         std::fs::write(attempt.log(), vec![b'x'; (AT_ONCE << 20) + 1]).unwrap();
-        let offer = Offer {
-            taken: Instant::now(),
-            timeout: None,
-        };
+        let offer = Arc::new(Offer::new(None));
         let mut telling = Telling::new(&shipment, &attempt, offer, &Cancel::default());
         assert!(telling.tell().unwrap(), "there is more");
         assert!(!telling.tell().unwrap());
