@@ -493,7 +493,7 @@ fn an_answer_that_is_too_large_was_paid_for() {
 }
 
 #[test]
-fn counts_without_measure_are_taken_for_what_they_are() {
+fn counts_without_measure_are_not_believed() {
     let body = json!({
         "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": u64::MAX, "completion_tokens": 1e300},
@@ -512,8 +512,8 @@ fn counts_without_measure_are_taken_for_what_they_are() {
         ask(&client, &["a"])[0].as_ref().unwrap().prompt_tokens,
         u64::MAX
     );
-    let text = error(&ask(&client, &["a"]));
-    assert!(text.contains("is spent"), "{text}");
+    // It counts with its worst case, and leaves the rest of the budget to others.
+    assert!(ask(&client, &["a"])[0].is_ok());
 }
 
 #[test]
