@@ -252,7 +252,7 @@ impl Scheduler {
         if !self.room.fits(&self.steps[first.0].node) {
             return None;
         }
-        let (steps, one_step) = (&self.steps, levels(&self.steps[first.0].node) > 1);
+        let (steps, is_nested) = (&self.steps, levels(&self.steps[first.0].node) > 1);
         let admits = |place: Place| {
             let step = &steps[place.0];
             let item = &step.items[place.1];
@@ -260,7 +260,7 @@ impl Scheduler {
             matches!(item.phase, Phase::Ready(..)) && step.together.admits(&step.node, label)
         };
         // Where a step has several levels, one item may be held up by those around and the next not.
-        if admits(first) || one_step {
+        if admits(first) || is_nested {
             return self.ready.take(head, admits);
         }
         None
