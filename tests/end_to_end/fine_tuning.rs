@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -368,20 +369,45 @@ fn another_programs_adapters_are_scored_at_a_server_as_in_this_process() {
 /// The real thing, where `FLOWRUN_TRL` names TRL's command.
 #[test]
 fn trl_trains_and_its_checkpoints_answer() {
-    let Some(trl) = named("FLOWRUN_TRL", "`trl` (pip install trl peft)") else {
-        return;
-    };
-    assert!(trl.is_file(), "{} is no file", trl.display());
+    if let Some(trl) = named("FLOWRUN_TRL", "`trl` (pip install trl peft)") {
+        trains(&trl, "trainer: trl");
+    }
+}
+
+/// The same of LLaMA-Factory, whose template of this name is ChatML.
+#[test]
+fn llama_factory_trains_and_its_checkpoints_answer() {
+    let what = "`llamafactory-cli` (pip install llamafactory)";
+    if let Some(program) = named("FLOWRUN_LLAMA_FACTORY", what) {
+        trains(&program, "trainer: llama-factory, template: chatml");
+    }
+}
+
+/// The same of axolotl.
+#[test]
+fn axolotl_trains_and_its_checkpoints_answer() {
+    let what = "`axolotl` (pip install axolotl)";
+    if let Some(program) = named("FLOWRUN_AXOLOTL", what) {
+        // Its own kernels are for GPUs.
+        let plain = "lora_mlp_kernel: false, lora_qkv_kernel: false, lora_o_kernel: false";
+        trains(&program, &format!("trainer: axolotl, config: {{ {plain} }}"));
+    }
+}
+
+/// A program trains the tiny model for two epochs, on the CPU; a server is handed both checkpoints
+/// and answers with them. What it reported as loss is a number for each step.
+fn trains(program: &Path, trainer: &str) {
+    assert!(program.is_file(), "{} is no file", program.display());
     let home = home();
-    // TRL writes conversations with the model's own template.
+    // The programs write conversations with the model's own template.
     tiny::with_chat_template(&home.path("tiny"));
     std::fs::create_dir_all(home.path("adapters")).unwrap();
     let mut command = home.command(&["serve", "tiny", "--adapters", "adapters"]);
     command.env_remove("FLOWRUN_API_KEY");
     let server = Server::start(command);
     let backend = format!(
-        "command: {{ trainer: trl, program: [{}], base: {}, precision: f32, env: {{ CUDA_VISIBLE_DEVICES: '' }} }}",
-        trl.display(),
+        "command: {{ {trainer}, program: [{}], base: {}, precision: f32, env: {{ CUDA_VISIBLE_DEVICES: '', AXOLOTL_DO_NOT_TRACK: '1' }} }}",
+        program.display(),
         home.path("tiny").display()
     );
     let folder = home.path("adapters");
@@ -393,4 +419,11 @@ fn trl_trains_and_its_checkpoints_answer() {
     let run = project.run(&["--json", "pipeline.yaml"]).ok();
     assert_eq!(answers(&project, &run).len(), 3);
     assert_eq!(adapters(&server).len(), 2);
+    let events = run.events();
+    let trained = |e: &&Value| e["event"] == "step_finished" && e["step"] == "finetune";
+    let trained = events.iter().find(trained).unwrap();
+    let loss = trained["outputs"]["loss"]["path"].as_str().unwrap();
+    let loss: Vec<Value> = serde_json::from_str(&project.read(loss)).unwrap();
+    assert!(loss.len() > 1, "{loss:?}");
+    assert!(loss.iter().all(|point| point["loss"].is_f64()), "{loss:?}");
 }

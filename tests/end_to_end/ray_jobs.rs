@@ -3,8 +3,7 @@
 
 use std::path::Path;
 
-use serde_json::Value;
-
+use crate::command_job::CommandJob;
 use crate::fault_proxy::Proxy;
 use crate::label_job::upstream;
 use crate::processes::{lives, running, signal, until};
@@ -61,7 +60,7 @@ fn labelling_and_training_are_the_same(ray: &Ray) {
     let there = project.run(&["pipeline.yaml", "--json", "--force"]).ok();
     assert_eq!(answers(), vec![2; asked]);
     for step in ["label", "finetune"] {
-        let of = |run: &Run| made(run, step);
+        let of = |run: &Run| heavy_steps::made_by(run, step);
         assert_eq!(of(&there), of(&here), "{step}");
         let log = there.events().last().unwrap()["run_dir"].clone();
         let log = format!("{}/logs/{step}.log", log.as_str().unwrap());
@@ -70,14 +69,16 @@ fn labelling_and_training_are_the_same(ray: &Ray) {
     }
 }
 
-/// The key of a step and the digests of its outputs.
-fn made(run: &Run, step: &str) -> (Value, Vec<(String, Value)>) {
-    let events = run.events();
-    let is_it = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;
-    let ended = events.iter().find(is_it).unwrap();
-    let outputs = ended["outputs"].as_object().unwrap().iter();
-    let digests = outputs.map(|(name, output)| (name.clone(), output["digest"].clone()));
-    (ended["key"].clone(), digests.collect())
+/// A program that trains, such as TRL, starts where the job is.
+#[test]
+fn another_program_trains_as_a_job() {
+    let Some(ray) = Ray::at_hand() else { return };
+    let job = CommandJob::new("ray", &ray.runners());
+    job.makes_the_same(&[], "at Ray at");
+    let job = CommandJob::new("ray", &ray.runners());
+    job.outlives_its_worker(&[]);
+    let job = CommandJob::new("ray", &ray.runners());
+    job.is_stopped_with_its_run(&[]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::command_job::CommandJob;
 use crate::external::set;
 use crate::processes::{signal, until};
 use crate::project::{Project, Run};
@@ -224,6 +225,20 @@ fn the_job_of_a_killed_run_is_taken_up_and_an_interrupted_run_stops_its_job() {
     let slow = Slow::new("slurm", RUNNERS);
     slow.is_stopped_with_its_run(slurm.start_run(&slow));
     until("jobs are left", || slurm.jobs().is_empty());
+}
+
+/// A program that trains, such as TRL, starts where the job is.
+#[test]
+fn another_program_trains_as_a_job() {
+    let Some(slurm) = Slurm::start() else { return };
+    let conf = slurm.conf();
+    let env = [("SLURM_CONF", conf.as_str())];
+    let job = CommandJob::new("slurm", RUNNERS);
+    job.makes_the_same(&env, "at Slurm");
+    let job = CommandJob::new("slurm", RUNNERS);
+    job.outlives_its_worker(&env);
+    let job = CommandJob::new("slurm", RUNNERS);
+    job.is_stopped_with_its_run(&env);
 }
 
 /// Workers that see no folder of the run: files go through a real S3 server, and so does what the

@@ -7,10 +7,12 @@ use crate::required::{is_required, skip};
 /// The component that a variable says the place of.
 fn component(variable: &str) -> &'static str {
     match variable {
+        "FLOWRUN_AXOLOTL" => "axolotl",
         "FLOWRUN_AZURITE" => "azure",
         "FLOWRUN_DSPY_PYTHON" => "dspy",
         "FLOWRUN_KUBECTL" => "kubectl",
         "FLOWRUN_KUBERNETES_VALIDATE" => "kubernetes-validate",
+        "FLOWRUN_LLAMA_FACTORY" => "llama-factory",
         "FLOWRUN_LLAMA_PYTHON" => "llama",
         "FLOWRUN_MLFLOW_PYTHON" => "mlflow",
         "FLOWRUN_OPENAI_PYTHON" => "sdk",

@@ -3,6 +3,7 @@
 pub(crate) mod azurite;
 pub(crate) mod batch_server;
 pub(crate) mod classify;
+pub(crate) mod command_job;
 pub(crate) mod deployed;
 pub(crate) mod external;
 pub(crate) mod fault_proxy;

@@ -8,7 +8,8 @@ use std::io::Write;
 const VARIABLE: &str = "FLOWRUN_REQUIRE";
 
 /// The names that it may hold. CONTRIBUTING.md says what each is.
-const COMPONENTS: [&str; 24] = [
+const COMPONENTS: [&str; 26] = [
+    "axolotl",
     "azure",
     "banking77",
     "curl",
@@ -18,6 +19,7 @@ const COMPONENTS: [&str; 24] = [
     "kubernetes",
     "kubernetes-validate",
     "llama",
+    "llama-factory",
     "minilm",
     "mlflow",
     "mount",

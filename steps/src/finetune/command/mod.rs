@@ -41,6 +41,7 @@ pub(super) struct CommandSpec {
     /// The program.
     trainer: Trainer,
     /// How to start it, before its own arguments: `[/opt/trl/bin/trl]`. By default its usual name.
+    /// A whole path's folder comes first in the program's PATH.
     #[serde(default)]
     program: Option<Vec<String>>,
     /// The model as the program names it: a repository of the Hugging Face hub, or a folder. By
@@ -145,10 +146,26 @@ pub(super) fn train(
         }
     };
     let mut env = ctx.world.env.clone();
+    if let Some(program) = argv.first() {
+        beside_it_first(&mut env, Path::new(program));
+    }
     env.extend(spec.env.clone());
     process::run(&argv, turn, folder, &env, &lines, &ctx.cancel)?;
     let found = collect::collect(&out, spec.trainer.name())?;
     take_over(ctx, params, spec, &found)
+}
+
+/// Puts the program's own folder first in PATH, as activating its virtual environment would: axolotl
+/// starts `accelerate` by name, and a program's neighbours are those that it was installed with.
+fn beside_it_first(env: &mut BTreeMap<String, String>, program: &Path) {
+    let Some(folder) = program.parent().filter(|_| program.is_absolute()) else {
+        return;
+    };
+    let mut path = folder.to_string_lossy().into_owned();
+    if let Some(rest) = env.get("PATH").filter(|rest| !rest.is_empty()) {
+        path = format!("{path}:{rest}");
+    }
+    env.insert("PATH".to_owned(), path);
 }
 
 /// Makes the program's checkpoints the step's own.
@@ -244,4 +261,22 @@ fn write_yaml(path: &Path, config: &Map<String, Value>) -> Result<(), StepError>
     let text = serde_yaml::to_string(config)
         .map_err(|e| StepError::failed(format!("{}: {e}", path.display())))?;
     std::fs::write(path, text).map_err(|e| StepError::io(path, &e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_finds_its_neighbours_first() {
+        let mut env = BTreeMap::from([("PATH".to_owned(), "/usr/bin".to_owned())]);
+        beside_it_first(&mut env, Path::new("trl"));
+        beside_it_first(&mut env, Path::new("bin/trl"));
+        assert_eq!(env["PATH"], "/usr/bin");
+        beside_it_first(&mut env, Path::new("/opt/trl/bin/trl"));
+        assert_eq!(env["PATH"], "/opt/trl/bin:/usr/bin");
+        env.clear();
+        beside_it_first(&mut env, Path::new("/opt/trl/bin/trl"));
+        assert_eq!(env["PATH"], "/opt/trl/bin");
+    }
 }
