@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::external::named;
 use crate::processes::signal;
-use crate::project::Project;
+use crate::project::{Project, Run};
 use crate::server::Server;
 use crate::tiny::{self, answers, answers_here, write_adapter, write_model};
 
@@ -366,11 +366,29 @@ fn another_programs_adapters_are_scored_at_a_server_as_in_this_process() {
     }
 }
 
+/// The tiny model's loss on the six chats before it has learnt anything, per token: on the answers
+/// with the token that ends a turn, which is what this process trains on.
+const LEARNS_THE_ANSWER: f64 = 5.206_97;
+/// The same with the line end that the template writes after that token; said by TRL and by
+/// LLaMA-Factory alike.
+const LEARNS_THE_LINE_END: f64 = 5.265_66;
+
+#[test]
+fn this_process_learns_the_answers() {
+    let project = tiny::project();
+    tiny::with_chat_template(&project.path("tiny"));
+    tiny::train(&project, None, AT_ONCE);
+    assert_first_loss(&project, LEARNS_THE_ANSWER);
+}
+
+/// All rows in a step, which changes next to nothing.
+const AT_ONCE: &str = "learning_rate: 0.0000001";
+
 /// The real thing, where `FLOWRUN_TRL` names TRL's command.
 #[test]
 fn trl_trains_and_its_checkpoints_answer() {
     if let Some(trl) = named("FLOWRUN_TRL", "`trl` (pip install trl peft)") {
-        trains(&trl, "trainer: trl");
+        trains(&trl, "trainer: trl", LEARNS_THE_LINE_END);
     }
 }
 
@@ -379,7 +397,8 @@ fn trl_trains_and_its_checkpoints_answer() {
 fn llama_factory_trains_and_its_checkpoints_answer() {
     let what = "`llamafactory-cli` (pip install llamafactory)";
     if let Some(program) = named("FLOWRUN_LLAMA_FACTORY", what) {
-        trains(&program, "trainer: llama-factory, template: chatml");
+        let trainer = "trainer: llama-factory, template: chatml";
+        trains(&program, trainer, LEARNS_THE_LINE_END);
     }
 }
 
@@ -390,13 +409,14 @@ fn axolotl_trains_and_its_checkpoints_answer() {
     if let Some(program) = named("FLOWRUN_AXOLOTL", what) {
         // Its own kernels are for GPUs.
         let plain = "lora_mlp_kernel: false, lora_qkv_kernel: false, lora_o_kernel: false";
-        trains(&program, &format!("trainer: axolotl, config: {{ {plain} }}"));
+        let trainer = format!("trainer: axolotl, config: {{ {plain} }}");
+        trains(&program, &trainer, LEARNS_THE_ANSWER);
     }
 }
 
 /// A program trains the tiny model for two epochs, on the CPU; a server is handed both checkpoints
-/// and answers with them. What it reported as loss is a number for each step.
-fn trains(program: &Path, trainer: &str) {
+/// and answers with them. Its first loss says which tokens it learns.
+fn trains(program: &Path, trainer: &str, first_loss: f64) {
     assert!(program.is_file(), "{} is no file", program.display());
     let home = home();
     // The programs write conversations with the model's own template.
@@ -406,7 +426,7 @@ fn trains(program: &Path, trainer: &str) {
     command.env_remove("FLOWRUN_API_KEY");
     let server = Server::start(command);
     let backend = format!(
-        "command: {{ {trainer}, program: [{}], base: {}, precision: f32, env: {{ CUDA_VISIBLE_DEVICES: '', AXOLOTL_DO_NOT_TRACK: '1' }} }}",
+        "command: {{ {trainer}, program: [{}], base: {}, precision: f32, micro_batch: 6, env: {{ CUDA_VISIBLE_DEVICES: '', AXOLOTL_DO_NOT_TRACK: '1' }} }}\n      {AT_ONCE}",
         program.display(),
         home.path("tiny").display()
     );
@@ -416,14 +436,23 @@ fn trains(program: &Path, trainer: &str) {
         folder.display()
     );
     let project = project(&server, &backend, &place);
-    let run = project.run(&["--json", "pipeline.yaml"]).ok();
+    let run = assert_first_loss(&project, first_loss);
     assert_eq!(answers(&project, &run).len(), 3);
     assert_eq!(adapters(&server).len(), 2);
+}
+
+/// Runs the project with all rows in each step: the first of its two losses is `expected`.
+fn assert_first_loss(project: &Project, expected: f64) -> Run {
+    project.edit("pipeline.yaml", "batch_size: 4", "batch_size: 6");
+    let run = project.run(&["--json", "pipeline.yaml"]).ok();
     let events = run.events();
     let trained = |e: &&Value| e["event"] == "step_finished" && e["step"] == "finetune";
     let trained = events.iter().find(trained).unwrap();
-    let loss = trained["outputs"]["loss"]["path"].as_str().unwrap();
-    let loss: Vec<Value> = serde_json::from_str(&project.read(loss)).unwrap();
-    assert!(loss.len() > 1, "{loss:?}");
-    assert!(loss.iter().all(|point| point["loss"].is_f64()), "{loss:?}");
+    let path = trained["outputs"]["loss"]["path"].as_str().unwrap();
+    let points: Value = serde_json::from_str(&project.read(path)).unwrap();
+    let points = points.as_array().unwrap();
+    let losses: Vec<f64> = points.iter().map(|p| p["loss"].as_f64().unwrap()).collect();
+    assert_eq!(losses.len(), 2, "{losses:?}");
+    assert!((losses[0] - expected).abs() < 1e-4, "{losses:?}");
+    run
 }

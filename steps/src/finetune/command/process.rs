@@ -19,8 +19,8 @@ use nix::unistd::Pid;
 const GRACE: Duration = Duration::from_secs(10);
 /// Longest wait between two looks at the program.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Lines of output that an error shows.
-const TAIL: usize = 20;
+/// Lines of output that an error shows: a launcher such as accelerate adds a traceback of its own.
+const TAIL: usize = 40;
 /// Bytes of a line; a longer one is cut into several.
 const LINE: usize = 8 << 10;
 
