@@ -3,7 +3,7 @@
 //! leave behind is alike.
 //!
 //! Field names: TRL 1.4 (`SFTConfig`, `ModelConfig`), LLaMA-Factory 0.9.5
-//! (`examples/train_lora`), axolotl 0.21 (its config reference).
+//! (`examples/train_lora`), axolotl 0.19 (its config reference).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -354,6 +354,8 @@ fn axolotl(job: &Job<'_>, folder: &Path, from: Option<&Path>) -> Value {
         "seed": params.seed,
         "bf16": job.is_bf16(),
         "saves_per_epoch": 1,
+        // It keeps only the last four otherwise.
+        "save_total_limit": params.epochs,
         "logging_steps": 1,
         "output_dir": folder.join(OUT),
         "resume_from_checkpoint": from,
