@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The heavy tier of the tests, by hand: what takes too long to install or to run for continuous integration.
 #
-#     tests/full.sh [COMPONENT...]        # vllm serve-llm trl peft transformers dspy mlflow tensorboard; all without
+#     tests/full.sh [COMPONENT...]
+#
+# Components: vllm serve-llm trl llama-factory axolotl peft transformers dspy mlflow tensorboard; all without one named.
 #
 # Each component is installed once, into FLOWRUN_FULL_DIR (else flowrun-full in the user's cache folder). Those with torch
 # are of several GB each, since it brings its libraries for GPUs. pip's own variables (PIP_INDEX_URL, …) hold; python3
@@ -129,6 +131,24 @@ check_trl() {
         -p flowrun --test end_to_end fine_tuning::trl_trains
 }
 
+# LLaMA-Factory trains.
+check_llama_factory() {
+    local folder="$cache/llama-factory-$LLAMA_FACTORY"
+    kept llama-factory "$folder" venv "$folder" "llamafactory==$LLAMA_FACTORY" "torch==$TRAINERS_TORCH"
+    export FLOWRUN_LLAMA_FACTORY="$folder/bin/llamafactory-cli"
+    check llama-factory "$(versions "$folder/bin/python" llamafactory transformers peft torch)" llama-factory \
+        -p flowrun --test end_to_end fine_tuning::llama_factory_trains
+}
+
+# axolotl trains.
+check_axolotl() {
+    local folder="$cache/axolotl-$AXOLOTL"
+    kept axolotl "$folder" venv "$folder" "axolotl==$AXOLOTL" "torch==$TRAINERS_TORCH"
+    export FLOWRUN_AXOLOTL="$folder/bin/axolotl"
+    check axolotl "$(versions "$folder/bin/python" axolotl transformers peft torch)" axolotl \
+        -p flowrun --test end_to_end fine_tuning::axolotl_trains
+}
+
 # The embedded model with SmolLM2 against recordings of transformers and PEFT, and against PEFT itself.
 check_peft() {
     FLOWRUN_PYTHON=$(torch_python)
@@ -172,7 +192,7 @@ check_tensorboard() {
         -p flowrun --test end_to_end tensorboard::
 }
 
-all=(tensorboard dspy mlflow transformers peft trl vllm serve-llm)
+all=(tensorboard dspy mlflow transformers peft trl llama-factory axolotl vllm serve-llm)
 [ $# -gt 0 ] || set -- "${all[@]}"
 for component; do
     [[ " ${all[*]} " == *" $component "* ]] || fail "\`$component\` is none of ${all[*]}"
