@@ -159,12 +159,12 @@ fn counts(plan: &Plan) -> String {
     if later > 0 {
         parts.push(format!("{later} after them, if their inputs change"));
     }
-    if publish > 0 {
-        parts.push(format!("{publish} to publish again"));
-    }
     parts.push(format!("{fresh} cached"));
     if skipped > 0 {
         parts.push(format!("{skipped} skipped"));
+    }
+    if publish > 0 {
+        parts.push(format!("{publish} to publish"));
     }
     format!("{}\n", parts.join(", "))
 }

@@ -164,7 +164,7 @@ fn a_plan_says_what_is_published_again() {
     std::fs::remove_file(project.path("results/text.txt")).unwrap();
     project.write("results/tree/a", "two\n");
     let expected = "cached make\n       publish  results/text.txt (missing)\n       \
-                    publish  results/tree (changed)\n0 to run, 2 to publish again, 1 cached\n";
+                    publish  results/tree (changed)\n0 to run, 1 cached, 2 to publish\n";
     assert_eq!(plan(), expected);
     let value: Value = serde_json::from_str(&said(&["plan", "pipeline.yaml", "--json"])).unwrap();
     let step = &value["steps"][0];
