@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::expansion::{ActionRequest, Entry, kind_of};
 use crate::manifest::{ActionManifest, InputKey, MANIFEST_VERSION, file_words};
 use crate::pipeline::Action;
-use crate::premises::{Memory, Observed};
+use crate::premises::{Memory, Observed, Stamps};
 use crate::sandbox::locale;
 use crate::step::{StepError, World};
 use flowrun_cache::remote::Fetched;
@@ -34,6 +34,8 @@ pub(crate) struct Lookup {
     remote: Option<Arc<RemoteCache>>,
     /// Hears what keys rest on.
     pub(crate) memory: Option<Arc<Memory>>,
+    /// What the last run knew of files; asked when the cache is not held.
+    stamps: Stamps,
 }
 
 /// An action with its inputs' digests and its key.
@@ -84,15 +86,17 @@ impl Lookup {
             held: Some(Arc::clone(cache)),
             remote,
             memory,
+            stamps: Stamps::default(),
         }
     }
 
-    /// For a plan: nothing is written.
+    /// For a plan: nothing is written, and a file that `stamps` tell of is not read.
     pub(crate) fn reading(
         root: &Path,
         world: World,
         cache: &CacheReader,
         remote: Option<Arc<RemoteCache>>,
+        stamps: Stamps,
     ) -> Self {
         Self {
             root: root.to_owned(),
@@ -102,6 +106,7 @@ impl Lookup {
             held: None,
             remote,
             memory: None,
+            stamps,
         }
     }
 
@@ -319,7 +324,10 @@ impl Lookup {
     fn digest(&self, path: &Path) -> std::io::Result<Digest> {
         match &self.held {
             Some(cache) => cache.index().file_digest(path),
-            None => Digest::of_file(path),
+            None => match self.stamps.digest(path, &std::fs::metadata(path)?) {
+                Some(digest) => Ok(digest),
+                None => Digest::of_file(path),
+            },
         }
     }
 

@@ -3,23 +3,29 @@
 //!
 //! A step is known only when everything before it is fresh: behind a stale
 //! step it is pending, because that step may make the same bytes again.
+//!
+//! What a fresh step publishes is looked at as a run looks at it: a file of another length is not
+//! read, nor is one that the last run knew and that was left alone since.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use flowrun_cache::{ArtifactKind, CacheReader, CompletionCache, OutputRecord};
+use flowrun_cache::{ActionResult, ArtifactKind, CacheReader, CompletionCache, OutputRecord};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::dag::{predecessors, required_predecessors};
 use crate::estimate::{Estimate, Foresight, TotalEstimate};
 use crate::expansion::{ActionRequest, Entry, expand, gather, kind_of};
+use crate::gates;
 use crate::history::History;
 use crate::lookup::{Found, Lookup};
 use crate::pipeline::{Action, CachePolicy, Pipeline, StepNode};
+use crate::places::published;
+use crate::premises::Stamps;
 use crate::run::{RunError, RunOptions, Selection};
-use crate::step::{StepErrorKind, World};
+use crate::step::{StepError, StepErrorKind, World};
 use crate::why::{Cause, Reason, why, why_anyway};
 
 /// What a run would do, in topological order.
@@ -49,6 +55,11 @@ pub struct PlannedStep {
 }
 
 impl PlannedStep {
+    /// What would be published though the step does not run.
+    pub fn publish(&self) -> impl Iterator<Item = &PlannedPublish> {
+        self.items.iter().flat_map(|item| &item.publish)
+    }
+
     /// Its estimates, of its items or of the step as a whole.
     pub fn estimates(&self) -> impl Iterator<Item = &Estimate> {
         let items = self.items.iter().filter_map(|item| item.estimate.as_ref());
@@ -65,9 +76,43 @@ pub struct PlannedItem {
     pub key: String,
     /// Whether it would run.
     pub status: PlanStatus,
+    /// What would be published though it does not run: outputs that are not in the project as they
+    /// are in the cache. What an action that would run publishes is known only then.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<PlannedPublish>,
     /// What it is likely to cost.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub estimate: Option<Estimate>,
+}
+
+/// A file or folder that a run would put into the project without running its step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PlannedPublish {
+    /// Its path, relative to the project.
+    pub path: String,
+    /// What lies there now.
+    pub found: InPlace,
+}
+
+/// What lies where an output is to be published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InPlace {
+    /// Nothing.
+    Missing,
+    /// Something else.
+    Changed,
+}
+
+impl InPlace {
+    /// `missing` or `changed`.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Changed => "changed",
+        }
+    }
 }
 
 /// Whether something would run.
@@ -166,6 +211,17 @@ impl Plan {
         self.steps.iter().filter(inside).collect()
     }
 
+    /// What would be published though no step that made it runs.
+    pub fn publish(&self) -> impl Iterator<Item = &PlannedPublish> {
+        self.steps.iter().flat_map(PlannedStep::publish)
+    }
+
+    /// A run would do nothing: no step would run, and all that is published is in its place.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.is_fresh() && self.publish().next().is_none()
+    }
+
     /// Nothing would run.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
@@ -184,7 +240,7 @@ pub enum Costs {
     Left,
 }
 
-/// Plans a run.
+/// Plans a run. What the run that `options` ask to remember left behind spares reading files.
 ///
 /// # Errors
 /// [`RunError::NoStep`] when the options name a step that does not exist.
@@ -196,6 +252,7 @@ pub fn plan(
     costs: Costs,
 ) -> Result<Plan, RunError> {
     let selection = Selection::of(pipeline, options)?;
+    let remembered = options.remember.map(|name| Stamps::of(cache.dir(), name));
     let planner = Planner {
         pipeline,
         options,
@@ -207,6 +264,7 @@ pub fn plan(
             },
             cache,
             options.remote.clone(),
+            remembered.unwrap_or_default(),
         ),
         history: History::new(&pipeline.name, cache.dir(), None),
         selection,
@@ -338,6 +396,7 @@ impl Planner<'_> {
             id: request.id.clone(),
             key,
             status,
+            publish: Vec::new(),
             estimate: None,
         };
         let forced = self.selection.forced.contains(&request.node.name);
@@ -362,7 +421,17 @@ impl Planner<'_> {
         } else {
             match self.lookup.find(request, &keyed.key) {
                 Found::Whole(result) | Found::Fetched(result) => {
-                    let fresh = planned(keyed.key.to_hex(), PlanStatus::Fresh);
+                    let key = keyed.key.to_hex();
+                    let publish = match self.publish(request, &result) {
+                        Ok(publish) => publish,
+                        Err(error) => {
+                            return (planned(key, PlanStatus::stale(error.message)), None);
+                        }
+                    };
+                    let fresh = PlannedItem {
+                        publish,
+                        ..planned(key, PlanStatus::Fresh)
+                    };
                     return (fresh, Some(result.outputs));
                 }
                 Found::Broken => Cause::Broken,
@@ -373,6 +442,36 @@ impl Planner<'_> {
         (self.stale(request, keyed.key.to_hex(), reason), None)
     }
 
+    /// What of a result is not in its place in the project. One that its gates hold back is not
+    /// published.
+    fn publish(
+        &self,
+        request: &ActionRequest,
+        result: &ActionResult,
+    ) -> Result<Vec<PlannedPublish>, StepError> {
+        let root = &self.lookup.root;
+        let places = published(root, &request.publish, &result.outputs)?;
+        let (node, metrics) = (&request.node, &result.metrics);
+        if places.is_empty() || gates::check(node, metrics, &self.options.expressions).is_err() {
+            return Ok(Vec::new());
+        }
+        let not_there = places
+            .into_iter()
+            .filter(|(artifact, dest)| !self.lookup.is_at(artifact, dest));
+        let planned = not_there.map(|(_, dest)| PlannedPublish {
+            path: dest
+                .strip_prefix(root)
+                .unwrap_or(&dest)
+                .display()
+                .to_string(),
+            found: match dest.symlink_metadata() {
+                Ok(_) => InPlace::Changed,
+                Err(_) => InPlace::Missing,
+            },
+        });
+        Ok(planned.collect())
+    }
+
     /// An action that would run.
     fn stale(&self, request: &ActionRequest, key: String, reason: Reason) -> PlannedItem {
         let files = self.files(request);
@@ -380,6 +479,7 @@ impl Planner<'_> {
             id: request.id.clone(),
             key,
             status: PlanStatus::because(reason),
+            publish: Vec::new(),
             estimate: self.estimate(&request.node, &request.id, &request.params, files.as_ref()),
         }
     }

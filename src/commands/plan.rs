@@ -3,7 +3,7 @@
 use console::style;
 use flowrun_cache::CacheReader;
 use flowrun_engine::estimate::{Estimate, TotalEstimate};
-use flowrun_engine::plan::{Costs, Plan, PlanStatus, plan as make_plan};
+use flowrun_engine::plan::{Costs, Plan, PlanStatus, PlannedPublish, plan as make_plan};
 use flowrun_engine::run::RunOptions;
 use flowrun_steps::report::dollars;
 
@@ -12,11 +12,17 @@ use crate::exit::{Exit, Failure};
 use crate::output;
 use crate::surroundings::{self, Surroundings};
 
+/// Lines about what is published, for each step; `--json` has all.
+const PUBLISHED: usize = 10;
+
 /// Shows what a run would do.
 pub(crate) fn plan(args: &PlanArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let loaded = surroundings::load(&args.select, global)?;
+    let asked = surroundings::ask(&args.select, global)?;
+    let remember = asked.run_name();
+    let loaded = asked.load()?;
     surroundings::warn(&loaded.pipeline);
     let options = RunOptions {
+        remember,
         remote: surroundings::remote(global)?,
         ..surroundings::run_options(None, &args.scope)
     };
@@ -68,10 +74,33 @@ fn text(plan: &Plan) -> String {
             let indent = width + 9;
             out.push_str(&format!("{:indent$}{}\n", "", shown(estimate)));
         }
+        // Under the step's name.
+        out.push_str(&to_publish(step.publish(), 7));
     }
     out.push_str(&counts(plan));
     if let Some(cost) = &plan.cost {
         out.push_str(&total(cost));
+    }
+    out
+}
+
+/// `publish  results/report.html (missing)`, a line each, so far from the left.
+pub(super) fn to_publish<'a>(
+    all: impl Iterator<Item = &'a PlannedPublish>,
+    indent: usize,
+) -> String {
+    let mut out = String::new();
+    let mut left_out = 0;
+    for (at, one) in all.enumerate() {
+        if at < PUBLISHED {
+            let (path, found) = (&one.path, one.found.word());
+            out.push_str(&format!("{:indent$}publish  {path} ({found})\n", ""));
+        } else {
+            left_out += 1;
+        }
+    }
+    if left_out > 0 {
+        out.push_str(&format!("{:indent$}publish  {left_out} more\n", ""));
     }
     out
 }
@@ -117,9 +146,10 @@ fn counts(plan: &Plan) -> String {
     let fresh = of(|s| matches!(s, PlanStatus::Fresh));
     let skipped = of(|s| matches!(s, PlanStatus::Skipped { .. }));
     let unknown = of(|s| matches!(s, PlanStatus::Unknown { .. }));
-    if plan.is_fresh() {
+    if plan.is_idle() {
         return "nothing to do\n".to_owned();
     }
+    let publish = plan.publish().count();
     let mut parts = vec![format!("{stale} to run")];
     if unknown > 0 {
         parts.push(format!(
@@ -133,6 +163,9 @@ fn counts(plan: &Plan) -> String {
     if skipped > 0 {
         parts.push(format!("{skipped} skipped"));
     }
+    if publish > 0 {
+        parts.push(format!("{publish} to publish"));
+    }
     format!("{}\n", parts.join(", "))
 }
 
@@ -144,5 +177,31 @@ pub(super) fn word(status: &PlanStatus) -> console::StyledObject<&'static str> {
         PlanStatus::Pending { .. } => style("later ").yellow(),
         PlanStatus::Unknown { .. } => style("maybe ").yellow(),
         PlanStatus::Skipped { .. } => style("skip  ").dim(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowrun_engine::plan::InPlace;
+
+    use super::*;
+
+    #[test]
+    fn of_many_outputs_of_a_step_the_first_are_named() {
+        let one = |n: usize| PlannedPublish {
+            path: format!("r/{n}"),
+            found: InPlace::Missing,
+        };
+        let all: Vec<PlannedPublish> = (0..12).map(one).collect();
+        let text = to_publish(all.iter(), 2);
+        assert_eq!(text.lines().count(), 11);
+        assert!(
+            text.starts_with("  publish  r/0 (missing)\n  publish  r/1 (missing)\n"),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("  publish  r/9 (missing)\n  publish  2 more\n"),
+            "{text}"
+        );
     }
 }

@@ -33,7 +33,8 @@ const BLOCKING: usize = 24;
 pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> {
     let asked = surroundings::ask(&args.select, global)?;
     let remote = surroundings::remote(global)?;
-    let name = asked.run_name().filter(|_| is_plain(args));
+    let known = asked.run_name();
+    let name = known.filter(|_| is_plain(args));
     // What an earlier run did not send is sent by an ordinary one.
     let sends = |remote: &Arc<RemoteCache>| !remote.is_read_only() && remote.waiting() > 0;
     let idle = !remote.as_ref().is_some_and(sends);
@@ -70,6 +71,10 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
         surroundings::warn(&loaded.pipeline);
     }
     if let (Work::Whole(loaded), true) = (&work, args.dry_run) {
+        let options = RunOptions {
+            remember: known,
+            ..options
+        };
         return plan::show(loaded, &options, global);
     }
     let cache = match cache {

@@ -7,7 +7,7 @@ use flowrun_engine::run::RunOptions;
 use serde::Serialize;
 
 use crate::args::{GlobalArgs, Scope, Select};
-use crate::commands::plan::{planned, word};
+use crate::commands::plan::{planned, to_publish, word};
 use crate::exit::{Exit, Failure};
 use crate::{output, surroundings};
 
@@ -21,8 +21,11 @@ struct Why<'a> {
 
 /// Shows why a step would run.
 pub(crate) fn why(name: &str, select: &Select, global: &GlobalArgs) -> Result<Exit, Failure> {
-    let loaded = surroundings::load(select, global)?;
+    let asked = surroundings::ask(select, global)?;
+    let remember = asked.run_name();
+    let loaded = asked.load()?;
     let options = RunOptions {
+        remember,
         remote: surroundings::remote(global)?,
         ..surroundings::run_options(None, &Scope::default())
     };
@@ -86,6 +89,7 @@ fn text(why: &Why<'_>, name: &str) -> String {
     }
     for item in items {
         describe(&mut out, &item.id, &item.status);
+        out.push_str(&to_publish(item.publish.iter(), 4));
     }
     for before in &why.behind {
         describe(&mut out, &before.step, &before.status);

@@ -52,9 +52,7 @@ const STEPS: &str = r#"  finetune:
 /// The tiny model, trained, scored and deployed.
 fn trained() -> (Project, Run) {
     let project = tiny::project();
-    let text = project.read("pipeline.yaml");
-    let (head, _) = text.split_once("  score:").unwrap();
-    project.write("pipeline.yaml", &format!("{head}{STEPS}"));
+    tiny::instead_of_scoring(&project, STEPS);
     let chats = "    with: { program: classify }\n";
     let published = format!("{chats}    publish: {{ messages: messages.jsonl }}\n");
     project.edit("pipeline.yaml", chats, &published);
@@ -97,8 +95,7 @@ fn an_activated_adapter_is_trained_scored_and_served() {
     let rows = scores["programs"][0]["rows"].as_array().unwrap();
     assert!(!rows.is_empty());
     // How far its confidences are from what is right is a metric of the step.
-    let again = |event: &Value| event["event"] == "step_finished" && event["step"] == "again";
-    let ended = run.events().into_iter().find(again).unwrap();
+    let ended = run.ended("again");
     let calibration = &scores["programs"][0]["calibration"];
     assert!(calibration["ece"].is_f64(), "{calibration}");
     assert_eq!(ended["metrics"]["ece"], calibration["ece"]);

@@ -1,9 +1,8 @@
 //! Many rows: the bench that measures them, and that memory does not grow with them.
 
-use std::fmt::Write as _;
-
 use serde_json::{Value, json};
 
+use crate::classify;
 use crate::project::{Project, Run};
 
 const STEPS: [&str; 5] = [
@@ -14,27 +13,10 @@ const STEPS: [&str; 5] = [
     "split",
 ];
 
-/// The steps that hold no rows.
-const PIPELINE: &str = "\
-name: many
-programs:
-  classify:
-    predict:
-      adapter: compact
-      instructions: Sort.
-      inputs: [{ name: text }]
-      outputs: [{ name: label, type: label }]
-steps:
-  load:
-    uses: load
-    with: { name: d, train: { file: train.csv }, test: { file: test.csv } }
-  filter:
-    uses: filter-top-n
-    in: { train: load.train, test: load.test }
-    with: { n: 2 }
-  convert:
+/// The last of the steps that hold no rows.
+const CONVERT: &str = "  convert:
     uses: convert-to-messages
-    in: { rows: [filter.train], labels: filter.labels }
+    in: { rows: [labels.train], labels: labels.labels }
     with: { program: classify }
     publish: { messages: messages.jsonl }
 ";
@@ -82,17 +64,16 @@ fn every_step_is_measured_and_nothing_is_left_behind() {
 /// Peak memory of a run that loads, filters and converts so many rows, in MiB.
 fn peak_mib(rows: usize) -> f64 {
     let project = Project::new();
-    let mut csv = "text,label\n".to_owned();
-    for row in 0..rows {
-        let label = ["card_arrival", "pin"][row % 2];
-        let _ = writeln!(
-            csv,
-            "query {row:08}: why has my new card not come yet and where is it,{label}"
-        );
-    }
-    project.write("train.csv", &csv);
-    project.write("test.csv", "text,label\none,pin\nanother,card_arrival\n");
-    project.write("p.yaml", PIPELINE);
+    let query = |row: usize| {
+        let text = format!("query {row:08}: why has my new card not come yet and where is it");
+        (text, ["card_arrival", "pin"][row % 2])
+    };
+    classify::write_rows(&project, "train.csv", (0..rows).map(query));
+    let test = [("one", "pin"), ("another", "card_arrival")];
+    let test = test.map(|(text, label)| (text.to_owned(), label));
+    classify::write_rows(&project, "test.csv", test);
+    let text = format!("name: many\n{}{CONVERT}", classify::ROWS);
+    project.write("p.yaml", &text);
     let flowrun = env!("CARGO_BIN_EXE_flowrun");
     let run = project
         .run(&["bench", "engine", "--measure", flowrun, "p.yaml", "--quiet"])

@@ -1,4 +1,7 @@
-//! What lies where an output is published is the user's, until it is known to be a step's.
+//! What lies where an output is published is the user's, until it is known to be a step's; and what
+//! is to be published again is told before it is.
+
+use serde_json::{Value, json};
 
 use crate::project::Project;
 
@@ -142,4 +145,48 @@ fn a_path_in_the_way_of_another_is_refused_before_anything_runs() {
         "{}",
         run.stderr
     );
+}
+
+#[test]
+fn a_plan_says_what_is_published_again() {
+    let project = Project::new();
+    project.write("pipeline.yaml", PIPELINE);
+    let said = |args: &[&str]| project.run(args).ok().stdout;
+    let plan = || {
+        let plan = said(&["plan", "pipeline.yaml"]);
+        assert_eq!(plan, said(&["pipeline.yaml", "--dry-run"]));
+        plan
+    };
+    let run = || project.run(&["pipeline.yaml", "--json"]).ok();
+    assert_eq!(plan(), "run    make  never ran\n1 to run, 0 cached\n");
+    assert_eq!(run().steps("ran"), ["make"]);
+    assert!(plan().contains("nothing to do"));
+    std::fs::remove_file(project.path("results/text.txt")).unwrap();
+    project.write("results/tree/a", "two\n");
+    let expected = "cached make\n       publish  results/text.txt (missing)\n       \
+                    publish  results/tree (changed)\n0 to run, 1 cached, 2 to publish\n";
+    assert_eq!(plan(), expected);
+    let value: Value = serde_json::from_str(&said(&["plan", "pipeline.yaml", "--json"])).unwrap();
+    let step = &value["steps"][0];
+    assert_eq!(step["status"]["status"], "fresh");
+    assert_eq!(
+        step["items"][0]["publish"],
+        json!([
+            {"path": "results/text.txt", "found": "missing"},
+            {"path": "results/tree", "found": "changed"},
+        ])
+    );
+    let why = said(&["why", "make", "pipeline.yaml"]);
+    assert!(
+        why.contains("    publish  results/text.txt (missing)\n"),
+        "{why}"
+    );
+    assert!(!project.path("results/text.txt").exists());
+    // The run does it.
+    assert_eq!(run().steps("cached"), ["make"]);
+    assert_eq!(project.read("results/text.txt"), "one\n");
+    assert_eq!(project.read("results/tree/a"), "one\n");
+    assert!(plan().contains("nothing to do"));
+    project.write("results/text.txt", "two\n");
+    assert!(plan().contains("publish  results/text.txt (changed)\n"));
 }

@@ -1,12 +1,11 @@
 //! The target `ray-serve` on a real Ray of this machine. `FLOWRUN_RAY_PYTHON` names a Python with
 //! `ray[default,serve]`; else `python3` is tried.
 
-use std::process::Command;
-
 use serde_json::{Value, json};
 
 use crate::project::Run;
 use crate::ray_cluster::{Ray, python};
+use crate::ray_files::{rendered, takes};
 use crate::server::{client, free_port};
 use crate::tiny::{self, write_model};
 
@@ -24,11 +23,7 @@ fn a_bundle_is_served_on_ray_and_one_that_fails_leaves_the_old_one() {
     project.edit("pipeline.yaml", target, &format!("{target}{deploy}"));
     let run = || -> Run { project.run(&["pipeline.yaml", "--json", "--set", "target=ray-serve"]) };
     let url = |run: &Run| -> String {
-        let events = run.events();
-        let done = events
-            .iter()
-            .find(|e| e["event"] == "step_finished" && e["step"] == "deploy")
-            .unwrap();
+        let done = run.ended("deploy");
         done["metrics"]["url"].as_str().unwrap().to_owned()
     };
 
@@ -124,21 +119,8 @@ ServeDeploySchema(**yaml.safe_load(open(sys.argv[1])))
 #[test]
 fn the_files_for_ray_are_what_it_takes() {
     let Some(python) = python() else { return };
-    let project = tiny::project();
-    project.run(&["pipeline.yaml"]).ok();
-    let render = ["deploy", "render", "bundle", "--target", "ray-serve"];
-    let set = ["--set", "base_model=org/base"];
-    let more = ["--set", "adapters_url=s3://bucket/adapters", "-o", "files"];
-    project.run(&[&render[..], &set, &more].concat()).ok();
-    let taken = |file: &str| {
-        let checked = Command::new(&python)
-            .args(["-c", VALIDATE])
-            .arg(project.path(file))
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&checked.stderr).into_owned();
-        (checked.status.success(), said)
-    };
+    let project = rendered();
+    let taken = |file: &str| takes(&python, VALIDATE, &project.path(file));
     for file in ["files/serve.yaml", "files/serve_llm.yaml"] {
         let (good, said) = taken(file);
         assert!(good, "{file}: {said}");

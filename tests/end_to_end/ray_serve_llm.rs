@@ -2,13 +2,13 @@
 //! the pipeline trains is put there, and answers as it does in this process. `FLOWRUN_RAY_LLM_PYTHON`
 //! names a Python with `ray[serve,llm]` and vLLM, `FLOWRUN_WEED` a SeaweedFS.
 
-use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::external::named;
 use crate::ray_cluster::Ray;
+use crate::ray_files::{rendered, takes};
 use crate::server::{client, free_port};
 use crate::tiny::{self, answers, answers_here, write_model_for_vllm};
 use crate::weed::Weed;
@@ -32,21 +32,8 @@ fn the_file_for_ray_serve_llm_is_what_it_takes() {
     let Some(python) = named("FLOWRUN_RAY_LLM_PYTHON", PACKAGES) else {
         return;
     };
-    let project = tiny::project();
-    project.run(&["pipeline.yaml"]).ok();
-    let render = ["deploy", "render", "bundle", "--target", "ray-serve"];
-    let set = ["--set", "base_model=org/base"];
-    let more = ["--set", "adapters_url=s3://bucket/adapters", "-o", "files"];
-    project.run(&[&render[..], &set, &more].concat()).ok();
-    let taken = |file: &str| {
-        let checked = Command::new(&python)
-            .args(["-c", VALIDATE])
-            .arg(project.path(file))
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&checked.stderr).into_owned();
-        (checked.status.success(), said)
-    };
+    let project = rendered();
+    let taken = |file: &str| takes(&python, VALIDATE, &project.path(file));
     let (good, said) = taken("files/serve_llm.yaml");
     assert!(good, "{said}");
     let llm = project.read("files/serve_llm.yaml");

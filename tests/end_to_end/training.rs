@@ -22,19 +22,11 @@ fn project(steps: &str) -> Project {
     };
     project.write("train.csv", &format!("text,label\n{}", rows("train", 12)));
     project.write("test.csv", &format!("text,label\n{}", rows("test", 4)));
-    let text = project.read("pipeline.yaml");
-    let (head, _) = text.split_once("  score:").unwrap();
-    project.write("pipeline.yaml", &format!("{head}{steps}"));
+    tiny::instead_of_scoring(&project, steps);
     project.edit("pipeline.yaml", "data/known.csv", "train.csv");
     project.edit("pipeline.yaml", "data/queries.csv", "test.csv");
     project.edit("pipeline.yaml", "n: 3", "n: 2");
     project
-}
-
-/// How a step ended.
-fn finished(run: &Run, step: &str) -> Value {
-    let is_it = |e: &Value| e["event"] == "step_finished" && e["step"] == step;
-    run.events().into_iter().find(is_it).unwrap()
 }
 
 /// The checkpoints of a finished `finetune`, by its result in the cache.
@@ -118,7 +110,7 @@ fn checkpoints_by_step_are_scored_selected_and_deployed() {
         "role: best }",
         "role: best, leakage: allow }",
     );
-    let finetune = finished(&refused, "finetune");
+    let finetune = refused.ended("finetune");
     project.run(&RUN).ok();
     let names = [
         "epochs-1-total-trained-steps-5",
@@ -146,7 +138,7 @@ fn checkpoints_by_step_are_scored_selected_and_deployed() {
         "epochs-1-total-trained-steps-6",
         "epochs-2-total-trained-steps-12",
     ];
-    assert_eq!(checkpoints(&project, &finished(&run, "finetune")), names);
+    assert_eq!(checkpoints(&project, &run.ended("finetune")), names);
     assert_eq!(scored(&project, &run), [format!("base:{}", names[0])]);
 }
 
@@ -187,7 +179,7 @@ fn a_killed_training_ends_with_the_same_checkpoints() {
     let log = killed.path(run_dir).join("logs/finetune.log");
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.contains("going on after step "), "{log}");
-    let resumed = finished(&resumed, "finetune");
+    let resumed = resumed.ended("finetune");
     // 720 steps: 102 sevens, and the last one.
     let names = checkpoints(&killed, &resumed);
     assert_eq!(names.len(), 103);
@@ -195,7 +187,7 @@ fn a_killed_training_ends_with_the_same_checkpoints() {
     assert_eq!(names[102], "epochs-60-total-trained-steps-720");
 
     let whole = project(LONG);
-    let whole = finished(&whole.run(&RUN).ok(), "finetune");
+    let whole = whole.run(&RUN).ok().ended("finetune");
     for output in ["checkpoints", "loss"] {
         let digest = |of: &Value| of["outputs"][output]["digest"].clone();
         assert!(digest(&whole).is_string());
@@ -244,7 +236,7 @@ fn patient() -> Project {
 fn a_training_that_gets_no_better_on_other_chats_ends_early() {
     let project = patient();
     let run = project.run(&RUN).ok();
-    let ended = finished(&run, "finetune");
+    let ended = run.ended("finetune");
     let metrics = &ended["metrics"];
     assert_eq!(metrics["stopped_early"], true, "{metrics}");
     let names = checkpoints(&project, &ended);
@@ -268,7 +260,7 @@ fn a_training_that_gets_no_better_on_other_chats_ends_early() {
 
     // Without patience it goes on, and still tells the loss.
     project.edit("pipeline.yaml", "      patience: 1\n", "");
-    let ended = finished(&project.run(&RUN).ok(), "finetune");
+    let ended = project.run(&RUN).ok().ended("finetune");
     assert_eq!(checkpoints(&project, &ended).len(), 40);
     assert_eq!(ended["metrics"]["stopped_early"], false);
 }
@@ -331,7 +323,7 @@ fn a_chat_of_several_turns_is_trained_whole_and_ends_with_an_answer() {
 
     project.edit("pipeline.yaml", "epochs: 40", "epochs: 1");
     project.write("train.jsonl", &line(&turns).repeat(4));
-    let trained = finished(&project.run(&RUN).ok(), "finetune");
+    let trained = project.run(&RUN).ok().ended("finetune");
     // Both answers of a chat in one row.
     assert_eq!(trained["metrics"]["rows"], 4, "{trained}");
     assert_eq!(trained["metrics"]["steps"], 1);

@@ -1,6 +1,6 @@
 //! [`Held`]: what a file or folder of the project is to hold, for all that steps make of it.
 
-use flowrun_cache::{Artifact, ArtifactKind};
+use flowrun_cache::{Artifact, ArtifactKind, Digest};
 use serde::{Deserialize, Serialize};
 
 /// What a path held when a run rested on it.
@@ -32,6 +32,11 @@ impl Held {
 
     pub(super) fn kind(&self) -> ArtifactKind {
         self.artifact.kind
+    }
+
+    /// The digest of its bytes, where it is a file.
+    pub(super) fn file_digest(&self) -> Option<Digest> {
+        (self.kind() == ArtifactKind::File).then_some(self.artifact.digest)
     }
 
     /// It is this now.
@@ -71,8 +76,6 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
-    use flowrun_cache::Digest;
-
     use super::*;
 
     fn file(bytes: &[u8], executable: bool) -> Artifact {

@@ -22,6 +22,7 @@ mod check;
 mod held;
 mod known;
 mod memory;
+mod stamps;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,7 @@ pub use self::changed::Changed;
 pub use self::check::{Recalled, Unchanged, recall};
 use self::held::Held;
 pub(crate) use self::memory::Memory;
+pub(crate) use self::stamps::Stamps;
 use crate::hook::Hook;
 use crate::language::LoadOptions;
 use crate::step::World;

@@ -73,7 +73,8 @@ pub struct RunOptions {
     /// A cache that other machines share: asked for what the local one lacks, and given what the
     /// run makes.
     pub remote: Option<Arc<RemoteCache>>,
-    /// Remember what the run rests on, if it ends whole: [`crate::premises`].
+    /// Remember what the run rests on, if it ends whole: [`crate::premises`]. A plan reads there what
+    /// the last run knew of files.
     pub remember: Option<RunName>,
     /// Steps tell of the parts of their work: [`RunEvent::Span`].
     pub traced: bool,

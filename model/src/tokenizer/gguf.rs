@@ -88,10 +88,8 @@ fn id_or_none(metadata: &HashMap<String, Value>, key: &str, tokens: usize) -> Op
 
 /// What a text that is no chat begins with, by default as in llama.cpp.
 fn begin(metadata: &HashMap<String, Value>, tokens: usize) -> Result<Option<u32>, String> {
-    const KEY: &str = "tokenizer.ggml.add_bos_token";
-    let asked = match metadata.get(KEY) {
-        Some(Value::Bool(asked)) => *asked,
-        Some(_) => return Err(format!("the entry `{KEY}` is neither true nor false")),
+    let asked = match flag(metadata, "tokenizer.ggml.add_bos_token")? {
+        Some(asked) => asked,
         None => {
             let pre = string(metadata, "tokenizer.ggml.pre").unwrap_or("default");
             string(metadata, "tokenizer.ggml.model")? == "llama" || is_llama3(pre)
@@ -147,6 +145,15 @@ pub(crate) fn string<'a>(
         Some(Value::String(text)) => Ok(text),
         Some(_) => Err(format!("the entry `{key}` is not a text")),
         None => Err(format!("the entry `{key}` is missing")),
+    }
+}
+
+/// Whether an entry asks for something, where there is one.
+pub(super) fn flag(metadata: &HashMap<String, Value>, key: &str) -> Result<Option<bool>, String> {
+    match metadata.get(key) {
+        Some(Value::Bool(asked)) => Ok(Some(*asked)),
+        Some(_) => Err(format!("the entry `{key}` is neither true nor false")),
+        None => Ok(None),
     }
 }
 

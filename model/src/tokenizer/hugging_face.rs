@@ -1,8 +1,9 @@
 //! A GGUF file's tokenizer in the files of the Hugging Face hub, so that `transformers` and vLLM
 //! give texts the ids that this program does.
 //!
-//! Texts are not begun with a begin token, whatever the metadata ask for: a chat's template writes
-//! its own, and a second one would be other ids than those that were trained on.
+//! A text that is no chat begins there as it begins here (`add_bos_token`), by one rule: the
+//! metadata's word, else llama.cpp's default. A chat's template writes its own begin token: who
+//! renders one and then encodes it must not add special tokens, as with the files on the hub.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,7 +11,7 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
 
-use super::gguf::{from_gguf, integer, string};
+use super::gguf::{flag, from_gguf, integer, string};
 use crate::chat_template::{CHATML, ChatTemplate};
 use crate::error::ModelError;
 use crate::gguf_header;
@@ -33,7 +34,7 @@ fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2
     let mut config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": false,
-        "add_bos_token": false,
+        "add_bos_token": !tokenizer.begin.is_empty(),
         "chat_template": template,
     });
     let bos = named(metadata, "tokenizer.ggml.bos_token_id");
@@ -44,9 +45,13 @@ fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2
     let turn_end = tokenizer.leading_special(&after);
     let turn_end = turn_end.or_else(|| tokenizer.eos().first().copied());
     let turn_end = turn_end.and_then(|id| tokenizer.spelling(id));
+    let end = turn_end.as_deref().or(eos);
+    let asked = flag(metadata, "tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    // What is added is `eos_token`: where that ends turns alone, the metadata ask for another one.
+    config["add_eos_token"] = json!(asked && eos.is_some() && end == eos);
     let mut tokens = vec![
         ("bos_token", bos),
-        ("eos_token", turn_end.as_deref().or(eos)),
+        ("eos_token", end),
         (
             "unk_token",
             named(metadata, "tokenizer.ggml.unknown_token_id"),
@@ -136,6 +141,56 @@ mod tests {
         // As in training, where the template writes nothing there.
         metadata.insert("tokenizer.ggml.eot_token_id".to_owned(), Value::U32(2));
         assert_eq!(eos(&metadata), "<|im_end|>");
+    }
+
+    /// The settings, and the tokenizer here, of metadata with these entries.
+    fn settings(entries: &[(&str, Value)]) -> (serde_json::Value, Tokenizer) {
+        let mut metadata = tiny_metadata();
+        for (key, value) in entries {
+            metadata.insert(format!("tokenizer.ggml.{key}"), value.clone());
+        }
+        let [_, (_, config)] = files(&metadata).unwrap();
+        let config = serde_json::from_str(&config).unwrap();
+        (config, from_gguf(&metadata).unwrap())
+    }
+
+    #[test]
+    fn a_text_begins_there_as_it_begins_here() {
+        let bos = || ("bos_token_id", Value::U32(1));
+        let asks = |asks| ("add_bos_token", Value::Bool(asks));
+        let llama3 = || ("pre", Value::String("llama-bpe".to_owned()));
+        for (entries, begins) in [
+            (vec![], false),
+            (vec![bos()], false),
+            (vec![bos(), asks(true)], true),
+            (vec![bos(), llama3()], true),
+            (vec![bos(), llama3(), asks(false)], false),
+            // There is nothing to begin with.
+            (vec![asks(true)], false),
+        ] {
+            let (config, tokenizer) = settings(&entries);
+            assert_eq!(config["add_bos_token"], begins, "{entries:?}");
+            let tokens = tokenizer.text_tokens("card").unwrap();
+            assert_eq!(tokens.first() == Some(&1), begins, "{entries:?}");
+            if begins {
+                assert_eq!(config["bos_token"], "<|im_start|>");
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_ends_as_the_metadata_ask_where_they_mean_the_same_token() {
+        let ends = |entries: &[(&str, Value)]| settings(entries).0["add_eos_token"].clone();
+        let asks = |asks| ("add_eos_token", Value::Bool(asks));
+        assert_eq!(ends(&[]), false);
+        assert_eq!(ends(&[asks(false)]), false);
+        assert_eq!(ends(&[asks(true)]), true);
+        // `eos_token` is what ends a turn, and this file's texts end with another one.
+        assert_eq!(ends(&[asks(true), ("eos_token_id", Value::U32(0))]), false);
+        let mut metadata = tiny_metadata();
+        metadata.insert("tokenizer.ggml.add_eos_token".to_owned(), Value::U32(1));
+        let error = files(&metadata).unwrap_err();
+        assert!(error.contains("neither true nor false"), "{error}");
     }
 
     #[test]

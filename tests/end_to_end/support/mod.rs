@@ -20,6 +20,7 @@ pub(crate) mod oracle;
 pub(crate) mod processes;
 pub(crate) mod project;
 pub(crate) mod ray_cluster;
+pub(crate) mod ray_files;
 pub(crate) mod real_data;
 pub(crate) mod receiver;
 pub(crate) mod remote_cache;

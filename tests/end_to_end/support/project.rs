@@ -144,6 +144,12 @@ impl Run {
             .collect()
     }
 
+    /// How a step of a `--json` run ended.
+    pub(crate) fn ended(&self, step: &str) -> Value {
+        let is_it = |e: &Value| e["event"] == "step_finished" && e["step"] == step;
+        self.events().into_iter().find(is_it).unwrap()
+    }
+
     /// The steps that ended in this way, in order.
     pub(crate) fn steps(&self, status: &str) -> Vec<String> {
         self.events()

@@ -125,6 +125,13 @@ pub(crate) fn project() -> Project {
     project
 }
 
+/// Puts these steps in the place of those that score the model and deploy it.
+pub(crate) fn instead_of_scoring(project: &Project, steps: &str) {
+    let text = project.read("pipeline.yaml");
+    let (head, _) = text.split_once("  score:").unwrap();
+    project.write("pipeline.yaml", &format!("{head}{steps}"));
+}
+
 /// Has the project train the student with these settings more, and score every checkpoint instead
 /// of deploying. `student` takes the place of the entry of the model.
 pub(crate) fn train(project: &Project, student: Option<&str>, settings: &str) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::pipeline::StepNode;
 use crate::step::{Port, StepOutcome};
-use crate::testing::{Bench, Toy, uses, write};
+use crate::testing::{Bench, Toy, node, uses, write};
 
 /// A step with the outputs `other` and `out`, published to these paths in this order.
 fn two(other: &str, out: &str) -> StepNode {
@@ -126,4 +126,57 @@ fn a_link_that_leads_nowhere_is_kept_too() {
     assert!(ran.summary.ok);
     assert_eq!(read(&link), "new");
     assert_eq!(ran.warnings().len(), 1);
+}
+
+#[test]
+fn a_plan_names_what_a_run_publishes_again() {
+    let bench = Bench::new().unwrap();
+    let to = |path: &'static str| {
+        move |s: &mut StepNode| s.publish = [("out".into(), path.into())].into()
+    };
+    let steps = [
+        node("a").text("right").change(to("./r/a.txt")),
+        uses("w", Arc::new(Toy::words()))
+            .text("one two")
+            .change(to("r/words")),
+    ];
+    let told = || -> Vec<String> {
+        let plan = bench.plan(&steps);
+        let told: Vec<String> = plan
+            .publish()
+            .map(|one| format!("{} {}", one.path, one.found.word()))
+            .collect();
+        assert_eq!(plan.is_idle(), plan.is_fresh() && told.is_empty());
+        told
+    };
+    assert!(told().is_empty(), "what is to be made is not known");
+    assert!(!bench.plan(&steps).is_fresh());
+    bench.run(&steps);
+    assert!(told().is_empty());
+    let (a, two) = (
+        bench.root().join("r/a.txt"),
+        bench.root().join("r/words/two"),
+    );
+    std::fs::write(&a, "wrong").unwrap();
+    std::fs::remove_file(&two).unwrap();
+    assert_eq!(told(), ["r/a.txt changed", "r/words/two missing"]);
+    assert!(bench.plan(&steps).is_fresh());
+    std::fs::remove_file(&a).unwrap();
+    std::os::unix::fs::symlink("nowhere", &a).unwrap();
+    std::fs::create_dir(&two).unwrap();
+    assert_eq!(told(), ["r/a.txt changed", "r/words/two changed"]);
+    assert!(!two.is_file(), "a plan publishes nothing");
+    assert_eq!(bench.run(&steps).summary.ran, 0);
+    assert!(told().is_empty());
+    // What a gate holds back is not published, and a path that leads out fails the step.
+    let gated = steps[0].clone().change(|s| {
+        s.expect = vec!["length >= 6".into()];
+        to("r/gated.txt")(s);
+    });
+    assert!(bench.plan(&[gated]).is_idle());
+    let bad = steps[0].clone().change(to("../a"));
+    let plan = bench.plan(&[bad]);
+    let why = "`../a` must be a relative path without `..`";
+    assert!(plan.steps[0].status.is_stale());
+    assert_eq!(plan.steps[0].status.why(), why);
 }

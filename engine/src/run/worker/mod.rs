@@ -22,21 +22,22 @@ use flowrun_cache::action::ACTION_VERSION;
 use flowrun_cache::{
     ActionCache, ActionKey, ActionResult, Artifact, Cache, CacheError, Digest, RemoteCache,
 };
-use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
 use inputs::Placed;
 use jobs::{Remotes, Trip};
-use outputs::{command_metrics, inside};
+use outputs::command_metrics;
 use watchdog::Watchdog;
 use workplace::{Shape, Workplaces};
 
 use super::reporter::{EventReporter, Mask};
 use crate::event::RunEvent;
 use crate::expansion::{ActionRequest, Expressions, kind_of};
+use crate::gates;
 use crate::history::History;
 use crate::lookup::{Found, Keyed, Lookup};
 use crate::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, StepNode};
+use crate::places::inside;
 use crate::premises::Memory;
 use crate::record::{log_path, timestamp};
 use crate::runner::{Remote, end_leftover, panicked, runner_of};
@@ -611,8 +612,7 @@ impl Worker {
         request: &ActionRequest,
         result: ActionResult,
     ) -> Result<ActionResult, Trouble> {
-        let settled = self
-            .check_gates(request, &result)
+        let settled = gates::check(&request.node, &result.metrics, &self.expressions)
             .map_err(Trouble::from)
             .and_then(|()| self.publish(request, &result));
         match settled {
@@ -622,19 +622,6 @@ impl Worker {
                 ..trouble
             }),
         }
-    }
-
-    fn check_gates(&self, request: &ActionRequest, result: &ActionResult) -> Result<(), StepError> {
-        let context = Value::Object(result.metrics.clone().into_iter().collect());
-        for gate in &request.node.expect {
-            let met = (self.expressions.eval_bool)(gate, &context)
-                .map_err(|e| StepError::invalid(format!("`expect: {gate}`: {e}")))?;
-            if !met {
-                let text = format!("the gate `{gate}` was not met: the metrics are {context}");
-                return Err(StepError::new(StepErrorKind::Gate, text));
-            }
-        }
-        Ok(())
     }
 }
 

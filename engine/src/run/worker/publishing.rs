@@ -13,10 +13,10 @@ use flowrun_cache::{
     Placed, Staged, Staging,
 };
 
-use super::outputs::inside;
 use super::{Trouble, Worker, broken_or_failed, cache_error};
 use crate::event::RunEvent;
 use crate::expansion::ActionRequest;
+use crate::places::published;
 use crate::record::REPLACED;
 use crate::step::{StepError, StepReporter};
 
@@ -33,20 +33,9 @@ impl Worker {
     ) -> Result<(), Trouble> {
         let mut staging = Staging::new(self.cache.store());
         let mut staged = Vec::new();
-        for (port, path) in &request.publish {
-            let dest = inside(&self.lookup.root, path)?;
-            match result.outputs.get(port).map(|o| &o.value) {
-                Some(OutputValue::One(artifact)) => {
-                    staged.extend(self.stage(&mut staging, request, artifact, &dest)?);
-                }
-                Some(OutputValue::List(items)) => {
-                    for item in items {
-                        let dest = inside(&dest, &item.label)?;
-                        staged.extend(self.stage(&mut staging, request, &item.artifact, &dest)?);
-                    }
-                }
-                None => {}
-            }
+        let places = published(&self.lookup.root, &request.publish, &result.outputs)?;
+        for (artifact, dest) in &places {
+            staged.extend(self.stage(&mut staging, request, artifact, dest)?);
         }
         self.put_all(request, staged)?;
         let report = result.outputs.values().find(|o| o.ty == "report");
