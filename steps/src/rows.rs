@@ -65,6 +65,15 @@ impl Row {
         }
     }
 
+    /// The row without a label and all that was said with it.
+    #[must_use]
+    pub(crate) fn unanswered(self) -> Self {
+        Self {
+            extra: self.extra,
+            ..Self::new(self.id, self.text, None)
+        }
+    }
+
     /// The data set that the row's id names.
     #[must_use]
     pub fn dataset(&self) -> &str {
