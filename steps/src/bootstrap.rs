@@ -208,6 +208,7 @@ impl Step for Bootstrap {
         let mut rows = JsonlReader::<Row>::open(unlabelled)?;
         let portion = portion(params.model.as_ref());
         // Rows of a round before have an answer, which is none of this teacher's when it drops them.
+        // Without these inputs it stays on dropped rows, as in the results that are kept.
         let anew = ctx.input_opt(ADAPTER).or(ctx.input_opt(PROGRAM)).is_some();
         let asked = |row: Row| if anew { row.unanswered() } else { row };
         let mut too_long = 0;
