@@ -102,7 +102,7 @@ impl Step for Bootstrap {
         5
     }
     fn about(&self) -> &'static str {
-        "A teacher (a large model, or a classifier fitted on a few labels) labels the unlabelled rows."
+        "A teacher (a large model, a classifier fitted on a few labels, or a trained student) labels the unlabelled rows."
     }
     fn params_schema(&self) -> Value {
         schema_of::<Params>()
