@@ -1,25 +1,30 @@
 //! `bootstrap`: the teacher labels the rows that have no label.
 
+mod teacher;
+
 use std::collections::BTreeMap;
 
 use flowrun_engine::estimate::{Estimate, Foresight};
 use flowrun_engine::step::{Port, Step, StepContext, StepError, StepOutcome, World};
 use flowrun_lm::metric::normalize_label;
-use flowrun_lm::program::{CUT_OFF, MajoritySpec, ProgramSpec, RowResult};
+use flowrun_lm::program::{CUT_OFF, ProgramSpec, RowResult};
 use schemars::JsonSchema;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub(crate) use self::teacher::check;
+use self::teacher::{drawn, teacher};
 use crate::answer::{
     Answerer, Refusals, SamplingSpec, check_answered, check_fits, examples, is_too_long,
     rows_at_once, with_too_long, with_usage,
 };
+use crate::checkpoint::Checkpoint;
 use crate::estimate::{Calls, estimate, server};
-use crate::leakage::{id_and_text, learn_from_teachers, mark, teachers_port};
+use crate::leakage::{mark, teachers_port};
 use crate::models::{Host, ModelSpec, observe, settle};
 use crate::program_file::{KnnSpec, ProgramFile};
-use crate::rows::{JsonlReader, JsonlWriter, Row, read_json, read_rows};
+use crate::rows::{JsonlReader, JsonlWriter, Row, read_json};
 use crate::schema_of;
 
 /// Rows that are asked about before their answers are written, of what computes in this process.
@@ -32,12 +37,20 @@ const IN_A_BATCH: usize = 50_000;
 /// The step kind.
 pub(crate) struct Bootstrap;
 
+/// Its name.
+const KIND: &str = "bootstrap";
+/// The inputs that make a student the teacher.
+const PROGRAM: &str = "program";
+const ADAPTER: &str = "adapter";
+
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Params {
-    /// The teacher: a prompt for `model`, or an `embedding_classifier`.
-    #[schemars(with = "String", extend("x-flowrun-ref" = "programs"))]
-    program: ProgramSpec,
+    /// The teacher: a prompt for `model`, or an `embedding_classifier`. Left out where the input
+    /// `program` is the teacher.
+    #[serde(default)]
+    #[schemars(with = "Option<String>", extend("x-flowrun-ref" = "programs"))]
+    program: Option<ProgramSpec>,
     /// The model that a prompt asks.
     #[serde(default)]
     #[schemars(with = "Option<String>", extend("x-flowrun-ref" = "models"))]
@@ -60,7 +73,9 @@ struct Params {
     /// answer holds, instead of dropping the row.
     #[serde(default)]
     normalise_labels: bool,
-    /// Drop rows whose label is less sure than this; rows without a confidence stay.
+    /// Drop rows whose label is less sure than this; rows without a confidence stay. A classifier
+    /// tells one, `samples` do, and a `provider: embedded` model that a program with `constrain:
+    /// true` asks.
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 1.0))]
     min_confidence: f64,
@@ -81,25 +96,41 @@ fn draw_temperature() -> f64 {
 
 impl Step for Bootstrap {
     fn kind(&self) -> &'static str {
-        "bootstrap"
+        KIND
     }
     fn version(&self) -> u32 {
         5
     }
     fn about(&self) -> &'static str {
-        "A teacher (a large model, or a classifier fitted on a few labels) labels the unlabelled rows."
+        "A teacher (a large model, a classifier fitted on a few labels, or a trained student) labels the unlabelled rows."
     }
     fn params_schema(&self) -> Value {
         schema_of::<Params>()
     }
     fn inputs(&self) -> Vec<Port> {
         vec![
-            Port::new("unlabelled", "examples", "Rows to label."),
+            Port::new(
+                "unlabelled",
+                "examples",
+                "Rows to label; a label that they have is replaced.",
+            ),
             Port::new("labels", "labels", "The labels to choose from."),
             Port::new(
                 "labelled",
                 "examples",
                 "Rows with gold labels: a classifier is fitted on them, and `knn` takes demos from them.",
+            )
+            .optional(),
+            Port::new(
+                PROGRAM,
+                "program",
+                "The teacher, where a step made it: the student's program for the next round.",
+            )
+            .optional(),
+            Port::new(
+                ADAPTER,
+                "adapter",
+                "The checkpoint that answers, as a teacher of the next round.",
             )
             .optional(),
             teachers_port(),
@@ -113,7 +144,11 @@ impl Step for Bootstrap {
                 "examples",
                 "Rows that were not kept, each with the reason.",
             ),
-            Port::new("teacher", "program", "The teacher, ready to be evaluated."),
+            Port::new(
+                "teacher",
+                "program",
+                "The teacher, ready to be evaluated; it says what its checkpoint was trained on.",
+            ),
         ]
     }
     fn observe(&self, params: &Value, world: &World) -> Result<BTreeMap<String, Value>, StepError> {
@@ -122,13 +157,25 @@ impl Step for Bootstrap {
     fn estimate(&self, given: &Foresight<'_>) -> Option<Estimate> {
         let params: Params = serde_json::from_value(given.params.clone()).ok()?;
         let spec = server(params.model.as_ref())?;
-        params.program.prompt()?;
+        if let Some(program) = &params.program {
+            program.prompt()?;
+        }
         let read = || {
-            let labels: Vec<String> = read_json(given.input("labels")?).ok()?;
-            let file = ProgramFile::plain(&drawn(&params.program, &params), &labels).ok()?;
+            let file = match &params.program {
+                Some(program) => {
+                    let labels: Vec<String> = read_json(given.input("labels")?).ok()?;
+                    ProgramFile::plain(&drawn(program, &params), &labels).ok()?
+                }
+                None => ProgramFile::load(given.input(PROGRAM)?).ok()?,
+            };
             Some((file, given.input("unlabelled")?))
         };
-        let known = read().filter(|_| params.knn.is_none());
+        // A checkpoint is another model.
+        let alone = |ports: &BTreeMap<_, _>| !ports.contains_key(ADAPTER);
+        let known = read().filter(|_| params.knn.is_none() && given.inputs.is_some_and(alone));
+        if let Some((ProgramFile::Classifier(_), _)) = known {
+            return None;
+        }
         let calls = known.as_ref().map(|(file, rows)| Calls {
             file,
             sampling: params.sampling,
@@ -143,41 +190,33 @@ impl Step for Bootstrap {
         let labels: Vec<String> = read_json(&ctx.input("labels")?.path)?;
         let unlabelled = &ctx.input("unlabelled")?.path;
         let total = JsonlReader::<IgnoredAny>::open(unlabelled)?.count() as u64;
-        let host = Host::from(ctx);
-        let gold = match ctx.input_opt("labelled") {
-            Some(input) => read_rows(&input.path)?,
-            None => Vec::new(),
-        };
-        let mut teacher = match &params.program {
-            ProgramSpec::EmbeddingClassifier(spec) => {
-                ctx.reporter
-                    .progress(0, total, "rows", "fitting the teacher");
-                let rows = read_rows(unlabelled)?;
-                ProgramFile::fit(spec, &labels, &gold, &rows, &host)?
-            }
-            prompt => prompted(prompt, &params, &labels, &gold, &host)?,
-        };
-        if let Some(lineage) = teacher.lineage_mut() {
-            learn_from_teachers(ctx, lineage, &gold)?;
-        }
+        let folder = ctx.input_opt(ADAPTER).map(|input| input.path.as_path());
+        let checkpoint = folder.map(Checkpoint::load).transpose()?;
+        let teacher = teacher(ctx, &params, &labels, checkpoint.as_ref())?;
         teacher.save(&ctx.output("teacher"))?;
         let mark = mark(&ctx.output("teacher"))?;
         let field = teacher.label_field().to_owned();
         let answerer = Answerer::open(
             &teacher,
             params.model.as_ref(),
-            None,
+            folder.zip(checkpoint.as_ref()),
             params.sampling,
-            &host,
+            &Host::from(ctx),
         )?;
         let mut kept = JsonlWriter::create(&ctx.output("rows"))?;
         let mut dropped = JsonlWriter::create(&ctx.output("dropped"))?;
         let mut rows = JsonlReader::<Row>::open(unlabelled)?;
         let portion = portion(params.model.as_ref());
+        // Rows of a round before have an answer, which is none of this teacher's when it drops them.
+        // Without these inputs it stays on dropped rows, as in the results that are kept.
+        let anew = ctx.input_opt(ADAPTER).or(ctx.input_opt(PROGRAM)).is_some();
+        let asked = |row: Row| if anew { row.unanswered() } else { row };
         let mut too_long = 0;
+        let mut unsure = 0;
         let mut refusals = Refusals::at_most(params.max_failed);
         loop {
-            let some: Vec<Row> = rows.by_ref().take(portion).collect::<Result<_, _>>()?;
+            let some = rows.by_ref().take(portion);
+            let some: Vec<Row> = some.map(|row| row.map(asked)).collect::<Result<_, _>>()?;
             if some.is_empty() {
                 break;
             }
@@ -195,6 +234,7 @@ impl Step for Bootstrap {
             for (row, result) in some.into_iter().zip(results) {
                 let mut row = labelled(row, result, &field, &labels, &params);
                 row.teacher = row.label.is_some().then(|| mark.clone());
+                unsure += usize::from(row.dropped.is_none() && row.confidence.is_none());
                 match row.dropped {
                     None => kept.write(&row)?,
                     Some(_) => dropped.write(&row)?,
@@ -205,6 +245,12 @@ impl Step for Bootstrap {
         if dropped > 0 {
             ctx.reporter.warning(&format!(
                 "{dropped} of {total} rows were dropped; the output `dropped` says why, row by row"
+            ));
+        }
+        if unsure > 0 && params.min_confidence > 0.0 {
+            ctx.reporter.warning(&format!(
+                "{unsure} rows have no confidence and were kept whatever `min_confidence` is: ask \
+                 with `samples`, or a `provider: embedded` model with `constrain: true`"
             ));
         }
         let outcome = StepOutcome::default()
@@ -224,53 +270,6 @@ fn portion(model: Option<&ModelSpec>) -> usize {
         }
         None => AT_ONCE,
     }
-}
-
-/// The prompt with its draws.
-fn drawn(spec: &ProgramSpec, params: &Params) -> ProgramSpec {
-    match params.samples {
-        1 => spec.clone(),
-        samples => ProgramSpec::Majority(MajoritySpec {
-            programs: vec![spec.clone()],
-            samples,
-            temperature: params.temperature,
-        }),
-    }
-}
-
-/// The teacher that asks a model, with its draws and demos.
-fn prompted(
-    spec: &ProgramSpec,
-    params: &Params,
-    labels: &[String],
-    gold: &[Row],
-    host: &Host<'_>,
-) -> Result<ProgramFile, StepError> {
-    let mut file = ProgramFile::plain(&drawn(spec, params), labels)?;
-    let Some(knn) = &params.knn else {
-        return Ok(file);
-    };
-    if knn.bootstrap {
-        return Err(StepError::invalid("`knn.bootstrap` belongs to `optimize`")
-            .help("leave it out; give rows with their `reasoning` through `explain` instead"));
-    }
-    if gold.is_empty() {
-        return Err(StepError::invalid("`knn` needs rows to choose demos from")
-            .help("connect `labelled` to rows with their label"));
-    }
-    let (knn, encoder) = knn.open(host)?;
-    let (_, program) = file.prompt()?;
-    let examples = examples(gold, file.label_field());
-    let program = knn
-        .apply(&program, &examples)
-        .map_err(|e| StepError::failed(e.to_string()))?;
-    if let ProgramFile::Prompt(saved) = &mut file {
-        saved.keep_neighbours(&program, &encoder);
-    }
-    if let Some(lineage) = file.lineage_mut() {
-        lineage.train(id_and_text(gold));
-    }
-    Ok(file)
 }
 
 /// The row with the teacher's answer, or with the reason why it has none.

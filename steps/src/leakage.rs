@@ -103,8 +103,16 @@ pub(crate) fn learn_from_marked(
         given.insert(mark(&input.path)?, ProgramFile::load(&input.path)?);
     }
     for mark in marks {
-        match given.get(mark).and_then(ProgramFile::lineage) {
-            Some(teacher) => lineage.learn_from(teacher),
+        match given.get(mark).map(ProgramFile::lineage) {
+            Some(Some(teacher)) => lineage.learn_from(teacher),
+            Some(None) => {
+                ctx.reporter.warning(
+                    "rows bear the labels of a teacher of which it is not known what trained it: \
+                     scores cannot say whether their rows taught it; give the `finetune` of its \
+                     checkpoint its `lineage`",
+                );
+                lineage.learn_from_unknown(mark.as_str());
+            }
             None => {
                 ctx.reporter.warning(
                     "rows bear the labels of a teacher that `teachers` does not give: scores \

@@ -87,7 +87,7 @@ pub fn registry() -> Vocabulary {
         program_schema: schema_of::<flowrun_lm::program::ProgramSpec>(),
         unkeyed_model_fields: models::UNKEYED.map(str::to_owned).to_vec(),
         runners: runners::registry(),
-        checks: vec![servable::check],
+        checks: vec![servable::check, bootstrap::check],
     }
 }
 

@@ -242,6 +242,14 @@ impl ProgramFile {
         }
     }
 
+    /// Says which rows it came from; none where that is not known.
+    pub(crate) fn set_lineage(&mut self, lineage: Option<Lineage>) {
+        match self {
+            Self::Prompt(saved) => saved.lineage = lineage,
+            Self::Classifier(fitted) => fitted.lineage = lineage,
+        }
+    }
+
     /// The field that its label is in.
     #[must_use]
     pub fn label_field(&self) -> &str {

@@ -65,6 +65,15 @@ impl Row {
         }
     }
 
+    /// The row without a label and all that was said with it.
+    #[must_use]
+    pub(crate) fn unanswered(self) -> Self {
+        Self {
+            extra: self.extra,
+            ..Self::new(self.id, self.text, None)
+        }
+    }
+
     /// The data set that the row's id names.
     #[must_use]
     pub fn dataset(&self) -> &str {
@@ -295,6 +304,8 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Step
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -329,5 +340,24 @@ mod tests {
         write_rows(&path, [&row]).unwrap();
         assert_eq!(read_rows(&path).unwrap(), vec![row.clone()]);
         assert_eq!(row.dataset(), "d");
+    }
+
+    #[test]
+    fn a_row_is_asked_anew_without_what_was_said_of_it() {
+        let asked = json!({"id": "d:train:3", "text": "t", "extra": {"n": 1}});
+        let mut answered = asked.clone();
+        for field in [
+            "label",
+            "teacher",
+            "raw_label",
+            "sanitised_label",
+            "reasoning",
+            "dropped",
+        ] {
+            answered[field] = "x".into();
+        }
+        answered["confidence"] = 0.5.into();
+        let row = |value: Value| -> Row { serde_json::from_value(value).unwrap() };
+        assert_eq!(row(answered).unanswered(), row(asked));
     }
 }

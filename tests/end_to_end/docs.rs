@@ -141,6 +141,29 @@ fn the_examples_of_the_language_page_run() {
 }
 
 #[test]
+fn the_steps_of_another_round_fit_the_main_job() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let page = read("docs/connected.md");
+    let (_, section) = page.split_once("\n## Another round\n").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let blocks = section.split("```yaml\n").skip(1);
+    let blocks: Vec<&str> = blocks.map(|b| b.split("```").next().unwrap()).collect();
+    let [chosen, walked] = blocks[..] else {
+        panic!("{} blocks", blocks.len());
+    };
+    let main = read("pipelines/banking77.yaml");
+    let (before, rest) = chosen.split_once("  relabel:\n").unwrap();
+    let (_, after) = rest.split_once("  convert-2:\n").unwrap();
+    let by_all = format!("{before}{walked}  convert-2:\n{after}");
+    for steps in [chosen, by_all.as_str()] {
+        let project = crate::project::Project::new();
+        project.write("pipeline.yaml", &format!("{main}{steps}"));
+        project.run(&["check", "pipeline.yaml"]).ok();
+    }
+}
+
+#[test]
 fn the_language_page_names_every_field() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = std::fs::read_to_string(root.join("docs/pipeline-language.md")).unwrap();

@@ -1,7 +1,7 @@
 //! Students that are trained or asked elsewhere: by a server with OpenAI's fine-tuning API, by
 //! another program, and as adapters on an OpenAI-compatible server. The servers are this program's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Stdio;
@@ -330,6 +330,49 @@ for step in 3 6; do
 done
 "#;
 
+/// The checkpoints that are scored label the same rows.
+const LABELLED: &str = r#"
+  relabel:
+    uses: bootstrap
+    foreach: { adapter: [finetune.base, finetune.checkpoints] }
+    in: { unlabelled: labels.test, labels: labels.labels, adapter: "${{ item.adapter }}" }
+    with: { program: classify, model: student, sampling: { max_tokens: 8 } }
+"#;
+
+fn labels_are_the_scored_answers(project: &Project, run: &Run) {
+    let mut events = run.events();
+    events.retain(|event| event["event"] == "step_finished");
+    let read = |event: &Value, output: &str| {
+        let path = event["outputs"][output]["path"].as_str().unwrap();
+        project.read(path)
+    };
+    let answers = |rows: &[Value], answer: &str| -> BTreeMap<String, Value> {
+        let rows = rows.iter();
+        let answers = rows.map(|row| (row["id"].to_string(), row[answer].clone()));
+        answers.collect()
+    };
+    let mut compared = 0;
+    for event in &events {
+        let step = event["step"].as_str().unwrap();
+        let Some(item) = step.strip_prefix("relabel") else {
+            continue;
+        };
+        let lines = read(event, "rows") + &read(event, "dropped");
+        let rows = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap());
+        let rows: Vec<Value> = rows.collect();
+        let scored = format!("score{item}");
+        let scored = events.iter().find(|e| e["step"] == scored.as_str());
+        let scores: Value = serde_json::from_str(&read(scored.unwrap(), "scores")).unwrap();
+        let scored = scores["programs"][0]["rows"].as_array().unwrap();
+        let said = answers(&rows, "sanitised_label");
+        assert_eq!(said, answers(scored, "predicted"), "{step}");
+        compared += 1;
+    }
+    assert_eq!(compared, 3);
+}
+
 #[test]
 fn another_programs_adapters_are_scored_at_a_server_as_in_this_process() {
     let home = home();
@@ -357,10 +400,12 @@ fn another_programs_adapters_are_scored_at_a_server_as_in_this_process() {
             "trainer.sh",
             &trainer.display().to_string(),
         );
+        project.write("pipeline.yaml", &(project.read("pipeline.yaml") + LABELLED));
         let run = project.run(&["--json", "pipeline.yaml"]).ok();
         let elsewhere = answers(&project, &run);
         assert_eq!(elsewhere.len(), 3);
         assert_eq!(adapters(&server).len(), 2);
+        labels_are_the_scored_answers(&project, &run);
         // The same adapters over the same base in this process.
         assert_eq!(answers_here(&project), elsewhere);
     }

@@ -382,6 +382,163 @@ fn rows_that_ended_the_training_are_not_clean_to_test_it() {
     assert_eq!(leakage(&project, &told), (json!(true), json!(0)));
 }
 
+/// The last checkpoint of two epochs labels the rows for another training.
+const SECOND_ROUND: &str = r#"  finetune:
+    uses: finetune
+    in: { messages: chats.messages, lineage: chats.lineage }
+    with: { model: student, epochs: 2, batch_size: 2, save_steps: 100, lora: { rank: 2 } }
+  said:
+    uses: evaluate
+    foreach: { adapter: finetune.checkpoints }
+    in: { rows: labels.train, program: chats.program, adapter: "${{ item.adapter }}" }
+    with: { model: student, leakage: allow }
+  relabel:
+    uses: bootstrap
+    foreach: { adapter: finetune.checkpoints }
+    in: { unlabelled: labels.train, labels: labels.labels, adapter: "${{ item.adapter }}" }
+    with: { program: classify, model: student }
+  relabel-by-program:
+    uses: bootstrap
+    foreach: { adapter: finetune.checkpoints }
+    in:
+      unlabelled: labels.train
+      labels: labels.labels
+      program: chats.program
+      adapter: "${{ item.adapter }}"
+    with: { model: student }
+  label:
+    uses: bootstrap
+    in: { unlabelled: labels.train, labels: labels.labels }
+    with: { program: classify, model: student }
+  label-by-base:
+    uses: bootstrap
+    in: { unlabelled: labels.train, labels: labels.labels, adapter: finetune.base }
+    with: { program: classify, model: student }
+  chats-2:
+    uses: convert-to-messages
+    in:
+      rows: [relabel.rows]
+      labels: labels.labels
+      teachers: [relabel.teacher]
+      test: labels.test
+    with: { program: classify }
+  finetune-2:
+    uses: finetune
+    in: { messages: chats-2.messages, lineage: chats-2.lineage }
+    with: { model: student, epochs: 2, batch_size: 2, lora: { rank: 2 } }
+  score:
+    uses: evaluate
+    foreach: { adapter: finetune-2.checkpoints }
+    in: { rows: labels.test, program: chats-2.program, adapter: "${{ item.adapter }}" }
+    with: { model: student }
+"#;
+
+/// Id, label and confidence of every row of an output of a `bootstrap`, and who labelled them.
+fn labelled(project: &Project, run: &Run, step: &str) -> (Vec<(Value, Value, f32)>, Value) {
+    let path = finished(run, step)["outputs"]["rows"]["path"].clone();
+    let text = project.read(path.as_str().unwrap());
+    let rows = text.lines().map(|line| serde_json::from_str(line).unwrap());
+    let rows: Vec<Value> = rows.collect();
+    let sure = |row: &Value| row["confidence"].as_f64().unwrap() as f32;
+    let answer = |row: &Value| (row["id"].clone(), row["label"].clone(), sure(row));
+    let teacher = rows[0]["teacher"].clone();
+    assert!(rows.iter().all(|row| row["teacher"] == teacher));
+    (rows.iter().map(answer).collect(), teacher)
+}
+
+#[test]
+fn a_checkpoint_labels_the_rows_for_the_next_round() {
+    let project = project(SECOND_ROUND);
+    let run = project.run(&RUN).ok();
+    let last = "epochs-2-total-trained-steps-12";
+    let (rows, teacher) = labelled(&project, &run, &format!("relabel[{last}]"));
+    assert_eq!(rows.len(), 12);
+
+    // What `evaluate` says that it answers.
+    let said = finished(&run, &format!("said[{last}]"));
+    let scores = project.read(said["outputs"]["scores"]["path"].as_str().unwrap());
+    let scores: Value = serde_json::from_str(&scores).unwrap();
+    let scored = scores["programs"][0]["rows"].as_array().unwrap().iter();
+    let sure = |row: &Value| row["confidence"].as_f64().unwrap() as f32;
+    let answer = |row: &Value| (row["id"].clone(), row["predicted"].clone(), sure(row));
+    assert_eq!(rows, scored.map(answer).collect::<Vec<_>>());
+    // By the program that the training made it is the same teacher.
+    let by_program = labelled(&project, &run, &format!("relabel-by-program[{last}]"));
+    assert_eq!(by_program, (rows.clone(), teacher.clone()));
+    // The student before training answers otherwise, and its checkpoint adds nothing to it.
+    let before = labelled(&project, &run, "label");
+    assert_eq!(labelled(&project, &run, "label-by-base"), before);
+    assert_ne!(before.0, rows);
+    assert_ne!(before.1, teacher);
+
+    // All of its answers are trained on, and the test rows took no part.
+    let chats = &finished(&run, "chats-2")["metrics"]["chats"];
+    assert_eq!(chats, 12);
+    let names = checkpoints(&project, &finished(&run, "finetune-2"));
+    assert_eq!(names, ["epochs-1-total-trained-steps-6", last]);
+    assert_eq!(leakage(&project, &run), (json!(true), json!(0)));
+
+    // Of its surest answers alone, those are trained on that are as sure.
+    let mut sure: Vec<f64> = rows.iter().map(|(_, _, sure)| f64::from(*sure)).collect();
+    sure.sort_by(f64::total_cmp);
+    let least = f64::midpoint(sure[5], sure[6]);
+    let kept = sure.iter().filter(|one| **one >= least).count();
+    assert!((1..12).contains(&kept), "{sure:?}");
+    let adapter = r#"labels: labels.labels, adapter: "${{ item.adapter }}" }
+    with: { program: classify, model: student"#;
+    let surest = format!("{adapter}, min_confidence: {least}");
+    project.edit("pipeline.yaml", adapter, &surest);
+    let run = project.run(&RUN).ok();
+    let metrics = &finished(&run, &format!("relabel[{last}]"))["metrics"];
+    assert_eq!(metrics["labelled"], kept, "{metrics}");
+    assert_eq!(metrics["dropped"], 12 - kept, "{metrics}");
+    assert_eq!(finished(&run, "chats-2")["metrics"]["chats"], kept);
+}
+
+#[test]
+fn rows_that_a_labelling_checkpoint_was_trained_on_took_part_in_its_labels() {
+    let project = project(SECOND_ROUND);
+    // The first round is trained on the test rows; the second on its labels of others alone.
+    let first = "in: { rows: [labels.train], labels";
+    let leaky = "in: { rows: [labels.train, labels.test], labels";
+    project.edit("pipeline.yaml", first, leaky);
+    let refused = project.run(&RUN);
+    assert_eq!(refused.code, Some(4), "{}", refused.stdout);
+    let said =
+        "test rows are among the rows to train on: 4 rows known to its teacher (`queries:test:0`, ";
+    assert!(refused.stdout.contains(said), "{}", refused.stdout);
+
+    // What is not known is not clean.
+    project.edit("pipeline.yaml", leaky, first);
+    project.edit("pipeline.yaml", ", lineage: chats.lineage }", " }");
+    let unknown = project.run(&RUN).ok();
+    let said = "it is not known which rows trained the teacher";
+    assert!(unknown.stdout.contains(said), "{}", unknown.stdout);
+    assert_eq!(leakage(&project, &unknown), (json!(false), json!(0)));
+
+    // A classifier asks no model that could answer as a checkpoint.
+    project.edit(
+        "pipeline.yaml",
+        "programs:\n",
+        "  encoder:
+    provider: sentence-encoder
+    weights: { file: none }
+    tokenizer: { file: none }
+programs:
+  fitted: { embedding_classifier: { embedder: \"${{ models.encoder }}\", method: centroid } }
+",
+    );
+    project.edit(
+        "pipeline.yaml",
+        "adapter: finetune.base }\n    with: { program: classify,",
+        "adapter: finetune.base }\n    with: { program: fitted,",
+    );
+    let refused = project.run(&["check", "pipeline.yaml"]);
+    assert_eq!(refused.code, Some(3), "{}", refused.stderr);
+    let said = "asks no model, so no checkpoint can answer for it";
+    assert!(refused.stderr.contains(said), "{}", refused.stderr);
+}
+
 /// Trains by one entry and asks by another, which says nothing of the chat template.
 const BY_TWO_ENTRIES: &str = r#"  finetune:
     uses: finetune
