@@ -435,7 +435,7 @@ const SECOND_ROUND: &str = r#"  finetune:
 
 /// Id, label and confidence of every row of an output of a `bootstrap`, and who labelled them.
 fn labelled(project: &Project, run: &Run, step: &str) -> (Vec<(Value, Value, f32)>, Value) {
-    let path = finished(run, step)["outputs"]["rows"]["path"].clone();
+    let path = run.ended(step)["outputs"]["rows"]["path"].clone();
     let text = project.read(path.as_str().unwrap());
     let rows = text.lines().map(|line| serde_json::from_str(line).unwrap());
     let rows: Vec<Value> = rows.collect();
@@ -455,7 +455,7 @@ fn a_checkpoint_labels_the_rows_for_the_next_round() {
     assert_eq!(rows.len(), 12);
 
     // What `evaluate` says that it answers.
-    let said = finished(&run, &format!("said[{last}]"));
+    let said = run.ended(&format!("said[{last}]"));
     let scores = project.read(said["outputs"]["scores"]["path"].as_str().unwrap());
     let scores: Value = serde_json::from_str(&scores).unwrap();
     let scored = scores["programs"][0]["rows"].as_array().unwrap().iter();
@@ -472,9 +472,9 @@ fn a_checkpoint_labels_the_rows_for_the_next_round() {
     assert_ne!(before.1, teacher);
 
     // All of its answers are trained on, and the test rows took no part.
-    let chats = &finished(&run, "chats-2")["metrics"]["chats"];
+    let chats = &run.ended("chats-2")["metrics"]["chats"];
     assert_eq!(chats, 12);
-    let names = checkpoints(&project, &finished(&run, "finetune-2"));
+    let names = checkpoints(&project, &run.ended("finetune-2"));
     assert_eq!(names, ["epochs-1-total-trained-steps-6", last]);
     assert_eq!(leakage(&project, &run), (json!(true), json!(0)));
 
@@ -489,10 +489,10 @@ fn a_checkpoint_labels_the_rows_for_the_next_round() {
     let surest = format!("{adapter}, min_confidence: {least}");
     project.edit("pipeline.yaml", adapter, &surest);
     let run = project.run(&RUN).ok();
-    let metrics = &finished(&run, &format!("relabel[{last}]"))["metrics"];
+    let metrics = &run.ended(&format!("relabel[{last}]"))["metrics"];
     assert_eq!(metrics["labelled"], kept, "{metrics}");
     assert_eq!(metrics["dropped"], 12 - kept, "{metrics}");
-    assert_eq!(finished(&run, "chats-2")["metrics"]["chats"], kept);
+    assert_eq!(run.ended("chats-2")["metrics"]["chats"], kept);
 }
 
 #[test]

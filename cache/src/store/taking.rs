@@ -101,7 +101,12 @@ impl ArtifactStore {
 
     /// An object is there that was a file at `path` with this metadata when it was hashed; or one of
     /// the same bytes that another thread put there.
-    fn check_taken(&self, digest: &Digest, path: &Path, meta: &Metadata) -> Result<(), CacheError> {
+    pub(super) fn check_taken(
+        &self,
+        digest: &Digest,
+        path: &Path,
+        meta: &Metadata,
+    ) -> Result<(), CacheError> {
         let object = self.object_path(digest);
         let now = std::fs::metadata(&object).map_err(|e| CacheError::io(&object, e))?;
         let (stamp, hashed) = (Stamp::of(&now), Stamp::of(meta));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use flowrun_cache::{Artifact, ArtifactStore, CacheError, ListItem, OutputRecord, OutputValue};
 use serde_json::Value;
