@@ -45,8 +45,6 @@ pub(crate) struct Keyed {
     pub(crate) key: ActionKey,
     /// Its result is to stand in place of one that the remote cache may have.
     pub(crate) replaces: bool,
-    /// The cache may have a result under the key.
-    pub(crate) is_recorded: bool,
 }
 
 /// The artifacts of one port, with their labels.
@@ -179,7 +177,6 @@ impl Lookup {
             key: manifest.key(),
             manifest,
             replaces: false,
-            is_recorded: true,
         })
     }
 

@@ -59,35 +59,24 @@ impl ArtifactStore {
     fn take_file(&self, path: &Path, meta: &Metadata) -> Result<Digest, CacheError> {
         let fail = |e| CacheError::io(path, e);
         let digest = Digest::of_file(path).map_err(fail)?;
+        if self.has_object(&digest, meta.len()) {
+            return Ok(digest);
+        }
         // What has another name is not ours alone: it could change under it.
         if !meta.is_file() || meta.nlink() > 1 {
-            if self.has_object(&digest, meta.len()) {
-                return Ok(digest);
-            }
             let mut file = File::open(path).map_err(fail)?;
             self.write_object(&digest, &mut file)?;
             return Ok(digest);
         }
         std::fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(fail)?;
         if meta.len() >= LARGE {
-            if self.has_object(&digest, meta.len()) {
-                return Ok(digest);
-            }
             File::open(path).and_then(|f| f.sync_data()).map_err(fail)?;
         }
         let object = self.object_path(&digest);
-        let moved = rename_new(path, &object).or_else(|error| {
-            if error.kind() == io::ErrorKind::NotFound {
-                std::fs::create_dir_all(object.parent().unwrap_or(&self.root))?;
-            } else if self.has_object(&digest, meta.len()) {
-                return Ok(false);
-            }
-            // What is there was cut short, or the file system cannot rename so.
-            std::fs::rename(path, &object).map(|()| true)
+        let moved = std::fs::rename(path, &object).or_else(|_| {
+            std::fs::create_dir_all(object.parent().unwrap_or(&self.root))?;
+            std::fs::rename(path, &object)
         });
-        if let Ok(false) = moved {
-            return Ok(digest);
-        }
         if moved.is_err() {
             // Another file system.
             let mut file = File::open(path).map_err(fail)?;
@@ -121,18 +110,4 @@ impl ArtifactStore {
         // Another thread took the same bytes, or who needs them has linked them by now.
         self.verify_object(digest).map_err(|_| changed(path))
     }
-}
-
-/// Renames a file; an error where the new name is taken. To look at that name first costs one more
-/// search for it.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn rename_new(from: &Path, to: &Path) -> io::Result<bool> {
-    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
-    let flags = RenameFlags::RENAME_NOREPLACE;
-    Ok(renameat2(AT_FDCWD, from, AT_FDCWD, to, flags).map(|()| true)?)
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn rename_new(_: &Path, _: &Path) -> io::Result<bool> {
-    Err(io::ErrorKind::Unsupported.into())
 }

@@ -229,10 +229,7 @@ impl Worker {
         } else {
             match self.find(request, &keyed.key) {
                 Ok(end) => return Ok(Looked::End(end)),
-                Err(cause) => {
-                    keyed.is_recorded = cause != Cause::NoResult;
-                    cause
-                }
+                Err(cause) => cause,
             }
         };
         if cause == Cause::Broken {
@@ -468,9 +465,7 @@ impl Worker {
             finished_at: timestamp(SystemTime::now()),
             label: History::label(&self.pipeline, &request.id),
         };
-        if keyed.is_recorded {
-            self.remember_outputs(&keyed.key);
-        }
+        self.remember_outputs(&keyed.key);
         self.cache.actions().put(&result).map_err(cache_error)?;
         self.cache.sync_if_due().map_err(cache_error)?;
         if let Some(remote) = &self.remote_cache

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::path::{Component, Path};
+use std::path::Path;
 
 use flowrun_cache::{Artifact, ArtifactStore, CacheError, ListItem, OutputRecord, OutputValue};
 use serde_json::Value;
@@ -23,9 +23,8 @@ impl Worker {
         outcome: &StepOutcome,
     ) -> Result<Outputs, StepError> {
         let mut outputs = BTreeMap::new();
-        let shared = !are_files_apart(request, out_dir)
-            && (overlap(&request.node.out_paths)
-                || ArtifactStore::has_link(out_dir).map_err(cache_error)?);
+        let linked = ArtifactStore::has_link(out_dir).map_err(cache_error)?;
+        let shared = linked || overlap(&request.node.out_paths);
         for port in &request.node.outputs {
             let path = request.node.out_paths.get(&port.name).unwrap_or(&port.name);
             let place = inside(out_dir, path)?;
@@ -99,19 +98,6 @@ impl Worker {
         let outputs = outputs.iter();
         outputs.map(|(port, o)| (port.clone(), info(o))).collect()
     }
-}
-
-/// Every output is a file that lies in `out` itself, so that none is reached through another or
-/// through a link.
-fn are_files_apart(request: &ActionRequest, out_dir: &Path) -> bool {
-    let paths = &request.node.out_paths;
-    request.node.outputs.iter().all(|port| {
-        let path = paths.get(&port.name).unwrap_or(&port.name);
-        let mut parts = Path::new(path).components();
-        let is_name = matches!(parts.next(), Some(Component::Normal(_))) && parts.next().is_none();
-        let kind = std::fs::symlink_metadata(out_dir.join(path)).map(|meta| meta.file_type());
-        is_name && !port.many && kind.is_ok_and(|kind| kind.is_file())
-    })
 }
 
 /// The metrics of a command: the top level of its output `metrics`, a JSON file, if it has one.
