@@ -133,7 +133,7 @@ check_trl() {
 
 # LLaMA-Factory trains.
 check_llama_factory() {
-    local folder="$cache/llama-factory-$LLAMA_FACTORY"
+    local folder="$cache/llama-factory-$LLAMA_FACTORY-$TRAINERS_TORCH"
     kept llama-factory "$folder" venv "$folder" "llamafactory==$LLAMA_FACTORY" "torch==$TRAINERS_TORCH"
     export FLOWRUN_LLAMA_FACTORY="$folder/bin/llamafactory-cli"
     check llama-factory "$(versions "$folder/bin/python" llamafactory transformers peft torch)" llama-factory \
@@ -142,7 +142,7 @@ check_llama_factory() {
 
 # axolotl trains.
 check_axolotl() {
-    local folder="$cache/axolotl-$AXOLOTL"
+    local folder="$cache/axolotl-$AXOLOTL-$TRAINERS_TORCH"
     kept axolotl "$folder" venv "$folder" "axolotl==$AXOLOTL" "torch==$TRAINERS_TORCH"
     export FLOWRUN_AXOLOTL="$folder/bin/axolotl"
     check axolotl "$(versions "$folder/bin/python" axolotl transformers peft torch)" axolotl \

@@ -277,6 +277,12 @@ impl Lookup {
     fn file(&self, path: &Path) -> Result<Artifact, CacheError> {
         let path = self.root.join(path);
         let Some(cache) = &self.held else {
+            let meta = std::fs::metadata(&path).ok().filter(Metadata::is_file);
+            if let Some(meta) = meta
+                && let Some(digest) = self.stamps.digest(&path, &meta)
+            {
+                return Ok(Artifact::of_file(digest, &meta));
+            }
             return self.store.address_in_project(&path);
         };
         let meta = std::fs::metadata(&path).map_err(|e| CacheError::outside(&path, e))?;

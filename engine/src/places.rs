@@ -1,5 +1,5 @@
 //! Where the outputs of a step go in a folder. Planning and running share it, so that a plan says
-//! of what is published what a run does. Knows no cache, and looks at no file.
+//! of what is published what a run does. Asks no cache, and looks at no file.
 //!
 //! Invariant: no path that a step or a pipeline names leaves the folder it is relative to.
 

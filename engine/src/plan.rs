@@ -5,7 +5,7 @@
 //! step it is pending, because that step may make the same bytes again.
 //!
 //! What a fresh step publishes is looked at as a run looks at it: a file of another length is not
-//! read, nor is one that the last run knew and that was left alone since.
+//! read, nor is one that a run with nothing to do has hashed and that was left alone since.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -216,7 +216,8 @@ impl Plan {
         self.steps.iter().flat_map(PlannedStep::publish)
     }
 
-    /// A run would do nothing: no step would run, and all that is published is in its place.
+    /// A run would do nothing: no step would run, and all that is published is in its place. A gate
+    /// that is not met fails it all the same.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.is_fresh() && self.publish().next().is_none()

@@ -147,7 +147,7 @@ impl Step for Bootstrap {
             Port::new(
                 "teacher",
                 "program",
-                "The teacher, ready to be evaluated; it says what its checkpoint was trained on.",
+                "The teacher; a checkpoint's is evaluated with its `adapter`. It says what both came from.",
             ),
         ]
     }
@@ -170,9 +170,8 @@ impl Step for Bootstrap {
             };
             Some((file, given.input("unlabelled")?))
         };
-        // A checkpoint is another model.
-        let alone = |ports: &BTreeMap<_, _>| !ports.contains_key(ADAPTER);
-        let known = read().filter(|_| params.knn.is_none() && given.inputs.is_some_and(alone));
+        // A checkpoint is a folder: then no input is given, and nothing is known.
+        let known = read().filter(|_| params.knn.is_none());
         if let Some((ProgramFile::Classifier(_), _)) = known {
             return None;
         }

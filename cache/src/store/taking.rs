@@ -1,7 +1,6 @@
 //! Stores what nobody needs any more: files are moved, not copied.
 
 use std::fs::{File, Metadata, Permissions};
-use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 

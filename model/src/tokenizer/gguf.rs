@@ -149,7 +149,7 @@ pub(crate) fn string<'a>(
 }
 
 /// Whether an entry asks for something, where there is one.
-pub(super) fn flag(metadata: &HashMap<String, Value>, key: &str) -> Result<Option<bool>, String> {
+fn flag(metadata: &HashMap<String, Value>, key: &str) -> Result<Option<bool>, String> {
     match metadata.get(key) {
         Some(Value::Bool(asked)) => Ok(Some(*asked)),
         Some(_) => Err(format!("the entry `{key}` is neither true nor false")),

@@ -1,8 +1,9 @@
 //! A GGUF file's tokenizer in the files of the Hugging Face hub, so that `transformers` and vLLM
 //! give texts the ids that this program does.
 //!
-//! A text that is no chat begins there as it begins here (`add_bos_token`), by one rule: the
-//! metadata's word, else llama.cpp's default. A chat's template writes its own begin token: who
+//! A text that is no chat begins there as it begins here, by one rule: the metadata's word, else
+//! llama.cpp's default. It is said twice: `transformers` 5 goes by the post-processor of
+//! `tokenizer.json`, older versions by `add_bos_token`. A chat's template writes its own begin token: who
 //! renders one and then encodes it must not add special tokens, as with the files on the hub.
 
 use std::collections::HashMap;
@@ -10,8 +11,10 @@ use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
+use tokenizers::processors::template::TemplateProcessing;
 
-use super::gguf::{flag, from_gguf, integer, string};
+use super::Tokenizer;
+use super::gguf::{from_gguf, integer, string};
 use crate::chat_template::{CHATML, ChatTemplate};
 use crate::error::ModelError;
 use crate::gguf_header;
@@ -28,7 +31,7 @@ pub fn files_of_gguf(path: &Path) -> Result<[(&'static str, String); 2], ModelEr
 
 fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2], String> {
     let tokenizer = from_gguf(metadata)?;
-    let json = tokenizer.special.to_string(true);
+    let json = begun(&tokenizer)?.to_string(true);
     let json = json.map_err(|e| format!("its tokenizer cannot be written: {e}"))?;
     let template = string(metadata, "tokenizer.chat_template").unwrap_or(CHATML);
     let mut config = json!({
@@ -45,13 +48,9 @@ fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2
     let turn_end = tokenizer.leading_special(&after);
     let turn_end = turn_end.or_else(|| tokenizer.eos().first().copied());
     let turn_end = turn_end.and_then(|id| tokenizer.spelling(id));
-    let end = turn_end.as_deref().or(eos);
-    let asked = flag(metadata, "tokenizer.ggml.add_eos_token")?.unwrap_or(false);
-    // What is added is `eos_token`: where that ends turns alone, the metadata ask for another one.
-    config["add_eos_token"] = json!(asked && eos.is_some() && end == eos);
     let mut tokens = vec![
         ("bos_token", bos),
-        ("eos_token", end),
+        ("eos_token", turn_end.as_deref().or(eos)),
         (
             "unk_token",
             named(metadata, "tokenizer.ggml.unknown_token_id"),
@@ -74,6 +73,22 @@ fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2
         ("tokenizer.json", json + "\n"),
         ("tokenizer_config.json", format!("{config:#}\n")),
     ])
+}
+
+/// The tokenizer with a post-processor that begins texts.
+fn begun(tokenizer: &Tokenizer) -> Result<tokenizers::Tokenizer, String> {
+    let mut inner = tokenizer.special.clone();
+    let begin = tokenizer.begin.first().copied();
+    if let Some((id, text)) = begin.and_then(|id| Some((id, tokenizer.spelling(id)?))) {
+        let template = TemplateProcessing::builder()
+            .try_single(format!("{text} $A"))
+            .map_err(|e| e.to_string())?
+            .special_tokens(vec![(text, id)])
+            .build()
+            .map_err(|e| e.to_string())?;
+        inner.with_post_processor(Some(template));
+    }
+    Ok(inner)
 }
 
 /// The token whose id an entry gives.
@@ -143,15 +158,19 @@ mod tests {
         assert_eq!(eos(&metadata), "<|im_end|>");
     }
 
-    /// The settings, and the tokenizer here, of metadata with these entries.
-    fn settings(entries: &[(&str, Value)]) -> (serde_json::Value, Tokenizer) {
+    /// The settings of metadata with these entries, the tokenizer of the file, and that of here.
+    fn settings(entries: &[(&str, Value)]) -> (serde_json::Value, Tokenizer, Tokenizer) {
         let mut metadata = tiny_metadata();
         for (key, value) in entries {
             metadata.insert(format!("tokenizer.ggml.{key}"), value.clone());
         }
-        let [_, (_, config)] = files(&metadata).unwrap();
+        let [(_, tokenizer), (_, config)] = files(&metadata).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, tokenizer).unwrap();
+        let read = Tokenizer::from_file(&path, &[]).unwrap();
         let config = serde_json::from_str(&config).unwrap();
-        (config, from_gguf(&metadata).unwrap())
+        (config, read, from_gguf(&metadata).unwrap())
     }
 
     #[test]
@@ -168,29 +187,15 @@ mod tests {
             // There is nothing to begin with.
             (vec![asks(true)], false),
         ] {
-            let (config, tokenizer) = settings(&entries);
+            let (config, read, tokenizer) = settings(&entries);
             assert_eq!(config["add_bos_token"], begins, "{entries:?}");
             let tokens = tokenizer.text_tokens("card").unwrap();
             assert_eq!(tokens.first() == Some(&1), begins, "{entries:?}");
+            assert_eq!(read.text_tokens("card").unwrap(), tokens, "{entries:?}");
             if begins {
                 assert_eq!(config["bos_token"], "<|im_start|>");
             }
         }
-    }
-
-    #[test]
-    fn a_text_ends_as_the_metadata_ask_where_they_mean_the_same_token() {
-        let ends = |entries: &[(&str, Value)]| settings(entries).0["add_eos_token"].clone();
-        let asks = |asks| ("add_eos_token", Value::Bool(asks));
-        assert_eq!(ends(&[]), false);
-        assert_eq!(ends(&[asks(false)]), false);
-        assert_eq!(ends(&[asks(true)]), true);
-        // `eos_token` is what ends a turn, and this file's texts end with another one.
-        assert_eq!(ends(&[asks(true), ("eos_token_id", Value::U32(0))]), false);
-        let mut metadata = tiny_metadata();
-        metadata.insert("tokenizer.ggml.add_eos_token".to_owned(), Value::U32(1));
-        let error = files(&metadata).unwrap_err();
-        assert!(error.contains("neither true nor false"), "{error}");
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub(super) struct CommandSpec {
     /// The program.
     trainer: Trainer,
     /// How to start it, before its own arguments: `[/opt/trl/bin/trl]`. By default its usual name.
-    /// A whole path's folder comes first in the program's PATH.
+    /// A whole path's folder comes first in the program's PATH, unless it is there already.
     #[serde(default)]
     program: Option<Vec<String>>,
     /// The model as the program names it: a repository of the Hugging Face hub, or a folder. By
@@ -163,6 +163,10 @@ fn beside_it_first(env: &mut BTreeMap<String, String>, program: &Path) {
     };
     let mut path = folder.to_string_lossy().into_owned();
     if let Some(rest) = env.get("PATH").filter(|rest| !rest.is_empty()) {
+        // `/usr/bin/env` is not to come before an environment that is activated.
+        if std::env::split_paths(rest).any(|one| one == folder) {
+            return;
+        }
         path = format!("{path}:{rest}");
     }
     env.insert("PATH".to_owned(), path);
@@ -272,6 +276,7 @@ mod tests {
         let mut env = BTreeMap::from([("PATH".to_owned(), "/usr/bin".to_owned())]);
         beside_it_first(&mut env, Path::new("trl"));
         beside_it_first(&mut env, Path::new("bin/trl"));
+        beside_it_first(&mut env, Path::new("/usr/bin/env"));
         assert_eq!(env["PATH"], "/usr/bin");
         beside_it_first(&mut env, Path::new("/opt/trl/bin/trl"));
         assert_eq!(env["PATH"], "/opt/trl/bin:/usr/bin");
