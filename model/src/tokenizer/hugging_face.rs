@@ -11,7 +11,7 @@ use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
-use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
 
 use super::Tokenizer;
 use super::gguf::{from_gguf, integer, string};
@@ -78,12 +78,14 @@ fn files(metadata: &HashMap<String, Value>) -> Result<[(&'static str, String); 2
 /// The tokenizer with a post-processor that begins texts.
 fn begun(tokenizer: &Tokenizer) -> Result<tokenizers::Tokenizer, String> {
     let mut inner = tokenizer.special.clone();
-    let begin = tokenizer.begin.first().copied();
-    if let Some((id, text)) = begin.and_then(|id| Some((id, tokenizer.spelling(id)?))) {
+    if let Some(id) = tokenizer.begin.first().copied() {
+        let text = tokenizer.spelling(id);
+        let text = text.ok_or_else(|| format!("the begin token {id} has no text"))?;
+        // By a name of its own: the token's text need not be one that a template can hold.
+        let begin = SpecialToken::new("begin".to_owned(), vec![id], vec![text]);
         let template = TemplateProcessing::builder()
-            .try_single(format!("{text} $A"))
-            .map_err(|e| e.to_string())?
-            .special_tokens(vec![(text, id)])
+            .try_single("begin $A")?
+            .special_tokens(vec![begin.map_err(|e| e.to_string())?])
             .build()
             .map_err(|e| e.to_string())?;
         inner.with_post_processor(Some(template));
