@@ -99,7 +99,7 @@ impl Step for Bootstrap {
         KIND
     }
     fn version(&self) -> u32 {
-        5
+        6
     }
     fn about(&self) -> &'static str {
         "A teacher (a large model, a classifier fitted on a few labels, or a trained student) labels the unlabelled rows."
@@ -206,16 +206,14 @@ impl Step for Bootstrap {
         let mut dropped = JsonlWriter::create(&ctx.output("dropped"))?;
         let mut rows = JsonlReader::<Row>::open(unlabelled)?;
         let portion = portion(params.model.as_ref());
-        // Rows of a round before have an answer, which is none of this teacher's when it drops them.
-        // Without these inputs it stays on dropped rows, as in the results that are kept.
-        let anew = ctx.input_opt(ADAPTER).or(ctx.input_opt(PROGRAM)).is_some();
-        let asked = |row: Row| if anew { row.unanswered() } else { row };
         let mut too_long = 0;
         let mut unsure = 0;
         let mut refusals = Refusals::at_most(params.max_failed);
         loop {
+            // An answer that a row has is none of this teacher's, also when it drops the row.
             let some = rows.by_ref().take(portion);
-            let some: Vec<Row> = some.map(|row| row.map(asked)).collect::<Result<_, _>>()?;
+            let some = some.map(|row| row.map(Row::unanswered));
+            let some: Vec<Row> = some.collect::<Result<_, _>>()?;
             if some.is_empty() {
                 break;
             }

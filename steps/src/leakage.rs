@@ -108,8 +108,8 @@ pub(crate) fn learn_from_marked(
             Some(None) => {
                 ctx.reporter.warning(
                     "rows bear the labels of a teacher of which it is not known what trained it: \
-                     scores cannot say whether their rows taught it; give the `finetune` of its \
-                     checkpoint its `lineage`",
+                     scores cannot say whether their rows taught it; where a `finetune` trained \
+                     it, give that its `lineage`",
                 );
                 lineage.learn_from_unknown(mark.as_str());
             }

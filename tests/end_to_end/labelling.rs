@@ -141,6 +141,9 @@ fn every_label_is_kept_as_written_and_every_dropped_row_has_its_reason() {
     let expected =
         ["`the_pin,_i_think`", "`refund`"].map(|l| format!("{l} is not one of the labels"));
     assert_eq!(reasons, expected);
+    // The label that a row came with is none of the teacher's.
+    let is_unlabelled = |row: &Value| row.get("label").or(row.get("teacher")).is_none();
+    assert!(dropped.iter().all(is_unlabelled), "{dropped:?}");
 
     project.edit(
         "p.yaml",

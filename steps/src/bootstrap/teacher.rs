@@ -143,7 +143,7 @@ pub(super) fn teacher(
     match file.lineage_mut() {
         Some(lineage) => learn_from_teachers(ctx, lineage, &gold)?,
         None => ctx.reporter.warning(
-            "it is not known which rows trained the teacher: give `finetune` its `lineage`",
+            "it is not known which rows trained the teacher: where a `finetune` did, give that its `lineage`",
         ),
     }
     Ok(file)
