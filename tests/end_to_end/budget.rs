@@ -191,11 +191,7 @@ fn a_plan_says_what_a_run_would_cost() {
     assert_eq!(proxy.requests(), 0, "a plan asks nothing");
 
     let ran = project.run(&["p.yaml", "--json"]).ok();
-    let events = ran.events();
-    let label = events
-        .iter()
-        .find(|e| e["event"] == "step_finished" && e["step"] == "label");
-    let cost = number(&label.unwrap()["metrics"]["cost_usd"]);
+    let cost = number(&ran.ended("label")["metrics"]["cost_usd"]);
     assert!(cost > 0.0 && cost <= bound, "{cost} {bound}");
     assert_eq!(plan().get("cost"), None);
 
@@ -212,11 +208,7 @@ fn a_plan_says_what_a_run_would_cost() {
     let before = proxy.requests();
     let ran = project.run(&["p.yaml", "--json"]).ok();
     assert_eq!(proxy.requests() - before, 10);
-    let events = ran.events();
-    let label = events
-        .iter()
-        .find(|e| e["event"] == "step_finished" && e["step"] == "label");
-    let cost = number(&label.unwrap()["metrics"]["cost_usd"]);
+    let cost = number(&ran.ended("label")["metrics"]["cost_usd"]);
     assert!(
         likely > cost / 5.0 && likely < cost * 5.0,
         "{likely} {cost}"

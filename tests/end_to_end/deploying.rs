@@ -159,11 +159,7 @@ fn what_is_expected_must_hold_or_the_old_version_stays() {
     // Two random models differ, but on six rows not significantly.
     local.set("canary: {}");
     let run = local.run(&[]).ok();
-    let events = run.events();
-    let done = events
-        .iter()
-        .find(|e| e["event"] == "step_finished" && e["step"] == "deploy");
-    let done = done.unwrap().to_string();
+    let done = run.ended("deploy").to_string();
     assert!(done.contains("McNemar's exact p"), "{done}");
     assert!(is_up(&local.current()) && !is_up(&first));
 

@@ -159,11 +159,8 @@ fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
         .iter()
         .filter_map(|event| event["data"]["step"].as_u64());
     let told: BTreeSet<u64> = told.collect();
-    let all = run.events();
-    let finished = all
-        .iter()
-        .find(|e| e["event"] == "step_finished" && e["step"] == "finetune");
-    let path = finished.unwrap()["outputs"]["loss"]["path"].as_str();
+    let finished = run.ended("finetune");
+    let path = finished["outputs"]["loss"]["path"].as_str();
     let loss: Value = serde_json::from_str(&project.read(path.unwrap())).unwrap();
     let points = loss.as_array().unwrap().iter();
     let kept: BTreeSet<u64> = points.filter_map(|point| point["step"].as_u64()).collect();
@@ -362,9 +359,8 @@ fn labels_are_the_scored_answers(project: &Project, run: &Run) {
             .lines()
             .map(|line| serde_json::from_str(line).unwrap());
         let rows: Vec<Value> = rows.collect();
-        let scored = format!("score{item}");
-        let scored = events.iter().find(|e| e["step"] == scored.as_str());
-        let scores: Value = serde_json::from_str(&read(scored.unwrap(), "scores")).unwrap();
+        let scored = run.ended(&format!("score{item}"));
+        let scores: Value = serde_json::from_str(&read(&scored, "scores")).unwrap();
         let scored = scores["programs"][0]["rows"].as_array().unwrap();
         let said = answers(&rows, "sanitised_label");
         assert_eq!(said, answers(scored, "predicted"), "{step}");
@@ -491,9 +487,7 @@ fn trains(program: &Path, trainer: &str, first_loss: f64) {
 fn assert_first_loss(project: &Project, expected: f64) -> Run {
     project.edit("pipeline.yaml", "batch_size: 4", "batch_size: 6");
     let run = project.run(&["--json", "pipeline.yaml"]).ok();
-    let events = run.events();
-    let trained = |e: &&Value| e["event"] == "step_finished" && e["step"] == "finetune";
-    let trained = events.iter().find(trained).unwrap();
+    let trained = run.ended("finetune");
     let path = trained["outputs"]["loss"]["path"].as_str().unwrap();
     let points: Value = serde_json::from_str(&project.read(path)).unwrap();
     let points = points.as_array().unwrap();

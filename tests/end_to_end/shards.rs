@@ -14,11 +14,7 @@ const WHOLE: &str = "  whole:
 ";
 
 fn output(run: &Run, step: &str, port: &str) -> Value {
-    let events = run.events();
-    let ended = events
-        .iter()
-        .find(|e| e["event"] == "step_finished" && e["step"] == step);
-    ended.unwrap()["outputs"][port]["digest"].clone()
+    run.ended(step)["outputs"][port]["digest"].clone()
 }
 
 fn sharded(args: &[&str]) {

@@ -69,11 +69,7 @@ fn a_result_that_was_removed_from_the_cache_is_told_with_who_did_it() {
     let by_gc = "its last result was removed from the cache by `flowrun cache gc` at 20";
     assert!(text.contains(by_gc), "{text}");
     let again = project.run(JSON).ok();
-    let ended = |run: &Run, step: &str| {
-        let events = run.events();
-        let of = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;
-        events.iter().find(of).unwrap()["why"].to_string()
-    };
+    let ended = |run: &Run, step: &str| run.ended(step)["why"].to_string();
     assert!(ended(&again, "strip").contains(by_gc), "{}", again.stdout);
 
     let results = project.path(".flowrun/actions");

@@ -101,11 +101,7 @@ fn it_labels_as_an_oracle(project: &Project, oracle: &Server) {
         let label = row["label"].as_str().unwrap();
         assert!(["card_arrival", "change_pin", "exchange_rate"].contains(&label));
     }
-    let events = first.events();
-    let label = events
-        .iter()
-        .find(|e| e["event"] == "step_finished" && e["step"] == "label")
-        .unwrap();
+    let label = first.ended("label");
     assert!(label["metrics"]["tokens"].as_u64() > Some(0), "{label}");
 
     let unknown = run(&["--set", "model=another"]);

@@ -56,9 +56,7 @@ fn made(run: &Run) -> Vec<(Value, Value, Value)> {
 
 /// The key of a step and the digests of its outputs.
 pub(crate) fn made_by(run: &Run, step: &str) -> (Value, Vec<(String, Value)>) {
-    let events = run.events();
-    let is_it = |e: &&Value| e["event"] == "step_finished" && e["step"] == step;
-    let ended = events.iter().find(is_it).unwrap();
+    let ended = run.ended(step);
     let outputs = ended["outputs"].as_object().unwrap().iter();
     let digests = outputs.map(|(name, output)| (name.clone(), output["digest"].clone()));
     (ended["key"].clone(), digests.collect())
