@@ -276,25 +276,18 @@ impl Lookup {
     /// The address of a project file or folder, stored when the cache is held.
     fn file(&self, path: &Path) -> Result<Artifact, CacheError> {
         let path = self.root.join(path);
-        let Some(cache) = &self.held else {
-            let meta = std::fs::metadata(&path).ok().filter(Metadata::is_file);
-            if let Some(meta) = meta
-                && let Some(digest) = self.stamps.digest(&path, &meta)
-            {
-                return Ok(Artifact::of_file(digest, &meta));
-            }
-            return self.store.address_in_project(&path);
-        };
-        let meta = std::fs::metadata(&path).map_err(|e| CacheError::outside(&path, e))?;
+        let fail = |e| CacheError::outside(&path, e);
+        let meta = std::fs::metadata(&path).map_err(fail)?;
         if meta.is_file() {
-            let digest = cache.index().file_digest(&path);
-            let digest = digest.map_err(|e| CacheError::outside(&path, e))?;
-            let known = Artifact::of_file(digest, &meta);
-            if self.store.contains(&known) {
+            let known = Artifact::of_file(self.digest(&path).map_err(fail)?, &meta);
+            if self.held.is_none() || self.store.contains(&known) {
                 return Ok(known);
             }
         }
-        self.store.put_project_path(&path)
+        match self.held {
+            Some(_) => self.store.put_project_path(&path),
+            None => self.store.address_in_project(&path),
+        }
     }
 
     fn named_files(

@@ -75,7 +75,7 @@ fn text(plan: &Plan) -> String {
             out.push_str(&format!("{:indent$}{}\n", "", shown(estimate)));
         }
         // Under the step's name.
-        out.push_str(&to_publish(step.publish(), 7));
+        out.push_str(&to_publish(step.to_publish(), 7));
     }
     out.push_str(&counts(plan));
     if let Some(cost) = &plan.cost {
@@ -149,7 +149,7 @@ fn counts(plan: &Plan) -> String {
     if plan.is_idle() {
         return "nothing to do\n".to_owned();
     }
-    let publish = plan.publish().count();
+    let publish = plan.to_publish().count();
     let mut parts = vec![format!("{stale} to run")];
     if unknown > 0 {
         parts.push(format!(
@@ -182,7 +182,7 @@ pub(super) fn word(status: &PlanStatus) -> console::StyledObject<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use flowrun_engine::plan::InPlace;
+    use flowrun_engine::plan::OutOfPlace;
 
     use super::*;
 
@@ -190,7 +190,7 @@ mod tests {
     fn of_many_outputs_of_a_step_the_first_are_named() {
         let one = |n: usize| PlannedPublish {
             path: format!("r/{n}"),
-            found: InPlace::Missing,
+            found: OutOfPlace::Missing,
         };
         let all: Vec<PlannedPublish> = (0..12).map(one).collect();
         let text = to_publish(all.iter(), 2);

@@ -9,7 +9,7 @@ use flowrun_cache::{Digest, FileStamp};
 
 use super::{Remembered, RunName};
 
-/// The digests of files that the last run of a name found settled.
+/// The digests of files that a run with nothing to do hashed and found settled; other runs leave none.
 #[derive(Debug, Default)]
 pub(crate) struct Stamps(BTreeMap<PathBuf, (FileStamp, Digest)>);
 
@@ -39,10 +39,12 @@ impl Stamps {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use flowrun_cache::{Artifact, Cache, OpenOptions};
+    use flowrun_cache::{Artifact, Cache, CacheReader, OpenOptions};
 
     use super::super::{FilePremise, Held, Premises, VERSION, write};
     use super::*;
+    use crate::lookup::Lookup;
+    use crate::step::World;
     use crate::tracking::Tracking;
 
     #[test]
@@ -93,6 +95,14 @@ mod tests {
         let stamps = Stamps::of(&cache, name);
         assert_eq!(stamps.digest(&path, &meta), Some(digest));
         assert_eq!(stamps.digest(&dir.path().join("r/unsettled"), &meta), None);
+        // What is looked up for a plan goes by them.
+        let reader = CacheReader::open(&cache);
+        let lookup = Lookup::reading(dir.path(), World::default(), &reader, None, stamps);
+        assert!(
+            lookup.is_at(&Artifact::of_file(digest, &meta), &path),
+            "read"
+        );
+        let stamps = Stamps::of(&cache, name);
         std::fs::write(&path, "abcd").unwrap();
         let meta = std::fs::metadata(&path).unwrap();
         assert_eq!(stamps.digest(&path, &meta), None);

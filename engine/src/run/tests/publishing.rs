@@ -143,7 +143,7 @@ fn a_plan_names_what_a_run_publishes_again() {
     let told = || -> Vec<String> {
         let plan = bench.plan(&steps);
         let told: Vec<String> = plan
-            .publish()
+            .to_publish()
             .map(|one| format!("{} {}", one.path, one.found.word()))
             .collect();
         assert_eq!(plan.is_idle(), plan.is_fresh() && told.is_empty());
@@ -168,12 +168,18 @@ fn a_plan_names_what_a_run_publishes_again() {
     assert!(!two.is_file(), "a plan publishes nothing");
     assert_eq!(bench.run(&steps).summary.ran, 0);
     assert!(told().is_empty());
-    // What a gate holds back is not published, and a path that leads out fails the step.
+    // What a gate holds back is not published: the run ends there. So does a path that leads out.
     let gated = steps[0].clone().change(|s| {
         s.expect = vec!["length >= 6".into()];
         to("r/gated.txt")(s);
     });
-    assert!(bench.plan(&[gated]).is_idle());
+    let plan = bench.plan(&[gated]);
+    assert!(plan.steps[0].status.is_stale() && plan.to_publish().next().is_none());
+    let why = plan.steps[0].status.why();
+    assert!(
+        why.starts_with("the gate `length >= 6` was not met"),
+        "{why}"
+    );
     let bad = steps[0].clone().change(to("../a"));
     let plan = bench.plan(&[bad]);
     let why = "`../a` must be a relative path without `..`";
