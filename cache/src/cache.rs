@@ -54,6 +54,7 @@ pub struct Cache {
     warnings: Arc<Mutex<Vec<String>>>,
     unsynced: Arc<Unsynced>,
     scratches: Scratches,
+    is_new: bool,
     _lock: Lock,
 }
 
@@ -72,7 +73,8 @@ impl Cache {
             options.on_wait,
         )?;
         let tag = dir.join("CACHEDIR.TAG");
-        if !tag.exists() {
+        let is_new = !tag.exists();
+        if is_new {
             std::fs::write(&tag, TAG).map_err(|e| CacheError::io(&tag, e))?;
         }
         remove_leftovers(&dir.join("tmp"));
@@ -88,6 +90,7 @@ impl Cache {
             index: Index::new(dir.join("index.sled")),
             scratches: Scratches(dir.join("tmp").join(unique())),
             dir: dir.to_owned(),
+            is_new,
             warnings,
             _lock: held,
         };
@@ -102,6 +105,12 @@ impl Cache {
             cache.unsynced.forget();
         }
         Ok(cache)
+    }
+
+    /// It was made when it was opened: nothing is in it but what was stored since.
+    #[must_use]
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// Bytes of the objects and results that were stored since the cache was opened.

@@ -15,7 +15,7 @@ use crate::error::CacheError;
 /// Name of the note, which holds the id of the machine's start.
 const NOTE: &str = "unsynced";
 /// Longest time between two syncs while results come in.
-const EVERY: Duration = Duration::from_millis(250);
+const EVERY: Duration = Duration::from_secs(1);
 /// From this many files on, the whole file system is synced instead of each.
 const MANY: usize = 64;
 /// How far the clocks of files may lie apart.

@@ -1,6 +1,9 @@
 //! Small record files: written to a temporary name, renamed.
 
+use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::CacheError;
@@ -14,17 +17,25 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), CacheError> 
 /// As [`write_atomic`], of bytes that lie in several pieces.
 pub(crate) fn write_parts(path: &Path, parts: &[&[u8]]) -> Result<(), CacheError> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    let temp = tempfile::NamedTempFile::new_in(folder).or_else(|_| {
+    // Random, as on other machines others may write here. Each hasher has keys of its own.
+    let temp = folder.join(format!(".tmp{:016x}", RandomState::new().hash_one(path)));
+    let create = || {
+        let mut options = File::options();
+        options.write(true).create_new(true).mode(0o600).open(&temp)
+    };
+    let file = create().or_else(|_| {
         std::fs::create_dir_all(folder)?;
-        tempfile::NamedTempFile::new_in(folder)
+        create()
     });
-    let mut temp = temp.map_err(|e| CacheError::io(folder, e))?;
-    for part in parts {
-        temp.write_all(part).map_err(|e| CacheError::io(path, e))?;
-    }
-    temp.persist(path)
-        .map_err(|e| CacheError::io(path, e.error))?;
-    Ok(())
+    let mut file = file.map_err(|e| CacheError::io(folder, e))?;
+    let written = parts.iter().try_for_each(|part| file.write_all(part));
+    drop(file);
+    let placed = written.and_then(|()| std::fs::rename(&temp, path));
+    placed.map_err(|e| {
+        // One that stays is taken for what an unfinished write left.
+        let _ = std::fs::remove_file(&temp);
+        CacheError::io(path, e)
+    })
 }
 
 /// What lies in a folder, which need not exist.

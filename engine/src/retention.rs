@@ -159,7 +159,10 @@ pub fn tidy(
         return Ok(None);
     };
     let max = retention.bounds.max_size;
-    let counted = last.as_ref().and_then(|note| note.size);
+    let counted = match &last {
+        Some(note) => note.size,
+        None => cache.is_new().then_some(0),
+    };
     let counted = counted.map(|size| size + cache.written() + run.bytes);
     let grown = max.is_some_and(|max| counted.is_none_or(|size| size > max))
         && last
@@ -170,12 +173,16 @@ pub fn tidy(
         std::fs::write(&path, text).map_err(|e| CacheError::io(&path, e))
     };
     if !grown && !old {
-        if let Some(note) = last {
-            write(&Note {
-                size: counted,
-                ..note
-            })?;
-        }
+        let note = last.unwrap_or(Note {
+            looked: now,
+            took: Duration::ZERO,
+            swept,
+            size: None,
+        });
+        write(&Note {
+            size: counted,
+            ..note
+        })?;
         return Ok(None);
     }
     let started = Instant::now();

@@ -224,9 +224,13 @@ steps:
   make:
     run: |
       mkdir \"$all\"; mkdir \"$all/epoch-2\"; echo a > \"$all/epoch-2/adapter\"
-      ln -s epoch-2 \"$all/best\"; ln -s all/epoch-2 \"$best\"; ln -s {} \"$base\"
+      ln -s epoch-2 \"$all/best\"; ln -s all/epoch-2 \"$best\"; ln -s {0} \"$base\"
     out: {{ all: all, best: best, base: base }}
     publish: {{ all: r/all, best: r/best, base: r/base }}
+  lead:
+    run: rmdir out; ln -s {0} out
+    out: {{ weights: weights }}
+    publish: {{ weights: r/weights }}
 ",
             model.display()
         ),
@@ -240,5 +244,6 @@ steps:
         assert_eq!(project.read(path), "a\n", "{path}");
     }
     assert_eq!(project.read("r/base/weights"), "w");
+    assert_eq!(project.read("r/weights"), "w");
     assert_eq!(project.read("model/weights"), "w", "it was only read");
 }

@@ -3,13 +3,15 @@
 //!
 //! | module | does | does not know |
 //! |---|---|---|
-//! | `scheduler` | which action is next; owns all state of a run | files, processes |
+//! | `scheduler` | which action is next; owns all state of a run | files, processes, threads |
+//! | `crew` | the threads that do what the scheduler asks for | what it is |
 //! | `state` | how far each step and item is | who changes it |
 //! | `room` | whether there is room for one more | what it is for |
 //! | `together` | whether one more item of a fan-out may run (`max_parallel`) | other steps |
 //! | `worker` | one action: look it up, or run it and store what it made | other actions |
 //! | `reporter` | what a step says, as events and log lines | the scheduler |
 
+mod crew;
 mod ready;
 mod reporter;
 mod room;
@@ -249,7 +251,7 @@ async fn perform(
         .map(|name| (name, Arc::new(Memory::default())));
     let surroundings = world.clone();
     let (remote, stop) = (options.remote.clone(), cancel.clone());
-    let worker = Worker::new(
+    let worker = Arc::new(Worker::new(
         &pipeline,
         &cache,
         world,
@@ -261,11 +263,13 @@ async fn perform(
         remote.clone(),
         secrets,
         options.traced,
-    );
-    let mut scheduler = match work {
-        Work::Whole(selection) => Scheduler::new(Arc::clone(&pipeline), options, selection, worker),
+    ));
+    let scheduler = match work {
+        Work::Whole(selection) => {
+            Scheduler::new(Arc::clone(&pipeline), options, selection, &worker)
+        }
         Work::Changed(changed) => {
-            Scheduler::changed(Arc::clone(&pipeline), options, changed, worker)
+            Scheduler::changed(Arc::clone(&pipeline), options, changed, &worker)
         }
     };
     if let Some(remote) = &remote {
@@ -274,7 +278,7 @@ async fn perform(
         let stop = move || stop.is_cancelled();
         cache.completions().share(remote, stop);
     }
-    scheduler.run().await;
+    let scheduler = crew::run(scheduler, &worker).await;
     if let Some(remote) = remote {
         remote.send_answers(&cache.completions());
         upload(remote, stop, to_recorder.clone()).await;
@@ -293,7 +297,7 @@ async fn perform(
         run_dir: run_dir.display().to_string(),
         took_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
     });
-    drop((scheduler, to_recorder));
+    drop((scheduler, worker, to_recorder));
     match writer.await {
         Ok(written) => written.map_err(record_error)?,
         Err(_) => return Err(record_error(std::io::Error::other("the recorder panicked"))),

@@ -21,7 +21,7 @@ impl Scheduler {
         pipeline: Arc<Pipeline>,
         options: RunOptions,
         changed: Arc<Changed>,
-        worker: Worker,
+        worker: &Arc<Worker>,
     ) -> Self {
         let known = changed.known();
         let after = changed.after();

@@ -6,13 +6,14 @@
 //! When the last item of a step ends, the step closes: its outputs are
 //! gathered, and the steps after it miss one thing less.
 //!
-//! One task owns all of this; lookups and attempts run on blocking threads and
-//! send one message each. Every change of a step's state goes through
-//! [`Scheduler::set`].
+//! It is asked by one thread at a time: lookups and attempts are tasks for others
+//! ([`super::crew`]), which tell what they found. Every change of a step's state goes
+//! through [`Scheduler::set`].
 //!
 //! | file | does |
 //! |---|---|
 //! | this one | which step opens, what is looked up, what is started |
+//! | `task` | what a thread does: lookups, or an attempt |
 //! | `ending` | what is told and counted of what ended |
 //! | `mending` | has objects that turn out to be damaged made again |
 //! | `kept` | leaves alone what changed files do not reach |
@@ -20,13 +21,14 @@
 mod ending;
 mod kept;
 mod mending;
+mod task;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use flowrun_cache::ActionKey;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+pub(super) use self::task::{News, Task};
 
 use super::ready::Ready;
 use super::room::Room;
@@ -50,18 +52,8 @@ const LOOKS_AT_ONCE: usize = 64;
 /// Lookers at once when there is a remote cache.
 pub(super) const REMOTE_LOOKERS: usize = 16;
 
-/// How long a looker keeps what it found to itself.
-const TELL_EVERY: Duration = Duration::from_millis(2);
-
 /// A step and one of its items.
 type Place = (usize, usize);
-
-enum Message {
-    Looked(Vec<(Place, Looked)>),
-    /// A looker is done with its share.
-    LookerFree,
-    Ended(Place, Box<End>),
-}
 
 /// All state of a run.
 pub(super) struct Scheduler {
@@ -93,8 +85,8 @@ pub(super) struct Scheduler {
     counts: BTreeMap<&'static str, usize>,
     gate_failed: bool,
     first_error: Option<(String, StepError)>,
-    tell: UnboundedSender<Message>,
-    hear: UnboundedReceiver<Message>,
+    /// What threads are to do next.
+    tasks: Vec<Task>,
 }
 
 impl Scheduler {
@@ -102,7 +94,7 @@ impl Scheduler {
         pipeline: Arc<Pipeline>,
         options: RunOptions,
         selection: Selection,
-        worker: Worker,
+        worker: &Arc<Worker>,
     ) -> Self {
         let chosen: Vec<&StepNode> = pipeline
             .steps
@@ -148,8 +140,7 @@ impl Scheduler {
         }
     }
 
-    fn empty(pipeline: Arc<Pipeline>, options: RunOptions, worker: Worker) -> Self {
-        let (tell, hear) = unbounded_channel();
+    fn empty(pipeline: Arc<Pipeline>, options: RunOptions, worker: &Arc<Worker>) -> Self {
         Self {
             room: Room::new(
                 options.jobs,
@@ -162,7 +153,7 @@ impl Scheduler {
                     .collect(),
             ),
             pipeline,
-            worker: Arc::new(worker),
+            worker: Arc::clone(worker),
             options,
             forced: BTreeSet::new(),
             steps: Vec::new(),
@@ -181,12 +172,38 @@ impl Scheduler {
             counts: BTreeMap::new(),
             gate_failed: false,
             first_error: None,
-            tell,
-            hear,
+            tasks: Vec::new(),
         }
     }
 
-    pub(super) async fn run(&mut self) {
+    /// Takes in what happened, and gives what is to be done about it; `None` when the run is over.
+    pub(super) fn hear(&mut self, news: News) -> Option<Vec<Task>> {
+        match news {
+            News::Begun => self.begin(),
+            News::Looked(batch) => {
+                for (place, looked) in batch {
+                    self.looked(place, looked);
+                }
+            }
+            News::LookerFree(batch) => {
+                self.lookers -= 1;
+                for (place, looked) in batch {
+                    self.looked(place, looked);
+                }
+            }
+            News::Ended(place, end) => self.attempted(place, *end),
+        }
+        self.ripple();
+        self.start();
+        if self.lookers + self.running > 0 {
+            return Some(std::mem::take(&mut self.tasks));
+        }
+        self.skip_the_rest();
+        self.tell_kept();
+        None
+    }
+
+    fn begin(&mut self) {
         let affected = self.changed.iter().flat_map(|c| c.affected().clone());
         for i in affected.collect::<Vec<_>>() {
             self.awaken(i);
@@ -197,25 +214,6 @@ impl Scheduler {
                 self.open(i);
             }
         }
-        loop {
-            self.ripple();
-            self.start();
-            if self.lookers + self.running == 0 {
-                break;
-            }
-            match self.hear.recv().await {
-                Some(Message::LookerFree) => self.lookers -= 1,
-                Some(Message::Looked(batch)) => {
-                    for (place, looked) in batch {
-                        self.looked(place, looked);
-                    }
-                }
-                Some(Message::Ended(place, end)) => self.attempted(place, *end),
-                None => break,
-            }
-        }
-        self.skip_the_rest();
-        self.tell_kept();
     }
 
     /// Starts what there is room for. Lookups have places of their own: a
@@ -294,21 +292,7 @@ impl Scheduler {
             return;
         }
         self.lookers += 1;
-        let (worker, tell) = (Arc::clone(&self.worker), self.tell.clone());
-        tokio::task::spawn_blocking(move || {
-            let mut looked = Vec::new();
-            let mut told = Instant::now();
-            for (place, request, forced) in batch {
-                looked.push((place, worker.look(&request, forced)));
-                if told.elapsed() > TELL_EVERY {
-                    // The scheduler listens while anything is under way.
-                    let _ = tell.send(Message::Looked(std::mem::take(&mut looked)));
-                    told = Instant::now();
-                }
-            }
-            let _ = tell.send(Message::Looked(looked));
-            let _ = tell.send(Message::LookerFree);
-        });
+        self.tasks.push(Task::Look(batch));
     }
 
     /// How many processes may do the work of a step at the same time.
@@ -340,7 +324,6 @@ impl Scheduler {
         let step = &mut self.steps[place.0];
         step.busy += 1;
         step.together.add(&step.node, request.label.as_deref());
-        let (worker, tell) = (Arc::clone(&self.worker), self.tell.clone());
         if matches!(request.node.action, Action::Uses(_)) {
             self.recall_finished();
         }
@@ -349,10 +332,13 @@ impl Scheduler {
             // A command cannot see it.
             Action::Run(_) => Finished::default(),
         };
-        tokio::task::spawn_blocking(move || {
-            let end = worker.attempt(&request, &keyed, why, &finished, at_once);
-            // The scheduler listens while anything is under way.
-            let _ = tell.send(Message::Ended(place, Box::new(end)));
+        self.tasks.push(Task::Attempt {
+            place,
+            request,
+            keyed,
+            why,
+            finished,
+            at_once,
         });
     }
 

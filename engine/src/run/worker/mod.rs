@@ -473,8 +473,10 @@ impl Worker {
         {
             remote.send(self.cache.store(), &result, keyed.replaces);
         }
-        // The result is recorded: what is left of earlier attempts serves nobody.
-        let _ = std::fs::remove_dir_all(resume_path);
+        if matches!(request.node.action, Action::Uses(_)) || request.node.runner.job().is_some() {
+            // The result is recorded: what is left of earlier attempts serves nobody.
+            let _ = std::fs::remove_dir_all(resume_path);
+        }
         Ok(result)
     }
 

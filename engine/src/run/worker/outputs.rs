@@ -23,8 +23,7 @@ impl Worker {
         outcome: &StepOutcome,
     ) -> Result<Outputs, StepError> {
         let mut outputs = BTreeMap::new();
-        let linked = ArtifactStore::has_link(out_dir).map_err(cache_error)?;
-        let shared = linked || overlap(&request.node.out_paths);
+        let shared = are_shared(request, out_dir)?;
         for port in &request.node.outputs {
             let path = request.node.out_paths.get(&port.name).unwrap_or(&port.name);
             let place = inside(out_dir, path)?;
@@ -119,6 +118,22 @@ pub(super) fn command_metrics(
         ))
         .help("write a JSON object: `{\"accuracy\": 0.9}`")
     })
+}
+
+/// An output may lie in another one, or a link lead there, or out of the folder. An output that
+/// lies alone in the folder is looked through when it is stored.
+fn are_shared(request: &ActionRequest, out_dir: &Path) -> Result<bool, StepError> {
+    let paths = &request.node.out_paths;
+    let alone = match request.node.outputs.as_slice() {
+        [port] => !port.many && paths.values().all(|path| !path.contains('/')),
+        _ => false,
+    };
+    let linked = if alone {
+        out_dir.is_symlink()
+    } else {
+        ArtifactStore::has_link(out_dir).map_err(cache_error)?
+    };
+    Ok(linked || overlap(paths))
 }
 
 /// One output lies in the folder of another.

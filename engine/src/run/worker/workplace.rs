@@ -7,19 +7,19 @@
 //! is as it was made, and no process works in it; one that left its group might write to it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::FileType;
+use std::ffi::OsStr;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::{Cache, CacheError, Scratch};
+use rustix::fs::{CWD, Dir, DirEntry, FileType, Mode, OFlags, fstat, openat};
 
 /// So many used folders are looked at together: each look asks every process of the system, which
 /// costs about as much as to make and remove ten folders.
 const AT_ONCE: usize = 64;
-/// What its owner may do in a folder.
-const OWNER: u32 = 0o700;
 
 /// Which folders a workplace has beside `out`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -151,21 +151,25 @@ impl Drop for Workplace<'_> {
 
 /// Empties the folders of a workplace, and removes everything else in it.
 fn cleared(root: &Path, shape: Shape) -> io::Result<()> {
-    open_to_its_owner(root)?;
+    let mut dir = opened(CWD, root)?;
     let mut kept = 0;
-    for entry in std::fs::read_dir(root)? {
-        let entry = entry?;
-        let (path, kind) = (entry.path(), entry.file_type()?);
-        if kind.is_dir() && shape.folders().any(|name| entry.file_name() == *name) {
-            open_to_its_owner(&path)?;
-            for inner in std::fs::read_dir(&path)? {
-                let inner = inner?;
-                remove(&inner.path(), inner.file_type()?)?;
-            }
-            kept += 1;
-        } else {
-            remove(&path, kind)?;
+    while let Some(entry) = next_of(&mut dir)? {
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
+        let inner = match shape.folders().any(|folder| name == folder) {
+            true => opened(dir.fd()?, Path::new(name)).ok(),
+            false => None,
+        };
+        let Some(mut inner) = inner else {
+            remove(&root.join(name), entry.file_type())?;
+            continue;
+        };
+        while let Some(left) = next_of(&mut inner)? {
+            let path = root
+                .join(name)
+                .join(OsStr::from_bytes(left.file_name().to_bytes()));
+            remove(&path, left.file_type())?;
         }
+        kept += 1;
     }
     match kept == shape.folders().count() {
         true => Ok(()),
@@ -173,19 +177,37 @@ fn cleared(root: &Path, shape: Shape) -> io::Result<()> {
     }
 }
 
-fn remove(path: &Path, kind: FileType) -> io::Result<()> {
-    if kind.is_dir() {
-        std::fs::remove_dir_all(path)
-    } else {
-        std::fs::remove_file(path)
+/// A folder, no link, in which its owner may do everything.
+fn opened(at: impl AsFd, path: &Path) -> io::Result<Dir> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let folder = openat(at, path, flags, Mode::empty())?;
+    match Mode::from_raw_mode(fstat(&folder)?.st_mode).contains(Mode::RWXU) {
+        true => Ok(Dir::new(folder)?),
+        false => Err(io::ErrorKind::PermissionDenied.into()),
     }
 }
 
-fn open_to_its_owner(folder: &Path) -> io::Result<()> {
-    let mode = std::fs::symlink_metadata(folder)?.permissions().mode();
-    match mode & OWNER == OWNER {
-        true => Ok(()),
-        false => Err(io::ErrorKind::PermissionDenied.into()),
+/// The next entry that is neither the folder itself nor the one around it.
+fn next_of(dir: &mut Dir) -> io::Result<Option<DirEntry>> {
+    loop {
+        match dir.read().transpose()? {
+            Some(entry) if matches!(entry.file_name().to_bytes(), b"." | b"..") => {}
+            other => return Ok(other),
+        }
+    }
+}
+
+fn remove(path: &Path, kind: FileType) -> io::Result<()> {
+    let is_dir = match kind {
+        FileType::Directory => true,
+        // Not every file system tells.
+        FileType::Unknown => std::fs::symlink_metadata(path)?.is_dir(),
+        _ => false,
+    };
+    if is_dir {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
     }
 }
 
