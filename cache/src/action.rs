@@ -329,7 +329,8 @@ pub(crate) enum Parsed {
 
 /// A result as it is stored.
 pub(crate) fn to_text(result: &ActionResult) -> String {
-    let body = crate::canonical_json(&*stored(result));
+    // Its maps have names for keys, so it is always JSON.
+    let body = serde_json::to_string(&*stored(result)).unwrap_or_default();
     let mut text = Digest::of_bytes(body.as_bytes()).to_hex();
     text.reserve_exact(body.len() + 2);
     text.push('\n');
@@ -530,8 +531,7 @@ mod tests {
         for (executable, version) in [(false, ACTION_VERSION), (true, PROGRAMS_VERSION)] {
             let result = with(executable);
             let text = to_text(&result);
-            let named = format!(r#""version":{version}}}"#);
-            assert!(text.trim_end().ends_with(&named), "{text}");
+            assert!(text.contains(&format!(r#""version":{version},"#)), "{text}");
             assert_eq!(from_text(text.as_bytes()), Some(result));
         }
         // As they were stored for a while.

@@ -73,8 +73,11 @@ impl Cache {
             options.on_wait,
         )?;
         let tag = dir.join("CACHEDIR.TAG");
-        let is_new = !tag.exists();
-        if is_new {
+        let held_before = |name: &str| dir.join(name).exists();
+        let is_new = !["CACHEDIR.TAG", "objects", "actions"]
+            .into_iter()
+            .any(held_before);
+        if !tag.exists() {
             std::fs::write(&tag, TAG).map_err(|e| CacheError::io(&tag, e))?;
         }
         remove_leftovers(&dir.join("tmp"));

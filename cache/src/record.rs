@@ -32,7 +32,7 @@ pub(crate) fn write_parts(path: &Path, parts: &[&[u8]]) -> Result<(), CacheError
     drop(file);
     let placed = written.and_then(|()| std::fs::rename(&temp, path));
     placed.map_err(|e| {
-        // One that stays is taken for what an unfinished write left.
+        // The first error says more.
         let _ = std::fs::remove_file(&temp);
         CacheError::io(path, e)
     })
@@ -44,4 +44,25 @@ pub(crate) fn folder(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_there_whole_or_nothing_is_left_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new/record");
+        write_parts(&path, &[b"one ", b"two"]).unwrap();
+        write_atomic(&path, b"three").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"three");
+        let taken = dir.path().join("new/taken");
+        std::fs::create_dir_all(taken.join("by")).unwrap();
+        write_atomic(&taken, b"four").unwrap_err();
+        let mut left: Vec<PathBuf> = folder(&dir.path().join("new")).collect();
+        left.sort();
+        assert_eq!(left, [path, taken]);
+    }
 }

@@ -4,7 +4,7 @@
 //! process group was killed, so the group's number is its own.
 
 use std::collections::VecDeque;
-use std::io::{self, PipeReader, Read, pipe};
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, channel};
@@ -166,77 +166,97 @@ fn read(pipe: &mut impl Read, chunk: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// What a process prints, of one that is waited for in this thread. Both its streams are one pipe,
-/// so lines are in the order in which they were written.
-pub(crate) struct Output {
-    /// Gone once it is at its end.
-    pipe: Option<PipeReader>,
-    lines: Lines,
+/// Both streams of a process that is waited for in this thread. Each has lines of its own: in one pipe
+/// what comes of one stream would end up within a line of the other, and cut a secret in two.
+pub(crate) struct Streams {
+    open: Vec<(Box<dyn Stream>, Lines)>,
 }
 
-impl Output {
-    /// Makes the pipe, and gives both of the command's streams to it.
+trait Stream: Read + AsFd {}
+impl<T: Read + AsFd> Stream for T {}
+
+impl Streams {
+    /// Takes the streams from the child.
     pub(crate) fn of(
-        command: &mut Command,
+        child: &mut Child,
         reporter: &Arc<dyn StepReporter>,
         tail: &Arc<Tail>,
-    ) -> io::Result<Self> {
-        let (reader, writer) = pipe()?;
-        command.stdout(writer.try_clone()?).stderr(writer);
-        Ok(Self {
-            pipe: Some(reader),
-            lines: Lines::new(reporter, tail),
-        })
+    ) -> Self {
+        let out = child.stdout.take().map(|s| Box::new(s) as Box<dyn Stream>);
+        let err = child.stderr.take().map(|s| Box::new(s) as Box<dyn Stream>);
+        let open = out.into_iter().chain(err);
+        Self {
+            open: open.map(|s| (s, Lines::new(reporter, tail))).collect(),
+        }
+    }
+
+    /// All of them are at their end.
+    fn are_closed(&self) -> bool {
+        self.open.is_empty()
     }
 
     /// Logs what comes within this time, and returns at once when something came.
     fn listen(&mut self, time: Duration) {
-        let Some(pipe) = &mut self.pipe else {
-            return;
-        };
+        let mut fds: Vec<PollFd<'_>> = self
+            .open
+            .iter()
+            .map(|(stream, _)| PollFd::new(stream.as_fd(), PollFlags::POLLIN))
+            .collect();
         let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::ZERO);
-        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, time).is_err() || fds[0].any() != Some(true) {
+        if poll(&mut fds, time).is_err() {
             // Interrupted: as if nothing had come.
             return;
         }
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any() == Some(true)).collect();
+        let mut at = 0;
         let mut chunk = [0; LINE];
-        match read(pipe, &mut chunk) {
-            Ok(n) if n > 0 => self.lines.take(&chunk[..n]),
-            Ok(_) | Err(_) => {
-                self.lines.end();
-                self.pipe = None;
+        self.open.retain_mut(|(stream, lines)| {
+            at += 1;
+            if !ready[at - 1] {
+                return true;
             }
-        }
+            match read(stream, &mut chunk) {
+                Ok(n) if n > 0 => {
+                    lines.take(&chunk[..n]);
+                    true
+                }
+                Ok(_) | Err(_) => {
+                    lines.end();
+                    false
+                }
+            }
+        });
     }
 
     /// Logs the last output of a process that is gone; false when somebody still holds a stream.
     pub(crate) fn drain(&mut self) -> bool {
         let started = Instant::now();
-        while self.pipe.is_some() {
+        while !self.are_closed() {
             match LAST_WORDS.checked_sub(started.elapsed()) {
                 None | Some(Duration::ZERO) => break,
                 Some(left) => self.listen(left),
             }
         }
-        self.lines.end();
-        self.pipe.is_none()
+        for (_, lines) in &mut self.open {
+            lines.end();
+        }
+        self.are_closed()
     }
 }
 
 /// Waits until the child ended, without reaping it, or `until` passed, or `stop` gives something.
 pub(crate) fn ended_within<T>(
     child: &Child,
-    mut output: Option<&mut Output>,
+    mut streams: Option<&mut Streams>,
     until: Option<Duration>,
     mut stop: impl FnMut() -> Option<T>,
 ) -> Option<T> {
     let started = Instant::now();
     let mut pause = FIRST_LOOK;
     loop {
-        match output.as_deref_mut().filter(|o| o.pipe.is_some()) {
-            // It ends with the process, mostly: that wakes this thread.
-            Some(output) => output.listen(LOOK_EVERY),
+        match streams.as_deref_mut().filter(|s| !s.are_closed()) {
+            // Its output ends with it, mostly: that wakes this thread.
+            Some(streams) => streams.listen(LOOK_EVERY),
             None => {
                 if has_ended(child) {
                     return None;

@@ -3,7 +3,7 @@
 //!
 //! [`uses`] reads it from the runs' records, [`collect`] removes the rest as far as the bounds
 //! ask, and [`tidy`] does so at the end of a run, when it is worth a look: once a day for what is
-//! old, and when the size at the last look and what runs wrote since are together over the bound,
+//! old, and when the size at the last look (none, of a new cache) and what runs wrote since are together over the bound,
 //! but so that looking takes at most a hundredth of the time between two looks.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,7 +39,7 @@ pub struct Retention {
 /// The last look.
 #[derive(Debug, Serialize, Deserialize)]
 struct Note {
-    /// When the size was looked at.
+    /// When the size was looked at, or the cache was new.
     looked: SystemTime,
     /// How long that took.
     took: Duration,

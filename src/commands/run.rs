@@ -26,7 +26,7 @@ use crate::reporter::{Reporter, Teller};
 use crate::surroundings::{self, Surroundings, wait};
 use crate::tracking::Trackers;
 
-/// Threads beside those of steps that wait: lookups, which ask a remote cache, and writers.
+/// Threads beside those of steps and of as many lookups: lookups that ask a remote cache, and writers.
 const BLOCKING: usize = 24;
 
 /// Runs a pipeline.
@@ -83,7 +83,7 @@ pub(crate) fn run(args: &RunArgs, global: &GlobalArgs) -> Result<Exit, Failure> 
     };
     surroundings::remember(&file, cache.dir());
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .max_blocking_threads(options.jobs + work.jobs_elsewhere() + BLOCKING)
+        .max_blocking_threads(2 * options.jobs + work.jobs_elsewhere() + BLOCKING)
         .enable_all()
         .build()?;
     let held = Arc::clone(&cache);

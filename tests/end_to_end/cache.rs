@@ -205,6 +205,14 @@ fn what_nobody_bounds_is_bounded_by_ten_runs_ninety_days_and_ten_gigabytes() {
         }
     };
     run("a");
+    // A new cache is not measured: it holds what its first run wrote.
+    let counted: Value = serde_json::from_slice(&std::fs::read(&note).unwrap()).unwrap();
+    let bytes = |folder: &str| -> u64 {
+        let files = files(&project, folder).into_iter();
+        files.map(|file| file.metadata().unwrap().len()).sum()
+    };
+    let stored = bytes("objects") + bytes("actions") + bytes("runs");
+    assert_eq!(counted["size"], stored);
     age(91);
     run("l");
     age(89);

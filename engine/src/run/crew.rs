@@ -5,10 +5,12 @@
 //! does for a step.
 //!
 //! Knows tasks, not what they are for. Invariant: one thread at a time asks the scheduler, and
-//! when nothing is under way any more, or the scheduler panicked, nobody asks it again.
+//! when nothing is under way any more, a thread panicked, or the caller does not listen any
+//! more, nobody asks it again.
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use tokio::runtime::Handle;
@@ -30,7 +32,7 @@ pub(super) async fn run(scheduler: Scheduler, worker: &Arc<Worker>) -> Scheduler
     match ended.await {
         Ok(Ok(scheduler)) => scheduler,
         Ok(Err(panic)) => resume_unwind(panic),
-        Err(_) => unreachable!("a thread's panic is caught, and the last one tells the end"),
+        Err(_) => unreachable!("the last thread tells how the run ended"),
     }
 }
 
@@ -49,33 +51,51 @@ struct Shift {
 impl Crew {
     /// Tells the scheduler something, and takes what is to be done next.
     fn ask(&self, news: News) -> Vec<Task> {
-        let mut shift = self.shift.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shift = self.shift();
+        if shift.as_ref().is_some_and(|shift| shift.over.is_closed()) {
+            shift.take();
+        }
         let Some(Shift { scheduler, .. }) = shift.as_mut() else {
             return Vec::new();
         };
+        // Within this function, so that the lock is not poisoned.
         let asked = catch_unwind(AssertUnwindSafe(|| scheduler.hear(news)));
-        let end = match asked {
+        let panic = match asked {
             Ok(Some(tasks)) => return tasks,
-            Ok(None) => Ok(()),
-            Err(panic) => Err(panic),
+            Ok(None) => None,
+            Err(panic) => Some(panic),
         };
-        if let Some(Shift { scheduler, over }) = shift.take() {
-            // The caller may have been dropped.
-            let _ = over.send(end.map(|()| scheduler));
-        }
+        drop(shift);
+        self.end(panic);
         Vec::new()
+    }
+
+    /// Ends the run, if nobody has yet.
+    fn end(&self, panic: Option<Box<dyn Any + Send>>) {
+        if let Some(Shift { scheduler, over }) = self.shift().take() {
+            // The caller may have been dropped.
+            let _ = over.send(panic.map_or(Ok(scheduler), Err));
+        }
+    }
+
+    fn shift(&self) -> MutexGuard<'_, Option<Shift>> {
+        self.shift.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has each task done by a thread of its own.
     fn start(self: &Arc<Self>, tasks: impl IntoIterator<Item = Task>) {
         for task in tasks {
             let crew = Arc::clone(self);
-            self.threads.spawn_blocking(move || crew.work(task));
+            self.threads.spawn_blocking(move || {
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| crew.work(task))) {
+                    crew.end(Some(panic));
+                }
+            });
         }
     }
 
     /// Does a task, and those after it.
-    fn work(self: Arc<Self>, first: Task) {
+    fn work(self: &Arc<Self>, first: Task) {
         let mut next = Some(first);
         while let Some(task) = next {
             let news = task.perform(&self.worker, |news| self.start(self.ask(news)));

@@ -2,7 +2,7 @@
 //!
 //! Items that ask for the same stand in one line. When the first of a line finds no room, neither
 //! would the others, so they are not asked: a hundred thousand items behind a pool of one place
-//! cost each message no more than one does.
+//! cost whoever ends no more than one does.
 
 use std::collections::{BTreeMap, VecDeque};
 

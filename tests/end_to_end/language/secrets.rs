@@ -15,7 +15,7 @@ fn the_value_of_a_secret_is_written_nowhere() {
         "p.yaml",
         "steps:
   used: { uses: ./inner.yaml, secrets: [TOKEN] }
-  says: { run: \"echo $TOKEN; echo ok > $n\", secrets: [TOKEN], out: { n: n }, publish: { n: n.txt } }
+  says: { run: \"echo $TOKEN; printf %s ${TOKEN%-*}; echo note >&2; echo -${TOKEN#*-}; echo ok > $n\", secrets: [TOKEN], out: { n: n }, publish: { n: n.txt } }
   fails: { run: \"echo the token is $TOKEN >&2; exit 3\", secrets: [TOKEN], needs: [used, says] }
 ",
     );

@@ -161,6 +161,8 @@ fn cleared(root: &Path, shape: Shape) -> io::Result<()> {
         };
         let Some(mut inner) = inner else {
             remove(&root.join(name), entry.file_type())?;
+            dir.rewind();
+            kept = 0;
             continue;
         };
         while let Some(left) = next_of(&mut inner)? {
@@ -168,6 +170,8 @@ fn cleared(root: &Path, shape: Shape) -> io::Result<()> {
                 .join(name)
                 .join(OsStr::from_bytes(left.file_name().to_bytes()));
             remove(&path, left.file_type())?;
+            // Not every file system lists the rest when something was removed meanwhile.
+            inner.rewind();
         }
         kept += 1;
     }
