@@ -3,8 +3,9 @@
 //!
 //! [`uses`] reads it from the runs' records, [`collect`] removes the rest as far as the bounds
 //! ask, and [`tidy`] does so at the end of a run, when it is worth a look: once a day for what is
-//! old, and when the size at the last look (none, of a new cache) and what runs wrote since are together over the bound,
-//! but so that looking takes at most a hundredth of the time between two looks.
+//! old, and when the size at the last look (none, of a new cache) and what runs wrote since are
+//! together over the bound, but so that looking takes at most a hundredth of the time between two
+//! looks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

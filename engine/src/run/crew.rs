@@ -65,17 +65,8 @@ impl Crew {
             Ok(None) => None,
             Err(panic) => Some(panic),
         };
-        drop(shift);
-        self.end(panic);
+        end(&mut shift, panic);
         Vec::new()
-    }
-
-    /// Ends the run, if nobody has yet.
-    fn end(&self, panic: Option<Box<dyn Any + Send>>) {
-        if let Some(Shift { scheduler, over }) = self.shift().take() {
-            // The caller may have been dropped.
-            let _ = over.send(panic.map_or(Ok(scheduler), Err));
-        }
     }
 
     fn shift(&self) -> MutexGuard<'_, Option<Shift>> {
@@ -88,7 +79,7 @@ impl Crew {
             let crew = Arc::clone(self);
             self.threads.spawn_blocking(move || {
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| crew.work(task))) {
-                    crew.end(Some(panic));
+                    end(&mut crew.shift(), Some(panic));
                 }
             });
         }
@@ -103,5 +94,13 @@ impl Crew {
             next = tasks.next();
             self.start(tasks);
         }
+    }
+}
+
+/// Ends the run, if nobody has yet.
+fn end(shift: &mut Option<Shift>, panic: Option<Box<dyn Any + Send>>) {
+    if let Some(Shift { scheduler, over }) = shift.take() {
+        // The caller may have been dropped.
+        let _ = over.send(panic.map_or(Ok(scheduler), Err));
     }
 }
