@@ -60,6 +60,13 @@ impl Ray {
 
     /// One of that Python, whose processes have these variables more.
     pub(crate) fn start_with(python: &Path, env: &[(&str, String)]) -> Self {
+        // Seconds pass before Ray takes its ports: another process may have one by then.
+        let mut tries = (0..3).map(|_| Self::tried(python, env));
+        tries.find_map(|ray| ray).expect("ray ended three times")
+    }
+
+    /// One, unless it ends before it is up.
+    fn tried(python: &Path, env: &[(&str, String)]) -> Option<Self> {
         // Its sockets' paths must be short.
         let scratch = tempfile::Builder::new()
             .prefix("fr")
@@ -78,20 +85,21 @@ impl Ray {
             dashboard: format!("http://127.0.0.1:{port}"),
             scratch,
         };
-        ray.comes_up();
-        ray
+        ray.comes_up().then_some(ray)
     }
 
-    /// Waits until its dashboard answers.
-    fn comes_up(&mut self) {
+    /// Waits until its dashboard answers; false when it ended before.
+    fn comes_up(&mut self) -> bool {
         let version = format!("{}/api/version", self.dashboard);
         let deadline = Instant::now() + Duration::from_secs(180);
         while client().get(&version).send().is_err() {
-            let ended = self.child.try_wait().unwrap();
-            assert!(ended.is_none(), "ray ended: {ended:?}");
+            if self.child.try_wait().unwrap().is_some() {
+                return false;
+            }
             assert!(Instant::now() < deadline, "ray did not come up");
             std::thread::sleep(Duration::from_millis(200));
         }
+        true
     }
 
     /// Kills the process of the cluster's own state; `ray start --block` ends all others of its
@@ -114,7 +122,7 @@ impl Ray {
         let ports = [port, gcs];
         self.child = start_head(&self.python, self.scratch.path(), ports, &self.env);
         self.address = format!("127.0.0.1:{gcs}");
-        self.comes_up();
+        assert!(self.comes_up(), "ray ended");
     }
 
     /// The section of a pipeline that names it.
