@@ -60,7 +60,8 @@ impl Ray {
 
     /// One of that Python, whose processes have these variables more.
     pub(crate) fn start_with(python: &Path, env: &[(&str, String)]) -> Self {
-        // Seconds pass before Ray takes its ports: another process may have one by then.
+        // Ray chooses ports of its own (its agents') seconds before it takes them: another process
+        // may have one by then.
         let mut tries = (0..3).map(|_| Self::tried(python, env));
         tries.find_map(|ray| ray).expect("ray ended three times")
     }

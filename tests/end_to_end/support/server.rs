@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use reqwest::blocking::{Client, Response};
@@ -144,10 +145,20 @@ impl Drop for Server {
     }
 }
 
-/// A port that nobody has right now.
+/// Where tests' own ports lie: below what systems hand out for the near ends of connections
+/// (`ip_local_port_range`, 32768 and up on Linux), and above those that Ray gives its workers.
+const PORTS: std::ops::Range<u16> = 20_000..32_768;
+
+/// A port that nobody has right now, nor will be given by the system before the caller's server
+/// takes it. No two calls of a process give the same.
 pub(crate) fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    // Processes that run at once begin at different places.
+    let first = std::process::id().wrapping_mul(613);
+    let nth = |n: u32| PORTS.start + (first.wrapping_add(n) % PORTS.len() as u32) as u16;
+    let mut next = (0..PORTS.len()).map(|_| nth(GIVEN.fetch_add(1, Ordering::Relaxed)));
+    let free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    next.find(free).expect("all ports are taken")
 }
 
 pub(crate) fn client() -> Client {
