@@ -6,20 +6,28 @@
 //! removed lately before it gives one away. Invariant: a folder is used again only when it
 //! is as it was made, and no process works in it; one that left its group might write to it.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::AsFd;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use flowrun_cache::{Cache, CacheError, Scratch};
-use rustix::fs::{CWD, Dir, DirEntry, FileType, Mode, OFlags, fstat, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, RawDir, SeekFrom, fstat, openat, seek};
 
-/// So many used folders are looked at together: each look asks every process of the system, which
-/// costs about as much as to make and remove ten folders.
+/// So many used folders are looked at together: each look lists the processes of the system, which
+/// costs about as much as to make and remove a few folders.
 const AT_ONCE: usize = 64;
+
+/// Bytes of a folder's list that are read at a time: enough for what a workplace itself has.
+const LISTED: usize = 1024;
+
+/// So often a folder is listed until nothing was left in it; then somebody still writes there.
+const PASSES: usize = 16;
 
 /// Which folders a workplace has beside `out`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +50,8 @@ impl Shape {
 pub(super) struct Workplaces {
     cache: Arc<Cache>,
     shelves: Mutex<BTreeMap<Shape, Shelf>>,
+    /// Processes that were there before the first workplace was taken: no action started them.
+    strangers: OnceLock<HashSet<Process>>,
 }
 
 /// Folders of one shape.
@@ -56,12 +66,16 @@ impl Workplaces {
         Self {
             cache: Arc::clone(cache),
             shelves: Mutex::default(),
+            strangers: OnceLock::new(),
         }
     }
 
     /// An empty workplace.
     pub(super) fn take(&self, shape: Shape) -> Result<Workplace<'_>, CacheError> {
-        let scratch = match self.shelves().entry(shape).or_default().take() {
+        let strangers = || processes().into_iter().flatten().collect();
+        let strangers = self.strangers.get_or_init(strangers);
+        let free = self.shelves().entry(shape).or_default().take(strangers);
+        let scratch = match free {
             Some(scratch) => scratch,
             None => self.make(shape)?,
         };
@@ -87,10 +101,10 @@ impl Workplaces {
 }
 
 impl Shelf {
-    fn take(&mut self) -> Option<Scratch> {
+    fn take(&mut self, strangers: &HashSet<Process>) -> Option<Scratch> {
         if self.free.is_empty()
             && self.used.len() >= AT_ONCE
-            && let Some(folders) = working_folders()
+            && let Some(folders) = working_folders(strangers)
         {
             self.free = std::mem::take(&mut self.used);
             let home = self
@@ -113,15 +127,34 @@ impl Shelf {
     }
 }
 
-/// The working folders of all processes that can be seen; `None` where the system does not tell.
-fn working_folders() -> Option<BTreeSet<PathBuf>> {
-    let processes = std::fs::read_dir("/proc").ok()?.flatten();
-    let folders = processes
-        .filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit())
-        .filter_map(|entry| std::fs::read_link(entry.path().join("cwd")).ok());
-    let folders: BTreeSet<PathBuf> = folders.collect();
-    // This process has one itself.
-    (!folders.is_empty()).then_some(folders)
+/// A process of the system: its number, and the inode that `/proc` gave it. A later process of the same
+/// number has another inode.
+#[derive(PartialEq, Eq, Hash)]
+struct Process {
+    number: OsString,
+    inode: u64,
+}
+
+/// All processes that can be seen; `None` where the system does not tell.
+fn processes() -> Option<impl Iterator<Item = Process>> {
+    let entries = std::fs::read_dir("/proc").ok()?.flatten();
+    let processes = entries.map(|entry| Process {
+        number: entry.file_name(),
+        inode: entry.ino(),
+    });
+    Some(processes.filter(|process| process.number.as_encoded_bytes()[0].is_ascii_digit()))
+}
+
+/// The working folders of all processes but these; `None` where the system does not tell.
+fn working_folders(strangers: &HashSet<Process>) -> Option<BTreeSet<PathBuf>> {
+    // Where its own is hidden from this process, so are others.
+    std::fs::read_link("/proc/self/cwd").ok()?;
+    let others = processes()?.filter(|process| !strangers.contains(process));
+    let folder = |process: Process| {
+        let folder = Path::new("/proc").join(process.number).join("cwd");
+        std::fs::read_link(folder).ok()
+    };
+    Some(others.filter_map(folder).collect())
 }
 
 /// A folder for one attempt at an action.
@@ -151,30 +184,18 @@ impl Drop for Workplace<'_> {
 
 /// Empties the folders of a workplace, and removes everything else in it.
 fn cleared(root: &Path, shape: Shape) -> io::Result<()> {
-    let mut dir = opened(CWD, root)?;
-    let mut kept = 0;
-    while let Some(entry) = next_of(&mut dir)? {
-        let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        let inner = match shape.folders().any(|folder| name == folder) {
-            true => opened(dir.fd()?, Path::new(name)).ok(),
-            false => None,
-        };
-        let Some(mut inner) = inner else {
-            remove(&root.join(name), entry.file_type())?;
-            dir.rewind();
-            kept = 0;
-            continue;
-        };
-        while let Some(left) = next_of(&mut inner)? {
-            let path = root
-                .join(name)
-                .join(OsStr::from_bytes(left.file_name().to_bytes()));
-            remove(&path, left.file_type())?;
-            // Not every file system lists the rest when something was removed meanwhile.
-            inner.rewind();
+    let place = opened(CWD, root)?;
+    let kept = emptied(&place, root, |name| {
+        let is_ours = shape.folders().any(|folder| name == folder);
+        match is_ours.then(|| opened(&place, Path::new(name))) {
+            Some(Ok(folder)) => {
+                emptied(&folder, &root.join(name), |_| Ok(false))?;
+                Ok(true)
+            }
+            // No folder of ours, though it may have the name of one.
+            Some(Err(_)) | None => Ok(false),
         }
-        kept += 1;
-    }
+    })?;
     match kept == shape.folders().count() {
         true => Ok(()),
         false => Err(io::ErrorKind::NotFound.into()),
@@ -182,23 +203,44 @@ fn cleared(root: &Path, shape: Shape) -> io::Result<()> {
 }
 
 /// A folder, no link, in which its owner may do everything.
-fn opened(at: impl AsFd, path: &Path) -> io::Result<Dir> {
+fn opened(at: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let folder = openat(at, path, flags, Mode::empty())?;
     match Mode::from_raw_mode(fstat(&folder)?.st_mode).contains(Mode::RWXU) {
-        true => Ok(Dir::new(folder)?),
+        true => Ok(folder),
         false => Err(io::ErrorKind::PermissionDenied.into()),
     }
 }
 
-/// The next entry that is neither the folder itself nor the one around it.
-fn next_of(dir: &mut Dir) -> io::Result<Option<DirEntry>> {
-    loop {
-        match dir.read().transpose()? {
-            Some(entry) if matches!(entry.file_name().to_bytes(), b"." | b"..") => {}
-            other => return Ok(other),
+/// Removes what is in a folder but what is to be kept, and says how much that is.
+fn emptied(
+    folder: &OwnedFd,
+    path: &Path,
+    mut keeps: impl FnMut(&OsStr) -> io::Result<bool>,
+) -> io::Result<usize> {
+    for _ in 0..PASSES {
+        let (mut kept, mut removed) = (0, false);
+        let mut space = [MaybeUninit::uninit(); LISTED];
+        let mut entries = RawDir::new(folder, &mut space);
+        while let Some(entry) = entries.next().transpose()? {
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
+            if keeps(name)? {
+                kept += 1;
+                continue;
+            }
+            remove(&path.join(name), entry.file_type())?;
+            removed = true;
         }
+        if !removed {
+            return Ok(kept);
+        }
+        // Not every file system lists the rest when something was removed meanwhile.
+        seek(folder, SeekFrom::Start(0))?;
     }
+    Err(io::ErrorKind::ResourceBusy.into())
 }
 
 fn remove(path: &Path, kind: FileType) -> io::Result<()> {
