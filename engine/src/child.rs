@@ -4,11 +4,12 @@
 //! process group was killed, so the group's number is its own.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -48,6 +49,14 @@ pub fn start(command: &mut Command) -> io::Result<Child> {
 /// held open by none of them.
 pub(crate) fn let_starts_end() {
     drop(STARTING.write().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// An input in which there is nothing: as [`Stdio::null`], which opens a file each time.
+pub(crate) fn no_input() -> Stdio {
+    static NOTHING: OnceLock<Option<File>> = OnceLock::new();
+    let nothing = NOTHING.get_or_init(|| File::open("/dev/null").ok());
+    let copy = nothing.as_ref().and_then(|file| file.try_clone().ok());
+    copy.map_or_else(Stdio::null, Stdio::from)
 }
 
 /// The last lines of a process's output.

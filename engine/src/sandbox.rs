@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::child::{Streams, Tail, ended_within, signal, start};
+use crate::child::{Streams, Tail, ended_within, no_input, signal, start};
 use crate::step::{Cancel, StepError, StepReporter};
 use crate::warden::Warden;
 
@@ -81,7 +81,7 @@ impl Sandbox<'_> {
                 .current_dir(self.folder)
                 .env_clear()
                 .envs(&self.env)
-                .stdin(Stdio::null())
+                .stdin(no_input())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .process_group(0),
