@@ -45,6 +45,8 @@ pub(crate) struct Keyed {
     pub(crate) key: ActionKey,
     /// Its result is to stand in place of one that the remote cache may have.
     pub(crate) replaces: bool,
+    /// The cache was asked, and had no result for the key.
+    pub(crate) is_new: bool,
 }
 
 /// The artifacts of one port, with their labels.
@@ -177,6 +179,7 @@ impl Lookup {
             key: manifest.key(),
             manifest,
             replaces: false,
+            is_new: false,
         })
     }
 

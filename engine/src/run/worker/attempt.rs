@@ -151,7 +151,9 @@ impl Worker {
             finished_at: timestamp(SystemTime::now()),
             label: History::label(&self.pipeline, &request.id),
         };
-        self.remember_outputs(&keyed.key);
+        if !keyed.is_new {
+            self.remember_outputs(&keyed.key);
+        }
         self.cache.actions().put(&result).map_err(cache_error)?;
         self.cache.sync_if_due().map_err(cache_error)?;
         if let Some(remote) = &self.remote_cache

@@ -216,7 +216,10 @@ impl Worker {
         } else {
             match self.find(request, &keyed.key) {
                 Ok(end) => return Ok(Looked::End(end)),
-                Err(cause) => cause,
+                Err(cause) => {
+                    keyed.is_new = cause == Cause::NoResult;
+                    cause
+                }
             }
         };
         if cause == Cause::Broken {
