@@ -27,7 +27,7 @@ pub(crate) fn steps() -> Vec<String> {
     };
     let pipeline = load_pipeline(&file, &flowrun_steps::registry(), &options);
     let steps = pipeline.into_iter().flat_map(|p| p.steps);
-    steps.map(|step| step.name).collect()
+    steps.map(|step| step.name.clone()).collect()
 }
 
 /// Runs, newest first.

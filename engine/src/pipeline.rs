@@ -46,7 +46,7 @@ pub struct Pipeline {
     /// Steps that used a step definition, by name. The steps of `clean` are named `clean/…`.
     pub uses: BTreeMap<String, DefinitionUse>,
     /// Steps in topological order; ties keep the file's order.
-    pub steps: Vec<StepNode>,
+    pub steps: Vec<Arc<StepNode>>,
     /// The files that it was read from, with the digests of their texts.
     pub sources: Vec<(PathBuf, Digest)>,
     /// What may go wrong in a run, which depends on what the file does not say.
@@ -67,8 +67,9 @@ impl Pipeline {
     #[must_use]
     pub fn named(&self, name: &str) -> Vec<&StepNode> {
         let prefix = format!("{name}/");
-        let is_meant = |s: &&StepNode| s.name == name || s.name.starts_with(&prefix);
-        self.steps.iter().filter(is_meant).collect()
+        let is_meant = |s: &&Arc<StepNode>| s.name == name || s.name.starts_with(&prefix);
+        let steps = self.steps.iter().filter(is_meant);
+        steps.map(AsRef::as_ref).collect()
     }
 }
 

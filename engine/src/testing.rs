@@ -208,7 +208,7 @@ pub(crate) fn pipeline(steps: Vec<StepNode>) -> Pipeline {
         hooks: BTreeMap::new(),
         tracking: Tracking::default(),
         uses: BTreeMap::new(),
-        steps,
+        steps: steps.into_iter().map(Arc::new).collect(),
         sources: Vec::new(),
         warnings: Diagnostics::default(),
     }

@@ -50,23 +50,26 @@ fn chain(root: &Path) -> Pipeline {
         uses: BTreeMap::new(),
         sources: vec![],
         warnings: Diagnostics::default(),
-        steps: vec![
-            shell(
-                "strip",
-                "grep -v '^#' \"$text\" > \"$out\"",
-                &[("text", source)],
-            ),
-            shell(
-                "upper",
-                "tr a-z A-Z < \"$text\" > \"$out\"",
-                &[("text", output("strip"))],
-            ),
-            shell(
-                "count",
-                "wc -c < \"$text\" > \"$out\"",
-                &[("text", output("upper"))],
-            ),
-        ],
+        steps: Vec::from(
+            [
+                shell(
+                    "strip",
+                    "grep -v '^#' \"$text\" > \"$out\"",
+                    &[("text", source)],
+                ),
+                shell(
+                    "upper",
+                    "tr a-z A-Z < \"$text\" > \"$out\"",
+                    &[("text", output("strip"))],
+                ),
+                shell(
+                    "count",
+                    "wc -c < \"$text\" > \"$out\"",
+                    &[("text", output("upper"))],
+                ),
+            ]
+            .map(Arc::new),
+        ),
     }
 }
 
@@ -162,7 +165,7 @@ async fn a_failure_shows_the_tail_and_skips_what_follows() {
     let dir = tempfile::tempdir().unwrap();
     let mut pipeline = chain(dir.path());
     std::fs::write(dir.path().join("source.txt"), "hello\n").unwrap();
-    pipeline.steps[1].action = Action::Run("echo told you >&2; exit 3".into());
+    Arc::make_mut(&mut pipeline.steps[1]).action = Action::Run("echo told you >&2; exit 3".into());
     let (summary, statuses) = go(&pipeline, options()).await;
     assert!(!summary.ok);
     let (step, error) = summary.first_error.unwrap();
@@ -177,9 +180,11 @@ async fn a_command_sees_only_what_it_declares() {
     let dir = tempfile::tempdir().unwrap();
     let mut pipeline = chain(dir.path());
     std::fs::write(dir.path().join("source.txt"), "hello\n").unwrap();
-    pipeline.steps[1].action = Action::Run("cat ../../source.txt source.txt > \"$out\"".into());
+    Arc::make_mut(&mut pipeline.steps[1]).action =
+        Action::Run("cat ../../source.txt source.txt > \"$out\"".into());
     assert!(!go(&pipeline, options()).await.0.ok);
-    pipeline.steps[1].action = Action::Run("env | grep -c '^CARGO' > \"$out\"; true".into());
+    Arc::make_mut(&mut pipeline.steps[1]).action =
+        Action::Run("env | grep -c '^CARGO' > \"$out\"; true".into());
     let (summary, _) = go(&pipeline, options()).await;
     assert!(
         !summary.ok,

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use petgraph::graph::NodeIndex;
 use serde_json::{Map, Value, json};
@@ -103,7 +104,7 @@ pub(crate) fn check(
         hooks,
         tracking,
         uses: definition::summary(&uses),
-        steps,
+        steps: steps.into_iter().map(Arc::new).collect(),
         sources: map.sources(),
         warnings: Diagnostics::default(),
     })

@@ -93,7 +93,7 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn step(&self, node: &StepNode, known: &BTreeMap<String, Known>) -> (PlannedStep, Known) {
+    fn step(&self, node: &Arc<StepNode>, known: &BTreeMap<String, Known>) -> (PlannedStep, Known) {
         let planned = |items, status| PlannedStep {
             step: node.name.clone(),
             kind: kind_of(node).to_owned(),
@@ -125,8 +125,7 @@ impl Planner<'_> {
             Known::Outputs(outputs) => outputs.get(port).cloned(),
             Known::Later | Known::Skipped => None,
         };
-        let shared = Arc::new(node.clone());
-        match expand(self.pipeline, &shared, &self.options.expressions, output) {
+        match expand(self.pipeline, node, &self.options.expressions, output) {
             Ok(None) => {
                 let why = "its `when` is false".to_owned();
                 (planned(vec![], PlanStatus::Skipped { why }), Known::Skipped)

@@ -54,7 +54,7 @@ pub(crate) struct Ended {
     /// Its name.
     pub(crate) name: String,
     /// What it gave; nothing when it was skipped.
-    pub(crate) outputs: Option<Outputs>,
+    pub(crate) outputs: Option<Arc<Outputs>>,
 }
 
 /// The steps of a remembered run.

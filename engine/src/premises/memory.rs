@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flowrun_cache::{Artifact, Cache, Digest, FileStamp};
 
@@ -15,7 +15,7 @@ use super::{
     FilePremise, Held, ObjectPremise, Observed, Premises, RunName, VERSION, environment, write,
 };
 use crate::event::RunEvent;
-use crate::pipeline::{CachePolicy, Pipeline};
+use crate::pipeline::{CachePolicy, Pipeline, StepNode};
 use crate::record::RunPlan;
 use crate::run::{Outputs, RunSummary};
 use crate::step::World;
@@ -33,6 +33,8 @@ struct State {
     report: Option<Artifact>,
     /// Something happened that is not to be repeated.
     spoilt: bool,
+    /// The text of the last event; kept for its memory.
+    line: Vec<u8>,
 }
 
 /// What a step did.
@@ -41,7 +43,8 @@ struct OfStep {
     events: Vec<u8>,
     keys: Vec<u8>,
     took: Vec<u8>,
-    objects: BTreeMap<Digest, Artifact>,
+    /// The same may be there several times.
+    artifacts: Vec<Artifact>,
     ended: Option<Ended>,
 }
 
@@ -114,10 +117,13 @@ impl Memory {
     /// An event of a step that the next run tells too.
     pub(crate) fn event(&self, step: &str, event: &RunEvent) {
         let mut state = self.lock();
-        let events = &mut state.of(step).events;
-        let written = serde_json::to_writer(&mut *events, event).is_ok();
-        events.push(b'\n');
-        state.spoilt |= !written;
+        let mut line = std::mem::take(&mut state.line);
+        line.clear();
+        state.spoilt |= serde_json::to_writer(&mut line, event).is_err();
+        line.push(b'\n');
+        // Most steps have one event: no more is taken than it needs.
+        state.of(step).events.extend_from_slice(&line);
+        state.line = line;
     }
 
     /// An action of a step ended with these outputs; its work took so long.
@@ -126,13 +132,12 @@ impl Memory {
         let step = state.of(step);
         step.keys.extend_from_slice(key.as_bytes());
         step.took.extend_from_slice(&took_ms.to_le_bytes());
-        for artifact in outputs.values().flat_map(|o| o.value.artifacts()) {
-            step.objects.insert(artifact.digest, artifact.clone());
-        }
+        let artifacts = outputs.values().flat_map(|o| o.value.artifacts());
+        step.artifacts.extend(artifacts.cloned());
     }
 
     /// A step ended with these outputs, or was skipped.
-    pub(crate) fn ended(&self, step: &str, outputs: Option<&Outputs>) {
+    pub(crate) fn ended(&self, step: &str, outputs: Option<&Arc<Outputs>>) {
         self.lock().of(step).ended = Some(Ended {
             name: step.to_owned(),
             outputs: outputs.cloned(),
@@ -153,7 +158,7 @@ impl Memory {
         summary: &RunSummary,
         world: &World,
     ) {
-        let always = |s: &crate::pipeline::StepNode| s.cache == CachePolicy::Never;
+        let always = |s: &Arc<StepNode>| s.cache == CachePolicy::Never;
         let whole = summary.ok
             && plan.steps.len() == pipeline.steps.len()
             && !pipeline.steps.iter().any(always);
@@ -247,9 +252,6 @@ impl Memory {
 
 impl State {
     fn of(&mut self, step: &str) -> &mut OfStep {
-        if !self.steps.contains_key(step) {
-            self.steps.insert(step.to_owned(), OfStep::default());
-        }
         self.steps.entry(step.to_owned()).or_default()
     }
 
@@ -364,7 +366,7 @@ impl Sections {
     fn add(&mut self, cache: &Cache, step: &OfStep) -> Option<()> {
         let ended = step.ended.as_ref()?;
         let start = self.objects.len();
-        objects(cache, &step.objects, &mut self.objects)?;
+        objects(cache, &step.artifacts, &mut self.objects)?;
         self.keys.extend_from_slice(&step.keys);
         self.took.extend_from_slice(&step.took);
         match self.events.last_mut() {
@@ -426,13 +428,11 @@ impl Sections {
     }
 }
 
-fn objects(
-    cache: &Cache,
-    artifacts: &BTreeMap<Digest, Artifact>,
-    table: &mut Vec<u8>,
-) -> Option<()> {
+fn objects(cache: &Cache, artifacts: &[Artifact], table: &mut Vec<u8>) -> Option<()> {
+    let artifacts: BTreeMap<&Digest, &Artifact> =
+        artifacts.iter().map(|a| (&a.digest, a)).collect();
     let mut digests = BTreeSet::new();
-    for artifact in artifacts.values() {
+    for artifact in artifacts.into_values() {
         digests.extend(cache.store().parts(artifact).ok()?);
     }
     for digest in digests {

@@ -37,7 +37,7 @@ pub(super) enum Phase {
     /// Its inputs must be made again first.
     Stalled,
     /// It ended well.
-    Ended(Outputs),
+    Ended(Arc<Outputs>),
     /// It did not.
     Failed,
 }
@@ -77,5 +77,5 @@ pub(super) struct StepState {
     pub(super) stalled: bool,
     /// It is as the last run left it, and its node was not read.
     pub(super) kept: bool,
-    pub(super) outputs: Outputs,
+    pub(super) outputs: Arc<Outputs>,
 }

@@ -253,7 +253,7 @@ fn in_process(steps: usize) -> Result<(), Failure> {
         hooks: BTreeMap::new(),
         tracking: Tracking::default(),
         uses: BTreeMap::new(),
-        steps: (0..steps).map(node).collect(),
+        steps: (0..steps).map(node).map(Arc::new).collect(),
         sources: Vec::new(),
         warnings: Diagnostics::default(),
     };

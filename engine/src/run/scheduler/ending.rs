@@ -42,31 +42,37 @@ impl Scheduler {
             false => self.finished.push(summary),
         }
         self.count(place, status);
-        let event = |status, took_ms, why, metrics, from| RunEvent::StepFinished {
+        // What the next run tells, if nothing changes.
+        let mut event = RunEvent::StepFinished {
             step: request.id.clone(),
             kind: kind_of(&request.node).to_owned(),
-            status,
+            status: StepStatus::Cached,
             key: key.map(|k| k.to_hex()).unwrap_or_default(),
-            took_ms,
-            why,
+            took_ms: 0,
+            why: UNCHANGED.to_owned(),
             outputs: self.worker.infos(&result.outputs),
-            metrics,
+            metrics: result.metrics,
             help: None,
-            from,
+            from: None,
         };
         if let Some((memory, key)) = self.worker.memory().zip(key) {
-            let unchanged = UNCHANGED.to_owned();
-            let metrics = result.metrics.clone();
             let name = &request.node.name;
-            memory.event(
-                name,
-                &event(StepStatus::Cached, 0, unchanged, metrics, None),
-            );
+            memory.event(name, &event);
             memory.outputs(name, &key, &result.outputs, result.took_ms);
         }
-        let ended = event(status, took_ms, why, result.metrics.clone(), from);
-        self.worker.send(ended);
-        self.set_phase(place, Phase::Ended(result.outputs));
+        if let RunEvent::StepFinished {
+            status: told_status,
+            took_ms: told_took_ms,
+            why: told_why,
+            from: told_from,
+            ..
+        } = &mut event
+        {
+            (*told_status, *told_took_ms) = (status, took_ms);
+            (*told_why, *told_from) = (why, from);
+        }
+        self.worker.send(event);
+        self.set_phase(place, Phase::Ended(Arc::new(result.outputs)));
     }
 
     pub(super) fn fail(

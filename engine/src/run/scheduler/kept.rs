@@ -9,9 +9,9 @@ use crate::dag::{data_predecessors, required_predecessors};
 use crate::event::RunEvent;
 use crate::pipeline::{Pipeline, StepNode};
 use crate::premises::Changed;
+use crate::run::RunOptions;
 use crate::run::together::Together;
 use crate::run::worker::Worker;
-use crate::run::{Outputs, RunOptions};
 use crate::step::StepError;
 
 impl Scheduler {
@@ -44,7 +44,7 @@ impl Scheduler {
             together: Together::default(),
             stalled: false,
             kept: true,
-            outputs: Outputs::new(),
+            outputs: Arc::default(),
         };
         let steps = after.into_iter().enumerate().map(step).collect();
         Self {

@@ -35,7 +35,7 @@ use super::room::Room;
 use super::state::{ItemState, Phase, State, StepState};
 use super::together::{Together, most_together};
 use super::worker::{End, Looked, Trouble, Worker};
-use super::{Outputs, RunOptions, Selection};
+use super::{RunOptions, Selection};
 use crate::dag::{data_predecessors, predecessors, required_predecessors};
 use crate::event::RunEvent;
 use crate::expansion::{ActionRequest, expand, gather};
@@ -96,7 +96,7 @@ impl Scheduler {
         selection: Selection,
         worker: &Arc<Worker>,
     ) -> Self {
-        let chosen: Vec<&StepNode> = pipeline
+        let chosen: Vec<&Arc<StepNode>> = pipeline
             .steps
             .iter()
             .filter(|s| selection.steps.contains(&s.name))
@@ -112,7 +112,7 @@ impl Scheduler {
         let mut steps: Vec<StepState> = chosen
             .into_iter()
             .map(|step| StepState {
-                node: Arc::new(step.clone()),
+                node: Arc::clone(step),
                 state: State::Waiting,
                 missing: places(predecessors(step)),
                 data: places(data_predecessors(step)),
@@ -124,7 +124,7 @@ impl Scheduler {
                 together: Together::default(),
                 stalled: false,
                 kept: false,
-                outputs: Outputs::new(),
+                outputs: Arc::default(),
             })
             .collect();
         for i in 0..steps.len() {
@@ -542,9 +542,13 @@ impl Scheduler {
             return;
         }
         step.outputs = if step.node.foreach.is_some() {
-            gather(&step.node, &ends)
+            let ends = ends
+                .iter()
+                .map(|(label, outputs)| (*label, outputs.as_ref()));
+            Arc::new(gather(&step.node, &ends.collect::<Vec<_>>()))
         } else {
-            ends.first().map(|(_, o)| (*o).clone()).unwrap_or_default()
+            let only = ends.first().map(|(_, outputs)| Arc::clone(outputs));
+            only.unwrap_or_default()
         };
         self.set(i, State::Done);
     }
