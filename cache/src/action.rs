@@ -16,7 +16,7 @@ use crate::artifact::Artifact;
 use crate::digest::Digest;
 use crate::durability::Unsynced;
 use crate::error::CacheError;
-use crate::record::{folder, write_atomic};
+use crate::record::{folder, is_unfinished, write_atomic};
 use crate::remote::RemoteCache;
 use crate::store::ArtifactStore;
 
@@ -284,16 +284,31 @@ impl ActionCache {
 
     /// Every readable result, in no order.
     pub fn all(&self) -> impl Iterator<Item = ActionResult> {
-        folder(&self.root)
-            .flat_map(|sub| folder(&sub))
+        self.files("json")
             .filter_map(|path| from_text(&std::fs::read(path).ok()?))
+    }
+
+    /// Files of this extension, in no order.
+    fn files(&self, extension: &'static str) -> impl Iterator<Item = PathBuf> {
+        let files = folder(&self.root).flat_map(|sub| folder(&sub));
+        files.filter(move |path| path.extension().is_some_and(|e| e == extension))
+    }
+
+    /// Damaged results that were set aside.
+    pub(crate) fn set_aside_files(&self) -> impl Iterator<Item = PathBuf> {
+        self.files("bad")
+    }
+
+    /// What killed processes had begun to write.
+    pub(crate) fn unfinished(&self) -> impl Iterator<Item = PathBuf> {
+        let files = folder(&self.root).flat_map(|sub| folder(&sub));
+        files.filter(|path| is_unfinished(path))
     }
 
     /// Files that cannot be read as results.
     pub(crate) fn damaged(&self) -> Vec<PathBuf> {
-        let files = folder(&self.root).flat_map(|sub| folder(&sub));
-        let mut damaged: Vec<PathBuf> = files
-            .filter(|path| path.extension().is_some_and(|e| e == "json"))
+        let mut damaged: Vec<PathBuf> = self
+            .files("json")
             .filter(|path| match std::fs::read(path) {
                 Ok(text) => matches!(parse(&text), Parsed::Damaged),
                 Err(e) => e.kind() != std::io::ErrorKind::NotFound,

@@ -198,6 +198,10 @@ mod tests {
         let needed = put(&cache, "needed", &[&tree, &shared]);
         let spare = put(&cache, "spare", &[&shared, &old]);
         std::fs::write(dir.path().join("objects").join(".tmp1"), "torn").unwrap();
+        // Killed just before it was renamed; and a damaged one.
+        let record = cache.actions().path(&spare);
+        std::fs::copy(&record, record.with_file_name(".tmp2")).unwrap();
+        std::fs::write(record.with_file_name("x.bad"), "damaged").unwrap();
         let uses = Uses {
             needed: HashSet::from([needed]),
             ..Uses::default()

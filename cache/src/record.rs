@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::CacheError;
 
+/// How the name of a record begins that is being written.
+const UNFINISHED: &str = ".tmp";
+
 /// Writes `bytes` to `path` so that readers see the old file or the new one, never a
 /// part. After a power cut it may be empty: its reader checks it.
 pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), CacheError> {
@@ -18,7 +21,8 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), CacheError> 
 pub(crate) fn write_parts(path: &Path, parts: &[&[u8]]) -> Result<(), CacheError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     // Random, as on other machines others may write here. Each hasher has keys of its own.
-    let temp = folder.join(format!(".tmp{:016x}", RandomState::new().hash_one(path)));
+    let random = RandomState::new().hash_one(path);
+    let temp = folder.join(format!("{UNFINISHED}{random:016x}"));
     let create = || {
         let mut options = File::options();
         options.write(true).create_new(true).mode(0o600).open(&temp)
@@ -36,6 +40,12 @@ pub(crate) fn write_parts(path: &Path, parts: &[&[u8]]) -> Result<(), CacheError
         let _ = std::fs::remove_file(&temp);
         CacheError::io(path, e)
     })
+}
+
+/// A record that is being written, or that nobody writes any more.
+pub(crate) fn is_unfinished(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
 }
 
 /// What lies in a folder, which need not exist.

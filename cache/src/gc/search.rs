@@ -32,7 +32,8 @@ pub(super) struct Search<'a> {
 
 impl<'a> Search<'a> {
     pub(super) fn new(cache: &'a CacheReader, bounds: Bounds, now: SystemTime) -> Self {
-        let (sizes, leftovers) = cache.store().objects();
+        let (sizes, mut leftovers) = cache.store().objects();
+        leftovers.extend(cache.actions().unfinished());
         let total = Survey::of(cache.dir()).total().bytes;
         Self {
             cache,
@@ -152,9 +153,10 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Damaged objects, kept to be looked at: they go before anything that is of use.
+    /// Damaged objects and results, kept to be looked at: they go before anything that is of use.
     fn set_aside(&mut self) {
-        for path in crate::record::folder(&self.cache.store().quarantine_path()) {
+        let objects = crate::record::folder(&self.cache.store().quarantine_path());
+        for path in objects.chain(self.cache.actions().set_aside_files()) {
             let changed = std::fs::metadata(&path).and_then(|m| m.modified());
             if self.goes(changed.unwrap_or(self.now)) {
                 self.freed(Share::of(&path).bytes);
