@@ -51,9 +51,21 @@ impl Phase {
 pub(super) struct ItemState {
     pub(super) request: Arc<ActionRequest>,
     pub(super) phase: Phase,
+    /// Attempts that had ended when it was looked up last.
+    pub(super) looked_after: u64,
     /// What it was counted as.
     pub(super) counted: Option<StepStatus>,
     pub(super) stalls: u32,
+}
+
+impl ItemState {
+    /// What it gave, if it ended well.
+    pub(super) fn outputs(&self) -> Arc<Outputs> {
+        match &self.phase {
+            Phase::Ended(outputs) => Arc::clone(outputs),
+            _ => Arc::default(),
+        }
+    }
 }
 
 pub(super) struct StepState {

@@ -106,6 +106,7 @@ impl Scheduler {
                 earlier => ItemState {
                     request: Arc::new(request),
                     phase: Phase::Look,
+                    looked_after: 0,
                     counted: earlier.as_ref().and_then(|e| e.counted),
                     stalls: earlier.map_or(0, |e| e.stalls),
                 },

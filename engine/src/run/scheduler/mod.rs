@@ -16,18 +16,19 @@
 //! | `task` | what a thread does: lookups, or an attempt |
 //! | `ending` | what is told and counted of what ended |
 //! | `mending` | has objects that turn out to be damaged made again |
+//! | `keys` | has actions of one key run one after the other |
 //! | `kept` | leaves alone what changed files do not reach |
 
 mod ending;
 mod kept;
+mod keys;
 mod mending;
 mod task;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use flowrun_cache::ActionKey;
-
+use self::keys::{Keys, Turn};
 pub(super) use self::task::{News, Task};
 
 use super::ready::Ready;
@@ -71,8 +72,7 @@ pub(super) struct Scheduler {
     /// Steps of which it was said that they ask for more than there is.
     beyond: BTreeSet<usize>,
     running: usize,
-    /// Keys of attempts under way, and who else wants them.
-    keys: BTreeMap<ActionKey, Vec<Place>>,
+    keys: Keys,
     /// Steps whose end the steps after them do not know yet.
     settled: VecDeque<usize>,
     finished: Finished,
@@ -165,7 +165,7 @@ impl Scheduler {
             lookers: 0,
             beyond: BTreeSet::new(),
             running: 0,
-            keys: BTreeMap::new(),
+            keys: Keys::default(),
             settled: VecDeque::new(),
             finished: Finished::default(),
             stopping: None,
@@ -225,9 +225,7 @@ impl Scheduler {
         if self.stopping.is_some() {
             return;
         }
-        while self.lookers < self.most_lookers() && !self.looks.is_empty() {
-            self.start_looks();
-        }
+        self.start_lookers();
         // Lines whose first item found no room are passed over.
         let mut from = 0;
         while !self.room.is_full() {
@@ -242,6 +240,14 @@ impl Scheduler {
                 Some(place) => self.start_attempt(place),
                 None => from = head + 1,
             }
+        }
+        // Some of them are looked up again.
+        self.start_lookers();
+    }
+
+    fn start_lookers(&mut self) {
+        while self.lookers < self.most_lookers() && !self.looks.is_empty() {
+            self.start_looks();
         }
     }
 
@@ -283,6 +289,7 @@ impl Scheduler {
             if matches!(self.item(place).phase, Phase::Look) {
                 self.steps[place.0].busy += 1;
                 self.set_phase(place, Phase::Busy);
+                self.item_mut(place).looked_after = self.keys.ended();
                 let request = Arc::clone(&self.item(place).request);
                 let forced = self.forced.contains(&request.node.name);
                 batch.push((place, request, forced));
@@ -312,12 +319,15 @@ impl Scheduler {
         let Phase::Ready(keyed, why) = self.set_phase(place, Phase::Busy) else {
             return;
         };
-        if let Some(waiting) = self.keys.get_mut(&keyed.key) {
-            waiting.push(place);
-            self.set_phase(place, Phase::Parked);
-            return;
+        let looked_after = self.item(place).looked_after;
+        match self.keys.take(keyed.key, place, looked_after) {
+            Turn::Now => {}
+            Turn::Later => {
+                self.set_phase(place, Phase::Parked);
+                return;
+            }
+            Turn::LookFirst => return self.look_again(place),
         }
-        self.keys.insert(keyed.key, Vec::new());
         self.running += 1;
         self.room.take(&request.node);
         let at_once = self.at_once(place.0);
@@ -375,8 +385,7 @@ impl Scheduler {
         let step = &mut self.steps[place.0];
         step.busy -= 1;
         step.together.remove(&step.node, request.label.as_deref());
-        let parked = end.key.and_then(|key| self.keys.remove(&key));
-        for other in parked.unwrap_or_default() {
+        for other in self.keys.give_back(end.key, end.result.is_ok()) {
             if matches!(self.item(other).phase, Phase::Parked) {
                 self.look_again(other);
             }
@@ -486,6 +495,7 @@ impl Scheduler {
                 let items = requests.into_iter().map(|request| ItemState {
                     request: Arc::new(request),
                     phase: Phase::Look,
+                    looked_after: 0,
                     counted: None,
                     stalls: 0,
                 });
@@ -534,21 +544,17 @@ impl Scheduler {
         let mut ends = Vec::with_capacity(step.items.len());
         for item in &step.items {
             if let Phase::Ended(outputs) = &item.phase {
-                ends.push((item.request.label.as_deref(), outputs));
+                ends.push((item.request.label.as_deref(), outputs.as_ref()));
             }
         }
         if ends.len() < step.items.len() {
             self.set(i, State::Failed);
             return;
         }
-        step.outputs = if step.node.foreach.is_some() {
-            let ends = ends
-                .iter()
-                .map(|(label, outputs)| (*label, outputs.as_ref()));
-            Arc::new(gather(&step.node, &ends.collect::<Vec<_>>()))
-        } else {
-            let only = ends.first().map(|(_, outputs)| Arc::clone(outputs));
-            only.unwrap_or_default()
+        step.outputs = match (&step.node.foreach, step.items.first()) {
+            (Some(_), _) => Arc::new(gather(&step.node, &ends)),
+            (None, Some(item)) => item.outputs(),
+            (None, None) => Arc::default(),
         };
         self.set(i, State::Done);
     }

@@ -400,15 +400,23 @@ fn a_reason_names_the_nearest_run_that_gave_a_result() {
 }
 
 #[test]
-fn equal_actions_at_once_run_once() {
-    let bench = Bench::new().unwrap();
-    let join = Arc::new(Toy::join());
-    let steps: Vec<StepNode> = ["a", "b", "c", "d"]
-        .map(|name| uses(name, join.clone()).text("same"))
-        .into();
-    let ran = bench.run(&steps);
-    assert_eq!((ran.summary.ran, ran.summary.cached), (1, 3));
-    assert_eq!(join.runs.load(std::sync::atomic::Ordering::SeqCst), 1);
+fn equal_actions_run_once() {
+    // At once, and one after the other.
+    for jobs in [4, 1] {
+        let mut bench = Bench::new().unwrap();
+        bench.options.jobs = jobs;
+        let join = Arc::new(Toy::join());
+        let steps: Vec<StepNode> = ["a", "b", "c", "d"]
+            .map(|name| uses(name, join.clone()).text("same"))
+            .into();
+        let ran = bench.run(&steps);
+        assert_eq!((ran.summary.ran, ran.summary.cached), (1, 3));
+        // What is asked for again runs for each that asks.
+        bench.options.force = true;
+        let ran = bench.run(&steps);
+        assert_eq!((ran.summary.ran, ran.summary.cached), (4, 0));
+        assert_eq!(join.runs.load(std::sync::atomic::Ordering::SeqCst), 5);
+    }
 }
 
 #[test]
