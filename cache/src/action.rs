@@ -290,8 +290,12 @@ impl ActionCache {
 
     /// Files of this extension, in no order.
     fn files(&self, extension: &'static str) -> impl Iterator<Item = PathBuf> {
-        let files = folder(&self.root).flat_map(|sub| folder(&sub));
-        files.filter(move |path| path.extension().is_some_and(|e| e == extension))
+        self.entries()
+            .filter(move |path| path.extension().is_some_and(|e| e == extension))
+    }
+
+    fn entries(&self) -> impl Iterator<Item = PathBuf> + use<> {
+        folder(&self.root).flat_map(|sub| folder(&sub))
     }
 
     /// Damaged results that were set aside.
@@ -299,10 +303,9 @@ impl ActionCache {
         self.files("bad")
     }
 
-    /// What killed processes had begun to write.
+    /// What is being written, or what killed processes had begun to write.
     pub(crate) fn unfinished(&self) -> impl Iterator<Item = PathBuf> {
-        let files = folder(&self.root).flat_map(|sub| folder(&sub));
-        files.filter(|path| is_unfinished(path))
+        self.entries().filter(|path| is_unfinished(path))
     }
 
     /// Files that cannot be read as results.

@@ -198,10 +198,6 @@ mod tests {
         let needed = put(&cache, "needed", &[&tree, &shared]);
         let spare = put(&cache, "spare", &[&shared, &old]);
         std::fs::write(dir.path().join("objects").join(".tmp1"), "torn").unwrap();
-        // Killed just before it was renamed; and a damaged one.
-        let record = cache.actions().path(&spare);
-        std::fs::copy(&record, record.with_file_name(".tmp2")).unwrap();
-        std::fs::write(record.with_file_name("x.bad"), "damaged").unwrap();
         let uses = Uses {
             needed: HashSet::from([needed]),
             ..Uses::default()
@@ -216,10 +212,37 @@ mod tests {
         for gone in [&old, &orphan] {
             assert!(!cache.store().contains(gone));
         }
+        assert!(!dir.path().join("objects/.tmp1").exists());
         let note = Share::of(&dir.path().join("removed.jsonl")).bytes;
         assert!(note > 0);
         assert_eq!(found.left + note, Survey::of(dir.path()).total().bytes);
         assert!(collect(&cache, &uses, EVERYTHING).is_empty());
+    }
+
+    #[test]
+    fn what_was_never_finished_goes_when_it_is_old_and_what_was_set_aside_by_the_bounds() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path());
+        let kept = put(&cache, "kept", &[]);
+        let record = cache.actions().path(&kept);
+        // Its writer was killed just before it was renamed; one that is being written; a damaged one.
+        let copies = [".tmp1", ".tmp2", "x.bad"].map(|name| record.with_file_name(name));
+        for copy in &copies {
+            std::fs::copy(&record, copy).unwrap();
+        }
+        let torn = std::fs::File::options().append(true).open(&copies[0]);
+        let long_ago = SystemTime::now() - Duration::from_secs(7200);
+        torn.unwrap().set_modified(long_ago).unwrap();
+        let there = || [0, 1, 2].map(|i: usize| copies[i].exists());
+        let uses = Uses {
+            needed: HashSet::from([kept]),
+            ..Uses::default()
+        };
+        assert_eq!(collect(&cache, &uses, Bounds::default()).results(), 0);
+        assert_eq!(there(), [false, true, true]);
+        assert_eq!(collect(&cache, &uses, EVERYTHING).results(), 0);
+        assert_eq!(there(), [false, true, false]);
+        assert!(cache.actions().get(&kept).is_some());
     }
 
     #[test]

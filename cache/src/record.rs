@@ -42,7 +42,7 @@ pub(crate) fn write_parts(path: &Path, parts: &[&[u8]]) -> Result<(), CacheError
     })
 }
 
-/// A record that is being written, or that nobody writes any more.
+/// A record that is being written, or whose writer was killed.
 pub(crate) fn is_unfinished(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default();
     name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())

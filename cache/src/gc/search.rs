@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::{Bounds, Garbage, Uses};
 use crate::action::{ActionKey, ActionResult};
@@ -10,6 +10,9 @@ use crate::cache::CacheReader;
 use crate::completion;
 use crate::digest::Digest;
 use crate::survey::{Share, Survey};
+
+/// No result takes so long to be written.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(3600);
 
 /// A result with what removing it frees.
 struct Held {
@@ -32,8 +35,7 @@ pub(super) struct Search<'a> {
 
 impl<'a> Search<'a> {
     pub(super) fn new(cache: &'a CacheReader, bounds: Bounds, now: SystemTime) -> Self {
-        let (sizes, mut leftovers) = cache.store().objects();
-        leftovers.extend(cache.actions().unfinished());
+        let (sizes, leftovers) = cache.store().objects();
         let total = Survey::of(cache.dir()).total().bytes;
         Self {
             cache,
@@ -63,6 +65,7 @@ impl<'a> Search<'a> {
         for path in self.found.leftovers.clone() {
             self.freed(Share::of(&path).bytes);
         }
+        self.unfinished();
         self.partial(uses);
         self.set_aside();
         self.answers_of_others();
@@ -149,6 +152,19 @@ impl<'a> Search<'a> {
             if !needed(&path) && self.is_old(changed.unwrap_or(self.now)) {
                 self.freed(Share::of(&path).bytes);
                 self.found.partial.push(path);
+            }
+        }
+    }
+
+    /// Results that nobody writes any more. A process of a step or a job writes some without holding
+    /// the cache, and may outlive its run.
+    fn unfinished(&mut self) {
+        for path in self.cache.actions().unfinished() {
+            let changed = std::fs::metadata(&path).and_then(|m| m.modified());
+            let age = self.now.duration_since(changed.unwrap_or(self.now));
+            if age.is_ok_and(|age| age >= WRITTEN_WITHIN) {
+                self.freed(Share::of(&path).bytes);
+                self.found.leftovers.push(path);
             }
         }
     }
