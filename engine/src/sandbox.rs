@@ -222,6 +222,15 @@ mod tests {
     }
 
     #[test]
+    fn there_is_nothing_to_read() {
+        for _ in 0..2 {
+            let (result, lines, _) = run("readlink /proc/self/fd/0; cat", None, &Cancel::default());
+            result.unwrap();
+            assert_eq!(lines, ["/dev/null"]);
+        }
+    }
+
+    #[test]
     fn a_failure_shows_the_last_lines() {
         let script = "for i in $(seq 50); do echo line $i; done; false; echo not reached";
         let (result, lines, _) = run(script, None, &Cancel::default());

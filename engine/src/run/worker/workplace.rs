@@ -4,7 +4,8 @@
 //! Folders are used again, because to make and remove some for each action costs more than
 //! many an action itself: a file system without a journal looks at every inode that was
 //! removed lately before it gives one away. Invariant: a folder is used again only when it
-//! is as it was made, and no process works in it; one that left its group might write to it.
+//! is as it was made, and no process of this user works in it; one that left its group might
+//! write to it.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -24,10 +25,12 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, RawDir, SeekFrom, fstat, openat, s
 /// about a thousand actions.
 const AT_ONCE: usize = 24;
 
-/// Bytes of a folder's list that are read at a time: enough for what a workplace itself has.
+/// Bytes of a folder's list that are read at a time: enough for what a workplace itself has, and for
+/// an entry with the longest name (255 units of UTF-16 are some 800 bytes).
 const LISTED: usize = 1024;
 
-/// So often a folder is listed until nothing was left in it; then somebody still writes there.
+/// So often a folder is listed until nothing was left in it; then somebody still writes there, or its
+/// file system does not list all.
 const PASSES: usize = 16;
 
 /// Which folders a workplace has beside `out`.
@@ -51,7 +54,7 @@ impl Shape {
 pub(super) struct Workplaces {
     cache: Arc<Cache>,
     shelves: Mutex<BTreeMap<Shape, Shelf>>,
-    /// Processes that were there before the first workplace was taken: no action started them.
+    /// Processes that were there before the first workplace was taken, and are none of this user.
     strangers: OnceLock<HashSet<Process>>,
 }
 
@@ -73,7 +76,6 @@ impl Workplaces {
 
     /// An empty workplace.
     pub(super) fn take(&self, shape: Shape) -> Result<Workplace<'_>, CacheError> {
-        let strangers = || processes().into_iter().flatten().collect();
         let strangers = self.strangers.get_or_init(strangers);
         let free = self.shelves().entry(shape).or_default().take(strangers);
         let scratch = match free {
@@ -136,6 +138,14 @@ struct Process {
     inode: u64,
 }
 
+impl Process {
+    /// What a link that tells of it leads to.
+    fn link(&self, name: &str) -> Option<PathBuf> {
+        let link = Path::new("/proc").join(&self.number).join(name);
+        std::fs::read_link(link).ok()
+    }
+}
+
 /// All processes that can be seen; `None` where the system does not tell.
 fn processes() -> Option<impl Iterator<Item = Process>> {
     let entries = std::fs::read_dir("/proc").ok()?.flatten();
@@ -146,16 +156,23 @@ fn processes() -> Option<impl Iterator<Item = Process>> {
     Some(processes.filter(|process| process.number.as_encoded_bytes()[0].is_ascii_digit()))
 }
 
+/// The processes that are the kernel's own, or of another user: their programs are shown to nobody else.
+/// Theirs are most processes of a system, and none of them works for an action of this run.
+fn strangers() -> HashSet<Process> {
+    let is_strange = |process: &Process| process.link("exe").is_none();
+    processes()
+        .into_iter()
+        .flatten()
+        .filter(is_strange)
+        .collect()
+}
+
 /// The working folders of all processes but these; `None` where the system does not tell.
 fn working_folders(strangers: &HashSet<Process>) -> Option<BTreeSet<PathBuf>> {
     // Where its own is hidden from this process, so are others.
     std::fs::read_link("/proc/self/cwd").ok()?;
     let others = processes()?.filter(|process| !strangers.contains(process));
-    let folder = |process: Process| {
-        let folder = Path::new("/proc").join(process.number).join("cwd");
-        std::fs::read_link(folder).ok()
-    };
-    Some(others.filter_map(folder).collect())
+    Some(others.filter_map(|process| process.link("cwd")).collect())
 }
 
 /// A folder for one attempt at an action.
@@ -299,6 +316,11 @@ mod tests {
             for folder in ["in", "out"] {
                 assert!(names(&place.path().join(folder)).is_empty());
             }
+            // More than is listed at a time.
+            for i in 0..100 {
+                std::fs::write(place.path().join(format!("out/a rather long name {i}")), "")
+                    .unwrap();
+            }
             std::fs::write(place.path().join("left"), "x").unwrap();
             std::fs::create_dir_all(place.path().join("out/deep/er")).unwrap();
             std::os::unix::fs::symlink("/", place.path().join("in/root")).unwrap();
@@ -313,6 +335,7 @@ mod tests {
         let place = all.take(BOTH).unwrap();
         std::fs::remove_dir(place.path().join("out")).unwrap();
         let changed = place.path().to_owned();
+        std::fs::write(place.path().join("out"), "no folder").unwrap();
         drop(place);
         assert!(!changed.exists());
         let place = all.take(BOTH).unwrap();
