@@ -117,13 +117,18 @@ impl Memory {
     /// An event of a step that the next run tells too.
     pub(crate) fn event(&self, step: &str, event: &RunEvent) {
         let mut state = self.lock();
-        let mut line = std::mem::take(&mut state.line);
+        let State {
+            steps,
+            line,
+            spoilt,
+            ..
+        } = &mut *state;
         line.clear();
-        state.spoilt |= serde_json::to_writer(&mut line, event).is_err();
+        *spoilt |= serde_json::to_writer(&mut *line, event).is_err();
         line.push(b'\n');
         // Most steps have one event: no more is taken than it needs.
-        state.of(step).events.extend_from_slice(&line);
-        state.line = line;
+        let step = steps.entry(step.to_owned()).or_default();
+        step.events.extend_from_slice(line);
     }
 
     /// An action of a step ended with these outputs; its work took so long.

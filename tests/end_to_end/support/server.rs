@@ -150,14 +150,14 @@ impl Drop for Server {
 const PORTS: std::ops::Range<u16> = 20_000..32_768;
 
 /// A port that nobody has right now, nor will be given by the system before the caller's server
-/// takes it. No two calls of a process give the same.
+/// takes it, unless it hands out those below 32768 too. No two calls of a process give the same.
 pub(crate) fn free_port() -> u16 {
     static GIVEN: AtomicU32 = AtomicU32::new(0);
     // Processes that run at once begin at different places.
     let first = std::process::id().wrapping_mul(613);
     let nth = |n: u32| PORTS.start + (first.wrapping_add(n) % PORTS.len() as u32) as u16;
     let mut next = (0..PORTS.len()).map(|_| nth(GIVEN.fetch_add(1, Ordering::Relaxed)));
-    let free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let free = |port: &u16| std::net::TcpListener::bind(("0.0.0.0", *port)).is_ok();
     next.find(free).expect("all ports are taken")
 }
 

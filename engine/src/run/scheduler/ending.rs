@@ -60,17 +60,18 @@ impl Scheduler {
             memory.event(name, &event);
             memory.outputs(name, &key, &result.outputs, result.took_ms);
         }
-        if let RunEvent::StepFinished {
+        let RunEvent::StepFinished {
             status: told_status,
             took_ms: told_took_ms,
             why: told_why,
             from: told_from,
             ..
         } = &mut event
-        {
-            (*told_status, *told_took_ms) = (status, took_ms);
-            (*told_why, *told_from) = (why, from);
-        }
+        else {
+            unreachable!("it was just made");
+        };
+        (*told_status, *told_took_ms) = (status, took_ms);
+        (*told_why, *told_from) = (why, from);
         self.worker.send(event);
         self.set_phase(place, Phase::Ended(Arc::new(result.outputs)));
     }
