@@ -24,8 +24,14 @@ use crate::surroundings::run_options;
 
 /// A step of the layered graph reads these neighbours of the layer before.
 const NEIGHBOURS: [usize; 3] = [0, 1, 7];
-/// Each figure is the median of so many runs.
+/// Figures of what little has changed in are medians of so many runs.
 const RUNS: usize = 3;
+/// Those of the flat graph, of so many of each program in turn: what else the machine does changes
+/// within seconds.
+const ROUNDS: usize = 9;
+
+/// A program that does the work, and its command line.
+type Program = (&'static str, Vec<String>);
 
 /// A line of the table.
 #[derive(Debug, Serialize)]
@@ -78,7 +84,7 @@ fn figures(folder: &Path, quick: bool) -> Result<Vec<Figure>, Failure> {
         (100, 100, 1000)
     };
     let flowrun = std::env::current_exe()?.display().to_string();
-    let mut programs: Vec<(&str, Vec<String>)> = vec![(
+    let mut programs: Vec<Program> = vec![(
         "flowrun",
         vec![flowrun, "pipeline.yaml".into(), "--quiet".into()],
     )];
@@ -117,12 +123,14 @@ fn figures(folder: &Path, quick: bool) -> Result<Vec<Figure>, Failure> {
                 median(edited)?,
             );
         }
-        let cold = |i| {
-            let flat_folder = folder.join(format!("{program}-flat-{i}"));
-            write_flat(&flat_folder, flat)?;
-            measure(&flat_folder, command)
-        };
-        add("all of a flat graph", flat, median(cold)?);
+    }
+    for (program, cost) in in_turn(folder, &programs, flat)? {
+        all.push(Figure {
+            work: "all of a flat graph",
+            program: program.to_owned(),
+            steps: flat,
+            cost,
+        });
     }
     let steps = layers * width;
     let own = vec![
@@ -141,10 +149,33 @@ fn figures(folder: &Path, quick: bool) -> Result<Vec<Figure>, Failure> {
     Ok(all)
 }
 
-fn median(mut once: impl FnMut(usize) -> Result<Cost, Failure>) -> Result<Cost, Failure> {
-    let mut costs = (0..RUNS).map(&mut once).collect::<Result<Vec<_>, _>>()?;
+/// What each program costs for a flat graph, of which nothing was made before.
+fn in_turn(
+    folder: &Path,
+    programs: &[Program],
+    steps: usize,
+) -> Result<Vec<(&'static str, Cost)>, Failure> {
+    let mut costs = vec![Vec::with_capacity(ROUNDS); programs.len()];
+    for round in 0..ROUNDS {
+        for ((program, command), costs) in programs.iter().zip(&mut costs) {
+            let flat = folder.join(format!("{program}-flat-{round}"));
+            write_flat(&flat, steps)?;
+            costs.push(measure(&flat, command)?);
+        }
+    }
+    let names = programs.iter().map(|(program, _)| *program);
+    Ok(names.zip(costs.into_iter().map(middle)).collect())
+}
+
+fn median(once: impl FnMut(usize) -> Result<Cost, Failure>) -> Result<Cost, Failure> {
+    Ok(middle((0..RUNS).map(once).collect::<Result<Vec<_>, _>>()?))
+}
+
+/// The middle one of some by their time, which must be there.
+fn middle(mut costs: Vec<Cost>) -> Cost {
     costs.sort_by(|a, b| a.cpu_s.total_cmp(&b.cpu_s));
-    Ok(costs[RUNS / 2])
+    let at = costs.len() / 2;
+    costs.swap_remove(at)
 }
 
 /// The same graph as `pipeline.yaml` and `build.ninja`: the first layer strips comments, so
