@@ -5,7 +5,7 @@
 //! needed stays whatever the bounds say. Objects that no result holds always go: they are
 //! what killed or failed runs left. Own completions are never removed: they were paid for. Those
 //! of other machines go before any result: they can be had again. So does what was damaged and set
-//! aside.
+//! aside. What was never written to its end goes as soon as nobody can be writing it.
 //!
 //! A result goes before its objects, so a collection that is killed leaves no result without
 //! them, only objects for the next one.

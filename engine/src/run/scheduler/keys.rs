@@ -37,13 +37,18 @@ impl Keys {
         self.ended
     }
 
-    /// Takes the key for an action that was looked up when so many attempts had ended.
-    pub(super) fn take(&mut self, key: ActionKey, place: Place, looked_after: u64) -> Turn {
+    /// Takes the key for an action that was looked up when so many attempts had ended; `None` for one
+    /// that no result keeps from running.
+    pub(super) fn take(&mut self, key: ActionKey, place: Place, looked_after: Option<u64>) -> Turn {
         if let Some(waiting) = self.under_way.get_mut(&key) {
             waiting.push(place);
             return Turn::Later;
         }
-        if self.made.get(&key).is_some_and(|made| *made > looked_after) {
+        let made = self.made.get(&key);
+        if made
+            .zip(looked_after)
+            .is_some_and(|(made, looked)| *made > looked)
+        {
             return Turn::LookFirst;
         }
         self.under_way.insert(key, Vec::new());
@@ -73,14 +78,16 @@ mod tests {
     fn a_result_is_seen_by_all_that_were_looked_up_before_it() {
         let [one, two] = [b"1", b"2"].map(|bytes| Digest::of_bytes(bytes));
         let mut keys = Keys::default();
-        assert_eq!(keys.take(one, (0, 0), 0), Turn::Now);
-        assert_eq!(keys.take(one, (0, 1), 0), Turn::Later);
-        assert_eq!(keys.take(two, (0, 2), 0), Turn::Now);
+        assert_eq!(keys.take(one, (0, 0), Some(0)), Turn::Now);
+        assert_eq!(keys.take(one, (0, 1), Some(0)), Turn::Later);
+        assert_eq!(keys.take(two, (0, 2), Some(0)), Turn::Now);
         assert_eq!(keys.give_back(Some(one), true), [(0, 1)]);
-        assert_eq!(keys.take(one, (0, 3), 0), Turn::LookFirst);
-        assert_eq!(keys.take(one, (0, 3), keys.ended()), Turn::Now);
+        assert_eq!(keys.take(one, (0, 3), Some(0)), Turn::LookFirst);
+        assert_eq!(keys.take(one, (0, 3), Some(keys.ended())), Turn::Now);
+        assert!(keys.give_back(Some(one), true).is_empty());
+        assert_eq!(keys.take(one, (0, 4), None), Turn::Now);
         // One that failed made nothing to look for.
         assert!(keys.give_back(Some(two), false).is_empty());
-        assert_eq!(keys.take(two, (0, 4), 0), Turn::Now);
+        assert_eq!(keys.take(two, (0, 5), Some(0)), Turn::Now);
     }
 }

@@ -41,7 +41,7 @@ use super::worker::{End, Looked, Trouble, Worker};
 use super::{RunOptions, Selection};
 use crate::dag::{data_predecessors, predecessors, required_predecessors};
 use crate::event::RunEvent;
-use crate::pipeline::{Action, Pipeline, RunnerKind, StepNode};
+use crate::pipeline::{Action, CachePolicy, Pipeline, RunnerKind, StepNode};
 use crate::premises::Changed;
 use crate::step::{Finished, StepError};
 
@@ -217,8 +217,8 @@ impl Scheduler {
         }
     }
 
-    /// Starts what there is room for. Lookups have places of their own: a
-    /// cached item never waits behind a running one.
+    /// Starts what there is room for. Lookups have places of their own: what the cache has when
+    /// an item is due never waits behind a running one.
     fn start(&mut self) {
         if self.stopping.is_none() && self.worker.cancel.is_cancelled() {
             self.stopping = Some("the run was interrupted".to_owned());
@@ -233,7 +233,7 @@ impl Scheduler {
             let Some((head, place)) = self.ready.head(from) else {
                 break;
             };
-            if !matches!(self.item(place).phase, Phase::Ready(..)) {
+            if !matches!(self.phase(place), Some(Phase::Ready(..))) {
                 self.ready.pop(head);
                 continue;
             }
@@ -260,9 +260,10 @@ impl Scheduler {
         let (steps, is_nested) = (&self.steps, levels(&self.steps[first.0].node) > 1);
         let admits = |place: Place| {
             let step = &steps[place.0];
-            let item = &step.items[place.1];
-            let label = item.request.label.as_deref();
-            matches!(item.phase, Phase::Ready(..)) && step.together.admits(&step.node, label)
+            step.items.get(place.1).is_some_and(|item| {
+                let label = item.request.label.as_deref();
+                matches!(item.phase, Phase::Ready(..)) && step.together.admits(&step.node, label)
+            })
         };
         // Where a step has several levels, one item may be held up by those around and the next not.
         if admits(first) || is_nested {
@@ -287,7 +288,7 @@ impl Scheduler {
         while batch.len() < share
             && let Some(place) = self.looks.pop_front()
         {
-            if matches!(self.item(place).phase, Phase::Look) {
+            if matches!(self.phase(place), Some(Phase::Look)) {
                 self.steps[place.0].busy += 1;
                 self.set_phase(place, Phase::Busy);
                 self.item_mut(place).looked_after = self.keys.ended();
@@ -320,7 +321,9 @@ impl Scheduler {
         let Phase::Ready(keyed, why) = self.set_phase(place, Phase::Busy) else {
             return;
         };
-        let looked_after = self.item(place).looked_after;
+        // What is to run anyway would not find it.
+        let may_find = !keyed.replaces && request.node.cache != CachePolicy::Never;
+        let looked_after = may_find.then_some(self.item(place).looked_after);
         match self.keys.take(keyed.key, place, looked_after) {
             Turn::Now => {}
             Turn::Later => {
@@ -386,8 +389,13 @@ impl Scheduler {
         let step = &mut self.steps[place.0];
         step.busy -= 1;
         step.together.remove(&step.node, request.label.as_deref());
-        for other in self.keys.give_back(end.key, end.result.is_ok()) {
-            if matches!(self.item(other).phase, Phase::Parked) {
+        let made = match &end.result {
+            Ok(_) => true,
+            // It was recorded before its gate or publishing failed.
+            Err(trouble) => trouble.made.is_some(),
+        };
+        for other in self.keys.give_back(end.key, made) {
+            if matches!(self.phase(other), Some(Phase::Parked)) {
                 self.look_again(other);
             }
         }
@@ -444,6 +452,11 @@ impl Scheduler {
             _ => {}
         }
         old
+    }
+
+    /// The phase of an item, if there still is one: a step that goes on may have fewer.
+    fn phase(&self, (step, item): Place) -> Option<&Phase> {
+        self.steps[step].items.get(item).map(|item| &item.phase)
     }
 
     fn item(&self, (step, item): Place) -> &ItemState {

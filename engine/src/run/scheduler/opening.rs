@@ -1,4 +1,5 @@
-//! How a step opens once nothing before it is missing, and closes after its last item.
+//! How a step opens once nothing before it is missing, and closes after its last item. Knows
+//! neither threads nor room. Invariant: a step closes once, unless what it made must be made again.
 
 use std::sync::Arc;
 

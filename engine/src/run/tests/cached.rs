@@ -417,6 +417,32 @@ fn equal_actions_run_once() {
         assert_eq!((ran.summary.ran, ran.summary.cached), (4, 0));
         assert_eq!(join.runs.load(std::sync::atomic::Ordering::SeqCst), 5);
     }
+    // Where there is room, but not for two of them.
+    let items = |change: fn(&mut StepNode)| {
+        let bench = Bench::new().unwrap();
+        let join = Arc::new(Toy::join());
+        let step = uses("s", join).each_value("i", json!([1, 2, 3, 4, 5]));
+        let summary = bench.run(&[step.change(change)]).summary;
+        (summary.ran, summary.cached)
+    };
+    assert_eq!(items(|s| s.pool = Some("one".into())), (1, 4));
+    assert_eq!(items(|s| s.cache = CachePolicy::Never), (5, 0));
+    let alone = |s: &mut StepNode| (s.pool, s.cache) = (Some("one".into()), CachePolicy::Never);
+    assert_eq!(items(alone), (5, 0));
+}
+
+#[test]
+fn equal_actions_share_a_result_whose_gate_failed() {
+    for jobs in [4, 1] {
+        let mut bench = Bench::new().unwrap();
+        (bench.options.jobs, bench.options.keep_going) = (jobs, true);
+        let join = Arc::new(Toy::join());
+        let gated = |name: &str| {
+            uses(name, join.clone()).change(|s| s.expect = vec!["length > 1000".into()])
+        };
+        assert_eq!(bench.run(&[gated("a"), gated("b")]).summary.failed, 2);
+        assert_eq!(join.runs.load(std::sync::atomic::Ordering::SeqCst), 1);
+    }
 }
 
 #[test]

@@ -155,8 +155,8 @@ fn processes() -> Option<impl Iterator<Item = Process>> {
     Some(processes.filter(|process| process.number.as_encoded_bytes()[0].is_ascii_digit()))
 }
 
-/// The processes that are the kernel's own, or of another user: their programs are shown to nobody else.
-/// Theirs are most processes of a system, and none of them works for an action of this run.
+/// The processes whose programs this one may not see: they are the kernel's own, or of another user, as
+/// most of a system are. None of them works for an action of this run.
 fn strangers() -> HashSet<Process> {
     let is_strange = |process: &Process| process.link("exe").is_none();
     processes()
