@@ -112,6 +112,16 @@ fn a_server_trains_and_every_checkpoint_is_scored_there() {
 
 #[test]
 fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
+    job_outlives_kills(true);
+}
+
+#[test]
+fn a_job_whose_run_was_killed_before_it_heard_of_it_is_found_at_the_servers_new_address() {
+    job_outlives_kills(false);
+}
+
+/// `heard`: the run has written down which job it is.
+fn job_outlives_kills(heard: bool) {
     let home = home();
     let server = trainer(&home);
     let project = slow_project(&server);
@@ -128,6 +138,12 @@ fn a_job_outlives_a_kill_of_the_run_and_of_the_server() {
     wait(|| started(&server));
     run.kill().unwrap();
     run.wait().unwrap();
+    if !heard {
+        for saved in std::fs::read_dir(project.path(".flowrun/partial")).unwrap() {
+            let state = saved.unwrap().path().join("job.json");
+            std::fs::write(state, "{}").unwrap();
+        }
+    }
     let id = jobs(&server)[0]["id"].as_str().unwrap().to_owned();
     server.signal("-KILL");
     drop(server);

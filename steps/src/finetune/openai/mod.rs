@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Params;
-use crate::models::{Host, ModelSpec, remote};
+use crate::models::{Host, ModelSpec, UNKEYED, remote};
 use crate::rows::{read_json, write_json};
 use events::Seen;
 use shapes::{Job, PAGE, Page, failed, no_such_api, read, succeeded};
@@ -123,9 +123,12 @@ pub(super) fn train(
     training.outcome(params, &ended, &state.seen)
 }
 
-/// What makes two trainings the same.
+/// What makes two trainings the same. Where the server is reached does not tell them apart.
 fn key(ctx: &StepContext, params: &Params) -> Result<String, StepError> {
-    let params = serde_json::to_string(params).map_err(|e| StepError::failed(e.to_string()))?;
+    let mut params = serde_json::to_value(params).map_err(|e| StepError::failed(e.to_string()))?;
+    if let Some(model) = params["model"].as_object_mut() {
+        model.retain(|name, _| !UNKEYED.contains(&name.as_str()));
+    }
     let chats = ctx.input("messages")?.digest;
     Ok(Digest::of_bytes(format!("{chats} {params}").as_bytes()).to_hex())
 }
