@@ -139,10 +139,11 @@ fn job_outlives_kills(heard: bool) {
     run.kill().unwrap();
     run.wait().unwrap();
     if !heard {
-        for saved in std::fs::read_dir(project.path(".flowrun/partial")).unwrap() {
-            let state = saved.unwrap().path().join("job.json");
-            std::fs::write(state, "{}").unwrap();
-        }
+        let saved = std::fs::read_dir(project.path(".flowrun/partial")).unwrap();
+        let states = saved.map(|folder| folder.unwrap().path().join("job.json"));
+        let states: Vec<_> = states.filter(|state| state.exists()).collect();
+        assert_eq!(states.len(), 1);
+        std::fs::write(&states[0], "{}").unwrap();
     }
     let id = jobs(&server)[0]["id"].as_str().unwrap().to_owned();
     server.signal("-KILL");

@@ -1,5 +1,5 @@
 //! [`Keys`]: of actions with one key, one is attempted at a time, and the others are looked up
-//! after it: what it made is theirs, too.
+//! after it: what it made is theirs, too, unless they are to run anyway.
 //!
 //! Knows no action. Whoever was looked up before an attempt at its key ended knows nothing of it.
 

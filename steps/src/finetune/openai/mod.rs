@@ -123,7 +123,7 @@ pub(super) fn train(
     training.outcome(params, &ended, &state.seen)
 }
 
-/// What makes two trainings the same. Where the server is reached does not tell them apart.
+/// What tells trainings apart: all that the step says, but not where the server is reached.
 fn key(ctx: &StepContext, params: &Params) -> Result<String, StepError> {
     let mut params = serde_json::to_value(params).map_err(|e| StepError::failed(e.to_string()))?;
     if let Some(model) = params["model"].as_object_mut() {
